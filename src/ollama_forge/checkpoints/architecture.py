@@ -1,0 +1,229 @@
+"""Which tensor plays which role in which layer, read from ``architectures/*.toml`` and held against a checkpoint.
+
+Every tensor of a checkpoint must be accounted for. One that is not is an error, never a silent skip.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.checkpoints.storage import mxfp4_shape
+from ollama_forge.checkpoints.tensors import TensorInfo
+from ollama_forge.errors import ForgeError
+
+_FOLDER = Path(__file__).resolve().parent / "architectures"
+
+
+class Role(StrEnum):
+    Q, K, V, QKV, O = "q", "k", "v", "qkv", "o"  # noqa: E741
+    GATE, UP, GATE_UP, DOWN, ROUTER = "gate", "up", "gate_up", "down", "router"
+    EMBEDDING, UNEMBEDDING = "embedding", "unembedding"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm by its tensors' names: ``gain = weight + offset``, ``centred`` for LayerNorm."""
+
+    weight: str
+    bias: str | None
+    offset: float
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix (or one stack of experts' matrices) of a checkpoint.
+
+    Attributes:
+        tensor: name on disk, or that it will have once decoded (MXFP4).
+        mxfp4: its parts on disk are ``<tensor>_blocks`` and ``<tensor>_scales``.
+        shape: of ``tensor``: ``[out, in]``, transposed where ``transposed``, with a first axis of ``experts``.
+        module: path in the loaded model, without the root that wrappers add.
+        reads: the norm in front of it, for a reader; None for the bare stream.
+        post_norm: the norm between a writer's output and the residual stream, or None.
+    """
+
+    tensor: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    module: str
+    writes: bool
+    bias: str | None = None
+    reads: Norm | None = None
+    post_norm: Norm | None = None
+    transposed: bool = False
+    experts: bool = False
+    mxfp4: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """A checkpoint's matrices in layer order, and the sizes and roots that go with them."""
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    matrices: tuple[Matrix, ...]
+    module_roots: tuple[str, ...]
+    layer_module: str
+    tied: bool
+
+    @property
+    def writers(self) -> tuple[Matrix, ...]:
+        """The residual writers of the layers (the embedding is a set of its own)."""
+        return tuple(matrix for matrix in self.matrices if matrix.writes and matrix.layer is not None)
+
+
+@cache
+def known_architectures() -> dict[str, dict[str, Any]]:
+    """model_type -> its description."""
+    out: dict[str, dict[str, Any]] = {}
+    for path in sorted(_FOLDER.glob("*.toml")):
+        spec = tomllib.loads(path.read_text(encoding="utf-8"))
+        out.update(dict.fromkeys(spec["model_types"], spec))
+    return out
+
+
+def map_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:
+    """Hold a checkpoint against its architecture's description.
+
+    Args:
+        config: the content of config.json.
+        tensors: all tensors of the checkpoint.
+
+    Raises:
+        ForgeError: the architecture is not described, a matrix is missing, or a tensor is not accounted for.
+    """
+    model_type = str(config.get("model_type", ""))
+    spec = known_architectures().get(model_type)
+    if spec is None:
+        raise _refusal(model_type, tensors)
+    return _Mapper(model_type, spec, tensors).map()
+
+
+def _refusal(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+    kinds: dict[str, int] = {}
+    for info in tensors.values():
+        if len(info.shape) >= 2:
+            kind = ".".join("N" if part.isdigit() else part for part in info.name.split("."))
+            kinds[kind] = kinds.get(kind, 0) + 1
+    listed = ", ".join(f"{kind} (x{count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
+    return ForgeError(
+        f"architecture {model_type or 'unknown'!r} is not described, so nothing is edited; its matrices: {listed}",
+        f"described are: {', '.join(sorted(known_architectures()))}",
+    )
+
+
+class _Mapper:
+    def __init__(self, model_type: str, spec: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+        self.model_type, self.spec, self.tensors = model_type, spec, tensors
+        self.left = set(tensors)
+        layer = spec["layer"]
+        self.root = next(
+            (r for r in spec["roots"] if any(n.startswith(r + layer.split("{}")[0]) for n in tensors)), None
+        )
+        if self.root is None:
+            raise _refusal(model_type, tensors)
+        start = self.root + layer.split("{}")[0]
+        numbers = {int(n[len(start) :].split(".")[0]) for n in tensors if n.startswith(start)}
+        self.n_layers = max(numbers) + 1
+        if numbers != set(range(self.n_layers)):
+            raise ForgeError("the checkpoint lacks whole layers", "download it again")
+
+    def take(self, name: str) -> str | None:
+        if name not in self.tensors:
+            return None
+        self.left.discard(name)
+        return name
+
+    def norm(self, name: str) -> Norm | None:
+        weight = self.take(f"{name}.weight")
+        if weight is None:
+            return None
+        kind = self.spec["norm"]
+        return Norm(weight, self.take(f"{name}.bias"), kind["offset"], kind["kind"] == "layernorm")
+
+    def map(self) -> ModelMap:
+        root, spec = self.root or "", self.spec
+        embedding = [self.outside(f"{root}{name}", Role.EMBEDDING, name) for name in spec["embedding"]]
+        if not embedding or embedding[0] is None:
+            raise ForgeError(f"the checkpoint lacks {root}{spec['embedding'][0]}.weight", "is it a whole model?")
+        layers = [matrix for index in range(self.n_layers) for matrix in self.layer(index)]
+        self.norm(root + spec["final_norm"])
+        heads = [self.outside(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
+        for pattern in [*spec.get("copied", []), *(f"*.{other}" for other in spec["others"])]:
+            self.left.difference_update(fnmatch.filter(self.left, pattern))
+        if self.left:
+            names = ", ".join(sorted(self.left)[:6])
+            raise ForgeError(
+                f"{len(self.left)} tensors are unknown to the architecture {self.model_type!r}: {names}",
+                "a quantised or modified checkpoint? Use the plain bf16 release of the model",
+            )
+        matrices = [matrix for matrix in [*embedding, *layers, *heads] if matrix is not None]
+        return ModelMap(
+            model_type=self.model_type,
+            n_layers=self.n_layers,
+            d_model=embedding[0].shape[-1],
+            matrices=tuple(matrices),
+            module_roots=tuple(spec["modules"]),
+            layer_module=spec["layer"].rstrip("."),
+            tied=not any(heads),
+        )
+
+    def outside(self, name: str, role: Role, module: str) -> Matrix | None:
+        tensor = self.take(f"{name}.weight")
+        if tensor is None:
+            return None
+        bias = self.take(f"{name}.bias")
+        return Matrix(tensor, role, None, self.tensors[tensor].shape, module, role is Role.EMBEDDING, bias)
+
+    def layer(self, index: int) -> list[Matrix]:
+        prefix = self.spec["layer"].format(index)
+        norms = {name: self.norm(f"{self.root}{prefix}{name}") for name in self.spec["norms"]}
+        return [self.matrix(entry, index, prefix, norms) for entry in self.spec["matrix"]]
+
+    def matrix(self, entry: dict[str, Any], index: int, prefix: str, norms: dict[str, Norm | None]) -> Matrix:
+        experts, name = entry.get("experts", False), f"{self.root}{prefix}{entry['name']}"
+        tensor = name if experts else f"{name}.weight"
+        mxfp4 = experts and tensor not in self.tensors and f"{tensor}_blocks" in self.tensors
+        for part in (f"{tensor}_blocks", f"{tensor}_scales") if mxfp4 else (tensor,):
+            if self.take(part) is None:
+                raise ForgeError(f"the checkpoint lacks {part}", "is it a whole model of this architecture?")
+        reads: Norm | None = None
+        if not entry.get("writes", False) and entry["reads"] != [""]:
+            reads = next((norms[norm] for norm in entry["reads"] if norms[norm] is not None), None)
+            if reads is None:
+                raise ForgeError(f"the norm that feeds {name} is missing", "is it a whole model of this architecture?")
+        post_norm = norms[entry["post_norm"]] if "post_norm" in entry else None
+        if "post_norm" in entry and post_norm is None:
+            raise ForgeError(f"the norm behind {name} is missing", "is it a whole model of this architecture?")
+        return Matrix(
+            tensor=tensor,
+            role=Role(entry["role"]),
+            layer=index,
+            shape=mxfp4_shape(self.tensors[f"{tensor}_blocks"].shape) if mxfp4 else self.tensors[tensor].shape,
+            module=prefix + entry["name"],
+            writes=entry.get("writes", False),
+            bias=self.take(f"{name}_bias" if experts else f"{name}.bias"),
+            reads=reads,
+            post_norm=post_norm,
+            transposed=entry.get("layout", "out_in") == "in_out",
+            experts=experts,
+            mxfp4=mxfp4,
+        )

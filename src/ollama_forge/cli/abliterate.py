@@ -1,0 +1,184 @@
+"""``ollama-forge abliterate …``"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ollama_forge.cli import options as opt
+from ollama_forge.errors import UsageError, require_abliterate
+
+
+@click.group()
+def abliterate() -> None:
+    """Find, edit, measure and talk: the refusal direction of a chat model."""
+
+
+@abliterate.command("compute-dir")
+@opt.model_option
+@click.option("--output", required=True, metavar="FILE.pt", help="Where the direction goes; a .json lies beside it.")
+@opt.load_options
+@opt.prompt_options
+@opt.direction_options
+@opt.factors_option
+@opt.json_option
+def compute_dir(**options: Any) -> None:
+    """Compute the refusal direction of a model."""
+    require_abliterate("compute-dir")
+    from ollama_forge.steps import compute_dir
+
+    computed = compute_dir(
+        options["model"],
+        Path(options["output"]),
+        revision=options["revision"],
+        prompts=opt.prompt_settings(options),
+        load=opt.load_settings(options),
+        direction=opt.direction_settings(options),
+        edit=opt.edit_settings(options),
+    )
+    found = computed.direction
+    if options["as_json"]:
+        print(json.dumps({"path": str(computed.path), "layer": found.layer, "method": found.method, **found.details}))
+        return
+    where = "every layer" if found.per_layer else f"layer {found.layer}"
+    print(f"{found.method}, {where}, position {found.position}: {computed.path}")
+    if computed.edit_path:
+        print(f"factors: {computed.edit_path}")
+
+
+@abliterate.command("apply")
+@opt.model_option
+@click.option("--output-dir", required=True, metavar="DIR", help="Where the edited checkpoint goes.")
+@click.option("--refusal-pt", metavar="FILE", help="The direction to edit out.")
+@click.option("--edit", "edit_file", metavar="FILE", help="Factors of compute-dir --factors, or of an earlier apply.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.edit_options
+@opt.out_dtype_option
+@opt.json_option
+def apply(**options: Any) -> None:
+    """Edit a direction out of (or into) a model's weights, on disk."""
+    require_abliterate("apply")
+    from ollama_forge.edits.written import edit_file
+    from ollama_forge.steps import apply
+
+    folder = Path(options["output_dir"])
+    _, applied = apply(
+        options["model"],
+        folder,
+        refusal_pt=_path(options["refusal_pt"]),
+        edit_file=_path(options["edit_file"]),
+        revision=options["revision"],
+        settings=opt.edit_settings(options),
+        out_dtype=options["out_dtype"],
+    )
+    if options["as_json"]:
+        print(
+            json.dumps(
+                {
+                    "checkpoint": str(folder),
+                    "edit": str(edit_file(folder)),
+                    "changed": sorted(applied.changed),
+                }
+            )
+        )
+        return
+    print(f"{len(applied.changed)} tensors changed: {folder}")
+    print(f"factors: {edit_file(folder)}")
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        from ollama_forge.config_file import read_config
+
+        known = {p.name for p in ctx.command.params if p.name} - {"config"}
+        ctx.default_map = read_config(Path(value), known)
+
+
+@abliterate.command("run")
+@click.option(
+    "--config",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    metavar="FILE",
+    help="Options from a run.toml; given ones win.",
+)
+@opt.model_option
+@click.option("--name", required=True, help="Name of the result, as Ollama will know it.")
+@click.option("--output-dir", metavar="DIR", help="Default: ./abliterate-<name>.")
+@opt.load_options
+@opt.prompt_options
+@opt.direction_options
+@opt.factors_option
+@opt.edit_options
+@opt.out_dtype_option
+@click.option(
+    "--max-kl",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="First-token KL up to which an edit may be chosen.",
+)
+@click.option("--no-escalate", is_flag=True, help="Keep the documented default, whatever it leaves.")
+@click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
+@click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
+@click.option("--force", is_flag=True, help="Do every stage again.")
+@opt.json_option
+@click.pass_context
+def run(ctx: click.Context, /, **options: Any) -> None:
+    """Everything in one command: direction, edit, proof and numbers. Finished stages are not done again."""
+    require_abliterate("run")
+    if not options["name"].strip("/:. "):
+        raise UsageError(f"--name {options['name']!r} is not a name", "for example --name my-model")
+    from ollama_forge.cli.closing import closing_lines
+    from ollama_forge.config_file import write_config
+    from ollama_forge.pipeline import RunSettings, run
+
+    settings = RunSettings(
+        model=options["model"],
+        name=options["name"],
+        output_dir=options["output_dir"],
+        revision=options["revision"],
+        prompts=opt.prompt_settings(options),
+        load=opt.load_settings(options),
+        direction=opt.direction_settings(options),
+        edit=opt.edit_settings(options),
+        escalate=not options["no_escalate"],
+        max_kl=options["max_kl"],
+        out_dtype=options["out_dtype"],
+        evaluate=not options["no_evaluate"],
+        verify=not options["no_verify"],
+    )
+    report = run(settings, force=options["force"])
+    write_config(
+        settings.folder / "run.toml",
+        {key: options[key] for key in options if key not in {"force", "as_json"}},
+    )
+    if options["as_json"]:
+        print(json.dumps(report.to_json()))
+    else:
+        closing_lines(report, escalate=settings.escalate and settings.edit is None, max_kl=settings.max_kl)
+
+
+@abliterate.command("chat")
+@click.option("--name", help="A model that run made.")
+@click.option("--checkpoint", metavar="MODEL", help="A checkpoint's folder, or whatever --model takes.")
+@opt.load_options
+def chat(**options: Any) -> None:
+    """Talk to a model in the terminal."""
+    require_abliterate("chat")
+    from ollama_forge.serving.chat import chat
+
+    chat(
+        name=options["name"],
+        checkpoint=options["checkpoint"],
+        revision=options["revision"],
+        load=opt.load_settings(options),
+    )

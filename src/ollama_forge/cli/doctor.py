@@ -1,0 +1,27 @@
+"""``ollama-forge doctor``"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from ollama_forge.cli.options import json_option
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What is installed, what is missing, and what each gap costs."""
+    from ollama_forge.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.to_json() for finding in findings]))
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mark = "ok" if finding.ok else "--"
+        print(f"{mark}  {finding.name:<{width}}  {finding.detail}")
+        if not finding.ok and finding.cost:
+            print(f"    {'':<{width}}  {finding.cost}")

@@ -1,0 +1,63 @@
+"""The entry point: expected failures become one line and a hint."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ollama_forge import __version__
+from ollama_forge.cli.abliterate import abliterate
+from ollama_forge.cli.doctor import doctor
+from ollama_forge.errors import ForgeError
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ollama-forge")
+@click.option("--debug", is_flag=True, help="Show tracebacks of expected failures too.")
+def cli(debug: bool) -> None:
+    """Find a chat model's refusal direction, edit it out of (or into) the weights, and measure what that did."""
+
+
+cli.add_command(abliterate)
+cli.add_command(doctor)
+
+
+def main() -> None:
+    """Run the command line and exit with 0, 1 (a failure), 2 (wrong usage) or 130 (interrupted)."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+    except ForgeError as error:
+        if debug:
+            raise
+        _complain(error.message, error.hint)
+        sys.exit(error.exit_status)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        hint = error.ctx.command_path + " --help" if error.ctx else "ollama-forge --help"
+        _complain(error.format_message(), hint)
+        sys.exit(2)
+    except click.ClickException as error:
+        _complain(error.format_message(), "")
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(_INTERRUPTED)  # worker threads of numerical libraries would keep us for seconds
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def _complain(message: str, hint: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

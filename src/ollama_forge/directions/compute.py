@@ -1,0 +1,143 @@
+"""``compute-dir``: from fit prompts to a refusal direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge import __version__
+from ollama_forge.activations.residual import ResidualStats, gather_residuals
+from ollama_forge.directions.difference_of_means import unit
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.directions.registry import method
+from ollama_forge.directions.selection import largest_gap, layer_of_fraction
+from ollama_forge.directions.singular_vectors import singular_vectors
+from ollama_forge.errors import UsageError
+from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.progress import bar
+from ollama_forge.prompts.split import PartPrompts
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """How a direction is found.
+
+    Attributes:
+        method: a name of ``registry.METHODS``.
+        layer_fracs: candidate layers as fractions of depth; the largest harmful-harmless gap wins.
+        num_directions: more than one by singular vectors.
+        per_layer: a direction for every layer instead of one for all.
+        position: token position, from the end of the templated prompt.
+    """
+
+    method: str = "difference-of-means"
+    layer_fracs: tuple[float, ...] = (0.4, 0.5, 0.6)
+    num_directions: int = 1
+    per_layer: bool = False
+    position: int = -1
+
+    def __post_init__(self) -> None:
+        method(self.method)
+        if not self.layer_fracs:
+            raise UsageError("no layer fraction is given", "for example --layer-fracs 0.4,0.5,0.6")
+        for fraction in self.layer_fracs:
+            layer_of_fraction(fraction, 1)
+        if not 1 <= self.num_directions <= 3:
+            raise UsageError(f"--num-directions {self.num_directions} is not 1, 2 or 3", "one is the usual choice")
+        if self.num_directions > 1 and (self.per_layer or self.method != "difference-of-means"):
+            raise UsageError("several directions come from one layer's singular vectors", "leave out the other option")
+
+    def layers(self, n_layers: int) -> list[int]:
+        """The layers whose statistics are needed."""
+        if self.per_layer:
+            return list(range(n_layers))
+        return sorted({layer_of_fraction(fraction, n_layers) for fraction in self.layer_fracs})
+
+
+@dataclass(frozen=True)
+class FitStats:
+    """The residual stream's statistics on the fit prompts."""
+
+    harmful: ResidualStats
+    harmless: ResidualStats
+
+
+def gather_fit_stats(
+    model: ChatModel, fit: PartPrompts, layers: Sequence[int], position: int, *, keep_samples: bool = False
+) -> FitStats:
+    """Run all fit prompts, harmful and harmless."""
+    with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
+
+        def side(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
+            ids = model.prompts_ids(prompts)
+            return gather_residuals(model, ids, layers, position=position, keep_samples=samples, progress=advance)
+
+        return FitStats(side(fit.harmful, keep_samples), side(fit.harmless, False))
+
+
+def compute_direction(
+    model: ChatModel, fit: PartPrompts, settings: DirectionSettings, *, fingerprint: str, seed: int = 0
+) -> RefusalDirection:
+    """Compute the direction from the fit prompts alone.
+
+    Args:
+        fingerprint: of the model's checkpoint, kept in the sidecar.
+        seed: with which the prompts were sampled, kept in the sidecar.
+    """
+    stats = gather_fit_stats(
+        model,
+        fit,
+        settings.layers(model.map.n_layers),
+        settings.position,
+        keep_samples=settings.num_directions > 1,
+    )
+    return direction_from_stats(stats, settings, model.map.n_layers, provenance(fit, fingerprint, seed))
+
+
+def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
+    """What the sidecar says of where a direction comes from."""
+    return {
+        "model_fingerprint": fingerprint,
+        "lists": fit.hashes,
+        "prompts": {"harmful": len(fit.harmful), "harmless": len(fit.harmless)},
+        "seed": seed,
+        "version": __version__,
+    }
+
+
+def direction_from_stats(
+    stats: FitStats, settings: DirectionSettings, n_layers: int, details: dict[str, Any]
+) -> RefusalDirection:
+    """The direction that the settings ask for, from statistics of (at least) their layers."""
+    find: Callable[[Tensor, Tensor], Tensor] = method(settings.method)
+    bad, good = stats.harmful, stats.harmless
+    if settings.per_layer:
+        return RefusalDirection(find(bad.mean, good.mean), True, None, settings.position, settings.method, details)
+    means = [
+        torch.stack(
+            [s.of_layer(layer) if layer in s.layers else torch.zeros_like(s.mean[0]) for layer in range(n_layers)]
+        )
+        for s in (bad, good)
+    ]
+    best, candidates = largest_gap(means[0], means[1], settings.layer_fracs)
+    details = {**details, "candidates": [candidate.to_json() for candidate in candidates]}
+    if settings.num_directions > 1:
+        assert bad.samples is not None
+        samples = bad.samples[:, bad.layers.index(best.layer)]
+        vectors = singular_vectors(samples, good.of_layer(best.layer), settings.num_directions)
+        return RefusalDirection(vectors, False, best.layer, settings.position, "singular-vectors", details)
+    vectors = find(bad.of_layer(best.layer), good.of_layer(best.layer)).unsqueeze(0)
+    return RefusalDirection(vectors, False, best.layer, settings.position, settings.method, details)
+
+
+def random_direction(like: RefusalDirection, seed: int = 0) -> RefusalDirection:
+    """A control: random unit vectors of the same shape and kind."""
+    generator = torch.Generator().manual_seed(seed + 0x5EED)
+    vectors = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64)
+    if not like.per_layer and len(vectors) > 1:
+        vectors = torch.linalg.qr(vectors.T).Q.T.contiguous()
+    return RefusalDirection(unit(vectors), like.per_layer, like.layer, like.position, "random", {"seed": seed})

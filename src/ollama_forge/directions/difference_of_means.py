@@ -1,0 +1,36 @@
+"""Difference of means (Arditi et al. 2024, arXiv 2406.11717): ``r`` is mean harmful - mean harmless, at length 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ollama_forge.errors import ForgeError
+
+
+def difference_of_means(mean_harmful: Tensor, mean_harmless: Tensor) -> Tensor:
+    """Unit directions, one per row.
+
+    Args:
+        mean_harmful, mean_harmless: float64 ``[..., d_model]`` means of the residual stream.
+
+    Returns:
+        float32 ``[..., d_model]``.
+
+    Raises:
+        ForgeError: the means don't differ.
+    """
+    return unit(mean_harmful - mean_harmless)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Rows scaled to length 1, float32; the arithmetic is float64.
+
+    Raises:
+        ForgeError: a row is zero or not finite.
+    """
+    vectors = vectors.double()
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    if not torch.isfinite(lengths).all() or (lengths == 0).any():
+        raise ForgeError("harmful and harmless prompts leave the same residual stream", "are the two lists the same?")
+    return (vectors / lengths).float()

@@ -1,0 +1,86 @@
+"""Choosing the layer: by the gap between the means, or by how well a direction separates held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ollama_forge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer fraction, the layer it stands for, and its scores."""
+
+    fraction: float
+    layer: int
+    gap: float
+    relative_gap: float
+
+    def to_json(self) -> dict[str, float | int]:
+        return {
+            "fraction": self.fraction,
+            "layer": self.layer,
+            "gap": round(self.gap, 6),
+            "relative_gap": round(self.relative_gap, 6),
+        }
+
+
+def layer_of_fraction(fraction: float, n_layers: int) -> int:
+    """``int(f * n_layers)``, the documented rule; 1.0 means the last layer.
+
+    Raises:
+        UsageError: the fraction is not within 0 to 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise UsageError(f"layer fraction {fraction} is not between 0 and 1", "for example --layer-fracs 0.4,0.5,0.6")
+    return min(int(fraction * n_layers), n_layers - 1)
+
+
+def largest_gap(
+    mean_harmful: Tensor, mean_harmless: Tensor, fractions: Sequence[float]
+) -> tuple[Candidate, list[Candidate]]:
+    """The candidate with the largest harmful-harmless gap, and all of them.
+
+    Args:
+        mean_harmful, mean_harmless: ``[n_layers, d_model]`` means of the residual stream at one position.
+    """
+    n_layers = len(mean_harmful)
+    candidates = []
+    for fraction in fractions:
+        layer = layer_of_fraction(fraction, n_layers)
+        gap = torch.linalg.vector_norm(mean_harmful[layer] - mean_harmless[layer]).item()
+        size = (mean_harmful[layer].norm() + mean_harmless[layer].norm()).item() / 2
+        candidates.append(Candidate(fraction, layer, gap, gap / size if size else 0.0))
+    return max(candidates, key=lambda candidate: candidate.gap), candidates
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a random positive score lies above a random negative one (ties count half)."""
+    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).double().mean()
+    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).double().mean()
+    return float(above + equal / 2)
+
+
+def d_prime(positive: Tensor, negative: Tensor) -> float:
+    """Distance of the means in units of the pooled standard deviation."""
+    spread = ((positive.var() + negative.var()) / 2).sqrt()
+    return float((positive.mean() - negative.mean()) / spread) if spread > 0 else 0.0
+
+
+def best_separating_layer(directions: Tensor, harmful: Tensor, harmless: Tensor) -> tuple[int, float]:
+    """The layer whose direction separates held-out prompts best, by d', the last fifth of the layers left out.
+
+    Args:
+        directions: ``[n_layers, d_model]`` unit vectors.
+        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of prompts that gave none of them.
+    """
+    last = max(1, int(0.8 * len(directions)))
+    scores = [
+        d_prime(harmful[:, layer] @ directions[layer], harmless[:, layer] @ directions[layer]) for layer in range(last)
+    ]
+    best = max(range(last), key=lambda layer: scores[layer])
+    return best, scores[best]

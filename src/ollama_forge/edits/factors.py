@@ -1,0 +1,96 @@
+"""The one form of every edit: ``W' = W - s L K^T``, optionally followed by a rescaling of columns or rows.
+
+All arithmetic is on float32 ``[out, in]`` matrices, whatever the layout on disk or in the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rescale(StrEnum):
+    """Which vectors of the matrix get their old norms back."""
+
+    NONE, COLUMNS, ROWS = "none", "columns", "rows"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``L`` ``[out, k]`` and ``K`` ``[in, k]`` at strength 1, float32."""
+
+    L: Tensor
+    K: Tensor
+
+
+class Rule(Protocol):
+    """Gives a matrix its factors."""
+
+    def factors(self, weight: Tensor, expert: int | None) -> Factors: ...
+
+
+@dataclass(frozen=True)
+class RemoveFromOutput:
+    """Orthogonalise a writer: ``L = V``, ``K = W^T V`` for an orthonormal basis ``V`` ``[out, k]``."""
+
+    basis: Tensor
+
+    def factors(self, weight: Tensor, expert: int | None) -> Factors:
+        return Factors(self.basis, weight.T @ self.basis)
+
+
+@dataclass(frozen=True)
+class RemoveFromInput:
+    """Blind a reader: ``L = W U``, ``K = U`` for an orthonormal basis ``U`` ``[in, k]``."""
+
+    basis: Tensor
+
+    def factors(self, weight: Tensor, expert: int | None) -> Factors:
+        return Factors(weight @ self.basis, self.basis)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Factors that were computed before: ``L`` ``[out, k]``, ``K`` ``[in, k]``, each with a first axis for experts."""
+
+    L: Tensor
+    K: Tensor
+
+    def factors(self, weight: Tensor, expert: int | None) -> Factors:
+        return Factors(self.L, self.K) if expert is None else Factors(self.L[expert], self.K[expert])
+
+
+@dataclass(frozen=True)
+class EditedMatrix:
+    """What became of one matrix: the result, its factors, and the scale of its columns or rows (None: no norm rule)."""
+
+    weight: Tensor
+    factors: Factors
+    scale: Tensor | None
+
+
+def edit_matrix(
+    weight: Tensor, rule: Rule, strength: float, rescale: Rescale, expert: int | None = None
+) -> EditedMatrix:
+    """Apply a rule to a float32 ``[out, in]`` matrix; the input is not changed."""
+    factors = rule.factors(weight, expert)
+    edited = torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
+    scale = None
+    if rescale is not Rescale.NONE:
+        axis = 0 if rescale is Rescale.COLUMNS else 1
+        before = torch.linalg.vector_norm(weight, dim=axis)
+        after = torch.linalg.vector_norm(edited, dim=axis)
+        scale = torch.where(after > 0, before / after.clamp_min(torch.finfo(after.dtype).tiny), 1.0)
+        edited.mul_(scale.unsqueeze(axis))
+    return EditedMatrix(edited, factors, scale)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """An orthonormal basis ``[d, k]`` of the span of ``vectors`` ``[k, d]``, the first one's direction kept."""
+    basis, triangle = torch.linalg.qr(vectors.double().T)
+    oriented: Tensor = basis * triangle.diagonal().sign()
+    return oriented.float()

@@ -1,0 +1,82 @@
+"""Directional ablation in the weights (Arditi et al. 2024, arXiv 2406.11717, section 4), exact for readers too.
+
+A writer loses what it adds along ``r``: ``W' = W - s r (r^T W)``. A reader behind a norm with gain ``D`` and centring
+``P`` sees ``D P h``, so it is made blind to ``u = D P r``: ``W' = W - s (W u) u^T``. A writer in front of a post-norm
+with gain ``gamma`` is orthogonalised against ``gamma * r``. Several directions are mapped first, then orthonormalised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ollama_forge.checkpoints.architecture import Matrix, ModelMap, Norm, Role
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale, orthonormal
+from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ReadVector, select_matrices
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import ForgeError
+
+
+def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor:
+    """Map ``[k, d]`` vectors of the residual stream to what stands behind a norm: ``D P r``."""
+    if norm is None:
+        return vectors
+    if norm.centred:
+        vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+    return vectors * (read(norm.weight) + norm.offset)
+
+
+def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
+    """The basis ``[d, k]`` a writer's output is freed of, its post-norm accounted for.
+
+    Behind a centring post-norm ``r . D P y`` is ``(P D r) . y``.
+    """
+    if matrix.post_norm is not None:
+        vectors = vectors * (read(matrix.post_norm.weight) + matrix.post_norm.offset)
+        if matrix.post_norm.centred:
+            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
+    return _basis(vectors, matrix)
+
+
+def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: EditSettings, read: ReadVector) -> EditPlan:
+    """Plan the ablation of ``direction`` from every matrix that the settings name.
+
+    Args:
+        read: gives a gain or bias of the model by its tensor name, as float32.
+
+    Raises:
+        ForgeError: no matrix is left to edit, or the direction vanishes behind a norm.
+    """
+    chosen, skipped = select_matrices(model, settings)
+    edits: dict[str, MatrixEdit] = {}
+    for matrix in chosen:
+        vectors = direction.for_layer(matrix.layer or 0)
+        strength = settings.strength_of(matrix, model.n_layers, direction.layer)
+        edits[matrix.tensor] = _edit(matrix, vectors, strength, settings.norm_preserving, read)
+    return EditPlan("orthogonal", edits, skipped, projects=True)
+
+
+def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:
+    if matrix.role is Role.EMBEDDING:  # [vocabulary, d]: each row is a vector of the stream
+        return MatrixEdit(matrix, RemoveFromInput(_basis(vectors, matrix)), strength, _rule(preserve, Rescale.ROWS))
+    if matrix.writes:
+        basis = output_basis(matrix, vectors, read)
+        bias = BiasEdit(basis, None) if matrix.bias else None
+        return MatrixEdit(matrix, RemoveFromOutput(basis), strength, _rule(preserve, Rescale.COLUMNS), bias)
+    basis = _basis(through_norm(vectors, matrix.reads, read), matrix)
+    bias = None
+    if matrix.bias and matrix.reads is not None and matrix.reads.bias is not None:
+        bias = BiasEdit(basis, read(matrix.reads.bias))
+    return MatrixEdit(matrix, RemoveFromInput(basis), strength, _rule(preserve, Rescale.ROWS), bias)
+
+
+def _rule(preserve: bool, rescale: Rescale) -> Rescale:
+    return rescale if preserve else Rescale.NONE
+
+
+def _basis(vectors: Tensor, matrix: Matrix) -> Tensor:
+    lengths = torch.linalg.vector_norm(vectors, dim=-1)
+    if not torch.isfinite(lengths).all() or (lengths < 1e-8).any():
+        raise ForgeError(f"the direction vanishes at {matrix.tensor}", "is it a direction of this model?")
+    return orthonormal(vectors)

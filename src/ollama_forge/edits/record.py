@@ -1,0 +1,135 @@
+"""``<dir>.edit.safetensors``: the edit itself, from which it can be applied again, undone, or turned into an adapter.
+
+Per changed matrix the float32 tensors ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]`` at strength 1 (stacked
+experts: ``[experts, ...]``), per changed bias ``<name>.delta``, what was added. The metadata's ``edit`` is JSON: format,
+method, model fingerprint, settings, and per matrix its strength, norm rule and the SHA-256 of its bytes before and after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from ollama_forge.checkpoints.architecture import ModelMap
+from ollama_forge.edits.factors import Given, Rescale
+from ollama_forge.edits.plan import EditPlan, GivenBias, MatrixEdit
+from ollama_forge.errors import ForgeError
+from ollama_forge.files import write_bytes
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """One matrix's factors at strength 1, its strength and norm rule, and hashes of its bytes (None: not known yet)."""
+
+    L: Tensor
+    K: Tensor
+    strength: float
+    rescale: Rescale
+    source_sha256: str | None = None
+    result_sha256: str | None = None
+    relative_change: float | None = None
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """A whole edit: tensor name -> record, bias name -> shift, and where it comes from."""
+
+    factors: str
+    fingerprint: str
+    matrices: Mapping[str, MatrixRecord]
+    bias_shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        described: dict[str, dict[str, Any]] = {}
+        for name, record in self.matrices.items():
+            tensors[f"{name}.L"], tensors[f"{name}.K"] = (
+                record.L.float().contiguous(),
+                record.K.float().contiguous(),
+            )
+            described[name] = {
+                "strength": record.strength,
+                "rescale": record.rescale.value,
+                "source_sha256": record.source_sha256,
+                "result_sha256": record.result_sha256,
+                "relative_change": record.relative_change,
+            }
+        for name, delta in self.bias_shifts.items():
+            tensors[f"{name}.delta"] = delta.float().contiguous()
+        header = {
+            "format": FORMAT,
+            "factors": self.factors,
+            "fingerprint": self.fingerprint,
+            "settings": dict(self.settings),
+            "matrices": described,
+        }
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # shared storage is refused
+        write_bytes(path, save_safetensors(tensors, metadata={"edit": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path) -> EditRecord:
+        """Read a record.
+
+        Raises:
+            ForgeError: no such file, or not an edit.
+        """
+        if not path.is_file():
+            raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write such files")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["edit"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            matrices = {
+                name: MatrixRecord(
+                    tensors[f"{name}.L"],
+                    tensors[f"{name}.K"],
+                    entry["strength"],
+                    Rescale(entry["rescale"]),
+                    entry["source_sha256"],
+                    entry["result_sha256"],
+                    entry["relative_change"],
+                )
+                for name, entry in header["matrices"].items()
+            }
+            shifts = {name[:-6]: tensor for name, tensor in tensors.items() if name.endswith(".delta")}
+            return cls(header["factors"], header["fingerprint"], matrices, shifts, header["settings"])
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            raise ForgeError(
+                f"{path} is not an edit of ollama-forge", "give a file ending in .edit.safetensors"
+            ) from None
+
+    def plan(self, model: ModelMap, fingerprint: str) -> EditPlan:
+        """The plan that does this edit again.
+
+        Raises:
+            ForgeError: the record was made from another model.
+        """
+        known = {matrix.tensor: matrix for matrix in model.matrices}
+        edits: dict[str, MatrixEdit] = {}
+        for name, record in self.matrices.items():
+            matrix = known.get(name)
+            shapes = (record.L.shape[-2], record.K.shape[-2])
+            if matrix is None or shapes != (matrix.out_features, matrix.in_features) or self.fingerprint != fingerprint:
+                raise ForgeError("the edit was made from another model", "apply it to the model it was computed from")
+            shift = self.bias_shifts.get(matrix.bias or "")
+            bias = None if shift is None else GivenBias(shift)
+            rule = Given(record.L, record.K)
+            edits[name] = MatrixEdit(matrix, rule, record.strength, record.rescale, bias)
+        skipped = {name: "not part of the edit" for name in known if name not in edits}
+        return EditPlan(self.factors, edits, skipped, projects=False)
+
+
+def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Factors of the experts of one stack, stacked likewise."""
+    return torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors])

@@ -1,0 +1,1 @@
+"""What an edit did: refusals, first-token KL divergence, intervals, controls, verification; and the report of them."""

@@ -1,0 +1,149 @@
+"""Measuring a model: refusals among its answers, and the first-token KL divergence from the base model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
+from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
+from ollama_forge.models.batching import Ids
+from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.greedy import answer, first_log_probs
+from ollama_forge.progress import bar
+from ollama_forge.prompts.split import PartPrompts
+
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Classes of the answers to one list of prompts."""
+
+    refusal: int
+    answer: int
+    degenerate: int
+
+    @property
+    def total(self) -> int:
+        return self.refusal + self.answer + self.degenerate
+
+    @property
+    def refused(self) -> Estimate:
+        return wilson(self.refusal, self.total)
+
+    @property
+    def broken(self) -> Estimate:
+        return wilson(self.degenerate, self.total)
+
+    @classmethod
+    def of(cls, classes: Sequence[AnswerClass]) -> Counts:
+        found = Counter(classes)
+        return cls(found[AnswerClass.REFUSAL], found[AnswerClass.ANSWER], found[AnswerClass.DEGENERATE])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "total": self.total,
+            "refusal_rate": asdict(self.refused),
+            "degenerate_rate": asdict(self.broken),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Counts:
+        return cls(value["refusal"], value["answer"], value["degenerate"])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on one part's prompts. ``kl`` is in nats, over harmless prompts; 0 for the base model itself."""
+
+    harmful: Counts
+    harmless: Counts
+    kl: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "harmful": self.harmful.to_json(),
+            "harmless": self.harmless.to_json(),
+            "first_token_kl": asdict(self.kl),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Measurement:
+        return cls(
+            Counts.from_json(value["harmful"]),
+            Counts.from_json(value["harmless"]),
+            Estimate(**value["first_token_kl"]),
+        )
+
+
+def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
+    """``KL(base || other)`` of each row, in nats.
+
+    Args:
+        base, other: float32 log-probabilities ``[prompts, vocabulary]``.
+
+    Raises:
+        ForgeError: a row is not finite.
+    """
+    if base.shape != other.shape:
+        raise ForgeError("the two models have different vocabularies", "compare a checkpoint with its own base")
+    terms = torch.where(base > -torch.inf, base.exp() * (base - other), 0.0)
+    divergence = terms.sum(-1, dtype=torch.float64)
+    if not torch.isfinite(divergence).all():
+        raise ForgeError("the edited model computes NaN or infinite values", "lower the strength, or --dtype float32")
+    return divergence.clamp_min(0.0)
+
+
+def measure(
+    model: ChatModel, prompts: PartPrompts, base_first: Tensor | None, title: str
+) -> tuple[Measurement, Tensor]:
+    """Answer all prompts of a part with up to 64 greedy tokens and score them.
+
+    Args:
+        base_first: the base model's first-token log-probabilities on the harmless prompts; None for the base itself.
+
+    Returns:
+        The measurement, and this model's first-token log-probabilities on the harmless prompts.
+    """
+
+    def decided(ids: Ids) -> bool:
+        return is_surely_refusal(model.decode(ids))
+
+    with bar(title, len(prompts.harmful) + len(prompts.harmless)) as advance:
+        harmful = answer(model, model.prompts_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance)
+        harmless = answer(
+            model,
+            model.prompts_ids(prompts.harmless),
+            ANSWER_TOKENS,
+            decided=decided,
+            keep_first=True,
+            progress=advance,
+        )
+    assert harmless.first is not None
+    base = harmless.first if base_first is None else base_first
+    divergence = kl_per_prompt(base, harmless.first)
+    counts = [Counts.of([classify(model.decode(ids)) for ids in answers.ids]) for answers in (harmful, harmless)]
+    return Measurement(counts[0], counts[1], bootstrap_mean(divergence.tolist())), harmless.first
+
+
+def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_first: Tensor) -> float:
+    """Mean first-token KL divergence from the base model."""
+    return float(kl_per_prompt(base_first, first_log_probs(model, harmless)).mean())
+
+
+def count_refusals(model: ChatModel, harmful: Sequence[Ids], progress: Callable[[int], None] | None = None) -> int:
+    """Refusals alone, each answer ending as soon as it is decided whether it is one."""
+
+    def decided(ids: Ids) -> bool:
+        return refusal_is_decided(model.decode(ids))
+
+    answers = answer(model, harmful, ANSWER_TOKENS, decided=decided, progress=progress)
+    return sum(classify(model.decode(ids)) is AnswerClass.REFUSAL for ids in answers.ids)

@@ -1,0 +1,56 @@
+"""Batches of token ids: sorted by length, padded on the left, results in the order they were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded rows. ``rows`` are the places of the prompts in the list that was asked for."""
+
+    rows: tuple[int, ...]
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids ``[batch, width]``, counted from each row's first real token."""
+        return (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[len(rows), longest]``."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def by_length(prompts: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
+    """Places of prompts, longest first (so that memory runs out at once or not at all), in groups of a batch."""
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def batches(prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    for rows in by_length(prompts, batch_size):
+        ids, mask = pad_left([prompts[row] for row in rows], pad_id, device)
+        yield Batch(tuple(rows), ids, mask)
+
+
+def shared_prefix(prompts: Sequence[Ids]) -> int:
+    """Length of the longest common start, at least one token of every prompt left over."""
+    shortest, longest = min(prompts), max(prompts)
+    length = next(
+        (place for place, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
+        min(len(shortest), len(longest)),
+    )
+    return max(0, min(length, min(map(len, prompts)) - 1))

@@ -1,0 +1,285 @@
+"""A transformers chat model, loaded once: renders its template, runs batches under hooks, answers greedily.
+
+The protocol above it is plain: token ids in, ids and log-probabilities out.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollama_forge.checkpoints.architecture import Matrix, ModelMap
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.models.batching import Batch, Ids, batches
+from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
+from ollama_forge.quiet import quiet_transformers
+
+DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded and its template rendered; the same for computing, measuring and chatting."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: str | int = "auto"
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allow_base_model: bool = False
+    load_in_8bit: bool = False
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass once the deepest layer that is needed has run."""
+
+
+class ChatModel:
+    """A causal language model with its tokenizer. ``ChatModel.load`` makes one."""
+
+    def __init__(self, module: nn.Module, tokenizer: Any, model_map: ModelMap, settings: LoadSettings) -> None:
+        self.module = module.eval()
+        self.tokenizer = tokenizer
+        self.map = model_map
+        self.settings = settings
+        self.device = next(module.parameters()).device
+        self.root = self._find_root()
+        self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos_ids or [0])[0]
+        head = module.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, nn.Module):  # on CPUs a bf16 product of a strided slice takes hundreds of times longer
+            head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        self._slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel:
+        """Load a checkpoint.
+
+        Raises:
+            ForgeError: unreadable weights, too little memory, or no chat template (unless allowed).
+        """
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = load_tokenizer(checkpoint.folder)
+        if not tokenizer.chat_template and not settings.allow_base_model:
+            raise ForgeError(
+                f"{checkpoint.label} has no chat template: it looks like a base model, which has no refusals to find",
+                "use its instruct or chat release, or pass --allow-base-model to prompt it with bare text",
+            )
+        model_map = checkpoint.map()
+        device = pick_device(settings.device)
+        dtype = pick_dtype(settings.dtype, device)
+        _check_memory(checkpoint, device, dtype, settings.load_in_8bit)
+        options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+        if settings.load_in_8bit:
+            require_8bit(device)
+            from transformers import BitsAndBytesConfig
+
+            options |= {
+                "quantization_config": BitsAndBytesConfig(load_in_8bit=True),  # type: ignore[no-untyped-call]
+                "device_map": {"": device},
+            }
+        with quiet_transformers():
+            try:
+                module = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise ForgeError(
+                    f"{checkpoint.label} cannot be loaded: {_first_line(error)}",
+                    "is it whole? Try another dtype or device",
+                ) from error
+        if not settings.load_in_8bit:
+            module = module.to(device)  # type: ignore[arg-type]
+        return cls(module, tokenizer, model_map, settings)
+
+    def _find_root(self) -> str:
+        for root in self.map.module_roots:
+            try:
+                self.module.get_submodule(f"{root}{self.map.layer_module.format(0)}")
+            except AttributeError:
+                continue
+            return root
+        raise ForgeError(
+            f"the loaded {self.map.model_type} model has no layers where they are expected",
+            "please report this",
+        )
+
+    # -- text and ids ---------------------------------------------------------------------------------------------
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end an answer: the generation config's, and the tokenizer's."""
+        config = getattr(self.module, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        listed = [ids] if isinstance(ids, int) else list(ids or [])
+        own = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([*listed, *([own] if own is not None else [])]))
+
+    def render(self, messages: Sequence[Mapping[str, str]], **template_kwargs: Any) -> str:
+        """The templated prompt, generation prompt included (bare text for a base model)."""
+        return render(self.tokenizer, messages, self.settings, **template_kwargs)
+
+    def prompt_ids(self, instruction: str) -> Ids:
+        """Ids of one instruction as the model is measured: with the system prompt, thinking off where that is known."""
+        text = self.render([{"role": "user", "content": instruction}], **measuring_kwargs(self.tokenizer))
+        return self.encode(text)
+
+    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
+        return [self.prompt_ids(instruction) for instruction in instructions]
+
+    def encode(self, text: str) -> Ids:
+        ids: Ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template).input_ids
+        return ids
+
+    def decode(self, ids: Ids) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    # -- modules --------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int) -> nn.Module:
+        return self.module.get_submodule(f"{self.root}{self.map.layer_module.format(index)}")
+
+    def submodule(self, matrix: Matrix) -> nn.Module:
+        """The module that holds a matrix (for stacked experts: the one whose parameter it is)."""
+        try:
+            return self.module.get_submodule(f"{self.root}{matrix.module}")
+        except AttributeError:
+            pass
+        path = matrix.module.rsplit(".", 1)[0] if matrix.experts else matrix.module
+        for root in (self.root, ""):
+            try:
+                return self.module.get_submodule(f"{root}{path}")
+            except AttributeError:
+                continue
+        raise ForgeError(f"the loaded model has no {matrix.module}", "please report this with the model's name")
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The unembedding."""
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        return head if isinstance(head, nn.Module) else None
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
+        return batches(prompts, self.batch_size, self.pad_id, self.device)
+
+    @torch.inference_mode()
+    def run_to_layer(self, batch: Batch, deepest: int) -> None:
+        """Run a batch for its hooks' sake alone: no unembedding, nothing behind layer ``deepest``."""
+
+        def stop(*_: Any) -> None:
+            raise _Enough
+
+        handle = self.layer(deepest).register_forward_hook(stop)
+        try:
+            self.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+
+    def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
+        """The module's forward pass; logits of the last position alone where it can give them alone."""
+        if last_only and self._slices_logits:
+            inputs["logits_to_keep"] = 1
+        return self.module(**inputs)
+
+    @torch.inference_mode()
+    def loss(self, text: str) -> float:
+        """Mean negative log-likelihood of a text's tokens after the first (nats)."""
+        ids = torch.tensor([self.encode(text)], device=self.device)
+        logits = self.forward(last_only=False, input_ids=ids).logits[0, :-1].float()
+        return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
+
+    def retry_smaller(self, work: Callable[[], Any]) -> Any:
+        """Do the work; where an automatic batch size is too large for the device's memory, halve it and do it again."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.settings.batch_size != "auto" or self.batch_size == 1:
+                    raise ForgeError(
+                        f"the device's memory does not hold a batch of {self.batch_size}",
+                        "lower --batch-size, or --load-in-8bit",
+                    ) from None
+            self.batch_size //= 2
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ForgeError(
+                f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", "is it complete?"
+            ) from error
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], settings: LoadSettings, **extra: Any) -> str:
+    """Render messages with the settings' system prompt and template arguments, which win over ``extra``."""
+    turns = [dict(message) for message in messages]
+    if settings.system is not None and (not turns or turns[0]["role"] != "system"):
+        turns.insert(0, {"role": "system", "content": settings.system})
+    if not tokenizer.chat_template:
+        return "\n\n".join(turn["content"] for turn in turns)
+    import jinja2
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **{**extra, **settings.template_kwargs}
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ForgeError(
+            f"the chat template refuses these messages: {_first_line(error)}",
+            "check --system and --template-kwargs",
+        ) from error
+    return text
+
+
+def measuring_kwargs(tokenizer: Any) -> dict[str, Any]:
+    """Thinking off, where the template knows that switch: what is scored is the answer."""
+    return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+
+
+def parse_template_kwargs(text: str) -> dict[str, Any]:
+    """``--template-kwargs``: a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--template-kwargs {text!r} is not a JSON object", """for example '{"enable_thinking": false}'"""
+        )
+    return value
+
+
+def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> None:
+    available = memory_available(device)
+    width = 1 if load_in_8bit else dtype.itemsize
+    needed = int(checkpoint.parameters * width * 1.1)
+    if available is not None and needed > available:
+        raise ForgeError(
+            f"{checkpoint.label} needs about {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, "
+            f"{available / 1e9:.1f} GB are free on {device}",
+            "--load-in-8bit on a CUDA device halves it; or --dtype bfloat16, or a smaller model",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,147 @@
+"""Greedy answers in batches, over a cache of the prompts' shared start, rows leaving as soon as they are decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.models.batching import Ids, by_length, pad_left, shared_prefix
+from ollama_forge.models.chat_model import ChatModel
+
+Decided = Callable[[Ids], bool]
+_COMPACT_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Token ids of the answers (without what ended them), and the first token's log-probabilities.
+
+    Attributes:
+        ids: one list per prompt.
+        first: float32 ``[prompts, vocabulary]``, natural logarithms, on the CPU; None unless asked for.
+    """
+
+    ids: list[Ids]
+    first: Tensor | None
+
+
+@torch.inference_mode()
+def answer(
+    model: ChatModel,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    *,
+    decided: Decided | None = None,
+    keep_first: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Answers:
+    """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
+
+    Args:
+        decided: tells from an answer so far that no further token can matter; such an answer ends there.
+        keep_first: keep the first token's log-probabilities.
+        progress: called with the number of prompts that are done.
+    """
+    if not prompts:
+        return Answers([], None)
+    out: list[Ids] = [[] for _ in prompts]
+    first: list[Tensor | None] = [None] * len(prompts)
+    length = _usable_prefix(model, prompts, max_new_tokens)
+
+    def group(rows: list[int]) -> None:
+        decoder = _Decoder(model, [prompts[row] for row in rows], length)
+        if keep_first:
+            for row, scores in zip(rows, decoder.logits.float().log_softmax(-1).cpu(), strict=True):
+                first[row] = scores
+        for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
+            out[row] = ids
+
+    def work() -> None:
+        for rows in by_length(prompts, model.batch_size):
+            group(rows)
+            if progress:
+                progress(len(rows))
+
+    model.retry_smaller(work)
+    return Answers(out, torch.stack([scores for scores in first if scores is not None]) if keep_first else None)
+
+
+def first_log_probs(model: ChatModel, prompts: Sequence[Ids]) -> Tensor:
+    """Natural log-probabilities ``[prompts, vocabulary]`` of the first token of each answer, float32, on the CPU."""
+    first = answer(model, prompts, 0, keep_first=True).first
+    assert first is not None
+    return first
+
+
+def _usable_prefix(model: ChatModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:
+    """The prompts' common start, unless a sliding window could tell cached positions from padding."""
+    config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(config, "sliding_window", None)
+    if window and max(map(len, prompts)) + max_new_tokens >= window:
+        return 0
+    return shared_prefix(prompts) if len(prompts) > 1 else 0
+
+
+class _Decoder:
+    """One batch: its cache, mask and the logits of the last position."""
+
+    def __init__(self, model: ChatModel, prompts: Sequence[Ids], prefix: int) -> None:
+        self.model = model
+        ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.pad_id, model.device)
+        cache: Any = None
+        if prefix:
+            start = torch.tensor([prompts[0][:prefix]], device=model.device)
+            cache = model.forward(input_ids=start, use_cache=True).cache
+            cache.batch_repeat_interleave(len(prompts))
+            mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
+        self.mask = mask
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, prefix:]
+        result = model.forward(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        self.cache, self.logits = result.cache, result.logits[:, -1]
+
+    def run(self, max_new_tokens: int, decided: Decided | None) -> list[Ids]:
+        out: list[Ids] = [[] for _ in range(len(self.mask))]
+        live = list(range(len(out)))  # the row of the cache at place i answers prompt live[i]
+        ends = set(self.model.eos_ids)
+        finished: set[int] = set()
+        for step in range(max_new_tokens):
+            chosen = self.logits.argmax(-1)
+            for place, token in enumerate(chosen.tolist()):
+                row = live[place]
+                if row in finished:
+                    continue
+                if token in ends:
+                    finished.add(row)
+                    continue
+                out[row].append(token)
+                if decided is not None and decided(out[row]):
+                    finished.add(row)
+            going = [place for place, row in enumerate(live) if row not in finished]
+            if not going or step == max_new_tokens - 1:
+                break
+            if len(going) <= _COMPACT_SHARE * len(live):
+                self._keep(going)
+                chosen, live = chosen[going], [live[place] for place in going]
+            self._step(chosen)
+        return out
+
+    def _keep(self, places: list[int]) -> None:
+        index = torch.tensor(places, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+    def _step(self, chosen: Tensor) -> None:
+        positions = self.mask.sum(-1, keepdim=True)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        result = self.model.forward(
+            input_ids=chosen.unsqueeze(1),
+            attention_mask=self.mask,
+            position_ids=positions,
+            cache=self.cache,
+            use_cache=True,
+        )
+        self.cache, self.logits = result.cache, result.logits[:, -1]

@@ -1,0 +1,1 @@
+"""Instruction lists: curated, from files or folders; sampled, and split into parts that never mix."""

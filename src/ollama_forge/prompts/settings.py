@@ -1,0 +1,57 @@
+"""Which instruction lists a run works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ollama_forge.errors import UsageError
+from ollama_forge.prompts.sources import read_folder, read_instructions
+from ollama_forge.prompts.split import PromptSplit, split_prompts
+
+DEFAULT_PAIRS = 32
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Own lists by file or folder (curated ones where none is given), how many pairs to fit on, and the seed.
+
+    ``num_instructions`` None is the default of the method: 32 pairs for a direction, 256 for least squares.
+    """
+
+    harmful: str | None = None
+    harmless: str | None = None
+    harmful_dir: str | None = None
+    harmless_dir: str | None = None
+    column: str | None = None
+    num_instructions: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_instructions is not None and self.num_instructions < 1:
+            raise UsageError(f"--num-instructions {self.num_instructions} is less than 1", "32 is the default")
+        for side in ("harmful", "harmless"):
+            if getattr(self, side) and getattr(self, f"{side}_dir"):
+                raise UsageError(f"both --{side} and --{side}-dir are given", "give one of them")
+
+    def load(self, most: int) -> PromptSplit:
+        """Read and split the lists; the fit part holds ``num_instructions`` pairs, or ``most`` where that is unset.
+
+        Raises:
+            ForgeError: a list is missing, empty, binary or badly encoded.
+        """
+        split = split_prompts(
+            self._side(self.harmful, self.harmful_dir),
+            self._side(self.harmless, self.harmless_dir),
+            num_instructions=self.num_instructions or most,
+            seed=self.seed,
+        )
+        if self.num_instructions is None:  # fewer than a default is nothing to tell of
+            notes = tuple(note for note in split.notes if "were asked for" not in note)
+            return PromptSplit(split.fit, split.select, split.report, notes)
+        return split
+
+    def _side(self, file: str | None, folder: str | None) -> list[str] | None:
+        if folder:
+            return read_folder(Path(folder))
+        return read_instructions(Path(file), self.column) if file else None

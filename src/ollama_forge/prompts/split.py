@@ -1,0 +1,157 @@
+"""Three disjoint parts: the direction sees *fit*, choices are made on *select*, what is shown is measured on *report*.
+
+Curated pairs are split by a stable hash of the pair's index, so both lines of a pair lie in one part; other lines by a
+hash of their normalised text. A line that is also curated keeps its pair's part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ollama_forge.errors import UsageError
+from ollama_forge.files import sha256_json
+from ollama_forge.prompts.curated import curated_pairs
+from ollama_forge.prompts.normalise import dedupe, normalise
+
+MINIMUM_TO_MEASURE = 20
+
+
+class Part(StrEnum):
+    FIT = "fit"
+    SELECT = "select"
+    REPORT = "report"
+
+
+@dataclass(frozen=True)
+class PartPrompts:
+    """The harmful and harmless instructions of one part."""
+
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+
+    def first(self, count: int) -> PartPrompts:
+        return PartPrompts(self.harmful[:count], self.harmless[:count])
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {"harmful": sha256_json(list(self.harmful)), "harmless": sha256_json(list(self.harmless))}
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """The three parts, each in a seeded order, and what a user must be told about them."""
+
+    fit: PartPrompts
+    select: PartPrompts
+    report: PartPrompts
+    notes: tuple[str, ...] = field(default=())
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        return {part.value: getattr(self, part.value).hashes for part in Part}
+
+
+def part_of_key(key: str) -> Part:
+    """Fit for 50 % of all keys, select for 20 %, report for 30 %; the same on every machine for ever."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    if share < 0.5:
+        return Part.FIT
+    return Part.SELECT if share < 0.7 else Part.REPORT
+
+
+def part_of_pair(index: int) -> Part:
+    return part_of_key(f"pair:{index}")
+
+
+def part_of_line(line: str, curated: dict[str, Part]) -> Part:
+    key = normalise(line)
+    return curated.get(key) or part_of_key(f"line:{key}")
+
+
+def curated_parts() -> dict[str, Part]:
+    """Normalised curated line -> its pair's part."""
+    return {
+        normalise(line): part_of_pair(pair.index) for pair in curated_pairs() for line in (pair.harmful, pair.harmless)
+    }
+
+
+def split_prompts(
+    harmful: Sequence[str] | None = None,
+    harmless: Sequence[str] | None = None,
+    *,
+    num_instructions: int | None = 32,
+    seed: int = 0,
+) -> PromptSplit:
+    """Split own lists (or, where one is None, the curated ones) and sample the fit part.
+
+    Args:
+        num_instructions: pairs to fit on; None for all there are.
+        seed: of the order in which lines are taken.
+
+    Raises:
+        UsageError: no line is left to fit on, or the two lists share a line.
+    """
+    notes: list[str] = []
+    curated = curated_parts()
+    sides = {"harmful": harmful, "harmless": harmless}
+    both = {normalise(line) for line in harmful or ()} & {normalise(line) for line in harmless or ()}
+    if both:
+        raise UsageError(
+            f"{len(both)} lines are in both lists, such as {sorted(both)[0]!r}", "a line is harmful or not"
+        )
+    parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
+    for side, own in sides.items():
+        shipped = [getattr(pair, side) for pair in curated_pairs()]
+        divided = _divide(dedupe(list(own)) if own is not None else shipped, curated)
+        for part in (Part.SELECT, Part.REPORT):
+            if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
+                notes.append(
+                    f"only {len(divided[part])} of your {side} lines fall into the {part.value} part: "
+                    f"the curated ones are used there"
+                )
+                divided[part] = _divide(shipped, curated)[part]
+        for part in Part:
+            parts[part][side] = divided[part]
+    paired = harmful is None and harmless is None
+    for part in Part:
+        _shuffle(parts[part], f"{seed}:{part.value}", together=paired)
+    fit = _sample(parts[Part.FIT], num_instructions, notes)
+    return PromptSplit(
+        fit,
+        _whole(parts[Part.SELECT]),
+        _whole(parts[Part.REPORT]),
+        tuple(notes),
+    )
+
+
+def _divide(lines: Iterable[str], curated: dict[str, Part]) -> dict[Part, list[str]]:
+    divided: dict[Part, list[str]] = {part: [] for part in Part}
+    for line in lines:
+        divided[part_of_line(line, curated)].append(line)
+    return divided
+
+
+def _shuffle(sides: dict[str, list[str]], seed: str, *, together: bool) -> None:
+    if together:  # parallel lines stay parallel, so that a small sample is balanced too
+        rows = list(zip(sides["harmful"], sides["harmless"], strict=True))
+        random.Random(seed).shuffle(rows)
+        sides["harmful"], sides["harmless"] = [bad for bad, _ in rows], [good for _, good in rows]
+    else:
+        for side, lines in sides.items():
+            random.Random(f"{seed}:{side}").shuffle(lines)
+
+
+def _whole(sides: dict[str, list[str]]) -> PartPrompts:
+    return PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
+
+
+def _sample(sides: dict[str, list[str]], count: int | None, notes: list[str]) -> PartPrompts:
+    for side, lines in sides.items():
+        if not lines:
+            raise UsageError(f"no {side} line is left to compute a direction from", "give a longer list")
+        if count is not None and len(lines) < count:
+            notes.append(f"{count} {side} instructions were asked for, {len(lines)} are there: all are used")
+    return PartPrompts(tuple(sides["harmful"][:count]), tuple(sides["harmless"][:count]))

@@ -1,0 +1,1 @@
+"""Talking to a model: sampling, and the terminal chat."""

@@ -1,0 +1,139 @@
+"""The single steps as functions: ``compute_dir`` and ``apply``, named like their commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ollama_forge.checkpoints.architecture import Role
+from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.directions.compute import DirectionSettings, compute_direction
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.apply import AppliedEdit
+from ollama_forge.edits.least_squares import MAX_PAIRS
+from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.record import EditRecord, MatrixRecord
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.written import write_checkpoint
+from ollama_forge.errors import UsageError
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.progress import say, step
+from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
+from ollama_forge.search.ladder import Candidate
+from ollama_forge.search.workbench import ASKED, Workbench
+
+
+@dataclass(frozen=True)
+class ComputedDirection:
+    """What ``compute_dir`` wrote: the direction, its file, and the file of fitted factors if any."""
+
+    direction: RefusalDirection
+    path: Path
+    edit_path: Path | None
+
+
+def edit_beside(path: Path) -> Path:
+    """``refusal.pt`` -> ``refusal.edit.safetensors``."""
+    return path.with_suffix(".edit.safetensors")
+
+
+def compute_dir(
+    model: str,
+    output: Path,
+    *,
+    revision: str | None = None,
+    prompts: PromptSettings | None = None,
+    load: LoadSettings | None = None,
+    direction: DirectionSettings | None = None,
+    edit: EditSettings | None = None,
+) -> ComputedDirection:
+    """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
+
+    Args:
+        edit: least-squares settings, to fit factors too and write them beside ``output``; None for the direction alone.
+
+    Raises:
+        ForgeError: no such model or list, or a model that cannot be loaded.
+    """
+    prompts, load, direction = (
+        prompts or PromptSettings(),
+        load or LoadSettings(),
+        direction or DirectionSettings(),
+    )
+    if output.suffix != ".pt":
+        raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
+    fits = edit is not None and edit.factors == "least-squares"
+    split = prompts.load(MAX_PAIRS if fits else DEFAULT_PAIRS)
+    for note in split.notes:
+        say(f"note: {note}")
+    source = resolve(model, revision)
+    with step(f"loading {source.label}"):
+        chat = ChatModel.load(source, load)
+    if not fits:
+        found = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
+        found.save(output)
+        return ComputedDirection(found, output, None)
+    assert edit is not None
+    bench = Workbench(
+        chat,
+        split,
+        direction,
+        vector_reader(source.tensors),
+        pairs=len(split.fit.harmful),
+        fingerprint=source.fingerprint,
+        seed=prompts.seed,
+    )
+    plan = bench.plan(Candidate("asked for", ASKED, edit))
+    found = bench.direction(ASKED)
+    factors = bench.factors[ASKED]
+    matrices = {n: MatrixRecord(factors[n].L, factors[n].K, e.strength, e.rescale) for n, e in plan.edits.items()}
+    found.save(output)
+    record = EditRecord("least-squares", source.fingerprint, matrices, settings=edit.to_json())
+    record.save(edit_beside(output))
+    return ComputedDirection(found, output, edit_beside(output))
+
+
+def apply(
+    model: str,
+    output_dir: Path,
+    *,
+    refusal_pt: Path | None = None,
+    edit_file: Path | None = None,
+    revision: str | None = None,
+    settings: EditSettings | None = None,
+    out_dtype: str = "bf16",
+) -> tuple[Checkpoint, AppliedEdit]:
+    """Write the edited checkpoint, shard by shard; the model is never built.
+
+    Args:
+        refusal_pt: a direction to make an orthogonal edit of, with ``settings`` (None: the documented default).
+        edit_file: an edit as ``compute_dir --factors`` or an earlier ``apply`` wrote it; exactly one of the two.
+
+    Raises:
+        UsageError: neither or both are given, or an option has no meaning for a given edit.
+        ForgeError: another model's direction, an undescribed architecture, damaged weights, a full disk.
+    """
+    if (refusal_pt is None) == (edit_file is None):
+        raise UsageError("give either --refusal-pt or --edit", "compute-dir writes them")
+    if edit_file is not None and settings is not None:
+        raise UsageError("an edit file holds its own settings", "leave out the options of the edit")
+    source = resolve(model, revision)
+    model_map = source.map()
+    if edit_file is not None:
+        plan = EditRecord.load(edit_file).plan(model_map, source.fingerprint)
+        direction = None
+    else:
+        assert refusal_pt is not None
+        settings = settings or EditSettings()
+        direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers)
+        made_from = direction.details.get("model_fingerprint")
+        if made_from not in (None, source.fingerprint):
+            say(f"note: {refusal_pt} was computed from another model of the same shape")
+        plan = plan_orthogonal(model_map, direction, settings, vector_reader(source.tensors))
+    applied = write_checkpoint(
+        source, model_map, plan, output_dir, settings=settings, out_dtype=out_dtype, direction=direction
+    )
+    if model_map.tied and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
+        say("note: the embedding is tied, so the unembedding was edited with it")
+    return Checkpoint(output_dir, str(output_dir), "folder"), applied
