@@ -69,8 +69,8 @@ class RefusalDirection:
         """Read a direction of a model with ``d_model`` and ``n_layers``, in any of the forms in use.
 
         ``(d,)``, ``(1, d)``, ``(d, 1)``, ``(d, k)``, ``(k, d)`` in any float type; ``(n_layers, d)`` where the
-        sidecar says per layer; ``{"per_layer": True, "directions": (L, d)}``; a ``mean_diffs.pt`` ``(positions, L, d)``, of
-        which the last position is taken per layer.
+        sidecar says per layer; ``{"per_layer": True, "directions": (L, d)}``; and ``mean_diffs.pt``
+        ``(positions, L, d)``, of which the last position is taken per layer.
 
         Raises:
             ForgeError: no such file, not a tensor file, or not of this model.

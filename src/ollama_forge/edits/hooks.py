@@ -37,8 +37,8 @@ def weight_of(model: ChatModel, matrix: Matrix) -> Tensor:
     parameter: Tensor = model.submodule(matrix).get_parameter("weight")
     if not parameter.is_floating_point():
         raise ForgeError("edits cannot be tried on a model in 8 bits", "it is loaded again in bf16 for that")
-    weight: Tensor = parameter.detach().float()
-    return weight.mT if matrix.transposed else weight
+    weight = parameter.detach().float()
+    return torch.t(weight) if matrix.transposed else weight
 
 
 def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
@@ -78,7 +78,7 @@ class _LinearHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         removed = (args[0].float() @ self.right) @ self.left.T
-        changed = output.float() - self.strength * removed
+        changed: Tensor = output.float() - self.strength * removed
         if self.rescale is Rescale.ROWS:
             assert self.scale is not None
             bias = 0.0 if self.bias is None else self.bias.float()

@@ -1,8 +1,8 @@
 """``<dir>.edit.safetensors``: the edit itself, from which it can be applied again, undone, or turned into an adapter.
 
 Per changed matrix the float32 tensors ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]`` at strength 1 (stacked
-experts: ``[experts, ...]``), per changed bias ``<name>.delta``, what was added. The metadata's ``edit`` is JSON: format,
-method, model fingerprint, settings, and per matrix its strength, norm rule and the SHA-256 of its bytes before and after.
+experts: ``[experts, ...]``), per changed bias ``<name>.delta``, what was added. The metadata's ``edit`` is JSON:
+format, method, model fingerprint, settings, and per matrix its strength, norm rule and the SHA-256 of its bytes.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ def model_card(record: Mapping[str, Any]) -> str:
             )
         lines += ["", "Measured on prompts that took no part in computing or choosing the edit.", ""]
     lines += [
-        "This is a research artefact. The licence of the base model applies to it, and whoever uses it answers for what "
-        "is done with it.",
+        "This is a research artefact. The licence of the base model applies to it, and whoever uses it answers for "
+        "what is done with it.",
         "",
     ]
     return "\n".join(lines)

@@ -22,11 +22,12 @@ _SERVE = (
 _REFUSAL = re.compile(
     rf"\bi(?:'m| am)? (?:\w+ )?{_NOT} {_ADVERB}{_SERVE}\b"
     rf"|\b(?:i|we) {_NOT} {_ADVERB}{_SERVE}\b"
-    rf"|\b(?:unable|not able|not allowed|not permitted|not going|not willing|not comfortable|unwilling) (?:to )?{_ADVERB}{_SERVE}"
+    rf"|\b(?:unable|not (?:able|allowed|permitted|going|willing|comfortable)|unwilling) (?:to )?{_ADVERB}{_SERVE}"
     r"|\b(?:i am|i'm|we are|we're) (?:(?:very|really|so|truly|deeply) )?sorry,? (?:but|i (?:can|won|am|must|do|have))"
     r"|\b(?:i )?apologi[sz]e,? but|\bmy apologies,? but"
     rf"|\bsorry,? (?:but )?(?:i|we)(?:'m| am| are)? (?:{_NOT}|not|unable)\b"
-    r"|\b(?:i|we) (?:must|have to|need to|will have to)(?: \w+)? (?:decline|refuse)\b|\bi (?:\w+ )?(?:decline|refuse) to\b"
+    r"|\b(?:i|we) (?:must|have to|need to|will have to)(?: \w+)? (?:decline|refuse)\b"
+    r"|\bi (?:\w+ )?(?:decline|refuse) to\b"
     r"|\bas an ai\b"
     r"|\b(?:goes )?against my (?:programming|guidelines|principles|values|ethic\w*|policy|policies|purpose)"
     r"|\bi(?:'m| am) (?:just |only )?(?:a |an )?(?:ai |language model|programmed|designed|not programmed)"
@@ -69,7 +70,7 @@ def is_surely_refusal(text: str) -> bool:
 
 
 def refusal_is_decided(text: str) -> bool:
-    """Whether an unfinished answer can no longer change between refusal and not: a marker came, or the opening is over."""
+    """Whether an unfinished answer's being a refusal is settled: a marker came, or the opening is over."""
     return is_surely_refusal(text) or opening(normalised(text))[1]
 
 
