@@ -1,0 +1,302 @@
+"""``run`` on a tiny model with a planted refusal direction: choosing, resuming, reporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.written import PROVENANCE, edit_file
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation import verify as verification
+from ollama_forge.files import read_json
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.pipeline import RunSettings, run, run_folder
+from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.steps import apply, compute_dir
+from tests import planted
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(folder: Path, planted_layer: int = 1, **changes: Any) -> RunSettings:
+    if not (folder / "model").exists():
+        planted.save(folder / "model", planted_layer)
+        planted.write_lists(folder)
+    made = RunSettings(
+        model=str(folder / "model"),
+        name="org/planted:tag",
+        output_dir=str(folder / "out"),
+        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        load=LoadSettings(device="cpu", dtype="float32"),
+    )
+    return replace(made, **changes)
+
+
+def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> None:
+    report = run(settings(tmp_path))
+    assert report.choice["name"] == "the documented default"
+    assert len(report.choice["trials"]) == 1
+    assert report.choice["settings"] == EditSettings().to_json()
+    assert report.rows["base"].harmful.answer == 0
+    assert report.rows["edited"].harmful.refusal == 0
+    assert report.rows["random direction"].harmful.refusal == report.rows["base"].harmful.total
+    assert report.verified
+
+
+def test_the_ladder_is_climbed_where_it_must_be(tmp_path: Path) -> None:
+    report = run(settings(tmp_path, planted_layer=0))  # the default leaves the first layer alone
+    assert report.choice["name"] == "attention, no layer skipped"
+    trials = report.choice["trials"]
+    assert trials[0]["refused"] == trials[0]["total"]
+    assert any(trial["settings"]["factors"] == "least-squares" for trial in trials)
+    assert report.rows["edited"].harmful.refusal == 0
+    assert (tmp_path / "out" / "refusal.pt").is_file()
+
+
+def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> None:
+    report = run(settings(tmp_path, planted_layer=0, escalate=False))
+    assert report.choice["settings"] == EditSettings().to_json()
+    assert report.choice["trials"] == []
+    assert report.rows["edited"].harmful.refusal == report.rows["base"].harmful.total
+    record = read_json(tmp_path / "out" / "checkpoint" / PROVENANCE)
+    layers = {name.split(".")[2] for name in record["changed"]}
+    kinds = {name.split(".")[-2] for name in record["changed"]}
+    assert layers == {"1", "2"}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert record["direction"]["layer"] in {int(f * planted.LAYERS) for f in (0.4, 0.5, 0.6)}
+    assert record["out_dtype"] == "bf16"
+
+
+def test_an_edit_setting_is_obeyed_without_climbing(tmp_path: Path) -> None:
+    report = run(settings(tmp_path, planted_layer=0, edit=EditSettings(strength=0.5, targets=("writers",))))
+    assert report.choice["settings"]["strength"] == 0.5
+    assert report.choice["trials"] == []
+    assert report.verified
+
+
+def test_negative_strength_strengthens_refusal(tmp_path: Path) -> None:
+    planted.save(tmp_path / "model")
+    planted.write_lists(tmp_path)
+    load = LoadSettings(device="cpu", dtype="float32")
+    prompts = PromptSettings(harmful=str(tmp_path / "harmful.txt"), harmless=str(tmp_path / "harmless.txt"))
+    found = compute_dir(str(tmp_path / "model"), tmp_path / "refusal.pt", prompts=prompts, load=load).direction
+    written, _ = apply(
+        str(tmp_path / "model"),
+        tmp_path / "stronger",
+        refusal_pt=tmp_path / "refusal.pt",
+        settings=EditSettings(strength=-0.5, norm_preserving=False),
+        out_dtype="keep",
+    )
+
+    def along(checkpoint: Checkpoint) -> float:
+        from ollama_forge.activations.residual import gather_residuals
+
+        model = ChatModel.load(checkpoint, load)
+        lines = (tmp_path / "harmful.txt").read_text(encoding="utf-8").splitlines()[:8]
+        return float((gather_residuals(model, model.prompts_ids(lines), [2]).mean.float() @ found.vectors.T).sum())
+
+    assert along(written) > 1.2 * along(Checkpoint(tmp_path / "model", "model", "folder"))
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(settings(tmp_path))
+    stamp = (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    second = run(settings(tmp_path))
+    assert capsys.readouterr().err.count("done before, unchanged") == 6
+    assert (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert {**first.to_json(), "seconds": 0} == {**second.to_json(), "seconds": 0}
+    run(settings(tmp_path, edit=EditSettings(strength=0.9)))
+    assert (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_a_failed_verification_fails_the_run_and_marks_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "WRITER_BOUND", -1.0)
+    with pytest.raises(ForgeError, match="verification failed: writers add nothing"):
+        run(settings(tmp_path))
+    assert read_json(tmp_path / "out" / "checkpoint" / PROVENANCE)["verified"] is False
+    assert "Unverified" in (tmp_path / "out" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "out" / "report.json")["verification"]["passed"] is False
+
+
+def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    precious = tmp_path / "out" / "checkpoint"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UsageError, match="something else"):
+        run(settings(tmp_path))
+    assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+def test_names_become_folders() -> None:
+    assert str(run_folder("openai/gpt-oss-20b:abl")) == "abliterate-openai-gpt-oss-20b-abl"
+
+
+def test_least_squares_by_steps_equals_the_run(tmp_path: Path) -> None:
+    made = settings(tmp_path)
+    edit = EditSettings(factors="least-squares", targets=("writers",), norm_preserving=False, strength=2.0)
+    report = run(replace(made, edit=edit))
+    assert report.verified
+    computed = compute_dir(
+        made.model, tmp_path / "r.pt", prompts=made.prompts, load=made.load, direction=made.direction, edit=edit
+    )
+    assert computed.edit_path is not None
+    apply(made.model, tmp_path / "by-steps", edit_file=computed.edit_path)
+    weights = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "by-steps", tmp_path / "out" / "checkpoint")]
+    assert weights[0] == weights[1]
+
+
+def test_the_edit_beside_a_checkpoint_makes_it_again(tmp_path: Path) -> None:
+    made = settings(tmp_path)
+    run(made)
+    folder = tmp_path / "out" / "checkpoint"
+    apply(made.model, tmp_path / "again", edit_file=edit_file(folder))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    planted.save(tmp_path / "other", planted_layer=2)
+    with pytest.raises(ForgeError, match="another model"):
+        apply(str(tmp_path / "other"), tmp_path / "wrong", edit_file=edit_file(folder))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_compute_dir_writes_the_same_bytes_for_a_seed(tmp_path: Path) -> None:
+    made = settings(tmp_path)
+    paths = [tmp_path / "one.pt", tmp_path / "two.pt"]
+    for path in paths:
+        compute_dir(made.model, path, prompts=made.prompts, load=made.load)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    found = RefusalDirection.load(paths[0], planted.D, planted.LAYERS)
+    assert abs(float(found.vectors[0, planted.R])) > 0.99
+    sidecar = json.loads(paths[0].with_suffix(".json").read_text(encoding="utf-8"))
+    assert {"method", "layer", "position", "candidates", "model_fingerprint", "lists", "seed"} <= set(sidecar)
+
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.test_run import settings
+from ollama_forge import pipeline
+from ollama_forge.edits import apply, written
+from ollama_forge.stages import Stages
+
+folder = Path({folder!r})
+POINTS = ["after base", "within choose", "within a shard", "before the factors", "within verify"]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(point):
+    if point == "after base":
+        pipeline._Run.choose = die
+    elif point == "within choose":
+        pipeline.Choice.to_json = die
+    elif point == "within a shard":
+        real = apply._Application.edited
+        def edited(self, edit, out):
+            if len(self.records) == 3:
+                die()
+            return real(self, edit, out)
+        apply._Application.edited = edited
+    elif point == "before the factors":
+        apply.EditRecord.save = die
+    else:
+        pipeline.verify = die
+
+for point in POINTS:
+    child = os.fork()
+    if child == 0:
+        arm(point)
+        pipeline.run(settings(folder, planted_layer=0))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (point, status)
+    checkpoint = folder / "out" / "checkpoint"
+    whole = checkpoint.exists()
+    assert whole == (point in ("before the factors", "within verify")), (point, whole)
+    print(point)
+pipeline.run(settings(folder, planted_layer=0))
+print("finished")
+"""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    skipped = {"report.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_five_points_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    made = settings(tmp_path, planted_layer=0)
+    torch.set_num_threads(1)
+    script = KILLER.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished" in done.stdout
+    disturbed, report = files_of(tmp_path / "out"), read_json(tmp_path / "out" / "report.json")
+    shutil.rmtree(tmp_path / "out")
+    fresh = subprocess.run(
+        [sys.executable, "-c", script.replace("for point in POINTS:", "for point in []:")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert fresh.returncode == 0, fresh.stderr[-2000:]
+    undisturbed = files_of(tmp_path / "out")
+    assert undisturbed.keys() == disturbed.keys()
+    assert [name for name in undisturbed if undisturbed[name] != disturbed[name]] == []
+    other = read_json(tmp_path / "out" / "report.json")
+    assert {**report, "seconds": 0} == {**other, "seconds": 0}
+    assert made.folder == tmp_path / "out"
+
+
+def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    settings(tmp_path)
+    script = (
+        "import sys, os, signal; sys.path.insert(0, %r)\n"
+        "from ollama_forge.edits import apply\n"
+        "real = apply._Application.edited\n"
+        "def edited(self, edit, out):\n"
+        "    if len(self.records) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(self, edit, out)\n"
+        "apply._Application.edited = edited\n"
+        "from ollama_forge.cli.main import main\n"
+        "sys.argv = ['ollama-forge', 'abliterate', 'apply', '--model', %r, '--refusal-pt', %r, '--output-dir', %r]\n"
+        "main()\n"
+    )
+    RefusalDirection(torch.eye(planted.D)[3:4]).save(tmp_path / "r.pt")
+    arguments = (str(ROOT), str(tmp_path / "model"), str(tmp_path / "r.pt"), str(tmp_path / "edited"))
+    done = subprocess.run([sys.executable, "-c", script % arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "harmful.txt", "harmless.txt", "model", "r.json", "r.pt",
+    ]  # fmt: skip
+    assert signal.SIGINT
