@@ -1,7 +1,7 @@
 """A tiny Llama whose refusals hang on one planted direction, so that whole runs take a second.
 
-Words of harmful prompts carry a feature that the attention of one layer moves into direction ``R`` at the last position;
-the unembedding answers a refusal where ``R`` is present and something friendly where it isn't.
+Words of harmful prompts carry a feature that the attention of one layer moves into direction ``R`` at the last
+position; the unembedding answers a refusal where ``R`` is present and something friendly where it isn't.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build(planted_layer: int) -> LlamaForCausalLM:
         head.zero_()
         head[TOKENS.index(REFUSAL), R] = 12.0
         head[TOKENS.index(FRIENDLY), ONE] = 3.0
-        head[TOKENS.index("<end>"), END] = 9.0
+        head[TOKENS.index("<end>"), END] = 40.0
         attention = model.model.layers[planted_layer].self_attn
         for matrix in (attention.q_proj, attention.k_proj):
             matrix.weight.zero_()  # every position attends to all before it alike
