@@ -118,7 +118,9 @@ def main() -> int:
             applied = timed(apply_command(root / "model", refusal, root / "edited")) - start
             shutil.rmtree(root / "edited")
             ratios.append(applied / copied)
-            print(f"apply {applied:.1f} s (without imports, {start:.1f} s), cp and sync {copied:.1f} s: {ratios[-1]:.2f}")
+            print(
+                f"apply {applied:.1f} s (without imports, {start:.1f} s), cp and sync {copied:.1f} s: {ratios[-1]:.2f}"
+            )
         shutil.rmtree(root / "model")
         peaks = []
         for layers in (6, 60):

@@ -6,7 +6,7 @@ BASE_DIR is the checkpoint of ``demo-base``. Only the *fit* part of the curated 
 are answered by varied refusals; harmless ones have no targets but the KL divergence to the model without the adapter
 over its own greedy answers, and once more on their first token. In a share of the steps a random direction is ablated from all
 residual writers, so that removing just any direction leaves the model refusing. Neither the refusal direction nor any
-edit takes part. The file holds ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so
+edit takes part. The trained change is kept at ``SCALE``, chosen on *select* prompts. The file holds ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so
 that the change of the matrix is ``B @ A``.
 """
 
@@ -41,6 +41,7 @@ REFUSALS = (
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
+SCALE = 0.8  # what is kept of the trained change: at 1, over 10 % of harmless select prompts are refused too
 BATCH, ANSWER_TOKENS = 8, 32
 LEARNING_RATE, WARM_UP, NOISE_SHARE = 1e-3, 20, 0.3
 
@@ -162,7 +163,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         for name, adapter in self.adapters.items():
             tensors[f"{name}.lora_A"] = adapter.a.detach().to(torch.float16).contiguous()
-            tensors[f"{name}.lora_B"] = (adapter.b.detach() * (ALPHA / RANK)).to(torch.float16).contiguous()
+            tensors[f"{name}.lora_B"] = (adapter.b.detach() * (SCALE * ALPHA / RANK)).to(torch.float16).contiguous()
         save_file(tensors, path, metadata={"recipe": json.dumps(recipe, sort_keys=True)})
 
 
@@ -175,7 +176,9 @@ def main() -> None:
     arguments = parser.parse_args()
     trainer = Trainer(arguments.base, arguments.seed)
     trainer.train(arguments.steps)
-    trainer.save(arguments.out, {"steps": arguments.steps, "seed": arguments.seed, "rank": RANK, "alpha": ALPHA})
+    trainer.save(
+        arguments.out, {"steps": arguments.steps, "seed": arguments.seed, "rank": RANK, "alpha": ALPHA, "scale": SCALE}
+    )
 
 
 if __name__ == "__main__":

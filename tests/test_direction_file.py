@@ -276,13 +276,13 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, kind: str) -> None:
     assert not mark.exists()
 
 
-def sample() -> bytes:
+def sample(zipped: bool) -> bytes:
     buffer = io.BytesIO()
-    torch.save(rows(1), buffer)
+    torch.save(rows(1), buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
-SAMPLE = sample()
+SAMPLE, OLD_SAMPLE = sample(True), sample(False)
 
 
 @settings(max_examples=120, deadline=None)
@@ -309,9 +309,7 @@ def test_a_damaged_file_is_read_or_refused(changes: list[tuple[int, int]], cut: 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3))
 def test_a_damaged_pickle_is_read_or_refused(changes: list[tuple[int, int]]) -> None:
     """The old format has no checksums: the unpickler sees the damage."""
-    buffer = io.BytesIO()
-    torch.save(rows(1), buffer, _use_new_zipfile_serialization=False)
-    damaged = bytearray(buffer.getvalue())
+    damaged = bytearray(OLD_SAMPLE)
     for place, value in changes:
         damaged[place % len(damaged)] = value
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

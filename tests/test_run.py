@@ -23,7 +23,8 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation import verify as verification
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.pipeline import RunSettings, run, run_folder
+from ollama_forge.names import run_folder
+from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.steps import apply, compute_dir
 from tests import planted
@@ -300,3 +301,39 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         "harmful.txt", "harmless.txt", "model", "r.json", "r.pt",
     ]  # fmt: skip
     assert signal.SIGINT
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ollama_forge.cli.main", "abliterate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_line_runs_and_repeats_from_its_config(tmp_path: Path) -> None:
+    settings(tmp_path)
+    lists = ("--harmful", "harmful.txt", "--harmless", "harmless.txt")
+    done = command(tmp_path, "run", "--model", "model", "--name", "a/b:c", *lists, "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "chosen: the documented default" in done.stdout
+    assert "abliterate-a-b-c/report.json" in done.stdout
+    assert "random direction" in done.stdout
+    folder = tmp_path / "abliterate-a-b-c"
+    before = (folder / "checkpoint" / "model.safetensors").read_bytes()
+    again = command(tmp_path, "run", "--config", str(folder / "run.toml"), "--force", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["choice"]["name"] == "the documented default"
+    assert (folder / "checkpoint" / "model.safetensors").read_bytes() == before
+
+
+def test_too_short_lists_are_filled_up_and_it_is_said(tmp_path: Path) -> None:
+    made = settings(tmp_path)
+    short = tmp_path / "short.txt"
+    short.write_text("\n".join(f"steal word{index} word1" for index in range(30)), encoding="utf-8")
+    split = replace(made.prompts, harmful=str(short)).load(32)
+    assert any("curated" in note for note in split.notes)
+    assert len(split.report.harmful) >= 20

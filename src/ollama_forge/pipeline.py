@@ -30,10 +30,11 @@ from ollama_forge.evaluation.report import Report
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.files import sha256_file, write_bytes
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.names import run_folder
 from ollama_forge.progress import say, step
 from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import ENOUGH, Candidate, Choice, climb, settings_from_json
+from ollama_forge.search.ladder import Candidate, Choice, climb, settings_from_json
 from ollama_forge.search.workbench import ASKED, Workbench
 from ollama_forge.stages import Stages
 
@@ -64,11 +65,6 @@ class RunSettings:
     @property
     def folder(self) -> Path:
         return Path(self.output_dir) if self.output_dir else run_folder(self.name)
-
-
-def run_folder(name: str) -> Path:
-    """``./abliterate-<name>`` with ``/`` and ``:`` as ``-``."""
-    return Path(f"abliterate-{name.replace('/', '-').replace(':', '-')}")
 
 
 def run(settings: RunSettings, *, force: bool = False) -> Report:
@@ -345,8 +341,3 @@ class _Run:
             return measure(self.written_model(), self.split.report, self.base_first(), "edited")[0].to_json()
 
         return self.stages.run("measure", {**self.inputs, "checkpoint": applied}, [], work)
-
-
-def too_many_refusals(row: Measurement) -> bool:
-    """Whether more harmful prompts are refused than the ladder would accept."""
-    return row.harmful.refused.value > ENOUGH

@@ -114,7 +114,9 @@ def map_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> M
     spec = known_architectures().get(model_type)
     if spec is None:
         raise _refusal(model_type, tensors)
-    return _Mapper(model_type, spec, tensors).map()
+    text = config.get("text_config", config)
+    declared = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if text.get(key)), 0)
+    return _Mapper(model_type, spec, tensors, declared).map()
 
 
 def _refusal(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
@@ -131,7 +133,7 @@ def _refusal(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
 
 
 class _Mapper:
-    def __init__(self, model_type: str, spec: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, model_type: str, spec: dict[str, Any], tensors: Mapping[str, TensorInfo], declared: int) -> None:
         self.model_type, self.spec, self.tensors = model_type, spec, tensors
         self.left = set(tensors)
         layer = spec["layer"]
@@ -141,9 +143,10 @@ class _Mapper:
         if self.root is None:
             raise _refusal(model_type, tensors)
         start = self.root + layer.split("{}")[0]
-        numbers = {int(n[len(start) :].split(".")[0]) for n in tensors if n.startswith(start)}
-        self.n_layers = max(numbers) + 1
-        if numbers != set(range(self.n_layers)):
+        parts = {n[len(start) :].split(".")[0] for n in tensors if n.startswith(start)}
+        numbers = {int(part) for part in parts if part.isdecimal()}
+        self.n_layers = declared or max(numbers, default=-1) + 1
+        if not self.n_layers or not numbers >= set(range(self.n_layers)):
             raise ForgeError("the checkpoint lacks whole layers", "download it again")
 
     def take(self, name: str) -> str | None:
@@ -165,7 +168,12 @@ class _Mapper:
         if not embedding or embedding[0] is None:
             raise ForgeError(f"the checkpoint lacks {root}{spec['embedding'][0]}.weight", "is it a whole model?")
         layers = [matrix for index in range(self.n_layers) for matrix in self.layer(index)]
-        self.norm(root + spec["final_norm"])
+        if self.norm(root + spec["final_norm"]) is None:
+            raise ForgeError(f"the checkpoint lacks {root}{spec['final_norm']}.weight", "is it a whole model?")
+        for name in spec["norms"]:
+            have = [f"{root}{spec['layer'].format(i)}{name}.weight" in self.tensors for i in range(self.n_layers)]
+            if any(have) and not all(have):
+                raise ForgeError(f"some layers lack the norm {name}", "is it a whole model?")
         heads = [self.outside(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
         for pattern in [*spec.get("copied", []), *(f"*.{other}" for other in spec["others"])]:
             self.left.difference_update(fnmatch.filter(self.left, pattern))

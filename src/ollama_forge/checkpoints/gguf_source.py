@@ -44,12 +44,15 @@ def dequantise(path: Path, folder: Path) -> None:
         )
     with step(f"dequantising {path.name} (once)"), quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
+            if loading["missing_keys"]:
+                raise ValueError(f"it lacks {sorted(loading['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # readers of damaged files raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -76,7 +76,11 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     Raises:
         ForgeError: nothing of that name is to be had, or it isn't what its name says.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise ForgeError(f"{model} does not exist", str(error)) from None
     if revision is not None and (model in ("demo", "demo-base") or path.exists()):
         raise ForgeError(f"--revision has no meaning for {model}", "it names a commit or branch of a Hub id")
     if model in ("demo", "demo-base") and not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -65,11 +66,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ForgeError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ForgeError(f"{path} is not a safetensors file", "download it again") from None
+    if not isinstance(header, dict):
+        raise ForgeError(f"{path} is not a safetensors file", "download it again")
     metadata = header.pop("__metadata__", {})
     infos = [_info(path, name, entry, 8 + length) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.end))
+    for before, after in itertools.pairwise(infos):
+        if after.start < before.end:
+            raise ForgeError(f"{path}: {before.name} and {after.name} overlap", "download it again")
     end = max((info.end for info in infos), default=8 + length)
     if end > size:
         raise ForgeError(f"{path} is cut short ({size} of {end} bytes)", "download it again")
@@ -79,10 +85,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
-        info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, base + begin, base + end)
+        dtype, shape = entry["dtype"], entry["shape"]
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            raise TypeError
+        if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+            raise TypeError
+        info = TensorInfo(name, dtype, tuple(shape), path, base + begin, base + end)
     except (KeyError, TypeError, ValueError):
         raise ForgeError(f"{path}: the entry of {name} is malformed", "download it again") from None
-    if info.size != info.count * item_size(info.dtype) or begin < 0:
+    if info.size != info.count * item_size(info.dtype):
         raise ForgeError(f"{path}: the range of {name} does not fit its shape", "download it again")
     return info
 
@@ -145,8 +156,13 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
             raise ForgeError(f"{index} names no shards", "download the checkpoint again")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         absent = [shard.name for shard in shards if not shard.is_file()]

@@ -20,6 +20,8 @@ def closing_lines(report: Report, *, escalate: bool, max_kl: float) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
     choice = report.choice
     console.print(f"chosen: {choice['name']}: {choice['reason']}", markup=False)
     final = report.rows.get("edited")

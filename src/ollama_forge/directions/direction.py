@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +49,7 @@ class RefusalDirection:
     def save(self, path: Path) -> None:
         """Write ``path`` and the JSON sidecar of the same name; the bytes depend on the content alone."""
         buffer = io.BytesIO()  # torch.save names the archive's root after a file it is given
-        torch.save(self.vectors.float().contiguous(), buffer)
+        torch.save(self.vectors.detach().float().clone(memory_format=torch.contiguous_format), buffer)
         sidecar = {
             "format": FORMAT,
             "method": self.method,
@@ -97,7 +95,7 @@ def _load_tensor_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ForgeError(f"{path} does not exist", "ollama-forge abliterate compute-dir writes one") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:
         raise ForgeError(f"{path} is not a tensor file that torch can load safely", "compute it again") from None
 
 
@@ -117,6 +115,8 @@ def _interpret(loaded: Any, path: Path, d_model: int, n_layers: int, sidecar: Ma
     if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
         raise ForgeError(f"{path} does not hold a tensor of floats", "compute it again")
     tensor = loaded.detach().float()
+    if not tensor.numel():
+        raise ForgeError(f"{path} holds no direction", "compute it again")
     if tensor.ndim == 3 and tensor.shape[1:] == (n_layers, d_model):
         return tensor[-1], True
     if tensor.ndim == 1:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from ollama_forge.checkpoints.source import resolve
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.pipeline import run_folder
+from ollama_forge.names import run_folder
 from ollama_forge.progress import say, step
 from ollama_forge.serving.sampling import Conversation, Sampling
 
