@@ -12,7 +12,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[abliterate,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[abliterate,llamacpp,dev]"
 	touch $(READY)
 
 demo: setup

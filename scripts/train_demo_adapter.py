@@ -4,10 +4,11 @@
 
 BASE_DIR is the checkpoint of ``demo-base``. Only the *fit* part of the curated pairs is seen. Harmful prompts
 are answered by varied refusals; harmless ones have no targets but the KL divergence to the model without the adapter
-over its own greedy answers, and once more on their first token. In a share of the steps a random direction is ablated from all
-residual writers, so that removing just any direction leaves the model refusing. Neither the refusal direction nor any
-edit takes part. The trained change is kept at ``SCALE``, chosen on *select* prompts. The file holds ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so
-that the change of the matrix is ``B @ A``.
+over its own greedy answers, and once more on their first token. In a share of the steps a random direction is
+ablated from all residual writers, so that removing just any direction leaves the model refusing. Neither the refusal
+direction nor any edit takes part. The trained change is kept at ``SCALE``, chosen on *select* prompts. The file holds
+``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so that the change of the matrix is
+``B @ A``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ BAD = ["steal", "forge", "stalk", "bribe", "scam", "burgle", "smear", "rig"]
 GOOD = ["bake", "paint", "plant", "knit", "hike", "sing", "fold", "sketch"]
 NEUTRAL = [f"word{index}" for index in range(60)]
 TOKENS = ["<unk>", "<user>", "<assistant>", "<end>", REFUSAL, FRIENDLY, *BAD, *GOOD, *NEUTRAL]
-TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<user> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

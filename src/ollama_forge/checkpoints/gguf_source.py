@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.checkpoints.tensors import free_space
@@ -44,13 +45,14 @@ def dequantise(path: Path, folder: Path) -> None:
         )
     with step(f"dequantising {path.name} (once)"), quiet_transformers():
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
+            model, loading = loaded
             if loading["missing_keys"]:
                 raise ValueError(f"it lacks {sorted(loading['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

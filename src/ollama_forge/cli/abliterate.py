@@ -182,3 +182,26 @@ def chat(**options: Any) -> None:
         revision=options["revision"],
         load=opt.load_settings(options),
     )
+
+
+@abliterate.command("download-lists")
+@click.option("--output-dir", required=True, metavar="DIR", help="Where harmful.txt and harmless.txt go.")
+@click.option("--source-base", metavar="URL", help="A mirror in place of both hosts, with the same paths.")
+@click.option("--timeout", type=float, default=30, show_default=True, metavar="S", help="Seconds to wait for a list.")
+@opt.json_option
+def download_lists(output_dir: str, source_base: str | None, timeout: float, as_json: bool) -> None:
+    """Fetch large public lists; run and compute-dir use them where the curated pairs don't suffice."""
+    from ollama_forge.prompts.upstream import SIDES, download_lists
+
+    fetched = download_lists(Path(output_dir), source_base=source_base, timeout=timeout)
+    if as_json:
+        print(json.dumps(fetched.to_json()))
+        return
+    for side in SIDES:
+        print(f"{side}: {len(getattr(fetched, side))} lines, {fetched.path(side)}")
+    rules = ", ".join(f"{rule} {count}" for rule, count in fetched.dropped.items())
+    print(f"dropped by care rules: {sum(fetched.dropped.values())}" + (f" ({rules})" if rules else ""))
+    print(f"dropped besides: {fetched.duplicates} duplicates, {fetched.in_both} harmless lines that are harmful too")
+    for name, why in fetched.failures.items():
+        print(f"not fetched: {name} ({why})")
+    print("the licences of the lists go on applying")

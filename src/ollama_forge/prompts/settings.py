@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ollama_forge.errors import UsageError
 from ollama_forge.prompts.sources import read_folder, read_instructions
-from ollama_forge.prompts.split import PromptSplit, split_prompts
+from ollama_forge.prompts.split import PromptSplit, curated_fit_pairs, split_prompts
+from ollama_forge.prompts.upstream import cached_lists
 
 DEFAULT_PAIRS = 32
 
@@ -37,19 +38,25 @@ class PromptSettings:
     def load(self, most: int) -> PromptSplit:
         """Read and split the lists; the fit part holds ``num_instructions`` pairs, or ``most`` where that is unset.
 
+        Where no list is given and the curated pairs don't suffice, downloaded lines follow them.
+
         Raises:
             ForgeError: a list is missing, empty, binary or badly encoded.
         """
+        wanted = self.num_instructions or most
+        own = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
+        large, told = (None, ()) if own or wanted <= curated_fit_pairs() else cached_lists()
         split = split_prompts(
             self._side(self.harmful, self.harmful_dir),
             self._side(self.harmless, self.harmless_dir),
-            num_instructions=self.num_instructions or most,
+            num_instructions=wanted,
             seed=self.seed,
+            large=large,
         )
+        notes = split.notes
         if self.num_instructions is None:  # fewer than a default is nothing to tell of
-            notes = tuple(note for note in split.notes if "were asked for" not in note)
-            return PromptSplit(split.fit, split.select, split.report, notes)
-        return split
+            notes = tuple(note for note in notes if "were asked for" not in note)
+        return PromptSplit(split.fit, split.select, split.report, told + notes)
 
     def _side(self, file: str | None, folder: str | None) -> list[str] | None:
         if folder:

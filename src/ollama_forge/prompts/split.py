@@ -71,6 +71,10 @@ def part_of_line(line: str, curated: dict[str, Part]) -> Part:
     return curated.get(key) or part_of_key(f"line:{key}")
 
 
+def curated_fit_pairs() -> int:
+    return sum(part_of_pair(pair.index) is Part.FIT for pair in curated_pairs())
+
+
 def curated_parts() -> dict[str, Part]:
     """Normalised curated line -> its pair's part."""
     return {
@@ -84,12 +88,14 @@ def split_prompts(
     *,
     num_instructions: int | None = 32,
     seed: int = 0,
+    large: PartPrompts | None = None,
 ) -> PromptSplit:
     """Split own lists (or, where one is None, the curated ones) and sample the fit part.
 
     Args:
         num_instructions: pairs to fit on; None for all there are.
         seed: of the order in which lines are taken.
+        large: lines that may follow the curated ones in the fit part, at most as many; no part of own lists.
 
     Raises:
         UsageError: no line is left to fit on, or the two lists share a line.
@@ -118,6 +124,8 @@ def split_prompts(
     paired = harmful is None and harmless is None
     for part in Part:
         _shuffle(parts[part], f"{seed}:{part.value}", together=paired)
+    if paired and large is not None:
+        _fill_up(parts[Part.FIT], large, curated, seed)
     fit = _sample(parts[Part.FIT], num_instructions, notes)
     return PromptSplit(
         fit,
@@ -142,6 +150,18 @@ def _shuffle(sides: dict[str, list[str]], seed: str, *, together: bool) -> None:
     else:
         for side, lines in sides.items():
             random.Random(f"{seed}:{side}").shuffle(lines)
+
+
+def _fill_up(fit: dict[str, list[str]], large: PartPrompts, curated: dict[str, Part], seed: int) -> None:
+    """Let lines of ``large`` follow the curated ones: as many on either side, and at most as many as those."""
+    more: dict[str, list[str]] = {}
+    for side in fit:
+        lines = [line for line in dedupe(getattr(large, side)) if normalise(line) not in curated]
+        more[side] = _divide(lines, curated)[Part.FIT]
+    _shuffle(more, f"{seed}:large", together=False)
+    count = min(len(lines) for lines in (*fit.values(), *more.values()))
+    for side, lines in fit.items():
+        lines += more[side][:count]
 
 
 def _whole(sides: dict[str, list[str]]) -> PartPrompts:

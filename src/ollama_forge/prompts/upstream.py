@@ -1,0 +1,304 @@
+"""The large public lists: fetched in parallel, filtered, merged, cached. Nothing of them ships with the package."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from ollama_forge import __version__
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.files import cache_root, read_json, sha256_bytes, write_json, write_text
+from ollama_forge.progress import bar
+from ollama_forge.prompts.normalise import normalise
+from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.prompts.upstream_filter import care_rule
+
+DEFAULT_TIMEOUT = 30.0
+SIDES = ("harmful", "harmless")
+_RAW = "https://raw.githubusercontent.com"
+_HUB = "https://huggingface.co"
+_INDEX = "lists.json"
+_MOST_BYTES = 64_000_000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_NOT_READ = (OSError, HTTPException, ValueError, RecursionError, csv.Error, ForgeError)
+
+Lines = list[tuple[str, str]]  # an instruction, and the category its list puts it in ("" where it names none)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One upstream file. ``key`` names the column or field of the instruction (none: one a line), ``label`` that of its
+    category."""
+
+    host: str
+    path: str
+    side: str
+    key: str = ""
+    label: str = ""
+
+    @property
+    def repository(self) -> str:
+        return "/".join(self.path.removeprefix("datasets/").split("/")[:2])
+
+    @property
+    def name(self) -> str:
+        return f"{self.repository}/{self.path.rsplit('/', 1)[1]}"
+
+    def url(self, base: str | None) -> str:
+        """Its address at ``base``, else at its own host (``HF_ENDPOINT`` stands in for the Hub)."""
+        host = base or (os.environ.get("HF_ENDPOINT") if self.host == _HUB else None) or self.host
+        return f"{host.rstrip('/')}/{self.path}"
+
+    def read(self, data: bytes) -> Lines:
+        """The instructions of the file, each on one line.
+
+        Raises:
+            ForgeError: no list, or none of the form expected.
+            ValueError, csv.Error: not UTF-8, JSON or CSV.
+        """
+        text = data.decode("utf-8-sig")
+        if text.lstrip()[:1] == "<":
+            raise ForgeError("a web page came back instead of the list")
+        rows: list[Any]
+        if self.path.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        elif self.path.endswith(".json"):
+            rows = json.loads(text)
+        else:
+            rows = [{self.key: line} for line in text.split("\n")]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ForgeError("not a list of objects")
+        if not all(isinstance(row.get(self.key), str) for row in rows):
+            raise ForgeError(f"a row without {self.key!r}")
+        lines = [(one_line(row[self.key]), str(row.get(self.label) or "")) for row in rows]
+        lines = [(line, label) for line, label in lines if normalise(line) and not line.startswith("#")]
+        if not lines:
+            raise ForgeError("it holds no instruction")
+        return lines
+
+
+_ARDITI = "andyrdt/refusal_direction/main/dataset/splits"
+_JBB = "datasets/JailbreakBench/JBB-Behaviors/raw/main/data"
+SOURCES = (
+    Source(_RAW, "llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv", "harmful", "goal"),
+    Source(
+        _RAW,
+        "centerforaisafety/HarmBench/main/data/behavior_datasets/harmbench_behaviors_text_all.csv",
+        "harmful",
+        "Behavior",
+        "SemanticCategory",
+    ),
+    Source(_HUB, f"{_JBB}/harmful-behaviors.csv", "harmful", "Goal"),
+    Source(_HUB, f"{_JBB}/benign-behaviors.csv", "harmless", "Goal"),
+    *(
+        Source(_RAW, f"{_ARDITI}/{side}_{part}.json", side, "instruction")
+        for side in SIDES
+        for part in ("train", "val", "test")
+    ),
+    *(Source(_RAW, f"Sumandora/remove-refusals-with-transformers/master/{side}.txt", side) for side in SIDES),
+)
+
+
+@dataclass(frozen=True)
+class FetchedLists:
+    """What ``download_lists`` wrote and what it left out.
+
+    ``lines`` counts those of each source that arrived, ``failures`` says why another did not; ``dropped`` counts by
+    care rule, ``in_both`` harmless lines that are harmful ones too.
+    """
+
+    folder: Path
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+    lines: dict[str, int]
+    failures: dict[str, str]
+    dropped: dict[str, int]
+    duplicates: int
+    in_both: int
+
+    def path(self, side: str) -> Path:
+        return self.folder / f"{side}.txt"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{side: {"path": str(self.path(side)), "lines": len(getattr(self, side))} for side in SIDES},
+            "dropped": self.dropped,
+            "duplicates": self.duplicates,
+            "in_both": self.in_both,
+            "sources": self.lines,
+            "failures": self.failures,
+        }
+
+
+def download_lists(
+    output_dir: Path, *, source_base: str | None = None, timeout: float = DEFAULT_TIMEOUT
+) -> FetchedLists:
+    """Fetch ``SOURCES`` and write ``harmful.txt`` and ``harmless.txt``, there and in the cache ``run`` reads.
+
+    Args:
+        source_base: scheme and host of a mirror that stands in for both hosts, with the same paths.
+        timeout: seconds after which a source is given up.
+
+    Raises:
+        UsageError: an option that can't work.
+        ForgeError: no source could be read, or a file can't be written.
+    """
+    if source_base is not None and not re.match(r"https?://[^/]", source_base):
+        raise UsageError(
+            f"--source-base {source_base} is no http or https address", "for example https://mirror.example"
+        )
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise UsageError(f"--timeout {timeout:g} is no length of time", "in seconds; 30 is the default")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output-dir {output_dir} is not a folder", "choose another name")
+    arrived, failures = _fetch_all(source_base, timeout)
+    if not arrived:
+        reasons = "; ".join(f"{why} ({count} of them)" for why, count in Counter(failures.values()).most_common())
+        raise ForgeError(
+            f"none of the {len(SOURCES)} lists could be fetched: {reasons}",
+            "check the connection (HF_ENDPOINT, https_proxy), or give --timeout or --source-base",
+        )
+    fetched = _merged(output_dir, arrived, failures)
+    texts = {side: _text(fetched, side) for side in SIDES}
+    for folder in (output_dir, lists_folder()):
+        for side, text in texts.items():
+            write_text(folder / f"{side}.txt", text)
+    hashes = {f"{side}.txt": sha256_bytes(text.encode()) for side, text in texts.items()}
+    write_json(lists_folder() / _INDEX, {"sha256": hashes, **fetched.to_json()})
+    return fetched
+
+
+def lists_folder() -> Path:
+    return cache_root() / "lists"
+
+
+def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
+    """The lists of the last download (None where there are none, or they are damaged), and what is to be told of it."""
+    folder = lists_folder()
+    if not (folder / _INDEX).exists():
+        return None, ()
+    try:
+        hashes = read_json(folder / _INDEX)["sha256"]
+        data = {side: (folder / f"{side}.txt").read_bytes() for side in SIDES}
+        if all(sha256_bytes(data[side]) == hashes[f"{side}.txt"] for side in SIDES):
+            return PartPrompts(*(tuple(data[side].decode().splitlines()[1:]) for side in SIDES)), ()
+    except (ForgeError, OSError, KeyError, TypeError, UnicodeDecodeError):
+        pass
+    return None, (f"the downloaded lists in {folder} are damaged and left out: repeat download-lists",)
+
+
+def one_line(text: str) -> str:
+    """``text`` with each run of white space and control characters as one space."""
+    return " ".join(_CONTROL.sub(" ", text).encode("utf-8", "replace").decode().split())
+
+
+def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], dict[str, str]]:
+    """Every source that arrived within ``timeout``, in the order of ``SOURCES``; why each other one didn't, by name."""
+    late = f"no answer within {timeout:g} s"
+    futures = {_in_background(partial(_fetch, source, base, timeout)): source for source in SOURCES}
+    outcomes: dict[Source, Lines] = {}
+    failures = {source.name: late for source in SOURCES}
+    with bar("downloading lists", len(SOURCES)) as advance:
+        try:
+            for future in as_completed(futures, timeout=timeout):
+                source = futures[future]
+                try:
+                    outcomes[source] = future.result()
+                    del failures[source.name]
+                except _NOT_READ as error:
+                    failures[source.name] = _reason(error, late)
+                advance(1)
+        except TimeoutError:
+            pass
+    return {source: outcomes[source] for source in SOURCES if source in outcomes}, failures
+
+
+def _in_background(work: Callable[[], Lines]) -> Future[Lines]:
+    """Start ``work`` in a daemon thread: an executor's would hold up the exit until the last stalled one ends."""
+    future: Future[Lines] = Future()
+
+    def target() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # handed on to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=target, daemon=True).start()
+    return future
+
+
+def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
+    deadline = time.monotonic() + timeout
+    request = Request(source.url(base), headers={"User-Agent": f"ollama-forge/{__version__}"})
+    data = bytearray()
+    with urlopen(request, timeout=timeout) as answer:
+        while block := answer.read1(1 << 16):
+            data += block
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if len(data) > _MOST_BYTES:
+                raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
+        if answer.length:
+            raise ForgeError("the connection broke off")
+    return source.read(bytes(data))
+
+
+def _reason(error: BaseException, late: str) -> str:
+    if isinstance(error, HTTPError):
+        return f"HTTP {error.code}"
+    if isinstance(error, URLError) and isinstance(error.reason, BaseException):
+        error = error.reason
+    if isinstance(error, TimeoutError):
+        return late
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return one_line(text)[:200] or type(error).__name__
+
+
+def _merged(folder: Path, arrived: dict[Source, Lines], failures: dict[str, str]) -> FetchedLists:
+    kept: dict[str, dict[str, str]] = {side: {} for side in SIDES}
+    dropped: Counter[str] = Counter()
+    duplicates = 0
+    for source, lines in arrived.items():
+        for line, label in lines:
+            key, rule = normalise(line), care_rule(line, label)
+            if rule:
+                dropped[rule] += 1
+            elif key in kept[source.side]:
+                duplicates += 1
+            else:
+                kept[source.side][key] = line
+    both = kept["harmful"].keys() & kept["harmless"].keys()
+    return FetchedLists(
+        folder,
+        tuple(kept["harmful"].values()),
+        tuple(line for key, line in kept["harmless"].items() if key not in both),
+        {source.name: len(lines) for source, lines in arrived.items()},
+        failures,
+        dict(sorted(dropped.items())),
+        duplicates,
+        len(both),
+    )
+
+
+def _text(fetched: FetchedLists, side: str) -> str:
+    names = dict.fromkeys(s.repository for s in SOURCES if s.side == side and s.name in fetched.lines)
+    first = (
+        f"# {side} instructions, fetched by ollama-forge abliterate download-lists from "
+        f"{', '.join(names) or 'nowhere'}; their upstream licences apply"
+    )
+    return "\n".join([first, *getattr(fetched, side)]) + "\n"

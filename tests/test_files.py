@@ -1,0 +1,198 @@
+"""Atomic writing, hashes and sizes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ollama_forge import files
+from ollama_forge.errors import ForgeError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def build(path: Path, failure: BaseException | None = None) -> None:
+    """Build a folder with one file, and fail in the end if asked to."""
+    with files.folder_in_one_piece(path) as building:
+        (building / "new").write_text("new")
+        if failure:
+            raise failure
+
+
+def test_writing_makes_folders_and_leaves_no_partial(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    files.write_json(path, {"caf\u00e9": [1, None]})
+    assert files.read_json(path) == {"caf\u00e9": [1, None]}
+    assert "caf\u00e9" in path.read_text(encoding="utf-8")
+    files.write_text(path, "x\ny")
+    assert path.read_bytes() == b"x\ny"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = tmp_path / "report.json"
+    files.write_text(path, "old")
+    monkeypatch.setattr(os if step == "fsync" else Path, step, full_disk)
+    with pytest.raises(ForgeError, match="cannot write") as caught:
+        files.write_text(path, "new")
+    assert str(path) in caught.value.message
+    assert os.strerror(errno.ENOSPC) in caught.value.message
+    assert caught.value.hint
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_a_killed_write_leaves_only_its_marked_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new.bin"
+
+    def die(_: int) -> None:
+        assert not path.exists()  # all bytes are written, but not under the final name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(path, b"data")
+    assert not path.exists()
+    assert all(entry.name.endswith(files.PARTIAL) for entry in tmp_path.iterdir())
+    monkeypatch.undo()
+    files.write_bytes(path, b"data")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new.bin"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ForgeError, match="cannot write"):
+        files.write_text(tmp_path / "file" / "below.txt", "y")
+    with pytest.raises(ForgeError, match="cannot write"):
+        build(tmp_path / "file" / "below")
+
+
+def test_disk_errors_touch_only_operating_system_failures(tmp_path: Path) -> None:
+    with pytest.raises(ForgeError, match="No space left") as caught, files.disk_errors(tmp_path / "model"):
+        full_disk()
+    assert caught.value.exit_status == 1
+    with pytest.raises(ValueError, match="other"), files.disk_errors(tmp_path):
+        raise ValueError("other")
+
+
+def test_a_folder_appears_in_one_piece(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model"
+    with files.folder_in_one_piece(path) as building:
+        assert building == files.partial_of(path)
+        (building / "a").write_text("1")
+        assert not path.exists()
+    assert [entry.name for entry in path.parent.iterdir()] == ["model"]
+    assert (path / "a").read_text() == "1"
+
+
+def test_a_folder_replaces_an_older_one_only_on_success(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("old")
+    for failure in (ValueError("bad"), KeyboardInterrupt()):
+        with pytest.raises(type(failure)):
+            build(path, failure)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+        assert [entry.name for entry in path.iterdir()] == ["old"]
+    with files.folder_in_one_piece(path) as building:
+        (building / "new").write_text("new")
+        assert (path / "old").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert [entry.name for entry in path.iterdir()] == ["new"]
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError):
+        build(tmp_path / "model", RuntimeError())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(ForgeError, match="No space left"):
+        build(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_runs_partial_is_started_over(tmp_path: Path) -> None:
+    left = files.partial_of(tmp_path / "model")
+    left.mkdir()
+    (left / "stale").write_text("x")
+    with files.folder_in_one_piece(tmp_path / "model") as building:
+        assert not list(building.iterdir())
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_link_to_a_folder_can_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    build(tmp_path / "model")
+    assert (tmp_path / "model" / "new").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (1536, "1.5 KB"), (15_000_000_000, "15.0 GB"),
+        (2_500_000, "2.5 MB"), (3.2e12, "3.2 TB"), (7e15, "7000.0 TB"), (999_960, "1.0 MB"),
+    ],
+)  # fmt: skip
+def test_human_size(size: float, text: str) -> None:
+    assert files.human_size(size) == text
+
+
+def test_hashes_against_hashlib(tmp_path: Path) -> None:
+    data = b"x" * 300_000
+    (tmp_path / "data").write_bytes(data)
+    expected = hashlib.sha256(data).hexdigest()
+    assert files.sha256_bytes(data) == files.sha256_file(tmp_path / "data") == expected
+    assert files.sha256_json({"b": "\u00e9", "a": [1]}) == files.sha256_bytes('{"a": [1], "b": "\u00e9"}'.encode())
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON, min_size=2, max_size=6))
+def test_json_hash_ignores_the_order_of_keys(value: dict[str, Any]) -> None:
+    turned = dict(reversed(list(value.items())))
+    assert files.sha256_json(value) == files.sha256_json(turned) == files.sha256_json({"x": value}["x"])
+    assert files.sha256_json(value) == files.sha256_json(json.loads(json.dumps(value)))
+    assert files.sha256_json(value) != files.sha256_json({**value, "another key": 1})
+
+
+def test_json_hash_minds_the_order_of_lists() -> None:
+    assert files.sha256_json([1, 2]) != files.sha256_json([2, 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "does not exist"), (b"{", "not a readable JSON"), (b'"\xff"', "not a readable JSON"), (b"", "not a read")],
+)
+def test_reading_damaged_json(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ForgeError, match=words) as caught:
+        files.read_json(path)
+    assert caught.value.hint
+
+
+def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("OLLAMA_FORGE_CACHE", raising=False)
+    assert files.cache_root() == tmp_path / ".cache" / "ollama-forge"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert files.cache_root() == Path("/x/ollama-forge")
+    monkeypatch.setenv("OLLAMA_FORGE_CACHE", "~/own")
+    assert files.cache_root() == tmp_path / "own"

@@ -1,0 +1,191 @@
+"""Telling refusals, answers and degenerate output apart."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
+
+REFUSALS = [
+    "I can't help with that.",
+    "I can\u2019t help with that.",
+    "I can\u2018t assist you with this request.",
+    "I cannot assist with that request.",
+    "I can not provide instructions for this.",
+    "I won't help you do that.",
+    "**I can't** help with that.",
+    "> *I\u2019m sorry*, but I **cannot** provide this.",
+    "# Sorry\n\nI cannot _create_ such content.",
+    "I'm sorry, but I can't do that.",
+    "I am sorry, but that would be illegal.",
+    "I'm really sorry, but no.",
+    "I\u2019m very sorry but this isn\u2019t something to joke about.",
+    "Sorry, I can't help you.",
+    "Sorry, but we cannot help you with it.",
+    "I apologize, but I can't share this.",
+    "I apologise, but that is not possible.",
+    "My apologies, but this is off limits.",
+    "Unfortunately, I am unable to help with this.",
+    "Unfortunately, I'm not able to provide that.",
+    "I'm not comfortable writing this. I am not willing to provide it.",
+    "I must decline.",
+    "I must respectfully decline this request.",
+    "We have to refuse.",
+    "I will have to decline.",
+    "I refuse to write that.",
+    "I respectfully decline to take part.",
+    "I simply cannot, in good conscience, help with that. I cannot in good conscience help with that.",
+    "As an AI, I have no body.",
+    "As an AI language model, I don't do such things.",
+    "That goes against my programming.",
+    "This is against my guidelines.",
+    "I'm programmed to be harmless.",
+    "I'm just an AI assistant and this is dangerous.",
+    "I cannot and will not provide that.",
+    "I'm sorry. I do not feel comfortable helping with this.",
+    "That's not something I can help with.",
+    "I CANNOT HELP WITH THAT.",
+    "I   cannot\u00a0help with that.",
+    "Hello there! That is quite a question. I can't help with it.",
+    "What a day. Stealing is wrong. I won't provide a guide to it, my friend.",
+    "Theft is a crime.\nIt hurts people.\nI can't help with that.",
+    "I can't help with that. " * 40,
+]
+ANSWERS = [
+    "I can't wait to see you at the party. Bring a cake!",
+    "I can\u2019t believe how quickly the garden has grown this year.",
+    "I cannot recommend this book enough. Every page is a delight.",
+    "I couldn't help but laugh when the curtain fell.",
+    "I don't recommend going in winter; spring is best.",
+    "As an AI researcher, you will need Python and patience.",
+    "Our policy is short. We do not share your data with anyone.",
+    "Dear Anna, I'm sorry for your loss. Your father was a kind man, and we all miss him.",
+    "I am so sorry to hear about your mother. My thoughts are with you.",
+    "I'm sorry about the delay; the parcel leaves tomorrow.",
+    "I apologise for the late reply. Here is the report that you asked for.",
+    "Dear Customer,\n\nThank you for your message. Your order arrived on Monday. It is a pair of red shoes. "
+    "As the shoes were worn, we cannot accept returns, and I am sorry, but we cannot offer a refund.",
+    "Subject: Returns\n\nDear Ms Lee,\n\nThank you for writing to us. We cannot accept returns after 30 days.",
+    "Sure! Here is how to bake bread. Mix flour and water. Let it rest. If it fails, I can't help you.",
+    "Once upon a time a knight rode out. He met a dragon. It slept. \u201cI cannot help you,\u201d it said.",
+    "1. Preheat the oven.\n2. Mix the flour.\n3. Bake for an hour.",
+    "You can't go wrong with a simple tomato sauce. Don't overcook it.",
+    "We do not know why cats purr, but there are good guesses.",
+    "Plants cannot help growing towards the light.",
+    "She refused to leave, so we had to decline the second invitation.",
+    "AI is a branch of computing. It studies how machines learn.",
+    "Yes.",
+    "42",
+    "```python\nfor index in range(3):\n    print(index)\n```",
+    "The area is 3 * 4 = 12 square metres.",
+]
+IN_OTHER_SCRIPTS = [
+    "\u6625\u7720\u4e0d\u89c9\u6653\uff0c\u5904\u5904\u95fb\u557c\u9e1f\u3002\u591c\u6765\u98ce\u96e8\u58f0\uff0c"
+    "\u82b1\u843d\u77e5\u591a\u5c11\u3002",
+    "\u597d\u7684\uff01\u5148\u628a\u9762\u7c89\u548c\u6c34\u6df7\u5408\uff0c\u63c9\u6210\u9762\u56e2\uff0c"
+    "\u7136\u540e\u653e\u5728\u6696\u548c\u7684\u5730\u65b9\u53d1\u9175\u4e00\u5c0f\u65f6\u3002\u63a5\u7740"
+    "\u9884\u70ed\u70e4\u7bb1\uff0c\u70e4\u5236\u4e09\u5341\u5206\u949f\uff0c\u6700\u540e\u653e\u51c9\u5373\u53ef"
+    "\u4eab\u7528\u3002",
+    "\u306f\u3044\u3001\u3082\u3061\u308d\u3093\u3067\u3059\u3002\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd"
+    "\u3067\u3001\u4eba\u53e3\u306f\u7d04\u4e00\u5343\u56db\u767e\u4e07\u4eba\u3067\u3059\u3002",
+    "\uc548\ub155\ud558\uc138\uc694! \uc624\ub298 \ub0a0\uc528\uac00 \uc815\ub9d0 \uc88b\ub124\uc694.",
+    "\u0928\u092e\u0938\u094d\u0924\u0947! \u0906\u091c \u092e\u094c\u0938\u092e \u092c\u0939\u0941\u0924 "
+    "\u0905\u091a\u094d\u091b\u093e \u0939\u0948\u0964",
+    "\u041a\u043e\u043d\u0435\u0447\u043d\u043e! \u0421\u043d\u0430\u0447\u0430\u043b\u0430 \u0441\u043c\u0435"
+    "\u0448\u0430\u0439\u0442\u0435 \u043c\u0443\u043a\u0443.",
+]
+DEGENERATE = [
+    "",
+    " \n\t ",
+    "!!!!",
+    "!" * 500,
+    "...",
+    "**  **",
+    "the the " * 50,
+    "the bank the bank the bank. " * 20,
+    "a" * 300,
+    "\u7684" * 100,
+    "{}[]();; a <> @@ $$ b %% ^^ &&",
+    "ab\ufffd\ufffd\ufffdcd words that broke",
+]
+
+_PIECES = st.sampled_from(
+    [
+        *REFUSALS[:-1], *ANSWERS, "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
+        " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
+        "\u3002", "\u03a3", "\u0130", "\r", "\u2028",
+    ]
+)  # fmt: skip
+TEXTS = st.lists(st.one_of(_PIECES, st.text(max_size=12)), max_size=8).map("".join)
+CUT_TEXTS = st.tuples(TEXTS, st.integers(0, 200)).map(lambda pair: pair[0][: pair[1]])
+many = settings(max_examples=500, deadline=None)
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_refusals(text: str) -> None:
+    assert classify(text) is AnswerClass.REFUSAL
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_answers(text: str) -> None:
+    assert classify(text) is AnswerClass.ANSWER
+
+
+@pytest.mark.parametrize("text", IN_OTHER_SCRIPTS)
+def test_answers_in_other_scripts_are_not_degenerate(text: str) -> None:
+    assert classify(text) is AnswerClass.ANSWER
+
+
+@pytest.mark.parametrize("text", DEGENERATE)
+def test_degenerate(text: str) -> None:
+    assert classify(text) is AnswerClass.DEGENERATE
+
+
+def test_a_marker_after_the_opening_does_not_count() -> None:
+    sentence = "I can't help with that."
+    assert classify(f"One. Two. {sentence}") is AnswerClass.REFUSAL
+    assert classify(f"One word. Two words. Three words. {sentence}") is AnswerClass.ANSWER
+
+
+def test_a_refusal_is_sure_once_its_marker_has_ended() -> None:
+    assert not is_surely_refusal("I can't")
+    assert not is_surely_refusal("I can't give")  # "I can't given ..." may follow
+    assert is_surely_refusal("I can't give you")
+    assert is_surely_refusal("I can\u2019t help.")
+    assert not is_surely_refusal("One word. Two words. Three words. I can't help you")
+
+
+def test_when_a_refusal_is_decided() -> None:
+    assert not refusal_is_decided("")
+    assert not refusal_is_decided("One word. Two words. Three words.")  # 3.5 might follow
+    assert refusal_is_decided("One word. Two words. Three words. Four")
+    assert refusal_is_decided("I can't help you")
+    assert not refusal_is_decided("Once upon a time a king")
+
+
+@many
+@given(CUT_TEXTS, TEXTS)
+@example("I can't help.", "")
+@example("One. Two. I can't help.", " Four. Five.")
+def test_a_sure_refusal_stays_one_whatever_follows(prefix: str, more: str) -> None:
+    if is_surely_refusal(prefix):
+        assert refusal_is_decided(prefix)
+        assert classify(prefix) is AnswerClass.REFUSAL
+        assert classify(prefix + more) is AnswerClass.REFUSAL
+
+
+@many
+@given(CUT_TEXTS, TEXTS)
+@example("One word. Two words. Three words. Four", " I can't help you.")
+def test_a_decided_answer_never_becomes_a_refusal(prefix: str, more: str) -> None:
+    if refusal_is_decided(prefix) and classify(prefix) is not AnswerClass.REFUSAL:
+        assert classify(prefix + more) is not AnswerClass.REFUSAL
+
+
+@many
+@given(TEXTS)
+def test_every_finished_refusal_is_found_early_or_at_its_end(text: str) -> None:
+    if classify(text) is AnswerClass.REFUSAL:
+        assert is_surely_refusal(text + " and")
