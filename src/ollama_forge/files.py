@@ -103,7 +103,9 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with disk_errors(path):
-            if path.exists():
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
             sync_folder(path.parent)
@@ -115,7 +117,7 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
 def human_size(size: float) -> str:
     """``1536`` -> ``1.5 KB`` (powers of 1000, as disks are sold)."""
     for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
+        if round(size, 1) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"

@@ -38,6 +38,9 @@ def main() -> None:
         sys.exit(error.exit_status)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.UsageError as error:
         hint = error.ctx.command_path + " --help" if error.ctx else "ollama-forge --help"
         _complain(error.format_message(), hint)

@@ -103,22 +103,23 @@ def split_prompts(
     notes: list[str] = []
     curated = curated_parts()
     sides = {"harmful": harmful, "harmless": harmless}
-    both = {normalise(line) for line in harmful or ()} & {normalise(line) for line in harmless or ()}
+    shipped = {side: [getattr(pair, side) for pair in curated_pairs()] for side in sides}
+    lines = {side: shipped[side] if own is None else list(own) for side, own in sides.items()}
+    both = set.intersection(*({normalise(line) for line in lines[side]} for side in sides))
     if both:
         raise UsageError(
             f"{len(both)} lines are in both lists, such as {sorted(both)[0]!r}", "a line is harmful or not"
         )
     parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
     for side, own in sides.items():
-        shipped = [getattr(pair, side) for pair in curated_pairs()]
-        divided = _divide(dedupe(list(own)) if own is not None else shipped, curated)
+        divided = _divide(dedupe(lines[side]), curated)
         for part in (Part.SELECT, Part.REPORT):
             if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
                 notes.append(
                     f"only {len(divided[part])} of your {side} lines fall into the {part.value} part: "
                     f"the curated ones are used there"
                 )
-                divided[part] = _divide(shipped, curated)[part]
+                divided[part] = _divide(shipped[side], curated)[part]
         for part in Part:
             parts[part][side] = divided[part]
     paired = harmful is None and harmless is None
