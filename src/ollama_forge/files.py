@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,13 @@ def human_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def return_freed_memory() -> None:
+    """Give the C library's free lists back to the system, which otherwise grow with every large tensor that passes."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def cache_root() -> Path:
