@@ -386,6 +386,7 @@ def test_copying_from_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "out.safetensors", [OutputTensor("x", "U8", (20,), info)])
     with pytest.raises(ForgeError, match="cut short"):
         writer.copy(info)
+        writer.close()
 
 
 # Storage types

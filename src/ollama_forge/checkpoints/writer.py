@@ -36,6 +36,8 @@ class OutputTensor:
 class ShardWriter:
     """Lays out all tensors first, then takes their data in that order; ``close`` fails on a byte too few.
 
+    A failure to write is raised by a later call, at the latest by ``close``.
+
     Writing and copying happen in a thread of their own, so that the next tensor is computed meanwhile; at most
     ``_AHEAD`` computed chunks wait for it (a copy that waits costs nothing).
     """
