@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
+from ollama_forge.export.address import ollama_url
 from ollama_forge.files import cache_root, human_size
 
 _PACKAGES = {
@@ -77,14 +78,6 @@ def _device() -> Finding:
         kind = "bf16" if cpu_multiplies_bf16() else "float32 (this CPU has no bf16 products)"
         return Finding("device", True, f"CPU, {os.cpu_count()} cores, computing in {kind}")
     return Finding("device", True, str(device))
-
-
-def ollama_url() -> str:
-    """Where Ollama listens: ``OLLAMA_HOST`` as Ollama reads it, else its default."""
-    host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1:11434"
-    scheme, _, rest = host.rpartition("://")
-    rest = rest.rstrip("/").replace("0.0.0.0", "127.0.0.1")
-    return f"{scheme or 'http'}://{rest if ':' in rest else rest + ':11434'}"
 
 
 def _ollama() -> Finding:
