@@ -238,7 +238,7 @@ class Client(ollama.Client):
         except ollama.ResponseError as error:
             reason = (error.error.strip().splitlines() or [f"HTTP {error.status_code}"])[0][:300]
             raise ForgeError(
-                f"Ollama failed at {doing}: {reason}", "its log says more; nothing here was lost"
+                f"Ollama failed while {doing}: {reason}", "its log says more; nothing here was lost"
             ) from error
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _absent(f"no Ollama at {self.url}") from error
