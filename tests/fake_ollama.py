@@ -112,6 +112,8 @@ class FakeOllama:
             data = self.blobs[digest]
             if body.get("quantize") and file_type(data) not in (0, 1, 32):
                 raise Failure("quantization is only supported for F16, BF16 and F32 models")
+            if body.get("quantize"):
+                yield from ({"status": "quantizing", "total": 5_000_000, "completed": n * 1_000_000} for n in range(6))
             yield {"status": "verifying conversion"}
             stored = self.keep(b"rewritten " + data)
             yield layer(stored)
@@ -210,6 +212,7 @@ def file_type(data: bytes) -> int:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     fake: FakeOllama
 
     def version_string(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ollama_forge import doctor
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.address import ollama_url
 from ollama_forge.export.ollama import Client, CreateRequest, OllamaState, Shown, digest_of, preflight
@@ -147,6 +148,14 @@ def test_a_proxy_is_not_asked_for_this_machine(fake: FakeOllama, monkeypatch: py
 def test_somebody_else_there(fake: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_ollama.Handler, "do_GET", lambda self: self.answer(200, ["hello"]))
     assert "not Ollama" in preflight(fake.url).problem
+
+
+def test_doctor_tells_who_answers(fake: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", fake.url)
+    assert doctor._ollama().ok
+    fake.server_header = "ollama-forge/0.1.0"
+    assert not doctor._ollama().ok
+    assert "ollama-forge" in doctor._ollama().detail
 
 
 def test_the_projects_own_server_is_refused(fake: FakeOllama) -> None:

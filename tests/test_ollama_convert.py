@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
 
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:
-    return tiny_gguf(tmp_path / "m.gguf")
+    return tiny_gguf(tmp_path / "m.gguf", chat_template="{{ messages }}")
 
 
 @pytest.fixture
@@ -109,8 +111,25 @@ def test_a_template_that_ollama_recognises(fake: FakeOllama, tmp_path: Path, for
     assert "added parameters: stop" in out
 
 
-def test_quantise(fake: FakeOllama, gguf: Path, forge: Forge) -> None:
+def test_a_file_without_a_template(fake: FakeOllama, tmp_path: Path, forge: Forge) -> None:
+    status, out, _ = forge("convert", "--gguf", tiny_gguf(tmp_path / "m.gguf"), "--name", "made")
+    assert status == 0
+    assert "no chat template" in out
+    assert "of the file itself" not in out
+
+
+def test_quantise(fake: FakeOllama, gguf: Path, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: dict[str, list[int]] = {}
+
+    @contextmanager
+    def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+        bars[title] = [total, 0]
+        yield lambda count: bars.update({title: [total, bars[title][1] + count]})
+
+    monkeypatch.setattr("ollama_forge.export.ollama.bar", counting)
     assert forge("convert", "--gguf", gguf, "--name", "made", "--quantize", "q8_0")[0] == 0
+    assert bars["ollama: quantizing, MB"] == [5, 5]
+    assert {"hashing m.gguf, MB", "sending m.gguf to Ollama, MB"} < set(bars)
     assert fake.bodies("/api/create")[0]["quantize"] == "Q8_0"
 
 
@@ -291,3 +310,17 @@ def test_help_without_the_packages(monkeypatch: pytest.MonkeyPatch, forge: Forge
     )
     for command in (("convert", "--gguf", gguf, "--name", "x"), ("refresh-template", "--name", "x", "--base", "y")):
         assert "needs the package 'ollama'" in error_of(forge(*command))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = """
+import sys
+from ollama_forge.cli.main import cli
+for command in ("convert", "refresh-template"):
+    cli.main([command, "--help"], standalone_mode=False)
+assert not {"ollama", "httpx", "gguf", "numpy", "torch"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--template-from" in done.stdout
+    assert "--template-only" in done.stdout

@@ -63,7 +63,7 @@ def convert(
 @click.option("--output-name", metavar="NAME", help="Make a new model instead of changing this one.")
 @json_option
 def refresh_template(name: str, base: str, template_only: bool, output_name: str | None, as_json: bool) -> None:
-    """Give a model in Ollama the template of another; its weights stay."""
+    """Give a model in Ollama the template of another; its weights stay, and what the other doesn't set."""
     _require_client("refresh-template")
     from ollama_forge.export.ollama import Client
     from ollama_forge.export.refresh import refresh

@@ -1,9 +1,11 @@
-"""Where Ollama listens."""
+"""Where Ollama listens, and how to tell it from this project's own server."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+
+OWN_SERVER = "ollama-forge/"  # begins the Server header of this project's answers
 
 _DEFAULT_PORT = "11434"
 _PORTS = {"http": "80", "https": "443"}

@@ -12,7 +12,8 @@ from ollama_forge.errors import ForgeError
 _MAGIC = b"GGUF"
 _TEXT, _LIST = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_KEPT = ("general.alignment", "general.file_type", "general.type", "split.count")
+_TEMPLATE = "tokenizer.chat_template"
+_KEPT = ("general.alignment", "general.file_type", "general.type", "split.count", _TEMPLATE)
 _MOST = 1 << 32  # no count or length of a whole file is larger
 _UNQUANTISED = {0: "F32", 1: "F16", 32: "BF16"}
 
@@ -23,9 +24,11 @@ class GgufHeader:
 
     Attributes:
         file_type: llama.cpp's number of the type most tensors have; None where the file doesn't say.
+        has_chat_template: whether it brings one.
     """
 
     file_type: int | None
+    has_chat_template: bool
 
     @property
     def unquantised(self) -> bool:
@@ -67,7 +70,7 @@ def read_header(path: Path) -> GgufHeader:
     if kept.get("general.type") == "adapter":
         raise ForgeError(f"{path} is a LoRA adapter, not a model", "give the model's own .gguf")
     kind = kept.get("general.file_type")
-    return GgufHeader(kind if isinstance(kind, int) else None)
+    return GgufHeader(kind if isinstance(kind, int) else None, bool(kept.get(_TEMPLATE)))
 
 
 def _cut_short(path: Path) -> ForgeError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,12 +15,11 @@ import httpx
 import ollama
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.address import is_loopback, ollama_url
+from ollama_forge.export.address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.export.modelfile import Modelfile
 from ollama_forge.export.parameters import Parameters, read_shown
-from ollama_forge.progress import bar, say, step
+from ollama_forge.progress import bar, say
 
-OWN_SERVER = "ollama-forge/"
 FILES_SINCE = (0, 5, 5)  # `files` in create
 RENDERER_SINCE = (0, 12, 0)  # `renderer` and `parser` in create
 NO_TEMPLATE = "{{ .Prompt }}"  # what show gives where a model has none
@@ -177,7 +176,7 @@ class Client(ollama.Client):
             ForgeError: the server of this project does.
         """
         try:
-            answer = self._client.get("/api/version", timeout=_VERSION_SECONDS)
+            answer = self._client.get("/api/version", timeout=httpx.Timeout(_VERSION_SECONDS, connect=_CONNECT_SECONDS))
         except httpx.HTTPError as error:
             return OllamaState(self.url, problem=f"no Ollama at {self.url} ({_reason(error)})")
         if answer.headers.get("server", "").startswith(OWN_SERVER):
@@ -219,14 +218,16 @@ class Client(ollama.Client):
         Raises:
             ForgeError: it failed, also where that is only the last line of its answer.
         """
-        last = ""
-        with self._in_one_line(f"creating {request.model}"), step(f"Ollama creates {request.model}"):
+        last: str | None = None
+        with self._in_one_line(f"creating {request.model}"), ExitStack() as shown:
             for answer in self._request(
                 ollama.ProgressResponse, "POST", "/api/create", json=request.body(), stream=True
             ):
                 status = answer.status or ""
-                if status != last and not status.startswith(_LAYERS):
-                    say(f"ollama: {status}")
+                if status != last:
+                    shown.close()
+                    advance = _following(shown, status, answer.total or 0)
+                advance(answer.completed or 0)
                 last = status
         if last != "success":
             raise ForgeError(f"Ollama stopped creating {request.model} after {last!r}", "look into its log")
@@ -261,6 +262,23 @@ def preflight(url: str | None = None) -> OllamaState:
         return client.state()
 
 
+def _following(shown: ExitStack, status: str, total: int) -> Callable[[int], None]:
+    """Show what Ollama does now: a line, or a bar where it says how much there is to do."""
+    if not total:
+        if not status.startswith(_LAYERS):
+            say(f"ollama: {status}")
+        return lambda done: None
+    advance = shown.enter_context(bar(f"ollama: {status}, MB", max(total // _MB, 1)))
+    told = 0
+
+    def tell(done: int) -> None:
+        nonlocal told
+        advance(done // _MB - told)
+        told = done // _MB
+
+    return tell
+
+
 def digest_of(path: Path) -> str:
     """``sha256:<hex>`` of a file, with a bar."""
     digest = hashlib.sha256()
@@ -271,12 +289,15 @@ def digest_of(path: Path) -> str:
 
 def _blocks(path: Path, title: str) -> Iterator[bytes]:
     done = told = 0
-    with path.open("rb") as file, bar(title, max(path.stat().st_size // _MB, 1)) as advance:
-        while block := file.read(_BLOCK):
-            yield block
-            done += len(block)
-            advance(done // _MB - told)
-            told = done // _MB
+    try:
+        with path.open("rb") as file, bar(title, max(path.stat().st_size // _MB, 1)) as advance:
+            while block := file.read(_BLOCK):
+                yield block
+                done += len(block)
+                advance(done // _MB - told)
+                told = done // _MB
+    except OSError as error:
+        raise ForgeError(f"{path} cannot be read: {error.strerror or error}", "check the path and the disk") from error
 
 
 def _head(modelfile: str, template: str, system: str) -> str:

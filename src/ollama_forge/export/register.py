@@ -21,6 +21,9 @@ from ollama_forge.names import check_ollama_name
 QUANTIZE_TYPES = ("Q4_K_S", "Q4_K_M", "Q8_0", "F16", "BF16", "F32")  # what Ollama makes
 
 _NO_PARAMETERS: Parameters = MappingProxyType({})
+_NO_CHAT_TEMPLATE = (
+    "the file has no chat template and none was copied: prompts reach the model bare; name a model with --template-from"
+)
 _OLD_FOR_RENDERER = ".".join(map(str, RENDERER_SINCE))
 
 
@@ -105,7 +108,7 @@ def register(
         ForgeError: a file that is damaged, or Ollama fails or goes away; no model of that name is left half-made.
     """
     check_ollama_name(name)
-    read_header(gguf)
+    header = read_header(gguf)
     wanted = all_parameters(plan, parameters)
     digest = digest_of(gguf)
     sent = client.send(gguf, digest)
@@ -122,12 +125,13 @@ def register(
     client.make(request)
     shown = shown_after(client, name)
     asked = Shown(name, plan.template, plan.renderer, plan.parser, wanted, system)
+    note = plan.note if plan.source or header.has_chat_template else _NO_CHAT_TEMPLATE
     return Registered(
         name,
         shown,
         template_from=plan.source,
         sent=sent,
-        notes=(*((plan.note,) if plan.note else ()), *_added(asked, shown)),
+        notes=(*((note,) if note else ()), *_added(asked, shown)),
         differences=differences(asked, shown),
     )
 
