@@ -66,6 +66,7 @@ class FakeOllama:
         self.ends_with_error = ""
         self.stops_without_success = False
         self.ignores_renderers = False
+        self.renderer_of_its_own = ""
         self.breaks_after: int | None = None
         self.blob_status = 0
         self.pause = threading.Event()
@@ -126,7 +127,7 @@ class FakeOllama:
 
     def _layers(self, body: dict[str, Any], model: Model) -> Iterator[dict[str, Any]]:
         if not self.ignores_renderers:
-            model.renderer = body.get("renderer") or model.renderer
+            model.renderer = body.get("renderer") or model.renderer or self.renderer_of_its_own
             model.parser = body.get("parser") or model.parser
         for part in ("template", "system", "messages"):
             if body.get(part):

@@ -142,7 +142,7 @@ def test_parameters_as_ollama_shows_them() -> None:
         "num_ctx": 8192,
         "use_mmap": False,
     }
-    assert read_shown("num_ctx                        1e+06") == {"num_ctx": 1000000}
+    assert repr(read_shown("num_ctx                        1e+06")) == "{'num_ctx': 1000000}"
     assert read_shown("num_gpu                        <nil>") == {}
     assert read_shown("") == {}
 

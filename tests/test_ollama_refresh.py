@@ -121,6 +121,16 @@ def test_a_renderer_that_must_go(fake: FakeOllama, forge: Forge) -> None:
     assert after == model(template="T")
 
 
+def test_a_renderer_that_comes_back_fails(fake: FakeOllama, forge: Forge) -> None:
+    """Ollama gives some architectures a renderer of its own."""
+    fake.models["n:latest"] = model(renderer="gemma4", parser="gemma4")
+    fake.models["plain:latest"] = Model(template="T")
+    fake.renderer_of_its_own = "gemma4"
+    status, out, err = forge("--name", "n", "--base", "plain", "--template-only", "--output-name", "new")
+    assert (status, out) == (1, "")
+    assert "error: Ollama made new, but it still has the renderer gemma4\n" in err
+
+
 def test_what_is_not_kept_fails(fake: FakeOllama, forge: Forge) -> None:
     fake.ignores_renderers = True
     status, out, err = forge("--name", "n", "--base", "b", "--template-only")
