@@ -115,7 +115,7 @@ def test_a_file_without_a_template(fake: FakeOllama, tmp_path: Path, forge: Forg
     status, out, _ = forge("convert", "--gguf", tiny_gguf(tmp_path / "m.gguf"), "--name", "made")
     assert status == 0
     assert "no chat template" in out
-    assert "of the file itself" not in out
+    assert "in the file;" not in out
 
 
 def test_quantise(fake: FakeOllama, gguf: Path, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:

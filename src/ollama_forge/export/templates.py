@@ -13,7 +13,7 @@ from ollama_forge.names import check_ollama_name, is_ollama_name
 if TYPE_CHECKING:
     from ollama_forge.export.ollama import Client, Shown
 
-_LEFT_TO_FILE = "Ollama renders the chat template of the file itself"
+_LEFT_TO_FILE = "Ollama goes by the chat template in the file"
 _IF_TOOLS_LACK = (
     "where its version then lacks tools, name a model with --template-from, or afterwards: "
     "ollama-forge refresh-template --name NAME --base MODEL --template-only"
