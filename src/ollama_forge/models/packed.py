@@ -22,7 +22,7 @@ class _PackedForward:
         self.bias = linear.bias
 
     def __call__(self, input: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input.contiguous(), self.weight, self.bias, "none", [], "")
         return out
 
 
@@ -31,14 +31,16 @@ def pack_linears(module: nn.Module) -> None:
 
     The model is for inference alone afterwards, and its weights must not change any more.
     """
+    usable = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not usable or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
     linears = [
         each
         for each in module.modules()
         if type(each) is nn.Linear and each.weight.device.type == "cpu" and each.weight.dtype is torch.bfloat16
     ]
     free = memory_available(torch.device("cpu")) or 0
-    usable = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not usable or free < _ROOM * sum(each.weight.nbytes for each in linears):
+    if free < _ROOM * sum(each.weight.nbytes for each in linears):
         return
     with torch.inference_mode():
         for each in linears:
