@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
+from ollama_forge.checkpoints.gguf_io import Gguf, Tensor
 from ollama_forge.errors import UsageError
-from ollama_forge.export.gguf_io import Gguf, Tensor
 
 DEFAULT = "Q4_K_M"
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}

@@ -1,4 +1,4 @@
-"""A GGUF file in other types: by llama.cpp's own tool where it is on PATH, else by the embedded encoder on all cores."""
+"""A GGUF file in other types: by llama.cpp's own tool if on PATH, else by the embedded encoder on all cores."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 
+from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import encode
-from ollama_forge.export.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
 from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
 from ollama_forge.files import file_in_one_piece, partial_of
 from ollama_forge.progress import bar, say, step
