@@ -176,7 +176,10 @@ class _Run:
             lists=self.split.hashes(),
             notes=list(self.split.notes),
             choice=chosen,
-            rows={name: Measurement.from_json(row) for name, row in rows.items() if row is not None} | exported.rows,
+            rows={
+                **{name: Measurement.from_json(row) for name, row in rows.items() if row is not None},
+                **exported.rows,
+            },
             checks=None if checks is None else [Check(**check) for check in checks],
             seconds=self.times,
             folder=self.folder,

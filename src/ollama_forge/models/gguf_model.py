@@ -29,6 +29,7 @@ from ollama_forge.models.protocol import Answers, Decided
 
 SLOTS = 8
 TOKENIZING_CONTEXT = 256
+_ALL = 1 << 20  # more probabilities than any vocabulary has
 _LOG_MARK = re.compile(r"^[\d.]+ [A-Z] (?:\w+: )?")
 _INSTALL = "pip install 'ollama-forge[llamacpp]'"
 
@@ -123,6 +124,7 @@ class GgufModel:
     ) -> None:
         self.server, self.tokenizer, self.settings = server, tokenizer, settings
         self.ends, self.vocabulary = frozenset(ends), vocabulary
+        self.letter = tokenizer("a", add_special_tokens=False).input_ids[-1]
 
     def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
         return [prompt_ids(self.tokenizer, instruction, self.settings) for instruction in instructions]
@@ -164,8 +166,12 @@ class GgufModel:
         return ids[:end]
 
     def _first(self, prompt: Ids) -> Tensor:
-        """Log-probabilities over the checkpoint's vocabulary; ids that the file lacks get the least there is."""
-        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": self.vocabulary + 4096}
+        """Log-probabilities over the checkpoint's vocabulary; ids that the file lacks get the least there is.
+
+        They are taken before sampling. A letter is forced as the sampled token, for an answer that ends at once, or
+        with half a character, would come without any.
+        """
+        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": _ALL, "logit_bias": [[self.letter, 1e6]]}
         found = self.server.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         ids = torch.tensor([entry["id"] for entry in found])
         values = torch.tensor([entry["logprob"] for entry in found], dtype=torch.float64)
