@@ -19,7 +19,7 @@ from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import encode
 from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
-from ollama_forge.files import file_in_one_piece, partial_of
+from ollama_forge.files import disk_errors, file_in_one_piece, partial_of
 from ollama_forge.progress import bar, say, step
 
 EMBEDDED = "embedded"
@@ -114,7 +114,7 @@ def rewrite(
     total = sum(tensor.size for tensor in file.tensors)
     with file_in_one_piece(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
         advanced = _Megabytes(advance)
-        with partial.open("wb") as out:
+        with disk_errors(target), partial.open("wb") as out:
             placed = lay_out(out, kept, wanted)
             pairs = list(zip(file.tensors, placed, strict=True))
             with file.path.open("rb") as source:
