@@ -88,7 +88,9 @@ def main() -> int:
         ratio = 0.0
         if tool:
             ratio = took / statistics.median(native)
-            print(f"llama-quantize: {statistics.median(native):.2f} s; the embedded one takes {ratio:.2f} times as long")
+            print(
+                f"llama-quantize: {statistics.median(native):.2f} s; the embedded one takes {ratio:.2f} times as long"
+            )
         else:
             print("no llama-quantize on PATH: nothing to compare with")
         print(f"quantising alone costs a first-token KL of {quantising_costs('demo', folder):.4f}")

@@ -121,7 +121,7 @@ def test_cut_anywhere_it_is_one_error(tmp_path: Path) -> None:
     written_by_gguf_py(path)
     data = path.read_bytes()
     end = max(tensor.start + tensor.size for tensor in read_gguf(path).tensors)
-    for size in [*range(0, 400), *range(400, end, 7), end - 1]:
+    for size in [*range(400), *range(400, end, 7), end - 1]:
         cut.write_bytes(data[:size])
         with pytest.raises(ForgeError, match=r"cut short|is not a GGUF file|cannot read|is damaged") as caught:
             read_gguf(cut)
@@ -147,7 +147,9 @@ def test_a_damaged_header_is_read_or_refused(tmp_path: Path, place: int, byte: i
     assert all(tensor.start + tensor.size <= len(data) for tensor in file.tensors)
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"), (b"zip", "is not")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"), (b"zip", "is not")]
+)
 def test_other_files(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "other.gguf"
     path.write_bytes(content)

@@ -150,7 +150,9 @@ def fake_tool(folder: Path, body: str) -> str:
     """A llama-quantize whose ``body`` knows ``source``, ``target`` and ``quant``."""
     tool = folder / "bin" / "llama-quantize"
     tool.parent.mkdir()
-    tool.write_text(f"#!{sys.executable}\nimport sys\nsource, target, quant = sys.argv[1:4]\n{body}\n", encoding="utf-8")
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys\nsource, target, quant = sys.argv[1:4]\n{body}\n", encoding="utf-8"
+    )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     return str(tool)
 

@@ -93,5 +93,5 @@ def _pieces(tokenizer: Any, ids: Ids) -> tuple[str, ...]:
 
 
 def _words(pieces: Sequence[str]) -> list[str]:
-    """What is left of tokens without the whitespace in and between them."""
-    return [word for word in (piece.strip(_SPACES) for piece in pieces) if word]
+    """The tokens that are more than whitespace."""
+    return [piece for piece in pieces if piece.strip(_SPACES)]
