@@ -2,7 +2,7 @@
 
     python benchmarks/quantise.py [LLAMA_QUANTIZE]
 
-Bounds: the embedded quantiser takes at most 3x the time of ``llama-quantize`` (median of three runs each, turn by turn).
+Bounds: the embedded quantiser takes at most 3x the time of ``llama-quantize`` (median of three, turn by turn).
 Prints besides: seconds to convert, peak memory, and the first-token KL that quantising alone costs.
 """
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ollama_forge.checkpoints.gguf_io import read_gguf
 from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export import convert as converting
 from ollama_forge.export.convert import (
@@ -25,7 +26,7 @@ from ollama_forge.export.convert import (
     why_not,
 )
 from ollama_forge.files import partial_of
-from ollama_forge.models.chat_model import LoadSettings, load_tokenizer
+from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
 from ollama_forge.models.gguf_model import GgufModel, serving
 from tests import planted, tiny
 
@@ -75,7 +76,7 @@ def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Check
         found = check_tokens(tokenizer, LoadSettings(), server.tokenize)
         assert server.tokenize("the sea") != tokenizer("the sea").input_ids
     assert found.texts >= 200
-    assert found.mismatches >= found.garbled > 30
+    assert found.mismatches >= found.garbled > 20
     first = found.examples[0]
     assert "".join(first.expected) == "".join(first.found)  # the same bytes, cut elsewhere
     assert first.expected != first.found
@@ -83,8 +84,6 @@ def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Check
 
 
 def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path, str | None]) -> None:
-    from ollama_forge.models.chat_model import ChatModel
-
     checkpoint, path, _ = foreign
     settings = LoadSettings(device="cpu", dtype="float32")
     chat = ChatModel.load(checkpoint, settings)
@@ -97,7 +96,8 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     assert wanted.first is not None
     assert found.first is not None
     assert found.first.shape == wanted.first.shape
-    assert torch.allclose(found.first, wanted.first, atol=0.05)
+    assert float(kl_per_prompt(wanted.first, found.first).max()) < 1e-3
+    assert torch.allclose(found.first.exp().sum(-1), torch.ones(6))
     agreeing = sum(a[:3] == b[:3] for a, b in zip(wanted.ids, found.ids, strict=True))
     assert agreeing >= 5  # a near tie may fall the other way in f16
 
@@ -218,7 +218,7 @@ def test_a_failing_converter(tmp_path: Path, body: str, words: str) -> None:
 
 
 def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ForgeError, match="holds no convert_hf_to_gguf.py"):
+    with pytest.raises(ForgeError, match="holds no convert_hf_to_gguf"):
         find_converter(str(tmp_path))
     monkeypatch.setattr(converting, "_PACKAGE", "no_such_package_at_all")
     with pytest.raises(ForgeError, match="not installed") as caught:

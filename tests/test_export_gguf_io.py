@@ -48,7 +48,7 @@ def bytes_of(path: Path) -> dict[str, bytes]:
 def test_round_trip(tmp_path: Path, values: dict[str, Any], shapes: list[tuple[list[int], Type]]) -> None:
     path = tmp_path / "file.gguf"
     tensors = [
-        Tensor(f"t{i}", tuple([shape[0] * (32 if kind == Type.Q8_0 else 1), *shape[1:]]), kind)
+        Tensor(f"t{i}", (shape[0] * (32 if kind == Type.Q8_0 else 1), *shape[1:]), kind)
         for i, (shape, kind) in enumerate(shapes)
     ]
     held = write(path, {key: value_of(value) for key, value in values.items()}, tensors)
