@@ -116,6 +116,25 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def file_in_one_piece(path: Path) -> Iterator[Path]:
+    """Yield the name ``<path>.partial`` for a file that is flushed and becomes ``path`` when the block ends well."""
+    temporary = partial_of(path)
+    with disk_errors(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        with disk_errors(path):
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def human_size(size: float) -> str:
     """``1536`` -> ``1.5 KB`` (powers of 1000, as disks are sold)."""
     for unit in ("B", "KB", "MB", "GB"):

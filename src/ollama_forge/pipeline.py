@@ -1,4 +1,4 @@
-"""``run``: from instruction lists to an edited, verified, measured checkpoint; every stage is resumable."""
+"""``run``: from instruction lists to an edited, verified, measured checkpoint and its GGUF file, resumable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.report import Report
 from ollama_forge.evaluation.verify import Check, verify
-from ollama_forge.files import sha256_file, write_bytes
+from ollama_forge.export.exporter import Exported, Exporter, ExportJob, ExportSettings
+from ollama_forge.files import sha256_file, sha256_json, write_bytes
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
 from ollama_forge.progress import say, step
@@ -61,6 +62,7 @@ class RunSettings:
     out_dtype: str = "bf16"
     evaluate: bool = True
     verify: bool = True
+    export: ExportSettings = field(default_factory=ExportSettings)
 
     @property
     def folder(self) -> Path:
@@ -85,7 +87,10 @@ class _Run:
         self.map = self.source.map()
         self.read = vector_reader(self.source.tensors)
         self.split: PromptSplit = settings.prompts.load(MAX_PAIRS)
-        check_output(self.checkpoint_folder, output_size(self.source, settings.out_dtype))
+        needed = output_size(self.source, settings.out_dtype)
+        check_output(self.checkpoint_folder, needed)
+        self.exporter = Exporter(self.source, settings.model, settings.name, self.folder, settings.export)
+        self.exporter.check_room(0 if self.checkpoint_folder.exists() else needed)
         self.stages = Stages(self.folder, force=force)
         self._model: ChatModel | None = None
         self._loaded_as: str | None = None
@@ -126,6 +131,7 @@ class _Run:
         settings = self.settings
         for note in self.split.notes:
             say(f"note: {note}")
+        self.exporter.announce()
         base = self.timed("base", self.measure_base) if settings.evaluate else None
         chosen = self.timed("choose", self.choose)
         control = self.timed("control", lambda: self.measure_control(chosen)) if settings.evaluate else None
@@ -134,9 +140,34 @@ class _Run:
         self.drop_model()
         checks = self.timed("verify", lambda: self.check(chosen, applied)) if settings.verify else None
         final = self.timed("measure", lambda: self.measure_written(applied)) if settings.evaluate else None
-        report = Report(
+        self.drop_model()
+        sound = all(check["passed"] for check in checks or [])
+        exported = self.export(chosen, applied) if sound else Exported(problem="the checkpoint failed verification")
+        rows = {"base": base, "random direction": control, "edited": final}
+        report = self.report(chosen, rows, checks, exported)
+        stamp(
+            self.checkpoint_folder,
+            verified=None if checks is None else report.verified,
+            measurements={name: row.to_json() for name, row in report.rows.items()} or None,
+        )
+        report.save()
+        if not sound:
+            failed = next(check for check in report.checks or [] if not check.passed)
+            raise ForgeError(
+                f"verification failed: {failed.name} (worst {failed.worst}, bound {failed.bound}, at {failed.where})",
+                f"the files in {self.folder} are kept and marked unverified; please report this",
+            )
+        if exported.failure is not None:
+            raise ForgeError(
+                exported.failure.message,
+                f"{exported.failure.hint}; all else is done, and the same command goes on from there",
+            ) from exported.failure
+        return report
+
+    def report(self, chosen: dict[str, Any], rows: dict[str, Any], checks: Any, exported: Exported) -> Report:
+        return Report(
             model=self.source.label,
-            name=settings.name,
+            name=self.settings.name,
             fingerprint=self.source.fingerprint,
             prompts={
                 part: {side: len(lines) for side, lines in asdict(getattr(self.split, part)).items()}
@@ -146,27 +177,16 @@ class _Run:
             notes=list(self.split.notes),
             choice=chosen,
             rows={
-                name: Measurement.from_json(row)
-                for name, row in (("base", base), ("random direction", control), ("edited", final))
-                if row is not None
+                **{name: Measurement.from_json(row) for name, row in rows.items() if row is not None},
+                **exported.rows,
             },
             checks=None if checks is None else [Check(**check) for check in checks],
             seconds=self.times,
             folder=self.folder,
+            file=exported.file,
+            file_problem=exported.problem,
+            tokens=exported.tokens,
         )
-        stamp(
-            self.checkpoint_folder,
-            verified=None if checks is None else report.verified,
-            measurements={name: row.to_json() for name, row in report.rows.items()} or None,
-        )
-        report.save()
-        if checks is not None and not report.verified:
-            failed = next(check for check in report.checks or [] if not check.passed)
-            raise ForgeError(
-                f"verification failed: {failed.name} (worst {failed.worst}, bound {failed.bound}, at {failed.where})",
-                f"the files in {self.folder} are kept and marked unverified; please report this",
-            )
-        return report
 
     def timed(self, name: str, work: Any) -> Any:
         started = time.monotonic()
@@ -341,3 +361,16 @@ class _Run:
             return measure(self.written_model(), self.split.report, self.base_first(), "edited")[0].to_json()
 
         return self.stages.run("measure", {**self.inputs, "checkpoint": applied}, [], work)
+
+    def export(self, chosen: dict[str, Any], applied: dict[str, Any]) -> Exported:
+        """The GGUF file of the written checkpoint, checked and measured as far as that can be done here."""
+        provenance = {
+            "source": self.source.folder.name if self.source.kind == "folder" else self.source.label,
+            "source_fingerprint": self.source.fingerprint,
+            "edit": {"name": chosen["name"], "settings": chosen["settings"]},
+            "lists": self.split.hashes(),
+            "checkpoint": sha256_json(applied),
+        }
+        first = self.base_first() if self.settings.evaluate else None
+        job = ExportJob(self.stages, self.written, provenance, self.split.report, first, self.settings.load)
+        return self.exporter.run(job, self.timed)

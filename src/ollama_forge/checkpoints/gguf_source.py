@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.gguf_io import read_gguf
 from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.errors import ForgeError
@@ -12,6 +13,11 @@ from ollama_forge.files import cache_root, folder_in_one_piece, human_size, sha2
 from ollama_forge.progress import step
 
 _MAGIC = b"GGUF"
+_FORM = 2  # of what is cached: a new number leaves what older versions made alone
+# pre-tokenizers that set every digit apart, which transformers doesn't take over
+_DIGITS_APART = frozenset(
+    {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"}
+)
 
 
 def unpacked(path: Path, label: str) -> Checkpoint:
@@ -24,10 +30,15 @@ def unpacked(path: Path, label: str) -> Checkpoint:
         if file.read(4) != _MAGIC:
             raise ForgeError(f"{path} is not a GGUF file", "give a model folder, a .gguf file or a Hub id")
     digest = sha256_file(path)
-    folder = cache_root() / "gguf" / digest[:24]
+    folder = cache_folder("gguf", digest[:24])
     if not (folder / "config.json").is_file():
         dequantise(path, folder)
     return Checkpoint(folder, label, "gguf", digest)
+
+
+def cache_folder(kind: str, name: str) -> Path:
+    """Where an unpacked checkpoint is kept."""
+    return cache_root() / kind / f"{name}-{_FORM}"
 
 
 def dequantise(path: Path, folder: Path) -> None:
@@ -56,6 +67,8 @@ def dequantise(path: Path, folder: Path) -> None:
             if loading["missing_keys"]:
                 raise ValueError(f"it lacks {sorted(loading['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            if read_gguf(path).get("tokenizer.ggml.pre") in _DIGITS_APART:
+                set_digits_apart(tokenizer)
         except Exception as error:  # readers of damaged files raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ForgeError(
@@ -71,3 +84,15 @@ def dequantise(path: Path, folder: Path) -> None:
         with folder_in_one_piece(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+
+
+def set_digits_apart(tokenizer: Any) -> None:
+    """Make a byte-level tokenizer cut out every digit before it looks for words."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )

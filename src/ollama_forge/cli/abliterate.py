@@ -127,18 +127,22 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="First-token KL up to which an edit may be chosen.",
 )
 @click.option("--no-escalate", is_flag=True, help="Keep the documented default, whatever it leaves.")
+@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or a .gguf source's own).")
+@click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
+@click.option("--llama-cpp-dir", metavar="DIR", help="A llama.cpp checkout to convert with.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
 @click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
 @click.option("--force", is_flag=True, help="Do every stage again.")
 @opt.json_option
 @click.pass_context
 def run(ctx: click.Context, /, **options: Any) -> None:
-    """Everything in one command: direction, edit, proof and numbers. Finished stages are not done again."""
+    """Everything in one command: direction, edit, proof, numbers, GGUF. Finished stages are not done again."""
     require_abliterate("run")
     if not options["name"].strip("/:. "):
         raise UsageError(f"--name {options['name']!r} is not a name", "for example --name my-model")
     from ollama_forge.cli.closing import closing_lines
     from ollama_forge.config_file import write_config
+    from ollama_forge.export.exporter import ExportSettings
     from ollama_forge.pipeline import RunSettings, run
 
     settings = RunSettings(
@@ -155,6 +159,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
+        export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
     )
     report = run(settings, force=options["force"])
     write_config(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ollama_forge.edits.written import edit_file
 from ollama_forge.evaluation.report import Report
+from ollama_forge.files import human_size
 from ollama_forge.search.ladder import ENOUGH
 
 
@@ -31,10 +34,24 @@ def closing_lines(report: Report, *, escalate: bool, max_kl: float) -> None:
         console.print(f"first-token KL is above {max_kl:g}: ordinary answers change too")
     if report.checks is not None:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
-    console.print(f"checkpoint: {report.folder / 'checkpoint'}", markup=False, soft_wrap=True)
-    console.print(f"report: {report.folder / 'report.json'}", markup=False, soft_wrap=True)
+    for line in report.file_lines():
+        console.print(line, markup=False, soft_wrap=True)
+    folder = report.folder
+    outputs = {
+        "checkpoint": folder / "checkpoint",
+        "its edit": edit_file(folder / "checkpoint"),
+        "direction": folder / "refusal.pt",
+        **({} if report.file is None else {f"GGUF, {report.file.quant}": report.file.path}),
+        "report": folder / "report.json",
+    }
+    for name, path in outputs.items():
+        console.print(f"{name}: {path} ({human_size(_size(path))})", markup=False, soft_wrap=True)
     console.print(
-        f"talk to it: ollama-forge abliterate chat --checkpoint {report.folder / 'checkpoint'}",
+        f"talk to it: ollama-forge abliterate chat --checkpoint {folder / 'checkpoint'}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

@@ -16,6 +16,7 @@ from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_re
 from ollama_forge.models.batching import Ids
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import answer, first_log_probs
+from ollama_forge.models.protocol import AnsweringModel
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
 
@@ -103,7 +104,7 @@ def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
 
 
 def measure(
-    model: ChatModel, prompts: PartPrompts, base_first: Tensor | None, title: str
+    model: AnsweringModel, prompts: PartPrompts, base_first: Tensor | None, title: str
 ) -> tuple[Measurement, Tensor]:
     """Answer all prompts of a part with up to 64 greedy tokens and score them.
 
@@ -118,9 +119,8 @@ def measure(
         return is_surely_refusal(model.decode(ids))
 
     with bar(title, len(prompts.harmful) + len(prompts.harmless)) as advance:
-        harmful = answer(model, model.prompts_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance)
-        harmless = answer(
-            model,
+        harmful = model.answer(model.prompts_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance)
+        harmless = model.answer(
             model.prompts_ids(prompts.harmless),
             ANSWER_TOKENS,
             decided=decided,

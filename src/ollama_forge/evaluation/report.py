@@ -9,6 +9,7 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.files import write_json
 
@@ -17,8 +18,44 @@ _HEADER = ("model", "harmful refused", "harmless refused", "degenerate (harmless
 
 
 @dataclass(frozen=True)
+class ShippedFile:
+    """The GGUF file of a run.
+
+    Attributes:
+        quantised_by: ``embedded``, or the tool that did it.
+        pre_tokenizer_fallback: the rules that stand in for ones the converter does not know; None where it does.
+    """
+
+    path: Path
+    quant: str
+    size: int
+    quantised_by: str
+    pre_tokenizer_fallback: str | None
+
+    @property
+    def row(self) -> str:
+        """Its name among the measurements."""
+        return f"GGUF ({self.quant})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.path.name,
+            "quant": self.quant,
+            "bytes": self.size,
+            "quantised_by": self.quantised_by,
+            "pre_tokenizer_fallback": self.pre_tokenizer_fallback,
+        }
+
+
+@dataclass(frozen=True)
 class Report:
-    """One run. ``rows`` maps ``base``, ``random direction`` and ``edited`` to what was measured on report prompts."""
+    """One run.
+
+    Attributes:
+        rows: what was measured on report prompts, under ``base``, ``random direction``, ``edited`` and ``GGUF (TYPE)``.
+        file: the GGUF file, None where there is none; ``file_problem`` says why.
+        tokens: None where the file's tokens were not checked.
+    """
 
     model: str
     name: str
@@ -31,6 +68,9 @@ class Report:
     checks: list[Check] | None
     seconds: dict[str, float]
     folder: Path
+    file: ShippedFile | None = None
+    file_problem: str = ""
+    tokens: TokenCheck | None = None
 
     @property
     def verified(self) -> bool:
@@ -52,8 +92,25 @@ class Report:
             "verification": None
             if self.checks is None
             else {"passed": self.verified, "checks": [check.to_json() for check in self.checks]},
+            "gguf": {
+                **({} if self.file is None else self.file.to_json()),
+                "problem": self.file_problem,
+                "tokens": None if self.tokens is None else self.tokens.to_json(),
+            },
             "seconds": self.seconds,
         }
+
+    def file_lines(self) -> list[str]:
+        """What a reader must know of the GGUF file."""
+        if self.file is None:
+            return [f"no GGUF file: {self.file_problem}"]
+        lines = []
+        if self.file.pre_tokenizer_fallback:
+            lines.append(
+                "warning: llama.cpp's converter does not know this tokenizer's rules; "
+                f"{self.file.pre_tokenizer_fallback!r} stands in for them"
+            )
+        return [*lines, *_token_lines(self.tokens)]
 
     def save(self) -> None:
         write_json(self.folder / "report.json", self.to_json())
@@ -77,3 +134,19 @@ class Report:
 
 def _rate(count: int, total: int, rate: Estimate) -> str:
     return f"{count}/{total} ({rate.low:.0%} to {rate.high:.0%})"
+
+
+def _token_lines(check: TokenCheck | None) -> list[str]:
+    if check is None:
+        return ["tokens unchecked: pip install 'ollama-forge[llamacpp]' to have them compared"]
+    if not check.mismatches:
+        return [f"tokens: {check.texts} texts, all as in the checkpoint"]
+    lines = [f"tokens: {check.mismatches} of {check.texts} texts differ from the checkpoint's, such as"]
+    for each in check.examples:
+        lines.append(f"  {each.text!r}: {' '.join(each.found)!r} instead of {' '.join(each.expected)!r}"[:400])
+    if check.garbled:
+        lines.append(
+            f"warning: this file garbles text ({check.garbled} of {check.texts} texts in more than whitespace); "
+            "chat and serve use the checkpoint's own tokenizer and don't"
+        )
+    return lines

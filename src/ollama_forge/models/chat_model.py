@@ -22,6 +22,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batching import Batch, Ids, batches
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
 from ollama_forge.models.packed import pack_linears
+from ollama_forge.models.protocol import Answers
 from ollama_forge.quiet import quiet_transformers
 
 DEFAULT_BATCH = 64
@@ -131,19 +132,22 @@ class ChatModel:
 
     def prompt_ids(self, instruction: str) -> Ids:
         """Ids of one instruction as the model is measured: with the system prompt, thinking off where that is known."""
-        text = self.render([{"role": "user", "content": instruction}], **measuring_kwargs(self.tokenizer))
-        return self.encode(text)
+        return prompt_ids(self.tokenizer, instruction, self.settings)
 
     def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
         return [self.prompt_ids(instruction) for instruction in instructions]
 
     def encode(self, text: str) -> Ids:
-        ids: Ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template).input_ids
-        return ids
+        return encode(self.tokenizer, text)
 
     def decode(self, ids: Ids) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
+        from ollama_forge.models.greedy import answer
+
+        return answer(self, prompts, max_new_tokens, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
 
@@ -251,6 +255,18 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], settings: Load
             "check --system and --template-kwargs",
         ) from error
     return text
+
+
+def encode(tokenizer: Any, text: str) -> Ids:
+    """Ids of a text: templates write their own special tokens, a base model's bare text gets them here."""
+    ids: Ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+    return ids
+
+
+def prompt_ids(tokenizer: Any, instruction: str, settings: LoadSettings) -> Ids:
+    """Ids of one instruction as a model is measured: with the system prompt, thinking off where that is known."""
+    messages = [{"role": "user", "content": instruction}]
+    return encode(tokenizer, render(tokenizer, messages, settings, **measuring_kwargs(tokenizer)))
 
 
 def measuring_kwargs(tokenizer: Any) -> dict[str, Any]:

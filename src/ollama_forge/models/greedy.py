@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,22 +10,9 @@ from torch import Tensor
 
 from ollama_forge.models.batching import Ids, by_length, pad_left, shared_prefix
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.protocol import Answers, Decided
 
-Decided = Callable[[Ids], bool]
 _COMPACT_SHARE = 0.75
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Token ids of the answers (without what ended them), and the first token's log-probabilities.
-
-    Attributes:
-        ids: one list per prompt.
-        first: float32 ``[prompts, vocabulary]``, natural logarithms, on the CPU; None unless asked for.
-    """
-
-    ids: list[Ids]
-    first: Tensor | None
 
 
 @torch.inference_mode()
@@ -39,13 +25,7 @@ def answer(
     keep_first: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
-
-    Args:
-        decided: tells from an answer so far that no further token can matter; such an answer ends there.
-        keep_first: keep the first token's log-probabilities.
-        progress: called with the number of prompts that are done.
-    """
+    """``AnsweringModel.answer`` for a model in memory."""
     if not prompts:
         return Answers([], None)
     out: list[Ids] = [[] for _ in prompts]

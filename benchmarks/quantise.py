@@ -1,0 +1,101 @@
+"""Conversion and quantising of the demo model, and the embedded quantiser against llama.cpp's where there is one.
+
+    python benchmarks/quantise.py [LLAMA_QUANTIZE]
+
+Bounds: the embedded quantiser takes at most 3x the time of ``llama-quantize`` (median of three, turn by turn).
+Prints besides: seconds to convert, peak memory, and the first-token KL that quantising alone costs.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROUNDS = 3
+QUANT = "Q4_K_M"
+SOURCE_OF_CHILD = """
+import resource, sys
+from pathlib import Path
+from ollama_forge.export.quantise import _cores, quantise
+quantise(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], {})
+own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(own, worker, _cores())
+"""
+
+
+def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
+    """Mean first-token KL (nats) of a quantised model from itself, on the harmless report prompts."""
+    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.edits.least_squares import MAX_PAIRS
+    from ollama_forge.evaluation.measure import kl_per_prompt
+    from ollama_forge.export.convert import convert, find_converter
+    from ollama_forge.export.quantise import quantise
+    from ollama_forge.models.chat_model import ChatModel, LoadSettings
+    from ollama_forge.models.gguf_model import SLOTS, GgufModel, serving
+    from ollama_forge.models.greedy import first_log_probs
+    from ollama_forge.prompts.settings import PromptSettings
+
+    source, settings = resolve(model), LoadSettings()
+    if not (folder / "converted.gguf").exists():
+        convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
+    quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
+    chat = ChatModel.load(source, settings)
+    prompts = chat.prompts_ids(PromptSettings().load(MAX_PAIRS).report.harmless)
+    base = first_log_probs(chat, prompts)
+    with serving(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
+        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=base.shape[1])
+        first = file.answer(prompts, 0, keep_first=True).first
+    assert first is not None
+    return float(kl_per_prompt(base, first).mean())
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, done.stdout
+
+
+def main() -> int:
+    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.export.convert import convert, find_converter
+    from ollama_forge.export.quantise import find_tool
+
+    tool = sys.argv[1] if len(sys.argv) > 1 else find_tool()
+    source = resolve("demo")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        converted = folder / "converted.gguf"
+        started = time.perf_counter()
+        convert(find_converter(None), source, converted, outtype="auto", name="demo")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"converting: {time.perf_counter() - started:.1f} s, peak {peak:.0f} MB")
+        embedded, native = [], []
+        out = str(folder / "out.gguf")
+        for _ in range(ROUNDS):
+            seconds, said = timed([sys.executable, "-c", SOURCE_OF_CHILD, str(converted), out, QUANT])
+            embedded.append(seconds)
+            if tool:
+                native.append(timed([tool, str(converted), out, QUANT])[0])
+        own, worker, count = map(int, said.split())
+        took = statistics.median(embedded)
+        peak = f"peak {own / 1024:.0f} MB and {count} x {worker / 1024:.0f} MB"
+        print(f"embedded quantiser, {QUANT}, interpreter's start included: {took:.2f} s, {peak}")
+        ratio = 0.0
+        if tool:
+            ratio = took / statistics.median(native)
+            print(
+                f"llama-quantize: {statistics.median(native):.2f} s; the embedded one takes {ratio:.2f} times as long"
+            )
+        else:
+            print("no llama-quantize on PATH: nothing to compare with")
+        print(f"quantising alone costs a first-token KL of {quantising_costs('demo', folder):.4f}")
+    return 0 if ratio <= 3 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

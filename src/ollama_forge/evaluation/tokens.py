@@ -1,0 +1,97 @@
+"""Does a converted file cut text into the checkpoint's tokens? Compared on texts of many kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ollama_forge.evaluation.token_texts import texts
+from ollama_forge.models.batching import Ids
+from ollama_forge.models.chat_model import LoadSettings, render
+
+SHOWN = 5
+_SPACES = " \t\r\nĠĊĉč▁\u00a0"
+_CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello!  How are you?\n"}],
+    [{"role": "user", "content": "Что нового? 东京在哪里？ 🙂"}],
+    [
+        {"role": "user", "content": "2 + 2 = ?"},
+        {"role": "assistant", "content": "4\n\n    print(2 + 2)"},
+        {"role": "user", "content": "And 12345 * 6?"},
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A text and its tokens by the checkpoint's tokenizer and by the file's."""
+
+    text: str
+    expected: tuple[str, ...]
+    found: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """How many texts were compared, how many differ, and how many of those in more than whitespace tokens."""
+
+    texts: int
+    mismatches: int
+    garbled: int
+    examples: tuple[Mismatch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TokenCheck:
+        examples = tuple(
+            Mismatch(each["text"], tuple(each["expected"]), tuple(each["found"])) for each in value["examples"]
+        )
+        return cls(value["texts"], value["mismatches"], value["garbled"], examples)
+
+
+def check_tokens(
+    tokenizer: Any, settings: LoadSettings, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()
+) -> TokenCheck:
+    """Compare on the standard texts, the tokenizer's special tokens, its rendered chat template, and ``extra``.
+
+    Args:
+        tokenizer: the checkpoint's.
+        tokenize: the file's.
+    """
+    compared = list(dict.fromkeys([*texts(), *_special(tokenizer), *_rendered(tokenizer, settings), *extra]))
+    examples: list[Mismatch] = []
+    mismatches = garbled = 0
+    for text in compared:
+        expected, found = tokenizer(text, add_special_tokens=False).input_ids, tokenize(text)
+        if expected == found:
+            continue
+        mismatches += 1
+        mismatch = Mismatch(text, _pieces(tokenizer, expected), _pieces(tokenizer, found))
+        differs = _words(mismatch.expected) != _words(mismatch.found)
+        garbled += differs
+        examples.insert(garbled - 1 if differs else len(examples), mismatch)  # what garbles is shown first
+    return TokenCheck(len(compared), mismatches, garbled, tuple(examples[:SHOWN]))
+
+
+def _special(tokenizer: Any) -> list[str]:
+    added = [str(token) for token in tokenizer.get_added_vocab()]
+    return [text for token in added[:40] for text in (token, f"Before {token} after", f"{token}\n{token}x")]
+
+
+def _rendered(tokenizer: Any, settings: LoadSettings) -> list[str]:
+    return [render(tokenizer, turns, settings) for turns in _CONVERSATIONS] if tokenizer.chat_template else []
+
+
+def _pieces(tokenizer: Any, ids: Ids) -> tuple[str, ...]:
+    return tuple(
+        str(token) if token is not None else f"<{number}>"
+        for number, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+    )
+
+
+def _words(pieces: Sequence[str]) -> list[str]:
+    """The tokens that are more than whitespace."""
+    return [piece for piece in pieces if piece.strip(_SPACES)]

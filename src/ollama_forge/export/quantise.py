@@ -1,0 +1,214 @@
+"""A GGUF file in other types: by llama.cpp's own tool if on PATH, else by the embedded encoder on all cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
+
+from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
+from ollama_forge.errors import ForgeError
+from ollama_forge.export import encode
+from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
+from ollama_forge.files import disk_errors, file_in_one_piece, partial_of
+from ollama_forge.progress import bar, say, step
+
+EMBEDDED = "embedded"
+_TOOLS = ("llama-quantize", "quantize")
+_BLOCK_VALUES = 1 << 20
+_COPY_CHUNK = 16 << 20
+_PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_MEGABYTE = 1_000_000
+
+
+def find_tool() -> str | None:
+    """llama.cpp's quantiser on PATH."""
+    return next((found for name in _TOOLS if (found := shutil.which(name))), None)
+
+
+def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value], tool: str | None = None) -> str:
+    """Write ``source`` as ``target`` with the types of a mix and changed metadata, all at once or not at all.
+
+    Args:
+        changes: metadata to add or replace.
+        tool: llama.cpp's quantiser; where it fails, that is said and the embedded one does the work.
+
+    Returns:
+        What did the work: the tool's name, or ``embedded``.
+
+    Raises:
+        ForgeError: a source that is cut short or holds NaN, or a full disk; ``target`` is then as it was.
+    """
+    file = read_gguf(source)
+    changes = {
+        "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
+        "general.file_type": value_of(file_type(quant)),
+        **changes,
+    }
+    plain = all(tensor.type in _PLAIN_TYPES for tensor in file.tensors)
+    if tool is not None and plain and quant not in PLAIN:  # it has its own mind about what is quantised already
+        made = partial_of(target.with_name(target.name + ".tool"))
+        try:
+            if _run_tool(tool, source, made, quant, len(file.tensors)):
+                done = read_gguf(made)
+                rewrite(done, target, {tensor.name: tensor.type for tensor in done.tensors}, changes)
+                return Path(tool).name
+        finally:
+            made.unlink(missing_ok=True)
+    rewrite(file, target, tensor_types(quant, Shape.of(file), file.tensors), changes)
+    return EMBEDDED
+
+
+def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -> bool:
+    with step(f"{Path(tool).name} {quant}"):
+        done = subprocess.run(
+            [tool, str(source), str(target), quant], capture_output=True, text=True, errors="replace", check=False
+        )
+    reason = f"exit status {done.returncode}"
+    if done.returncode == 0:
+        try:
+            if len(read_gguf(target).tensors) == tensors:
+                return True
+            reason = "its file lacks tensors"
+        except ForgeError as error:
+            reason = error.message
+    say(f"note: {tool} failed ({reason}); the embedded quantiser takes over")
+    return False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows to encode: a byte range of the source, its type, the type to give them, and where they go."""
+
+    start: int
+    size: int
+    kind: int
+    to: int
+    row_length: int
+    target: int
+    tensor: str
+
+    def line(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+
+def rewrite(
+    file: Gguf, target: Path, types: Mapping[str, GGMLQuantizationType], changes: Mapping[str, Value | None]
+) -> None:
+    """Write a file again: tensors of another type encoded, all others copied, metadata changed (None: left out).
+
+    Memory is bounded by a few row blocks for each core, whatever the tensors' size.
+    """
+    metadata = {**file.metadata, **changes}
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    wanted = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in file.tensors]
+    total = sum(tensor.size for tensor in file.tensors)
+    with file_in_one_piece(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
+        advanced = _Megabytes(advance)
+        with disk_errors(target), partial.open("wb") as out:
+            placed = lay_out(out, kept, wanted)
+            pairs = list(zip(file.tensors, placed, strict=True))
+            with file.path.open("rb") as source:
+                for before, after in pairs:
+                    if before.type == after.type:
+                        _copy(source.fileno(), out.fileno(), before, after)
+                        advanced(before.size)
+        jobs = [job for before, after in pairs if before.type != after.type for job in _jobs(before, after)]
+        _encode_all(file.path, partial, jobs, advanced)
+
+
+class _Megabytes:
+    """Tells a bar of megabytes how many bytes are done."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance, self.bytes = advance, 0
+
+    def __call__(self, count: int) -> None:
+        before = self.bytes // _MEGABYTE
+        self.bytes += count
+        self.advance(self.bytes // _MEGABYTE - before)
+
+
+def _copy(source: int, target: int, before: Tensor, after: Tensor) -> None:
+    for place in range(0, before.size, _COPY_CHUNK):
+        data = encode.read_exactly(source, min(_COPY_CHUNK, before.size - place), before.start + place)
+        encode.write_exactly(target, data, after.start + place)
+
+
+def _jobs(before: Tensor, after: Tensor) -> Iterator[_Job]:
+    length, rows = before.row_length, before.rows
+    narrow, wide = row_size(after.type, length), row_size(before.type, length)
+    step_rows = max(1, _BLOCK_VALUES // length)
+    for row in range(0, rows, step_rows):
+        size = min(step_rows, rows - row) * wide
+        start, target = before.start + row * wide, after.start + row * narrow
+        yield _Job(start, size, int(before.type), int(after.type), length, target, before.name)
+
+
+def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable[[int], None]) -> None:
+    """Give the jobs to a process per core; the first failure stops all."""
+    waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    count = min(_cores(), len(jobs))
+    failures: list[str] = []
+    lock = threading.Lock()
+    command = [sys.executable, "-P", str(Path(encode.__file__)), str(source), str(target)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+    def drive(worker: subprocess.Popen[str]) -> None:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        while not failures:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                worker.stdin.write(job.line())
+                worker.stdin.flush()
+                answer = worker.stdout.readline().strip()
+            except OSError:
+                answer = ""
+            with lock:
+                if answer == "ok":
+                    done(job.size)
+                else:
+                    failures.append(f"{job.tensor}: {answer or 'a worker process died (out of memory?)'}")
+
+    workers = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        for _ in range(count)
+    ]
+    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    if failures:
+        raise ForgeError(f"cannot quantise {failures[0]}", "is the disk full, or the checkpoint damaged?")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

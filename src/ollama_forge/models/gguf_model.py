@@ -1,0 +1,194 @@
+"""A GGUF file run by llama.cpp (the wheel ``xllamacpp``), under the protocol of ``models/protocol.py``."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.errors import ForgeError
+from ollama_forge.models import gguf_server
+from ollama_forge.models.batching import Ids
+from ollama_forge.models.chat_model import LoadSettings, prompt_ids
+from ollama_forge.models.protocol import Answers, Decided
+
+SLOTS = 8
+TOKENIZING_CONTEXT = 256
+_ALL = 1 << 20  # more probabilities than any vocabulary has
+_LOG_MARK = re.compile(r"^[\d.]+ [A-Z] (?:\w+: )?")
+_INSTALL = "pip install 'ollama-forge[llamacpp]'"
+
+
+def llamacpp_is_installed() -> bool:
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+@dataclass(frozen=True)
+class LlamaServer:
+    """A running llama.cpp server."""
+
+    path: Path
+    host: str
+    port: int
+
+    def post(self, route: str, body: dict[str, Any]) -> Any:
+        """The answer to a request, parsed.
+
+        Raises:
+            ForgeError: it refuses, or is gone.
+        """
+        connection = http.client.HTTPConnection(self.host, self.port)
+        try:
+            connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ForgeError(f"llama.cpp stopped running {self.path.name} ({error})", "is memory short?") from error
+        finally:
+            connection.close()
+        if answer.status != http.client.OK:
+            raise ForgeError(f"llama.cpp refuses: {content.get('error', content)}", "please report this")
+        return content
+
+    def tokenize(self, text: str) -> Ids:
+        """Ids of a text in which special tokens are read as such, none added."""
+        ids: Ids = self.post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        return ids
+
+
+@contextmanager
+def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
+    """Run llama.cpp on a file inside the block.
+
+    Args:
+        context: tokens for each of ``slots`` parallel requests.
+
+    Raises:
+        ForgeError: the wheel is missing, or llama.cpp cannot load the file.
+    """
+    if not llamacpp_is_installed():
+        raise ForgeError("running a GGUF file needs xllamacpp, which is not installed", _INSTALL)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [sys.executable, "-P", str(Path(gguf_server.__file__)), str(path)]
+    command += [str(context * slots), str(slots), str(threads)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        try:
+            assert process.stdout is not None
+            address = urllib.parse.urlsplit(process.stdout.readline().decode().strip())
+            if address.hostname is None or address.port is None:
+                process.wait()
+                log.seek(0)
+                reason = _reason(log.read().decode("utf-8", "replace"), process.returncode)
+                raise ForgeError(
+                    f"llama.cpp cannot load {path}: {reason}",
+                    "is the file whole, and memory enough?",
+                )
+            yield LlamaServer(path, address.hostname, address.port)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _reason(log: str, status: int) -> str:
+    lines = [line.strip() for line in log.splitlines() if "rror" in line or "fail" in line]
+    return _LOG_MARK.sub("", lines[0])[:300] if lines else f"it ended with status {status}"
+
+
+class GgufModel:
+    """A file on a running server, prompted in the checkpoint's ids.
+
+    Args:
+        tokenizer: the checkpoint's.
+        ends: ids that end an answer.
+        vocabulary: number of log-probabilities that the checkpoint gives.
+    """
+
+    def __init__(
+        self, server: LlamaServer, tokenizer: Any, settings: LoadSettings, *, ends: Sequence[int], vocabulary: int
+    ) -> None:
+        self.server, self.tokenizer, self.settings = server, tokenizer, settings
+        self.ends, self.vocabulary = frozenset(ends), vocabulary
+        self.letter = tokenizer("a", add_special_tokens=False).input_ids[-1]
+
+    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
+        return [prompt_ids(self.tokenizer, instruction, self.settings) for instruction in instructions]
+
+    def decode(self, ids: Ids) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def answer(
+        self,
+        prompts: Sequence[Ids],
+        max_new_tokens: int,
+        *,
+        decided: Decided | None = None,
+        keep_first: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Answers:
+        """Answers of full length: ``decided`` only spares work, which here would take longer than it spares."""
+
+        def one(prompt: Ids) -> tuple[Ids, Tensor | None]:
+            ids = self._answer_ids(prompt, max_new_tokens) if max_new_tokens else []
+            return ids, self._first(prompt) if keep_first else None
+
+        out: list[Ids] = []
+        first: list[Tensor] = []
+        with ThreadPoolExecutor(SLOTS) as pool:
+            for ids, scores in pool.map(one, prompts):
+                out.append(ids)
+                if scores is not None:
+                    first.append(scores)
+                if progress:
+                    progress(1)
+        return Answers(out, torch.stack(first) if first else None)
+
+    def _answer_ids(self, prompt: Ids, count: int) -> Ids:
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
+        ids: Ids = self.server.post("/completion", body)["tokens"]
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return ids[:end]
+
+    def _first(self, prompt: Ids) -> Tensor:
+        """Log-probabilities over the checkpoint's vocabulary; ids that the file lacks get the least there is.
+
+        They are taken before sampling. A letter is forced as the sampled token, for an answer that ends at once, or
+        with half a character, would come without any.
+        """
+        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": _ALL, "logit_bias": [[self.letter, 1e6]]}
+        found = self.server.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        ids = torch.tensor([entry["id"] for entry in found])
+        values = torch.tensor([entry["logprob"] for entry in found], dtype=torch.float64)
+        scores = torch.full((max(self.vocabulary, int(ids.max()) + 1),), float(values.min()), dtype=torch.float64)
+        scores[ids] = values
+        return scores[: self.vocabulary].log_softmax(-1).float()  # llama.cpp's own sum is off by 1e-4
+
+
+def end_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end an answer of a checkpoint: its generation config's, and the tokenizer's."""
+    listed: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError):
+            continue
+        listed += [ids] if isinstance(ids, int) else list(ids or [])
+        break
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys([*listed, *([own] if own is not None else [])]))

@@ -1,0 +1,53 @@
+"""What a measurement asks of a model, whatever runs it: token ids in, ids and log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ollama_forge.models.batching import Ids
+
+Decided = Callable[[Ids], bool]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Token ids of the answers (without what ended them), and the first token's log-probabilities.
+
+    Attributes:
+        ids: one list per prompt.
+        first: float32 ``[prompts, vocabulary]``, natural logarithms, on the CPU; None unless asked for.
+    """
+
+    ids: list[Ids]
+    first: Tensor | None
+
+
+class AnsweringModel(Protocol):
+    """A checkpoint run by transformers, or a GGUF file run by llama.cpp."""
+
+    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
+        """Ids of instructions, each in the chat template, generation prompt included."""
+
+    def decode(self, ids: Ids) -> str:
+        """The text of an answer."""
+
+    def answer(
+        self,
+        prompts: Sequence[Ids],
+        max_new_tokens: int,
+        *,
+        decided: Decided | None = None,
+        keep_first: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Answers:
+        """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
+
+        Args:
+            decided: tells from an answer so far that no further token can matter; such an answer may end there.
+            keep_first: keep the first token's log-probabilities.
+            progress: called with the number of prompts that are done.
+        """

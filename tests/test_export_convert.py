@@ -1,0 +1,233 @@
+"""llama.cpp's converter as a guest: what it knows, what stands in where it doesn't, how its failures are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.measure import kl_per_prompt
+from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
+from ollama_forge.export import convert as converting
+from ollama_forge.export.convert import (
+    convert,
+    fallback_for,
+    find_converter,
+    last_word,
+    supported_architectures,
+    why_not,
+)
+from ollama_forge.files import partial_of
+from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.gguf_model import GgufModel, serving
+from tests import planted, tiny
+
+
+def foreign_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that cuts words behind their space, as none that llama.cpp knows does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("e", "Ġ"), ("s", "Ġ"), ("Ġ", "Ġ"), ("t", "h"), ("th", "eĠ")]
+    tokens = [*tiny.SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(tiny.SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = tiny.TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path, str | None]:
+    """A checkpoint with that tokenizer, its file, and the pre-tokenizer that stood in."""
+    folder = tmp_path_factory.mktemp("foreign")
+    model = tiny.build("llama")
+    model.resize_token_embeddings(tiny.VOCABULARY + 5)  # type: ignore[operator]
+    checkpoint = tiny.save(model, folder / "model")
+    foreign_tokenizer().save_pretrained(folder / "model")
+    made = convert(find_converter(None), checkpoint, folder / "out.gguf", outtype="f16", name="Foreign")
+    return checkpoint, made.path, made.fallback
+
+
+def test_an_unknown_pre_tokenizer_falls_back_and_conversion_completes(
+    foreign: tuple[Checkpoint, Path, str | None],
+) -> None:
+    _, path, fallback = foreign
+    assert fallback == "default"
+    file = read_gguf(path)
+    assert file.get("tokenizer.ggml.pre") == "default"
+    assert file.get("general.name") == "Foreign"
+    assert len(file.get("tokenizer.ggml.tokens")) == tiny.VOCABULARY + 5
+    assert any(tensor.name == "blk.3.ffn_down.weight" for tensor in file.tensors)
+
+
+def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Checkpoint, Path, str | None]) -> None:
+    checkpoint, path, _ = foreign
+    tokenizer = load_tokenizer(checkpoint.folder)
+    with serving(path, 256) as server:
+        found = check_tokens(tokenizer, LoadSettings(), server.tokenize)
+        assert server.tokenize("the sea") != tokenizer("the sea").input_ids
+    assert found.texts >= 200
+    assert found.mismatches >= found.garbled > 20
+    first = found.examples[0]
+    assert "".join(first.expected) == "".join(first.found)  # the same bytes, cut elsewhere
+    assert first.expected != first.found
+    assert TokenCheck.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path, str | None]) -> None:
+    checkpoint, path, _ = foreign
+    settings = LoadSettings(device="cpu", dtype="float32")
+    chat = ChatModel.load(checkpoint, settings)
+    prompts = chat.prompts_ids(tiny.lines(6))
+    wanted = chat.answer(prompts, 12, keep_first=True)
+    with serving(path, 256, slots=8) as server:
+        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=tiny.VOCABULARY + 5)
+        assert file.prompts_ids(tiny.lines(6)) == prompts
+        found = file.answer(prompts, 12, keep_first=True)
+    assert wanted.first is not None
+    assert found.first is not None
+    assert found.first.shape == wanted.first.shape
+    assert float(kl_per_prompt(wanted.first, found.first).max()) < 1e-3
+    assert torch.allclose(found.first.exp().sum(-1), torch.ones(6))
+    agreeing = sum(a[:3] == b[:3] for a, b in zip(wanted.ids, found.ids, strict=True))
+    assert agreeing >= 5  # a near tie may fall the other way in f16
+
+
+def test_mismatches_are_told_apart() -> None:
+    tokenizer = tiny.tokenizer()
+
+    def wrong(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        space, x = tokenizer("  x", add_special_tokens=False).input_ids[::2]
+        return [space, *ids] if text.startswith("The harbour") else [x, *ids] if text == "🚀" else ids
+
+    found = check_tokens(tokenizer, LoadSettings(), wrong)
+    assert (found.mismatches, found.garbled) == (2, 1)
+    assert found.examples[0].text == "🚀"
+    right = check_tokens(tokenizer, LoadSettings(), lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+    assert (right.mismatches, right.garbled, right.examples) == (0, 0, ())
+
+
+def test_the_check_reads_special_tokens_and_the_rendered_template() -> None:
+    seen: list[str] = []
+    tokenizer = tiny.tokenizer()
+
+    def tokenize(text: str) -> list[int]:
+        seen.append(text)
+        return []
+
+    check_tokens(tokenizer, LoadSettings(system="Be brief."), tokenize)
+    assert any(
+        text.startswith("<|system|>Be brief.<|end|><|user|>") and text.endswith("<|assistant|>") for text in seen
+    )
+    assert "<|end|>" in seen
+    assert len(seen) == len(set(seen)) >= 200
+
+
+# what the converter knows
+
+
+def test_architectures_are_read_without_running_it() -> None:
+    known = supported_architectures(find_converter(None))
+    assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForConditionalGeneration"} <= known
+    assert "MadeUpForCausalLM" not in known
+
+
+def test_architectures_of_older_converters(tmp_path: Path) -> None:
+    (tmp_path / converting.SCRIPT).write_text(
+        '@ModelBase.register("OneForCausalLM", "OtherModel")\nclass A: ...\n@Model.register("Third")\nclass B: ...\n',
+        encoding="utf-8",
+    )
+    assert supported_architectures(tmp_path) == {"OneForCausalLM", "OtherModel", "Third"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, ""),
+        ({"architectures": ["MadeUpForCausalLM"]}, "does not know MadeUpForCausalLM"),
+        ({"architectures": ["X"], "text_config": {"architectures": ["LlamaForCausalLM"]}}, ""),
+        ({}, "names no architecture"),
+    ],
+)
+def test_preflight(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = why_not(find_converter(None), Checkpoint(tmp_path, "x", "folder"))
+    assert words in found
+    assert bool(words) == bool(found)
+
+
+def test_preflight_of_a_tokenizer(tmp_path: Path) -> None:
+    assert "WordLevel" in why_not(find_converter(None), planted.save(tmp_path / "planted"))
+
+
+def test_which_pre_tokenizer_stands_in() -> None:
+    assert fallback_for({"model_type": "llama"}) == "default"
+    assert fallback_for({"model_type": "gemma3"}) == fallback_for({"model_type": "gemma3_text"}) == "llama-bpe"
+
+
+# failures, with a converter of our own
+
+
+def other_converter(folder: Path, body: str) -> Path:
+    """A llama.cpp folder whose converter has ``out``, the path to write."""
+    folder.mkdir()
+    (folder / "gguf-py").mkdir()
+    (folder / converting.SCRIPT).write_text(
+        "import sys\ndef main():\n    out = sys.argv[sys.argv.index('--outfile') + 1]\n"
+        + "".join(f"    {line}\n" for line in body.splitlines()),
+        encoding="utf-8",
+    )
+    return find_converter(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise NotImplementedError('no such thing')", "no such thing"),
+        ("open(out, 'w').write('half')\nraise OSError(28, 'No space left on device')", "No space left on device"),
+        (
+            "print('ERROR:hf-to-gguf:Model X is not supported', file=sys.stderr)\nsys.exit(1)",
+            "Model X is not supported",
+        ),
+        ("import os, signal\nopen(out, 'w').write('half')\nos.kill(os.getpid(), signal.SIGKILL)", "exit status -9"),
+        ("open(out, 'wb').write(b'GGUF' + bytes(3))", "cut short"),
+        ("pass", "cannot read"),
+    ],
+    ids=["raises", "disk full", "says so", "killed", "half a file", "no file"],
+)
+def test_a_failing_converter(tmp_path: Path, body: str, words: str) -> None:
+    checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"earlier")
+    with pytest.raises(ForgeError, match=words) as caught:
+        convert(other_converter(tmp_path / "llama.cpp", body), checkpoint, target, outtype="f16", name="x")
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    assert target.read_bytes() == b"earlier"
+    assert not partial_of(target).exists()
+
+
+def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ForgeError, match="holds no convert_hf_to_gguf"):
+        find_converter(str(tmp_path))
+    monkeypatch.setattr(converting, "_PACKAGE", "no_such_package_at_all")
+    with pytest.raises(ForgeError, match="not installed") as caught:
+        find_converter(None)
+    assert "--llama-cpp-dir" in caught.value.hint
+
+
+def test_last_words() -> None:
+    assert last_word("") == last_word("INFO:x:done\nWriting: 3%\n") == ""
+    assert last_word("Traceback (most recent call last):\n  File\nValueError: bad thing\n") == "bad thing"
+    assert last_word("a.b.SomeError\n") == "a.b.SomeError"
+    assert last_word("plain\nINFO:x:more") == "plain"
