@@ -164,8 +164,8 @@ def test_files_that_are_no_model(fake: FakeOllama, tmp_path: Path, forge: Forge)
         (split, "one of 3 parts"),
         (adapter, "LoRA adapter"),
         (text, "not a GGUF file"),
-        (tmp_path / "none.gguf", "cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path / "none.gguf", "cannot read"),
+        (tmp_path, "cannot read"),
     ):
         assert word in error_of(forge("convert", "--gguf", path, "--name", "made"))
     assert fake.seen == []
@@ -176,7 +176,7 @@ def test_a_length_that_lies(tmp_path: Path, gguf: Path) -> None:
     data = gguf.read_bytes()
     for place in (8, 16, 24):  # tensors, pairs, the first key's length
         (tmp_path / "x.gguf").write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
-        with pytest.raises(ForgeError, match="cut short or damaged"):
+        with pytest.raises(ForgeError, match=r"cut short|damaged"):
             read_header(tmp_path / "x.gguf")
 
 

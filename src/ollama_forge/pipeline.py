@@ -29,6 +29,7 @@ from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.report import Report
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.exporter import Exported, Exporter, ExportJob, ExportSettings
+from ollama_forge.export.registering import InOllama, OllamaSettings, Registrar
 from ollama_forge.files import sha256_file, sha256_json, write_bytes
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
@@ -63,6 +64,7 @@ class RunSettings:
     evaluate: bool = True
     verify: bool = True
     export: ExportSettings = field(default_factory=ExportSettings)
+    ollama: OllamaSettings = field(default_factory=OllamaSettings)
 
     @property
     def folder(self) -> Path:
@@ -91,6 +93,7 @@ class _Run:
         check_output(self.checkpoint_folder, needed)
         self.exporter = Exporter(self.source, settings.model, settings.name, self.folder, settings.export)
         self.exporter.check_room(0 if self.checkpoint_folder.exists() else needed)
+        self.registrar = Registrar(self.source, settings.name, self.folder, settings.ollama)
         self.stages = Stages(self.folder, force=force)
         self._model: ChatModel | None = None
         self._loaded_as: str | None = None
@@ -132,6 +135,8 @@ class _Run:
         for note in self.split.notes:
             say(f"note: {note}")
         self.exporter.announce()
+        if not self.exporter.problem:
+            self.registrar.announce()
         base = self.timed("base", self.measure_base) if settings.evaluate else None
         chosen = self.timed("choose", self.choose)
         control = self.timed("control", lambda: self.measure_control(chosen)) if settings.evaluate else None
@@ -143,8 +148,11 @@ class _Run:
         self.drop_model()
         sound = all(check["passed"] for check in checks or [])
         exported = self.export(chosen, applied) if sound else Exported(problem="the checkpoint failed verification")
+        in_ollama = InOllama(problem="there is no GGUF file")
+        if exported.file is not None:
+            in_ollama = self.registrar.run(self.stages, exported.file.path, self.timed)
         rows = {"base": base, "random direction": control, "edited": final}
-        report = self.report(chosen, rows, checks, exported)
+        report = self.report(chosen, rows, checks, exported, in_ollama)
         stamp(
             self.checkpoint_folder,
             verified=None if checks is None else report.verified,
@@ -157,14 +165,16 @@ class _Run:
                 f"verification failed: {failed.name} (worst {failed.worst}, bound {failed.bound}, at {failed.where})",
                 f"the files in {self.folder} are kept and marked unverified; please report this",
             )
-        if exported.failure is not None:
+        failure = exported.failure or in_ollama.failure
+        if failure is not None:
             raise ForgeError(
-                exported.failure.message,
-                f"{exported.failure.hint}; all else is done, and the same command goes on from there",
-            ) from exported.failure
+                failure.message, f"{failure.hint}; all else is done, and the same command goes on from there"
+            ) from failure
         return report
 
-    def report(self, chosen: dict[str, Any], rows: dict[str, Any], checks: Any, exported: Exported) -> Report:
+    def report(
+        self, chosen: dict[str, Any], rows: dict[str, Any], checks: Any, exported: Exported, in_ollama: InOllama
+    ) -> Report:
         return Report(
             model=self.source.label,
             name=self.settings.name,
@@ -186,6 +196,9 @@ class _Run:
             file=exported.file,
             file_problem=exported.problem,
             tokens=exported.tokens,
+            ollama=in_ollama.to_json(),
+            modelfile=in_ollama.modelfile,
+            to_type=in_ollama.commands,
         )
 
     def timed(self, name: str, work: Any) -> Any:

@@ -24,6 +24,10 @@ class Stages:
         """A file that belongs to a stage."""
         return self.folder / name
 
+    def forget(self, name: str) -> None:
+        """Have a stage done again."""
+        (self.folder / f"{name}.json").unlink(missing_ok=True)
+
     def run(self, name: str, inputs: Mapping[str, Any], files: Sequence[Path], work: Callable[[], Any]) -> Any:
         """Do a stage, or return its recorded JSON result.
 
@@ -39,7 +43,7 @@ class Stages:
             if stored.get("key") == key:
                 say(f"{name}: done before, unchanged")
                 return stored["result"]
-        record.unlink(missing_ok=True)  # what it stands for is about to be replaced
+        self.forget(name)  # what it stands for is about to be replaced
         result = work()
         write_json(record, {"key": key, "result": result})
         return result

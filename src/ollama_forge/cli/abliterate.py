@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
-from ollama_forge.errors import UsageError, require_abliterate
+from ollama_forge.errors import require_abliterate
 
 
 @click.group()
@@ -130,19 +130,20 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or a .gguf source's own).")
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="A llama.cpp checkout to convert with.")
+@click.option("--template-from", metavar="MODEL", help="Copy template, renderer, parser and stops of an Ollama model.")
+@click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
 @click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
 @click.option("--force", is_flag=True, help="Do every stage again.")
 @opt.json_option
 @click.pass_context
 def run(ctx: click.Context, /, **options: Any) -> None:
-    """Everything in one command: direction, edit, proof, numbers, GGUF. Finished stages are not done again."""
+    """Everything in one command: direction, edit, proof, numbers, GGUF, Ollama. Finished stages are not done again."""
     require_abliterate("run")
-    if not options["name"].strip("/:. "):
-        raise UsageError(f"--name {options['name']!r} is not a name", "for example --name my-model")
     from ollama_forge.cli.closing import closing_lines
     from ollama_forge.config_file import write_config
     from ollama_forge.export.exporter import ExportSettings
+    from ollama_forge.export.registering import OllamaSettings
     from ollama_forge.pipeline import RunSettings, run
 
     settings = RunSettings(
@@ -160,6 +161,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
         export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
+        ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
     )
     report = run(settings, force=options["force"])
     write_config(

@@ -42,10 +42,13 @@ def closing_lines(report: Report, *, escalate: bool, max_kl: float) -> None:
         "its edit": edit_file(folder / "checkpoint"),
         "direction": folder / "refusal.pt",
         **({} if report.file is None else {f"GGUF, {report.file.quant}": report.file.path}),
+        **({} if report.modelfile is None else {"Modelfile": report.modelfile}),
         "report": folder / "report.json",
     }
     for name, path in outputs.items():
         console.print(f"{name}: {path} ({human_size(_size(path))})", markup=False, soft_wrap=True)
+    for line in report.ollama_lines():
+        console.print(line, markup=False, soft_wrap=True)
     console.print(
         f"talk to it: ollama-forge abliterate chat --checkpoint {folder / 'checkpoint'}",
         markup=False,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ class Report:
         rows: what was measured on report prompts, under ``base``, ``random direction``, ``edited`` and ``GGUF (TYPE)``.
         file: the GGUF file, None where there is none; ``file_problem`` says why.
         tokens: None where the file's tokens were not checked.
+        ollama: ``made``, what Ollama said of the model it made (null where it made none), and ``problem``, why.
+        modelfile: for ``ollama create``, beside the file.
+        to_type: commands that register the file, where that is left to do.
     """
 
     model: str
@@ -71,6 +75,9 @@ class Report:
     file: ShippedFile | None = None
     file_problem: str = ""
     tokens: TokenCheck | None = None
+    ollama: Mapping[str, Any] = field(default_factory=dict)
+    modelfile: Path | None = None
+    to_type: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -97,6 +104,7 @@ class Report:
                 "problem": self.file_problem,
                 "tokens": None if self.tokens is None else self.tokens.to_json(),
             },
+            "ollama": dict(self.ollama),
             "seconds": self.seconds,
         }
 
@@ -111,6 +119,22 @@ class Report:
                 f"{self.file.pre_tokenizer_fallback!r} stands in for them"
             )
         return [*lines, *_token_lines(self.tokens)]
+
+    def ollama_lines(self) -> list[str]:
+        """What became of the model in Ollama, and what to type next for it."""
+        made = self.ollama.get("made")
+        if made is None:
+            if not self.to_type:
+                return []
+            return [f"not in Ollama ({self.ollama['problem']}); to register it:", *(f"  {c}" for c in self.to_type)]
+        notes = [f"note: {note}" for note in made["notes"]]
+        wrong = [f"warning: {difference}" for difference in made["differences"]]
+        return [
+            f"in Ollama: {made['name']} ({made['quantization']})",
+            *notes,
+            *wrong,
+            f"run it: ollama run {self.name}",
+        ]
 
     def save(self) -> None:
         write_json(self.folder / "report.json", self.to_json())

@@ -1,0 +1,123 @@
+"""The end of a run: the file in Ollama, once, or the commands that put it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.registering import InOllama, OllamaSettings, Registrar
+from ollama_forge.files import sha256_file
+from ollama_forge.stages import Stages
+from tests import fake_ollama
+from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
+    with fake_ollama.running() as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        yield fake
+
+
+def timed(name: str, work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def finish(folder: Path, settings: OllamaSettings | None = None, *, name: str = "made") -> InOllama:
+    """What a run does once its file is there; a later run in the same folder finds what this one left."""
+    source = Checkpoint(folder, "owner/model", "folder")
+    registrar = Registrar(source, name, folder, settings or OllamaSettings())
+    registrar.announce()
+    stages = Stages(folder, force=False)
+    stages.keys["gguf"] = sha256_file(folder / "made.gguf")
+    return registrar.run(stages, folder / "made.gguf", timed)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_gguf(tmp_path / "made.gguf", chat_template="{{ messages }}")
+    return tmp_path
+
+
+def test_it_sends_what_the_cli_sends(fake: FakeOllama, folder: Path) -> None:
+    found = finish(folder)
+    assert found.made is not None
+    assert found.made["name"] == "made"
+    assert found.failure is None
+    digest = f"sha256:{sha256_file(folder / 'made.gguf')}"
+    assert fake.bodies("/api/create") == [{**recorded("create.jsonl")[0]["body"], "files": {"made.gguf": digest}}]
+    assert fake.blob_requests() == ["HEAD", "POST"]
+    assert (folder / "Modelfile").read_text() == "FROM ./made.gguf\n"
+
+
+def test_a_second_run_registers_again_only_what_is_gone_or_changed(fake: FakeOllama, folder: Path) -> None:
+    finish(folder)
+    finish(folder)
+    assert len(fake.bodies("/api/create")) == 1
+    fake.models.clear()
+    finish(folder)
+    assert len(fake.bodies("/api/create")) == 2
+    assert fake.blob_requests() == ["HEAD", "POST", "HEAD"]
+    tiny_gguf(folder / "made.gguf", chat_template="{{ other }}")
+    finish(folder)
+    assert len(fake.bodies("/api/create")) == 3
+
+
+def test_a_template_is_copied(fake: FakeOllama, folder: Path) -> None:
+    fake.models["base:latest"] = Model(weights=["sha256:0"], template="{{ .Prompt }} go", renderer="r", parser="p")
+    found = finish(folder, OllamaSettings(template_from="base"))
+    assert found.made is not None
+    assert found.made["template_from"] == "base"
+    [body] = fake.bodies("/api/create")
+    assert (body["template"], body["renderer"], body["parser"]) == ("{{ .Prompt }} go", "r", "p")
+    assert "TEMPLATE {{ .Prompt }} go" in (folder / "Modelfile").read_text()
+
+
+def test_what_cannot_work_is_said_before_any_work(fake: FakeOllama, folder: Path) -> None:
+    with pytest.raises(UsageError):
+        finish(folder, name="a b")
+    with pytest.raises(UsageError):
+        OllamaSettings(template_from="./made.gguf")
+    with pytest.raises(ForgeError, match="no model nosuch"):
+        finish(folder, OllamaSettings(template_from="nosuch"))
+    fake.server_header = "ollama-forge/1"
+    with pytest.raises(ForgeError, match="not Ollama"):
+        finish(folder)
+    assert fake.bodies("/api/create") == []
+
+
+def test_without_ollama_the_commands_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    found = finish(folder, OllamaSettings(template_from="base"))
+    assert found.made is None
+    assert found.failure is None
+    assert "no Ollama at" in found.problem
+    assert found.commands[0].endswith("--name made --template-from base")
+    assert found.commands[1].startswith("ollama create made -f ")
+    assert "will not be registered" in capsys.readouterr().err
+    assert (folder / "Modelfile").is_file()
+
+
+def test_left_alone_when_told_to(fake: FakeOllama, folder: Path) -> None:
+    found = finish(folder, OllamaSettings(register=False))
+    assert fake.seen == []
+    assert found.made is None
+    assert found.commands
+
+
+def test_a_failure_is_kept_for_the_end(fake: FakeOllama, folder: Path) -> None:
+    fake.ends_with_error = "no space left"
+    found = finish(folder)
+    assert found.made is None
+    assert found.failure is not None
+    assert "no space left" in found.failure.message
+    assert found.commands
+    fake.ends_with_error = ""
+    assert finish(folder).made is not None
