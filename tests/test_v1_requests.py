@@ -11,6 +11,7 @@ import pytest
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.v1.chat_requests import Completion, chat_request, text_request
+from ollama_forge.serving.http.v1.embeddings import EmbeddingsRequest, embeddings, embeddings_request
 from ollama_forge.serving.http.v1.message_requests import message_request
 from ollama_forge.serving.http.v1.reading import Fields
 from ollama_forge.serving.http.v1.response_requests import ResponseRequest, response_request
@@ -284,3 +285,36 @@ def test_refused(read: Any, body: dict[str, Any], says: str) -> None:
         read(**body)
     assert says in caught.value.message
     assert caught.value.status == 400
+
+
+def test_embeddings() -> None:
+    read = embeddings_request(Fields({"model": "wire", "input": "a"}, "EmbedRequest"))
+    assert read == EmbeddingsRequest("wire", ("a",), None, encoded=False)
+    body = {"input": ["a", ""], "dimensions": 8, "encoding_format": "BASE64"}
+    assert embeddings_request(Fields(body, "EmbedRequest")) == EmbeddingsRequest("", ("a", ""), 8, encoded=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "invalid input"),
+        ({"input": []}, "invalid input"),
+        ({"input": [1, 2]}, "invalid input type"),
+        ({"input": 5}, "invalid input type"),
+        ({"input": "a", "encoding_format": "int8"}, "Supported values: ['float', 'base64']"),
+    ],
+)
+def test_embeddings_refused(body: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        embeddings_request(Fields(body, "EmbedRequest"))
+    assert says in caught.value.message
+
+
+def test_embeddings_are_written_as_numbers_or_as_little_endian_base64() -> None:
+    vectors = [[0.5, -0.25], [0.0, 1.0]]
+    plain = embeddings(EmbeddingsRequest("wire", ("a", "b"), None, encoded=False), vectors, 7)
+    assert [one["embedding"] for one in plain["data"]] == vectors
+    assert [one["index"] for one in plain["data"]] == [0, 1]
+    assert plain["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    packed = embeddings(EmbeddingsRequest("wire", ("a",), None, encoded=True), vectors[:1], 3)
+    assert base64.b64decode(packed["data"][0]["embedding"]) == b"\x00\x00\x00\x3f\x00\x00\x80\xbe"

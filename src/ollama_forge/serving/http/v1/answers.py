@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,16 +66,17 @@ async def whole(events: AsyncIterator[Event]) -> Answer:
     raise EngineError("the answer broke off")
 
 
-async def streamed(events: AsyncIterator[Event], writer: Writer) -> AsyncIterator[bytes]:
-    """The body of a stream; leaving it ends the answer behind it."""
-    async with aclosing(events) as source:  # type: ignore[type-var]
-        try:
-            async for event in source:
-                for item in writer.write(event):
-                    yield item.encode()
-        except EngineError as error:
-            for item in writer.failed(str(error)):
+async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> AsyncGenerator[bytes]:
+    """The body of a stream; an answer that cannot be gone on with ends it in an error."""
+    try:
+        for item in writer.write(first):
+            yield item.encode()
+        async for event in rest:
+            for item in writer.write(event):
                 yield item.encode()
+    except EngineError as error:
+        for item in writer.failed(str(error)):
+            yield item.encode()
 
 
 def compact(value: object) -> str:
