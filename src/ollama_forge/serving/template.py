@@ -5,22 +5,23 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.text.thinking import ThinkingSplit, thinking_of
 from ollama_forge.serving.text.tools.base import ToolFamily
 from ollama_forge.serving.text.tools.registry import family_of
 
+T = TypeVar("T")
 RENDER_SECONDS = 10.0
 _LEVELS = ("low", "medium", "high")
 
 
-class _OutOfTime(Exception):  # noqa: N818
-    """Raised inside a rendering that takes too long."""
+class _OutOfTime(SystemExit):
+    """Raised inside a rendering that takes too long (templates and threads let this kind through)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Template:
         return arguments
 
 
-def within_time(render: Any, seconds: float = RENDER_SECONDS) -> Any:
+def within_time(render: Callable[[], T], seconds: float) -> T:
     """Call ``render`` in a thread of its own and interrupt it there when its time is over.
 
     A compiled template is Python bytecode, so an exception set on its thread ends any loop of it, however it is built;
@@ -82,7 +83,7 @@ def within_time(render: Any, seconds: float = RENDER_SECONDS) -> Any:
     Raises:
         BadRequest: the time was over.
     """
-    outcome: list[Any] = []
+    outcome: list[T] = []
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -94,11 +95,9 @@ def within_time(render: Any, seconds: float = RENDER_SECONDS) -> Any:
     thread = threading.Thread(target=work, daemon=True, name="template")
     thread.start()
     thread.join(seconds)
-    while thread.is_alive():
+    if thread.is_alive():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTime))
-        thread.join(0.5)
-        if thread.is_alive() and not outcome:
-            break
+        thread.join(1.0)
     if outcome:
         return outcome[0]
     if not failure or isinstance(failure[0], _OutOfTime):
@@ -135,7 +134,7 @@ def render(
         return text
 
     try:
-        return str(within_time(call))
+        return within_time(call, RENDER_SECONDS)
     except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadRequest(f"the chat template refuses these messages: {first[:300]}") from error

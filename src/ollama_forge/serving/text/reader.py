@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ollama_forge.serving.events import Delta
+from ollama_forge.serving.events import Delta, ToolCall
+from ollama_forge.serving.text.harmony import HarmonyReader
 from ollama_forge.serving.text.thinking import ThinkingSplit, ThoughtSplitter
 from ollama_forge.serving.text.tools.base import CallReader, ToolFamily
 
@@ -41,10 +42,12 @@ class TaggedReader:
         return [Delta(content=content, thinking=thinking)] if thinking or content else []
 
     @staticmethod
-    def _called(pieces: list[str | tuple]) -> list[Delta]:  # type: ignore[type-arg]
+    def _called(pieces: list[str | tuple[ToolCall, ...]]) -> list[Delta]:
         return [Delta(content=piece) if isinstance(piece, str) else Delta(tool_calls=piece) for piece in pieces]
 
 
 def reader_for(thinking: ThinkingSplit | None, family: ToolFamily, names: Sequence[str]) -> Reader:
     """The reader of an answer; calls are read only where tools were sent."""
+    if thinking is not None and thinking.channels:
+        return HarmonyReader(names)
     return TaggedReader(thinking, family if names else None, names)

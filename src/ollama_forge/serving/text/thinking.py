@@ -32,6 +32,8 @@ class ThinkingSplit:
     @property
     def markers(self) -> str:
         """All texts of the form that may be special tokens of a vocabulary."""
+        if self.channels:
+            return "<|start|><|channel|><|message|><|constrain|><|end|><|call|><|return|>"
         return self.opening + self.closing
 
     def after(self, prompt: str) -> ThinkingSplit:

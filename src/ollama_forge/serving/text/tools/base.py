@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.text.stops import held_back
 
+_BETWEEN = re.compile(r"[\s;,]*")  # what may part two calls
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
@@ -134,12 +136,14 @@ class CallReader:
 
     def _say(self, text: str) -> list[str | tuple[ToolCall, ...]]:
         """Text, but for white space at its end, which may yet turn out to stand before a call."""
+        text, self._space = self._space + text, ""
+        if self._called:
+            if _BETWEEN.fullmatch(text):
+                self._space = text
+                return []
+            text = text if self._said else text.lstrip()
+            self._called = False
         body = text.rstrip()
-        if not body:
-            self._space += text
-            return []
-        if self._called and not self._said:
-            body, self._space = body.lstrip(), ""
-        before, self._space = self._space, text[len(text.rstrip()) :]
-        self._said, self._called = True, False
-        return [before + body]
+        self._space = text[len(body) :]
+        self._said = self._said or bool(body)
+        return [body] if body else []

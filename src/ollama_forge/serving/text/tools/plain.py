@@ -8,8 +8,7 @@ from ollama_forge.serving.text.tools.base import Found
 from ollama_forge.serving.text.tools.json_calls import BrokenValueError, calls_of, loads, value_end
 
 _FENCE = re.compile(r"```(?:json|tool_call|tool_code)?\s*")
-_FENCE_BEGUN = re.compile(r"```[a-z_]*\s*")
-_FENCE_END = re.compile(r"\s*```")
+_FENCE_BEGUN = re.compile(r"`{1,3}[a-z_]*\s*")
 _VALUE = re.compile(r"\{\s*\"|\[\s*\{\s*\"")
 _VALUE_BEGUN = re.compile(r"\{\s*|\[\s*(\{\s*)?")
 
@@ -30,21 +29,18 @@ class Plain:
         return read_value(text, 0, ended)
 
     def _fenced(self, text: str, ended: bool) -> Found | None:
+        """Calls in a code block, which goes with them."""
         fence = _FENCE.match(text)
-        if fence is None or (fence.end() < len(text) and text[fence.end()] not in "{["):
-            whole = fence is not None and not _FENCE_BEGUN.fullmatch(text)
-            return Found(fence.end() if whole and fence else 3) if ended or not _FENCE_BEGUN.fullmatch(text) else None
-        if fence.end() == len(text):
-            return Found(3) if ended else None
-        inner = read_value(text, fence.end(), ended)
+        start = fence.end() if fence else 0
+        if not text.startswith(("{", "["), start):
+            return None if _FENCE_BEGUN.fullmatch(text) and not ended else Found(len("```"))
+        inner = read_value(text, start, ended)
         if inner is None or not inner.calls:
             return inner
-        close = _FENCE_END.match(text, inner.length)
-        if close:
-            return Found(close.end(), inner.calls)
-        if not ended and "```".startswith(text[inner.length :].lstrip()):
-            return None
-        return inner
+        rest = text[inner.length :].lstrip()
+        if rest.startswith("```"):
+            return Found(len(text) - len(rest) + len("```"), inner.calls)
+        return None if not ended and "```".startswith(rest) else inner
 
 
 def read_value(text: str, start: int, ended: bool) -> Found | None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from ollama_forge.serving.text.tools.base import ToolFamily
+from ollama_forge.serving.text.tools.deepseek import DeepSeek
+from ollama_forge.serving.text.tools.gemma import Gemma
 from ollama_forge.serving.text.tools.hermes import Hermes
+from ollama_forge.serving.text.tools.llama import Llama
+from ollama_forge.serving.text.tools.mistral import Mistral
 from ollama_forge.serving.text.tools.plain import Plain
+from ollama_forge.serving.text.tools.qwen_coder import QwenCoder
 
-FAMILIES: tuple[ToolFamily, ...] = (Hermes(), Plain())
+FAMILIES: tuple[ToolFamily, ...] = (QwenCoder(), Mistral(), DeepSeek(), Gemma(), Llama(), Hermes(), Plain())
 
 
 def family_of(template: str) -> ToolFamily:
