@@ -147,8 +147,8 @@ def _echo(body: Fields, turn: Turn, reasoning: Fields, form: Fields) -> dict[str
         "tools": [_echo_tool(fields) for fields in body.objects("tools")],
         "truncation": body.text("truncation") or "disabled",
         "text": {"format": dict(form.values)},
-        "top_p": turn.sampling.top_p,
-        "temperature": turn.sampling.temperature,
+        "top_p": _plain(turn.sampling.top_p),
+        "temperature": _plain(turn.sampling.temperature),
         "reasoning": thought if any(thought.values()) else None,
         "max_output_tokens": body.integer("max_output_tokens"),
     }
@@ -156,3 +156,8 @@ def _echo(body: Fields, turn: Turn, reasoning: Fields, form: Fields) -> dict[str
 
 def _echo_tool(fields: Fields) -> dict[str, Any]:
     return {key: fields.any(key) for key in ("type", "name", "description", "strict", "parameters")}
+
+
+def _plain(number: float) -> float | int:
+    """A number as Go writes it: 1, not 1.0."""
+    return int(number) if number.is_integer() else number
