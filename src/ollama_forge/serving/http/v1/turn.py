@@ -115,7 +115,7 @@ def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[s
 
 
 def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
-    """A tool in OpenAI's form, from what names it, with what templates count on; its schema stands in ``parameters``."""
+    """A tool in OpenAI's form, with what templates count on filled in; its schema stands under ``parameters``."""
     schema = fields.object(parameters)
     function = {
         "name": fields.text("name"),
