@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class ServedModel:
         facts: ModelFacts,
         *,
         template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         ends: frozenset[int] | None = None,
         max_queue: int = 512,
     ) -> None:
@@ -49,7 +50,14 @@ class ServedModel:
         self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
         self.template = _template_of(tokenizer) if template is None else template
         encoder = engine if isinstance(engine, ImageEncoder) else None
-        self._prompter = Prompter(tokenizer, self.template, engine.context_length, encoder)
+        self._prompter = Prompter(
+            tokenizer,
+            self.template,
+            engine.context_length,
+            encoder=encoder,
+            system=facts.system,
+            template_kwargs=template_kwargs,
+        )
         own = getattr(tokenizer, "eos_token_id", None)
         self._ends = ends if ends is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
@@ -69,7 +77,9 @@ class ServedModel:
         tokenizer = load_tokenizer(checkpoint.folder)
         engine = TransformersEngine.load(checkpoint, load)
         facts = ModelFacts.of(checkpoint, load.system)
-        return cls(name, tokenizer, engine, facts, ends=end_ids(checkpoint, tokenizer), max_queue=max_queue)
+        ends = end_ids(checkpoint, tokenizer)
+        kwargs = load.template_kwargs
+        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, max_queue=max_queue)
 
     def _find_capabilities(self) -> frozenset[str]:
         template = self._prompter.template
@@ -127,7 +137,7 @@ class ServedModel:
             text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context
         )
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Event]:
+    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Deltas as they come, then exactly one ``Done``; ``aclose`` cancels within a token.
 
         A delta may be empty: its token's text is held back as part of a tag or a call.
