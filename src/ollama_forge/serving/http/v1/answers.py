@@ -1,0 +1,93 @@
+"""A whole answer out of its events, and server-sent events out of a stream of them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All pieces of an answer put together."""
+
+    content: str
+    thinking: str
+    tool_calls: tuple[ToolCall, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    done: Done
+
+
+@dataclass(frozen=True)
+class Sse:
+    """One server-sent event; ``data`` is sent as JSON unless it is text."""
+
+    data: Mapping[str, Any] | str
+    event: str | None = None
+
+    def encode(self) -> bytes:
+        data = self.data if isinstance(self.data, str) else compact(self.data)
+        name = f"event: {self.event}\n" if self.event else ""
+        return f"{name}data: {data}\n\n".encode()
+
+
+class Writer(Protocol):
+    """Turns the events of one answer into the server-sent events of one API."""
+
+    def write(self, event: Event) -> Iterator[Sse]: ...
+
+    def failed(self, message: str) -> Iterator[Sse]:
+        """What ends the stream when the answer cannot be gone on with."""
+        ...
+
+
+async def whole(events: AsyncIterator[Event]) -> Answer:
+    """Wait for the end of an answer.
+
+    Raises:
+        EngineError: as the events do.
+    """
+    content: list[str] = []
+    thinking: list[str] = []
+    calls: list[ToolCall] = []
+    logprobs: list[TokenLogprob] = []
+    async for event in events:
+        if isinstance(event, Done):
+            return Answer("".join(content), "".join(thinking), tuple(calls), tuple(logprobs), event)
+        content.append(event.content)
+        thinking.append(event.thinking)
+        calls.extend(event.tool_calls)
+        logprobs.extend(event.logprobs)
+    raise EngineError("the answer broke off")
+
+
+async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> AsyncGenerator[bytes]:
+    """The body of a stream; an answer that cannot be gone on with ends it in an error."""
+    try:
+        for item in writer.write(first):
+            yield item.encode()
+        async for event in rest:
+            for item in writer.write(event):
+                yield item.encode()
+    except EngineError as error:
+        for item in writer.failed(str(error)):
+            yield item.encode()
+
+
+def compact(value: object) -> str:
+    """JSON without spaces, as text that is not escaped beyond need."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def new_id(prefix: str) -> str:
+    """An id that is not used again: the prefix and 24 hex digits."""
+    return prefix + secrets.token_hex(12)
+
+
+def empty(piece: Delta) -> bool:
+    return not (piece.content or piece.thinking or piece.tool_calls or piece.logprobs)

@@ -1,0 +1,66 @@
+"""A server on loopback, in a thread, for clients that know nothing of tests; and models that say what a script says."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import uvicorn
+
+from ollama_forge.serving.engines.base import Request
+from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.facts import ModelFacts
+from ollama_forge.serving.served import ServedModel
+from tests import tiny
+
+FACTS = ModelFacts(
+    "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
+)
+TURNS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}<|end|>{% endfor %}"
+)
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    + TURNS
+    + ("{% if add_generation_prompt %}<|assistant|>{% endif %}")
+)
+THINKING = TURNS + (
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}"
+)
+
+
+def scripted(say: Callable[[Request, str], str], *, template: str | None = None, **options: Any) -> ServedModel:
+    """A model called ``wire`` that answers a request, and its prompt as text, with what ``say`` returns."""
+    tokenizer = tiny.tokenizer()
+
+    def script(request: Request) -> list[int]:
+        text = say(request, tokenizer.decode(list(request.ids)))
+        return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+    return ServedModel("wire", tokenizer, ScriptedEngine(script, **options), FACTS, template=template)
+
+
+@contextmanager
+def loopback(app: Any) -> Iterator[str]:
+    """Serve ``app``; its URL. Everything has ended when this returns."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server didn't start")
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
