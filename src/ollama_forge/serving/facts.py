@@ -29,6 +29,7 @@ class ModelFacts:
         model_info: ``general.architecture``, ``<architecture>.context_length`` and so on.
         system: the system prompt that goes with the model, if one does.
         provenance: lines about how the checkpoint was made.
+        tensors: name, stored type and shape of each.
     """
 
     digest: str
@@ -46,6 +47,7 @@ class ModelFacts:
     license: str = ""
     system: str = ""
     provenance: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelFacts:
@@ -79,6 +81,7 @@ class ModelFacts:
             license=_license(checkpoint),
             system=system or "",
             provenance=_provenance(checkpoint),
+            tensors=tuple((name, info.dtype, tuple(info.shape)) for name, info in checkpoint.tensors.items()),
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
-from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, ImageEncoder, Request
+from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, EngineError, ImageEncoder, Request
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.prompting import Prompter
@@ -32,6 +32,7 @@ class ServedModel:
         name: as it was given, without tag.
         template: the chat template's text, "" for none.
         capabilities: of completion, tools, thinking, vision and embedding.
+        stopping: once this is set, answers that still run end in an error.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class ServedModel:
         self._tokens = TokenBytes(tokenizer)
         self.admission = Admission(engine.slots, max_queue)
         self.capabilities = self._find_capabilities()
+        self.stopping = False
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int) -> ServedModel:
-        """Load a checkpoint into the transformers engine.
+    def load(
+        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
+    ) -> ServedModel:
+        """Load a checkpoint into the transformers engine, which generates ``slots`` answers at a time.
 
         Raises:
             ForgeError: it cannot be loaded.
@@ -75,7 +79,7 @@ class ServedModel:
         from ollama_forge.serving.engines.transformers import TransformersEngine
 
         tokenizer = load_tokenizer(checkpoint.folder)
-        engine = TransformersEngine.load(checkpoint, load)
+        engine = TransformersEngine.load(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
         ends = end_ids(checkpoint, tokenizer)
         kwargs = load.template_kwargs
@@ -158,6 +162,8 @@ class ServedModel:
             admitted = first = time.perf_counter_ns()
             async with aclosing(self.engine.generate(self._request(ask, limit))) as steps:  # type: ignore[type-var]
                 async for step in steps:
+                    if self.stopping:
+                        raise EngineError("the server is shutting down")
                     if not ids:
                         first = time.perf_counter_ns()
                     ids.append(step.id)
