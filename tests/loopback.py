@@ -7,20 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 import uvicorn
 
 from ollama_forge.serving.engines.base import Request
 from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.served import ServedModel
 from tests import tiny
+from tests.scripted import FACTS
 
-FACTS = ModelFacts(
-    "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
-)
 TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"
 GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 TOOLS = (

@@ -11,10 +11,11 @@ import pytest
 
 from ollama_forge.serving.engines.base import EngineError
 from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-from ollama_forge.serving.http.v1.answers import Answer, Sse, Writer, streamed, whole
+from ollama_forge.serving.http.answers import Answer, whole
+from ollama_forge.serving.http.fields import Fields
+from ollama_forge.serving.http.v1.answers import Sse, Writer, streamed
 from ollama_forge.serving.http.v1.chat_answers import ChatChunks, TextChunks, chat_completion, text_completion
 from ollama_forge.serving.http.v1.message_answers import MessageEvents, message
-from ollama_forge.serving.http.v1.reading import Fields
 from ollama_forge.serving.http.v1.response_answers import ResponseEvents, response
 from ollama_forge.serving.http.v1.response_requests import response_request
 

@@ -10,10 +10,10 @@ import pytest
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
+from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.v1.chat_requests import Completion, chat_request, text_request
 from ollama_forge.serving.http.v1.embeddings import EmbeddingsRequest, embeddings, embeddings_request
 from ollama_forge.serving.http.v1.message_requests import message_request
-from ollama_forge.serving.http.v1.reading import Fields
 from ollama_forge.serving.http.v1.response_requests import ResponseRequest, response_request
 from ollama_forge.serving.http.v1.turn import Turn
 
@@ -249,7 +249,11 @@ REFUSED = [
     (chat, said(shown("data:image/png;base64,%")), "invalid image input"),
     (chat, called("[1]"), "invalid tool call arguments"),
     (chat, called("[" * 100000), "invalid tool call arguments"),
-    (chat, {"temperature": "hot"}, "cannot unmarshal string into ChatCompletionRequest.temperature of type float64"),
+    (
+        chat,
+        {"temperature": "hot"},
+        "cannot unmarshal string into Go struct field ChatCompletionRequest.temperature of type float64",
+    ),
     (chat, {"temperature": True}, "of type float64"),
     (chat, {"temperature": float("inf")}, "of type float64"),
     (chat, {"temperature": 10**400}, "of type float64"),
@@ -257,13 +261,13 @@ REFUSED = [
     (chat, {"max_tokens": 1.5}, "of type int"),
     (chat, {"max_tokens": float("inf")}, "of type int"),
     (chat, {"stream": "yes"}, "of type bool"),
-    (chat, {"stop": 5}, "stop of type array"),
-    (chat, {"stop": [5]}, "array of strings"),
+    (chat, {"stop": 5}, "stop of type []string"),
+    (chat, {"stop": [5]}, "stop of type string"),
     (chat, {"top_logprobs": 21}, "between 0 and 20"),
     (chat, {"reasoning_effort": "banana"}, "invalid reasoning value"),
     (chat, {"tools": [{"function": {"name": 5}}]}, "name of type string"),
     (chat, {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "invalid format"),
-    (text, {"prompt": ["hi"]}, "cannot unmarshal array into CompletionRequest.prompt of type string"),
+    (text, {"prompt": ["hi"]}, "cannot unmarshal array into Go struct field CompletionRequest.prompt of type string"),
     (text, {"logprobs": 21}, "between 0 and 20"),
     (responses, {"input": 5}, "input must be a string or array"),
     (responses, {"input": [{"type": "magic"}]}, 'unknown input item type: "magic"'),

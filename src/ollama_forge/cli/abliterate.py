@@ -9,12 +9,16 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
 
 @click.group()
 def abliterate() -> None:
     """Find, edit, measure and talk: the refusal direction of a chat model."""
+
+
+abliterate.add_command(serve)
 
 
 @abliterate.command("compute-dir")

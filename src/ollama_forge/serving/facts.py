@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ollama_forge.files import read_json
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.source import Checkpoint
 
-_DTYPES = {
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "float8_e4m3fn": "FP8",
-}
-_STORED = {"BF16": "BF16", "F16": "F16", "F32": "F32", "F8_E4M3": "FP8", "U8": "MXFP4"}
+_STORED = {"F8_E4M3": "FP8", "U8": "MXFP4"}  # others keep safetensors' name
 _ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gptoss", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}
 
 
@@ -31,6 +29,7 @@ class ModelFacts:
         model_info: ``general.architecture``, ``<architecture>.context_length`` and so on.
         system: the system prompt that goes with the model, if one does.
         provenance: lines about how the checkpoint was made.
+        tensors: name, stored type and shape of each.
     """
 
     digest: str
@@ -48,6 +47,7 @@ class ModelFacts:
     license: str = ""
     system: str = ""
     provenance: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelFacts:
@@ -81,28 +81,24 @@ class ModelFacts:
             license=_license(checkpoint),
             system=system or "",
             provenance=_provenance(checkpoint),
+            tensors=tuple((name, info.dtype, tuple(info.shape)) for name, info in checkpoint.tensors.items()),
         )
 
 
 def human_count(count: int) -> str:
-    """A number of parameters as Ollama prints it: ``134.52M``, ``8.0B``."""
-    if count >= 1_000_000_000:
-        return f"{count / 1e9:.1f}B"
-    if count >= 1_000_000:
-        return f"{count / 1e6:.2f}M"
-    if count >= 1_000:
-        return f"{count / 1e3:.2f}K"
+    """A number of parameters as Ollama prints it: ``134.52M``, ``8.0B``, ``7B``."""
+    for unit, letter, digits in ((1_000_000_000, "B", 1), (1_000_000, "M", 2), (1_000, "K", 0)):
+        if count >= unit:
+            return f"{count / unit:.{digits if count % unit else 0}f}{letter}"
     return str(count)
 
 
 def _quantization(checkpoint: Checkpoint) -> str:
     """The type that most bytes are stored in."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
-    if not sizes:
-        return _DTYPES.get(str(checkpoint.config.get("dtype")), "unknown")
-    most = max(sizes, key=lambda dtype: sizes[dtype])
+        sizes[info.dtype] += info.size
+    most = sizes.most_common(1)[0][0] if sizes else "unknown"
     return _STORED.get(most, most)
 
 
@@ -137,13 +133,18 @@ def _license(checkpoint: Checkpoint) -> str:
 
 
 def _provenance(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The scalar entries of ``abliteration.json``, one line each."""
-    from ollama_forge.files import read_json
-
+    """What ``abliteration.json`` says of the edit, in lines without paths."""
     path = checkpoint.folder / "abliteration.json"
-    if not path.is_file():
-        return ()
-    entries = read_json(path)
+    entries = read_json(path) if path.is_file() else None
     if not isinstance(entries, dict):
         return ()
-    return tuple(f"{key}: {value}" for key, value in entries.items() if isinstance(value, str | int | float))
+    source, direction = entries.get("source") or {}, entries.get("direction") or {}
+    model = str(source.get("model") or "")
+    lines = {
+        "edited with ollama-forge": entries.get("version"),
+        "source": model if source.get("kind") == "hub" else Path(model).name,
+        "factors": entries.get("factors"),
+        "direction": direction.get("method"),
+        "layer": direction.get("layer"),
+    }
+    return tuple(f"{key}: {value}" for key, value in lines.items() if value not in (None, ""))

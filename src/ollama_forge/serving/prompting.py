@@ -31,8 +31,19 @@ class Prompter:
         encoder: what expands images, if the model sees.
     """
 
-    def __init__(self, tokenizer: Any, template: str, context_length: int, encoder: ImageEncoder | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        context_length: int,
+        *,
+        encoder: ImageEncoder | None = None,
+        system: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``system`` goes before conversations that have no system prompt; ``template_kwargs`` to the template."""
         self._tokenizer, self.encoder = tokenizer, encoder
+        self._system, self._template_kwargs = system, dict(template_kwargs or {})
         self.template = Template(template)
         self.context_length = context_length
 
@@ -48,7 +59,9 @@ class Prompter:
     ) -> Prompt:
         """See ``ServedModel.chat_prompt``."""
         room = self._room(num_ctx)
-        arguments = self._thinking_arguments(think)
+        arguments = self._arguments(think)
+        if self._system and not any(message.role == "system" for message in messages):
+            messages = [Message("system", self._system), *messages]
 
         def encode(chosen: Sequence[Message]) -> Encoded:
             return self._encode(self._render(chosen, tools, arguments), chosen)
@@ -88,8 +101,11 @@ class Prompter:
     def _room(self, num_ctx: int | None) -> int:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
 
-    def _thinking_arguments(self, think: bool | str | None) -> dict[str, Any]:
-        return self.template.thinking_arguments(True if think is None else think) if self.template.thinks else {}
+    def _arguments(self, think: bool | str | None) -> dict[str, Any]:
+        """The template's arguments; what the request says of thinking wins over what the model was loaded with."""
+        if think is None:
+            return {**self.template.thinking_arguments(True), **self._template_kwargs}
+        return {**self._template_kwargs, **self.template.thinking_arguments(think)}
 
     def _split(self, text: str, think: bool | str | None) -> Any:
         split = self.template.thinking

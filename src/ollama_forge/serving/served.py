@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
-from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, ImageEncoder, Request
+from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, EngineError, ImageEncoder, Request
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.prompting import Prompter
@@ -32,6 +32,7 @@ class ServedModel:
         name: as it was given, without tag.
         template: the chat template's text, "" for none.
         capabilities: of completion, tools, thinking, vision and embedding.
+        stopping: once this is set, answers that still run end in an error.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ServedModel:
         facts: ModelFacts,
         *,
         template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         ends: frozenset[int] | None = None,
         max_queue: int = 512,
     ) -> None:
@@ -49,16 +51,26 @@ class ServedModel:
         self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
         self.template = _template_of(tokenizer) if template is None else template
         encoder = engine if isinstance(engine, ImageEncoder) else None
-        self._prompter = Prompter(tokenizer, self.template, engine.context_length, encoder)
+        self._prompter = Prompter(
+            tokenizer,
+            self.template,
+            engine.context_length,
+            encoder=encoder,
+            system=facts.system,
+            template_kwargs=template_kwargs,
+        )
         own = getattr(tokenizer, "eos_token_id", None)
         self._ends = ends if ends is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
         self.admission = Admission(engine.slots, max_queue)
         self.capabilities = self._find_capabilities()
+        self.stopping = False
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int) -> ServedModel:
-        """Load a checkpoint into the transformers engine.
+    def load(
+        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
+    ) -> ServedModel:
+        """Load a checkpoint into the transformers engine, which generates ``slots`` answers at a time.
 
         Raises:
             ForgeError: it cannot be loaded.
@@ -67,9 +79,11 @@ class ServedModel:
         from ollama_forge.serving.engines.transformers import TransformersEngine
 
         tokenizer = load_tokenizer(checkpoint.folder)
-        engine = TransformersEngine.load(checkpoint, load)
+        engine = TransformersEngine.load(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
-        return cls(name, tokenizer, engine, facts, ends=end_ids(checkpoint, tokenizer), max_queue=max_queue)
+        ends = end_ids(checkpoint, tokenizer)
+        kwargs = load.template_kwargs
+        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, max_queue=max_queue)
 
     def _find_capabilities(self) -> frozenset[str]:
         template = self._prompter.template
@@ -127,7 +141,7 @@ class ServedModel:
             text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context
         )
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Event]:
+    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
         """Deltas as they come, then exactly one ``Done``; ``aclose`` cancels within a token.
 
         A delta may be empty: its token's text is held back as part of a tag or a call.
@@ -148,6 +162,8 @@ class ServedModel:
             admitted = first = time.perf_counter_ns()
             async with aclosing(self.engine.generate(self._request(ask, limit))) as steps:  # type: ignore[type-var]
                 async for step in steps:
+                    if self.stopping:
+                        raise EngineError("the server is shutting down")
                     if not ids:
                         first = time.perf_counter_ns()
                     ids.append(step.id)

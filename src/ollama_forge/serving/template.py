@@ -63,6 +63,8 @@ class Template:
     def thinking_arguments(self, think: bool | str) -> dict[str, Any]:
         """Template arguments for ``think``: its switch, or its levels, as far as it has them."""
         arguments: dict[str, Any] = {}
+        if not self.thinks:
+            return arguments
         for switch in ("enable_thinking", "thinking"):
             if switch in self.variables:
                 arguments[switch] = think is not False

@@ -9,11 +9,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ollama_forge.serving.http.fields import read_fields
+from ollama_forge.serving.http.names import require
 from ollama_forge.serving.http.v1 import described
 from ollama_forge.serving.http.v1.exchange import exchange
 from ollama_forge.serving.http.v1.message_answers import MessageEvents, message
 from ollama_forge.serving.http.v1.message_requests import NAME, message_request
-from ollama_forge.serving.http.v1.routing import anthropic, fields, known
+from ollama_forge.serving.http.v1.routing import anthropic
 from ollama_forge.serving.served import ServedModel
 
 
@@ -27,8 +29,8 @@ def routes(model: ServedModel) -> APIRouter:
 
 
 async def _respond(model: ServedModel, request: Request) -> Response:
-    turn = message_request(await fields(request, NAME))
-    known(model, turn.model, f"model '{turn.model}' not found")
+    turn = message_request(await read_fields(request, NAME))
+    require(model, turn.model, f"model '{turn.model}' not found")
     if "thinking" not in model.capabilities:
         turn = replace(turn, think=None)  # clients ask every model to think
     return await exchange(

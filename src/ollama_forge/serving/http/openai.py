@@ -10,10 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.http.connection import while_connected
+from ollama_forge.serving.http.fields import read_fields
+from ollama_forge.serving.http.names import name_of, require
 from ollama_forge.serving.http.v1 import chat_requests, described, embeddings
 from ollama_forge.serving.http.v1.chat_answers import ChatChunks, TextChunks, chat_completion, text_completion
-from ollama_forge.serving.http.v1.exchange import exchange, full_name, while_connected
-from ollama_forge.serving.http.v1.routing import fields, known, openai
+from ollama_forge.serving.http.v1.exchange import exchange
+from ollama_forge.serving.http.v1.routing import openai
 from ollama_forge.serving.served import ServedModel
 
 
@@ -43,12 +46,12 @@ def routes(model: ServedModel) -> APIRouter:
 
 
 async def _models(model: ServedModel, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_listed(model, f"{model.name}:latest")]})
+    return JSONResponse({"object": "list", "data": [_listed(model, name_of(model).short)]})
 
 
 async def _model(model: ServedModel, request: Request) -> Response:
     name = str(request.path_params["name"])
-    known(model, name, f"model '{name if ':' in name else name + ':latest'}' not found")
+    require(model, name, f"model '{name if ':' in name else name + ':latest'}' not found")
     return JSONResponse(_listed(model, name))
 
 
@@ -58,11 +61,11 @@ def _listed(model: ServedModel, name: str) -> dict[str, Any]:
 
 
 async def _chat(model: ServedModel, request: Request) -> Response:
-    asked = chat_requests.chat_request(await fields(request, chat_requests.CHAT))
+    asked = chat_requests.chat_request(await read_fields(request, chat_requests.CHAT))
     name = asked.turn.model
     if not name:
         raise BadRequest("model is required")
-    known(model, name, f"model '{name}' not found")
+    require(model, name, f"model '{name}' not found")
     return await exchange(
         request,
         model,
@@ -73,11 +76,11 @@ async def _chat(model: ServedModel, request: Request) -> Response:
 
 
 async def _complete(model: ServedModel, request: Request) -> Response:
-    asked = chat_requests.text_request(await fields(request, chat_requests.TEXT))
+    asked = chat_requests.text_request(await read_fields(request, chat_requests.TEXT))
     name = asked.turn.model
-    known(model, name, f"model '{name}' not found")
+    require(model, name, f"model '{name}' not found")
     if asked.suffix:
-        raise BadRequest(f"{full_name(model)} does not support insert")
+        raise BadRequest(f"{name_of(model).full} does not support insert")
     return await exchange(
         request,
         model,
@@ -88,7 +91,7 @@ async def _complete(model: ServedModel, request: Request) -> Response:
 
 
 async def _embed(model: ServedModel, request: Request) -> Response:
-    asked = embeddings.embeddings_request(await fields(request, embeddings.NAME))
-    known(model, asked.model, f'model "{asked.model}" not found, try pulling it first')
+    asked = embeddings.embeddings_request(await read_fields(request, embeddings.NAME))
+    require(model, asked.model, f'model "{asked.model}" not found, try pulling it first')
     vectors, tokens = await while_connected(request, model.embed(asked.texts, dimensions=asked.dimensions))
     return JSONResponse(embeddings.embeddings(asked, vectors, tokens))

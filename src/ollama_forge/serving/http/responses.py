@@ -9,11 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.http.fields import read_fields
+from ollama_forge.serving.http.names import require
 from ollama_forge.serving.http.v1 import described
 from ollama_forge.serving.http.v1.exchange import exchange
 from ollama_forge.serving.http.v1.response_answers import ResponseEvents, response
 from ollama_forge.serving.http.v1.response_requests import NAME, response_request
-from ollama_forge.serving.http.v1.routing import fields, known, openai
+from ollama_forge.serving.http.v1.routing import openai
 from ollama_forge.serving.served import ServedModel
 
 
@@ -27,11 +29,11 @@ def routes(model: ServedModel) -> APIRouter:
 
 
 async def _respond(model: ServedModel, request: Request) -> Response:
-    asked = response_request(await fields(request, NAME))
+    asked = response_request(await read_fields(request, NAME))
     name = asked.turn.model
     if not name:
         raise BadRequest("model is required")
-    known(model, name, f"model '{name}' not found")
+    require(model, name, f"model '{name}' not found")
     return await exchange(
         request,
         model,

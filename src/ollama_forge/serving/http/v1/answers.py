@@ -1,4 +1,4 @@
-"""A whole answer out of its events, and server-sent events out of a stream of them."""
+"""Server-sent events out of a stream of an answer's."""
 
 from __future__ import annotations
 
@@ -9,18 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ollama_forge.serving.engines.base import EngineError
-from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-
-
-@dataclass(frozen=True)
-class Answer:
-    """All pieces of an answer put together."""
-
-    content: str
-    thinking: str
-    tool_calls: tuple[ToolCall, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    done: Done
+from ollama_forge.serving.events import Event
 
 
 @dataclass(frozen=True)
@@ -46,26 +35,6 @@ class Writer(Protocol):
         ...
 
 
-async def whole(events: AsyncIterator[Event]) -> Answer:
-    """Wait for the end of an answer.
-
-    Raises:
-        EngineError: as the events do.
-    """
-    content: list[str] = []
-    thinking: list[str] = []
-    calls: list[ToolCall] = []
-    logprobs: list[TokenLogprob] = []
-    async for event in events:
-        if isinstance(event, Done):
-            return Answer("".join(content), "".join(thinking), tuple(calls), tuple(logprobs), event)
-        content.append(event.content)
-        thinking.append(event.thinking)
-        calls.extend(event.tool_calls)
-        logprobs.extend(event.logprobs)
-    raise EngineError("the answer broke off")
-
-
 async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> AsyncGenerator[bytes]:
     """The body of a stream; an answer that cannot be gone on with ends it in an error."""
     try:
@@ -87,7 +56,3 @@ def compact(value: object) -> str:
 def new_id(prefix: str) -> str:
     """An id that is not used again: the prefix and 24 hex digits."""
     return prefix + secrets.token_hex(12)
-
-
-def empty(piece: Delta) -> bool:
-    return not (piece.content or piece.thinking or piece.tool_calls or piece.logprobs)

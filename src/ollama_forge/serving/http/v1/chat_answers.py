@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-from ollama_forge.serving.http.v1.answers import Answer, Sse, compact, empty, new_id
+from ollama_forge.serving.http.answers import Answer, empty
+from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import openai_error
 
 FINGERPRINT = "fp_ollama"

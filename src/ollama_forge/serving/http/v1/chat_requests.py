@@ -7,7 +7,7 @@ from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.http.v1.reading import Fields, json_type
+from ollama_forge.serving.http.fields import Fields, json_type
 from ollama_forge.serving.http.v1.turn import (
     ANY_OBJECT,
     Turn,
@@ -127,31 +127,31 @@ def _part(part: object, texts: list[str], images: list[bytes]) -> None:
 
 
 def _call(fields: Fields, index: int) -> ToolCall:
-    function = fields.object("function") or Fields({}, "function")
+    function = fields.inner("function") or Fields({}, "function")
     return ToolCall(fields.text("id"), index, function.text("name"), arguments(function.text("arguments")))
 
 
 def _tools(body: Fields) -> tuple[dict[str, Any], ...]:
-    given = [tool(fields.object("function") or Fields({}, "function")) for fields in body.objects("tools")]
+    given = [tool(fields.inner("function") or Fields({}, "function")) for fields in body.objects("tools")]
     return chosen(given, body.any("tool_choice"))
 
 
 def _think(body: Fields) -> bool | str | None:
-    reasoning = body.object("reasoning")
+    reasoning = body.inner("reasoning")
     return effort(body.text("reasoning_effort") if reasoning is None else reasoning.text("effort"))
 
 
 def _schema(body: Fields) -> str | None:
-    wanted = body.object("response_format")
+    wanted = body.inner("response_format")
     kind = "" if wanted is None else wanted.text("type").strip().lower()
     if wanted is None or kind not in ("json_object", "json_schema"):
         return None
     if kind == "json_object":
         return ANY_OBJECT
-    schema = wanted.object("json_schema")
+    schema = wanted.inner("json_schema")
     return None if schema is None else schema_text(schema.any("schema"))
 
 
 def _include_usage(body: Fields) -> bool:
-    options = body.object("stream_options")
+    options = body.inner("stream_options")
     return options is not None and options.flag("include_usage")

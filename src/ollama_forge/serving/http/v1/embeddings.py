@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ollama_forge.serving.asks import BadRequest
-from ollama_forge.serving.http.v1.reading import Fields
+from ollama_forge.serving.http.fields import Fields
 
 NAME = "EmbedRequest"
 _FORMATS = ("float", "base64")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from ollama_forge.serving.asks import Ask, BadRequest
 from ollama_forge.serving.events import Done, Event
-from ollama_forge.serving.http.v1.answers import Answer, Writer, streamed, whole
+from ollama_forge.serving.http.answers import Answer, whole
+from ollama_forge.serving.http.connection import Stream, while_connected
+from ollama_forge.serving.http.names import name_of
+from ollama_forge.serving.http.v1.answers import Writer, streamed
 from ollama_forge.serving.http.v1.turn import Turn
 from ollama_forge.serving.served import ServedModel
-
-T = TypeVar("T")
 
 
 async def exchange(
@@ -40,14 +40,15 @@ async def exchange(
     events: AsyncGenerator[Event]
     if turn.messages:
         ask = await asyncio.to_thread(_ask, model, turn)
-        events, tokens = cast("AsyncGenerator[Event]", model.answer(ask)), len(ask.prompt.ids)
+        events, tokens = model.answer(ask), len(ask.prompt.ids)
     else:
         events, tokens = _loaded(), 0
     if not turn.stream:
         async with aclosing(events):
             return JSONResponse(body(await while_connected(request, whole(events))))
     first = await while_connected(request, _first(events))
-    return EventStream(first, events, writer(tokens))
+    body_of = streamed(first, events, writer(tokens))
+    return Stream(body_of, events, media_type="text/event-stream")
 
 
 def gate(model: ServedModel, turn: Turn) -> None:
@@ -59,43 +60,9 @@ def gate(model: ServedModel, turn: Turn) -> None:
     if turn.think and "thinking" not in model.capabilities:
         raise BadRequest(f'"{turn.model}" does not support thinking')
     if turn.tools and "tools" not in model.capabilities:
-        raise BadRequest(f"{full_name(model)} does not support tools")
+        raise BadRequest(f"{name_of(model).full} does not support tools")
     if "vision" not in model.capabilities and any(message.images for message in turn.messages):
-        raise BadRequest(f"{full_name(model)} does not support images")
-
-
-def full_name(model: ServedModel) -> str:
-    return f"registry.ollama.ai/library/{model.name}:latest"
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes away.
-
-    Raises:
-        ClientDisconnect: it went.
-    """
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-class EventStream(StreamingResponse):
-    """The answer that begins with ``first`` as server-sent events; whatever ends the response ends the answer, too."""
-
-    def __init__(self, first: Event, events: AsyncGenerator[Event], writer: Writer) -> None:
-        self._events, self._body = events, streamed(first, events, writer)
-        super().__init__(self._body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events), aclosing(self._body):
-            await super().__call__(scope, receive, send)
+        raise BadRequest(f"{name_of(model).full} does not support images")
 
 
 def _ask(model: ServedModel, turn: Turn) -> Ask:
@@ -108,11 +75,6 @@ def _ask(model: ServedModel, turn: Turn) -> Ask:
         schema=turn.schema,
         logprobs=turn.logprobs,
     )
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _first(events: AsyncGenerator[Event]) -> Event:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ollama_forge.serving.events import Delta, Done, Event, ToolCall
-from ollama_forge.serving.http.v1.answers import Answer, Sse, compact, new_id
+from ollama_forge.serving.http.answers import Answer
+from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import anthropic_error
 
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.http.v1.reading import Fields
+from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.v1.turn import Turn, chosen, image_of_base64, sampling, stops, tool, with_tool_names
 
 NAME = "MessagesRequest"
@@ -80,7 +80,7 @@ def _call(block: Fields, index: int) -> ToolCall:
     for key in ("id", "name"):
         if not block.text(key):
             raise BadRequest(f"tool_use block missing required '{key}' field")
-    values = block.object("input")
+    values = block.inner("input")
     return ToolCall(block.text("id"), index, block.text("name"), {} if values is None else values.values)
 
 
@@ -94,7 +94,7 @@ def _result(block: Fields) -> Message:
 
 
 def _image(block: Fields, refusal: str) -> bytes:
-    source = block.object("source")
+    source = block.inner("source")
     if source is None:
         raise BadRequest(refusal)
     kind = source.text("type")
@@ -104,7 +104,7 @@ def _image(block: Fields, refusal: str) -> bytes:
 
 
 def _think(body: Fields) -> bool | str | None:
-    thinking, config = body.object("thinking"), body.object("output_config")
+    thinking, config = body.inner("thinking"), body.inner("output_config")
     kind = "" if thinking is None else thinking.text("type")
     if kind in ("enabled", "disabled"):
         return kind == "enabled"

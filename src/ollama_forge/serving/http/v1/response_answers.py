@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ollama_forge.serving.events import Delta, Done, Event, ToolCall
-from ollama_forge.serving.http.v1.answers import Answer, Sse, compact, new_id
+from ollama_forge.serving.http.answers import Answer
+from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 
 
 def response(model: str, echo: Mapping[str, Any], answer: Answer) -> dict[str, Any]:

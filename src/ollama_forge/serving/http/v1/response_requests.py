@@ -8,8 +8,8 @@ from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
+from ollama_forge.serving.http.fields import Fields, json_type
 from ollama_forge.serving.http.v1.chat_requests import role_of
-from ollama_forge.serving.http.v1.reading import Fields, json_type
 from ollama_forge.serving.http.v1.turn import (
     ANY_OBJECT,
     Turn,
@@ -48,9 +48,9 @@ def response_request(body: Fields) -> ResponseRequest:
     messages = [Message("system", instructions)] if instructions else []
     messages += _input(body.any("input"))
     limit = body.integer("max_output_tokens")
-    reasoning = body.object("reasoning") or Fields({}, "reasoning")
-    text = body.object("text")
-    form = (text and text.object("format")) or Fields({"type": "text"}, "format")
+    reasoning = body.inner("reasoning") or Fields({}, "reasoning")
+    text = body.inner("text")
+    form = (text and text.inner("format")) or Fields({"type": "text"}, "format")
     tools = [_tool(fields) for fields in body.objects("tools")]
     turn = Turn(
         model=body.text("model"),

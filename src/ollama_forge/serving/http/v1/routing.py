@@ -1,8 +1,7 @@
-"""What the routes of the OpenAI and Anthropic APIs share: reading bodies, and the shape of what goes wrong."""
+"""The shape of what goes wrong in the routes of the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,12 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from ollama_forge.serving.asks import BadRequest, Busy
 from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.http.errors import BUSY
 from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
-from ollama_forge.serving.http.v1.reading import Fields
-from ollama_forge.serving.served import ServedModel
 
 Answering = Callable[[Request], Awaitable[Response]]
-BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 
 def openai(answer: Answering) -> Answering:
@@ -44,27 +41,3 @@ def _guarded(answer: Answering, shape: Callable[[int, str], dict[str, Any]]) -> 
         return JSONResponse(shape(status, message), status)
 
     return guarded
-
-
-def known(model: ServedModel, name: str, refusal: str) -> None:
-    """Raises: BadRequest: with ``refusal``, where ``name`` isn't this model's."""
-    bare = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/").removesuffix(":latest")
-    if bare != model.name.lower():
-        raise BadRequest(refusal, 404)
-
-
-async def fields(request: Request, name: str) -> Fields:
-    """The body of a request, read as JSON whatever its content type says.
-
-    Raises:
-        BadRequest: it isn't an object in JSON.
-    """
-    body = (await request.body()).decode("utf-8", "replace")
-    try:
-        return Fields.of(json.loads(body, parse_constant=_refuse), name)
-    except (ValueError, RecursionError):
-        raise BadRequest("unexpected EOF") from None
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(word)

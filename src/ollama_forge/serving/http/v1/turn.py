@@ -12,7 +12,7 @@ from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.engines.base import Sampling
-from ollama_forge.serving.http.v1.reading import Fields
+from ollama_forge.serving.http.fields import Fields
 
 _EFFORTS: dict[str, bool | str] = {
     "none": False,
@@ -116,7 +116,7 @@ def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[s
 
 def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
     """A tool in OpenAI's form, with what templates count on filled in; its schema stands under ``parameters``."""
-    schema = fields.object(parameters)
+    schema = fields.inner(parameters)
     function = {
         "name": fields.text("name"),
         "description": fields.text("description"),
