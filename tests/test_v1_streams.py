@@ -164,3 +164,37 @@ def test_ruled_out_tools_are_not_shown_and_calls_are_not_parsed() -> None:
 def test_what_is_no_object_is_refused(endless: tuple[str, ServedModel], path: str, body: bytes) -> None:
     status, text = post(endless[0], path, body)
     assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+
+
+def deep(key: str) -> str:
+    return f'"{key}": ' + '{"a":' * 5000 + "1" + "}" * 5000
+
+
+DEEP = [
+    ("/v1/chat/completions", '"tools": [{"function": {"name": "f", %s}}]' % deep("parameters")),
+    ("/v1/chat/completions", '"response_format": {"type": "json_schema", "json_schema": {%s}}' % deep("schema")),
+    ("/v1/chat/completions", deep("messages")),
+    ("/v1/responses", '"tools": [{"type": "function", "name": "f", %s}]' % deep("parameters")),
+    ("/v1/responses", '"text": {"format": {"type": "json_schema", %s}}' % deep("schema")),
+    ("/v1/responses", deep("input")),
+    ("/v1/messages", '"tools": [{"name": "f", %s}]' % deep("input_schema")),
+    ("/v1/messages", deep("system")),
+]
+
+
+@pytest.mark.parametrize(("path", "field"), DEEP)
+def test_what_is_nested_deeply_is_refused(path: str, field: str) -> None:
+    with loopback(app_for(scripted(lambda *_: "hello", template=TOOLS))) as url:
+        body = json.dumps(BODIES[path])[:-1] + ", " + field + "}"
+        assert post(url, path, body.encode())[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_schema_that_is_none_is_refused(path: str) -> None:
+    schema = {"type": "nonsense"}
+    format_ = {"type": "json_schema", "name": "x", "schema": schema, "json_schema": {"name": "x", "schema": schema}}
+    with loopback(app_for(scripted(lambda *_: "hello"))) as url:
+        for stream in (False, True):
+            body = {**BODIES[path], "stream": stream, "response_format": format_, "text": {"format": format_}}
+            status, text = post(url, path, body)
+            assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
