@@ -166,26 +166,23 @@ def test_what_is_no_object_is_refused(endless: tuple[str, ServedModel], path: st
     assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
 
 
-def deep(key: str) -> str:
-    return f'"{key}": ' + '{"a":' * 5000 + "1" + "}" * 5000
-
-
+NEST = '{"a":' * 5000 + "1" + "}" * 5000
 DEEP = [
-    ("/v1/chat/completions", '"tools": [{"function": {"name": "f", %s}}]' % deep("parameters")),
-    ("/v1/chat/completions", '"response_format": {"type": "json_schema", "json_schema": {%s}}' % deep("schema")),
-    ("/v1/chat/completions", deep("messages")),
-    ("/v1/responses", '"tools": [{"type": "function", "name": "f", %s}]' % deep("parameters")),
-    ("/v1/responses", '"text": {"format": {"type": "json_schema", %s}}' % deep("schema")),
-    ("/v1/responses", deep("input")),
-    ("/v1/messages", '"tools": [{"name": "f", %s}]' % deep("input_schema")),
-    ("/v1/messages", deep("system")),
+    ("/v1/chat/completions", '"tools": [{"function": {"name": "f", "parameters": NEST}}]'),
+    ("/v1/chat/completions", '"response_format": {"type": "json_schema", "json_schema": {"schema": NEST}}'),
+    ("/v1/chat/completions", '"messages": NEST'),
+    ("/v1/responses", '"tools": [{"type": "function", "name": "f", "parameters": NEST}]'),
+    ("/v1/responses", '"text": {"format": {"type": "json_schema", "schema": NEST}}'),
+    ("/v1/responses", '"input": NEST'),
+    ("/v1/messages", '"tools": [{"name": "f", "input_schema": NEST}]'),
+    ("/v1/messages", '"system": NEST'),
 ]
 
 
 @pytest.mark.parametrize(("path", "field"), DEEP)
 def test_what_is_nested_deeply_is_refused(path: str, field: str) -> None:
     with loopback(app_for(scripted(lambda *_: "hello", template=TOOLS))) as url:
-        body = json.dumps(BODIES[path])[:-1] + ", " + field + "}"
+        body = json.dumps(BODIES[path])[:-1] + ", " + field.replace("NEST", NEST) + "}"
         assert post(url, path, body.encode())[0] == 400
 
 

@@ -17,8 +17,8 @@ from ollama_forge.serving.http.v1.turn import (
     chosen,
     effort,
     image_of_url,
-    sampling,
     json_schema,
+    sampling,
     tool,
     with_tool_names,
 )
