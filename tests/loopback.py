@@ -16,35 +16,41 @@ from ollama_forge.serving.engines.base import Request
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.served import ServedModel
-from tests import tiny
+from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
 FACTS = ModelFacts(
     "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
 )
-TURNS = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{{ m.content }}<|end|>{% endfor %}"
-)
+TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"
+GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 TOOLS = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
-    + TURNS
-    + ("{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    "{% for m in messages %}" + TURN % "" + "{% endfor %}" + GENERATION
 )
-THINKING = TURNS + (
-    "{% if add_generation_prompt %}<|assistant|>"
-    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}"
+THINKING = (
+    "{% for m in messages %}"
+    + TURN % "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    + "{% endfor %}"
+    + GENERATION
+    + "{% if add_generation_prompt and enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
 )
 
 
-def scripted(say: Callable[[Request, str], str], *, template: str | None = None, **options: Any) -> ServedModel:
+def scripted(
+    say: Callable[[Request, str], str],
+    *,
+    template: str | None = None,
+    engine: type[ScriptedEngine] = ScriptedEngine,
+    **options: Any,
+) -> ServedModel:
     """A model called ``wire`` that answers a request, and its prompt as text, with what ``say`` returns."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = byte_tokenizer()
 
     def script(request: Request) -> list[int]:
         text = say(request, tokenizer.decode(list(request.ids)))
         return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
-    return ServedModel("wire", tokenizer, ScriptedEngine(script, **options), FACTS, template=template)
+    return ServedModel("wire", tokenizer, engine(script, **options), FACTS, template=template)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ HI = [{"role": "user", "content": "hi"}]
 IMAGE = b"\x89PNG not really"
 DATA = base64.b64encode(IMAGE).decode()
 WEATHER = {"name": "get_weather", "description": "Weather", "parameters": {"type": "object", "properties": {}}}
-TIME = {"name": "get_time"}
+NOTHING = {"type": "object", "properties": {}}
+TIME = {"name": "get_time", "description": "", "parameters": NOTHING}
 PARIS = {"city": "Paris"}
 
 
@@ -156,6 +157,7 @@ def test_tools_of_each_api_take_one_form() -> None:
     assert responses(tools=[{"type": "function", **WEATHER, "strict": None}]).turn.tools == wanted
     schema = {"name": "get_weather", "description": "Weather", "input_schema": WEATHER["parameters"]}
     assert messages(tools=[schema, {"type": "web_search_20250305", "name": "web_search"}]).tools == wanted
+    assert chat(tools=[{"function": {"name": "get_time"}}]).turn.tools == ({"type": "function", "function": TIME},)
 
 
 def test_choice_of_tools() -> None:
@@ -247,7 +249,11 @@ REFUSED = [
     (chat, said(shown("data:image/png;base64,%")), "invalid image input"),
     (chat, called("[1]"), "invalid tool call arguments"),
     (chat, called("[" * 100000), "invalid tool call arguments"),
-    (chat, {"temperature": "hot"}, "cannot unmarshal string into Go struct field ChatCompletionRequest.temperature of type float64"),
+    (
+        chat,
+        {"temperature": "hot"},
+        "struct field ChatCompletionRequest.temperature of type float64",
+    ),
     (chat, {"temperature": True}, "of type float64"),
     (chat, {"temperature": float("inf")}, "of type float64"),
     (chat, {"temperature": 10**400}, "of type float64"),

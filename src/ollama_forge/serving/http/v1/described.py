@@ -113,7 +113,16 @@ _OPENAI_ERROR = _object("error", error=_object("message", "type", message=TEXT, 
 _ANTHROPIC_ERROR = _object(
     "type", "error", "request_id", type=TEXT, error=_object("type", "message", type=TEXT, message=TEXT), request_id=TEXT
 )
-_STATUSES = {400: "What was asked for cannot be done", 404: "No such model", 503: "Too many requests are waiting"}
+_STATUSES = {
+    400: "What was asked for cannot be done",
+    401: "The API key is missing or wrong",
+    403: "Not from this host or page",
+    404: "No such model",
+    413: "The request is too large",
+    500: "The answer failed",
+    501: "The model does not embed",
+    503: "Too many requests are waiting",
+}
 
 
 def takes(schema: Schema, *, streams: bool = True, anthropic: bool = False) -> dict[str, Any]:

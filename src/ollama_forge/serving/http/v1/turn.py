@@ -115,14 +115,14 @@ def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[s
 
 
 def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
-    """A tool in OpenAI's form, from what names it; its schema stands under ``parameters`` there."""
-    schema = fields.inner(parameters)
-    given = {
+    """A tool in OpenAI's form, with what templates count on filled in; its schema stands under ``parameters``."""
+    schema = fields.object(parameters)
+    function = {
         "name": fields.text("name"),
-        "description": fields.text("description") or None,
-        "parameters": None if schema is None else dict(schema.values),
+        "description": fields.text("description"),
+        "parameters": {"type": "object", "properties": {}} if schema is None else dict(schema.values),
     }
-    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+    return {"type": "function", "function": function}
 
 
 def chosen(tools: Sequence[dict[str, Any]], choice: object) -> tuple[dict[str, Any], ...]:
