@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
-
-import uvicorn
 
 from ollama_forge.serving.engines.base import Request
 from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.facts import ModelFacts
+from ollama_forge.serving.http.server import bind, server_of
+from ollama_forge.serving.http.settings import ServeSettings
 from ollama_forge.serving.served import ServedModel
-from tests import tiny
-from tests.scripted import FACTS
+from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
+FACTS = ModelFacts(
+    "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
+)
 TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"
 GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 TOOLS = (
@@ -40,7 +43,7 @@ def scripted(
     **options: Any,
 ) -> ServedModel:
     """A model called ``wire`` that answers a request, and its prompt as text, with what ``say`` returns."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = byte_tokenizer()
 
     def script(request: Request) -> list[int]:
         text = say(request, tokenizer.decode(list(request.ids)))
@@ -50,11 +53,10 @@ def scripted(
 
 
 @contextmanager
-def loopback(app: Any) -> Iterator[str]:
-    """Serve ``app``; its URL. Everything has ended when this returns."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+def loopback(model: ServedModel, settings: ServeSettings | None = None) -> Iterator[str]:
+    """Serve ``model``; its URL. Everything has ended when this returns."""
+    server = server_of(model, settings or ServeSettings())
+    with bind("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
@@ -65,4 +67,5 @@ def loopback(app: Any) -> Iterator[str]:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
+            model.stopping = True
             thread.join(10)

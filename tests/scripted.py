@@ -11,7 +11,7 @@ from ollama_forge.serving.asks import Ask
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.events import Delta, Done, Event
 from ollama_forge.serving.served import ModelFacts, ServedModel
-from tests import tiny
+from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
 FACTS = ModelFacts(
     digest="0" * 64,
@@ -30,7 +30,7 @@ FACTS = ModelFacts(
 
 def serve(*answers: str, template: str | None = None, max_queue: int = 512, **engine: Any) -> ServedModel:
     """Answers take turns; each ends with the end token."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = byte_tokenizer()
     ids = [[*tokenizer(answer, add_special_tokens=False).input_ids, 1] for answer in answers]
     scripted = ScriptedEngine(ids, **engine)
     return ServedModel("wire", tokenizer, scripted, FACTS, template=template, max_queue=max_queue)

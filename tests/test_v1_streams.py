@@ -18,7 +18,6 @@ from ollama_forge.serving.engines.base import Request, Step
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.served import ServedModel
 from tests.loopback import TOOLS, loopback, scripted
-from tests.served_app import app_for
 
 HI = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -61,10 +60,9 @@ def until(true: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def endless() -> Iterator[tuple[str, ServedModel]]:
-    model = scripted(lambda *_: "a" * 3000)
-    with loopback(app_for(model)) as url:
-        yield url, model
+def url() -> Iterator[str]:
+    with loopback(scripted(lambda *_: "hello", template=TOOLS)) as base:
+        yield base
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -72,7 +70,7 @@ def endless() -> Iterator[tuple[str, ServedModel]]:
 def test_a_client_that_leaves_ends_its_answer(path: str, stream: bool) -> None:
     model = scripted(lambda *_: "a" * 3000, engine=Slow)
     engine = engine_of(model)
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         at = urlsplit(url)
         body = json.dumps({**BODIES[path], "stream": stream}).encode()
         with socket.create_connection((at.hostname, at.port)) as client:
@@ -88,7 +86,7 @@ def test_a_client_that_leaves_ends_its_answer(path: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_engine_that_fails_at_once_is_an_error(path: str) -> None:
-    with loopback(app_for(scripted(lambda *_: "hello", fail_after=0))) as url:
+    with loopback(scripted(lambda *_: "hello", fail_after=0)) as url:
         for stream in (False, True):
             status, text = post(url, path, {**BODIES[path], "stream": stream})
             assert (status, json.loads(text)["error"]["message"]) == (500, "the engine failed")
@@ -96,7 +94,7 @@ def test_an_engine_that_fails_at_once_is_an_error(path: str) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_engine_that_fails_mid_stream_ends_it_in_an_error(path: str) -> None:
-    with loopback(app_for(scripted(lambda *_: "hello", fail_after=3))) as url:
+    with loopback(scripted(lambda *_: "hello", fail_after=3)) as url:
         assert post(url, path, BODIES[path])[0] == 500
         status, text = post(url, path, {**BODIES[path], "stream": True})
     assert status == 200
@@ -109,7 +107,7 @@ def test_an_engine_that_fails_mid_stream_ends_it_in_an_error(path: str) -> None:
 def test_a_full_queue_is_503_in_each_shape() -> None:
     model = scripted(lambda *_: "hello", slots=1)
     model.admission.slots = model.admission.max_waiting = 0
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         for path, body in BODIES.items():
             status, text = post(url, path, body)
             error = json.loads(text)["error"]
@@ -118,7 +116,7 @@ def test_a_full_queue_is_503_in_each_shape() -> None:
 
 
 def test_no_tokens_are_no_tokens() -> None:
-    with loopback(app_for(scripted(lambda *_: "hello"))) as url:
+    with loopback(scripted(lambda *_: "hello")) as url:
         body = json.loads(post(url, "/v1/chat/completions", {**BODIES["/v1/chat/completions"], "max_tokens": 0})[1])
     (choice,) = body["choices"]
     assert (choice["message"]["content"], choice["finish_reason"], body["usage"]["completion_tokens"]) == (
@@ -132,7 +130,7 @@ def test_a_request_becomes_what_the_engine_is_asked() -> None:
     model = scripted(lambda *_: "one two three")
     chat = {**BODIES["/v1/chat/completions"], "temperature": 0, "seed": 3, "stop": " two", "max_tokens": 50}
     message = {**BODIES["/v1/messages"], "stop_sequences": [" three"], "top_k": 7, "system": "be brief"}
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         said = json.loads(post(url, "/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2})[1])
         other = json.loads(post(url, "/v1/messages", message)[1])
     first, second = engine_of(model).requests
@@ -148,7 +146,7 @@ def test_ruled_out_tools_are_not_shown_and_calls_are_not_parsed() -> None:
     call = '{"name": "get_weather", "arguments": {}}'
     model = scripted(lambda *_: call, template=TOOLS)
     tools = [{"type": "function", "function": {"name": "get_weather"}}]
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         body = {**BODIES["/v1/chat/completions"], "tools": tools}
         (with_,) = json.loads(post(url, "/v1/chat/completions", body)[1])["choices"]
         (without,) = json.loads(post(url, "/v1/chat/completions", {**body, "tool_choice": "none"})[1])["choices"]
@@ -161,8 +159,8 @@ def test_ruled_out_tools_are_not_shown_and_calls_are_not_parsed() -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'{"model": NaN}', b"[" * 50_000, b"\xff\xfe"])
-def test_what_is_no_object_is_refused(endless: tuple[str, ServedModel], path: str, body: bytes) -> None:
-    status, text = post(endless[0], path, body)
+def test_what_is_no_object_is_refused(url: str, path: str, body: bytes) -> None:
+    status, text = post(url, path, body)
     assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -180,18 +178,16 @@ DEEP = [
 
 
 @pytest.mark.parametrize(("path", "field"), DEEP)
-def test_what_is_nested_deeply_is_refused(path: str, field: str) -> None:
-    with loopback(app_for(scripted(lambda *_: "hello", template=TOOLS))) as url:
-        body = json.dumps(BODIES[path])[:-1] + ", " + field.replace("NEST", NEST) + "}"
-        assert post(url, path, body.encode())[0] == 400
+def test_what_is_nested_deeply_is_refused(url: str, path: str, field: str) -> None:
+    body = json.dumps(BODIES[path])[:-1] + ", " + field.replace("NEST", NEST) + "}"
+    assert post(url, path, body.encode())[0] == 400
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-def test_a_schema_that_is_none_is_refused(path: str) -> None:
+def test_a_schema_that_is_none_is_refused(url: str, path: str) -> None:
     schema = {"type": "nonsense"}
     format_ = {"type": "json_schema", "name": "x", "schema": schema, "json_schema": {"name": "x", "schema": schema}}
-    with loopback(app_for(scripted(lambda *_: "hello"))) as url:
-        for stream in (False, True):
-            body = {**BODIES[path], "stream": stream, "response_format": format_, "text": {"format": format_}}
-            status, text = post(url, path, body)
-            assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+    for stream in (False, True):
+        body = {**BODIES[path], "stream": stream, "response_format": format_, "text": {"format": format_}}
+        status, text = post(url, path, body)
+        assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")

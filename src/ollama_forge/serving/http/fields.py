@@ -109,11 +109,11 @@ class Fields:
     def objects(self, key: str) -> list[Fields]:
         return [Fields.of(item, f"{self.name}.{key}") for item in self.items(key)]
 
-    def inner(self, key: str) -> Fields | None:
+    def object(self, key: str) -> Fields | None:
         value = self.any(key)
         return None if value is None else Fields.of(value, f"{self.name}.{key}")
 
-    def refuse(self, key: str, value: object, wanted: str) -> NoReturn:
+    def refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
         where = f"{self.name}.{key} of type {wanted}"
         raise BadRequest(f"json: cannot unmarshal {json_type(value)} into Go struct field {where}")
 

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import re
 import socket
+import traceback
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -117,8 +118,9 @@ class Guard:
             await self.app(scope, self._bounded(scope, receive), answer)
         except _TooLargeError:
             status, text = 413, f"the request is larger than {self.settings.max_body} bytes"
-        except Exception:
-            log.exception("an answer failed")
+        except Exception as error:
+            where = "".join(traceback.format_tb(error.__traceback__))  # its message may hold what was asked
+            log.error("an answer failed: %s\n%s", type(error).__name__, where)
             if begun:
                 raise
             status, text = 500, "internal server error"

@@ -78,7 +78,7 @@ def _message(turn: Fields) -> Message:
 
 
 def _call(call: Fields, place: int) -> ToolCall:
-    function = call.inner("function") or Fields({}, call.name)
+    function = call.object("function") or Fields({}, call.name)
     arguments = function.any("arguments")
     if arguments is not None and not isinstance(arguments, dict):
         raise BadRequest("Value looks like object, but can't find closing '}' symbol")
@@ -88,8 +88,8 @@ def _call(call: Fields, place: int) -> ToolCall:
 
 def _tool(tool: Fields) -> dict[str, Any]:
     """The tool as it was given, with what templates count on filled in."""
-    function = tool.inner("function") or Fields({}, tool.name)
-    parameters = function.inner("parameters")
+    function = tool.object("function") or Fields({}, tool.name)
+    parameters = function.object("parameters")
     filled = {
         "name": function.text("name"),
         "description": function.text("description"),

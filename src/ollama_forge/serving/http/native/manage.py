@@ -46,7 +46,7 @@ async def create(serving: Serving, request: Request) -> Response:
     for key in ("system", "template", "quantize", "renderer", "parser"):
         body.text(key)
     for key in ("files", "adapters", "parameters"):
-        body.inner(key)
+        body.object(key)
     body.objects("messages")
     if Name.parse(_named(body)) is None:
         raise BadRequest("invalid model name")

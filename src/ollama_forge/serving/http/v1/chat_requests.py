@@ -127,31 +127,31 @@ def _part(part: object, texts: list[str], images: list[bytes]) -> None:
 
 
 def _call(fields: Fields, index: int) -> ToolCall:
-    function = fields.inner("function") or Fields({}, "function")
+    function = fields.object("function") or Fields({}, "function")
     return ToolCall(fields.text("id"), index, function.text("name"), arguments(function.text("arguments")))
 
 
 def _tools(body: Fields) -> tuple[dict[str, Any], ...]:
-    given = [tool(fields.inner("function") or Fields({}, "function")) for fields in body.objects("tools")]
+    given = [tool(fields.object("function") or Fields({}, "function")) for fields in body.objects("tools")]
     return chosen(given, body.any("tool_choice"))
 
 
 def _think(body: Fields) -> bool | str | None:
-    reasoning = body.inner("reasoning")
+    reasoning = body.object("reasoning")
     return effort(body.text("reasoning_effort") if reasoning is None else reasoning.text("effort"))
 
 
 def _format(body: Fields) -> Mapping[str, Any] | str | None:
-    wanted = body.inner("response_format")
+    wanted = body.object("response_format")
     kind = "" if wanted is None else wanted.text("type").strip().lower()
     if wanted is None or kind not in ("json_object", "json_schema"):
         return None
     if kind == "json_object":
         return "json"
-    schema = wanted.inner("json_schema")
+    schema = wanted.object("json_schema")
     return None if schema is None else json_schema(schema.any("schema"))
 
 
 def _include_usage(body: Fields) -> bool:
-    options = body.inner("stream_options")
+    options = body.object("stream_options")
     return options is not None and options.flag("include_usage")

@@ -80,7 +80,7 @@ def _call(block: Fields, index: int) -> ToolCall:
     for key in ("id", "name"):
         if not block.text(key):
             raise BadRequest(f"tool_use block missing required '{key}' field")
-    values = block.inner("input")
+    values = block.object("input")
     return ToolCall(block.text("id"), index, block.text("name"), {} if values is None else values.values)
 
 
@@ -94,7 +94,7 @@ def _result(block: Fields) -> Message:
 
 
 def _image(block: Fields, refusal: str) -> bytes:
-    source = block.inner("source")
+    source = block.object("source")
     if source is None:
         raise BadRequest(refusal)
     kind = source.text("type")
@@ -104,7 +104,7 @@ def _image(block: Fields, refusal: str) -> bytes:
 
 
 def _think(body: Fields) -> bool | str | None:
-    thinking, config = body.inner("thinking"), body.inner("output_config")
+    thinking, config = body.object("thinking"), body.object("output_config")
     kind = "" if thinking is None else thinking.text("type")
     if kind in ("enabled", "disabled"):
         return kind == "enabled"

@@ -48,9 +48,9 @@ def response_request(body: Fields) -> ResponseRequest:
     messages = [Message("system", instructions)] if instructions else []
     messages += _input(body.any("input"))
     limit = body.integer("max_output_tokens")
-    reasoning = body.inner("reasoning") or Fields({}, "reasoning")
-    text = body.inner("text")
-    form = (text and text.inner("format")) or Fields({"type": "text"}, "format")
+    reasoning = body.object("reasoning") or Fields({}, "reasoning")
+    text = body.object("text")
+    form = (text and text.object("format")) or Fields({"type": "text"}, "format")
     tools = [_tool(fields) for fields in body.objects("tools")]
     turn = Turn(
         model=body.text("model"),

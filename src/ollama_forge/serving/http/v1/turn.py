@@ -115,7 +115,7 @@ def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[s
 
 def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
     """A tool in OpenAI's form, with what templates count on filled in; its schema stands under ``parameters``."""
-    schema = fields.inner(parameters)
+    schema = fields.object(parameters)
     function = {
         "name": fields.text("name"),
         "description": fields.text("description"),
