@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-import uvicorn
-
 from ollama_forge.serving.engines.base import Request
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.facts import ModelFacts
+from ollama_forge.serving.http.server import bind, server_of
+from ollama_forge.serving.http.settings import ServeSettings
 from ollama_forge.serving.served import ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
@@ -54,11 +53,10 @@ def scripted(
 
 
 @contextmanager
-def loopback(app: Any) -> Iterator[str]:
-    """Serve ``app``; its URL. Everything has ended when this returns."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+def loopback(model: ServedModel, settings: ServeSettings | None = None) -> Iterator[str]:
+    """Serve ``model``; its URL. Everything has ended when this returns."""
+    server = server_of(model, settings or ServeSettings())
+    with bind("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
@@ -69,4 +67,5 @@ def loopback(app: Any) -> Iterator[str]:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
+            model.stopping = True
             thread.join(10)

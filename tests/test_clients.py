@@ -21,7 +21,6 @@ from pydantic import BaseModel
 
 from ollama_forge.serving.engines.base import Request
 from tests.loopback import THINKING, TOOLS, loopback, scripted
-from tests.served_app import app_for
 
 SAID = "Hé, world."
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
@@ -46,13 +45,13 @@ def say(request: Request, prompt: str) -> str:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with loopback(app_for(scripted(say, template=TOOLS))) as base:
+    with loopback(scripted(say, template=TOOLS)) as base:
         yield base
 
 
 @pytest.fixture(scope="module")
 def thinking_url() -> Iterator[str]:
-    with loopback(app_for(scripted(lambda *_: "Hm.</think>" + SAID, template=THINKING))) as base:
+    with loopback(scripted(lambda *_: "Hm.</think>" + SAID, template=THINKING)) as base:
         yield base
 
 
@@ -235,7 +234,7 @@ def test_openai_errors(gpt: openai.OpenAI) -> None:
 
 
 def test_openai_sees_an_error_in_a_stream() -> None:
-    with loopback(app_for(scripted(lambda *_: SAID, fail_after=3))) as base:
+    with loopback(scripted(lambda *_: SAID, fail_after=3)) as base:
         client = openai.OpenAI(base_url=f"{base}/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.APIError, match="the engine failed"):
             list(client.chat.completions.create(model="wire", messages=ASKED, stream=True))
@@ -299,7 +298,7 @@ def test_anthropic_errors(claude: anthropic.Anthropic) -> None:
 
 
 def test_anthropic_sees_an_error_in_a_stream() -> None:
-    with loopback(app_for(scripted(lambda *_: SAID, fail_after=3))) as base:
+    with loopback(scripted(lambda *_: SAID, fail_after=3)) as base:
         client = anthropic.Anthropic(base_url=base, api_key="any", max_retries=0)
         stream = client.messages.create(model="wire", max_tokens=MAX, messages=ASKED, stream=True)
         with pytest.raises(anthropic.APIStatusError, match="the engine failed"):

@@ -18,7 +18,6 @@ from ollama_forge.serving.engines.base import Request, Step
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.served import ServedModel
 from tests.loopback import TOOLS, loopback, scripted
-from tests.served_app import app_for
 
 HI = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -63,7 +62,7 @@ def until(true: Any) -> None:
 @pytest.fixture(scope="module")
 def endless() -> Iterator[tuple[str, ServedModel]]:
     model = scripted(lambda *_: "a" * 3000)
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         yield url, model
 
 
@@ -72,7 +71,7 @@ def endless() -> Iterator[tuple[str, ServedModel]]:
 def test_a_client_that_leaves_ends_its_answer(path: str, stream: bool) -> None:
     model = scripted(lambda *_: "a" * 3000, engine=Slow)
     engine = engine_of(model)
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         at = urlsplit(url)
         body = json.dumps({**BODIES[path], "stream": stream}).encode()
         with socket.create_connection((at.hostname, at.port)) as client:
@@ -88,7 +87,7 @@ def test_a_client_that_leaves_ends_its_answer(path: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_engine_that_fails_at_once_is_an_error(path: str) -> None:
-    with loopback(app_for(scripted(lambda *_: "hello", fail_after=0))) as url:
+    with loopback(scripted(lambda *_: "hello", fail_after=0)) as url:
         for stream in (False, True):
             status, text = post(url, path, {**BODIES[path], "stream": stream})
             assert (status, json.loads(text)["error"]["message"]) == (500, "the engine failed")
@@ -96,7 +95,7 @@ def test_an_engine_that_fails_at_once_is_an_error(path: str) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_engine_that_fails_mid_stream_ends_it_in_an_error(path: str) -> None:
-    with loopback(app_for(scripted(lambda *_: "hello", fail_after=3))) as url:
+    with loopback(scripted(lambda *_: "hello", fail_after=3)) as url:
         assert post(url, path, BODIES[path])[0] == 500
         status, text = post(url, path, {**BODIES[path], "stream": True})
     assert status == 200
@@ -109,7 +108,7 @@ def test_an_engine_that_fails_mid_stream_ends_it_in_an_error(path: str) -> None:
 def test_a_full_queue_is_503_in_each_shape() -> None:
     model = scripted(lambda *_: "hello", slots=1)
     model.admission.slots = model.admission.max_waiting = 0
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         for path, body in BODIES.items():
             status, text = post(url, path, body)
             error = json.loads(text)["error"]
@@ -118,7 +117,7 @@ def test_a_full_queue_is_503_in_each_shape() -> None:
 
 
 def test_no_tokens_are_no_tokens() -> None:
-    with loopback(app_for(scripted(lambda *_: "hello"))) as url:
+    with loopback(scripted(lambda *_: "hello")) as url:
         body = json.loads(post(url, "/v1/chat/completions", {**BODIES["/v1/chat/completions"], "max_tokens": 0})[1])
     (choice,) = body["choices"]
     assert (choice["message"]["content"], choice["finish_reason"], body["usage"]["completion_tokens"]) == (
@@ -132,7 +131,7 @@ def test_a_request_becomes_what_the_engine_is_asked() -> None:
     model = scripted(lambda *_: "one two three")
     chat = {**BODIES["/v1/chat/completions"], "temperature": 0, "seed": 3, "stop": " two", "max_tokens": 50}
     message = {**BODIES["/v1/messages"], "stop_sequences": [" three"], "top_k": 7, "system": "be brief"}
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         said = json.loads(post(url, "/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2})[1])
         other = json.loads(post(url, "/v1/messages", message)[1])
     first, second = engine_of(model).requests
@@ -148,7 +147,7 @@ def test_ruled_out_tools_are_not_shown_and_calls_are_not_parsed() -> None:
     call = '{"name": "get_weather", "arguments": {}}'
     model = scripted(lambda *_: call, template=TOOLS)
     tools = [{"type": "function", "function": {"name": "get_weather"}}]
-    with loopback(app_for(model)) as url:
+    with loopback(model) as url:
         body = {**BODIES["/v1/chat/completions"], "tools": tools}
         (with_,) = json.loads(post(url, "/v1/chat/completions", body)[1])["choices"]
         (without,) = json.loads(post(url, "/v1/chat/completions", {**body, "tool_choice": "none"})[1])["choices"]

@@ -12,7 +12,6 @@ import pytest
 
 from ollama_forge.serving.engines.base import Request
 from tests.loopback import THINKING, TOOLS, loopback, scripted
-from tests.served_app import app_for
 from tests.wire.exchanges import MODEL_DECIDES, REQUESTS
 from tests.wire.wire import REASONS, differences, exchange, view
 
@@ -62,7 +61,7 @@ def compared() -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
-        yield {name: stack.enter_context(loopback(app_for(make()))) for name, make in SERVERS.items()}
+        yield {name: stack.enter_context(loopback(make())) for name, make in SERVERS.items()}
 
 
 @pytest.mark.parametrize(("name", "id_"), list(compared()))
