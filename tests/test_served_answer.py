@@ -14,7 +14,8 @@ from ollama_forge.serving.engines.base import EngineError, Request
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from ollama_forge.serving.events import Delta, Done
 from ollama_forge.serving.served import ServedModel
-from tests.scripted import collect, serve, texts
+from tests import tiny
+from tests.scripted import FACTS, collect, serve, texts
 from tests.test_text_tools import FORMS, HARMONY_CALL, HARMONY_SUM
 
 THINKS = "{% for m in messages %}{{ m.content }}</think>{% endfor %}<think>"
@@ -122,6 +123,27 @@ def test_every_family_a_character_at_a_time(form: str) -> None:
     assert said() == (broken, [])
     assert said()[0].startswith("Look:")
     assert texts(collect(model, Ask(hi(model)))[0])[1] == one  # no tools sent, nothing read
+
+
+def test_markers_that_are_special_tokens_reach_the_parser_and_nobody_else() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>", "<other>"]})
+    _, one, _, _ = FORMS["hermes"]
+    engine = ScriptedEngine([tokenizer(f"<other>{one}", add_special_tokens=False).input_ids])
+    model = ServedModel("wire", tokenizer, engine, FACTS, template="<tool_call>{{ tools }}")
+    assert len(engine.script[0]) < len(one)  # type: ignore[index]
+    deltas, _ = collect(model, Ask(hi(model, tools=[tool("get_weather")])))
+    assert texts(deltas) == ("", "")
+    assert [call.name for delta in deltas for call in delta.tool_calls] == ["get_weather"]
+    plain = one.replace("<tool_call>", "").replace("</tool_call>", "")
+    assert texts(collect(model, Ask(hi(model)))[0]) == ("", plain)
+
+
+def test_a_special_token_can_be_a_stop_string() -> None:
+    model = serve("one<|user|>two")
+    assert texts(collect(model, Ask(hi(model)))[0])[1] == "onetwo"
+    deltas, done = collect(model, Ask(hi(model), stop=("<|user|>",)))
+    assert (texts(deltas)[1], done.reason) == ("one", "stop")
 
 
 def test_harmony_on_the_engine() -> None:

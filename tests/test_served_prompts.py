@@ -13,6 +13,7 @@ from ollama_forge.serving import template as template_module
 from ollama_forge.serving.asks import BadRequest, Message, Prompt
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.text.thinking import ThinkingSplit
 from tests import tiny
 from tests.scripted import serve
 
@@ -99,8 +100,9 @@ def test_the_models_own_system_prompt_and_template_arguments() -> None:
 @pytest.mark.parametrize(
     ("template", "think", "text", "opened"),
     [
-        ("{{ enable_thinking }}</think>", None, "True</think>", False),
-        ("{{ enable_thinking }}</think>", False, "False</think>", None),
+        ("</think>{{ enable_thinking }}", None, "</think>True", False),
+        ("</think>{{ enable_thinking }}", False, "</think>False", None),
+        ("{{ enable_thinking }}<think></think>", None, "True<think></think>", None),
         ("</think>{{ thinking }}{{ '<think>\\n' }}", True, "</think>True<think>\n", True),
         ("</think><think>", "low", "</think><think>", True),
         ("<|channel|>analysis{{ reasoning_effort }}", "low", "<|channel|>analysislow", False),
@@ -114,6 +116,16 @@ def test_think(template: str, think: bool | str | None, text: str, opened: bool 
     prompt = model.chat_prompt([Message("user", "a")], think=think)
     assert shown(model, prompt) == text
     assert (prompt.thinking.opened if prompt.thinking else None) == opened
+
+
+def test_an_answer_that_was_begun_and_bare_text_have_no_thought_before_them() -> None:
+    model = serve("x", template="{% set t = '</think>' %}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert model.chat_prompt([Message("user", "a"), Message("assistant", "b")]).thinking is None
+    assert model.chat_prompt([Message("user", "a")]).thinking == ThinkingSplit()
+    assert model.text_prompt("a").thinking is None
+    assert model.text_prompt("a", think=True).thinking == ThinkingSplit()
+    assert model.text_prompt("<think>").thinking == ThinkingSplit(opened=True)
+    assert model.text_prompt("<think>", think=False).thinking is None
 
 
 def test_capabilities_are_read_off_the_template() -> None:

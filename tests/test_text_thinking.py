@@ -69,5 +69,6 @@ def test_which_tags_a_template_knows() -> None:
     assert thinking_of("{% set c = c.split('</think>')[-1] %}") == ThinkingSplit()
     assert thinking_of("[THINK]x[/THINK]") == ThinkingSplit("[THINK]", "[/THINK]")
     assert thinking_of("<|channel|>analysis<|message|>") == HARMONY
-    assert ThinkingSplit().after("…<think>\n").opened
-    assert not ThinkingSplit().after("…<think>\n\n</think>\n\n").opened
+    assert ThinkingSplit().after("…<think>\n") == ThinkingSplit(opened=True)
+    assert ThinkingSplit().after("…assistant\n") == ThinkingSplit()
+    assert ThinkingSplit().after("…<think>\n\n</think>\n\n") is None

@@ -10,6 +10,7 @@ from typing import Any
 from ollama_forge.serving.asks import BadRequest, Message, Prompt
 from ollama_forge.serving.engines.base import EngineError, ImageEncoder
 from ollama_forge.serving.template import Template, render
+from ollama_forge.serving.text.thinking import ThinkingSplit
 
 KEEP_FIRST = 4  # tokens of the beginning that survive a cut, as Ollama's num_keep
 
@@ -73,7 +74,10 @@ class Prompter:
             encoded = self._fewer(messages, encode, room - len(context), encoded)
         ids = self._cut((*context, *encoded.ids), room, encoded.media)
         names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
-        return Prompt(ids, room, encoded.media, self._split(encoded.text, think), names)
+        split = self._split(encoded.text, think)
+        if _continued(messages) and split and not (split.opened or split.channels):
+            split = None  # what is gone on with is the answer
+        return Prompt(ids, room, encoded.media, split, names)
 
     def text(
         self,
@@ -96,7 +100,10 @@ class Prompter:
         ids = (*context, *encoded.ids)
         if len(ids) > room and not truncate:
             raise _too_long(len(ids), room)
-        return Prompt(self._cut(ids, room, encoded.media), room, encoded.media, self._split(text, think))
+        split = self._split(text, think)
+        if think is None and split and not (split.opened or split.channels):
+            split = None  # text as it is asks for no thought
+        return Prompt(self._cut(ids, room, encoded.media), room, encoded.media, split)
 
     def _room(self, num_ctx: int | None) -> int:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
@@ -107,7 +114,7 @@ class Prompter:
             return {**self.template.thinking_arguments(True), **self._template_kwargs}
         return {**self._template_kwargs, **self.template.thinking_arguments(think)}
 
-    def _split(self, text: str, think: bool | str | None) -> Any:
+    def _split(self, text: str, think: bool | str | None) -> ThinkingSplit | None:
         split = self.template.thinking
         if split is None or (think is False and not split.channels):
             return None
@@ -116,8 +123,7 @@ class Prompter:
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], arguments: Any) -> str:
         if not self.template.text:
             return "\n\n".join(message.content for message in messages)
-        continued = bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
-        options = {"tools": tools, "continued": continued, "arguments": arguments}
+        options = {"tools": tools, "continued": _continued(messages), "arguments": arguments}
         try:
             return render(self._tokenizer, self.template.text, as_dicts(messages, self.template.text), **options)
         except BadRequest as error:
@@ -176,6 +182,11 @@ class Prompter:
         first = min(KEEP_FIRST, room // 2)
         last = max((room - first) // 2, 1)
         return (*ids[:first], *ids[len(ids) - last :])
+
+
+def _continued(messages: Sequence[Message]) -> bool:
+    """Whether the answer goes on with the last message."""
+    return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
 def _too_long(count: int, room: int) -> BadRequest:

@@ -45,12 +45,16 @@ class ServedModel:
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         ends: frozenset[int] | None = None,
+        vision: bool = True,
         max_queue: int = 512,
     ) -> None:
-        """``template`` and ``ends`` (ids that end an answer) are the tokenizer's unless given."""
+        """``template`` and ``ends`` (ids that end an answer) are the tokenizer's unless given.
+
+        ``vision`` off hides that the engine could encode images.
+        """
         self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
         self.template = _template_of(tokenizer) if template is None else template
-        encoder = engine if isinstance(engine, ImageEncoder) else None
+        encoder = engine if vision and isinstance(engine, ImageEncoder) else None
         self._prompter = Prompter(
             tokenizer,
             self.template,
@@ -83,7 +87,10 @@ class ServedModel:
         facts = ModelFacts.of(checkpoint, load.system)
         ends = end_ids(checkpoint, tokenizer)
         kwargs = load.template_kwargs
-        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, max_queue=max_queue)
+        sees = "vision_config" in checkpoint.config and any(
+            (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+        )
+        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, vision=sees, max_queue=max_queue)
 
     def _find_capabilities(self) -> frozenset[str]:
         template = self._prompter.template
@@ -202,7 +209,7 @@ class ServedModel:
             ids=ask.prompt.ids,
             max_tokens=limit,
             sampling=ask.sampling,
-            ends=self._ends,
+            ends=self._ends | self._tokens.specials(ask.stop),  # special tokens have no text to stop at
             constraint=constraint,
             top_logprobs=ask.logprobs,
             media=ask.prompt.media,

@@ -36,9 +36,10 @@ class ThinkingSplit:
             return "<|start|><|channel|><|message|><|constrain|><|end|><|call|><|return|>"
         return self.opening + self.closing
 
-    def after(self, prompt: str) -> ThinkingSplit:
-        """The split of an answer to ``prompt``."""
-        return replace(self, opened=prompt.rstrip().endswith(self.opening))
+    def after(self, prompt: str) -> ThinkingSplit | None:
+        """The split of an answer to ``prompt``; None where the thought ended there."""
+        end = prompt.rstrip()
+        return None if end.endswith(self.closing) else replace(self, opened=end.endswith(self.opening))
 
 
 HARMONY = ThinkingSplit("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", channels=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -56,6 +57,10 @@ class TokenBytes:
     def ids_within(self, markers: str) -> frozenset[int]:
         """Special tokens whose text stands somewhere in ``markers``."""
         return frozenset(id_ for id_ in self.special if (text := self._added.get(id_)) and text in markers)
+
+    def specials(self, texts: Collection[str]) -> frozenset[int]:
+        """Special tokens whose text is one of ``texts``."""
+        return frozenset(id_ for id_ in self.special if self._added.get(id_) in texts)
 
     def _find(self, id_: int) -> bytes:
         if id_ in self._added:
