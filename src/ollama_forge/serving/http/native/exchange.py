@@ -53,6 +53,7 @@ async def answered(
     *,
     write: WriteLine,
     body: Callable[[Answer], dict[str, Any]],
+    silent: bool = False,
 ) -> Response:
     """Answer the ask that ``make`` makes (in a thread: rendering and encoding take their time).
 
@@ -71,7 +72,7 @@ async def answered(
     except BaseException:
         await events.aclose()
         raise
-    return Stream(written(first, events, write), events, media_type=NDJSON)
+    return Stream(written(first, events, write, silent=silent), events, media_type=NDJSON)
 
 
 async def _first(events: AsyncGenerator[Event]) -> Event:

@@ -76,7 +76,8 @@ async def generate(serving: Serving, request: Request) -> Response:
         name, text, thought = asked.model, answer.content, answer.thinking
         return generated(name, text, thought, logprobs=answer.logprobs, done=answer.done, context=not wanted.raw)
 
-    return await answered(serving, request, asked, make, write=write, body=whole)
+    silent = asked.think is not False and "thinking" in model.capabilities  # as Ollama, here and not in chat
+    return await answered(serving, request, asked, make, write=write, body=whole, silent=silent)
 
 
 def _prompt(model: ServedModel, asked: Asked, wanted: Wanted, options: Options) -> Prompt:

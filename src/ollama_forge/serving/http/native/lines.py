@@ -72,19 +72,25 @@ def chatted(
     return out | _logprobs(logprobs) | _counts(done)
 
 
-async def written(first: Event, rest: AsyncIterator[Event], write: WriteLine) -> AsyncGenerator[bytes]:
-    """The body of a stream; an answer that cannot be gone on with ends it in an error."""
+async def written(
+    first: Event, rest: AsyncIterator[Event], write: WriteLine, *, silent: bool = False
+) -> AsyncGenerator[bytes]:
+    """The body of a stream; an answer that cannot be gone on with ends it in an error.
+
+    Args:
+        silent: also a token whose text is held back gets its line.
+    """
     try:
-        if not _silent(first):
+        if silent or not _is_silent(first):
             yield line(write(first))
         async for event in rest:
-            if not _silent(event):
+            if silent or not _is_silent(event):
                 yield line(write(event))
     except EngineError as error:
         yield line({"error": str(error)})
 
 
-def _silent(event: Event) -> bool:
+def _is_silent(event: Event) -> bool:
     return isinstance(event, Delta) and empty(event)
 
 
