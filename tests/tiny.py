@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -23,20 +22,17 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
 
 from ollama_forge.checkpoints.source import Checkpoint
+from tests.byte_tokenizer import SPECIAL, TEMPLATE, tokenizer
+
+__all__ = ["SPECIAL", "TEMPLATE", "tokenizer"]
 
 D = 32
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 VOCABULARY = 256 + len(SPECIAL)
 _IDS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 _COMMON: dict[str, Any] = {
@@ -100,19 +96,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         **{**_HEAD, "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2, sliding_window=256
     ),
 }
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, no BOS."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def build(family: str, seed: int = 0) -> torch.nn.Module:

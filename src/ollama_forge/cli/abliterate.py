@@ -9,12 +9,16 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
-from ollama_forge.errors import require_abliterate
+from ollama_forge.cli.serve import serve
+from ollama_forge.errors import UsageError, require_abliterate
 
 
 @click.group()
 def abliterate() -> None:
     """Find, edit, measure and talk: the refusal direction of a chat model."""
+
+
+abliterate.add_command(serve)
 
 
 @abliterate.command("compute-dir")
@@ -175,19 +179,43 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
 
 @abliterate.command("chat")
-@click.option("--name", help="A model that run made.")
+@click.option("--name", help="A model that run made, or that a server of this program serves.")
 @click.option("--checkpoint", metavar="MODEL", help="A checkpoint's folder, or whatever --model takes.")
+@click.option(
+    "--server",
+    default="127.0.0.1:11435",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Asked first for --name, unless an option is about loading.",
+)
+@click.option(
+    "--think",
+    is_flag=False,
+    flag_value="on",
+    type=click.Choice(["on", "low", "medium", "high", "max"]),
+    help="Think first; --think LEVEL: so hard.",
+)
+@click.option("--no-think", is_flag=True, help="Answer without thinking first.")
+@click.option("--format", "schema", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Goes with the first message; may be repeated.")
 @opt.load_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
     require_abliterate("chat")
-    from ollama_forge.serving.chat import chat
+    if options["think"] and options["no_think"]:
+        raise UsageError("--think and --no-think exclude each other", "give one of them")
+    from ollama_forge.serving.chat import chat, read_format, read_images
+    from ollama_forge.serving.talkers import Wishes
 
+    think = False if options["no_think"] else {"on": True}.get(options["think"], options["think"])
     chat(
         name=options["name"],
         checkpoint=options["checkpoint"],
         revision=options["revision"],
         load=opt.load_settings(options),
+        wishes=Wishes(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
+        images=read_images(options["images"]),
+        server=options["server"],
     )
 
 

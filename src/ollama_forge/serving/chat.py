@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ollama_forge.checkpoints.source import resolve
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
 from ollama_forge.progress import say, step
-from ollama_forge.serving.sampling import Conversation, Sampling
+from ollama_forge.serving.asks import Message
+from ollama_forge.serving.engines.base import Sampling
+from ollama_forge.serving.talkers import DEFAULT_SERVER, Talker, Wishes, running_server
+
+if TYPE_CHECKING:
+    from ollama_forge.models.chat_model import LoadSettings
 
 HELP = """\
 /system TEXT     set the system prompt and start over (without TEXT: none)
-/set NAME VALUE  temperature, top_k, top_p, seed, num_predict (without NAME: show them)
+/set NAME VALUE  an option of sampling, num_predict, num_ctx; think on, off or a level (without NAME: show them)
 /clear           forget the conversation
 /bye             leave (so does Ctrl-D); Ctrl-C stops an answer"""
+_COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
+_SAMPLING = tuple(f.name for f in fields(Sampling))
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def chat(*, name: str | None, checkpoint: str | None, revision: str | None = None, load: LoadSettings) -> None:
+def chat(
+    *,
+    name: str | None,
+    checkpoint: str | None,
+    revision: str | None = None,
+    load: LoadSettings,
+    wishes: Wishes | None = None,
+    images: Sequence[bytes] = (),
+    server: str = DEFAULT_SERVER,
+) -> None:
     """Talk to the model that ``run`` made under ``name``, or to ``checkpoint``, until the input ends.
+
+    A server of this program that runs at ``server`` and serves ``name`` answers, where nothing is asked about loading.
+
+    Args:
+        images: what goes with the first message.
 
     Raises:
         UsageError: neither or both are given.
@@ -31,6 +52,31 @@ def chat(*, name: str | None, checkpoint: str | None, revision: str | None = Non
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
+    talker = _server_for(name, load, server) or _load(name, checkpoint, revision, load)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 -- line editing for input()
+
+        say("/help lists the commands, /bye leaves")
+    try:
+        Chat(talker, wishes=wishes, system=load.system, images=images).loop(_lines())
+    finally:
+        talker.close()
+
+
+def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | None:
+    if name is None or load != type(load)(system=load.system):
+        return None
+    found = running_server(server, name)
+    if found is not None:
+        say(f"{name} is served at {server}")
+    return found
+
+
+def _load(name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings) -> Talker:
+    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.serving.served import ServedModel
+    from ollama_forge.serving.talkers import LocalTalker
+
     if name is not None:
         folder = run_folder(name) / "checkpoint"
         if not folder.is_dir():
@@ -38,13 +84,9 @@ def chat(*, name: str | None, checkpoint: str | None, revision: str | None = Non
         checkpoint = str(folder)
     assert checkpoint is not None
     source = resolve(checkpoint, revision)
-    with step(f"loading {Path(source.label).name}"):
-        model = ChatModel.load(source, load)
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 -- line editing for input()
-
-        say("/help lists the commands, /bye leaves")
-    Chat(model).loop(_lines())
+    label = name or Path(source.label).name
+    with step(f"loading {label}"):
+        return LocalTalker(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))
 
 
 def _lines() -> Iterator[str]:
@@ -58,15 +100,52 @@ def _lines() -> Iterator[str]:
             say("\n/bye or Ctrl-D leaves")
 
 
-class Chat:
-    """One conversation with one model."""
+def read_format(value: str) -> str:
+    """``--format``: ``json``, or the file that holds a JSON schema; the schema's text.
 
-    def __init__(self, model: ChatModel, out: TextIO = sys.stdout) -> None:
-        self.model, self.out = model, out
-        self.conversation = Conversation(model)
-        self.sampling = Sampling()
-        self.system = model.settings.system
-        self.messages: list[dict[str, str]] = []
+    Raises:
+        UsageError: there is no such file, or no JSON object in it.
+    """
+    if value == "json":
+        return '{"type":"object"}'
+    try:
+        schema = json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--format {value}: {error}", "give json, or a file that holds a JSON schema") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{value} is not a JSON schema", "it must hold an object")
+    return json.dumps(schema)
+
+
+def read_images(paths: Sequence[str]) -> list[bytes]:
+    """The bytes of image files.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    try:
+        return [Path(path).read_bytes() for path in paths]
+    except OSError as error:
+        raise UsageError(f"--image {error.filename} cannot be read: {error.strerror}", "give a .png or .jpg") from None
+
+
+class Chat:
+    """One conversation."""
+
+    def __init__(
+        self,
+        talker: Talker,
+        out: TextIO = sys.stdout,
+        *,
+        wishes: Wishes | None = None,
+        system: str | None = None,
+        images: Sequence[bytes] = (),
+    ) -> None:
+        self.talker, self.out = talker, out
+        self.wishes = wishes or Wishes()
+        self.system = system
+        self.images = tuple(images)
+        self.messages: list[Message] = []
 
     def loop(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -96,43 +175,71 @@ class Chat:
                 say(f"unknown command {word}; /help lists them")
 
     def set(self, words: list[str]) -> None:
-        kinds = {f.name: int if f.name in ("top_k", "seed", "num_predict") else float for f in fields(Sampling)}
+        names = (*_SAMPLING, "num_predict", "num_ctx", "think")
         if not words:
-            say(", ".join(f"{name} {getattr(self.sampling, name)}" for name in kinds))
+            holders = ((self.wishes.sampling if name in _SAMPLING else self.wishes, name) for name in names)
+            say(", ".join(f"{name} {getattr(holder, name)}" for holder, name in holders))
             return
         if len(words) == 3 and words[0] == "parameter":  # as the ollama command spells it
             words = words[1:]
-        if len(words) != 2 or words[0] not in kinds:
-            say(f"/set NAME VALUE, NAME one of {', '.join(kinds)}")
+        if len(words) != 2 or words[0] not in names:
+            say(f"/set NAME VALUE, NAME one of {', '.join(names)}")
+            return
+        name, spelled = words
+        if name == "think":
+            self.wishes = replace(self.wishes, think={"on": True, "off": False}.get(spelled, spelled))
             return
         try:
-            value: Any = kinds[words[0]](words[1])
-            self.sampling = replace(self.sampling, **{words[0]: value})
+            value: Any = int(spelled) if name in _COUNTS else float(spelled)
         except ValueError:
-            say(f"{words[1]} is not a number")
+            say(f"{spelled} is not a number")
+            return
+        if name in _SAMPLING:
+            self.wishes = replace(self.wishes, sampling=replace(self.wishes.sampling, **{name: value}))
+        else:
+            self.wishes = replace(self.wishes, **{name: value})
 
     def turn(self, text: str) -> None:
         """Answer one message; what was said before Ctrl-C stays part of the conversation."""
-        self.messages.append({"role": "user", "content": text})
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages.append(Message("user", text, images=self.images))
+        system = [Message("system", self.system)] if self.system else []
+        said = _Said(self.out)
         try:
-            prompt = self.model.encode(self.model.render([*system, *self.messages]))
-        except ForgeError as error:
-            self.messages.pop()
-            say(f"error: {error.message}")
-            return
-        said = ""
-        ids: list[int] = []
-        try:
-            for token in self.conversation.stream(prompt, self.sampling):
-                ids.append(token)
-                whole = self.model.decode(ids)
-                if not whole.endswith("\ufffd"):  # half of a character waits for its other half
-                    self.out.write(whole[len(said) :])
-                    self.out.flush()
-                    said = whole
+            self.talker.answer([*system, *self.messages], self.wishes, said.show)
         except KeyboardInterrupt:
             pass
-        self.out.write("\n")
-        self.out.flush()
-        self.messages.append({"role": "assistant", "content": said})
+        except ForgeError as error:
+            self.messages.pop()
+            said.end()
+            say(f"error: {error.message}")
+            return
+        self.images = ()  # they are part of the conversation now
+        said.end()
+        self.messages.append(Message("assistant", said.content, thinking=said.thinking))
+
+
+class _Said:
+    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._marks = (_DIM, _PLAIN) if out.isatty() else ("[", "]")
+        self.thinking = self.content = ""
+
+    def show(self, thinking: str, content: str) -> None:
+        if thinking:
+            self._out.write(thinking if self.thinking else self._marks[0] + thinking)
+            self.thinking += thinking
+        if content:
+            if self.thinking and not self.content:
+                self._out.write(self._marks[1] + "\n")
+            self._out.write(content)
+            self.content += content
+        self._out.flush()
+
+    def end(self) -> None:
+        if self.thinking and not self.content:
+            self._out.write(self._marks[1])
+        if self.thinking or self.content:
+            self._out.write("\n")
+        self._out.flush()

@@ -1,0 +1,78 @@
+"""``ollama-forge abliterate serve``"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ollama_forge.cli import options as opt
+from ollama_forge.errors import ForgeError, UsageError, require_abliterate
+from ollama_forge.names import run_folder
+
+if TYPE_CHECKING:
+    from ollama_forge.checkpoints.source import Checkpoint
+
+
+@click.command("serve")
+@click.option("--name", help="A model that run made; with --checkpoint, the name to serve it under.")
+@click.option("--checkpoint", metavar="MODEL", help="A checkpoint's folder, or whatever --model takes.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=11435, show_default=True, help="0 takes any free one.")
+@click.option(
+    "--max-queue", type=click.IntRange(0), default=512, show_default=True, help="Requests that may wait; 503 beyond."
+)
+@click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Answers generated at a time.")
+@click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="What clients must bring as bearer.")
+@opt.load_options
+def serve(**options: Any) -> None:
+    """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
+    require_abliterate("serve")
+    if options["name"] is None and options["checkpoint"] is None:
+        raise UsageError("give --name or --checkpoint", "--name is what run was given")
+    load = opt.load_settings(options)
+    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.progress import step
+    from ollama_forge.serving.http.names import servable
+    from ollama_forge.serving.http.server import announce, bind
+    from ollama_forge.serving.http.server import serve as run
+    from ollama_forge.serving.http.settings import ServeSettings
+    from ollama_forge.serving.served import ServedModel
+
+    settings = ServeSettings(
+        host=options["host"],
+        port=options["port"],
+        api_key=options["api_key"] or None,
+        origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
+    )
+    with bind(settings.host, settings.port) as listening:
+        checkpoint = resolve(_place(options["name"], options["checkpoint"]), options["revision"])
+        name = servable(options["name"] or _name_of(checkpoint))
+        with step(f"loading {name}"):
+            model = ServedModel.load(
+                checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
+            )
+        announce(name, settings, listening)
+        run(model, settings, listening)
+
+
+def _place(name: str | None, checkpoint: str | None) -> str:
+    if checkpoint is not None:
+        return checkpoint
+    assert name is not None
+    folder = run_folder(name) / "checkpoint"
+    if not folder.is_dir():
+        raise ForgeError(f"there is no {folder}", f"ollama-forge abliterate run --model … --name {name} makes it")
+    return str(folder)
+
+
+def _name_of(checkpoint: Checkpoint) -> str:
+    """The run's name, a Hub id as it is, or the last part of a path without its ending."""
+    path = Path(checkpoint.label)
+    if checkpoint.kind == "hub":
+        return checkpoint.label
+    if path.name == "checkpoint" and path.resolve().parent.name.startswith("abliterate-"):
+        return path.resolve().parent.name.removeprefix("abliterate-")
+    return path.resolve().name.removesuffix(".gguf")

@@ -1,0 +1,89 @@
+"""An engine that answers from a script, for tests of everything above engines; it needs no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from ollama_forge.serving.engines.base import EngineError, Logprob, Request, Step
+
+Script = Callable[[Request], Sequence[int]] | Sequence[Sequence[int]]
+
+
+class ScriptedEngine:
+    """Answers ids from a script: a function of the request, or answers that take turns.
+
+    An id that ends the request ends the answer. Log-probabilities are made up from the id alone; the alternatives are
+    the ids that follow it.
+
+    Attributes:
+        active: answers that are being generated now.
+        served: answers that were begun.
+        requests: every request, in the order they came.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        slots: int = 64,
+        context_length: int = 4096,
+        vocabulary: int = 1 << 16,
+        width: int = 16,
+        pause: bool = True,
+        fail_after: int | None = None,
+    ) -> None:
+        """``pause`` lets other tasks run between tokens; after ``fail_after`` tokens an answer fails."""
+        self.script, self.vocabulary, self.width = script, vocabulary, width
+        self.pause, self.fail_after = pause, fail_after
+        self._slots, self._context_length = slots, context_length
+        self.active = self.served = 0
+        self.requests: list[Request] = []
+        self.closed = False
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    async def generate(self, request: Request) -> AsyncIterator[Step]:
+        script = self.script
+        answer = script(request) if callable(script) else script[self.served % len(script)]
+        self.requests.append(request)
+        self.served += 1
+        self.active += 1
+        try:
+            for index, token in enumerate(answer):
+                if self.closed or token in request.ends or index >= request.max_tokens:
+                    return
+                if index == self.fail_after:
+                    raise EngineError("the engine failed")
+                if self.pause:
+                    await asyncio.sleep(0)
+                yield self._step(token, request.top_logprobs)
+        finally:
+            self.active -= 1
+
+    def _step(self, token: int, top: int | None) -> Step:
+        if top is None:
+            return Step(token)
+        value = -1.0 / (2 + token % 7)
+        others = ((token + offset) % self.vocabulary for offset in range(1, top))
+        ranked = [Logprob(other, value - index - 1) for index, other in enumerate(others)]
+        return Step(token, value, (Logprob(token, value), *ranked) if top else ())
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Unit vectors ``[width]`` that depend on the ids alone."""
+        vectors = []
+        for ids in inputs:
+            raw = [sum(math.sin((place + 1) * (token + 1)) for token in ids) + 1e-3 for place in range(self.width)]
+            norm = math.sqrt(sum(value * value for value in raw))
+            vectors.append([value / norm for value in raw])
+        return vectors
+
+    def close(self) -> None:
+        self.closed = True

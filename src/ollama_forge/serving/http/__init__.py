@@ -1,0 +1,1 @@
+"""The HTTP API: Ollama's own routes, OpenAI's and Anthropic's."""

@@ -1,0 +1,44 @@
+"""A whole answer, put together from its events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All pieces of an answer put together."""
+
+    content: str
+    thinking: str
+    tool_calls: tuple[ToolCall, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    done: Done
+
+
+async def whole(events: AsyncIterator[Event]) -> Answer:
+    """Wait for the end of an answer.
+
+    Raises:
+        EngineError: as the events do.
+    """
+    content: list[str] = []
+    thinking: list[str] = []
+    calls: list[ToolCall] = []
+    logprobs: list[TokenLogprob] = []
+    async for event in events:
+        if isinstance(event, Done):
+            return Answer("".join(content), "".join(thinking), tuple(calls), tuple(logprobs), event)
+        content.append(event.content)
+        thinking.append(event.thinking)
+        calls.extend(event.tool_calls)
+        logprobs.extend(event.logprobs)
+    raise EngineError("the answer broke off")
+
+
+def empty(piece: Delta) -> bool:
+    return not (piece.content or piece.thinking or piece.tool_calls or piece.logprobs)

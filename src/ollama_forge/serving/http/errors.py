@@ -1,0 +1,34 @@
+"""What goes wrong, in the shape of the API that was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
+
+BUSY = "server busy, please try again.  maximum pending requests exceeded"
+JSON = "application/json; charset=utf-8"
+_PLAIN = {404: "404 page not found", 405: "405 method not allowed"}
+
+
+def native_error(status: int, message: str) -> Response:
+    """An error of ``/api/…``."""
+    return JSONResponse({"error": message}, status, media_type=JSON)
+
+
+def error_for(path: str, status: int, message: str) -> Response:
+    """An error in the shape that clients of ``path`` expect."""
+    if path.startswith("/v1/messages"):
+        return JSONResponse(anthropic_error(status, message), status)
+    if path.startswith("/v1/"):
+        return JSONResponse(openai_error(status, message), status)
+    return native_error(status, message)
+
+
+def no_route(status: int, headers: Mapping[str, str] | None) -> Response:
+    """No such path, or not with this method."""
+    response = PlainTextResponse(_PLAIN.get(status, str(status)), status, headers=dict(headers or {}))
+    response.headers["content-type"] = "text/plain"
+    return response

@@ -1,0 +1,60 @@
+"""Loaded or not, as clients see it: the weights stay, but a model is listed as running only until it is unloaded."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any
+
+from ollama_forge.serving.asks import BadRequest
+
+_UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_FAR = 292 * 365 * 86400.0  # seconds, as far as Go's durations go
+
+
+def keep_alive(value: Any) -> float | None:
+    """Seconds that a request's ``keep_alive`` asks for: a number of them or a Go duration; infinite below 0.
+
+    Raises:
+        BadRequest: it is neither.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadRequest("keep_alive is neither a number of seconds nor a duration")
+    seconds = _duration(value) if isinstance(value, str) else value
+    return math.inf if seconds < 0 or seconds > _FAR else float(seconds)
+
+
+def _duration(text: str) -> float:
+    sign, rest = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
+    if rest == "0":
+        return 0
+    if not rest or _PART.sub("", rest):
+        bare = re.fullmatch(r"\d+\.?\d*|\.\d+", rest)
+        raise BadRequest(f'time: {"missing unit in" if bare else "invalid"} duration "{text}"')
+    return float(sign * sum(Fraction(number) * _UNITS[unit] for number, unit in _PART.findall(rest)) / 10**9)
+
+
+@dataclass
+class Residency:
+    """Until when the model counts as loaded; from the start, and for good unless a request says how long."""
+
+    until: float = math.inf
+
+    @property
+    def loaded(self) -> bool:
+        return time.time() < self.until
+
+    @property
+    def expires_at(self) -> datetime:
+        return datetime.fromtimestamp(min(self.until, time.time() + _FAR), UTC)
+
+    def use(self, seconds: float | None = None) -> None:
+        """A request begins or ends: loaded for ``seconds`` more, for good where it doesn't say; 0 unloads."""
+        self.until = math.inf if seconds is None else time.time() + seconds

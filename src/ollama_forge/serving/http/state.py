@@ -1,0 +1,16 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ollama_forge.serving.http.residency import Residency
+from ollama_forge.serving.served import ServedModel
+
+
+@dataclass
+class Serving:
+    """One model, and whether it counts as loaded."""
+
+    model: ServedModel
+    residency: Residency = field(default_factory=Residency)

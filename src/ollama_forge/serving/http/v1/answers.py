@@ -1,0 +1,58 @@
+"""Server-sent events out of a stream of an answer's."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.events import Event
+
+
+@dataclass(frozen=True)
+class Sse:
+    """One server-sent event; ``data`` is sent as JSON unless it is text."""
+
+    data: Mapping[str, Any] | str
+    event: str | None = None
+
+    def encode(self) -> bytes:
+        data = self.data if isinstance(self.data, str) else compact(self.data)
+        name = f"event: {self.event}\n" if self.event else ""
+        return f"{name}data: {data}\n\n".encode()
+
+
+class Writer(Protocol):
+    """Turns the events of one answer into the server-sent events of one API."""
+
+    def write(self, event: Event) -> Iterator[Sse]: ...
+
+    def failed(self, message: str) -> Iterator[Sse]:
+        """What ends the stream when the answer cannot be gone on with."""
+        ...
+
+
+async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> AsyncGenerator[bytes]:
+    """The body of a stream; an answer that cannot be gone on with ends it in an error."""
+    try:
+        for item in writer.write(first):
+            yield item.encode()
+        async for event in rest:
+            for item in writer.write(event):
+                yield item.encode()
+    except EngineError as error:
+        for item in writer.failed(str(error)):
+            yield item.encode()
+
+
+def compact(value: object) -> str:
+    """JSON without spaces, as text that is not escaped beyond need."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def new_id(prefix: str) -> str:
+    """An id that is not used again: the prefix and 24 hex digits."""
+    return prefix + secrets.token_hex(12)

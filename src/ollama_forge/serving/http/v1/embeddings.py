@@ -1,0 +1,58 @@
+"""OpenAI's embeddings: what a request means, and how vectors are written."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.http.fields import Fields
+
+NAME = "EmbedRequest"
+_FORMATS = ("float", "base64")
+
+
+@dataclass(frozen=True)
+class EmbeddingsRequest:
+    """``dimensions``: so many of each vector, None for all; ``encoded``: as base64 of little-endian float32."""
+
+    model: str
+    texts: tuple[str, ...]
+    dimensions: int | None
+    encoded: bool
+
+
+def embeddings_request(body: Fields) -> EmbeddingsRequest:
+    """Read the body of ``/v1/embeddings``.
+
+    Raises:
+        BadRequest: no input, an input that isn't text, an encoding that there isn't.
+    """
+    form = body.text("encoding_format").lower() or "float"
+    if form not in _FORMATS:
+        wanted = body.text("encoding_format")
+        raise BadRequest(f"Invalid value for 'encoding_format' = {wanted}. Supported values: {list(_FORMATS)}.")
+    given = body.any("input")
+    if given is None or given == []:
+        raise BadRequest("invalid input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRequest("invalid input type")
+    return EmbeddingsRequest(body.text("model"), tuple(texts), body.integer("dimensions") or None, form == "base64")
+
+
+def embeddings(request: EmbeddingsRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
+    """The body that answers ``/v1/embeddings``; ``tokens`` of all inputs together."""
+    data = [
+        {"object": "embedding", "embedding": _base64(vector) if request.encoded else list(vector), "index": index}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": request.model, "usage": usage}
+
+
+def _base64(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,43 @@
+"""The shape of what goes wrong in the routes of the OpenAI and Anthropic APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from ollama_forge.serving.asks import BadRequest, Busy
+from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.http.errors import BUSY
+from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
+
+Answering = Callable[[Request], Awaitable[Response]]
+
+
+def openai(answer: Answering) -> Answering:
+    """``answer`` with OpenAI's shape for what goes wrong."""
+    return _guarded(answer, openai_error)
+
+
+def anthropic(answer: Answering) -> Answering:
+    """``answer`` with Anthropic's shape for what goes wrong."""
+    return _guarded(answer, anthropic_error)
+
+
+def _guarded(answer: Answering, shape: Callable[[int, str], dict[str, Any]]) -> Answering:
+    async def guarded(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except BadRequest as error:
+            status, message = error.status, error.message
+        except Busy:
+            status, message = 503, BUSY
+        except EngineError as error:
+            status, message = 500, str(error)
+        return JSONResponse(shape(status, message), status)
+
+    return guarded

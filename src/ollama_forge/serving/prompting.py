@@ -1,0 +1,264 @@
+"""Messages or text into a prompt: rendered, cut to the context, encoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ollama_forge.serving.asks import BadRequest, Message, Prompt
+from ollama_forge.serving.engines.base import EngineError, ImageEncoder
+from ollama_forge.serving.template import Template, render
+from ollama_forge.serving.text.thinking import ThinkingSplit
+
+KEEP_FIRST = 4  # tokens of the beginning that survive a cut, as Ollama's num_keep
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered prompt, its ids and the media in it."""
+
+    text: str
+    ids: tuple[int, ...]
+    media: object | None = None
+
+
+class Prompter:
+    """Makes prompts for one model.
+
+    Attributes:
+        context_length: the most that ``num_ctx`` can be.
+        encoder: what expands images, if the model sees.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        context_length: int,
+        *,
+        encoder: ImageEncoder | None = None,
+        system: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``system`` goes before conversations that have no system prompt; ``template_kwargs`` to the template."""
+        self._tokenizer, self.encoder = tokenizer, encoder
+        self._system, self._template_kwargs = system, dict(template_kwargs or {})
+        self.template = Template(template)
+        self.context_length = context_length
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | str | None = None,
+        num_ctx: int | None = None,
+        truncate: bool = True,
+        context: Sequence[int] = (),
+    ) -> Prompt:
+        """See ``ServedModel.chat_prompt``."""
+        room = self._room(num_ctx)
+        arguments = self._arguments(think)
+        if self._system and not any(message.role == "system" for message in messages):
+            messages = [Message("system", self._system), *messages]
+
+        def encode(chosen: Sequence[Message]) -> Encoded:
+            return self._encode(self._render(chosen, tools, arguments), chosen)
+
+        encoded = encode(messages)
+        if len(context) + len(encoded.ids) > room:
+            if not truncate:
+                raise _too_long(len(context) + len(encoded.ids), room)
+            encoded = self._fewer(messages, encode, room - len(context), encoded)
+        ids = self._cut((*context, *encoded.ids), room, encoded.media)
+        names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
+        split = self._split(encoded.text, think)
+        if _continued(messages) and split and not (split.opened or split.channels):
+            split = None  # what is gone on with is the answer
+        return Prompt(ids, room, encoded.media, split, names)
+
+    def text(
+        self,
+        text: str,
+        *,
+        images: Sequence[bytes] = (),
+        think: bool | str | None = None,
+        num_ctx: int | None = None,
+        truncate: bool = True,
+        context: Sequence[int] = (),
+    ) -> Prompt:
+        """See ``ServedModel.text_prompt``."""
+        room = self._room(num_ctx)
+        if images:
+            encoded = self._with_images(text, images)
+        else:
+            bos = getattr(self._tokenizer, "bos_token", None)
+            special = not context and not (bos and text.startswith(bos))
+            encoded = Encoded(text, tuple(self._tokenizer(text, add_special_tokens=special).input_ids))
+        ids = (*context, *encoded.ids)
+        if len(ids) > room and not truncate:
+            raise _too_long(len(ids), room)
+        split = self._split(text, think)
+        if think is None and split and not (split.opened or split.channels):
+            split = None  # text as it is asks for no thought
+        return Prompt(self._cut(ids, room, encoded.media), room, encoded.media, split)
+
+    def _room(self, num_ctx: int | None) -> int:
+        return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
+
+    def _arguments(self, think: bool | str | None) -> dict[str, Any]:
+        """The template's arguments; what the request says of thinking wins over what the model was loaded with."""
+        if think is None:
+            return {**self.template.thinking_arguments(True), **self._template_kwargs}
+        return {**self._template_kwargs, **self.template.thinking_arguments(think)}
+
+    def _split(self, text: str, think: bool | str | None) -> ThinkingSplit | None:
+        split = self.template.thinking
+        if split is None or (think is False and not split.channels):
+            return None
+        return split.after(text)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], arguments: Any) -> str:
+        if not self.template.text:
+            return "\n\n".join(message.content for message in messages)
+        options = {"tools": tools, "continued": _continued(messages), "arguments": arguments}
+        try:
+            return render(self._tokenizer, self.template.text, as_dicts(messages, self.template.text), **options)
+        except BadRequest as error:
+            if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
+                raise
+        spelled = as_dicts(messages, self.template.text, spell_arguments=True)  # it joins them to text
+        return render(self._tokenizer, self.template.text, spelled, **options)
+
+    def _encode(self, text: str, messages: Sequence[Message]) -> Encoded:
+        images = [image for message in messages for image in message.images]
+        if images:
+            return self._with_images(text, images)
+        special = not self.template.text
+        return Encoded(text, tuple(self._tokenizer(text, add_special_tokens=special).input_ids))
+
+    def _with_images(self, text: str, images: Sequence[bytes]) -> Encoded:
+        if self.encoder is None:
+            raise BadRequest("this model does not support images")
+        try:
+            ids, media = self.encoder.encode(text, images)
+        except EngineError as error:
+            raise BadRequest(str(error)) from error
+        return Encoded(text, tuple(ids), media)
+
+    def _fewer(self, messages: Sequence[Message], encode: Any, room: int, whole: Encoded) -> Encoded:
+        """The newest messages that fit; every system message and the last one stay whatever they take."""
+        others = [index for index, message in enumerate(messages[:-1]) if message.role != "system"]
+
+        def without(count: int) -> Encoded | None:
+            """The prompt without the oldest ``count``; None where the template refuses what is left."""
+            dropped = set(others[:count])
+            try:
+                return encode([message for index, message in enumerate(messages) if index not in dropped])  # type: ignore[no-any-return]
+            except BadRequest:
+                return None
+
+        low, high, best = 1, len(others), None
+        while low <= high:
+            middle = (low + high) // 2
+            count, found = middle, without(middle)
+            while found is None and count < high:  # where roles must alternate, a whole turn goes
+                count += 1
+                found = without(count)
+            if found is not None and len(found.ids) <= room:
+                best, high = found, middle - 1
+            else:
+                low = (count if found is not None else middle) + 1
+        return best or without(len(others)) or whole
+
+    def _cut(self, ids: tuple[int, ...], room: int, media: object | None) -> tuple[int, ...]:
+        """What is too long, cut to its first few and its last tokens; half of the room is left for the answer."""
+        if len(ids) <= room:
+            return ids
+        if media is not None:  # a cut would part images from their places
+            raise _too_long(len(ids), room)
+        first = min(KEEP_FIRST, room // 2)
+        last = max((room - first) // 2, 1)
+        return (*ids[:first], *ids[len(ids) - last :])
+
+
+def _continued(messages: Sequence[Message]) -> bool:
+    """Whether the answer goes on with the last message."""
+    return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
+def _too_long(count: int, room: int) -> BadRequest:
+    return BadRequest(f"request ({count} tokens) exceeds the available context size ({room} tokens), try increasing it")
+
+
+def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: bool = False) -> list[dict[str, Any]]:
+    """Messages as Hugging Face templates expect them; arguments of calls as objects, or spelled as JSON."""
+    short = "length 9" in template or "|length != 9" in template  # Mistral's ids
+    named = _with_call_ids(messages)
+    turns: list[dict[str, Any]] = []
+    for message in named:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.images:
+            parts: list[dict[str, Any]] = [{"type": "image"} for _ in message.images]
+            turn["content"] = [*parts, {"type": "text", "text": message.content}]
+        if message.thinking:
+            turn["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": _short(call.id) if short else call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(call.arguments, ensure_ascii=False)
+                        if spell_arguments
+                        else dict(call.arguments),
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        if message.role == "tool":
+            turn |= {"name": message.tool_name, "tool_name": message.tool_name}
+            turn["tool_call_id"] = _short(message.tool_call_id) if short else message.tool_call_id
+        turns.append(turn)
+    return turns
+
+
+def _short(id_: str) -> str:
+    """An id of nine letters and digits."""
+    return "".join(letter for letter in id_ if letter.isalnum())[-9:].rjust(9, "0")
+
+
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose calls all have ids, and whose tool results say which call they answer and what it called."""
+    out: list[Message] = []
+    open_calls: list[tuple[str, str]] = []
+    count = 0
+    for message in messages:
+        if message.tool_calls:
+            calls = []
+            for call in message.tool_calls:
+                calls.append(call if call.id else replace(call, id=f"call_{count:08d}"))
+                count += 1
+            message = replace(message, tool_calls=tuple(calls))
+            open_calls = [(call.id, call.name) for call in calls]
+        elif message.role == "tool":
+            match = next(
+                (
+                    pair
+                    for pair in open_calls
+                    if (pair[0] == message.tool_call_id if message.tool_call_id else message.tool_name in ("", pair[1]))
+                ),
+                None,
+            )
+            if match:
+                open_calls.remove(match)
+                message = replace(
+                    message,
+                    tool_call_id=message.tool_call_id or match[0],
+                    tool_name=message.tool_name or match[1],
+                )
+        out.append(message)
+    return out

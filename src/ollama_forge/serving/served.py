@@ -1,0 +1,277 @@
+"""A model that is served: prompts for it, answers of it, facts about it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ollama_forge.serving.admission import Admission
+from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
+from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, EngineError, ImageEncoder, Request
+from ollama_forge.serving.events import Done, Event
+from ollama_forge.serving.facts import ModelFacts
+from ollama_forge.serving.prompting import Prompter
+from ollama_forge.serving.text.answer import AnswerText
+from ollama_forge.serving.text.tokens import TokenBytes
+
+if TYPE_CHECKING:
+    from ollama_forge.checkpoints.source import Checkpoint
+    from ollama_forge.models.chat_model import LoadSettings
+
+__all__ = ["ModelFacts", "ServedModel"]
+
+
+class ServedModel:
+    """One model behind an API. ``ServedModel.load`` makes one of a checkpoint.
+
+    Attributes:
+        name: as it was given, without tag.
+        template: the chat template's text, "" for none.
+        capabilities: of completion, tools, thinking, vision and embedding.
+        stopping: once this is set, answers that still run end in an error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        engine: Engine,
+        facts: ModelFacts,
+        *,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        ends: frozenset[int] | None = None,
+        vision: bool = True,
+        max_queue: int = 512,
+    ) -> None:
+        """``template`` and ``ends`` (ids that end an answer) are the tokenizer's unless given.
+
+        ``vision`` off hides that the engine could encode images.
+        """
+        self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
+        self.template = _template_of(tokenizer) if template is None else template
+        encoder = engine if vision and isinstance(engine, ImageEncoder) else None
+        self._prompter = Prompter(
+            tokenizer,
+            self.template,
+            engine.context_length,
+            encoder=encoder,
+            system=facts.system,
+            template_kwargs=template_kwargs,
+        )
+        own = getattr(tokenizer, "eos_token_id", None)
+        self._ends = ends if ends is not None else frozenset([own] if own is not None else [])
+        self._tokens = TokenBytes(tokenizer)
+        self.admission = Admission(engine.slots, max_queue)
+        self.capabilities = self._find_capabilities()
+        self.stopping = False
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
+    ) -> ServedModel:
+        """Load a checkpoint into the transformers engine, which generates ``slots`` answers at a time.
+
+        Raises:
+            ForgeError: it cannot be loaded.
+        """
+        from ollama_forge.models.chat_model import load_tokenizer
+        from ollama_forge.serving.engines.transformers import TransformersEngine
+
+        tokenizer = load_tokenizer(checkpoint.folder)
+        engine = TransformersEngine.load(checkpoint, load, slots=slots)
+        facts = ModelFacts.of(checkpoint, load.system)
+        ends = end_ids(checkpoint, tokenizer)
+        kwargs = load.template_kwargs
+        sees = "vision_config" in checkpoint.config and any(
+            (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+        )
+        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, vision=sees, max_queue=max_queue)
+
+    def _find_capabilities(self) -> frozenset[str]:
+        template = self._prompter.template
+        found = {
+            "completion": True,
+            "tools": template.takes_tools,
+            "thinking": template.thinks,
+            "vision": self._prompter.encoder is not None,
+        }
+        return frozenset(name for name, has in found.items() if has)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        think: bool | str | None = None,
+        num_ctx: int | None = None,
+        truncate: bool = True,
+        context: Sequence[int] = (),
+    ) -> Prompt:
+        """Render a conversation with the chat template; a last message of the assistant's is gone on with.
+
+        What doesn't fit ``num_ctx`` tokens (default and bound: the model's) is left out: the oldest messages first, but
+        no system message and not the last one; and where that doesn't do, the middle of the prompt. Rendering and
+        encoding take milliseconds to seconds: call this outside the event loop.
+
+        Args:
+            think: None is on, for a model that thinks; a level where the template knows levels.
+            context: ids that go before the prompt.
+
+        Raises:
+            BadRequest: the template refuses the messages, or ``truncate`` is off and they don't fit.
+        """
+        return self._prompter.chat(
+            messages, tools=tools, think=think, num_ctx=num_ctx, truncate=truncate, context=context
+        )
+
+    def text_prompt(
+        self,
+        text: str,
+        *,
+        images: Sequence[bytes] = (),
+        think: bool | str | None = None,
+        num_ctx: int | None = None,
+        truncate: bool = True,
+        context: Sequence[int] = (),
+    ) -> Prompt:
+        """Take text as it is; a prompt that is too long loses its middle.
+
+        Raises:
+            BadRequest: ``truncate`` is off and it doesn't fit, or images cannot be taken.
+        """
+        return self._prompter.text(
+            text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context
+        )
+
+    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """Deltas as they come, then exactly one ``Done``; ``aclose`` cancels within a token.
+
+        A delta may be empty: its token's text is held back as part of a tag or a call.
+
+        Raises:
+            Busy: the queue is full.
+            EngineError: the answer cannot be gone on with.
+        """
+        started = time.perf_counter_ns()
+        ask = self._opened(ask)
+        prompt = ask.prompt
+        text = AnswerText(self._tokens, ask, self._prompter.template.family)
+        limit = max(prompt.context - len(prompt.ids), 0)
+        if ask.num_predict >= 0:
+            limit = min(limit, ask.num_predict)
+        ids: list[int] = []
+        async with self.admission.place():
+            admitted = first = time.perf_counter_ns()
+            async with aclosing(self.engine.generate(self._request(ask, limit))) as steps:  # type: ignore[type-var]
+                async for step in steps:
+                    if self.stopping:
+                        raise EngineError("the server is shutting down")
+                    if not ids:
+                        first = time.perf_counter_ns()
+                    ids.append(step.id)
+                    for delta in text.feed(step):
+                        yield delta
+                    if text.stopped_by is not None:
+                        break
+        for delta in text.end():
+            yield delta
+        ended = time.perf_counter_ns()
+        stopped = text.stopped_by
+        yield Done(
+            reason="length" if stopped is None and len(ids) >= limit else "stop",
+            prompt_tokens=len(prompt.ids),
+            tokens=len(ids),
+            total_ns=max(ended - started, 1),
+            load_ns=max(admitted - started, 1),
+            prompt_ns=max(first - admitted, 1),
+            answer_ns=max(ended - first, 1),
+            stopped_by=stopped,
+            context=(*prompt.ids, *(ids if stopped is None else self._encode(text.said))),
+        )
+
+    def _opened(self, ask: Ask) -> Ask:
+        """With a schema the thought must begin, so that its end, where the schema sets in, comes."""
+        split = ask.prompt.thinking
+        if ask.schema is None or split is None or split.opened or split.channels:
+            return ask
+        ids = (*ask.prompt.ids, *self._encode(split.opening))
+        return replace(ask, prompt=replace(ask.prompt, ids=ids, thinking=replace(split, opened=True)))
+
+    def _request(self, ask: Ask, limit: int) -> Request:
+        split = ask.prompt.thinking
+        constraint = Constraint(ask.schema, split.closing if split else None) if ask.schema is not None else None
+        return Request(
+            ids=ask.prompt.ids,
+            max_tokens=limit,
+            sampling=ask.sampling,
+            ends=self._ends | self._tokens.specials(ask.stop),  # special tokens have no text to stop at
+            constraint=constraint,
+            top_logprobs=ask.logprobs,
+            media=ask.prompt.media,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        num_ctx: int | None = None,
+        truncate: bool = True,
+        dimensions: int | None = None,
+    ) -> tuple[list[list[float]], int]:
+        """Unit vectors, one a text, and how many tokens went in; ``dimensions`` keeps a prefix, normalised again.
+
+        Raises:
+            BadRequest: the engine doesn't embed, or a text is too long and ``truncate`` off.
+        """
+        if not isinstance(self.engine, Embedder):
+            raise BadRequest("this model does not support embeddings", 501)
+        length = self.engine.context_length
+        room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
+        inputs = [list(self.tokenizer(text).input_ids) for text in texts]
+        if not truncate and any(len(ids) > room for ids in inputs):
+            raise BadRequest("the input length exceeds the context length")
+        inputs = [ids[:room] for ids in inputs]
+        async with self.admission.place():
+            vectors = await self.engine.embed(inputs)
+        if dimensions is not None and dimensions > 0:
+            vectors = [_unit(vector[:dimensions]) for vector in vectors]
+        return vectors, sum(map(len, inputs))
+
+    async def close(self) -> None:
+        """End what runs and free the engine."""
+        self.engine.close()
+
+
+def _unit(vector: Sequence[float]) -> list[float]:
+    norm = math.sqrt(sum(value * value for value in vector)) or 1.0
+    return [value / norm for value in vector]
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The tokenizer's template; of several named ones that for tools, which does without tools, too."""
+    found = getattr(tokenizer, "chat_template", None) or ""
+    if isinstance(found, Mapping):
+        found = found.get("tool_use") or found.get("default") or ""
+    return str(found)
+
+
+def end_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the generation config's, the config's and the tokenizer's."""
+    from ollama_forge.files import read_json
+
+    ids: set[int] = set()
+    path = checkpoint.folder / "generation_config.json"
+    for config in (read_json(path) if path.is_file() else {}, checkpoint.config):
+        listed = config.get("eos_token_id") if isinstance(config, Mapping) else None
+        ids.update([listed] if isinstance(listed, int) else listed or [])
+    own = getattr(tokenizer, "eos_token_id", None)
+    return frozenset([*ids, *([own] if own is not None else [])])

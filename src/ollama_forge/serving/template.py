@@ -1,0 +1,142 @@
+"""What a chat template knows (tools, thoughts, levels), read off its text; and rendering it within bounds."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.text.thinking import ThinkingSplit, thinking_of
+from ollama_forge.serving.text.tools.base import ToolFamily
+from ollama_forge.serving.text.tools.registry import family_of
+
+T = TypeVar("T")
+RENDER_SECONDS = 10.0
+_LEVELS = ("low", "medium", "high")
+
+
+class _OutOfTime(SystemExit):
+    """Raised inside a rendering that takes too long (templates and threads let this kind through)."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A Jinja chat template of a tokenizer."""
+
+    text: str
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that it takes from outside."""
+        import jinja2
+        from jinja2 import meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", self.text)
+        try:
+            return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        except jinja2.TemplateError:
+            return frozenset(re.findall(r"\w+", self.text))
+
+    @cached_property
+    def thinking(self) -> ThinkingSplit | None:
+        return thinking_of(self.text)
+
+    @property
+    def thinks(self) -> bool:
+        return self.thinking is not None
+
+    @property
+    def takes_tools(self) -> bool:
+        return "tools" in self.variables
+
+    @cached_property
+    def family(self) -> ToolFamily:
+        return family_of(self.text)
+
+    def thinking_arguments(self, think: bool | str) -> dict[str, Any]:
+        """Template arguments for ``think``: its switch, or its levels, as far as it has them."""
+        arguments: dict[str, Any] = {}
+        if not self.thinks:
+            return arguments
+        for switch in ("enable_thinking", "thinking"):
+            if switch in self.variables:
+                arguments[switch] = think is not False
+        if "reasoning_effort" in self.variables:
+            if isinstance(think, str):
+                arguments["reasoning_effort"] = think if think in _LEVELS else "high"
+            elif think is False:  # it cannot be turned off
+                arguments["reasoning_effort"] = "low"
+        return arguments
+
+
+def within_time(render: Callable[[], T], seconds: float) -> T:
+    """Call ``render`` in a thread of its own and interrupt it there when its time is over.
+
+    A compiled template is Python bytecode, so an exception set on its thread ends any loop of it, however it is built;
+    a limit on ``range`` alone would not stop loops within loops.
+
+    Raises:
+        BadRequest: the time was over.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(render())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="template")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTime))
+        thread.join(1.0)
+    if outcome:
+        return outcome[0]
+    if not failure or isinstance(failure[0], _OutOfTime):
+        raise BadRequest("the chat template takes too long on these messages")
+    raise failure[0]
+
+
+def render(
+    tokenizer: Any,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]],
+    continued: bool,
+    arguments: Mapping[str, Any],
+) -> str:
+    """The text of a conversation, ready for the next answer or for going on with the last message.
+
+    Raises:
+        BadRequest: the template refuses the messages, or takes too long.
+    """
+    import jinja2
+
+    def call() -> str:
+        text: str = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **arguments,
+        )
+        return text
+
+    try:
+        return within_time(call, RENDER_SECONDS)
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadRequest(f"the chat template refuses these messages: {first[:300]}") from error

@@ -1,0 +1,72 @@
+"""One answer above the engine: ids in, deltas out, with their log-probabilities."""
+
+from __future__ import annotations
+
+from ollama_forge.serving.asks import Ask
+from ollama_forge.serving.engines.base import Step
+from ollama_forge.serving.events import Delta, TokenLogprob
+from ollama_forge.serving.text.reader import reader_for
+from ollama_forge.serving.text.stops import StopStrings
+from ollama_forge.serving.text.tokens import Detokeniser, TokenBytes
+from ollama_forge.serving.text.tools.base import ToolFamily
+
+
+class AnswerText:
+    """Detokenises, cuts at stop strings, splits thoughts and calls off.
+
+    Attributes:
+        said: the raw text so far, up to a stop string.
+    """
+
+    def __init__(self, tokens: TokenBytes, ask: Ask, family: ToolFamily) -> None:
+        thinking, names = ask.prompt.thinking, ask.prompt.tools
+        markers = family.markers if names else ""
+        if thinking is not None:
+            markers += thinking.markers
+        self._tokens = tokens
+        self._detokeniser = Detokeniser(tokens, tokens.ids_within(markers))
+        self._stops = StopStrings(ask.stop)
+        self._reader = reader_for(thinking, family, names)
+        self._logprobs: list[TokenLogprob] = []
+        self._said: list[str] = []
+
+    @property
+    def said(self) -> str:
+        return "".join(self._said)
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._stops.stopped_by
+
+    def feed(self, step: Step) -> list[Delta]:
+        """What a token brings: nothing while its text is held back, one empty delta while the reader holds it."""
+        if step.logprob is not None:
+            self._logprobs.append(self._logprob(step))
+        text = self._stops.feed(self._detokeniser.feed(step.id))
+        if not text:
+            return []
+        self._said.append(text)
+        return self._with_logprobs(self._reader.feed(text)) or [Delta()]
+
+    def end(self) -> list[Delta]:
+        """What was held back."""
+        text = ""
+        if self.stopped_by is None:
+            text = self._stops.feed(self._detokeniser.end()) + self._stops.end()
+        self._said.append(text)
+        return self._with_logprobs([*(self._reader.feed(text) if text else []), *self._reader.end()])
+
+    def _with_logprobs(self, deltas: list[Delta]) -> list[Delta]:
+        if not deltas or not self._logprobs:
+            return deltas
+        first, *others = deltas
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return [Delta(first.content, first.thinking, first.tool_calls, logprobs), *others]
+
+    def _logprob(self, step: Step) -> TokenLogprob:
+        assert step.logprob is not None
+        top = tuple(self._token(other.id, other.value) for other in step.top)
+        return self._token(step.id, step.logprob, top)
+
+    def _token(self, id_: int, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(self._tokens.text(id_), tuple(self._tokens.of(id_)), value, top)

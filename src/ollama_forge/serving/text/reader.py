@@ -1,0 +1,53 @@
+"""From the text of an answer to its thought, content and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ollama_forge.serving.events import Delta, ToolCall
+from ollama_forge.serving.text.harmony import HarmonyReader
+from ollama_forge.serving.text.thinking import ThinkingSplit, ThoughtSplitter
+from ollama_forge.serving.text.tools.base import CallReader, ToolFamily
+
+
+class Reader(Protocol):
+    """Reads text as it arrives."""
+
+    def feed(self, text: str) -> list[Delta]: ...
+
+    def end(self) -> list[Delta]: ...
+
+
+class TaggedReader:
+    """A thought between tags, then content with calls in it."""
+
+    def __init__(self, thinking: ThinkingSplit | None, family: ToolFamily | None, names: Sequence[str]) -> None:
+        self._thoughts = ThoughtSplitter(thinking) if thinking else None
+        self._calls = CallReader(family, names) if family else None
+
+    def feed(self, text: str) -> list[Delta]:
+        thinking, content = self._thoughts.feed(text) if self._thoughts else ("", text)
+        return self._deltas(thinking, content)
+
+    def end(self) -> list[Delta]:
+        thinking, content = self._thoughts.end() if self._thoughts else ("", "")
+        deltas = self._deltas(thinking, content)
+        return [*deltas, *self._called(self._calls.end())] if self._calls else deltas
+
+    def _deltas(self, thinking: str, content: str) -> list[Delta]:
+        if self._calls and content:
+            rest = self._called(self._calls.feed(content))
+            return [*([Delta(thinking=thinking)] if thinking else []), *rest]
+        return [Delta(content=content, thinking=thinking)] if thinking or content else []
+
+    @staticmethod
+    def _called(pieces: list[str | tuple[ToolCall, ...]]) -> list[Delta]:
+        return [Delta(content=piece) if isinstance(piece, str) else Delta(tool_calls=piece) for piece in pieces]
+
+
+def reader_for(thinking: ThinkingSplit | None, family: ToolFamily, names: Sequence[str]) -> Reader:
+    """The reader of an answer; calls are read only where tools were sent."""
+    if thinking is not None and thinking.channels:
+        return HarmonyReader(names)
+    return TaggedReader(thinking, family if names else None, names)

@@ -1,0 +1,57 @@
+"""Stop strings: exact text, across the borders of pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text on up to the first place where a stop string begins, holding back what might yet become one.
+
+    Attributes:
+        stopped_by: the stop string that was met.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def feed(self, text: str) -> str:
+        """The text that is certain; after a stop string nothing more is."""
+        if not self._stops:
+            return text
+        if self.stopped_by is not None:
+            return ""
+        text = self._held + text
+        begun = len(text) - max(held_back(text, stop) for stop in self._stops)
+        place, stop = self._first(text)
+        if stop is not None and place <= begun:
+            return self._cut(text, place, stop)
+        self._held = text[begun:]
+        return text[:begun]
+
+    def end(self) -> str:
+        """What was held back, up to a stop string in it."""
+        text, self._held = self._held, ""
+        place, stop = self._first(text)
+        return text if stop is None else self._cut(text, place, stop)
+
+    def _first(self, text: str) -> tuple[int, str | None]:
+        met = [(place, len(stop), stop) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if not met:
+            return len(text), None
+        place, _, stop = min(met)
+        return place, stop
+
+    def _cut(self, text: str, place: int, stop: str) -> str:
+        self._held, self.stopped_by = "", stop
+        return text[:place]
+
+
+def held_back(text: str, marker: str) -> int:
+    """How many characters at the end of ``text`` begin ``marker`` without completing it."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if marker.startswith(text[len(text) - length :]):
+            return length
+    return 0

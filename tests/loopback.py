@@ -1,0 +1,71 @@
+"""A server on loopback, in a thread, for clients that know nothing of tests; and models that say what a script says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from ollama_forge.serving.engines.base import Request
+from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.facts import ModelFacts
+from ollama_forge.serving.http.server import bind, server_of
+from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.served import ServedModel
+from tests.byte_tokenizer import tokenizer as byte_tokenizer
+
+FACTS = ModelFacts(
+    "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
+)
+TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"
+GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TOOLS = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}" + TURN % "" + "{% endfor %}" + GENERATION
+)
+THINKING = (
+    "{% for m in messages %}"
+    + TURN % "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    + "{% endfor %}"
+    + GENERATION
+    + "{% if add_generation_prompt and enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+)
+
+
+def scripted(
+    say: Callable[[Request, str], str],
+    *,
+    template: str | None = None,
+    engine: type[ScriptedEngine] = ScriptedEngine,
+    **options: Any,
+) -> ServedModel:
+    """A model called ``wire`` that answers a request, and its prompt as text, with what ``say`` returns."""
+    tokenizer = byte_tokenizer()
+
+    def script(request: Request) -> list[int]:
+        text = say(request, tokenizer.decode(list(request.ids)))
+        return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+    return ServedModel("wire", tokenizer, engine(script, **options), FACTS, template=template)
+
+
+@contextmanager
+def loopback(model: ServedModel, settings: ServeSettings | None = None) -> Iterator[str]:
+    """Serve ``model``; its URL. Everything has ended when this returns."""
+    server = server_of(model, settings or ServeSettings())
+    with bind("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server didn't start")
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            model.stopping = True
+            thread.join(10)

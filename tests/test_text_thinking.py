@@ -1,0 +1,74 @@
+"""Thoughts, as a real Ollama splits them, at every split of the text."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ollama_forge.serving.text.thinking import HARMONY, ThinkingSplit, ThoughtSplitter, thinking_of
+
+CASES = [
+    (True, "It is about France.</think>Paris.", "It is about France.", "Paris."),
+    (True, "\nIt is.\n</think>\n\nParis.\n", "It is.", "Paris.\n"),
+    (True, "It is about", "It is about", ""),
+    (True, "It is ", "It is ", ""),
+    (True, "Paris</th>", "Paris</th>", ""),
+    (True, "a </thi b </think", "a </thi b </think", ""),
+    (True, "\n\n</think>\n\nParis.", "", "Paris."),
+    (False, "<think>It is.</think>Paris.", "It is.", "Paris."),
+    (False, "\n<think>\nIt is.\n</think>\n\nParis </think> there.", "It is.", "Paris </think> there."),
+    (False, "Paris. <think>no</think>", "", "Paris. <think>no</think>"),
+    (False, " <thin", "", " <thin"),
+    (False, "", "", ""),
+]
+
+
+def split(parts: list[str], opened: bool) -> tuple[str, str]:
+    splitter = ThoughtSplitter(ThinkingSplit(opened=opened))
+    pairs = [splitter.feed(part) for part in parts] + [splitter.end()]
+    return "".join(pair[0] for pair in pairs), "".join(pair[1] for pair in pairs)
+
+
+@pytest.mark.parametrize(("opened", "text", "thinking", "content"), CASES)
+def test_thought_and_answer(opened: bool, text: str, thinking: str, content: str) -> None:
+    assert split([text], opened) == (thinking, content)
+    assert split(list(text), opened) == (thinking, content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "</th", "a", " ", "\n", "<", "é"]), max_size=10),
+    st.lists(st.integers(0, 60)),
+    st.booleans(),
+)
+def test_any_split_gives_the_same(words: list[str], cuts: list[int], opened: bool) -> None:
+    text = "".join(words)
+    places = sorted({0, len(text), *(place % (len(text) + 1) for place in cuts)})
+    parts = [text[a:b] for a, b in itertools.pairwise(places)]
+    assert split(parts, opened) == split([text], opened) == split(list(text), opened)
+
+
+def test_a_thought_streams() -> None:
+    splitter = ThoughtSplitter(ThinkingSplit(opened=True))
+    assert [splitter.feed(part) for part in ("It", " is", " about", ".</", "think", ">", "Paris")] == [
+        ("It", ""),
+        (" is", ""),
+        (" about", ""),
+        (".", ""),
+        ("", ""),
+        ("", ""),
+        ("", "Paris"),
+    ]
+
+
+def test_which_tags_a_template_knows() -> None:
+    assert thinking_of("{{ messages }}") is None
+    assert thinking_of("{% set c = c.split('</think>')[-1] %}") == ThinkingSplit()
+    assert thinking_of("[THINK]x[/THINK]") == ThinkingSplit("[THINK]", "[/THINK]")
+    assert thinking_of("<|channel|>analysis<|message|>") == HARMONY
+    assert ThinkingSplit().after("…<think>\n") == ThinkingSplit(opened=True)
+    assert ThinkingSplit().after("…assistant\n") == ThinkingSplit()
+    assert ThinkingSplit().after("…<think>\n\n</think>\n\n") is None

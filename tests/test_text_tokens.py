@@ -1,0 +1,113 @@
+"""Text out of ids, a token at a time: exact for every kind of tokenizer, never half a character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from ollama_forge.serving.text.tokens import Detokeniser, TokenBytes
+from tests import planted, tiny
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Pieces with a fallback to bytes, as Llama 2's."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeéhlor", "lo", "▁h", "hel"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("l", "o"), ("▁", "h"), ("h", "e")]
+    vocabulary["he"] = len(vocabulary)
+    model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.add_tokens([AddedToken("<tool_call>", special=True), AddedToken("<think>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def detokenise(tokenizer: Any, ids: list[int], keep: str = "") -> list[str]:
+    tokens = TokenBytes(tokenizer)
+    detokeniser = Detokeniser(tokens, tokens.ids_within(keep))
+    return [*(detokeniser.feed(id_) for id_ in ids), detokeniser.end()]
+
+
+TEXT = st.lists(st.sampled_from([*"abc helo\n é", "中", "👋", "👩‍👩‍👧", "\u200d", "\ufffd"]), max_size=20).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+def test_bytes_are_put_together(text: str) -> None:
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer(text).input_ids
+    parts = detokenise(tokenizer, ids)
+    assert "".join(parts) == text == tokenizer.decode(ids)
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+def test_pieces_with_byte_fallback_keep_their_spaces(text: str) -> None:
+    tokenizer = sentencepiece_like()
+    ids = tokenizer(text).input_ids
+    parts = detokenise(tokenizer, ids)
+    assert "".join(parts) == (f" {text}" if text else "")
+    assert b"".join(TokenBytes(tokenizer).of(id_) for id_ in ids).decode() == "".join(parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 260), max_size=12))
+def test_any_ids_at_all_give_what_decoding_the_whole_gives(ids: list[int]) -> None:
+    tokenizer = tiny.tokenizer()
+    assert "".join(detokenise(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_words_are_joined_as_their_tokenizer_joins_them() -> None:
+    tokenizer = planted.tokenizer()
+    ids = tokenizer("bake word3 steal word1").input_ids
+    assert detokenise(tokenizer, ids) == ["bake", " word3", " steal", " word1", ""]
+    assert TokenBytes(tokenizer).text(ids[1]) == " word3"
+
+
+def test_half_a_character_at_the_end_is_one_replacement() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("é").input_ids[:1]
+    assert detokenise(tokenizer, ids) == ["", "\ufffd"]
+
+
+def test_special_tokens_have_no_text_unless_they_are_wanted() -> None:
+    tokenizer = sentencepiece_like()
+    ids = tokenizer.convert_tokens_to_ids(["<tool_call>", "lo", "<think>", "</s>"])
+    assert "".join(detokenise(tokenizer, ids)) == "lo<think>"
+    assert "".join(detokenise(tokenizer, ids, keep="<tool_call></tool_call>")) == "<tool_call>lo<think>"
+
+
+@pytest.mark.parametrize("id_", [100_000, 2**40, -1])
+def test_ids_that_no_vocabulary_has_are_silent(id_: int) -> None:
+    for tokenizer in (tiny.tokenizer(), sentencepiece_like(), planted.tokenizer()):
+        assert TokenBytes(tokenizer).of(id_) == b""
+
+
+def test_every_token_is_decoded_once() -> None:
+    tokenizer = tiny.tokenizer()
+    asked: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def convert_ids_to_tokens(self, id_: int) -> Any:
+            asked.append(id_)
+            return tokenizer.convert_ids_to_tokens(id_)
+
+        def decode(self, ids: list[int]) -> str:
+            raise AssertionError("no answer is decoded again")
+
+    ids = tokenizer("abcabc" * 50).input_ids
+    assert "".join(detokenise(Counting(), ids)) == "abcabc" * 50
+    assert len(asked) == 3
