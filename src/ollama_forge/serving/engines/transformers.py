@@ -21,6 +21,7 @@ from ollama_forge.serving.engines.embedding import embed_batches
 from ollama_forge.serving.engines.runner import Forward, Runner
 from ollama_forge.serving.engines.scheduler import Answer, Scheduler, Stats
 from ollama_forge.serving.engines.slots import SlotRunner
+from ollama_forge.serving.engines.threads import release_openmp_team
 
 _LOG = logging.getLogger(__name__)
 _SHARE_FOR_PREFIXES = 8  # an eighth of the memory that is free
@@ -60,6 +61,7 @@ class TransformersEngine:
         self._inbox: deque[Answer] = deque()
         self._jobs: deque[tuple[Callable[[], list[list[float]]], Future[list[list[float]]]]] = deque()
         self._closed = False
+        release_openmp_team()  # which loading and packing left
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
