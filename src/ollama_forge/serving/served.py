@@ -80,10 +80,10 @@ class ServedModel:
             ForgeError: it cannot be loaded.
         """
         from ollama_forge.models.chat_model import load_tokenizer
-        from ollama_forge.serving.engines.transformers import TransformersEngine
+        from ollama_forge.serving.engines.vision import load_engine
 
         tokenizer = load_tokenizer(checkpoint.folder)
-        engine = TransformersEngine.load(checkpoint, load, slots=slots)
+        engine = load_engine(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
         ends = end_ids(checkpoint, tokenizer)
         kwargs = load.template_kwargs
