@@ -198,7 +198,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 @click.option("--no-think", is_flag=True, help="Answer without thinking first.")
 @click.option("--format", "schema", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Goes with the first message; may be repeated.")
-@opt.load_options
+@opt.talk_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
     require_abliterate("chat")

@@ -49,7 +49,7 @@ model_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-load_options = _all(
+talk_options = _all(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
@@ -58,15 +58,18 @@ load_options = _all(
         show_default=True,
         help="Type of computing: auto, float32, bfloat16, float16.",
     ),
+    click.option("--system", metavar="TEXT", help="System prompt, in computing, measuring and talking alike."),
+    click.option("--template-kwargs", metavar="JSON", default="{}", help="Arguments for the chat template."),
+    click.option("--allow-base-model", is_flag=True, help="Accept a model without chat template; it gets bare text."),
+)
+load_options = _all(
+    talk_options,
     click.option(
         "--batch-size",
         default="auto",
         show_default=True,
         help="Prompts at a time; auto halves on lack of memory.",
     ),
-    click.option("--system", metavar="TEXT", help="System prompt, in computing and measuring alike."),
-    click.option("--template-kwargs", metavar="JSON", default="{}", help="Arguments for the chat template."),
-    click.option("--allow-base-model", is_flag=True, help="Accept a model without chat template; it gets bare text."),
     click.option("--load-in-8bit", is_flag=True, help="Compute the direction in 8 bits (bitsandbytes, CUDA)."),
 )
 prompt_options = _all(
@@ -139,10 +142,10 @@ def load_settings(options: dict[str, Any]) -> LoadSettings:
     from ollama_forge.errors import UsageError
     from ollama_forge.models.chat_model import LoadSettings, parse_template_kwargs
 
-    batch = str(options["batch_size"])
+    batch = str(options.get("batch_size", "auto"))
     if batch != "auto" and (not batch.isdigit() or int(batch) < 1):
         raise UsageError(f"--batch-size {batch} is neither auto nor a positive number", "for example --batch-size 8")
-    chosen = {key: options[key] for key in LOAD_KEYS}
+    chosen = {key: options[key] for key in LOAD_KEYS if key in options}
     chosen["batch_size"] = batch if batch == "auto" else int(batch)
     chosen["template_kwargs"] = parse_template_kwargs(options["template_kwargs"])
     return LoadSettings(**chosen)

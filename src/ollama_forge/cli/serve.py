@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Answers generated at a time.")
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="What clients must bring as bearer.")
-@opt.load_options
+@opt.talk_options
 def serve(**options: Any) -> None:
     """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
