@@ -30,13 +30,15 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokeniz
 from ollama_forge.models.gguf_model import GgufModel, serving
 from tests import planted, tiny
 
+# words end behind their space, as with no tokenizer that llama.cpp knows
+FOREIGN = (("e", "Ġ"), ("s", "Ġ"), ("Ġ", "Ġ"), ("t", "h"), ("th", "eĠ"))
 
-def foreign_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that cuts words behind their space, as none that llama.cpp knows does."""
+
+def byte_pairs(merges: tuple[tuple[str, str], ...]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with merges that nothing holds back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("e", "Ġ"), ("s", "Ġ"), ("Ġ", "Ġ"), ("t", "h"), ("th", "eĠ")]
     tokens = [*tiny.SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(tiny.SPECIAL)
@@ -50,9 +52,9 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path,
     """A checkpoint with that tokenizer, its file, and the pre-tokenizer that stood in."""
     folder = tmp_path_factory.mktemp("foreign")
     model = tiny.build("llama")
-    model.resize_token_embeddings(tiny.VOCABULARY + 5)  # type: ignore[operator]
+    model.resize_token_embeddings(tiny.VOCABULARY + len(FOREIGN))  # type: ignore[operator]
     checkpoint = tiny.save(model, folder / "model")
-    foreign_tokenizer().save_pretrained(folder / "model")
+    byte_pairs(FOREIGN).save_pretrained(folder / "model")
     made = convert(find_converter(None), checkpoint, folder / "out.gguf", outtype="f16", name="Foreign")
     return checkpoint, made.path, made.fallback
 
@@ -65,7 +67,7 @@ def test_an_unknown_pre_tokenizer_falls_back_and_conversion_completes(
     file = read_gguf(path)
     assert file.get("tokenizer.ggml.pre") == "default"
     assert file.get("general.name") == "Foreign"
-    assert len(file.get("tokenizer.ggml.tokens")) == tiny.VOCABULARY + 5
+    assert len(file.get("tokenizer.ggml.tokens")) == tiny.VOCABULARY + len(FOREIGN)
     assert any(tensor.name == "blk.3.ffn_down.weight" for tensor in file.tensors)
 
 
@@ -90,7 +92,7 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     prompts = chat.prompts_ids(tiny.lines(6))
     wanted = chat.answer(prompts, 12, keep_first=True)
     with serving(path, 256, slots=8) as server:
-        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=tiny.VOCABULARY + 5)
+        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=tiny.VOCABULARY + len(FOREIGN))
         assert file.prompts_ids(tiny.lines(6)) == prompts
         found = file.answer(prompts, 12, keep_first=True)
     assert wanted.first is not None
@@ -230,4 +232,6 @@ def test_last_words() -> None:
     assert last_word("") == last_word("INFO:x:done\nWriting: 3%\n") == ""
     assert last_word("Traceback (most recent call last):\n  File\nValueError: bad thing\n") == "bad thing"
     assert last_word("a.b.SomeError\n") == "a.b.SomeError"
+    bare = '  File "x.py", line 3, in f\n    assert a < b\n           ^^^^^\nAssertionError\n'
+    assert last_word(bare) == "AssertionError at assert a < b"
     assert last_word("plain\nINFO:x:more") == "plain"

@@ -104,20 +104,24 @@ def fallback_for(config: Mapping[str, Any]) -> str:
     return "llama-bpe" if str(config.get("model_type", "")).startswith("gemma3") else "default"
 
 
-def convert(folder: Path, checkpoint: Checkpoint, target: Path, *, outtype: str, name: str) -> Converted:
+def convert(
+    folder: Path, checkpoint: Checkpoint, target: Path, *, outtype: str, name: str, vocabulary: bool = True
+) -> Converted:
     """Run the converter.
 
     Args:
         folder: of llama.cpp's tree.
         outtype: f16, bf16, or auto for the 16-bit type that holds the checkpoint's values best.
         name: the model's name in the metadata.
+        vocabulary: False to leave out the tokenizer, which another file gives.
 
     Raises:
         ForgeError: with the converter's last word; nothing stands at ``target`` then.
     """
     with file_in_one_piece(target) as partial:
         command = [sys.executable, "-P", str(Path(run_converter.__file__)), str(folder)]
-        command += [fallback_for(checkpoint.config), str(checkpoint.folder)]
+        command += [fallback_for(checkpoint.config) if vocabulary else run_converter.NO_VOCABULARY]
+        command += [str(checkpoint.folder)]
         command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
         if status:
@@ -155,6 +159,8 @@ def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tupl
 
 def last_word(log: str) -> str:
     """The last line of a log that says something: an exception's message, or an error it printed."""
+    if bare := re.search(r"^ +(?P<code>\S.*)\n(?: *\^+ *\n)?(?P<name>\w+)\s*\Z", log, re.MULTILINE):
+        return f"{bare['name']} at {bare['code']}"[:300]
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip() and not _NOISE.match(line)]
     if not lines:
         return ""

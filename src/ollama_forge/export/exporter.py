@@ -38,7 +38,6 @@ from ollama_forge.stages import Stages
 
 _CONVERTED = "converted.gguf"
 _MIXED_SHARE = 1.2  # a mix gives some tensors more bits than its name says
-_SOURCE_KEYS = ("tokenizer.",)
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,9 @@ class Exporter:
         }
 
         def run_converter() -> Any:
-            return {"fallback": convert(converter, job.written, converted, outtype=outtype, name=self.name).fallback}
+            own = self.source_file is None
+            made = convert(converter, job.written, converted, outtype=outtype, name=self.name, vocabulary=own)
+            return {"fallback": made.fallback}
 
         def work() -> Any:
             say(f"making {self.path.name} ({self.quant})")
@@ -218,8 +219,7 @@ class Exporter:
             metadata = self._metadata(converted, job.provenance)
             made_by = quantise(converted, self.path, self.quant, metadata, find_tool())
             converted.unlink()
-            kept = self.source_file is not None
-            return {"quantised_by": made_by, "pre_tokenizer_fallback": None if kept else result["fallback"]}
+            return {"quantised_by": made_by, "pre_tokenizer_fallback": result["fallback"]}
 
         made = stages.run("gguf", {**inputs, "quant": self.quant, "source": self._source_digest()}, [self.path], work)
         fallback = made["pre_tokenizer_fallback"]
@@ -273,12 +273,10 @@ def tokenizer_of(source: Gguf, converted: Gguf) -> dict[str, Value]:
     """The source's tokenizer and chat template as changes to a converted file.
 
     Raises:
-        ForgeError: it has another number of tokens than the converted file.
+        ForgeError: it has another number of tokens than the converted file has embeddings.
     """
-    key = "tokenizer.ggml.tokens"
-    theirs, ours = len(source.get(key, ())), len(converted.get(key, ()))
-    if theirs != ours:
-        raise ForgeError(
-            f"the tokenizer of {source.path} has {theirs} tokens, the converted file {ours}", "please report this"
-        )
-    return {key: value for key, value in source.metadata.items() if key.startswith(_SOURCE_KEYS)}
+    tokens = len(source.get("tokenizer.ggml.tokens", ()))
+    embeddings = next((tensor.rows for tensor in converted.tensors if tensor.name == "token_embd.weight"), tokens)
+    if tokens != embeddings:
+        raise ForgeError(f"{source.path} has {tokens} tokens and {embeddings} embeddings", "is it damaged?")
+    return {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}

@@ -1,0 +1,66 @@
+"""The demo model as a Q4_K_M file, made once: its types, its tokens, what it answers, who loads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.evaluation.measure import kl_per_prompt
+from ollama_forge.evaluation.tokens import check_tokens
+from ollama_forge.export import quantise
+from ollama_forge.export.convert import convert, find_converter
+from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.gguf_model import GgufModel, serving
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+    source, folder = resolve("demo"), tmp_path_factory.mktemp("demo")
+    made = convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
+    assert made.fallback is None
+    quantise.quantise(made.path, folder / "demo.gguf", "Q4_K_M", {})
+    return source, folder / "demo.gguf"
+
+
+def test_the_demo_file_has_the_types_of_the_real_tool(demo: tuple[Checkpoint, Path]) -> None:
+    model = json.loads((DATA / "types.json").read_text(encoding="utf-8"))["demo"]
+    real = dict(zip(model["tensors"], model["types"]["Q4_K_M"].split(), strict=True))
+    assert {tensor.name: tensor.type.name for tensor in read_gguf(demo[1]).tensors} == real
+
+
+def test_the_demo_file_has_the_tokens_of_the_checkpoint_and_answers_like_it(demo: tuple[Checkpoint, Path]) -> None:
+    source, path = demo
+    load = LoadSettings()
+    chat = ChatModel.load(source, load)
+    prompts = chat.prompts_ids(["How do I bake bread?", "Name three rivers in Europe.", "What is 12 + 30?"])
+    wanted = chat.answer(prompts, 0, keep_first=True).first
+    with serving(path, 256, slots=8) as server:
+        tokens = check_tokens(load_tokenizer(source.folder), load, server.tokenize)
+        file = GgufModel(server, chat.tokenizer, load, ends=chat.eos_ids, vocabulary=49152)
+        found = file.answer(prompts, 24, keep_first=True)
+    assert (tokens.texts >= 250, tokens.mismatches) == (True, 0)
+    assert wanted is not None
+    assert found.first is not None
+    assert float(kl_per_prompt(wanted, found.first).mean()) < 0.3
+    assert "bread" in file.decode(found.ids[0]).lower()
+
+
+def test_transformers_loads_the_demo_file(demo: tuple[Checkpoint, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, path = demo
+    chat = ChatModel.load(source, LoadSettings())
+    ids = torch.tensor([chat.prompt_ids("How do I bake bread?")])
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = loaded(input_ids=ids).logits[:, -1].float().log_softmax(-1)
+    ours = chat.answer([ids[0].tolist()], 0, keep_first=True).first
+    assert ours is not None
+    assert float(kl_per_prompt(ours, theirs)) < 0.3

@@ -1,0 +1,257 @@
+"""``run`` behind the checkpoint: the GGUF file, its row, its tokens; and what happens where it cannot be made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from ollama_forge.checkpoints.gguf_io import Value, read_gguf, value_of
+from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.tensors import free_space
+from ollama_forge.cli.closing import closing_lines
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation.report import Report
+from ollama_forge.export import exporter, quantise
+from ollama_forge.export.exporter import ExportSettings, tokenizer_of
+from ollama_forge.files import read_json
+from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.pipeline import RunSettings, run
+from ollama_forge.prompts.settings import PromptSettings
+from tests import planted, test_gguf_source, tiny
+from tests.test_export_convert import byte_pairs
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def settings(folder: Path, model: Path, **changes: Any) -> RunSettings:
+    """A short run: the edit is given, nothing is tried."""
+    for side, seed in (("harmful", 1), ("harmless", 2)):
+        (folder / f"{side}.txt").write_text("\n".join(tiny.lines(240, seed)), encoding="utf-8")
+    made = RunSettings(
+        model=str(model),
+        name="org/tiny:x",
+        output_dir=str(folder / "out"),
+        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        load=LoadSettings(device="cpu", dtype="float32"),
+        edit=EditSettings(targets=("writers",), skip_begin_layers=0, skip_end_layers=0),
+        out_dtype="keep",
+        export=ExportSettings("Q8_0"),
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSettings, Report]:
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny.build("llama")
+    model.resize_token_embeddings(tiny.VOCABULARY + 1)  # type: ignore[operator]
+    tiny.save(model, folder / "model")
+    byte_pairs((("t", "h"),)).save_pretrained(folder / "model")
+    made = settings(folder, folder / "model")
+    return made, run(made)
+
+
+def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> None:
+    made, report = done
+    path = made.folder / "org-tiny-x.gguf"
+    assert report.file is not None
+    assert (report.file.path, report.file.quant, report.file.size) == (path, "Q8_0", path.stat().st_size)
+    assert list(report.rows) == ["base", "random direction", "edited", "GGUF (Q8_0)"]
+    ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
+    assert ours.harmful.total == checkpoint.harmful.total
+    assert abs(ours.kl.value - checkpoint.kl.value) < 0.05 * checkpoint.kl.value + 0.01
+    assert report.tokens is not None
+    assert report.tokens.mismatches == 0  # its one pair lies within words, whatever the rules
+    stored = read_json(made.folder / "report.json")
+    assert set(stored["measurements"]) == set(report.rows)
+    assert stored["gguf"]["tokens"]["texts"] >= 200
+    assert stored["gguf"]["pre_tokenizer_fallback"] == "default"
+    assert {"gguf", "tokens", "gguf-measure"} <= set(stored["seconds"])
+
+
+def test_the_file_says_where_it_comes_from(done: tuple[RunSettings, Report]) -> None:
+    made, report = done
+    file = read_gguf(made.folder / "org-tiny-x.gguf")
+    assert file.get("ollama_forge.source") == "model"
+    assert file.get("ollama_forge.source_fingerprint") == report.fingerprint
+    assert json.loads(file.get("ollama_forge.edit"))["settings"] == report.choice["settings"]
+    assert set(json.loads(file.get("ollama_forge.lists"))) == {"fit", "select", "report"}
+    assert file.get("ollama_forge.version")
+    assert file.get("general.file_type") == 7
+    assert str(made.folder) not in repr(file.metadata)
+
+
+def test_nothing_is_left_beside_it(done: tuple[RunSettings, Report]) -> None:
+    made, _ = done
+    assert [path.name for path in made.folder.rglob("*.gguf")] == ["org-tiny-x.gguf"]
+    assert not list(made.folder.rglob("*.partial"))
+
+
+def test_a_second_run_makes_nothing_again(
+    done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, first = done
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("done again")
+
+    for name in ("convert", "quantise", "serving"):
+        monkeypatch.setattr(exporter, name, never)
+    again = run(made)
+    assert {**again.to_json(), "seconds": 0} == {**first.to_json(), "seconds": 0}
+    said = capsys.readouterr().err
+    for stage in ("gguf", "tokens", "gguf-measure"):
+        assert f"{stage}: done before, unchanged" in said
+
+
+def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str]) -> None:
+    made, report = done
+    closing_lines(report, escalate=False, max_kl=0.2)
+    out = capsys.readouterr().out
+    for path in ("checkpoint", "checkpoint.edit.safetensors", "refusal.pt", "org-tiny-x.gguf", "report.json"):
+        assert f"{made.folder / path} (" in out
+    assert "GGUF (Q8_0)" in out
+    assert "all as in the checkpoint" in out
+    assert "'default' stands in" in out
+    assert "abliterate chat --checkpoint" in out.splitlines()[-1]
+
+
+def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
+    done: tuple[RunSettings, Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, _ = done
+    elsewhere = replace(made, export=ExportSettings("Q4_K_M"), output_dir=str(tmp_path / "out"))
+
+    def full(*_: object, **__: object) -> None:
+        raise ForgeError("cannot write: No space left on device", "free some room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporter, "quantise", full)
+        with pytest.raises(ForgeError, match="No space left") as caught:
+            run(elsewhere)
+    assert "goes on from there" in caught.value.hint
+    stored = read_json(elsewhere.folder / "report.json")
+    assert stored["verification"]["passed"]
+    assert "edited" in stored["measurements"]
+    assert "No space left" in stored["gguf"]["problem"]
+    assert not (elsewhere.folder / "org-tiny-x.gguf").exists()
+    converted = elsewhere.folder / ".stages" / "converted.gguf"
+    assert read_gguf(converted).tensors
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(exporter, "convert", never)
+    monkeypatch.setattr(exporter, "llamacpp_is_installed", lambda: False)
+    report = run(elsewhere)
+    assert report.file is not None
+    assert report.tokens is None
+    assert "tokens unchecked" in report.file_lines()[-1]
+    assert "GGUF (Q4_K_M)" not in report.rows
+    assert not converted.exists()
+
+
+def test_what_cannot_be_converted_is_said_and_the_rest_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planted.save(tmp_path / "model")
+    planted.write_lists(tmp_path)
+    lists = PromptSettings(harmful=str(tmp_path / "harmful.txt"), harmless=str(tmp_path / "harmless.txt"))
+    made = replace(settings(tmp_path, tmp_path / "model", prompts=lists), export=ExportSettings())
+    planted.write_lists(tmp_path)
+    report = run(made)
+    said = capsys.readouterr().err
+    assert said.index("there will be no GGUF file: llama.cpp has no WordLevel") < said.index("measuring the base model")
+    assert report.verified
+    assert report.file is None
+    assert "WordLevel" in report.to_json()["gguf"]["problem"]
+    assert report.file_lines() == ["no GGUF file: llama.cpp has no WordLevel tokenizers"]
+    for asked in (ExportSettings("Q6_K"), ExportSettings(requantize=False)):
+        with pytest.raises(ForgeError, match="no GGUF file can be made"):
+            run(replace(made, export=asked, output_dir=str(tmp_path / "asked")))
+    assert not (tmp_path / "asked").exists()
+
+
+def test_options_that_cannot_work() -> None:
+    with pytest.raises(UsageError, match="'Q9' is not a type"):
+        ExportSettings("Q9")
+    with pytest.raises(UsageError, match="contradict"):
+        ExportSettings("Q8_0", requantize=False)
+    assert ExportSettings("q4_k").quant == "Q4_K_M"
+    assert not ExportSettings().asked_for
+
+
+def test_room_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
+    size = checkpoint.parameters * 2
+    needed = int(size * (1 + 1 + 8.5 * 1.2 / 16))
+    made = settings(tmp_path, tmp_path / "model")
+    monkeypatch.setattr(exporter, "free_space", lambda _: needed - 2)
+    with pytest.raises(ForgeError, match=r"this run needs .*Q8_0") as caught:
+        run(made)
+    assert "--output-dir" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    assert free_space(tmp_path) > needed
+
+
+# a GGUF file as source
+
+
+def typed(path: Path, number: int) -> Path:
+    """A tiny file that says it is of a type, with a token that is no text."""
+    plain = path.with_name("plain.gguf")
+    test_gguf_source.write(plain)
+    file = read_gguf(plain)
+    changes: dict[str, Value | None] = {
+        "general.file_type": value_of(number),
+        "tokenizer.ggml.pre": value_of("smollm"),
+        "tokenizer.chat_template": value_of(tiny.TEMPLATE + "{# its own #}"),
+    }
+    quantise.rewrite(file, path, {tensor.name: tensor.type for tensor in file.tensors}, changes)
+    return path
+
+
+def test_a_gguf_source_keeps_its_type_tokenizer_and_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
+    source = typed(tmp_path / "source.gguf", 7)
+    report = run(settings(tmp_path, source, export=ExportSettings(), evaluate=False))
+    assert report.file is not None
+    assert (report.file.quant, report.file.pre_tokenizer_fallback) == ("Q8_0", None)
+    before, after = read_gguf(source), read_gguf(report.file.path)
+    kept = [key for key in before.metadata if key.startswith("tokenizer.")]
+    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.pre", "tokenizer.chat_template"} <= set(
+        kept
+    )
+    for key in kept:
+        assert after.metadata[key] == before.metadata[key], key
+    assert after.get("tokenizer.chat_template").endswith("{# its own #}")
+    assert next(t for t in after.tensors if t.name == "blk.0.attn_q.weight").type == Type.Q8_0
+    assert "GGUF (Q8_0)" not in report.rows
+    assert report.tokens is not None
+
+
+def test_a_source_of_a_type_that_is_not_written_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
+    path = typed(tmp_path / "source.gguf", 19)  # IQ2_XXS
+    made = exporter.Exporter(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings())
+    assert made.quant == "Q4_K_M"
+    assert "the result will be Q4_K_M" in capsys.readouterr().err
+    told = exporter.Exporter(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings("Q5_K_S"))
+    assert told.quant == "Q5_K_S"
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = typed(tmp_path / "source.gguf", 7)
+    file = read_gguf(path)
+    other = replace(file, metadata={**file.metadata, "tokenizer.ggml.tokens": value_of(["a", "b"])})
+    assert set(tokenizer_of(file, file)) == {key for key in file.metadata if key.startswith("tokenizer.")}
+    with pytest.raises(ForgeError, match="has 2 tokens and 262 embeddings"):
+        tokenizer_of(other, file)
