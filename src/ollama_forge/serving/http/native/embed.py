@@ -84,7 +84,9 @@ def _options(body: Fields) -> dict[str, Any]:
 
 
 def _texts(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) and value else value or []
-    if value is False or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if value is None or value == "":
+        return []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadRequest("invalid input type")
     return texts
