@@ -170,9 +170,7 @@ def test_an_error_reaches_every_reader_and_the_engine_goes_on(
     assert together(engine, [request]) == [by_generate(engine.model, request.ids, 10)]
 
 
-def test_an_error_while_joining_reaches_its_reader(
-    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_joining_reaches_its_reader(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
@@ -209,7 +207,12 @@ def test_ends_are_not_handed_out(engine: TransformersEngine) -> None:
 
 @pytest.mark.parametrize(
     ("request_", "says"),
-    [(greedy((), 3), "empty"), (greedy((5, 9999), 3), "know"), (greedy(prompt(600), 3), "600"), (greedy((-1,), 3), "know")],
+    [
+        (greedy((), 3), "empty"),
+        (greedy((5, 9999), 3), "know"),
+        (greedy(prompt(600), 3), "600"),
+        (greedy((-1,), 3), "know"),
+    ],
 )
 def test_refuses_what_the_model_cannot_take(engine: TransformersEngine, request_: Request, says: str) -> None:
     with pytest.raises(EngineError, match=says):

@@ -13,9 +13,7 @@ from ollama_forge.serving.engines.runner import Forward, Media, on_device
 
 
 class AlonePrefill:
-    def __init__(
-        self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Media
-    ) -> None:
+    def __init__(self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Media) -> None:
         self.forward, self.prompt, self.cache, self.known = forward, prompt, cache, known
         self.media = on_device(media, forward.model)
         self.tokens = len(prompt) - known

@@ -122,7 +122,10 @@ class TransformersEngine:
     def _check(self, request: Request) -> None:
         if not request.ids:
             raise EngineError("the prompt is empty")
-        if len(request.ids) + request.max_tokens > self._context_length + 1 and len(request.ids) >= self._context_length:
+        if (
+            len(request.ids) + request.max_tokens > self._context_length + 1
+            and len(request.ids) >= self._context_length
+        ):
             raise EngineError(
                 f"the prompt has {len(request.ids)} tokens, the model takes {self._context_length} with the answer"
             )
