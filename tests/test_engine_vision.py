@@ -105,7 +105,8 @@ def test_two_images_and_none(engine: VisionEngine) -> None:
     ids, media = engine.encode("<boi> and <boi>", [picture(1), picture(2, "JPEG")])
     assert len(together(engine, [Request(ids, 3, GREEDY, media=media)])[0]) == 3
     ids, media = engine.encode("no image", [])
-    assert media is None and engine.model.tokenizer.decode(ids) == "no image"
+    assert media is None
+    assert engine.model.tokenizer.decode(ids) == "no image"
 
 
 def test_an_image_is_not_taken_for_another_with_the_same_ids(engine: VisionEngine) -> None:

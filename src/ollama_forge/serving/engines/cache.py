@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -32,14 +31,14 @@ class Span:
     end: int = 0
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, ``[row_room, heads, column_room, dim]`` each."""
 
     is_sliding = False  # a window is kept whole and cut by the mask
     is_croppable = True
 
     def __init__(self, span: Span) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.span = span
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -54,7 +53,8 @@ class SlotLayer(CacheLayerMixin):
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         keys, values, span = self.keys, self.values, self.span
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         end = span.end + key_states.shape[-2]
         keys[: span.rows, :, span.end : end] = key_states
         values[: span.rows, :, span.end : end] = value_states
@@ -90,7 +90,7 @@ class SlotCache(Cache):
 
     def __init__(self, keeps: Sequence[bool], rows: int, columns: int) -> None:
         self.span = Span(rows, columns, rows)
-        super().__init__(layers=[SlotLayer(self.span) if own else DummyLayer() for own in keeps])
+        super().__init__(layers=[SlotLayer(self.span) if own else DummyLayer() for own in keeps])  # type: ignore[no-untyped-call]
 
     @property
     def slot_layers(self) -> Iterator[SlotLayer]:
@@ -118,9 +118,11 @@ class SlotCache(Cache):
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if not isinstance(theirs, SlotLayer) or theirs.keys is None or theirs.values is None:
                 continue
+            assert isinstance(mine, SlotLayer)
             if mine.keys is None:
                 mine.lazy_initialization(theirs.keys, theirs.values)
             for target, origin in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert target is not None
                 target[row, :, start : start + length] = origin[source_row, :, source_start : source_start + length]
 
 

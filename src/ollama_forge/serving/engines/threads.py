@@ -15,7 +15,8 @@ def release_openmp_team() -> None:
     """Let the calling thread's idle OpenMP workers go; they come back with its next parallel work.
 
     A team belongs to the thread that started it. With two teams there are more workers than cores, GNU OpenMP stops
-    spinning between parallel regions, and every product of a decode step waits for a sleeper: half as slow on two cores.
+    spinning between parallel regions, and every product of a decode step waits for a sleeper: half the speed on two
+    cores.
     """
     if sys.platform != "linux":
         return
