@@ -16,7 +16,8 @@ from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.report import Report
+from ollama_forge.evaluation.report import Report, ShippedFile, _token_lines
+from ollama_forge.evaluation.tokens import Mismatch, TokenCheck
 from ollama_forge.export import exporter, quantise
 from ollama_forge.export.exporter import ExportSettings, tokenizer_of
 from ollama_forge.files import read_json
@@ -234,6 +235,22 @@ def test_a_gguf_source_keeps_its_type_tokenizer_and_template(tmp_path: Path, mon
     assert next(t for t in after.tensors if t.name == "blk.0.attn_q.weight").type == Type.Q8_0
     assert "GGUF (Q8_0)" not in report.rows
     assert report.tokens is not None
+    assert report.file.tokenizer_of_source
+
+
+def test_a_file_that_garbles_text_is_not_passed_over() -> None:
+    mismatch = Mismatch("the sea", ("theĠ", "s"), ("the", "Ġs"))
+    check = TokenCheck(220, 3, 2, (mismatch,))
+    file = ShippedFile(Path("x.gguf"), "Q4_K_M", 1, "embedded", "default")
+    told = " ".join(_token_lines(check, file.tokenizer_of_source))
+    for words in ("3 of 220", "'the sea'", "garbles text (2 of 220", "chat and serve", "and don't"):
+        assert words in told
+    spaces = " ".join(_token_lines(replace(check, garbled=0), False))
+    assert "3 of 220" in spaces
+    assert "garbles" not in spaces
+    kept = " ".join(_token_lines(check, True))
+    assert "3 of 220" in kept
+    assert "garbles" not in kept
 
 
 def test_a_source_of_a_type_that_is_not_written_here(

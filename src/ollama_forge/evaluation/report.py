@@ -25,6 +25,7 @@ class ShippedFile:
     Attributes:
         quantised_by: ``embedded``, or the tool that did it.
         pre_tokenizer_fallback: the rules that stand in for ones the converter does not know; None where it does.
+        tokenizer_of_source: whether its tokenizer is that of a GGUF source, not made from the checkpoint's.
     """
 
     path: Path
@@ -32,6 +33,7 @@ class ShippedFile:
     size: int
     quantised_by: str
     pre_tokenizer_fallback: str | None
+    tokenizer_of_source: bool = False
 
     @property
     def row(self) -> str:
@@ -45,6 +47,7 @@ class ShippedFile:
             "bytes": self.size,
             "quantised_by": self.quantised_by,
             "pre_tokenizer_fallback": self.pre_tokenizer_fallback,
+            "tokenizer_of_source": self.tokenizer_of_source,
         }
 
 
@@ -118,7 +121,7 @@ class Report:
                 "warning: llama.cpp's converter does not know this tokenizer's rules; "
                 f"{self.file.pre_tokenizer_fallback!r} stands in for them"
             )
-        return [*lines, *_token_lines(self.tokens)]
+        return [*lines, *_token_lines(self.tokens, self.file.tokenizer_of_source)]
 
     def ollama_lines(self) -> list[str]:
         """What became of the model in Ollama, and what to type next for it."""
@@ -160,7 +163,7 @@ def _rate(count: int, total: int, rate: Estimate) -> str:
     return f"{count}/{total} ({rate.low:.0%} to {rate.high:.0%})"
 
 
-def _token_lines(check: TokenCheck | None) -> list[str]:
+def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     if check is None:
         return ["tokens unchecked: pip install 'ollama-forge[llamacpp]' to have them compared"]
     if not check.mismatches:
@@ -168,7 +171,11 @@ def _token_lines(check: TokenCheck | None) -> list[str]:
     lines = [f"tokens: {check.mismatches} of {check.texts} texts differ from the checkpoint's, such as"]
     for each in check.examples:
         lines.append(f"  {each.text!r}: {' '.join(each.found)!r} instead of {' '.join(each.expected)!r}"[:400])
-    if check.garbled:
+    if of_source:
+        lines.append(
+            "the file has its source's own tokenizer; it is the unpacked checkpoint that reads these otherwise"
+        )
+    elif check.garbled:
         lines.append(
             f"warning: this file garbles text ({check.garbled} of {check.texts} texts in more than whitespace); "
             "chat and serve use the checkpoint's own tokenizer and don't"

@@ -225,7 +225,8 @@ class Exporter:
         fallback = made["pre_tokenizer_fallback"]
         if fallback:
             say(f"warning: llama.cpp's converter does not know this tokenizer; it was given the rules of {fallback!r}")
-        return ShippedFile(self.path, self.quant, self.path.stat().st_size, made["quantised_by"], fallback)
+        size, of_source = self.path.stat().st_size, self.source_file is not None
+        return ShippedFile(self.path, self.quant, size, made["quantised_by"], fallback, of_source)
 
     def _source_digest(self) -> str | None:
         return self.source.revision if self.source_file is not None else None
