@@ -26,7 +26,8 @@ TEXT = "<|user|>What is it? <boi><|end|><|assistant|>"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("vision") / "model"
     tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": MARKS})
+    tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS.values())})
+    tokenizer._set_model_specific_special_tokens(MARKS)
     config: Gemma3Config = tiny.FAMILIES["gemma3"]()  # type: ignore[assignment]
     marks = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
     text = config.text_config.to_dict() | {"vocab_size": len(tokenizer)}
