@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -92,6 +93,12 @@ def test_chat_completion_with_thought_calls_and_logprobs() -> None:
 def test_an_answer_cut_at_its_length_keeps_that_reason_beside_calls() -> None:
     (choice,) = chat_completion("wire", answer(Delta(tool_calls=(CALL,)), done=LENGTH))["choices"]
     assert choice["finish_reason"] == "length"
+
+
+def test_logprobs_without_end_are_numbers() -> None:
+    never = TokenLogprob("x", (120,), -math.inf)
+    (choice,) = chat_completion("wire", answer(Delta("x", logprobs=(never,))))["choices"]
+    assert choice["logprobs"]["content"][0]["logprob"] == -9999.0
 
 
 def test_chat_chunks() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 import pytest
@@ -57,7 +56,7 @@ def messages(**body: Any) -> Turn:
 def test_chat_says_nothing_of_sampling() -> None:
     turn = chat().turn
     assert (turn.sampling.temperature, turn.sampling.top_p, turn.sampling.seed) == (1.0, 1.0, None)
-    assert (turn.num_predict, turn.stop, turn.tools, turn.think, turn.schema, turn.logprobs, turn.stream) == (
+    assert (turn.num_predict, turn.stop, turn.tools, turn.think, turn.format, turn.logprobs, turn.stream) == (
         -1, (), (), None, None, None, False,
     )  # fmt: skip
     assert turn.messages == (Message("user", "hi"),)
@@ -109,15 +108,15 @@ def test_effort(word: str, think: bool | str | None) -> None:
 def test_schemas_keep_their_order() -> None:
     schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "string"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    for text_ in (
-        chat(response_format=wanted).turn.schema,
-        responses(text={"format": {"type": "json_schema", "name": "x", "schema": schema}}).turn.schema,
+    for format_ in (
+        chat(response_format=wanted).turn.format,
+        responses(text={"format": {"type": "json_schema", "name": "x", "schema": schema}}).turn.format,
     ):
-        assert text_ is not None
-        assert list(json.loads(text_)["properties"]) == ["b", "a"]
-    assert json.loads(chat(response_format={"type": "json_object"}).turn.schema or "") == {"type": "object"}
-    assert chat(response_format={"type": "text"}).turn.schema is None
-    assert chat(response_format={"type": "json_schema"}).turn.schema is None
+        assert isinstance(format_, dict)
+        assert list(format_["properties"]) == ["b", "a"]
+    assert chat(response_format={"type": "json_object"}).turn.format == "json"
+    assert chat(response_format={"type": "text"}).turn.format is None
+    assert chat(response_format={"type": "json_schema"}).turn.format is None
 
 
 def test_parts_are_one_message() -> None:
@@ -252,7 +251,7 @@ REFUSED = [
     (
         chat,
         {"temperature": "hot"},
-        "struct field ChatCompletionRequest.temperature of type float64",
+        "cannot unmarshal string into Go struct field ChatCompletionRequest.temperature of type float64",
     ),
     (chat, {"temperature": True}, "of type float64"),
     (chat, {"temperature": float("inf")}, "of type float64"),

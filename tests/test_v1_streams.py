@@ -60,10 +60,9 @@ def until(true: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def endless() -> Iterator[tuple[str, ServedModel]]:
-    model = scripted(lambda *_: "a" * 3000)
-    with loopback(model) as url:
-        yield url, model
+def url() -> Iterator[str]:
+    with loopback(scripted(lambda *_: "hello", template=TOOLS)) as base:
+        yield base
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -160,6 +159,35 @@ def test_ruled_out_tools_are_not_shown_and_calls_are_not_parsed() -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'{"model": NaN}', b"[" * 50_000, b"\xff\xfe"])
-def test_what_is_no_object_is_refused(endless: tuple[str, ServedModel], path: str, body: bytes) -> None:
-    status, text = post(endless[0], path, body)
+def test_what_is_no_object_is_refused(url: str, path: str, body: bytes) -> None:
+    status, text = post(url, path, body)
     assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+
+
+NEST = '{"a":' * 5000 + "1" + "}" * 5000
+DEEP = [
+    ("/v1/chat/completions", '"tools": [{"function": {"name": "f", "parameters": NEST}}]'),
+    ("/v1/chat/completions", '"response_format": {"type": "json_schema", "json_schema": {"schema": NEST}}'),
+    ("/v1/chat/completions", '"messages": NEST'),
+    ("/v1/responses", '"tools": [{"type": "function", "name": "f", "parameters": NEST}]'),
+    ("/v1/responses", '"text": {"format": {"type": "json_schema", "schema": NEST}}'),
+    ("/v1/responses", '"input": NEST'),
+    ("/v1/messages", '"tools": [{"name": "f", "input_schema": NEST}]'),
+    ("/v1/messages", '"system": NEST'),
+]
+
+
+@pytest.mark.parametrize(("path", "field"), DEEP)
+def test_what_is_nested_deeply_is_refused(url: str, path: str, field: str) -> None:
+    body = json.dumps(BODIES[path])[:-1] + ", " + field.replace("NEST", NEST) + "}"
+    assert post(url, path, body.encode())[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_schema_that_is_none_is_refused(url: str, path: str) -> None:
+    schema = {"type": "nonsense"}
+    format_ = {"type": "json_schema", "name": "x", "schema": schema, "json_schema": {"name": "x", "schema": schema}}
+    for stream in (False, True):
+        body = {**BODIES[path], "stream": stream, "response_format": format_, "text": {"format": format_}}
+        status, text = post(url, path, body)
+        assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")

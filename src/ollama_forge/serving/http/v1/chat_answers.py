@@ -12,6 +12,7 @@ from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import openai_error
 
 FINGERPRINT = "fp_ollama"
+UNLIKELY = -9999.0  # OpenAI's word for less: JSON has no infinity
 
 
 def chat_completion(model: str, answer: Answer) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _alternative(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+    return {"token": token.text, "logprob": max(token.logprob, UNLIKELY), "bytes": list(token.bytes)}
 
 
 def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any
         offset += len(token.text)
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{other.text: other.logprob for other in token.top} for token in tokens],
+        "token_logprobs": [max(token.logprob, UNLIKELY) for token in tokens],
+        "top_logprobs": [{other.text: max(other.logprob, UNLIKELY) for other in token.top} for token in tokens],
         "text_offset": offsets,
     }

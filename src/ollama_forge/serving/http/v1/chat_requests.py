@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,13 @@ from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.fields import Fields, json_type
 from ollama_forge.serving.http.v1.turn import (
-    ANY_OBJECT,
     Turn,
     arguments,
     chosen,
     effort,
     image_of_url,
+    json_schema,
     sampling,
-    schema_text,
     stops,
     tool,
     with_tool_names,
@@ -57,7 +57,7 @@ def chat_request(body: Fields) -> Completion:
         stop=stops(body),
         tools=_tools(body),
         think=_think(body),
-        schema=_schema(body),
+        format=_format(body),
         logprobs=top if body.flag("logprobs") else None,
         stream=body.flag("stream"),
     )
@@ -141,15 +141,15 @@ def _think(body: Fields) -> bool | str | None:
     return effort(body.text("reasoning_effort") if reasoning is None else reasoning.text("effort"))
 
 
-def _schema(body: Fields) -> str | None:
+def _format(body: Fields) -> Mapping[str, Any] | str | None:
     wanted = body.object("response_format")
     kind = "" if wanted is None else wanted.text("type").strip().lower()
     if wanted is None or kind not in ("json_object", "json_schema"):
         return None
     if kind == "json_object":
-        return ANY_OBJECT
+        return "json"
     schema = wanted.object("json_schema")
-    return None if schema is None else schema_text(schema.any("schema"))
+    return None if schema is None else json_schema(schema.any("schema"))
 
 
 def _include_usage(body: Fields) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
+_MODEL: Schema = {"type": "string", "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.:/-]*$"}
 _FLAG: Schema = {"type": "boolean"}
-_COUNT: Schema = {"type": "integer"}
+_COUNT: Schema = {"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}
 _NUMBER: Schema = {"type": "number"}
 _OBJECT: Schema = {"type": "object"}
 _TEXTS: Schema = {"type": "array", "items": TEXT}
@@ -43,7 +44,7 @@ _OPENAI_OPTIONS: Schema = {
 CHAT = _object(
     "model",
     "messages",
-    model=TEXT,
+    model=_MODEL,
     messages=_list(
         _object(
             "role",
@@ -67,11 +68,11 @@ CHAT = _object(
     top_logprobs=_TOP,
     **_OPENAI_OPTIONS,
 )
-COMPLETION = _object("model", "prompt", model=TEXT, prompt=TEXT, suffix=TEXT, logprobs=_TOP, **_OPENAI_OPTIONS)
+COMPLETION = _object("model", "prompt", model=_MODEL, prompt=TEXT, suffix=TEXT, logprobs=_TOP, **_OPENAI_OPTIONS)
 EMBEDDINGS = _object(
     "model",
     "input",
-    model=TEXT,
+    model=_MODEL,
     input={"anyOf": [TEXT, _list(TEXT, minimum=1)]},
     dimensions=_COUNT,
     encoding_format={"enum": ["float", "base64"]},
@@ -79,7 +80,7 @@ EMBEDDINGS = _object(
 RESPONSE = _object(
     "model",
     "input",
-    model=TEXT,
+    model=_MODEL,
     input={"anyOf": [TEXT, _list(_object(type=TEXT, role=TEXT, content=_CONTENT))]},
     instructions=TEXT,
     max_output_tokens=_COUNT,
@@ -94,7 +95,7 @@ MESSAGES = _object(
     "model",
     "max_tokens",
     "messages",
-    model=TEXT,
+    model=_MODEL,
     max_tokens={"type": "integer", "minimum": 1},
     messages=_list(_object("role", "content", role={"enum": ["user", "assistant"]}, content=_CONTENT), minimum=1),
     system=_CONTENT,
@@ -107,7 +108,7 @@ MESSAGES = _object(
     **_SAMPLING,
 )
 
-NAME = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+NAME = {"name": "name", "in": "path", "required": True, "schema": _MODEL}
 
 _OPENAI_ERROR = _object("error", error=_object("message", "type", message=TEXT, type=TEXT))
 _ANTHROPIC_ERROR = _object(

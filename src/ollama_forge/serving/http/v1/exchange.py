@@ -14,6 +14,7 @@ from ollama_forge.serving.asks import Ask, BadRequest
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.connection import Stream, while_connected
+from ollama_forge.serving.http.formats import schema_of
 from ollama_forge.serving.http.names import name_of
 from ollama_forge.serving.http.v1.answers import Writer, streamed
 from ollama_forge.serving.http.v1.turn import Turn
@@ -72,7 +73,7 @@ def _ask(model: ServedModel, turn: Turn) -> Ask:
         sampling=turn.sampling,
         num_predict=turn.num_predict,
         stop=turn.stop,
-        schema=turn.schema,
+        schema=schema_of(turn.format),
         logprobs=turn.logprobs,
     )
 

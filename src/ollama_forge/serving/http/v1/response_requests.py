@@ -9,16 +9,16 @@ from typing import Any
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.fields import Fields, json_type
+from ollama_forge.serving.http.v1.answers import compact
 from ollama_forge.serving.http.v1.chat_requests import role_of
 from ollama_forge.serving.http.v1.turn import (
-    ANY_OBJECT,
     Turn,
     arguments,
     chosen,
     effort,
     image_of_url,
+    json_schema,
     sampling,
-    schema_text,
     tool,
     with_tool_names,
 )
@@ -59,10 +59,15 @@ def response_request(body: Fields) -> ResponseRequest:
         num_predict=-1 if limit is None else limit,
         tools=chosen([one for one in tools if one is not None], body.any("tool_choice")),
         think=effort(reasoning.text("effort")),
-        schema=_schema(form),
+        format=_format(form),
         stream=body.flag("stream"),
     )
-    return ResponseRequest(turn, _echo(body, turn, reasoning, form))
+    echo = _echo(body, turn, reasoning, form)
+    try:
+        compact(echo)
+    except RecursionError:
+        raise BadRequest("tools or format are nested too deeply") from None
+    return ResponseRequest(turn, echo)
 
 
 def _input(value: object) -> list[Message]:
@@ -133,11 +138,11 @@ def _tool(fields: Fields) -> dict[str, Any] | None:
     return tool(fields) if fields.text("type") in ("", "function") else None
 
 
-def _schema(form: Fields) -> str | None:
+def _format(form: Fields) -> Mapping[str, Any] | str | None:
     kind = form.text("type")
     if kind == "json_object":
-        return ANY_OBJECT
-    return schema_text(form.any("schema")) if kind == "json_schema" else None
+        return "json"
+    return json_schema(form.any("schema")) if kind == "json_schema" else None
 
 
 def _echo(body: Fields, turn: Turn, reasoning: Fields, form: Fields) -> dict[str, Any]:

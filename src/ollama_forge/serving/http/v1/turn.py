@@ -12,7 +12,7 @@ from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.engines.base import Sampling
-from ollama_forge.serving.http.fields import Fields
+from ollama_forge.serving.http.fields import Fields, json_type
 
 _EFFORTS: dict[str, bool | str] = {
     "none": False,
@@ -25,7 +25,6 @@ _EFFORTS: dict[str, bool | str] = {
     "ultra": "max",
 }
 _DATA_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp))?;base64,")
-ANY_OBJECT = '{"type":"object"}'
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Turn:
     Attributes:
         tools: in OpenAI's form, for the chat template.
         think: None where the request says nothing.
-        schema: a JSON schema, as text, for the answer.
+        format: a JSON schema for the answer, or "json" for any object.
         logprobs: None for none, else with how many alternatives.
     """
 
@@ -46,7 +45,7 @@ class Turn:
     stop: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     think: bool | str | None = None
-    schema: str | None = None
+    format: Mapping[str, Any] | str | None = None
     logprobs: int | None = None
     stream: bool = False
 
@@ -86,8 +85,8 @@ def stops(body: Fields, key: str = "stop") -> tuple[str, ...]:
     return ((value,) if value else ()) if isinstance(value, str) else tuple(text for text in body.texts(key) if text)
 
 
-def schema_text(schema: object) -> str | None:
-    """A schema as the text that constrains an answer, its properties in the order given; None where there is none.
+def json_schema(schema: object) -> Mapping[str, Any] | None:
+    """The schema that an answer is held to, if one was given.
 
     Raises:
         BadRequest: it isn't an object.
@@ -95,8 +94,8 @@ def schema_text(schema: object) -> str | None:
     if schema is None or schema == "":
         return None
     if not isinstance(schema, dict):
-        raise BadRequest(f'invalid format: "{json.dumps(schema)}"; expected a valid JSON Schema object')
-    return json.dumps(schema, ensure_ascii=False)
+        raise BadRequest(f"invalid format: a JSON schema is an object, not {json_type(schema)}")
+    return schema
 
 
 def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[str, Any]:

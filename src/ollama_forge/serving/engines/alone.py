@@ -1,0 +1,66 @@
+"""Models whose state cannot be put into slots (linear attention, state spaces) answer one at a time, on their own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.serving.engines.prefixes import Prefixes
+from ollama_forge.serving.engines.runner import Forward, on_device
+
+
+class AlonePrefill:
+    def __init__(
+        self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Mapping[str, Tensor] | None
+    ) -> None:
+        self.forward, self.prompt, self.cache, self.known = forward, prompt, cache, known
+        self.media = on_device(media, forward.model)
+        self.tokens = len(prompt) - known
+
+    def advance(self) -> Tensor | None:
+        ids = torch.tensor([list(self.prompt[self.known :])], device=self.forward.device)
+        logits, self.cache = self.forward(ids, self.cache, **self.media)
+        return logits
+
+
+class AloneRunner:
+    """One slot. The last answer's state is gone on with where the next prompt begins with all of it."""
+
+    slots = 1
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.prefixes: Prefixes[Any] = Prefixes(1, 1)
+        self.cache: Any = None
+        self.length = 0
+
+    def groups(self, prompt: Sequence[int]) -> bool:
+        return False
+
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Mapping[str, Tensor] | None) -> AlonePrefill:
+        (prompt,) = prompts
+        found = self.prefixes.longest(prompt, whole=True) if media is None else None
+        self.prefixes.clear()  # it is going to change
+        cache, known = found if found is not None else (None, 0)
+        return AlonePrefill(self.forward, prompt, cache, known, media)
+
+    def join(self, prefill: AlonePrefill, place: int) -> None:
+        self.cache, self.length = prefill.cache, len(prefill.prompt)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=self.forward.device)
+        logits, self.cache = self.forward(ids, self.cache)
+        self.length += 1
+        return logits
+
+    def leave(self, row: int, ids: Sequence[int] | None) -> None:
+        if ids is not None:
+            self.prefixes.add(ids[: self.length], self.cache, 0)
+        self.cache = None
+
+    def reset(self) -> None:
+        self.cache = None
+        self.prefixes.clear()

@@ -1,0 +1,40 @@
+"""Embeddings: the mean of a text's last hidden states, at length one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollama_forge.models.batching import by_length, pad_left
+from ollama_forge.models.chat_model import ChatModel
+
+_ROWS = 16
+
+Work = Callable[[], list[list[float]]]
+
+
+def embed_batches(model: ChatModel, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Work]]:
+    """Pieces of work, each with the places of the inputs whose vectors it gives."""
+    for rows in by_length([list(ids) for ids in inputs], _ROWS):
+        yield rows, _work(model, [list(inputs[row]) for row in rows])
+
+
+def _work(model: ChatModel, texts: list[list[int]]) -> Work:
+    return lambda: _embed(model, texts)
+
+
+@torch.inference_mode()
+def _embed(model: ChatModel, texts: list[list[int]]) -> list[list[float]]:
+    ids, mask = pad_left(texts, model.pad_id, model.device)
+    module: Any = model.module
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask
+    hidden = module.base_model(**inputs).last_hidden_state.float()
+    weights = mask.unsqueeze(-1).float()
+    mean = (hidden * weights).sum(1) / weights.sum(1)
+    vectors: list[list[float]] = nn.functional.normalize(mean, dim=-1).tolist()
+    return vectors

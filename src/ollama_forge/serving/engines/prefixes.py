@@ -1,0 +1,74 @@
+"""Prompts' beginnings that were computed before: what a conversation said so far is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Kept(Generic[State]):
+    """Ids and the state that the model was in behind them."""
+
+    ids: tuple[int, ...]
+    state: State
+    nbytes: int
+
+
+class Prefixes(Generic[State]):
+    """The last few answers' states, the least recently used thrown away first.
+
+    Args:
+        count: at most so many.
+        nbytes: at most so much memory.
+    """
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self.count, self.nbytes = count, nbytes
+        self._kept: list[Kept[State]] = []  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, ids: Sequence[int], state: State, nbytes: int) -> None:
+        new = Kept(tuple(ids), state, nbytes)
+        self._kept = [old for old in self._kept if shared_length(old.ids, new.ids) < len(old.ids)]
+        self._kept.append(new)
+        while self._kept and (len(self._kept) > self.count or sum(kept.nbytes for kept in self._kept) > self.nbytes):
+            self._kept.pop(0)
+
+    def longest(self, ids: Sequence[int], *, whole: bool = False) -> tuple[State, int] | None:
+        """The state that shares most with a prompt, and how much; one token of the prompt is always left to compute.
+
+        Args:
+            whole: only states that the prompt begins with as a whole will do (they cannot be shortened).
+        """
+        wanted = tuple(ids[:-1])
+        best, length = None, 0
+        for kept in self._kept:
+            shared = shared_length(kept.ids, wanted)
+            if shared > length and (not whole or shared == len(kept.ids)):
+                best, length = kept, shared
+        if best is None:
+            return None
+        self._kept.remove(best)
+        self._kept.append(best)
+        return best.state, length
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the longest common start."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices compare many times faster than a loop over ids
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,184 @@
+"""Continuous batching: sequences of all lengths, right-aligned in one cache, joining and leaving between steps.
+
+Right-aligned rows are what transformers' models take from ``generate`` (padding on the left), so each model's own masks,
+windows and position biases hold as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ollama_forge.serving.engines.cache import SlotCache
+from ollama_forge.serving.engines.prefixes import Prefixes
+from ollama_forge.serving.engines.runner import Forward, on_device
+
+_SPARE_COLUMNS = 64
+_CHUNK = {"cpu": 512}
+_CHUNK_ON_DEVICE = 2048
+
+
+class SlotPrefill:
+    """Prompts in a cache of their own. A single one runs in chunks, behind what is known of it; several run at once."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: SlotCache,
+        prompts: Sequence[Sequence[int]],
+        known: int,
+        chunk: int,
+        media: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.forward, self.cache, self.chunk = forward, cache, chunk
+        self.media = on_device(media, forward.model)
+        self.width = max(map(len, prompts))
+        self.starts = [self.width - len(prompt) for prompt in prompts]
+        self.tokens = sum(map(len, prompts)) - known
+        pad = forward.model.pad_id
+        device = forward.device
+        self._ids = torch.tensor(
+            [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device=device
+        )
+        columns = torch.arange(self.width, device=device)
+        starts = torch.tensor(self.starts, device=device).unsqueeze(1)
+        self._positions = (columns - starts).clamp_min(0)
+        self._mask = columns >= starts if any(self.starts) else None
+
+    def advance(self) -> Tensor | None:
+        span = self.cache.span
+        end = self.width if len(self.starts) > 1 or self.media else min(self.width, span.end + self.chunk)
+        inputs = dict(self.media)
+        if self._mask is not None:
+            inputs["attention_mask"] = self._mask.long()
+        logits, _ = self.forward(
+            self._ids[:, span.end : end], self.cache, position_ids=self._positions[:, span.end : end], **inputs
+        )
+        span.end = end
+        return logits if end == self.width else None
+
+
+class SlotRunner:
+    """Decodes up to ``slots`` sequences at once.
+
+    Args:
+        keeps: which layers keep keys and values (``cache.kept_layers``).
+        nbytes: memory for the beginnings of later prompts.
+    """
+
+    def __init__(self, forward: Forward, keeps: Sequence[bool], slots: int, nbytes: int) -> None:
+        self.forward, self.keeps, self.slots = forward, keeps, slots
+        self.prefixes: Prefixes[SlotCache] = Prefixes(2 * slots, nbytes)
+        self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
+        self.cache: SlotCache | None = None
+        self.starts: list[int] = []
+        self._changed = True
+        self._mask: Tensor | None = None
+        self._positions = torch.empty(0, 1, dtype=torch.long)
+
+    # -- joining --------------------------------------------------------------------------------------------------
+
+    def groups(self, prompt: Sequence[int]) -> bool:
+        return len(prompt) <= self.chunk and self.prefixes.longest(prompt) is None
+
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Mapping[str, Tensor] | None) -> SlotPrefill:
+        cache = SlotCache(self.keeps, len(prompts), max(map(len, prompts)))
+        found = self.prefixes.longest(prompts[0]) if len(prompts) == 1 and media is None else None
+        known = 0
+        if found is not None:
+            kept, known = found
+            cache.copy_row(kept, 0, 0, 0, 0, known)
+            cache.span.end = known
+        return SlotPrefill(self.forward, cache, prompts, known, self.chunk, media)
+
+    def join(self, prefill: SlotPrefill, place: int) -> None:
+        length = prefill.width - prefill.starts[place]
+        row = len(self.starts)
+        if self.cache is None:
+            self.cache = SlotCache(self.keeps, 1, length + max(_SPARE_COLUMNS, length // 2))
+            self.cache.span.start = self.cache.span.end = length
+        self._make_room(row + 1, length)
+        end = self.cache.span.end
+        self.cache.copy_row(prefill.cache, place, prefill.starts[place], row, end - length, length)
+        self.starts.append(end - length)
+        self.cache.span.rows = row + 1
+        self._settle()
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """See to ``rows`` rows, ``length`` columns in front of the common end, and one behind it."""
+        assert self.cache is not None
+        span = self.cache.span
+        row_room, room = span.row_room, span.column_room
+        if rows <= row_room and length <= span.end < room:
+            return
+        while row_room < rows:
+            row_room = min(2 * row_room, self.slots)
+        width = span.end - span.start
+        needed = max(width, length)
+        if 4 * needed > 3 * room:  # moving to the front would buy few steps
+            room = needed + max(_SPARE_COLUMNS, needed // 2)
+        shift = needed - width - span.start
+        self.cache.relocate(needed - width, row_room, room)
+        self.starts = [start + shift for start in self.starts]
+        self._changed = True
+
+    def _settle(self) -> None:
+        assert self.cache is not None
+        self.cache.span.start = min(self.starts)
+        self._changed = True
+
+    # -- decoding -------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        assert self.cache is not None
+        self._make_room(len(self.starts), 0)
+        if self._changed:
+            self._prepare()
+        span = self.cache.span
+        inputs = {}
+        if self._mask is not None:
+            inputs["attention_mask"] = self._mask[:, span.start : span.end + 1]
+        ids = torch.tensor(tokens, device=self.forward.device).unsqueeze(1)
+        logits, _ = self.forward(ids, self.cache, position_ids=self._positions, **inputs)
+        span.end += 1
+        self._positions = self._positions + 1
+        return logits
+
+    def _prepare(self) -> None:
+        """The mask of all columns there is room for, and the next positions; they hold until rows come, go or move."""
+        assert self.cache is not None
+        device, span = self.forward.device, self.cache.span
+        starts = torch.tensor(self.starts, device=device).unsqueeze(1)
+        ragged = any(start != span.start for start in self.starts)
+        columns = torch.arange(span.column_room, device=device)
+        self._mask = (columns >= starts).long() if ragged else None
+        self._positions = span.end - starts
+        self._changed = False
+
+    # -- leaving --------------------------------------------------------------------------------------------------
+
+    def leave(self, row: int, ids: Sequence[int] | None) -> None:
+        assert self.cache is not None
+        span, last = self.cache.span, len(self.starts) - 1
+        if ids is not None:
+            length = span.end - self.starts[row]
+            kept = SlotCache(self.keeps, 1, length)
+            kept.copy_row(self.cache, row, self.starts[row], 0, 0, length)
+            kept.span.end = length
+            self.prefixes.add(ids[:length], kept, kept.nbytes)
+        if row != last:
+            start = self.starts[last]
+            self.cache.copy_row(self.cache, last, start, row, start, span.end - start)
+            self.starts[row] = start
+        self.starts.pop()
+        span.rows = last
+        if self.starts:
+            self._settle()
+        else:  # memory that one long prompt or many rows took goes back
+            self.cache = None
+
+    def reset(self) -> None:
+        self.cache, self.starts = None, []
+        self.prefixes.clear()

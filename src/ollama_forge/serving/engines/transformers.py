@@ -1,0 +1,229 @@
+"""A transformers model as an engine: one thread decodes for all who ask, over a key-value cache of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.device import memory_available
+from ollama_forge.serving.engines.alone import AloneRunner
+from ollama_forge.serving.engines.base import EngineError, Request, Step
+from ollama_forge.serving.engines.cache import kept_layers
+from ollama_forge.serving.engines.constraint import Grammars
+from ollama_forge.serving.engines.embedding import embed_batches
+from ollama_forge.serving.engines.packing import pack_linears
+from ollama_forge.serving.engines.runner import Forward, Runner
+from ollama_forge.serving.engines.scheduler import Answer, Scheduler, Stats
+from ollama_forge.serving.engines.slots import SlotRunner
+
+_LOG = logging.getLogger(__name__)
+_SHARE_FOR_PREFIXES = 8  # an eighth of the memory that is free
+_UNBOUNDED = 1 << 20
+_CLOSED = "the model was unloaded"
+
+Item = Step | EngineError | None
+
+
+class _Reader:
+    """Where an answer's tokens go: a queue of the event loop that asked."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Item] = asyncio.Queue()
+
+
+class TransformersEngine:
+    """Generates and embeds.
+
+    Args:
+        model: from now on the engine's alone; its weights must not change any more.
+        slots: answers that run at the same time. One, whatever is asked for, for a model whose state cannot be put into
+            slots.
+    """
+
+    def __init__(self, model: ChatModel, *, slots: int = 16) -> None:
+        self.model = model
+        pack_linears(model.module)
+        config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
+        self._vocabulary = int(config.vocab_size)
+        self._context_length = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+        self._forward = Forward(model)
+        grammars = Grammars(model.tokenizer, self._vocabulary, model.eos_ids)
+        self._scheduler = Scheduler(self._runner(slots), grammars, self._deliver)
+        self._outbox: list[tuple[_Reader, Item]] = []
+        self._wake = threading.Condition()
+        self._inbox: deque[Answer] = deque()
+        self._jobs: deque[tuple[Callable[[], list[list[float]]], Future[list[list[float]]]]] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
+        self._thread.start()
+
+    def _runner(self, slots: int) -> Runner:
+        module = self.model.module
+        turns = any(hasattr(part, "rope_deltas") for part in module.modules())  # positions kept in the module itself
+        keeps = None if turns else kept_layers(module.config)
+        if keeps is None:
+            return AloneRunner(self._forward)
+        free = memory_available(self.model.device)
+        return SlotRunner(self._forward, keeps, slots, (free or 0) // _SHARE_FOR_PREFIXES)
+
+    @property
+    def slots(self) -> int:
+        return self._scheduler.runner.slots
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            self._forward.passes,
+            scheduler.prefills,
+            scheduler.prefilled_tokens,
+            scheduler.decoded_tokens,
+            scheduler.active,
+        )
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncIterator[Step]:
+        """Stream an answer; closing the iterator (``aclose``) cancels it within a token.
+
+        Raises:
+            EngineError: a prompt that doesn't fit, a failing model, a closed engine.
+        """
+        self._check(request)
+        if request.max_tokens <= 0:
+            return
+        reader = _Reader()
+        answer = Answer(request, reader)
+        with self._wake:
+            if self._closed:
+                raise EngineError(_CLOSED)
+            self._inbox.append(answer)
+            self._wake.notify()
+        try:
+            while (item := await reader.queue.get()) is not None:
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+        finally:
+            answer.cancelled = True
+
+    def _check(self, request: Request) -> None:
+        if not request.ids:
+            raise EngineError("the prompt is empty")
+        if len(request.ids) + request.max_tokens > self._context_length + 1 and len(request.ids) >= self._context_length:
+            raise EngineError(
+                f"the prompt has {len(request.ids)} tokens, the model takes {self._context_length} with the answer"
+            )
+        if not 0 <= min(request.ids) <= max(request.ids) < self._vocabulary:
+            raise EngineError("the prompt has tokens that the model doesn't know")
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Mean-pooled last hidden states (behind the final norm), one L2-normalised vector ``[d_model]`` an input.
+
+        Raises:
+            EngineError: an empty or too long input, a failing model, a closed engine.
+        """
+        for ids in inputs:
+            self._check(Request(tuple(ids), 1))
+        vectors: list[list[float]] = [[] for _ in inputs]
+        for rows, work in embed_batches(self.model, inputs):
+            future: Future[list[list[float]]] = Future()
+            with self._wake:
+                if self._closed:
+                    raise EngineError(_CLOSED)
+                self._jobs.append((work, future))
+                self._wake.notify()
+            for row, vector in zip(rows, await asyncio.wrap_future(future), strict=True):
+                vectors[row] = vector
+        return vectors
+
+    def close(self) -> None:
+        """End all answers (their readers get an error) and the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._closed or self._inbox or self._jobs or self._scheduler.busy):
+                    self._wake.wait()
+                if self._closed:
+                    break
+                while self._inbox:
+                    self._scheduler.submit(self._inbox.popleft())
+                job = self._jobs.popleft() if self._jobs else None
+            if job is not None:
+                self._do(*job)
+            try:
+                self._scheduler.tick()
+            except Exception as error:
+                self._scheduler.fail(_failure(error))
+            self._send()
+        self._end()
+
+    def _do(self, work: Callable[[], list[list[float]]], future: Future[list[list[float]]]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(_failure(error))
+
+    def _end(self) -> None:
+        error = EngineError(_CLOSED)
+        self._scheduler.fail(error)
+        for answer in [*self._scheduler.waiting, *self._inbox]:
+            self._deliver(answer, error)
+        for _, future in self._jobs:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self._send()
+
+    def _deliver(self, answer: Answer, item: Item) -> None:
+        self._outbox.append((answer.sink, item))
+
+    def _send(self) -> None:
+        """Hand what a tick brought to the event loops, each woken once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Item]]] = {}
+        for reader, item in self._outbox:
+            by_loop.setdefault(reader.loop, []).append((reader, item))
+        self._outbox.clear()
+        for loop, items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, items)
+            except RuntimeError:  # that loop is closed, and so are its readers
+                continue
+
+
+def _put(items: list[tuple[_Reader, Item]]) -> None:
+    for reader, item in items:
+        reader.queue.put_nowait(item)
+
+
+def _failure(error: Exception) -> EngineError:
+    """What a client may know of an error; the rest goes to the log."""
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return EngineError("the model has run out of memory; ask for less context or fewer answers at a time")
+    _LOG.error("the model failed", exc_info=error)
+    return EngineError(f"the model failed while answering ({type(error).__name__})")
