@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ollama_forge.serving.engines.prefixes import Prefixes
-from ollama_forge.serving.engines.runner import Forward, on_device
+from ollama_forge.serving.engines.runner import Forward, Media, on_device
 
 
 class AlonePrefill:
-    def __init__(
-        self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Mapping[str, Tensor] | None
-    ) -> None:
+    def __init__(self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Media) -> None:
         self.forward, self.prompt, self.cache, self.known = forward, prompt, cache, known
         self.media = on_device(media, forward.model)
         self.tokens = len(prompt) - known
@@ -37,10 +35,10 @@ class AloneRunner:
         self.cache: Any = None
         self.length = 0
 
-    def groups(self, prompt: Sequence[int]) -> bool:
-        return False
+    def unknown(self, prompt: Sequence[int]) -> int:
+        return len(prompt)  # there is no other to be prefilled beside
 
-    def prefill(self, prompts: Sequence[Sequence[int]], media: Mapping[str, Tensor] | None) -> AlonePrefill:
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> AlonePrefill:
         (prompt,) = prompts
         found = self.prefixes.longest(prompt, whole=True) if media is None else None
         self.prefixes.clear()  # it is going to change

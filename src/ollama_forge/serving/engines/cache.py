@@ -111,7 +111,9 @@ class SlotCache(Cache):
             layer.relocate(start, end, to)
         span.start, span.end = to, to + end - start
 
-    def copy_row(self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
+    def copy_row(
+        self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int
+    ) -> None:
         """Copy ``length`` columns of a row of another cache (or of this one) to ``start`` of a row."""
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if not isinstance(theirs, SlotLayer) or theirs.keys is None or theirs.values is None:
@@ -134,5 +136,3 @@ def kept_layers(config: Any) -> tuple[bool, ...] | None:
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in layers):
         return None
     return tuple(not isinstance(layer, DummyLayer) for layer in layers)
-
-

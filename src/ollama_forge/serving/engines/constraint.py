@@ -102,7 +102,9 @@ class Grammars:
         from llguidance.hf import from_tokenizer
 
         try:
-            return from_tokenizer(self.tokenizer, n_vocab=max(self.vocabulary, len(self.tokenizer)), eos_token=self.ends)
+            return from_tokenizer(
+                self.tokenizer, n_vocab=max(self.vocabulary, len(self.tokenizer)), eos_token=self.ends
+            )
         except ValueError as error:
             raise EngineError("this model's tokenizer cannot be constrained to a format") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ollama_forge.models.batching import by_length, pad_left
+from ollama_forge.models.batching import by_length
 from ollama_forge.models.chat_model import ChatModel
 
 _ROWS = 16
@@ -28,12 +28,12 @@ def _work(model: ChatModel, texts: list[list[int]]) -> Work:
 
 @torch.inference_mode()
 def _embed(model: ChatModel, texts: list[list[int]]) -> list[list[float]]:
-    ids, mask = pad_left(texts, model.pad_id, model.device)
+    # on the right, unlike everywhere else: there positions need no correcting, and nothing looks back from padding
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [model.pad_id] * (width - len(text)) for text in texts], device=model.device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
     module: Any = model.module
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask
-    hidden = module.base_model(**inputs).last_hidden_state.float()
+    hidden = module.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
     weights = mask.unsqueeze(-1).float()
     mean = (hidden * weights).sum(1) / weights.sum(1)
     vectors: list[list[float]] = nn.functional.normalize(mean, dim=-1).tolist()

@@ -12,6 +12,9 @@ from torch import Tensor
 from ollama_forge.models.chat_model import ChatModel
 
 
+Media = Mapping[str, Tensor] | None
+
+
 class Prefill(Protocol):
     """Prompts on their way. ``tokens`` is how many are computed, padding not counted."""
 
@@ -29,12 +32,12 @@ class Runner(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]], media: Mapping[str, Tensor] | None) -> Prefill:
-        """Prompts of which none has a known start, or a single one; ``media`` go with a single one."""
+    def unknown(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt have to be computed."""
         ...
 
-    def groups(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt may be prefilled beside others."""
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> Prefill:
+        """``media`` go with a single prompt, of which nothing is known then."""
         ...
 
     def join(self, prefill: Any, place: int) -> None:
@@ -80,7 +83,7 @@ class Forward:
         return result.logits[:, -1], getattr(result, self.cache_name)
 
 
-def on_device(media: Mapping[str, Tensor] | None, model: ChatModel) -> dict[str, Tensor]:
+def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:
     """Media where the model is, pictures in its type."""
     dtype = next(model.module.parameters()).dtype
     return {

@@ -38,8 +38,7 @@ class Row:
             self._generator.manual_seed(sampling.seed % (1 << 64))
         self._uniforms: list[float] = []
         self.penalised = sampling.repeat_last_n != 0 and (
-            sampling.repeat_penalty != 1
-            or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+            sampling.repeat_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         )
         last = sampling.repeat_last_n if sampling.repeat_last_n >= 0 else None
         self._recent: deque[int] = deque(maxlen=last)

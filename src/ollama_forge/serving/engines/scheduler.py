@@ -15,8 +15,7 @@ from ollama_forge.serving.engines.constraint import Enforced, Grammars
 from ollama_forge.serving.engines.runner import Prefill, Runner
 from ollama_forge.serving.engines.sampling import Row, draw
 
-_MOST_PADDING = 4  # prompts of a group are at most this many times as long as its shortest
-GROUP_TOKENS = 1024  # of a group of prompts, padding included
+GROUP_TOKENS = 512  # that a group of prompts is fed at once, padding included
 
 
 @dataclass(frozen=True)
@@ -123,21 +122,17 @@ class Scheduler:
             except EngineError as error:
                 self.deliver(group.pop(), error)
                 continue
-            if answer.request.media is not None or not self.runner.groups(answer.request.ids):
-                break
         if group:
             media: Any = group[0].request.media
             self._prefill = self.runner.prefill([answer.request.ids for answer in group], media)
 
     def _fits(self, group: Sequence[Answer], answer: Answer) -> bool:
-        request = answer.request
-        lengths = [len(other.request.ids) for other in group] + [len(request.ids)]
-        return (
-            request.media is None
-            and self.runner.groups(request.ids)
-            and max(lengths) <= _MOST_PADDING * min(lengths)
-            and max(lengths) * len(lengths) <= GROUP_TOKENS
-        )
+        """Whether a prompt is of a kind with a group's: little is computed only because another needs it."""
+        if answer.request.media is not None or group[0].request.media is not None:
+            return False
+        needed = [self.runner.unknown(other.request.ids) for other in (*group, answer)]
+        fed = max(needed) * len(needed)
+        return fed <= GROUP_TOKENS and fed <= 2 * sum(needed)
 
     def _prepare(self, answer: Answer) -> None:
         request = answer.request

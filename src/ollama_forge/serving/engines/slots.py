@@ -6,14 +6,14 @@ windows and position biases hold as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ollama_forge.serving.engines.cache import SlotCache
 from ollama_forge.serving.engines.prefixes import Prefixes
-from ollama_forge.serving.engines.runner import Forward, on_device
+from ollama_forge.serving.engines.runner import Forward, Media, on_device
 
 _SPARE_COLUMNS = 64
 _CHUNK = {"cpu": 512}
@@ -21,38 +21,36 @@ _CHUNK_ON_DEVICE = 2048
 
 
 class SlotPrefill:
-    """Prompts in a cache of their own. A single one runs in chunks, behind what is known of it; several run at once."""
+    """Prompts in a cache of their own, right-aligned.
+
+    A single one runs in chunks behind what is known of it. Several run at once: of each the last ``fresh`` tokens, which
+    is what the least known of them needs.
+    """
 
     def __init__(
-        self,
-        forward: Forward,
-        cache: SlotCache,
-        prompts: Sequence[Sequence[int]],
-        known: int,
-        chunk: int,
-        media: Mapping[str, Tensor] | None,
+        self, forward: Forward, cache: SlotCache, prompts: Sequence[Sequence[int]], fresh: int, chunk: int, media: Media
     ) -> None:
         self.forward, self.cache, self.chunk = forward, cache, chunk
         self.media = on_device(media, forward.model)
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
-        self.tokens = sum(map(len, prompts)) - known
-        pad = forward.model.pad_id
-        device = forward.device
+        self.tokens = sum(min(len(prompt), fresh) for prompt in prompts)
+        cache.span.end = self.width - fresh
+        pad, device = forward.model.pad_id, forward.device
         self._ids = torch.tensor(
             [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device=device
         )
         columns = torch.arange(self.width, device=device)
         starts = torch.tensor(self.starts, device=device).unsqueeze(1)
         self._positions = (columns - starts).clamp_min(0)
-        self._mask = columns >= starts if any(self.starts) else None
+        self._mask = (columns >= starts).long() if any(self.starts) else None
 
     def advance(self) -> Tensor | None:
         span = self.cache.span
         end = self.width if len(self.starts) > 1 or self.media else min(self.width, span.end + self.chunk)
         inputs = dict(self.media)
         if self._mask is not None:
-            inputs["attention_mask"] = self._mask.long()
+            inputs["attention_mask"] = self._mask
         logits, _ = self.forward(
             self._ids[:, span.end : end], self.cache, position_ids=self._positions[:, span.end : end], **inputs
         )
@@ -80,18 +78,22 @@ class SlotRunner:
 
     # -- joining --------------------------------------------------------------------------------------------------
 
-    def groups(self, prompt: Sequence[int]) -> bool:
-        return len(prompt) <= self.chunk and self.prefixes.longest(prompt) is None
+    def unknown(self, prompt: Sequence[int]) -> int:
+        found = self.prefixes.longest(prompt)
+        return len(prompt) - (found[1] if found is not None else 0)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], media: Mapping[str, Tensor] | None) -> SlotPrefill:
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> SlotPrefill:
         cache = SlotCache(self.keeps, len(prompts), max(map(len, prompts)))
-        found = self.prefixes.longest(prompts[0]) if len(prompts) == 1 and media is None else None
-        known = 0
-        if found is not None:
-            kept, known = found
-            cache.copy_row(kept, 0, 0, 0, 0, known)
-            cache.span.end = known
-        return SlotPrefill(self.forward, cache, prompts, known, self.chunk, media)
+        found = [self.prefixes.longest(prompt) if media is None else None for prompt in prompts]
+        fresh = max(
+            len(prompt) - (known[1] if known is not None else 0) for prompt, known in zip(prompts, found, strict=True)
+        )
+        prefill = SlotPrefill(self.forward, cache, prompts, fresh, self.chunk, media)
+        for row, known in enumerate(found):
+            length = cache.span.end - prefill.starts[row]
+            if known is not None and length > 0:
+                cache.copy_row(known[0], 0, 0, row, prefill.starts[row], length)
+        return prefill
 
     def join(self, prefill: SlotPrefill, place: int) -> None:
         length = prefill.width - prefill.starts[place]

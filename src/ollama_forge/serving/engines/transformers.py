@@ -22,6 +22,7 @@ from ollama_forge.serving.engines.packing import pack_linears
 from ollama_forge.serving.engines.runner import Forward, Runner
 from ollama_forge.serving.engines.scheduler import Answer, Scheduler, Stats
 from ollama_forge.serving.engines.slots import SlotRunner
+from ollama_forge.serving.engines.threads import release_openmp_team
 
 _LOG = logging.getLogger(__name__)
 _SHARE_FOR_PREFIXES = 8  # an eighth of the memory that is free
@@ -62,6 +63,7 @@ class TransformersEngine:
         self._inbox: deque[Answer] = deque()
         self._jobs: deque[tuple[Callable[[], list[list[float]]], Future[list[list[float]]]]] = deque()
         self._closed = False
+        release_openmp_team()  # which loading and packing left
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
@@ -122,7 +124,10 @@ class TransformersEngine:
     def _check(self, request: Request) -> None:
         if not request.ids:
             raise EngineError("the prompt is empty")
-        if len(request.ids) + request.max_tokens > self._context_length + 1 and len(request.ids) >= self._context_length:
+        if (
+            len(request.ids) + request.max_tokens > self._context_length + 1
+            and len(request.ids) >= self._context_length
+        ):
             raise EngineError(
                 f"the prompt has {len(request.ids)} tokens, the model takes {self._context_length} with the answer"
             )

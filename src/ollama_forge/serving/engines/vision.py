@@ -1,0 +1,82 @@
+"""The engine of a checkpoint that sees: images become what its processor makes of them, and go in with the prompt."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.quiet import quiet_transformers
+from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engines.transformers import TransformersEngine
+
+_LOG = logging.getLogger(__name__)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+class VisionEngine(TransformersEngine):
+    """Generates, embeds and sees."""
+
+    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16) -> None:
+        super().__init__(model, slots=slots)
+        self._processor = processor
+
+    def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
+        """Ids of a rendered prompt whose image placeholders are expanded, and the media to hand back in the request.
+
+        Raises:
+            EngineError: an image that cannot be read, or as many placeholders as images are not there.
+        """
+        pictures = [_picture(image) for image in images]
+        try:
+            encoded = self._processor(
+                text=[text],
+                images=pictures or None,
+                add_special_tokens=not self.model.tokenizer.chat_template,
+                return_tensors="pt",
+            )
+        except (ValueError, IndexError, StopIteration, RuntimeError) as error:
+            raise EngineError(f"the prompt does not go with {len(images)} images: {error}") from error
+        ids = tuple(encoded["input_ids"][0].tolist())
+        media = {name: value for name, value in encoded.items() if name not in _TEXT_INPUTS}
+        return ids, media if pictures else None
+
+
+def _picture(image: bytes) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(image)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EngineError("an image cannot be read: it is neither PNG, JPEG nor another known kind") from error
+
+
+def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16) -> TransformersEngine:
+    """Load a checkpoint as an engine, a ``VisionEngine`` where it has a vision processor.
+
+    Raises:
+        ForgeError: as ``ChatModel.load``.
+    """
+    model = ChatModel.load(checkpoint, settings)
+    processor = _processor(checkpoint.folder) if hasattr(model.module.config, "vision_config") else None
+    return TransformersEngine(model, slots=slots) if processor is None else VisionEngine(model, processor, slots=slots)
+
+
+def _processor(folder: Path) -> Any:
+    """The checkpoint's processor of texts and images; None where there is none that works here."""
+    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return None
+    from transformers import AutoProcessor
+
+    with quiet_transformers():
+        try:
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            _LOG.warning("no images: the processor cannot be loaded (%s)", type(error).__name__)
+            return None
+    return processor if getattr(processor, "image_processor", None) is not None else None

@@ -1,0 +1,87 @@
+"""Tiny models as engines, and what tests do with them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.serving.engines.base import Request, Sampling, Step
+from ollama_forge.serving.engines.transformers import TransformersEngine
+from tests import tiny
+
+GREEDY = Sampling(temperature=0.0)
+T = TypeVar("T")
+
+
+def load(folder: Path, module: torch.nn.Module | str = "llama") -> ChatModel:
+    """A tiny float32 model, a family's or one that was built."""
+    built = tiny.build(module) if isinstance(module, str) else module
+    return ChatModel.load(tiny.save(built, folder / "model"), LoadSettings(dtype="float32", device="cpu"))
+
+
+@contextmanager
+def running(model: ChatModel, slots: int = 4) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(model, slots=slots)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random bytes as ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(5, tiny.VOCABULARY, (length,), generator=generator).tolist())
+
+
+def greedy(ids: Sequence[int], count: int, **fields: Any) -> Request:
+    return dataclasses.replace(Request(tuple(ids), count, GREEDY), **fields)
+
+
+async def collect(engine: TransformersEngine, request: Request) -> list[Step]:
+    return [step async for step in engine.generate(request)]
+
+
+async def ids_of(engine: TransformersEngine, request: Request) -> list[int]:
+    return [step.id for step in await collect(engine, request)]
+
+
+def together(engine: TransformersEngine, requests: Sequence[Request]) -> list[list[int]]:
+    """Answers of requests that are made at once."""
+
+    async def ask() -> list[list[int]]:
+        return await asyncio.gather(*(ids_of(engine, request) for request in requests))
+
+    return wait(ask)
+
+
+def wait(work: Callable[[], Awaitable[T]]) -> T:
+    """Run async work; what hangs fails."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(work(), 120)  # type: ignore[arg-type]
+
+    return asyncio.run(bounded())
+
+
+@torch.inference_mode()
+def by_generate(model: ChatModel, ids: Sequence[int], count: int) -> list[int]:
+    """The greedy answer of transformers' own ``generate``, of exactly so many tokens."""
+    inputs = torch.tensor([list(ids)])
+    out = model.module.generate(  # type: ignore[operator]
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=model.pad_id,
+        eos_token_id=None,
+    )
+    return out[0, len(ids) :].tolist()  # type: ignore[no-any-return]
