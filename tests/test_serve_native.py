@@ -441,6 +441,7 @@ def test_embeddings(url: str) -> None:
     assert post(url, "/api/embeddings", {"model": "wire", "prompt": "a"}) == {"embedding": many["embeddings"][0]}
     (short,) = post(url, "/api/embed", {"model": "wire", "input": "a", "dimensions": 4})["embeddings"]
     assert (len(short), round(sum(x * x for x in short), 6)) == (4, 1.0)
+    assert refused(url, "/api/embed", {"model": "wire", "input": ["", "a"]})[0] == 400
     for wrong in (5, ["a", 5], {}, True, False, [["a"]], 0):
         assert refused(url, "/api/embed", {"model": "wire", "input": wrong}) == (400, "invalid input type")
 

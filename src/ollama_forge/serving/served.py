@@ -80,10 +80,10 @@ class ServedModel:
             ForgeError: it cannot be loaded.
         """
         from ollama_forge.models.chat_model import load_tokenizer
-        from ollama_forge.serving.engines.transformers import TransformersEngine
+        from ollama_forge.serving.engines.vision import load_engine
 
         tokenizer = load_tokenizer(checkpoint.folder)
-        engine = TransformersEngine.load(checkpoint, load, slots=slots)
+        engine = load_engine(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
         ends = end_ids(checkpoint, tokenizer)
         kwargs = load.template_kwargs
@@ -237,6 +237,8 @@ class ServedModel:
         length = self.engine.context_length
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
         inputs = [list(self.tokenizer(text).input_ids) for text in texts]
+        if not all(inputs):
+            raise BadRequest("an input is empty: there is nothing in it to embed")
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
         inputs = [ids[:room] for ids in inputs]
