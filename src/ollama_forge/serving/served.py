@@ -182,10 +182,11 @@ class ServedModel:
             yield delta
         ended = time.perf_counter_ns()
         stopped = text.stopped_by
+        by_itself = stopped is None and len(ids) < limit
         yield Done(
-            reason="length" if stopped is None and len(ids) >= limit else "stop",
+            reason="stop" if by_itself or stopped is not None else "length",
             prompt_tokens=len(prompt.ids),
-            tokens=len(ids),
+            tokens=len(ids) + by_itself,  # the one that ended it was generated, too
             total_ns=max(ended - started, 1),
             load_ns=max(admitted - started, 1),
             prompt_ns=max(first - admitted, 1),
