@@ -65,7 +65,8 @@ def engine(tmp_path: Path) -> Iterator[TransformersEngine]:
 def test_is_an_engine(engine: TransformersEngine) -> None:
     as_engine: Engine = engine
     assert (as_engine.slots, as_engine.context_length) == (4, 512)
-    assert isinstance(engine, Embedder) and not isinstance(engine, ImageEncoder)
+    assert isinstance(engine, Embedder)
+    assert not isinstance(engine, ImageEncoder)
 
 
 def test_concurrent_answers_share_forward_passes(engine: TransformersEngine) -> None:
@@ -327,5 +328,5 @@ def test_seeds_give_the_same_answer_alone_and_beside_others(engine: Transformers
     alone = together(engine, [request(7)])[0]
     beside = together(engine, [request(seed) for seed in (1, 7, 2, 7)])
     assert beside[1] == beside[3] == alone
-    assert beside[0] != alone and beside[2] != alone
+    assert alone not in (beside[0], beside[2])
     assert together(engine, [request(-7)]) == together(engine, [request(-7)])

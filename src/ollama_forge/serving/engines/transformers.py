@@ -150,7 +150,8 @@ class TransformersEngine:
                     raise EngineError(_CLOSED)
                 self._jobs.append((work, future))
                 self._wake.notify()
-            for row, vector in zip(rows, await asyncio.wrap_future(future), strict=True):
+            found: list[list[float]] = await asyncio.wrap_future(future)
+            for row, vector in zip(rows, found, strict=True):
                 vectors[row] = vector
         return vectors
 
