@@ -176,7 +176,7 @@ class Enforced:
         text = self._tail + self.grammars.tokens.decode_bytes([token])
         place = text.find(self.after)
         if place < 0:
-            self._tail = text[len(text) - (len(self.after) - 1) :] if len(self.after) > 1 else b""
+            self._tail = text[max(0, len(text) - len(self.after) + 1) :]
             return
         self.free = False
         self._begin(self.matcher, text[place + len(self.after) :])
