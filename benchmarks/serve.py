@@ -96,7 +96,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
 
 
 def engine_process(pipe: Connection) -> None:
-    """Answers questions until an empty one, in a process of its own as a server is: OpenMP's threads are a process's."""
+    """Answers questions until an empty one; a process of its own, as a server is, has OpenMP threads of its own."""
     from ollama_forge.checkpoints.source import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.serving.engines.transformers import TransformersEngine

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ollama_forge.serving.engines.base import Constraint, EngineError, Request, Sampling
-from ollama_forge.serving.engines.constraint import Enforced, Grammars, check_schema
+from ollama_forge.serving.engines.constraint import Enforced, Grammars
+from ollama_forge.serving.engines.schema import check_schema
 from tests import tiny
 from tests.engines import GREEDY, collect, load, running, together, wait
 
@@ -54,7 +55,10 @@ def test_a_good_schema(schema: object) -> None:
 )
 def test_a_bad_schema_is_told_in_a_line(schema: str, says: str) -> None:
     message = check_schema(schema)
-    assert message is not None and says in message and "\n" not in message and len(message) <= 300
+    assert message is not None
+    assert says in message
+    assert "\n" not in message
+    assert len(message) <= 300
 
 
 def enforced(schema: object, after: str | None = None) -> Enforced:

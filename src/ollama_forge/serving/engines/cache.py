@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -32,14 +31,14 @@ class Span:
     end: int = 0
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, ``[row_room, heads, column_room, dim]`` each."""
 
     is_sliding = False  # a window is kept whole and cut by the mask
     is_croppable = True
 
     def __init__(self, span: Span) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.span = span
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -54,7 +53,8 @@ class SlotLayer(CacheLayerMixin):
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         keys, values, span = self.keys, self.values, self.span
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         end = span.end + key_states.shape[-2]
         keys[: span.rows, :, span.end : end] = key_states
         values[: span.rows, :, span.end : end] = value_states
@@ -90,11 +90,12 @@ class SlotCache(Cache):
 
     def __init__(self, keeps: Sequence[bool], rows: int, columns: int) -> None:
         self.span = Span(rows, columns, rows)
-        super().__init__(layers=[SlotLayer(self.span) if own else DummyLayer() for own in keeps])
+        self._own = [SlotLayer(self.span) if own else None for own in keeps]
+        super().__init__(layers=[layer or DummyLayer() for layer in self._own])  # type: ignore[no-untyped-call]
 
     @property
     def slot_layers(self) -> Iterator[SlotLayer]:
-        return (layer for layer in self.layers if isinstance(layer, SlotLayer) and layer.keys is not None)
+        return (layer for layer in self._own if layer is not None and layer.keys is not None)
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +116,15 @@ class SlotCache(Cache):
         self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int
     ) -> None:
         """Copy ``length`` columns of a row of another cache (or of this one) to ``start`` of a row."""
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
-            if not isinstance(theirs, SlotLayer) or theirs.keys is None or theirs.values is None:
+        here, there = slice(start, start + length), slice(source_start, source_start + length)
+        for mine, theirs in zip(self._own, source._own, strict=True):
+            if mine is None or theirs is None or theirs.keys is None or theirs.values is None:
                 continue
-            if mine.keys is None:
+            if mine.keys is None or mine.values is None:
                 mine.lazy_initialization(theirs.keys, theirs.values)
             for target, origin in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                target[row, :, start : start + length] = origin[source_row, :, source_start : source_start + length]
+                assert target is not None
+                target[row, :, here] = origin[source_row, :, there]
 
 
 def kept_layers(config: Any) -> tuple[bool, ...] | None:

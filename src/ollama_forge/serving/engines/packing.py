@@ -17,7 +17,7 @@ def pack_linears(module: nn.Module) -> int:
     The weights stay as they are beside the copies, so none is packed where memory for that is short. What is changed in
     the weights afterwards has no effect.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return 0
     linears = [
         part

@@ -1,4 +1,4 @@
-"""How a scheduler sees a model: prompts are prefilled in pieces, join the sequences that are decoded, and leave them."""
+"""How a scheduler sees a model: prompts are prefilled in pieces, join what is being decoded, and leave it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ollama_forge.models.chat_model import ChatModel
-
 
 Media = Mapping[str, Tensor] | None
 

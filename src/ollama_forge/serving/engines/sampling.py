@@ -91,10 +91,7 @@ class Candidates:
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Step]:
     """The next token of each row of ``[rows, vocabulary]`` logits, with log-probabilities where asked for."""
-    if all(row.plain for row in rows):
-        chosen = logits.argmax(-1).tolist()
-    else:
-        chosen = _draw_shaped(logits, rows)
+    chosen = logits.argmax(-1).tolist() if all(row.plain for row in rows) else _draw_shaped(logits, rows)
     steps = [Step(token) for token in chosen]
     for place, logprob, top in _logprobs(logits, rows, chosen):
         steps[place] = replace(steps[place], logprob=logprob, top=top)
@@ -193,7 +190,7 @@ def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
     logs = scores.log_softmax(-1)
     shares = logs.exp()
     entropy = -(shares * logs.masked_fill(shares == 0, 0.0)).sum(-1, keepdim=True)
-    order = (logs + entropy).abs().argsort(-1, stable=True)
+    order = (logs + entropy).abs().argsort(stable=True)
     sorted_shares = shares.gather(-1, order)
     late = sorted_shares.cumsum(-1) - sorted_shares >= typical_p
     late[:, 0] = False
@@ -207,7 +204,7 @@ def pick(candidates: Candidates, settings: Sequence[Sampling], uniforms: Sequenc
     heights = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     levels = torch.tensor(uniforms, device=scores.device, dtype=torch.float64).unsqueeze(1) * heights[:, -1:]
     places = torch.searchsorted(heights, levels, right=True).clamp_max(heights.shape[-1] - 1)
-    return candidates.ids.gather(-1, places).squeeze(1).tolist()  # type: ignore[no-any-return]
+    return candidates.ids.gather(-1, places).squeeze(1).tolist()
 
 
 def _logprobs(

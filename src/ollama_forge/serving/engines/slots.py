@@ -1,7 +1,7 @@
 """Continuous batching: sequences of all lengths, right-aligned in one cache, joining and leaving between steps.
 
-Right-aligned rows are what transformers' models take from ``generate`` (padding on the left), so each model's own masks,
-windows and position biases hold as they are.
+Right-aligned rows are what transformers' models take from ``generate`` (padding on the left), so each model's own
+masks, windows and position biases hold as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _CHUNK_ON_DEVICE = 2048
 class SlotPrefill:
     """Prompts in a cache of their own, right-aligned.
 
-    A single one runs in chunks behind what is known of it. Several run at once: of each the last ``fresh`` tokens, which
-    is what the least known of them needs.
+    A single one runs in chunks behind what is known of it. Several run at once: of each the last ``fresh`` tokens,
+    which is what the least known of them needs.
     """
 
     def __init__(
