@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -151,6 +152,21 @@ def test_a_full_disk_is_said_before_anything_is_written(
     with pytest.raises(ForgeError, match="are free"):
         apply(str(tmp_path / "model"), tmp_path / "edited", refusal_pt=refusal)
     assert not (tmp_path / "edited").exists()
+
+
+@pytest.mark.parametrize("call", ["sendfile", "fsync"])
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(
+    tmp_path: Path, refusal: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    tiny.save(tiny.build("llama"), tmp_path / "model")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"ollama_forge.checkpoints.writer.os.{call}", full)
+    with pytest.raises(ForgeError, match="No space left"):
+        apply(str(tmp_path / "model"), tmp_path / "edited", refusal_pt=refusal, out_dtype="keep")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("edited")] == []
 
 
 def test_wrong_usage(tmp_path: Path, refusal: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import sha256_file
+from ollama_forge.prompts import curated
 from ollama_forge.prompts.curated import curated_pairs
 from ollama_forge.prompts.normalise import normalise
 from ollama_forge.prompts.settings import PromptSettings
@@ -305,6 +306,23 @@ def test_large_lists_follow_the_curated_ones(tmp_path: Path) -> None:
     assert any("2000 harmful instructions were asked for" in note for note in most.notes)
     other = PromptSettings(num_instructions=CURATED + 40, seed=1).load(32)
     assert other.fit.harmful[CURATED:] != more.fit.harmful[CURATED:]
+
+
+def test_without_the_curated_lists_the_large_ones_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, 300)
+    monkeypatch.setattr(curated, "HARMLESS_FILE", tmp_path / "nowhere.txt")
+    curated_pairs.cache_clear()
+    split = PromptSettings().load(32)
+    assert any("downloaded ones stand alone" in note for note in split.notes)
+    downloaded = cached_lists()[0]
+    assert downloaded is not None
+    for part in (split.fit, split.select, split.report):
+        assert part.harmful
+        assert set(part.harmful) <= set(downloaded.harmful)
+        assert set(part.harmless) <= set(downloaded.harmless)
+    (lists_folder() / "lists.json").unlink()
+    with pytest.raises(ForgeError, match="curated list"):
+        PromptSettings().load(32)
 
 
 def test_own_lists_stay_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,15 @@ def test_verify_tells_a_good_checkpoint_from_a_bad_one(family: str, fault: str, 
         info.file.write_bytes(data)
     checks = verify(source, result, load(result), plan, direction)
     assert all(check.passed for check in checks) == (fault == "none"), checks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+def test_verify_holds_partial_edits_to_their_strength(family: str, tmp_path: Path) -> None:
+    settings = EditSettings(targets=("mlp", "embedding"), strength=0.7)
+    source, result, plan = apply_to(family, tmp_path, settings)
+    weaker = replace(plan, edits={name: replace(edit, strength=0.5) for name, edit in plan.edits.items()})
+    direction = RefusalDirection(R.unsqueeze(0), layer=2)
+    model = load(result)
+    assert all(check.passed for check in verify(source, result, model, plan, direction))
+    failed = [check for check in verify(source, result, model, weaker, direction) if not check.passed]
+    assert [check.name for check in failed] == ["edited matrices act as their factors say"]

@@ -189,6 +189,15 @@ def test_fewer_than_a_default_is_not_noted() -> None:
     assert len(PromptSettings().load(12).fit.harmful) == 12
 
 
+def test_fewer_than_the_default_of_32_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("\n".join(numbered("steal", 40)), encoding="utf-8")
+    split = PromptSettings(harmful=str(tmp_path / "own.txt")).load(256)
+    assert 0 < len(split.fit.harmful) < 32
+    expected = f"32 harmful instructions were asked for, {len(split.fit.harmful)} are there"
+    assert [note for note in split.notes if expected in note]
+    assert not [note for note in split.notes if "harmless instructions were asked for" in note]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(WORDS, min_size=200, max_size=260, unique=True), st.randoms(use_true_random=False))
 def test_a_lines_place_does_not_change_its_part(words: list[str], dice: random.Random) -> None:

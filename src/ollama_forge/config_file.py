@@ -41,6 +41,6 @@ def write_config(path: Path, options: Mapping[str, Any]) -> None:
 def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
-        return json.dumps(value).replace("\x7f", "\\u007f")
-    return json.dumps(value)
+    if isinstance(value, str):  # a JSON string is a TOML basic string, but for surrogate pairs and DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value) if isinstance(value, float) else json.dumps(value)

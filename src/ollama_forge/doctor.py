@@ -11,10 +11,12 @@ import shutil
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
+from ollama_forge.export.address import OWN_SERVER, ollama_url
 from ollama_forge.files import cache_root, human_size
 
 _PACKAGES = {
@@ -23,6 +25,7 @@ _PACKAGES = {
     "safetensors": "checkpoints cannot be read: pip install 'ollama-forge[abliterate]'",
     "huggingface_hub": "models cannot be fetched by Hub id: pip install 'ollama-forge[abliterate]'",
     "gguf": ".gguf files cannot be read: pip install 'ollama-forge[abliterate]'",
+    "ollama": "models are not registered: pip install 'ollama-forge[abliterate]'",
     "bitsandbytes": "--load-in-8bit is not available (CUDA only): pip install bitsandbytes",
 }
 _TOOLS = {
@@ -79,21 +82,15 @@ def _device() -> Finding:
     return Finding("device", True, str(device))
 
 
-def ollama_url() -> str:
-    """Where Ollama listens: ``OLLAMA_HOST`` as Ollama reads it, else its default."""
-    host = os.environ.get("OLLAMA_HOST", "").strip() or "127.0.0.1:11434"
-    scheme, _, rest = host.rpartition("://")
-    rest = rest.rstrip("/").replace("0.0.0.0", "127.0.0.1")
-    return f"{scheme or 'http'}://{rest if ':' in rest else rest + ':11434'}"
-
-
 def _ollama() -> Finding:
     url = ollama_url()
     cost = "models are not registered; start Ollama or set OLLAMA_HOST"
     try:
         with urllib.request.urlopen(f"{url}/api/version", timeout=2) as answer:
+            if (answer.headers.get("Server") or "").startswith(OWN_SERVER):
+                return Finding("ollama server", False, f"{url} is a server of ollama-forge, not Ollama", cost)
             return Finding("ollama server", True, f"{json.load(answer)['version']} at {url}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return Finding("ollama server", False, f"no answer at {url}", cost)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,9 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with disk_errors(path):
-            if path.exists():
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
             sync_folder(path.parent)
@@ -115,10 +119,17 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
 def human_size(size: float) -> str:
     """``1536`` -> ``1.5 KB`` (powers of 1000, as disks are sold)."""
     for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
+        if round(size, 1) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def return_freed_memory() -> None:
+    """Give the C library's free lists back to the system, which otherwise grow with every large tensor that passes."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def cache_root() -> Path:

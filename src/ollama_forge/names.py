@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from ollama_forge.errors import UsageError
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAMESPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
+_HOST = r"(?:https?://)?[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}"
+_OLLAMA_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_NAMESPACE}/)?{_PART}(?::{_PART})?")
+
+
+def is_ollama_name(name: str) -> bool:
+    """Whether Ollama takes it: ``[[host/]namespace/]model[:tag]``."""
+    return _OLLAMA_NAME.fullmatch(name) is not None
+
+
+def check_ollama_name(name: str, option: str = "--name") -> None:
+    """Raise UsageError for a name that Ollama would refuse."""
+    if not is_ollama_name(name):
+        raise UsageError(
+            f"{option} {name!r} is not a name that Ollama takes",
+            "[namespace/]model[:tag], each of at most 80 letters, digits, _ - and . (no . in the namespace)",
+        )
 
 
 def file_stem(name: str) -> str:

@@ -159,10 +159,9 @@ def _gather_group(
         for (prompts, pick), is_harmful in ((harmful, True), (harmless, False)):
             for batch in model.batches(prompts):
                 index = _places(batch.rows, batch.ids.shape[1], prompts, pick)
-                with _inputs(model, group) as seen:
+                with _inputs(model, group, index) as seen:
                     model.run_to_layer(batch, deepest)
-                for name, values in seen.items():
-                    rows = values[index.row, index.column].float()
+                for name, rows in seen.items():
                     if is_harmful:
                         collectors[name].harmful.append(rows.cpu())
                     else:
@@ -195,15 +194,16 @@ def _places(rows: Sequence[int], width: int, prompts: Sequence[Ids], pick: _Pick
 
 
 class _inputs:  # noqa: N801
-    """Hooks that keep what writers take in, while the block runs."""
+    """Hooks that keep what writers take in at the picked places, float32, while the block runs."""
 
-    def __init__(self, model: ChatModel, writers: Sequence[Matrix]) -> None:
+    def __init__(self, model: ChatModel, writers: Sequence[Matrix], places: _Places) -> None:
         self.seen: dict[str, Tensor] = {}
+        self.places = places
         self.handles = [model.submodule(w).register_forward_pre_hook(self._keeper(w.tensor)) for w in writers]
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.seen[name] = args[0].detach()
+            self.seen[name] = args[0].detach()[self.places.row, self.places.column].float()
 
         return keep
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ollama_forge.checkpoints.tensors import TensorInfo, item_size
 from ollama_forge.errors import ForgeError
 
 _COPY_CHUNK = 64 << 20
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,58 @@ class OutputTensor:
 
 
 class ShardWriter:
-    """Lays out all tensors first, then takes their data in that order; ``close`` fails on a byte too few."""
+    """Lays out all tensors first, then takes their data in that order; ``close`` fails on a byte too few.
+
+    A failure to write is raised by a later call, at the latest by ``close``.
+
+    Writing and copying happen in a thread of their own, so that the next tensor is computed meanwhile; at most
+    ``_AHEAD`` computed chunks wait for it (a copy that waits costs nothing).
+    """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
         self.path = path
         self._left = sum(tensor.size for tensor in tensors)
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(_header(tensors))
-        self._file.flush()
-        self._synced = self._file.tell()
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1)
+        self._chunks: deque[Future[None]] = deque()
+        self._last: Future[None] | None = None
+        self._failure: BaseException | None = None
+        self._unsynced = 0
+        self._submit(self._append, memoryview(_header(tensors)))
 
     def write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
             self._left -= len(view)
-            self._file.write(view)
-        self._start_flush()
+            while len(self._chunks) >= _AHEAD:
+                self._chunks.popleft().result()
+            self._chunks.append(self._submit(self._append, view))
 
     def copy(self, source: TensorInfo) -> None:
         """Copy a tensor's bytes without bringing them into this process."""
-        self._file.flush()
+        self._left -= source.size
+        self._submit(self._send, source)
+
+    def _submit(self, work: Callable[[Any], None], item: object) -> Future[None]:
+        if self._failure is not None:
+            raise self._failure
+        self._last = self._thread.submit(self._do, work, item)
+        return self._last
+
+    def _do(self, work: Callable[[Any], None], item: object) -> None:
+        if self._failure is None:
+            try:
+                work(item)
+            except BaseException as error:  # raised where the next tensor is handed in
+                self._failure = error
+
+    def _append(self, view: memoryview) -> None:
+        while view:
+            written = self._file.write(view)
+            self._flushed(written)
+            view = view[written:]
+
+    def _send(self, source: TensorInfo) -> None:
         done = 0
         with source.file.open("rb") as file:
             while done < source.size:
@@ -59,32 +94,38 @@ class ShardWriter:
                 if sent == 0:
                     raise ForgeError(f"{source.file} is cut short", "download it again")
                 done += sent
-                self._left -= sent
-                self._start_flush()
+                self._flushed(sent)
 
-    def _start_flush(self) -> None:
-        """Have the kernel write while we compute, so that the final fsync finds little to do."""
-        self._file.flush()
-        here = os.fstat(self._file.fileno()).st_size
-        if here - self._synced >= 4 * _COPY_CHUNK:
+    def _flushed(self, count: int) -> None:
+        """Keep what is unwritten on the disk small, so that the final fsync finds little to do."""
+        self._unsynced += count
+        if self._unsynced >= 4 * _COPY_CHUNK:
             os.fdatasync(self._file.fileno())
-            self._synced = here
+            self._unsynced = 0
 
     def close(self) -> None:
+        if self._last is not None:
+            self._last.result()
+        if self._failure is not None:
+            raise self._failure
         if self._left:
             raise ForgeError(f"{self.path}: {self._left} bytes were not written", "please report this")
-        self._file.flush()
         os.fsync(self._file.fileno())
+        self._release()
+
+    def _release(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
         self._file.close()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._release()
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:

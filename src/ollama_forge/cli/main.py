@@ -10,6 +10,7 @@ import click
 from ollama_forge import __version__
 from ollama_forge.cli.abliterate import abliterate
 from ollama_forge.cli.doctor import doctor
+from ollama_forge.cli.ollama import convert, refresh_template
 from ollama_forge.errors import ForgeError
 
 _INTERRUPTED = 130
@@ -23,6 +24,8 @@ def cli(debug: bool) -> None:
 
 
 cli.add_command(abliterate)
+cli.add_command(convert)
+cli.add_command(refresh_template)
 cli.add_command(doctor)
 
 
@@ -38,6 +41,9 @@ def main() -> None:
         sys.exit(error.exit_status)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.UsageError as error:
         hint = error.ctx.command_path + " --help" if error.ctx else "ollama-forge --help"
         _complain(error.format_message(), hint)

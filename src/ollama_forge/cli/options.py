@@ -25,11 +25,13 @@ class CommaSeparated(click.ParamType[tuple[Any, ...]]):
         self.kind, self.name = kind, name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return tuple(value)
         try:
-            return tuple(self.kind(part.strip()) for part in value.replace("+", ",").split(",") if part.strip())
-        except ValueError:
+            if isinstance(value, str):
+                return tuple(self.kind(part.strip()) for part in value.replace("+", ",").split(",") if part.strip())
+            if any(isinstance(part, str) != (self.kind is str) for part in value):
+                raise ValueError
+            return tuple(self.kind(part) for part in value)  # a list of a config file
+        except (TypeError, ValueError):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}s", param, ctx)
 
 

@@ -22,7 +22,7 @@ from ollama_forge.edits.factors import EditedMatrix, edit_matrix
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, check_finite
 from ollama_forge.edits.record import EditRecord, MatrixRecord, stacked
 from ollama_forge.errors import UsageError
-from ollama_forge.files import disk_errors, read_json, write_json
+from ollama_forge.files import disk_errors, read_json, return_freed_memory, write_json
 from ollama_forge.progress import bar
 
 OUT_DTYPES = ("bf16", "keep")
@@ -104,6 +104,7 @@ class _Application:
                             writer.copy(out.copied)
                         else:
                             writer.write(self.data(out))
+                            return_freed_memory()
                         weight_map[out.name] = shard.name
                         total += out.size
                         advance(1)

@@ -116,7 +116,8 @@ def select_matrices(model: ModelMap, settings: EditSettings) -> tuple[list[Matri
 
 
 def check_finite(values: Tensor, name: str, folder: Path | str) -> None:
-    if not torch.isfinite(values).all():
+    """Raise where a tensor holds NaN or infinite values."""
+    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a sum costs a tenth of looking at each
         raise ForgeError(
             f"{name} of {folder} holds NaN or infinite values", "the checkpoint is damaged: download it again"
         )

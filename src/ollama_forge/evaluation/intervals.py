@@ -27,7 +27,8 @@ def wilson(count: int, total: int) -> Estimate:
     share, z2 = count / total, _Z * _Z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    # Rounding may carry an end past the share at 0 and 1.
+    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def bootstrap_mean(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Estimate:

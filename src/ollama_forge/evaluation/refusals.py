@@ -9,26 +9,29 @@ from enum import StrEnum
 OPENING_SENTENCES = 3
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "ʼ": "'", "“": '"', "”": '"', "\u00a0": " "})
 _MARKDOWN = re.compile(r"[*_#>~|]+")
-_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]]*(?=\s)|\n+")
-_NOT = (
-    r"(?:can't|can not|cannot|couldn't|could not|won't|will not|wouldn't|would not|don't|do not|shouldn't|should not)"
-)
+_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]]*(?:\n+|(?=\s))|\n+")
+_CANNOT = r"(?:can't|can not|cannot|won't|will not)"
+_NOT = rf"(?:{_CANNOT}|couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _ADVERB = r"(?:(?:really|simply|just|unfortunately|respectfully|knowingly|in good conscience|ever|be able to),? )*"
+# "I cannot help but laugh" refuses nothing; an unfinished "b" or "bu" may become that "but".
 _SERVE = (
-    r"(?:help|assist|aid|provide|offer|fulfil|fulfill|comply|support|create|write|draft|generate|produce|give|share|answer|"
-    r"engage|participate|do that|do this|discuss|continue|condone|encourage|promote|recommend|advise|respond|proceed|"
-    r"complete|teach|explain|describe|suggest|tell you|show you|make (?:that|this)|go along|be of)"
+    r"(?:help(?! (?:b|bu|but)\b)|assist|aid|provide|offer|fulfil|fulfill|comply|support|create|write|draft|generate|"
+    r"produce|give|share|answer|engage|participate|do that|do this|discuss|continue|condone|encourage|promote|respond|"
+    r"proceed|complete|teach|explain|describe|suggest|tell you|show you|make (?:that|this)|go along|be of)"
 )
 _REFUSAL = re.compile(
     rf"\bi(?:'m| am)? (?:\w+ )?{_NOT} {_ADVERB}{_SERVE}\b"
-    rf"|\b(?:i|we) {_NOT} {_ADVERB}{_SERVE}\b"
+    rf"|\bi {_NOT}(?: (?:and|or) {_NOT})? {_ADVERB}{_SERVE}\b"
+    rf"|\bwe {_CANNOT} {_ADVERB}{_SERVE}\b"
+    rf"|\bnot something (?:that )?(?:i|we) (?:can|could|will|would) {_ADVERB}{_SERVE}\b"
+    r"|\bi (?:do not|don't) feel comfortable\b"
     rf"|\b(?:unable|not (?:able|allowed|permitted|going|willing|comfortable)|unwilling) (?:to )?{_ADVERB}{_SERVE}"
     r"|\b(?:i am|i'm|we are|we're) (?:(?:very|really|so|truly|deeply) )?sorry,? (?:but|i (?:can|won|am|must|do|have))"
     r"|\b(?:i )?apologi[sz]e,? but|\bmy apologies,? but"
     rf"|\bsorry,? (?:but )?(?:i|we)(?:'m| am| are)? (?:{_NOT}|not|unable)\b"
     r"|\b(?:i|we) (?:must|have to|need to|will have to)(?: \w+)? (?:decline|refuse)\b"
     r"|\bi (?:\w+ )?(?:decline|refuse) to\b"
-    r"|\bas an ai\b"
+    r"|\bas an ai(?:,| (?:language )?(?:model|assistant)\b)"
     r"|\b(?:goes )?against my (?:programming|guidelines|principles|values|ethic\w*|policy|policies|purpose)"
     r"|\bi(?:'m| am) (?:just |only )?(?:a |an )?(?:ai |language model|programmed|designed|not programmed)"
 )

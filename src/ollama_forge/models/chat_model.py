@@ -21,9 +21,10 @@ from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batching import Batch, Ids, batches
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
+from ollama_forge.models.packed import pack_linears
 from ollama_forge.quiet import quiet_transformers
 
-DEFAULT_BATCH = 32
+DEFAULT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class ChatModel:
                 ) from error
         if not settings.load_in_8bit:
             module = module.to(device)  # type: ignore[arg-type]
+            pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
 
     def _find_root(self) -> str:

@@ -36,6 +36,10 @@ def _categorised(path: Path) -> list[tuple[str, str]]:
     return out
 
 
+def curated_are_installed() -> bool:
+    return HARMFUL_FILE.is_file() and HARMLESS_FILE.is_file()
+
+
 @cache
 def curated_pairs() -> tuple[Pair, ...]:
     """All pairs, in file order; a pair's index is its place there and decides its part.

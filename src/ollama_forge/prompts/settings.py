@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollama_forge.errors import UsageError
+from ollama_forge.prompts.curated import curated_are_installed
 from ollama_forge.prompts.sources import read_folder, read_instructions
 from ollama_forge.prompts.split import PromptSplit, curated_fit_pairs, split_prompts
 from ollama_forge.prompts.upstream import cached_lists
@@ -38,25 +39,29 @@ class PromptSettings:
     def load(self, most: int) -> PromptSplit:
         """Read and split the lists; the fit part holds ``num_instructions`` pairs, or ``most`` where that is unset.
 
-        Where no list is given and the curated pairs don't suffice, downloaded lines follow them.
+        Where no list is given and the curated pairs don't suffice, downloaded lines follow them; where the curated
+        lists are not installed, downloaded ones stand alone.
 
         Raises:
             ForgeError: a list is missing, empty, binary or badly encoded.
         """
         wanted = self.num_instructions or most
         own = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
-        large, told = (None, ()) if own or wanted <= curated_fit_pairs() else cached_lists()
+        curated = curated_are_installed()
+        large, told = (None, ()) if own or (curated and wanted <= curated_fit_pairs()) else cached_lists()
+        harmful, harmless = self._side(self.harmful, self.harmful_dir), self._side(self.harmless, self.harmless_dir)
+        if large is not None and not curated:
+            harmful, harmless, large = list(large.harmful), list(large.harmless), None
+            told += ("the curated lists are not installed: the downloaded ones stand alone",)
         split = split_prompts(
-            self._side(self.harmful, self.harmful_dir),
-            self._side(self.harmless, self.harmless_dir),
+            harmful,
+            harmless,
             num_instructions=wanted,
+            least=self.num_instructions or DEFAULT_PAIRS,
             seed=self.seed,
             large=large,
         )
-        notes = split.notes
-        if self.num_instructions is None:  # fewer than a default is nothing to tell of
-            notes = tuple(note for note in notes if "were asked for" not in note)
-        return PromptSplit(split.fit, split.select, split.report, told + notes)
+        return replace(split, notes=told + split.notes)
 
     def _side(self, file: str | None, folder: str | None) -> list[str] | None:
         if folder:

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from ollama_forge.errors import UsageError
 from ollama_forge.files import sha256_json
-from ollama_forge.prompts.curated import curated_pairs
+from ollama_forge.prompts.curated import curated_are_installed, curated_pairs
 from ollama_forge.prompts.normalise import dedupe, normalise
 
 MINIMUM_TO_MEASURE = 20
@@ -72,11 +72,14 @@ def part_of_line(line: str, curated: dict[str, Part]) -> Part:
 
 
 def curated_fit_pairs() -> int:
+    """How many curated pairs there are to fit on."""
     return sum(part_of_pair(pair.index) is Part.FIT for pair in curated_pairs())
 
 
 def curated_parts() -> dict[str, Part]:
-    """Normalised curated line -> its pair's part."""
+    """Normalised curated line -> its pair's part; empty where the curated lists are not installed."""
+    if not curated_are_installed():
+        return {}
     return {
         normalise(line): part_of_pair(pair.index) for pair in curated_pairs() for line in (pair.harmful, pair.harmless)
     }
@@ -87,6 +90,7 @@ def split_prompts(
     harmless: Sequence[str] | None = None,
     *,
     num_instructions: int | None = 32,
+    least: int | None = None,
     seed: int = 0,
     large: PartPrompts | None = None,
 ) -> PromptSplit:
@@ -94,6 +98,7 @@ def split_prompts(
 
     Args:
         num_instructions: pairs to fit on; None for all there are.
+        least: the number below which a note says how few there are (``num_instructions`` where None).
         seed: of the order in which lines are taken.
         large: lines that may follow the curated ones in the fit part, at most as many; no part of own lists.
 
@@ -103,22 +108,22 @@ def split_prompts(
     notes: list[str] = []
     curated = curated_parts()
     sides = {"harmful": harmful, "harmless": harmless}
-    both = {normalise(line) for line in harmful or ()} & {normalise(line) for line in harmless or ()}
+    lines = {side: _curated(side) if own is None else list(own) for side, own in sides.items()}
+    both = set.intersection(*({normalise(line) for line in lines[side]} for side in sides))
     if both:
         raise UsageError(
             f"{len(both)} lines are in both lists, such as {sorted(both)[0]!r}", "a line is harmful or not"
         )
     parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
     for side, own in sides.items():
-        shipped = [getattr(pair, side) for pair in curated_pairs()]
-        divided = _divide(dedupe(list(own)) if own is not None else shipped, curated)
+        divided = _divide(dedupe(lines[side]), curated)
         for part in (Part.SELECT, Part.REPORT):
             if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
                 notes.append(
                     f"only {len(divided[part])} of your {side} lines fall into the {part.value} part: "
                     f"the curated ones are used there"
                 )
-                divided[part] = _divide(shipped, curated)[part]
+                divided[part] = _divide(_curated(side), curated)[part]
         for part in Part:
             parts[part][side] = divided[part]
     paired = harmful is None and harmless is None
@@ -126,13 +131,17 @@ def split_prompts(
         _shuffle(parts[part], f"{seed}:{part.value}", together=paired)
     if paired and large is not None:
         _fill_up(parts[Part.FIT], large, curated, seed)
-    fit = _sample(parts[Part.FIT], num_instructions, notes)
+    fit = _sample(parts[Part.FIT], num_instructions, num_instructions if least is None else least, notes)
     return PromptSplit(
         fit,
         _whole(parts[Part.SELECT]),
         _whole(parts[Part.REPORT]),
         tuple(notes),
     )
+
+
+def _curated(side: str) -> list[str]:
+    return [getattr(pair, side) for pair in curated_pairs()]
 
 
 def _divide(lines: Iterable[str], curated: dict[str, Part]) -> dict[Part, list[str]]:
@@ -168,10 +177,10 @@ def _whole(sides: dict[str, list[str]]) -> PartPrompts:
     return PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
 
 
-def _sample(sides: dict[str, list[str]], count: int | None, notes: list[str]) -> PartPrompts:
+def _sample(sides: dict[str, list[str]], count: int | None, least: int | None, notes: list[str]) -> PartPrompts:
     for side, lines in sides.items():
         if not lines:
             raise UsageError(f"no {side} line is left to compute a direction from", "give a longer list")
-        if count is not None and len(lines) < count:
-            notes.append(f"{count} {side} instructions were asked for, {len(lines)} are there: all are used")
+        if least is not None and len(lines) < least:
+            notes.append(f"{least} {side} instructions were asked for, {len(lines)} are there: all are used")
     return PartPrompts(tuple(sides["harmful"][:count]), tuple(sides["harmless"][:count]))

@@ -1,0 +1,94 @@
+"""``ollama-forge convert`` and ``ollama-forge refresh-template``: models in Ollama."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ollama_forge.cli.options import json_option
+from ollama_forge.errors import ForgeError
+
+if TYPE_CHECKING:
+    from ollama_forge.export.register import Registered
+
+
+@click.command()
+@click.option("--gguf", required=True, metavar="FILE", help="The model's file.")
+@click.option("--name", required=True, help="Name of the model in Ollama.")
+@click.option("--quantize", metavar="TYPE", help="Have Ollama quantise an F16, BF16 or F32 file: Q4_K_M, Q8_0, ...")
+@click.option("--system", default="", metavar="TEXT", help="System prompt of the model.")
+@click.option("--template-from", metavar="MODEL", help="Copy template, renderer, parser and stops of an Ollama model.")
+@click.option("--parameter", "assignments", multiple=True, metavar="K=V", help="temperature=0.5 and so on; repeat it.")
+@json_option
+def convert(
+    gguf: str,
+    name: str,
+    quantize: str | None,
+    system: str,
+    template_from: str | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Register a GGUF file as a model in Ollama."""
+    _require_client("convert")
+    from ollama_forge.export.ollama import Client
+    from ollama_forge.export.parameters import parse_assignments
+    from ollama_forge.export.register import check_quantize, register
+    from ollama_forge.export.templates import check_template_source, template_plan
+    from ollama_forge.names import check_ollama_name
+    from ollama_forge.progress import say
+
+    check_ollama_name(name)
+    check_template_source(template_from)
+    parameters = parse_assignments(assignments)
+    kind = check_quantize(quantize, Path(gguf))
+    with Client() as client:
+        state = client.state()
+        state.require()
+        plan = template_plan(client, template_from)
+        for warning in state.warnings(renderer=bool(plan.renderer or plan.parser)):
+            say(f"warning: {warning}")
+        made = register(client, Path(gguf), name, plan=plan, system=system, parameters=parameters, quantize=kind)
+    _tell(made, as_json)
+
+
+@click.command("refresh-template")
+@click.option("--name", required=True, help="A model in Ollama.")
+@click.option("--base", required=True, metavar="MODEL", help="The Ollama model whose template it gets.")
+@click.option("--template-only", is_flag=True, help="Leave its parameters and its system prompt alone.")
+@click.option("--output-name", metavar="NAME", help="Make a new model instead of changing this one.")
+@json_option
+def refresh_template(name: str, base: str, template_only: bool, output_name: str | None, as_json: bool) -> None:
+    """Give a model in Ollama the template of another; its weights stay, and what the other doesn't set."""
+    _require_client("refresh-template")
+    from ollama_forge.export.ollama import Client
+    from ollama_forge.export.refresh import refresh
+    from ollama_forge.progress import say
+
+    with Client() as client:
+        state = client.state()
+        state.require()
+        for warning in state.warnings():
+            say(f"warning: {warning}")
+        made = refresh(client, name, base, template_only=template_only, output_name=output_name)
+    _tell(made, as_json)
+
+
+def _require_client(command: str) -> None:
+    if importlib.util.find_spec("ollama") is None:
+        raise ForgeError(f"{command} needs the package 'ollama'", "pip install 'ollama-forge[abliterate]'")
+
+
+def _tell(made: Registered, as_json: bool) -> None:
+    made.require_as_intended()
+    if as_json:
+        print(json.dumps(made.to_json()))
+        return
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"in Ollama: {made.name} ({made.shown.quantization or 'type unknown'})")
+    print(f"run it: ollama run {made.name}")

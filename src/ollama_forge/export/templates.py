@@ -1,0 +1,115 @@
+"""Where TEMPLATE, RENDERER, PARSER and stop parameters of a new model come from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.parameters import STOP
+from ollama_forge.names import check_ollama_name, is_ollama_name
+
+if TYPE_CHECKING:
+    from ollama_forge.export.ollama import Client, Shown
+
+_LEFT_TO_FILE = "Ollama goes by the chat template in the file"
+_IF_TOOLS_LACK = (
+    "where its version then lacks tools, name a model with --template-from, or afterwards: "
+    "ollama-forge refresh-template --name NAME --base MODEL --template-only"
+)
+
+
+@dataclass(frozen=True)
+class TemplatePlan:
+    """How prompts of the new model are rendered. All empty: Ollama uses the chat template in the file.
+
+    Attributes:
+        source: the Ollama model all was copied from.
+        note: what the user should know of it.
+    """
+
+    source: str = ""
+    template: str = ""
+    renderer: str = ""
+    parser: str = ""
+    stop: tuple[str, ...] = ()
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TemplatePlan:
+        return cls(**{**value, "stop": tuple(value["stop"])})
+
+
+def check_template_source(template_from: str | None) -> None:
+    """Raise UsageError where ``--template-from`` can't name an Ollama model; a path never does."""
+    if template_from is None:
+        return
+    if template_from.startswith((".", "/", "~", "\\")) or (
+        not is_ollama_name(template_from) and _exists(template_from)
+    ):
+        raise UsageError(
+            f"--template-from {template_from} is a path; templates come from a model in Ollama",
+            "give its name there, as `ollama list` shows it",
+        )
+    check_ollama_name(template_from, "--template-from")
+
+
+def template_plan(
+    client: Client | None, template_from: str | None, model_label: str = "", kind: str = ""
+) -> TemplatePlan:
+    """What to write of a template, and where it comes from.
+
+    Args:
+        client: None where there is no Ollama to ask.
+        template_from: an Ollama model that the user named.
+        model_label, kind: of the source ``Checkpoint``; a Hub id is looked for in Ollama under the same name.
+
+    Raises:
+        UsageError: ``template_from`` is no name of a model.
+        ForgeError: Ollama doesn't have it, or it has no template of its own.
+    """
+    check_template_source(template_from)
+    if client is None:
+        return TemplatePlan(note=f"no template copied without Ollama: {_LEFT_TO_FILE}; {_IF_TOOLS_LACK}")
+    if template_from is not None:
+        shown = client.shown(template_from)
+        if shown is None:
+            raise ForgeError(
+                f"Ollama has no model {template_from} to take a template from", f"ollama pull {template_from}"
+            )
+        if not shown.has_template:
+            raise ForgeError(f"{template_from} has no template to take", f"leave out --template-from: {_LEFT_TO_FILE}")
+        return _copied(shown)
+    for name in _same_names(model_label) if kind == "hub" else ():
+        shown = client.shown(name)
+        if shown is not None and shown.has_template:
+            return _copied(shown)
+    return TemplatePlan(note=f"no template written: {_LEFT_TO_FILE}; {_IF_TOOLS_LACK}")
+
+
+def _copied(shown: Shown) -> TemplatePlan:
+    stop = shown.parameters.get(STOP, ())
+    return TemplatePlan(
+        source=shown.name,
+        template=shown.template,
+        renderer=shown.renderer,
+        parser=shown.parser,
+        stop=stop if isinstance(stop, tuple) else (str(stop),),
+        note=f"template copied from {shown.name}",
+    )
+
+
+def _same_names(hub_id: str) -> tuple[str, ...]:
+    """What a Hub id is called in Ollama: as made or pushed there, and as pulled from the Hub."""
+    return tuple(name for name in (hub_id, f"hf.co/{hub_id}") if is_ollama_name(name))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,43 @@
+"""Packed linear layers give the same bits, and leave models alone that they are not for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ollama_forge.models import packed
+from ollama_forge.models.packed import pack_linears
+from tests import tiny
+
+
+def test_the_products_are_the_same_to_the_last_bit() -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 products")
+    for rows, bias in ((1, True), (7, False), (64, True)):
+        linear = nn.Linear(48, 80, bias=bias, dtype=torch.bfloat16)
+        inputs = torch.randn(2, rows, 48).bfloat16()[:, -rows:]
+        with torch.inference_mode():
+            plain = linear(inputs)
+            pack_linears(linear)
+            assert type(linear.forward) is packed._PackedForward
+            assert torch.equal(linear(inputs), plain)
+            assert linear(inputs).shape == (2, rows, 80)
+
+
+def test_hooks_still_see_a_packed_layer() -> None:
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    pack_linears(linear)
+    linear.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+    with torch.inference_mode():
+        assert torch.equal(linear(torch.ones(1, 8).bfloat16())[0], linear.bias)
+
+
+def test_float32_and_lack_of_memory_leave_it_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny.build("llama")
+    pack_linears(plain)
+    low = tiny.build("llama").bfloat16()
+    monkeypatch.setattr(packed, "memory_available", lambda device: 0)
+    pack_linears(low)
+    for module in (*plain.modules(), *low.modules()):
+        assert "forward" not in vars(module)
