@@ -4,8 +4,7 @@
 
 Starts ``abliterate serve`` on the demo model and streams ``/api/generate`` over loopback; ``--engine-only`` drives the
 engine without HTTP. Baselines, measured in the same run on the same prompts with the contiguous unembedding input that
-``ChatModel`` brings, without its packed layers: one prompt at a time through ``generate``, and static batches of as
-many as there are streams.
+``ChatModel`` brings: one prompt at a time through ``generate``, and static batches of as many as there are streams.
 
 Bounds: at 16 streams 5 times the former and 0.8 times the latter; one stream is no slower than ``generate``.
 """
@@ -97,7 +96,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
 
 
 def engine_process(pipe: Connection) -> None:
-    """Answers questions until an empty one, in a process of its own, as a server is: OpenMP's threads are shared."""
+    """Answers questions until an empty one; a process of its own, as a server is, has OpenMP threads of its own."""
     from ollama_forge.checkpoints.source import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.serving.engines.transformers import TransformersEngine
@@ -187,7 +186,7 @@ def main() -> int:
 
     model = ChatModel.load(resolve("demo-base"), LoadSettings())
     for module in model.module.modules():
-        vars(module).pop("forward", None)  # the baseline is what transformers does
+        vars(module).pop("forward", None)  # the baseline is what transformers does, without packed layers
     if given.engine_only:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=engine_process, args=(theirs,))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ollama_forge.serving.engines.base import Constraint, EngineError, Request, Sampling
-from ollama_forge.serving.engines.constraint import Enforced, Grammars, check_schema
+from ollama_forge.serving.engines.constraint import Enforced, Grammars
+from ollama_forge.serving.engines.schema import check_schema
 from tests import tiny
 from tests.engines import GREEDY, collect, load, running, together, wait
 

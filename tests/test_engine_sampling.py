@@ -139,8 +139,7 @@ def test_log_probabilities_are_of_the_bare_logits() -> None:
         (1, round(math.log(0.4), 4)),
         (3, round(math.log(0.3), 4)),
     ]
-    assert bare.logprob is None
-    assert bare.top == ()
+    assert (bare.logprob, bare.top) == (None, ())
 
 
 def test_an_answer_comes_with_the_models_log_softmax(tmp_path: Path) -> None:

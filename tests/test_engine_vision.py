@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3ImageProcessorPil, Gemma3Processor
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+)
 
 from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.models.chat_model import LoadSettings
@@ -25,9 +31,12 @@ TEXT = "<|user|>What is it? <boi><|end|><|assistant|>"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("vision") / "model"
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS.values())})
-    tokenizer._set_model_specific_special_tokens(MARKS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny.tokenizer().backend_tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=MARKS,
+    )
     config: Gemma3Config = tiny.FAMILIES["gemma3"]()  # type: ignore[assignment]
     marks = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
     text = config.text_config.to_dict() | {"vocab_size": len(tokenizer)}
@@ -113,9 +122,8 @@ def test_two_images_and_none(engine: VisionEngine) -> None:
 def test_an_image_is_not_taken_for_another_with_the_same_ids(engine: VisionEngine) -> None:
     """Prompts with images are never gone on with from what was kept."""
     ids, media = engine.encode(TEXT, [picture(4)])
-    answer = together(engine, [Request(ids, 6, GREEDY, media=media)])[0]
+    together(engine, [Request(ids, 6, GREEDY, media=media)])
     before = engine.stats.prefilled_tokens
-    together(engine, [Request((*ids, *answer), 2, GREEDY, media=engine.encode(TEXT, [picture(5)])[1])] * 0)
     ids, media = engine.encode(TEXT, [picture(5)])
     together(engine, [Request(ids, 6, GREEDY, media=media)])
     assert engine.stats.prefilled_tokens - before == len(ids)

@@ -386,7 +386,7 @@ def test_logprobs(url: str) -> None:
     lines = call(url, "POST", "/api/generate", {**asked, "stream": True})[2].splitlines()
     assert [one for line in map(json.loads, lines) for one in line.get("logprobs", [])] == answer["logprobs"]
     answer = post(url, "/api/chat", {"model": "wire", "messages": HI, "stream": False, "logprobs": True})
-    assert len(answer["logprobs"]) == answer["eval_count"]
+    assert len(answer["logprobs"]) == answer["eval_count"] - 1  # the end has none
     assert all("top_logprobs" not in one for one in answer["logprobs"])
     answer = post(url, "/api/generate", {**GENERATE, "logprobs": True, "top_logprobs": 20})
     assert {len(one["top_logprobs"]) for one in answer["logprobs"]} == {20}
@@ -441,6 +441,7 @@ def test_embeddings(url: str) -> None:
     assert post(url, "/api/embeddings", {"model": "wire", "prompt": "a"}) == {"embedding": many["embeddings"][0]}
     (short,) = post(url, "/api/embed", {"model": "wire", "input": "a", "dimensions": 4})["embeddings"]
     assert (len(short), round(sum(x * x for x in short), 6)) == (4, 1.0)
+    assert refused(url, "/api/embed", {"model": "wire", "input": ["", "a"]})[0] == 400
     for wrong in (5, ["a", 5], {}, True, False, [["a"]], 0):
         assert refused(url, "/api/embed", {"model": "wire", "input": wrong}) == (400, "invalid input type")
 

@@ -40,7 +40,7 @@ def test_an_answer_streams_and_ends() -> None:
     deltas, done = collect(model, Ask(prompt))
     assert texts(deltas) == ("", "Hé 👋 you")
     assert len(deltas) == len("Hé 👋 you")  # a delta a character, none for half of one
-    assert (done.reason, done.prompt_tokens, done.tokens) == ("stop", len(prompt.ids), len("Hé 👋 you".encode()))
+    assert (done.reason, done.prompt_tokens, done.tokens) == ("stop", len(prompt.ids), len("Hé 👋 you".encode()) + 1)
     assert done.context == (*prompt.ids, *model.tokenizer("Hé 👋 you").input_ids)
     assert min(done.total_ns, done.load_ns, done.prompt_ns, done.answer_ns) > 0
     assert done.total_ns >= done.prompt_ns + done.answer_ns

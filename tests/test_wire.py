@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,18 @@ def recorded(name: str, prefixes: Sequence[str] = ()) -> dict[str, Any]:
     return {id_: one for id_, one in exchanges.items() if not prefixes or id_.startswith(tuple(prefixes))}
 
 
-def compared(url: str, name: str, prefixes: Sequence[str] = (), *, allowed: dict[str, str] | None = None) -> list[str]:
-    """What differs from a recording, one line each, with the ids of ``allowed`` left out."""
+def compared(
+    url: str, name: str, prefixes: Sequence[str] = (), *, allowed: Mapping[str, str] = {}, ends: Mapping[str, str] = {}
+) -> list[str]:
+    """What differs from a recording, one line each.
+
+    Args:
+        allowed: ids that may differ; ``ends``: those that may end for another reason. Both with why.
+    """
     found = []
     for id_, answer in recorded(name, prefixes).items():
         wanted, got = view(answer), view(exchange(url, *BY_ID[id_]))
-        if id_ in (allowed or {}):
+        if id_ in allowed:
             if id_ in WITH_OLLAMAS_STATUS and (wanted["status"], list(wanted["body"])) != (
                 got["status"],
                 list(got["body"]),
@@ -68,7 +74,7 @@ def compared(url: str, name: str, prefixes: Sequence[str] = (), *, allowed: dict
                 found.append(f"{id_}: another status or shape")
             continue
         left = list(differences(wanted, got))
-        if id_.startswith(MODEL_DECIDES):
+        if id_.startswith(MODEL_DECIDES) or id_ in ends:
             left = [one for one in left if not any(reason in one.split(":")[0] for reason in REASONS)]
         found += [id_ + one for one in left]
     return found

@@ -43,6 +43,7 @@ class Done:
 
     Attributes:
         reason: ``stop`` or ``length``.
+        tokens: that were generated, the one that ended the answer among them.
         stopped_by: the stop string that ended it, if one did.
         context: ids of prompt and answer, for Ollama's ``context``.
     """

@@ -182,10 +182,11 @@ class ServedModel:
             yield delta
         ended = time.perf_counter_ns()
         stopped = text.stopped_by
+        by_itself = stopped is None and len(ids) < limit
         yield Done(
-            reason="length" if stopped is None and len(ids) >= limit else "stop",
+            reason="stop" if by_itself or stopped is not None else "length",
             prompt_tokens=len(prompt.ids),
-            tokens=len(ids),
+            tokens=len(ids) + by_itself,  # the one that ended it was generated, too
             total_ns=max(ended - started, 1),
             load_ns=max(admitted - started, 1),
             prompt_ns=max(first - admitted, 1),
@@ -237,6 +238,8 @@ class ServedModel:
         length = self.engine.context_length
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
         inputs = [list(self.tokenizer(text).input_ids) for text in texts]
+        if not all(inputs):
+            raise BadRequest("an input is empty: there is nothing in it to embed")
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
         inputs = [ids[:room] for ids in inputs]

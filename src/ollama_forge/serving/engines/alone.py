@@ -1,4 +1,4 @@
-"""Models whose state cannot be put into slots (linear attention, state spaces) answer alone, on their own cache."""
+"""Models whose state fits no slots (linear attention, state spaces) answer one at a time, on their own cache."""
 
 from __future__ import annotations
 

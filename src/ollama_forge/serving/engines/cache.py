@@ -90,11 +90,12 @@ class SlotCache(Cache):
 
     def __init__(self, keeps: Sequence[bool], rows: int, columns: int) -> None:
         self.span = Span(rows, columns, rows)
-        super().__init__(layers=[SlotLayer(self.span) if own else DummyLayer() for own in keeps])  # type: ignore[no-untyped-call]
+        self._own = [SlotLayer(self.span) if own else None for own in keeps]
+        super().__init__(layers=[layer or DummyLayer() for layer in self._own])  # type: ignore[no-untyped-call]
 
     @property
     def slot_layers(self) -> Iterator[SlotLayer]:
-        return (layer for layer in self.layers if isinstance(layer, SlotLayer) and layer.keys is not None)
+        return (layer for layer in self._own if layer is not None and layer.keys is not None)
 
     @property
     def nbytes(self) -> int:
@@ -115,15 +116,15 @@ class SlotCache(Cache):
         self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int
     ) -> None:
         """Copy ``length`` columns of a row of another cache (or of this one) to ``start`` of a row."""
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
-            if not isinstance(theirs, SlotLayer) or theirs.keys is None or theirs.values is None:
+        here, there = slice(start, start + length), slice(source_start, source_start + length)
+        for mine, theirs in zip(self._own, source._own, strict=True):
+            if mine is None or theirs is None or theirs.keys is None or theirs.values is None:
                 continue
-            assert isinstance(mine, SlotLayer)
-            if mine.keys is None:
+            if mine.keys is None or mine.values is None:
                 mine.lazy_initialization(theirs.keys, theirs.values)
             for target, origin in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 assert target is not None
-                target[row, :, start : start + length] = origin[source_row, :, source_start : source_start + length]
+                target[row, :, here] = origin[source_row, :, there]
 
 
 def kept_layers(config: Any) -> tuple[bool, ...] | None:

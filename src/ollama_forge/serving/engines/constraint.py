@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
@@ -14,75 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from ollama_forge.serving.engines.base import Constraint, EngineError
-
-# as llama.cpp's grammars have it: room for one blank or an indented line, none to ramble in
-_WHITESPACE = r"[ ]|\n{1,2}[ \t]{0,20}"
-_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")
-_NESTED = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf")
-
-
-def check_schema(schema: str) -> str | None:
-    """What is wrong with a JSON schema, in one line; None where it can be enforced."""
-    try:
-        _, problems = LLMatcher.validate_grammar_with_warnings(_grammar(schema))
-    except ValueError as error:
-        return _one_line(str(error))
-    return _one_line(problems[0]) if problems else None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
-def _grammar(schema: str) -> str:
-    """llguidance's grammar of a schema.
-
-    Raises:
-        ValueError: not JSON, or not an object (the only schemas that say something are).
-    """
-    try:
-        parsed = json.loads(schema)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"the schema is not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError("a schema is a JSON object")
-    overrides: Any = {"whitespace_pattern": _WHITESPACE}
-    closed = parsed if _adds_up(parsed) else _closed(parsed)
-    return LLMatcher.grammar_from_json_schema(json.dumps(closed), overrides=overrides)
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with objects that list their properties closed to others, as llama.cpp reads them.
-
-    What satisfies it satisfies the schema.
-    """
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = {
-        key: {name: _closed(part) for name, part in value.items()}
-        if key in _NAMED and isinstance(value, dict)
-        else _closed(value)
-        if key in _NESTED
-        else value
-        for key, value in schema.items()
-    }
-    if "properties" in schema and not any(key in schema for key in _OPEN):
-        out["additionalProperties"] = False
-    return out
-
-
-def _adds_up(schema: Any) -> bool:
-    """Whether some part says of an object what another part goes on with, so that neither may be closed."""
-    if isinstance(schema, list):
-        return any(map(_adds_up, schema))
-    if not isinstance(schema, dict):
-        return False
-    if "allOf" in schema or ("properties" in schema and any(key in schema for key in ("$ref", "anyOf", "oneOf"))):
-        return True
-    return any(map(_adds_up, schema.values()))
+from ollama_forge.serving.engines.schema import grammar_of, one_line
 
 
 class Grammars:
@@ -127,11 +58,11 @@ class Grammars:
             EngineError: a schema that cannot be enforced (``check_schema`` says so beforehand).
         """
         try:
-            matcher = LLMatcher(self.tokens, _grammar(constraint.schema), log_level=0)
+            matcher = LLMatcher(self.tokens, grammar_of(constraint.schema), log_level=0)
         except ValueError as error:
-            raise EngineError(f"invalid format: {_one_line(str(error))}") from None
+            raise EngineError(f"invalid format: {one_line(str(error))}") from None
         if matcher.is_error():
-            raise EngineError(f"invalid format: {_one_line(matcher.get_error())}")
+            raise EngineError(f"invalid format: {one_line(matcher.get_error())}")
         return Enforced(self, matcher, constraint.after.encode() if constraint.after else b"")
 
 
@@ -171,12 +102,12 @@ class Enforced:
         """
         if not self.free:
             if not self.matcher.consume_token(token):
-                raise EngineError(f"the format can't be gone on with: {_one_line(self.matcher.get_error())}")
+                raise EngineError(f"the format can't be gone on with: {one_line(self.matcher.get_error())}")
             return
         text = self._tail + self.grammars.tokens.decode_bytes([token])
         place = text.find(self.after)
         if place < 0:
-            self._tail = text[max(len(text) - len(self.after) + 1, 0) :]
+            self._tail = text[max(0, len(text) - len(self.after) + 1) :]
             return
         self.free = False
         self._begin(self.matcher, text[place + len(self.after) :])

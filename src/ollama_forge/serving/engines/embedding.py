@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ollama_forge.models.batching import by_length
 from ollama_forge.models.chat_model import ChatModel
 
 _ROWS = 16
+_TOKENS = 4096  # of a piece, padding included; answers wait for it
 
 Work = Callable[[], list[list[float]]]
 
 
 def embed_batches(model: ChatModel, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Work]]:
     """Pieces of work, each with the places of the inputs whose vectors it gives."""
-    for rows in by_length([list(ids) for ids in inputs], _ROWS):
+    order = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
+    while order:
+        count = max(1, min(_ROWS, _TOKENS // len(inputs[order[0]])))
+        rows, order = order[:count], order[count:]
         yield rows, _work(model, [list(inputs[row]) for row in rows])
 
 

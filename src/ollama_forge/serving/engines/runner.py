@@ -1,4 +1,4 @@
-"""How a scheduler sees a model: prompts are prefilled in pieces, join the sequences being decoded, and leave them."""
+"""How a scheduler sees a model: prompts are prefilled in pieces, join what is being decoded, and leave it."""
 
 from __future__ import annotations
 

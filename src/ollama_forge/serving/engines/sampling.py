@@ -190,7 +190,7 @@ def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
     logs = scores.log_softmax(-1)
     shares = logs.exp()
     entropy = -(shares * logs.masked_fill(shares == 0, 0.0)).sum(-1, keepdim=True)
-    order = (logs + entropy).abs().argsort(dim=-1, stable=True)
+    order = (logs + entropy).abs().argsort(stable=True)
     sorted_shares = shares.gather(-1, order)
     late = sorted_shares.cumsum(-1) - sorted_shares >= typical_p
     late[:, 0] = False

@@ -14,9 +14,9 @@ _SOFT = 1  # omp_pause_soft
 def release_openmp_team() -> None:
     """Let the calling thread's idle OpenMP workers go; they come back with its next parallel work.
 
-    A team belongs to the thread that started it. With two teams there are more workers than cores, GNU OpenMP stops
-    spinning between parallel regions, and every product of a decode step waits for a sleeper: half the speed on two
-    cores.
+    A team belongs to the thread that started it. With two teams there are more workers than cores, GNU OpenMP no longer
+    spins between parallel regions, and every product of a decode step waits for a sleeper: 43 ms a step, not 27, for
+    135 M weights on two cores.
     """
     if sys.platform != "linux":
         return

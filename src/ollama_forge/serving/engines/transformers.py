@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from ollama_forge.serving.engines.threads import release_openmp_team
 
 _LOG = logging.getLogger(__name__)
 _SHARE_FOR_PREFIXES = 8  # an eighth of the memory that is free
+_MEMORY_IF_UNKNOWN = 1 << 33
 _UNBOUNDED = 1 << 20
 _CLOSED = "the model was unloaded"
 
@@ -72,7 +74,7 @@ class TransformersEngine:
         if keeps is None:
             return AloneRunner(self._forward)
         free = memory_available(self.model.device)
-        return SlotRunner(self._forward, keeps, slots, (free or 0) // _SHARE_FOR_PREFIXES)
+        return SlotRunner(self._forward, keeps, slots, (free or _MEMORY_IF_UNKNOWN) // _SHARE_FOR_PREFIXES)
 
     @property
     def slots(self) -> int:
@@ -98,14 +100,17 @@ class TransformersEngine:
     async def generate(self, request: Request) -> AsyncIterator[Step]:
         """Stream an answer; closing the iterator (``aclose``) cancels it within a token.
 
+        It ends with the model's context at the latest.
+
         Raises:
             EngineError: a prompt that doesn't fit, a failing model, a closed engine.
         """
-        self._check(request)
+        self._check(request.ids)
         if request.max_tokens <= 0:
             return
         reader = _Reader()
-        answer = Answer(request, reader)
+        room = self._context_length + 1 - len(request.ids)  # the last token needs no place
+        answer = Answer(replace(request, max_tokens=min(request.max_tokens, room)), reader)
         with self._wake:
             if self._closed:
                 raise EngineError(_CLOSED)
@@ -119,17 +124,12 @@ class TransformersEngine:
         finally:
             answer.cancelled = True
 
-    def _check(self, request: Request) -> None:
-        if not request.ids:
+    def _check(self, ids: Sequence[int]) -> None:
+        if not ids:
             raise EngineError("the prompt is empty")
-        if (
-            len(request.ids) + request.max_tokens > self._context_length + 1
-            and len(request.ids) >= self._context_length
-        ):
-            raise EngineError(
-                f"the prompt has {len(request.ids)} tokens, the model takes {self._context_length} with the answer"
-            )
-        if not 0 <= min(request.ids) <= max(request.ids) < self._vocabulary:
+        if len(ids) > self._context_length:
+            raise EngineError(f"the prompt has {len(ids)} tokens, the model takes {self._context_length}")
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
             raise EngineError("the prompt has tokens that the model doesn't know")
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -139,7 +139,7 @@ class TransformersEngine:
             EngineError: an empty or too long input, a failing model, a closed engine.
         """
         for ids in inputs:
-            self._check(Request(tuple(ids), 1))
+            self._check(ids)
         vectors: list[list[float]] = [[] for _ in inputs]
         for rows, work in embed_batches(self.model, inputs):
             future: Future[list[list[float]]] = Future()

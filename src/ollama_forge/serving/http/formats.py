@@ -33,7 +33,7 @@ def schema_of(value: Any) -> str | None:
 
 def check(schema: str) -> None:
     """Raises: BadRequest: answers cannot be held to ``schema``."""
-    from ollama_forge.serving.engines.constraint import check_schema
+    from ollama_forge.serving.engines.schema import check_schema
 
     wrong = check_schema(schema)
     if wrong is not None:

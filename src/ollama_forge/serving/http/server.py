@@ -52,17 +52,14 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket) -> No
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reached = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    key = "any key" if settings.api_key is None else "with the API key"
     say(f"{name} is served at http://{reached}:{port}")
     say(f"  ollama:           OLLAMA_HOST={reached}:{port} ollama run {name}")
-    say(f"  OpenAI clients:   OPENAI_BASE_URL=http://{reached}:{port}/v1 (any key{_key(settings)})")
+    say(f"  OpenAI clients:   OPENAI_BASE_URL=http://{reached}:{port}/v1 ({key})")
     say(f"  Anthropic's:      ANTHROPIC_BASE_URL=http://{reached}:{port}")
     if not is_loopback(settings.host):
         keyless = "" if settings.api_key else " and nobody is asked for a key (--api-key)"
         say(f"warning: {settings.host} is reached from other machines{keyless}")
-
-
-def _key(settings: ServeSettings) -> str:
-    return "" if settings.api_key is None else " but the API key's"
 
 
 def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket) -> None:

@@ -13,6 +13,7 @@ from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCa
 from ollama_forge.serving.http.answers import empty
 
 NDJSON = "application/x-ndjson"
+UNLIKELY = -9999.0  # stands for less: JSON has no infinity
 Line = dict[str, Any]
 WriteLine = Callable[[Event], Line]
 
@@ -117,7 +118,7 @@ def _logprobs(logprobs: Sequence[TokenLogprob]) -> Line:
 
 
 def _token(token: TokenLogprob) -> Line:
-    out: Line = {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+    out: Line = {"token": token.text, "logprob": max(token.logprob, UNLIKELY), "bytes": list(token.bytes)}
     if token.top:
         out["top_logprobs"] = [_token(other) for other in token.top]
     return out

@@ -1,0 +1,190 @@
+"""The ``serve`` command: what it says, what it refuses before it loads, and how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.cli.serve import _name_of
+from ollama_forge.serving.http import server
+from ollama_forge.serving.http.server import announce, bind
+from ollama_forge.serving.http.settings import ServeSettings
+
+WAIT = 60.0
+# The command with a model that answers without end, so that nothing is loaded.
+ENDLESS = """
+import sys
+from ollama_forge.checkpoints import source
+from ollama_forge.serving import served
+from ollama_forge.serving.engines.scripted import ScriptedEngine
+from tests.byte_tokenizer import tokenizer
+from tests.loopback import FACTS
+
+def load(checkpoint, name, *, load, max_queue, slots):
+    engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
+    return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
+
+source.resolve = lambda model, revision=None: source.Checkpoint(None, model, "demo")
+served.ServedModel.load = load
+from ollama_forge.cli.main import main
+main()
+"""
+
+
+def command(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    how = ["-c", code] if code else ["-m", "ollama_forge.cli.main"]
+    return subprocess.Popen(
+        [sys.executable, *how, "abliterate", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+
+
+@contextmanager
+def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that is ready, and its URL."""
+    process = command("--checkpoint", "demo", "--port", "0", *arguments, code=ENDLESS, **environment)
+    try:
+        assert process.stderr is not None
+        said = ""
+        while " is served at " not in said:
+            said = process.stderr.readline()
+            assert said, "it ended"
+        yield process, said.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(url: str, path: str, body: Any) -> http.client.HTTPResponse:
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)
+    connection.request("POST", path, json.dumps(body))
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("one", [signal.SIGINT, signal.SIGTERM])
+def test_streams_end_cleanly(one: signal.Signals) -> None:
+    asked = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with serving("--slots", "1") as (process, url):
+        native = ask(url, "/api/chat", asked)
+        first = native.readline()
+        assert json.loads(first)["done"] is False
+        place = urlsplit(url)
+        waiting = http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)
+        waiting.request("POST", "/v1/chat/completions", json.dumps(asked))  # behind the one slot
+        process.send_signal(one)
+        *_, last = native.read().splitlines()  # raises where the stream is broken off
+        assert json.loads(last) == {"error": "the server is shutting down"}
+        answer = waiting.getresponse()
+        assert "the server is shutting down" in answer.read().decode()
+        process.wait(WAIT)
+        assert process.returncode == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_key_and_origins_of_the_environment() -> None:
+    with serving(OLLAMA_FORGE_API_KEY="s3cret", OLLAMA_ORIGINS="https://my.page, https://b") as (_, url):
+        place = urlsplit(url)
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer s3cret"}, 200),
+            ({"Authorization": "Bearer s3cret", "Origin": "https://my.page"}, 200),
+            ({"Authorization": "Bearer s3cret", "Origin": "https://b"}, 200),
+            ({"Authorization": "Bearer s3cret", "Origin": "https://c"}, 403),
+        ):
+            with closing(http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)) as connection:
+                connection.request("GET", "/api/tags", headers=headers)
+                assert connection.getresponse().status == status
+
+
+def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        process = command("--checkpoint", "nosuch/folder/at/all", "--port", port)
+        _, said = process.communicate(timeout=WAIT)
+    assert process.returncode == 1
+    lines = said.strip().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"error: port {port} of 127.0.0.1 cannot be used")
+    assert lines[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--checkpoint", "no/such/folder"], 1, "error: no/such/folder does not exist"),
+        (["--name", "never-made"], 1, "error: there is no abliterate-never-made/checkpoint"),
+        ([], 2, "error: give --name or --checkpoint"),
+        (["--checkpoint", "demo", "--port", "99999"], 2, "99999 is not in the range"),
+        (["--checkpoint", "demo", "--host", "203.0.113.7"], 1, "203.0.113.7 cannot be used"),
+    ],
+)
+def test_refused(arguments: list[str], status: int, says: str) -> None:
+    port = [] if "--port" in arguments else ["--port", "0"]
+    process = command(*arguments, *port)
+    out, said = process.communicate(timeout=WAIT)
+    assert (process.returncode, out) == (status, "")
+    assert says in said
+    assert len(said.strip().splitlines()) <= 2
+
+
+def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        announce("a", ServeSettings(), listening)
+        said = capsys.readouterr().err
+        assert f"http://127.0.0.1:{port}\n" in said
+        assert f"OLLAMA_HOST=127.0.0.1:{port} " in said
+        assert "warning" not in said
+        announce("a", ServeSettings(host="0.0.0.0"), listening)
+        said = capsys.readouterr().err
+        assert "warning: 0.0.0.0 is reached from other machines" in said
+        assert "--api-key" in said
+
+
+def test_two_servers_cannot_have_one_port() -> None:
+    with bind("127.0.0.1", 0) as listening, pytest.raises(server.ForgeError):
+        bind("127.0.0.1", listening.getsockname()[1])
+
+
+def test_who_connects_while_the_model_loads_waits() -> None:
+    with bind("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), timeout=WAIT) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "kind", "name"),
+    [
+        ("demo-base", "demo", "demo-base"),
+        ("Qwen/Qwen2.5-7B", "hub", "Qwen/Qwen2.5-7B"),
+        ("models/mine", "folder", "mine"),
+        ("abliterate-mine/checkpoint", "folder", "mine"),
+        ("models/checkpoint", "folder", "checkpoint"),
+        ("models/mine.Q4.gguf", "gguf", "mine.Q4"),
+    ],
+)
+def test_names_of_checkpoints(label: str, kind: str, name: str) -> None:
+    assert _name_of(Checkpoint(Path(label), label, kind)) == name
+
+
+def test_help_imports_no_server() -> None:
+    code = "import sys; from ollama_forge.cli import main; print({'torch', 'fastapi', 'uvicorn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
