@@ -58,7 +58,7 @@ def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
 
     from ollama_forge.models.batching import pad_left
 
-    ids, mask = pad_left([model.encode(text) for text in texts], model.pad_id, model.device)
+    ids, mask = pad_left([model.prompt_ids(text) for text in texts], model.pad_id, model.device)
     started = time.perf_counter()
     with torch.inference_mode():
         model.module.generate(
@@ -79,7 +79,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
     from ollama_forge.serving.engines.base import Request, Sampling
 
     async def one(text: str) -> float:
-        request = Request(tuple(engine.model.encode(text)), tokens, Sampling(temperature=0))
+        request = Request(tuple(engine.model.prompt_ids(text)), tokens, Sampling(temperature=0))
         started, first, count = time.perf_counter(), 0.0, 0
         async for _ in engine.generate(request):
             first = first or time.perf_counter() - started
@@ -116,7 +116,7 @@ def server_streams(port: int, texts: Sequence[str], tokens: int) -> Figure:
 
     def one(text: str) -> None:
         options = {"num_predict": tokens, "temperature": 0}
-        body = {"model": "bench", "prompt": text, "raw": True, "stream": True, "options": options}
+        body = {"model": "bench", "prompt": text, "stream": True, "options": options}
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         started, first = time.perf_counter(), 0.0
         connection.request("POST", "/api/generate", json.dumps(body), {"Content-Type": "application/json"})
