@@ -106,7 +106,7 @@ def main() -> int:
         size = write_model(root / "model", 3072, 8192, 18, 64000)
         print(f"checkpoint of {size / 1e9:.2f} GB")
         refusal = direction(root, 3072)
-        imports = [sys.executable, "-c", "import ollama_forge.cli.main, ollama_forge.steps"]
+        imports = [sys.executable, "-c", "import ollama_forge.cli.main, ollama_forge.api"]
         timed(imports)
         ratios = []
         for _ in range(ROUNDS):

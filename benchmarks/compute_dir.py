@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.compute import DirectionSettings, compute_direction
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.prompts.split import PartPrompts, split_prompts
@@ -25,9 +25,9 @@ ROUNDS = 3
 def one_at_a_time(model: ChatModel, fit: PartPrompts, layer: int) -> torch.Tensor:
     means = []
     for prompts in (fit.harmful, fit.harmless):
-        total = torch.zeros(model.map.d_model, dtype=torch.float64)
+        total = torch.zeros(model.model_map.d_model, dtype=torch.float64)
         for prompt in prompts:
-            ids = torch.tensor([model.prompt_ids(prompt)], device=model.device)
+            ids = torch.tensor([model.tokenizer.instruction_ids(prompt)], device=model.device)
             states = model.module(input_ids=ids, output_hidden_states=True).hidden_states
             total += states[layer + 1][0, -1].double().cpu()
         means.append(total / len(prompts))

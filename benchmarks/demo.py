@@ -22,7 +22,7 @@ from quantise import quantising_costs
 
 
 def main() -> int:
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
 
     resolve("demo")  # downloads and dequantising are not timed
     with tempfile.TemporaryDirectory() as temporary:

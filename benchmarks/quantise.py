@@ -30,7 +30,7 @@ print(own, worker, _cores())
 
 def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     """Mean first-token KL (nats) of a quantised model from itself, on the harmless report prompts."""
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.edits.least_squares import MAX_PAIRS
     from ollama_forge.evaluation.measure import kl_per_prompt
     from ollama_forge.export.convert import convert, find_converter
@@ -45,10 +45,10 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
         convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
     quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
     chat = ChatModel.load(source, settings)
-    prompts = chat.prompts_ids(PromptSettings().load(MAX_PAIRS).report.harmless)
+    prompts = chat.tokenizer.instructions_ids(PromptSettings().load(MAX_PAIRS).report.harmless)
     base = first_log_probs(chat, prompts)
     with serving(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
-        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=base.shape[1])
+        file = GgufModel(server, chat.tokenizer, settings, ends=chat.tokenizer.end_ids, vocabulary=base.shape[1])
         first = file.answer(prompts, 0, keep_first=True).first
     assert first is not None
     return float(kl_per_prompt(base, first).mean())
@@ -61,7 +61,7 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def main() -> int:
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.export.convert import convert, find_converter
     from ollama_forge.export.quantise import find_tool
 

@@ -58,7 +58,7 @@ def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
 
     from ollama_forge.models.batching import pad_left
 
-    ids, mask = pad_left([model.prompt_ids(text) for text in texts], model.pad_id, model.device)
+    ids, mask = pad_left([model.tokenizer.instruction_ids(text) for text in texts], model.pad_id, model.device)
     started = time.perf_counter()
     with torch.inference_mode():
         model.module.generate(
@@ -79,7 +79,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
     from ollama_forge.serving.engines.base import Request, Sampling
 
     async def one(text: str) -> float:
-        request = Request(tuple(engine.model.prompt_ids(text)), tokens, Sampling(temperature=0))
+        request = Request(tuple(engine.model.tokenizer.instruction_ids(text)), tokens, Sampling(temperature=0))
         started, first, count = time.perf_counter(), 0.0, 0
         async for _ in engine.generate(request):
             first = first or time.perf_counter() - started
@@ -97,7 +97,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
 
 def engine_process(pipe: Connection) -> None:
     """Answers questions until an empty one; a process of its own, as a server is, has OpenMP threads of its own."""
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.serving.engines.transformers import TransformersEngine
 
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=11511)
     given = parser.parse_args()
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
 
     model = ChatModel.load(resolve("demo-base"), LoadSettings())

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 
 D, LAYERS = 32, 4
 HARM, ONE, END, R, WORD = 0, 1, 2, 3, 8  # axes of the stream; from WORD on each word has its own random part

@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.api import apply
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.storage import decode_mxfp4
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.record import EditRecord
+from ollama_forge.edits import checkpoint_folder
+from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file
+from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.edits.written import PROVENANCE, edit_file
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.steps import apply
 from tests import tiny
 
 R = tiny.unit_vector(7)
@@ -145,10 +146,9 @@ def test_a_direction_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_anything_is_written(
     tmp_path: Path, refusal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ollama_forge.edits import written
 
     tiny.save(tiny.build("llama"), tmp_path / "model")
-    monkeypatch.setattr(written, "free_space", lambda folder: 10)
+    monkeypatch.setattr(checkpoint_folder, "free_space", lambda folder: 10)
     with pytest.raises(ForgeError, match="are free"):
         apply(str(tmp_path / "model"), tmp_path / "edited", refusal_pt=refusal)
     assert not (tmp_path / "edited").exists()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap, Norm, Role, known_architectures, map_model
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.architectures.described import known_architectures, map_checkpoint, map_tensors
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import TensorInfo
 from ollama_forge.errors import ForgeError
 from tests import tiny
@@ -197,7 +198,7 @@ def test_every_described_architecture_has_a_family() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sizes_are_found(checkpoints: Checkpoints, family: str) -> None:
-    model_map = checkpoints(family).map()
+    model_map = map_checkpoint(checkpoints(family))
     assert model_map.model_type == tiny.FAMILIES[family]().model_type
     assert model_map.n_layers == LAYERS
     assert model_map.d_model == tiny.D
@@ -215,7 +216,7 @@ def test_the_sizes_are_found(checkpoints: Checkpoints, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_is_found_with_its_norm(checkpoints: Checkpoints, family: str) -> None:
     expected, checkpoint = EXPECTED[family], checkpoints(family)
-    found = by_tensor(checkpoint.map())
+    found = by_tensor(map_checkpoint(checkpoint))
     wanted: set[str] = set()
     for layer in range(LAYERS):
         prefix = expected.layer.format(layer)
@@ -250,7 +251,7 @@ def test_every_matrix_is_found_with_its_norm(checkpoints: Checkpoints, family: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_matrix_of_the_language_model_is_left_out(checkpoints: Checkpoints, family: str) -> None:
     checkpoint = checkpoints(family)
-    found = by_tensor(checkpoint.map())
+    found = by_tensor(map_checkpoint(checkpoint))
     aside = ("vision_tower.", "multi_modal_projector.")
     matrices = {
         name
@@ -272,7 +273,7 @@ def test_no_matrix_of_the_language_model_is_left_out(checkpoints: Checkpoints, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modules_name_the_loaded_model(checkpoints: Checkpoints, family: str) -> None:
-    model_map = checkpoints(family).map()
+    model_map = map_checkpoint(checkpoints(family))
     model = tiny.build(family)
     paths = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     for matrix in model_map.matrices:
@@ -294,7 +295,7 @@ def test_one_unknown_tensor_in_a_layer_is_named(checkpoints: Checkpoints, family
     checkpoint = checkpoints(family)
     name = EXPECTED[family].layer.format(2) + tail
     with pytest.raises(ForgeError, match="1 tensors are unknown") as caught:
-        map_model(checkpoint.config, {**checkpoint.tensors, **extra(name, 3, 3)})
+        map_tensors(checkpoint.config, {**checkpoint.tensors, **extra(name, 3, 3)})
     assert name in str(caught.value)
 
 
@@ -312,7 +313,7 @@ def test_one_unknown_tensor_in_a_layer_is_named(checkpoints: Checkpoints, family
 def test_unknown_tensors_of_any_kind_are_named(checkpoints: Checkpoints, name: str) -> None:
     checkpoint = checkpoints("llama")
     with pytest.raises(ForgeError) as caught:
-        map_model(checkpoint.config, {**checkpoint.tensors, **extra(name, 3)})
+        map_tensors(checkpoint.config, {**checkpoint.tensors, **extra(name, 3)})
     assert name in str(caught.value)
 
 
@@ -324,7 +325,7 @@ def test_any_missing_matrix_is_named(checkpoints: Checkpoints, family: str) -> N
             missing = expected.layer.format(layer) + tensor_name(name)
             left = {key: info for key, info in checkpoint.tensors.items() if key != missing}
             with pytest.raises(ForgeError) as caught:
-                map_model(checkpoint.config, left)
+                map_tensors(checkpoint.config, left)
             assert missing in str(caught.value)
 
 
@@ -335,7 +336,7 @@ def test_a_missing_norm_is_an_error(checkpoints: Checkpoints, family: str) -> No
         missing = f"{expected.layer.format(1)}{norm}."
         left = {key: info for key, info in checkpoint.tensors.items() if not key.startswith(missing)}
         with pytest.raises(ForgeError):
-            map_model(checkpoint.config, left)
+            map_tensors(checkpoint.config, left)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -343,7 +344,7 @@ def test_a_missing_embedding_is_an_error(checkpoints: Checkpoints, family: str) 
     missing, checkpoint = f"{EXPECTED[family].embedding[0]}.weight", checkpoints(family)
     left = {key: info for key, info in checkpoint.tensors.items() if key != missing}
     with pytest.raises(ForgeError) as caught:
-        map_model(checkpoint.config, left)
+        map_tensors(checkpoint.config, left)
     assert missing in str(caught.value)
 
 
@@ -353,7 +354,7 @@ def test_a_missing_layer_is_an_error(checkpoints: Checkpoints, family: str, laye
     checkpoint, prefix = checkpoints(family), EXPECTED[family].layer.format(layer)
     left = {key: info for key, info in checkpoint.tensors.items() if not key.startswith(prefix)}
     with pytest.raises(ForgeError, match="layers"):
-        map_model(checkpoint.config, left)
+        map_tensors(checkpoint.config, left)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +365,7 @@ def test_a_missing_final_norm_is_an_error(checkpoints: Checkpoints, family: str,
     left = {key: info for key, info in checkpoint.tensors.items() if not key.startswith(norm)}
     assert len(left) < len(checkpoint.tensors)
     with pytest.raises(ForgeError, match=r"norm|ln_f"):
-        map_model(checkpoint.config, left)
+        map_tensors(checkpoint.config, left)
 
 
 def edited(checkpoint: Checkpoint, folder: Path, **changes: object) -> Checkpoint:
@@ -380,7 +381,7 @@ def test_an_architecture_that_is_not_described_is_refused_with_its_matrices(
 ) -> None:
     checkpoint = edited(checkpoints("qwen3"), tmp_path / "mamba", model_type="mamba")
     with pytest.raises(ForgeError, match="'mamba' is not described") as caught:
-        checkpoint.map()
+        map_checkpoint(checkpoint)
     message = str(caught.value)
     for name in (Q, K, V, O, GATE, UP, DOWN):
         assert f"model.layers.N.{name}.weight (x4)" in message
@@ -395,12 +396,12 @@ def test_tensors_of_another_architecture_are_refused_with_their_matrices(
 ) -> None:
     checkpoint = edited(checkpoints("gpt2"), tmp_path / "wrong", model_type="llama")
     with pytest.raises(ForgeError, match=r"transformer\.h\.N\.attn\.c_attn\.weight \(x4\)"):
-        checkpoint.map()
+        map_checkpoint(checkpoint)
 
 
 def test_a_config_without_model_type_is_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(ForgeError, match="unknown"):
-        map_model({}, checkpoints("llama").tensors)
+        map_tensors({}, checkpoints("llama").tensors)
 
 
 @pytest.mark.parametrize("content", ["[]", '"llama"', "{"])
@@ -408,7 +409,7 @@ def test_a_config_that_is_none_is_one_error(checkpoints: Checkpoints, tmp_path: 
     checkpoint = edited(checkpoints("llama"), tmp_path / "broken")
     (checkpoint.folder / "config.json").write_text(content)
     with pytest.raises(ForgeError, match=r"config\.json"):
-        checkpoint.map()
+        map_checkpoint(checkpoint)
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str]) -> dict[str, TensorInfo]:
@@ -421,7 +422,7 @@ def test_gpt2_without_its_root_and_with_old_buffers(checkpoints: Checkpoints) ->
     tensors = renamed(checkpoint, lambda name: name.removeprefix("transformer."))
     for layer in range(LAYERS):
         tensors |= extra(f"h.{layer}.attn.bias", 1, 1, 512, 512) | extra(f"h.{layer}.attn.masked_bias")
-    bare, rooted = map_model(checkpoint.config, tensors), checkpoint.map()
+    bare, rooted = map_tensors(checkpoint.config, tensors), map_checkpoint(checkpoint)
     assert [f"transformer.{matrix.tensor}" for matrix in bare.matrices] == [m.tensor for m in rooted.matrices]
     assert [matrix.module for matrix in bare.matrices] == [matrix.module for matrix in rooted.matrices]
     first = by_tensor(bare)["h.0.attn.c_attn.weight"]
@@ -437,7 +438,7 @@ def test_gemma3_under_its_newer_names(checkpoints: Checkpoints) -> None:
             return name.replace("language_model.model.", "model.language_model.")
         return f"model.{name}"
 
-    newer, older = map_model(checkpoint.config, renamed(checkpoint, rename)), checkpoint.map()
+    newer, older = map_tensors(checkpoint.config, renamed(checkpoint, rename)), map_checkpoint(checkpoint)
     assert [matrix.module for matrix in newer.matrices] == [matrix.module for matrix in older.matrices]
     assert newer.matrices[0].tensor == "model.language_model.embed_tokens.weight"
     assert len(newer.writers) == 8
@@ -452,10 +453,10 @@ def test_mxfp4_experts_are_known_by_their_parts(checkpoints: Checkpoints) -> Non
             del tensors[full]
             tensors |= extra(f"{full}_blocks", 4, rows, inputs // 32, 16)
             tensors |= extra(f"{full}_scales", 4, rows, inputs // 32)
-    model_map = map_model(checkpoint.config, tensors)
-    plain = by_tensor(checkpoint.map())
+    model_map = map_tensors(checkpoint.config, tensors)
+    plain = by_tensor(map_checkpoint(checkpoint))
     for name, matrix in by_tensor(model_map).items():
         assert matrix == replace(plain[name], mxfp4=".experts." in name)
     del tensors["model.layers.3.mlp.experts.down_proj_scales"]
     with pytest.raises(ForgeError, match=r"layers\.3\.mlp\.experts\.down_proj_scales"):
-        map_model(checkpoint.config, tensors)
+        map_tensors(checkpoint.config, tensors)

@@ -23,7 +23,7 @@ FIT = PartPrompts(tuple(tiny.lines(9, 1)), tuple(tiny.lines(9, 2)))
 def load(folder: Path, family: str = "llama", **settings: object) -> ChatModel:
     if not folder.exists():
         tiny.save(tiny.build(family), folder)
-    from ollama_forge.checkpoints.source import Checkpoint
+    from ollama_forge.checkpoints.checkpoint import Checkpoint
 
     options = {"dtype": "float32", "device": "cpu", "batch_size": 4, **settings}
     return ChatModel.load(Checkpoint(folder, "tiny", "folder"), LoadSettings(**options))  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def one_by_one(model: ChatModel, prompts: tuple[str, ...], layer: int, position:
     for prompt in prompts:
         with torch.inference_mode():
             states = model.module(
-                input_ids=torch.tensor([model.prompt_ids(prompt)]), output_hidden_states=True
+                input_ids=torch.tensor([model.tokenizer.instruction_ids(prompt)]), output_hidden_states=True
             ).hidden_states
         out.append(states[layer + 1][0, position].double())
     return torch.stack(out)
@@ -44,7 +44,7 @@ def one_by_one(model: ChatModel, prompts: tuple[str, ...], layer: int, position:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon-rw", "gpt_oss", "olmo2"])
 def test_batched_statistics_equal_those_one_by_one(family: str, tmp_path: Path) -> None:
     model = load(tmp_path / "model", family)
-    ids = model.prompts_ids(FIT.harmful)
+    ids = model.tokenizer.instructions_ids(FIT.harmful)
     stats = gather_residuals(model, ids, [0, 2], keep_samples=True, position=-2)
     assert stats.mean.dtype == torch.float64
     assert stats.samples is not None
@@ -142,23 +142,27 @@ def test_a_control_is_another_direction_of_the_same_shape(tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon", "falcon-rw", "gpt_oss"])
 def test_batched_answers_equal_those_alone(family: str, tmp_path: Path) -> None:
     model = load(tmp_path / "model", family, batch_size=8)
-    ids = model.prompts_ids(tiny.lines(8, 5))
+    ids = model.tokenizer.instructions_ids(tiny.lines(8, 5))
     together = answer(model, ids, 12, keep_first=True)
     assert together.first is not None
     for place, prompt in enumerate(ids):
         with torch.inference_mode():
             logits = model.module(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
             whole = model.module.generate(  # type: ignore[operator]
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=model.eos_ids
+                torch.tensor([prompt]),
+                max_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=list(model.tokenizer.end_ids),
             )
-        wanted = [token for token in whole[0, len(prompt) :].tolist() if token not in model.eos_ids]
+        wanted = [token for token in whole[0, len(prompt) :].tolist() if token not in model.tokenizer.end_ids]
         assert together.ids[place] == wanted
         torch.testing.assert_close(together.first[place], logits, rtol=1e-3, atol=1e-3)
 
 
 def test_an_answer_ends_when_it_is_decided(tmp_path: Path) -> None:
     model = load(tmp_path / "model")
-    ids = model.prompts_ids(tiny.lines(3))
+    ids = model.tokenizer.instructions_ids(tiny.lines(3))
     whole = answer(model, ids, 9).ids
     assert answer(model, ids, 9, decided=lambda row: len(row) == 2).ids == [row[:2] for row in whole]
 
@@ -169,7 +173,7 @@ def test_a_base_model_is_refused_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="no chat template"):
         load(tmp_path / "model")
     model = load(tmp_path / "model", allow_base_model=True)
-    assert model.decode(model.prompt_ids("paint a boat")) == "paint a boat"
+    assert model.decode(model.tokenizer.instruction_ids("paint a boat")) == "paint a boat"
 
 
 def test_system_prompt_and_template_arguments_reach_the_template(tmp_path: Path) -> None:
@@ -177,10 +181,10 @@ def test_system_prompt_and_template_arguments_reach_the_template(tmp_path: Path)
     path = tmp_path / "model" / "chat_template.jinja"
     path.write_text(tiny.TEMPLATE + "{{ mood }}{% if enable_thinking %}<think>{% endif %}", encoding="utf-8")
     model = load(tmp_path / "model", system="Be brief.", template_kwargs={"mood": "calm"})
-    text = model.tokenizer.decode(model.prompt_ids("hello"))
+    text = model.tokenizer.decode(model.tokenizer.instruction_ids("hello"))
     assert text == "<|system|>Be brief.<|end|><|user|>hello<|end|><|assistant|>calm"
     thinking = load(tmp_path / "model", template_kwargs={"enable_thinking": True})
-    assert thinking.tokenizer.decode(thinking.prompt_ids("hello")).endswith("<think>")
+    assert thinking.tokenizer.decode(thinking.tokenizer.instruction_ids("hello")).endswith("<think>")
 
 
 def test_eight_bits_are_refused_without_cuda(tmp_path: Path) -> None:

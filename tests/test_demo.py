@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from ollama_forge.checkpoints import demo
-from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import measure
 from ollama_forge.files import sha256_file

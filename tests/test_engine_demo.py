@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engines.base import Constraint, Request, Sampling
 from ollama_forge.serving.engines.transformers import TransformersEngine
@@ -35,7 +35,9 @@ def engine() -> Iterator[TransformersEngine]:
 
 
 def test_eight_greedy_answers_at_once_are_those_alone(engine: TransformersEngine) -> None:
-    requests = [greedy(engine.model.prompt_ids(text), 6 + 3 * place) for place, text in enumerate(QUESTIONS)]
+    requests = [
+        greedy(engine.model.tokenizer.instruction_ids(text), 6 + 3 * place) for place, text in enumerate(QUESTIONS)
+    ]
     before = engine.stats
     answers = together(engine, requests)
     after = engine.stats
@@ -47,12 +49,12 @@ def test_eight_greedy_answers_at_once_are_those_alone(engine: TransformersEngine
 def test_a_second_turn_prefills_its_new_tokens_only(engine: TransformersEngine) -> None:
     model = engine.model
     turns = [{"role": "user", "content": "Which sea lies north of Egypt?"}]
-    first = tuple(model.encode(model.render(turns)))
+    first = tuple(model.tokenizer.encode(model.tokenizer.render(turns)))
     answer = together(engine, [greedy(first, 12)])[0]
     following = (
         *first,
         *answer,
-        *model.encode("<|im_end|>\n<|im_start|>user\nAnd south?<|im_end|>\n<|im_start|>assistant\n"),
+        *model.tokenizer.encode("<|im_end|>\n<|im_start|>user\nAnd south?<|im_end|>\n<|im_start|>assistant\n"),
     )
     before = engine.stats.prefilled_tokens
     second = together(engine, [greedy(following, 8)])[0]
@@ -101,11 +103,11 @@ def quick_engine() -> Iterator[TransformersEngine]:
 
 def test_a_hundred_answers_satisfy_their_schemas(quick_engine: TransformersEngine) -> None:
     model = quick_engine.model
-    ends = frozenset(model.eos_ids)
+    ends = frozenset(model.tokenizer.end_ids)
     schemas = [SCHEMAS[place % len(SCHEMAS)] for place in range(100)]
     requests = [
         Request(
-            tuple(model.prompt_ids(f"Make up something, as JSON. {QUESTIONS[seed % 8]}")),
+            tuple(model.tokenizer.instruction_ids(f"Make up something, as JSON. {QUESTIONS[seed % 8]}")),
             72,
             Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed),
             ends,
@@ -116,7 +118,7 @@ def test_a_hundred_answers_satisfy_their_schemas(quick_engine: TransformersEngin
     answers = together(quick_engine, requests)
     ended = [(answer, schema) for answer, schema in zip(answers, schemas, strict=True) if len(answer) < 72]
     for answer, schema in ended:
-        said = json.loads(model.decode(answer))
+        said = json.loads(model.tokenizer.decode(answer))
         jsonschema.validate(said, schema, format_checker=jsonschema.FormatChecker())
         if "properties" in schema:
             assert list(said) == [name for name in schema["properties"] if name in said]

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving.engines.base import EngineError, ImageEncoder, Request, Step
 from ollama_forge.serving.engines.vision import VisionEngine, load_engine

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ollama_forge.checkpoints import architecture
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.architectures import described
+from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import factors
-from ollama_forge.edits.hooks import edited
+from ollama_forge.edits.checkpoint_folder import write_checkpoint
+from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.edits.written import write_checkpoint
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.greedy import first_log_probs
@@ -44,9 +46,15 @@ Edited = tuple[Checkpoint, Checkpoint, EditPlan]
 def apply_to(family: str, folder: Path, settings: EditSettings = FULL, vectors: Tensor | None = None) -> Edited:
     source = tiny.save(tiny.build(family), folder / "source")
     direction = RefusalDirection(R.unsqueeze(0) if vectors is None else vectors, layer=2)
-    plan = plan_orthogonal(source.map(), direction, settings, vector_reader(source.tensors))
+    plan = plan_orthogonal(map_checkpoint(source), direction, settings, vector_reader(source.tensors))
     write_checkpoint(
-        source, source.map(), plan, folder / "edited", settings=settings, out_dtype="keep", direction=direction
+        source,
+        map_checkpoint(source),
+        plan,
+        folder / "edited",
+        settings=settings,
+        out_dtype="keep",
+        direction=direction,
     )
     return source, Checkpoint(folder / "edited", "edited", "folder"), plan
 
@@ -97,7 +105,7 @@ def spying(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Te
 
 
 def run(model: ChatModel) -> None:
-    ids = torch.tensor([model.prompt_ids(tiny.lines(1)[0])])
+    ids = torch.tensor([model.tokenizer.instruction_ids(tiny.lines(1)[0])])
     with torch.inference_mode():
         model.module(input_ids=ids)
 
@@ -191,7 +199,7 @@ def test_a_mutation_is_noticed(family: str, mutation: str, tmp_path: Path, monke
     if mutation == "wrong norm" and family == "olmo2":
         pytest.skip("its norms stand behind writers: 'dropped gain' covers them")
     if mutation in MUTATIONS or mutation == "swapped expert axis":
-        known = copy.deepcopy(architecture.known_architectures())
+        known = copy.deepcopy(described.known_architectures())
         spec = known[tiny.FAMILIES[family]().model_type]
         if mutation == "swapped expert axis":
             for entry in spec["matrix"]:
@@ -199,11 +207,11 @@ def test_a_mutation_is_noticed(family: str, mutation: str, tmp_path: Path, monke
                     entry["layout"] = "out_in"
         else:
             MUTATIONS[mutation](spec)
-        monkeypatch.setattr(architecture, "known_architectures", lambda: known)
+        monkeypatch.setattr(described, "known_architectures", lambda: known)
     elif mutation == "skipped layer":
         real = EditSettings.reason_to_skip
 
-        def skip(self: EditSettings, matrix: architecture.Matrix, n_layers: int) -> str | None:
+        def skip(self: EditSettings, matrix: Matrix, n_layers: int) -> str | None:
             return "forgotten" if matrix.layer == 2 else real(self, matrix, n_layers)
 
         monkeypatch.setattr(EditSettings, "reason_to_skip", skip)
@@ -239,12 +247,12 @@ def test_hooks_do_what_the_weights_will(family: str, tmp_path: Path) -> None:
     settings = EditSettings(targets=("attention", "mlp", "embedding"), strength=0.7, strength_kernel="gaussian")
     source, result, plan = apply_to(family, tmp_path, settings)
     base, written = load(source), load(result)
-    ids = base.prompts_ids(tiny.lines(3))
+    ids = base.tokenizer.instructions_ids(tiny.lines(3))
     plain = first_log_probs(base, ids)
-    with edited(base, plan):
-        hooked = first_log_probs(base, ids)
-    torch.testing.assert_close(hooked, first_log_probs(written, ids), rtol=1e-4, atol=2e-4)
-    assert (hooked - plain).abs().max() > 0.05
+    with hooked(base, plan):
+        as_hooks = first_log_probs(base, ids)
+    torch.testing.assert_close(as_hooks, first_log_probs(written, ids), rtol=1e-4, atol=2e-4)
+    assert (as_hooks - plain).abs().max() > 0.05
     assert torch.equal(first_log_probs(base, ids), plain)
 
 

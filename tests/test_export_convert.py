@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
@@ -26,8 +27,9 @@ from ollama_forge.export.convert import (
     why_not,
 )
 from ollama_forge.files import partial_of
-from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import GgufModel, serving
+from ollama_forge.text.tokenizer import Tokenizer
 from tests import planted, tiny
 
 # words end behind their space, as with no tokenizer that llama.cpp knows
@@ -38,7 +40,7 @@ def byte_pairs(merges: tuple[tuple[str, str], ...]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with merges that nothing holds back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*tiny.SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(tiny.SPECIAL)
@@ -73,9 +75,9 @@ def test_an_unknown_pre_tokenizer_falls_back_and_conversion_completes(
 
 def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Checkpoint, Path, str | None]) -> None:
     checkpoint, path, _ = foreign
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = Tokenizer.load(checkpoint.folder)
     with serving(path, 256) as server:
-        found = check_tokens(tokenizer, LoadSettings(), server.tokenize)
+        found = check_tokens(tokenizer, server.tokenize)
         assert server.tokenize("the sea") != tokenizer("the sea").input_ids
     assert found.texts >= 200
     assert found.mismatches >= found.garbled > 20
@@ -89,11 +91,10 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     checkpoint, path, _ = foreign
     settings = LoadSettings(device="cpu", dtype="float32")
     chat = ChatModel.load(checkpoint, settings)
-    prompts = chat.prompts_ids(tiny.lines(6))
+    prompts = chat.tokenizer.instructions_ids(tiny.lines(6))
     wanted = chat.answer(prompts, 12, keep_first=True)
     with serving(path, 256, slots=8) as server:
-        file = GgufModel(server, chat.tokenizer, settings, ends=chat.eos_ids, vocabulary=tiny.VOCABULARY + len(FOREIGN))
-        assert file.prompts_ids(tiny.lines(6)) == prompts
+        file = GgufModel(server, chat.tokenizer, vocabulary=tiny.VOCABULARY + len(FOREIGN))
         found = file.answer(prompts, 12, keep_first=True)
     assert wanted.first is not None
     assert found.first is not None
@@ -112,10 +113,10 @@ def test_mismatches_are_told_apart() -> None:
         space, x = tokenizer("  x", add_special_tokens=False).input_ids[::2]
         return [space, *ids] if text.startswith("The harbour") else [x, *ids] if text == "🚀" else ids
 
-    found = check_tokens(tokenizer, LoadSettings(), wrong)
+    found = check_tokens(Tokenizer(tokenizer), wrong)
     assert (found.mismatches, found.garbled) == (2, 1)
     assert found.examples[0].text == "🚀"
-    right = check_tokens(tokenizer, LoadSettings(), lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+    right = check_tokens(Tokenizer(tokenizer), lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     assert (right.mismatches, right.garbled, right.examples) == (0, 0, ())
 
 
@@ -127,7 +128,7 @@ def test_the_check_reads_special_tokens_and_the_rendered_template() -> None:
         seen.append(text)
         return []
 
-    check_tokens(tokenizer, LoadSettings(system="Be brief."), tokenize)
+    check_tokens(Tokenizer(tokenizer, system="Be brief."), tokenize)
     assert any(
         text.startswith("<|system|>Be brief.<|end|><|user|>") and text.endswith("<|assistant|>") for text in seen
     )

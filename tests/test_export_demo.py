@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import check_tokens
 from ollama_forge.export import quantise
 from ollama_forge.export.convert import convert, find_converter
-from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import GgufModel, serving
+from ollama_forge.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -39,17 +41,19 @@ def test_the_demo_file_has_the_tokens_of_the_checkpoint_and_answers_like_it(demo
     source, path = demo
     load = LoadSettings()
     chat = ChatModel.load(source, load)
-    prompts = chat.prompts_ids(["How do I bake bread?", "Name three rivers in Europe.", "What is 12 + 30?"])
+    prompts = chat.tokenizer.instructions_ids(
+        ["How do I bake bread?", "Name three rivers in Europe.", "What is 12 + 30?"]
+    )
     wanted = chat.answer(prompts, 0, keep_first=True).first
     with serving(path, 256, slots=8) as server:
-        tokens = check_tokens(load_tokenizer(source.folder), load, server.tokenize)
-        file = GgufModel(server, chat.tokenizer, load, ends=chat.eos_ids, vocabulary=49152)
+        tokens = check_tokens(Tokenizer.load(source.folder), server.tokenize)
+        file = GgufModel(server, chat.tokenizer, vocabulary=49152)
         found = file.answer(prompts, 24, keep_first=True)
     assert (tokens.texts >= 250, tokens.mismatches) == (True, 0)
     assert wanted is not None
     assert found.first is not None
     assert float(kl_per_prompt(wanted, found.first).mean()) < 0.3
-    assert "bread" in file.decode(found.ids[0]).lower()
+    assert "bread" in file.tokenizer.decode(found.ids[0]).lower()
 
 
 def test_transformers_loads_the_demo_file(demo: tuple[Checkpoint, Path]) -> None:
@@ -57,7 +61,7 @@ def test_transformers_loads_the_demo_file(demo: tuple[Checkpoint, Path]) -> None
 
     source, path = demo
     chat = ChatModel.load(source, LoadSettings())
-    ids = torch.tensor([chat.prompt_ids("How do I bake bread?")])
+    ids = torch.tensor([chat.tokenizer.instruction_ids("How do I bake bread?")])
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     with torch.inference_mode():
         theirs = loaded(input_ids=ids).logits[:, -1].float().log_softmax(-1)

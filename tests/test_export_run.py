@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from ollama_forge.checkpoints.gguf_io import Value, read_gguf, value_of
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.settings import EditSettings

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.checkpoints import gguf_source
-from ollama_forge.checkpoints.source import Checkpoint, resolve
-from ollama_forge.checkpoints.storage import decode
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
+from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.errors import ForgeError
 from tests import tiny
 
@@ -112,7 +114,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def held(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {
-        name: decode(checkpoint.tensors.read_bytes(name), info.dtype, info.shape)
+        name: decode_tensor(checkpoint.tensors.read_bytes(name), info.dtype, info.shape)
         for name, info in checkpoint.tensors.items()
     }
 
@@ -154,7 +156,7 @@ def test_the_config_is_that_of_a_plain_model(tmp_path: Path) -> None:
     }
     assert {key: config[key] for key in expected} == expected
     assert config["rope_parameters"]["rope_theta"] == 5000.0
-    model_map = checkpoint.map()
+    model_map = map_checkpoint(checkpoint)
     assert (model_map.n_layers, model_map.d_model, len(model_map.writers)) == (LAYERS, D, 2 * LAYERS)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ollama_forge.activations import writer_inputs
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
+from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.least_squares import (
@@ -64,15 +65,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 
 def gathered(model: ChatModel, budget: int = writer_inputs.BUDGET) -> list[dict[str, WriterInputs]]:
-    ids = [model.prompts_ids(tiny.lines(7, seed)) for seed in (1, 2)]
-    return list(gather_writer_inputs(model, model.map.writers, ids[0], ids[1], budget=budget))
+    ids = [model.tokenizer.instructions_ids(tiny.lines(7, seed)) for seed in (1, 2)]
+    return list(gather_writer_inputs(model, model.model_map.writers, ids[0], ids[1], budget=budget))
 
 
 def test_inputs_are_those_of_the_last_positions(model: ChatModel) -> None:
-    writer = model.map.writers[3]
+    writer = model.model_map.writers[3]
     inputs = gathered(model)[0][writer.tensor]
     wanted = []
-    for prompt in model.prompts_ids(tiny.lines(7, 1)):
+    for prompt in model.tokenizer.instructions_ids(tiny.lines(7, 1)):
         seen: list[torch.Tensor] = []
         handle = model.submodule(writer).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
         with torch.inference_mode():
@@ -100,7 +101,7 @@ def test_rows_and_moments_lead_to_the_same_factors(model: ChatModel, monkeypatch
     read = vector_reader_of(model)
 
     def fitted() -> dict[str, torch.Tensor]:
-        out = fit_least_squares(model.map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), read)
+        out = fit_least_squares(model.model_map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), read)
         return {name: given.K for name, given in out["r"].items()}
 
     moments = fitted()
@@ -117,8 +118,10 @@ def vector_reader_of(model: ChatModel):  # type: ignore[no-untyped-def]
 def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
     direction = RefusalDirection(tiny.unit_vector().unsqueeze(0), layer=2)
     read = vector_reader_of(model)
-    fitted = fit_least_squares(model.map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), read)["r"]
-    writer = model.map.writers[0]
+    fitted = fit_least_squares(model.model_map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), read)[
+        "r"
+    ]
+    writer = model.model_map.writers[0]
     assert writer.post_norm is not None
     gain = read(writer.post_norm.weight) + 1.0
     wanted = torch.nn.functional.normalize(gain * direction.vectors[0], dim=0)
@@ -127,20 +130,20 @@ def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
 
 def test_settings_without_meaning_are_refused(model: ChatModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="writers alone"):
-        least_squares_writers(model.map, replace(SETTINGS, targets=("attention",)))
+        least_squares_writers(model.model_map, replace(SETTINGS, targets=("attention",)))
     experts = tiny.save(tiny.build("gpt_oss"), tmp_path / "experts")
     with pytest.raises(ForgeError, match="experts"):
-        least_squares_writers(experts.map(), SETTINGS)
+        least_squares_writers(map_checkpoint(experts), SETTINGS)
 
 
 def test_strengths_and_skips_are_the_settings_own(model: ChatModel) -> None:
     direction = RefusalDirection(tiny.unit_vector().unsqueeze(0), layer=2)
     fitted = fit_least_squares(
-        model.map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), vector_reader_of(model)
+        model.model_map, {"r": direction}, gathered(model), lambda m: weight_of(model, m), vector_reader_of(model)
     )["r"]
-    plan = plan_least_squares(model.map, fitted, replace(SETTINGS, strength=2.0, attn_strength=1.0), 2)
+    plan = plan_least_squares(model.model_map, fitted, replace(SETTINGS, strength=2.0, attn_strength=1.0), 2)
     assert {edit.matrix.layer for edit in plan.edits.values()} == {1, 2}
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "o"} == {1.0}
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "down"} == {2.0}
-    assert set(plan.edits) | set(plan.skipped) == {matrix.tensor for matrix in model.map.matrices}
+    assert set(plan.edits) | set(plan.skipped) == {matrix.tensor for matrix in model.model_map.matrices}
     assert callable(vector_reader)

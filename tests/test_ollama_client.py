@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from ollama_forge import doctor
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.address import ollama_url
-from ollama_forge.export.ollama import Client, CreateRequest, OllamaState, Shown, digest_of, preflight
 from ollama_forge.names import check_ollama_name, is_ollama_name
+from ollama_forge.ollama.address import ollama_url
+from ollama_forge.ollama.client import Client, CreateRequest, OllamaState, Shown, digest_of, preflight
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded
 

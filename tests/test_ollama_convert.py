@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from ollama_forge.checkpoints.gguf_header import read_header
 from ollama_forge.cli.main import main
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.gguf_header import read_header
-from ollama_forge.export.ollama import Client, digest_of
-from ollama_forge.export.register import commands, register
-from ollama_forge.export.templates import TemplatePlan, template_plan
+from ollama_forge.ollama.client import Client, digest_of
+from ollama_forge.ollama.register import commands, register
+from ollama_forge.ollama.template import TemplatePlan, template_plan
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, given, recorded, tiny_gguf
 
@@ -126,7 +126,7 @@ def test_quantise(fake: FakeOllama, gguf: Path, forge: Forge, monkeypatch: pytes
         bars[title] = [total, 0]
         yield lambda count: bars.update({title: [total, bars[title][1] + count]})
 
-    monkeypatch.setattr("ollama_forge.export.ollama.bar", counting)
+    monkeypatch.setattr("ollama_forge.ollama.client.bar", counting)
     assert forge("convert", "--gguf", gguf, "--name", "made", "--quantize", "q8_0")[0] == 0
     assert bars["ollama: quantizing, MB"] == [5, 5]
     assert {"hashing m.gguf, MB", "sending m.gguf to Ollama, MB"} < set(bars)

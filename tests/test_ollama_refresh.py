@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.cli.main import main
-from ollama_forge.export.ollama import Client
-from ollama_forge.export.refresh import refresh
+from ollama_forge.ollama.client import Client
+from ollama_forge.ollama.refresh import refresh
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded
 from tests.fake_ollama import given as said

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.registering import InOllama, OllamaSettings, Registrar
 from ollama_forge.files import sha256_file
-from ollama_forge.stages import Stages
+from ollama_forge.ollama.registering import InOllama, OllamaSettings, Registrar
+from ollama_forge.resume import Stages
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ollama_forge.models import packed
-from ollama_forge.models.packed import pack_linears
+from ollama_forge.models import cpu_packing
+from ollama_forge.models.cpu_packing import pack_linears
 from tests import tiny
 
 
@@ -20,7 +20,7 @@ def test_the_products_are_the_same_to_the_last_bit() -> None:
         with torch.inference_mode():
             plain = linear(inputs)
             pack_linears(linear)
-            assert type(linear.forward) is packed._PackedForward
+            assert type(linear.forward) is cpu_packing._PackedForward
             assert torch.equal(linear(inputs), plain)
             assert linear(inputs).shape == (2, rows, 80)
 
@@ -37,7 +37,7 @@ def test_float32_and_lack_of_memory_leave_it_as_it_is(monkeypatch: pytest.Monkey
     plain = tiny.build("llama")
     pack_linears(plain)
     low = tiny.build("llama").bfloat16()
-    monkeypatch.setattr(packed, "memory_available", lambda device: 0)
+    monkeypatch.setattr(cpu_packing, "memory_available", lambda device: 0)
     pack_linears(low)
     for module in (*plain.modules(), *low.modules()):
         assert "forward" not in vars(module)

@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 from tests import tiny
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = resolve(str(folder))
     assert (checkpoint.folder, checkpoint.kind, checkpoint.revision) == (folder.resolve(), "folder", None)
-    assert checkpoint.map().n_layers == 4
+    assert map_checkpoint(checkpoint).n_layers == 4
     monkeypatch.chdir(folder.parent)
     relative = resolve(folder.name)
     assert (relative.folder, relative.label) == (folder.resolve(), folder.name)
@@ -213,7 +214,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 SCRIPT = """
 import json, sys
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 answers = []
 for model, revision in json.loads(sys.argv[1]):
@@ -221,7 +222,7 @@ for model, revision in json.loads(sys.argv[1]):
         found = resolve(model, revision)
         files = sorted(str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file())
         answers.append({"folder": str(found.folder), "label": found.label, "kind": found.kind,
-                        "revision": found.revision, "files": files, "layers": found.map().n_layers})
+                        "revision": found.revision, "files": files, "layers": map_checkpoint(found).n_layers})
     except ForgeError as error:
         answers.append({"message": error.message, "hint": error.hint})
 print(json.dumps(answers))

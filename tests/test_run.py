@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.api import apply, compute_dir
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.edits.written import PROVENANCE, edit_file
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation import verify as verification
 from ollama_forge.files import read_json
@@ -26,7 +27,6 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
-from ollama_forge.steps import apply, compute_dir
 from tests import planted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,9 @@ def test_negative_strength_strengthens_refusal(tmp_path: Path) -> None:
 
         model = ChatModel.load(checkpoint, load)
         lines = (tmp_path / "harmful.txt").read_text(encoding="utf-8").splitlines()[:8]
-        return float((gather_residuals(model, model.prompts_ids(lines), [2]).mean.float() @ found.vectors.T).sum())
+        return float(
+            (gather_residuals(model, model.tokenizer.instructions_ids(lines), [2]).mean.float() @ found.vectors.T).sum()
+        )
 
     assert along(written) > 1.2 * along(Checkpoint(tmp_path / "model", "model", "folder"))
 
@@ -195,7 +197,7 @@ from pathlib import Path
 from tests.test_run import settings
 from ollama_forge import pipeline
 from ollama_forge.edits import apply, written
-from ollama_forge.stages import Stages
+from ollama_forge.resume import Stages
 
 folder = Path({folder!r})
 POINTS = ["after base", "within choose", "within a shard", "before the factors", "within verify"]

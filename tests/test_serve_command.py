@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.serve import _name_of
 from ollama_forge.serving.http import server
 from ollama_forge.serving.http.server import announce, bind
@@ -27,7 +27,7 @@ WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
 ENDLESS = """
 import sys
-from ollama_forge.checkpoints import source
+from ollama_forge.checkpoints import checkpoint
 from ollama_forge.serving import served
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ollama_forge.checkpoints.source import Checkpoint, resolve
-from ollama_forge.models.chat_model import load_tokenizer
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.serving.facts import ModelFacts, human_count
-from ollama_forge.serving.served import end_ids
+from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
 
 
@@ -98,4 +98,4 @@ def test_ends_are_those_of_all_configs(tmp_path: Path) -> None:
     path = checkpoint.folder / "generation_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
-    assert end_ids(checkpoint, load_tokenizer(checkpoint.folder)) == {1, 3, 4}
+    assert set(Tokenizer.load(checkpoint.folder).end_ids) == {1, 3, 4}

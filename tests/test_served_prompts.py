@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving import template as template_module
 from ollama_forge.serving.asks import BadRequest, Message, Prompt
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.served import ServedModel
-from ollama_forge.serving.text.thinking import ThinkingSplit
+from ollama_forge.text import template as template_module
+from ollama_forge.text.thinking import ThinkingSplit
 from tests import tiny
 from tests.scripted import serve
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode, decode_mxfp4, encode, mxfp4_shape
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_mxfp4, decode_tensor, encode_tensor, mxfp4_shape
 from ollama_forge.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -93,7 +93,7 @@ def read_all(folder: Path) -> None:
         data = tensors.read_bytes(name)
         assert len(data) == info.size == info.count * item_size(info.dtype)
         if info.dtype in FLOAT_TYPES:
-            assert tuple(decode(data, info.dtype, info.shape).shape) == info.shape
+            assert tuple(decode_tensor(data, info.dtype, info.shape).shape) == info.shape
 
 
 def sample_bytes() -> bytes:
@@ -126,7 +126,7 @@ def test_what_safetensors_writes_is_read_back(tensors: dict[str, torch.Tensor]) 
             data = found.read_bytes(name)
             assert bytes(data) == raw_bytes(tensor)
             if info.dtype in FLOAT_TYPES:
-                values = decode(data, info.dtype, info.shape)
+                values = decode_tensor(data, info.dtype, info.shape)
                 assert values.dtype == torch.float32
                 assert torch.equal(values, tensor.float())
 
@@ -362,7 +362,7 @@ def test_encoded_values_can_be_written(shape: tuple[int, ...], dtype: str, seed:
     with scratch() as folder:
         target = folder / "out.safetensors"
         with ShardWriter(target, [OutputTensor("x", dtype, shape)]) as writer:
-            writer.write([encode(values, dtype)])
+            writer.write([encode_tensor(values, dtype)])
         assert_equal({"x": values.to(DTYPES[dtype])}, load_file(target))
 
 
@@ -396,28 +396,28 @@ def test_copying_from_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
 def test_bf16_is_rounded_to_nearest_even_as_torch_does(numbers: list[float]) -> None:
     values = torch.tensor(numbers, dtype=torch.float32)
-    stored = torch.frombuffer(bytearray(encode(values, "BF16")), dtype=torch.int16).to(torch.int64) & 0xFFFF
+    stored = torch.frombuffer(bytearray(encode_tensor(values, "BF16")), dtype=torch.int16).to(torch.int64) & 0xFFFF
     bits = values.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     assert stored.tolist() == ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).tolist()
-    assert bytes(encode(values, "BF16")) == raw_bytes(values.bfloat16())
+    assert bytes(encode_tensor(values, "BF16")) == raw_bytes(values.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOAT_TYPES))
 def test_what_is_decoded_encodes_to_the_same_bytes(dtype: str) -> None:
-    stored = encode(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)), dtype)
-    again = encode(decode(bytearray(stored), dtype, (3, 5)), dtype)
+    stored = encode_tensor(torch.randn(3, 5, generator=torch.Generator().manual_seed(1)), dtype)
+    again = encode_tensor(decode_tensor(bytearray(stored), dtype, (3, 5)), dtype)
     assert len(stored) == 15 * item_size(dtype)
     assert bytes(again) == bytes(stored)
 
 
 def test_a_transposed_tensor_is_encoded_row_by_row() -> None:
     values = torch.arange(6.0).reshape(2, 3)
-    assert bytes(encode(values.T, "F32")) == raw_bytes(torch.tensor([0.0, 3, 1, 4, 2, 5]))
+    assert bytes(encode_tensor(values.T, "F32")) == raw_bytes(torch.tensor([0.0, 3, 1, 4, 2, 5]))
 
 
 def test_integers_cannot_be_edited() -> None:
     with pytest.raises(ForgeError, match="I64"):
-        decode(bytearray(8), "I64", (1,))
+        decode_tensor(bytearray(8), "I64", (1,))
 
 
 def test_an_unknown_storage_type_is_named() -> None:

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.serving.text.stops import StopStrings
+from ollama_forge.text.stops import StopStrings
 
 LETTERS = st.text("ab.\né", max_size=24)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.serving.text.thinking import HARMONY, ThinkingSplit, ThoughtSplitter, thinking_of
+from ollama_forge.text.thinking import HARMONY, ThinkingSplit, ThoughtSplitter, thinking_of
 
 CASES = [
     (True, "It is about France.</think>Paris.", "It is about France.", "Paris."),

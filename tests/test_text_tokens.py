@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ollama_forge.serving.text.tokens import Detokeniser, TokenBytes
+from ollama_forge.text.detokenize import Detokeniser, TokenBytes
 from tests import planted, tiny
 
 

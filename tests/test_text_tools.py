@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ollama_forge.serving.events import Delta, ToolCall
 from ollama_forge.serving.text.reader import Reader, reader_for
-from ollama_forge.serving.text.thinking import HARMONY, ThinkingSplit
 from ollama_forge.serving.text.tools.registry import family_of
+from ollama_forge.text.thinking import HARMONY, ThinkingSplit
 
 NAMES = ("get_weather", "add")
 PARIS = ("get_weather", {"city": "Paris"})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ollama_forge.checkpoints.source import resolve
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving.served import ServedModel
 from tests.loopback import loopback

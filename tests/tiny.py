@@ -27,7 +27,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from tests.byte_tokenizer import SPECIAL, TEMPLATE, tokenizer
 
 __all__ = ["SPECIAL", "TEMPLATE", "tokenizer"]

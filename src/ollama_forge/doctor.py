@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
-from ollama_forge.export.address import OWN_SERVER, ollama_url
 from ollama_forge.files import cache_root, human_size
+from ollama_forge.ollama.address import OWN_SERVER, ollama_url
 
 _PACKAGES = {
     "torch": "nothing but --help and doctor works: pip install 'ollama-forge[abliterate]'",

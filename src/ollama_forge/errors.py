@@ -22,6 +22,11 @@ class UsageError(ForgeError):
     exit_status = 2
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def require_abliterate(command: str) -> None:
     """Raise unless the packages of the extra ``abliterate`` can be imported; importing none of them."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]

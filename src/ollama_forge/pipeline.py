@@ -14,31 +14,33 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from ollama_forge import __version__
-from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.compute import DirectionSettings, FitStats, gather_fit_stats
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.checkpoint_folder import check_output, edit_file, output_size, stamp, write_checkpoint
 from ollama_forge.edits.factors import Given
-from ollama_forge.edits.hooks import edited
+from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.least_squares import MAX_PAIRS, plan_least_squares
 from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.edits.written import check_output, edit_file, output_size, stamp, write_checkpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.report import Report
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.exporter import Exported, Exporter, ExportJob, ExportSettings
-from ollama_forge.export.registering import InOllama, OllamaSettings, Registrar
 from ollama_forge.files import sha256_file, sha256_json, write_bytes
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
-from ollama_forge.progress import say, step
+from ollama_forge.ollama.registering import InOllama, OllamaSettings, Registrar
+from ollama_forge.progress import say, status
 from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
 from ollama_forge.prompts.split import PromptSplit
+from ollama_forge.resume import Stages
 from ollama_forge.search.ladder import Candidate, Choice, climb, settings_from_json
-from ollama_forge.search.workbench import ASKED, Workbench
-from ollama_forge.stages import Stages
+from ollama_forge.search.trials import ASKED, Workbench
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class _Run:
         self.folder = settings.folder
         self.checkpoint_folder = self.folder / "checkpoint"
         self.source: Checkpoint = resolve(settings.model, settings.revision)
-        self.map = self.source.map()
+        self.map = map_checkpoint(self.source)
         self.read = vector_reader(self.source.tensors)
         self.split: PromptSplit = settings.prompts.load(MAX_PAIRS)
         needed = output_size(self.source, settings.out_dtype)
@@ -109,7 +111,7 @@ class _Run:
         if self._model is None or self._loaded_as != kind:
             self.drop_model()
             wanted = load if eight or not load.load_in_8bit else replace(load, load_in_8bit=False, dtype="bfloat16")
-            with step(f"loading {self.source.label}"):
+            with status(f"loading {self.source.label}"):
                 self._model = ChatModel.load(self.source, wanted)
             self._loaded_as = kind
         return self._model
@@ -315,7 +317,7 @@ class _Run:
         def work() -> Any:
             say("measuring the control, a random direction in the same places, on report prompts")
             model = self.model()
-            with edited(model, self.plan(chosen, control=True)[0]):
+            with hooked(model, self.plan(chosen, control=True)[0]):
                 return measure(model, self.split.report, self.base_first(), "control")[0].to_json()
 
         return self.stages.run("control", {**self.inputs, "choice": chosen}, [], work)
@@ -323,7 +325,7 @@ class _Run:
     def write(self, chosen: dict[str, Any]) -> Any:
         def work() -> Any:
             plan, direction = self.plan(chosen)
-            with step("writing the checkpoint"):
+            with status("writing the checkpoint"):
                 applied = write_checkpoint(
                     self.source,
                     self.map,
@@ -354,7 +356,7 @@ class _Run:
         if self._loaded_as != "written" or self._model is None:
             self.drop_model()
             load = replace(self.settings.load, load_in_8bit=False)
-            with step("loading the written checkpoint"):
+            with status("loading the written checkpoint"):
                 self._model = ChatModel.load(self.written, load)
             self._loaded_as = "written"
         return self._model
@@ -362,7 +364,7 @@ class _Run:
     def check(self, chosen: dict[str, Any], applied: dict[str, Any]) -> Any:
         def work() -> Any:
             plan, direction = self.plan(chosen)
-            with step("verifying the written checkpoint"):
+            with status("verifying the written checkpoint"):
                 checks = verify(self.source, self.written, self.written_model(), plan, direction)
             return [check.to_json() for check in checks]
 

@@ -16,7 +16,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def step(title: str) -> Iterator[None]:
+def status(title: str) -> Iterator[None]:
     """Announce work of unknown length; say how long it took where that was over two seconds."""
     started = time.monotonic()
     if sys.stderr.isatty():

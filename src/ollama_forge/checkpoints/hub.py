@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]

@@ -19,7 +19,7 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 _MXFP4_BLOCK = 32
 
 
-def decode(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def decode_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Bytes of a float tensor as float32, ``shape`` as given (a copy, or the bytes themselves for F32)."""
     if dtype not in _FLOATS:
         raise ForgeError(f"a tensor stored as {dtype} cannot be edited", "use the bf16 release of this model")
@@ -28,7 +28,7 @@ def decode(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(data, dtype=_FLOATS[dtype]).reshape(shape).float()
 
 
-def encode(values: Tensor, dtype: str) -> memoryview:
+def encode_tensor(values: Tensor, dtype: str) -> memoryview:
     """A float32 tensor's bytes in ``dtype``, row-major; one rounding."""
     stored = values.to(_FLOATS[dtype]).contiguous().reshape(-1)
     return memoryview(stored.view(torch.uint8).numpy().data)

@@ -32,7 +32,7 @@ abliterate.add_command(serve)
 def compute_dir(**options: Any) -> None:
     """Compute the refusal direction of a model."""
     require_abliterate("compute-dir")
-    from ollama_forge.steps import compute_dir
+    from ollama_forge.api import compute_dir
 
     computed = compute_dir(
         options["model"],
@@ -65,8 +65,8 @@ def compute_dir(**options: Any) -> None:
 def apply(**options: Any) -> None:
     """Edit a direction out of (or into) a model's weights, on disk."""
     require_abliterate("apply")
-    from ollama_forge.edits.written import edit_file
-    from ollama_forge.steps import apply
+    from ollama_forge.api import apply
+    from ollama_forge.edits.checkpoint_folder import edit_file
 
     folder = Path(options["output_dir"])
     _, applied = apply(
@@ -99,7 +99,7 @@ def _path(value: str | None) -> Path | None:
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
-        from ollama_forge.config_file import read_config
+        from ollama_forge.run_toml import read_config
 
         known = {p.name for p in ctx.command.params if p.name} - {"config"}
         ctx.default_map = read_config(Path(value), known)
@@ -145,10 +145,10 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     """Everything in one command: direction, edit, proof, numbers, GGUF, Ollama. Finished stages are not done again."""
     require_abliterate("run")
     from ollama_forge.cli.closing import closing_lines
-    from ollama_forge.config_file import write_config
     from ollama_forge.export.exporter import ExportSettings
-    from ollama_forge.export.registering import OllamaSettings
+    from ollama_forge.ollama.registering import OllamaSettings
     from ollama_forge.pipeline import RunSettings, run
+    from ollama_forge.run_toml import write_config
 
     settings = RunSettings(
         model=options["model"],

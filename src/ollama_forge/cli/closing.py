@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ollama_forge.edits.written import edit_file
+from ollama_forge.edits.checkpoint_folder import edit_file
 from ollama_forge.evaluation.report import Report
 from ollama_forge.files import human_size
 from ollama_forge.search.ladder import ENOUGH

@@ -13,7 +13,7 @@ from ollama_forge.cli.options import json_option
 from ollama_forge.errors import ForgeError
 
 if TYPE_CHECKING:
-    from ollama_forge.export.register import Registered
+    from ollama_forge.ollama.register import Registered
 
 
 @click.command()
@@ -35,11 +35,11 @@ def convert(
 ) -> None:
     """Register a GGUF file as a model in Ollama."""
     _require_client("convert")
-    from ollama_forge.export.ollama import Client
-    from ollama_forge.export.parameters import parse_assignments
-    from ollama_forge.export.register import check_quantize, register
-    from ollama_forge.export.templates import check_template_source, template_plan
     from ollama_forge.names import check_ollama_name
+    from ollama_forge.ollama.client import Client
+    from ollama_forge.ollama.parameters import parse_assignments
+    from ollama_forge.ollama.register import check_quantize, register
+    from ollama_forge.ollama.template import check_template_source, template_plan
     from ollama_forge.progress import say
 
     check_ollama_name(name)
@@ -65,8 +65,8 @@ def convert(
 def refresh_template(name: str, base: str, template_only: bool, output_name: str | None, as_json: bool) -> None:
     """Give a model in Ollama the template of another; its weights stay, and what the other doesn't set."""
     _require_client("refresh-template")
-    from ollama_forge.export.ollama import Client
-    from ollama_forge.export.refresh import refresh
+    from ollama_forge.ollama.client import Client
+    from ollama_forge.ollama.refresh import refresh
     from ollama_forge.progress import say
 
     with Client() as client:

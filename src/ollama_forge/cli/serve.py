@@ -13,7 +13,7 @@ from ollama_forge.errors import ForgeError, UsageError, require_abliterate
 from ollama_forge.names import run_folder
 
 if TYPE_CHECKING:
-    from ollama_forge.checkpoints.source import Checkpoint
+    from ollama_forge.checkpoints.checkpoint import Checkpoint
 
 
 @click.command("serve")
@@ -33,8 +33,8 @@ def serve(**options: Any) -> None:
     if options["name"] is None and options["checkpoint"] is None:
         raise UsageError("give --name or --checkpoint", "--name is what run was given")
     load = opt.load_settings(options)
-    from ollama_forge.checkpoints.source import resolve
-    from ollama_forge.progress import step
+    from ollama_forge.checkpoints.resolve import resolve
+    from ollama_forge.progress import status
     from ollama_forge.serving.http.names import servable
     from ollama_forge.serving.http.server import announce, bind
     from ollama_forge.serving.http.server import serve as run
@@ -50,7 +50,7 @@ def serve(**options: Any) -> None:
     with bind(settings.host, settings.port) as listening:
         checkpoint = resolve(_place(options["name"], options["checkpoint"]), options["revision"])
         name = servable(options["name"] or _name_of(checkpoint))
-        with step(f"loading {name}"):
+        with status(f"loading {name}"):
             model = ServedModel.load(
                 checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
             )

@@ -73,7 +73,7 @@ def gather_fit_stats(
     with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
 
         def side(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
-            ids = model.prompts_ids(prompts)
+            ids = model.tokenizer.instructions_ids(prompts)
             return gather_residuals(model, ids, layers, position=position, keep_samples=samples, progress=advance)
 
         return FitStats(side(fit.harmful, keep_samples), side(fit.harmless, False))
@@ -91,11 +91,11 @@ def compute_direction(
     stats = gather_fit_stats(
         model,
         fit,
-        settings.layers(model.map.n_layers),
+        settings.layers(model.model_map.n_layers),
         settings.position,
         keep_samples=settings.num_directions > 1,
     )
-    return direction_from_stats(stats, settings, model.map.n_layers, provenance(fit, fingerprint, seed))
+    return direction_from_stats(stats, settings, model.model_map.n_layers, provenance(fit, fingerprint, seed))
 
 
 def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ollama_forge.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayerScore:
     """A layer fraction, the layer it stands for, and its scores."""
 
     fraction: float
@@ -42,7 +42,7 @@ def layer_of_fraction(fraction: float, n_layers: int) -> int:
 
 def largest_gap(
     mean_harmful: Tensor, mean_harmless: Tensor, fractions: Sequence[float]
-) -> tuple[Candidate, list[Candidate]]:
+) -> tuple[LayerScore, list[LayerScore]]:
     """The candidate with the largest harmful-harmless gap, and all of them.
 
     Args:
@@ -54,7 +54,7 @@ def largest_gap(
         layer = layer_of_fraction(fraction, n_layers)
         gap = torch.linalg.vector_norm(mean_harmful[layer] - mean_harmless[layer]).item()
         size = (mean_harmful[layer].norm() + mean_harmless[layer].norm()).item() / 2
-        candidates.append(Candidate(fraction, layer, gap, gap / size if size else 0.0))
+        candidates.append(LayerScore(fraction, layer, gap, gap / size if size else 0.0))
     return max(candidates, key=lambda candidate: candidate.gap), candidates
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap
-from ollama_forge.checkpoints.matrices import experts_of, read_matrix
-from ollama_forge.checkpoints.source import Checkpoint
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode, encode
+from ollama_forge.architectures.model_map import Matrix, ModelMap
+from ollama_forge.architectures.read_matrix import experts_of, read_matrix
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import INDEX_NAME, TensorInfo
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
 from ollama_forge.edits.factors import EditedMatrix, edit_matrix
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, check_finite
-from ollama_forge.edits.record import EditRecord, MatrixRecord, stacked
 from ollama_forge.errors import UsageError
 from ollama_forge.files import disk_errors, read_json, return_freed_memory, write_json
 from ollama_forge.progress import bar
@@ -143,14 +143,14 @@ class _Application:
         width = info.size // max(info.count, 1)
         for start in range(0, info.count, _ROW_CHUNK):
             count = min(_ROW_CHUNK, info.count - start)
-            yield encode(
-                decode(self.tensors.read_bytes(info.name, start * width, count * width), info.dtype, (count,)),
+            yield encode_tensor(
+                decode_tensor(self.tensors.read_bytes(info.name, start * width, count * width), info.dtype, (count,)),
                 out.dtype,
             )
 
     def unpacked(self, matrix: Matrix) -> Iterator[memoryview]:
         for expert in range(matrix.shape[0]):
-            yield encode(self.weight(matrix, expert)[0].T, "BF16")
+            yield encode_tensor(self.weight(matrix, expert)[0].T, "BF16")
 
     def weight(self, matrix: Matrix, expert: int | None) -> tuple[Tensor, bytearray]:
         weight, data = read_matrix(self.tensors, matrix, expert)
@@ -169,7 +169,7 @@ class _Application:
             factors.append((result.factors.L, result.factors.K))
             size += float(torch.linalg.vector_norm(weight)) ** 2
             change += float(torch.linalg.vector_norm(weight.sub_(result.weight))) ** 2
-            data = encode(result.weight.T if matrix.transposed else result.weight, out.dtype)
+            data = encode_tensor(result.weight.T if matrix.transposed else result.weight, out.dtype)
             after.update(data)
             yield data
         left, right = stacked(factors) if matrix.experts else factors[0]
@@ -189,13 +189,13 @@ class _Application:
         assert edit.bias_edit is not None
         info = self.tensors[out.name]
         source = self.tensors.read_bytes(info.name)
-        bias = decode(source, info.dtype, info.shape)
+        bias = decode_tensor(source, info.dtype, info.shape)
         check_finite(bias, info.name, self.checkpoint.label)
         rows = [(bias, None)] if not edit.matrix.experts else [(row, expert) for expert, row in enumerate(bias)]
         shifts = torch.stack([self.bias_shift(edit, row, expert) for row, expert in rows])
         shifts = shifts if edit.matrix.experts else shifts[0]
         self.bias_shifts[info.name] = shifts
-        data = encode(bias + shifts, out.dtype)
+        data = encode_tensor(bias + shifts, out.dtype)
         if bytes(data) != bytes(source):
             self.changed.add(info.name)
         yield data

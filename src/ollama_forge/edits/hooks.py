@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ollama_forge.checkpoints.architecture import Matrix, Role
+from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.edits.factors import EditedMatrix, Rescale, edit_matrix
 from ollama_forge.edits.plan import EditPlan, MatrixEdit
 from ollama_forge.errors import ForgeError
@@ -23,7 +23,7 @@ from ollama_forge.models.chat_model import ChatModel
 
 
 @contextmanager
-def edited(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
+def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
     """The model as ``plan`` would make it, inside the block."""
     with ExitStack() as stack:
         for edit in to_device(plan, model.device).edits.values():
@@ -50,7 +50,7 @@ def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
     if matrix.role is Role.EMBEDDING:
         handles = [module.register_forward_hook(_EmbeddingHook(result, edit.strength))]
         head = model.head
-        if model.map.tied and head is not None and head.weight is module.weight:
+        if model.model_map.tied and head is not None and head.weight is module.weight:
             handles.append(head.register_forward_hook(_LinearHook(result, edit, None, None)))
         return handles
     bias = getattr(module, "bias", None)

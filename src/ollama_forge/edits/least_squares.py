@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ollama_forge.activations.writer_inputs import WriterInputs
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap, Role
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import Given, Rescale
 from ollama_forge.edits.orthogonal import output_basis

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap, Norm, Role
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale, orthonormal
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ReadVector, select_matrices

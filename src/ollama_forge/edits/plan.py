@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap
-from ollama_forge.checkpoints.storage import decode
+from ollama_forge.architectures.model_map import Matrix, ModelMap
+from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import EditedMatrix, Rescale, Rule
 from ollama_forge.edits.settings import EditSettings
@@ -88,7 +88,7 @@ def vector_reader(tensors: CheckpointTensors) -> ReadVector:
 
     def read(name: str) -> Tensor:
         info = tensors[name]
-        return decode(tensors.read_bytes(name), info.dtype, info.shape)
+        return decode_tensor(tensors.read_bytes(name), info.dtype, info.shape)
 
     return read
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ollama_forge.checkpoints.architecture import Matrix, Role
+from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.errors import UsageError
 
 TARGET_SETS: dict[str, frozenset[Role]] = {

@@ -13,12 +13,12 @@ from torch import Tensor
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
-from ollama_forge.models.batching import Ids
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import answer, first_log_probs
 from ollama_forge.models.protocol import AnsweringModel
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.text.tokenizer import Ids
 
 ANSWER_TOKENS = 64
 
@@ -114,14 +114,17 @@ def measure(
     Returns:
         The measurement, and this model's first-token log-probabilities on the harmless prompts.
     """
+    tokenizer = model.tokenizer
 
     def decided(ids: Ids) -> bool:
-        return is_surely_refusal(model.decode(ids))
+        return is_surely_refusal(tokenizer.decode(ids))
 
     with bar(title, len(prompts.harmful) + len(prompts.harmless)) as advance:
-        harmful = model.answer(model.prompts_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance)
+        harmful = model.answer(
+            tokenizer.instructions_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance
+        )
         harmless = model.answer(
-            model.prompts_ids(prompts.harmless),
+            tokenizer.instructions_ids(prompts.harmless),
             ANSWER_TOKENS,
             decided=decided,
             keep_first=True,
@@ -130,7 +133,7 @@ def measure(
     assert harmless.first is not None
     base = harmless.first if base_first is None else base_first
     divergence = kl_per_prompt(base, harmless.first)
-    counts = [Counts.of([classify(model.decode(ids)) for ids in answers.ids]) for answers in (harmful, harmless)]
+    counts = [Counts.of([classify(tokenizer.decode(ids)) for ids in answers.ids]) for answers in (harmful, harmless)]
     return Measurement(counts[0], counts[1], bootstrap_mean(divergence.tolist())), harmless.first
 
 
@@ -143,7 +146,7 @@ def count_refusals(model: ChatModel, harmful: Sequence[Ids], progress: Callable[
     """Refusals alone, each answer ending as soon as it is decided whether it is one."""
 
     def decided(ids: Ids) -> bool:
-        return refusal_is_decided(model.decode(ids))
+        return refusal_is_decided(model.tokenizer.decode(ids))
 
     answers = answer(model, harmful, ANSWER_TOKENS, decided=decided, progress=progress)
-    return sum(classify(model.decode(ids)) is AnswerClass.REFUSAL for ids in answers.ids)
+    return sum(classify(model.tokenizer.decode(ids)) is AnswerClass.REFUSAL for ids in answers.ids)

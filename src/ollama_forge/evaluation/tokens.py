@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ollama_forge.evaluation.token_texts import texts
-from ollama_forge.models.batching import Ids
-from ollama_forge.models.chat_model import LoadSettings, render
+from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SHOWN = 5
 _SPACES = " \t\r\nĠĊĉč▁\u00a0"
@@ -52,24 +51,22 @@ class TokenCheck:
         return cls(value["texts"], value["mismatches"], value["garbled"], examples)
 
 
-def check_tokens(
-    tokenizer: Any, settings: LoadSettings, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()
-) -> TokenCheck:
+def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()) -> TokenCheck:
     """Compare on the standard texts, the tokenizer's special tokens, its rendered chat template, and ``extra``.
 
     Args:
         tokenizer: the checkpoint's.
         tokenize: the file's.
     """
-    compared = list(dict.fromkeys([*texts(), *_special(tokenizer), *_rendered(tokenizer, settings), *extra]))
+    compared = list(dict.fromkeys([*texts(), *_special(tokenizer.backend), *_rendered(tokenizer), *extra]))
     examples: list[Mismatch] = []
     mismatches = garbled = 0
     for text in compared:
-        expected, found = tokenizer(text, add_special_tokens=False).input_ids, tokenize(text)
+        expected, found = tokenizer.backend(text, add_special_tokens=False).input_ids, tokenize(text)
         if expected == found:
             continue
         mismatches += 1
-        mismatch = Mismatch(text, _pieces(tokenizer, expected), _pieces(tokenizer, found))
+        mismatch = Mismatch(text, _pieces(tokenizer.backend, expected), _pieces(tokenizer.backend, found))
         differs = _words(mismatch.expected) != _words(mismatch.found)
         garbled += differs
         examples.insert(garbled - 1 if differs else len(examples), mismatch)  # what garbles is shown first
@@ -81,8 +78,8 @@ def _special(tokenizer: Any) -> list[str]:
     return [text for token in added[:40] for text in (token, f"Before {token} after", f"{token}\n{token}x")]
 
 
-def _rendered(tokenizer: Any, settings: LoadSettings) -> list[str]:
-    return [render(tokenizer, turns, settings) for turns in _CONVERSATIONS] if tokenizer.chat_template else []
+def _rendered(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.render(turns) for turns in _CONVERSATIONS] if tokenizer.template.text else []
 
 
 def _pieces(tokenizer: Any, ids: Ids) -> tuple[str, ...]:

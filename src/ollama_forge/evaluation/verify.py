@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.checkpoints.architecture import Matrix, Role
-from ollama_forge.checkpoints.matrices import experts_of, read_matrix
-from ollama_forge.checkpoints.source import Checkpoint
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode, encode
+from ollama_forge.architectures.model_map import Matrix, Role
+from ollama_forge.architectures.read_matrix import experts_of, read_matrix
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_tensor, encode_tensor
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import RemoveFromInput, edit_matrix
 from ollama_forge.edits.plan import EditPlan, MatrixEdit
@@ -102,8 +102,8 @@ def _hooked(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
 
 
 def _run(model: ChatModel) -> None:
-    for batch in model.batches([model.prompt_ids(SENTENCE)]):
-        model.run_to_layer(batch, model.map.n_layers - 1)
+    for batch in model.batches([model.tokenizer.instruction_ids(SENTENCE)]):
+        model.run_to_layer(batch, model.model_map.n_layers - 1)
 
 
 def _contributions(model: ChatModel, writers: list[Matrix], direction: RefusalDirection) -> Check:
@@ -213,7 +213,7 @@ def _would_change(source: Checkpoint, edit: MatrixEdit, dtype: str) -> bool:
     for expert in experts_of(edit.matrix):
         weight = read_matrix(source.tensors, edit.matrix, expert)[0]
         result = edit_matrix(weight, edit.rule, edit.strength, edit.rescale, expert).weight
-        if bytes(encode(weight, dtype)) != bytes(encode(result, dtype)):
+        if bytes(encode_tensor(weight, dtype)) != bytes(encode_tensor(result, dtype)):
             return True
     return False
 
@@ -234,8 +234,10 @@ def _same(source: Checkpoint, written: Checkpoint, name: str) -> bool:
     widths = before.size // max(before.count, 1), after.size // max(after.count, 1)
     for start in range(0, before.count, step):
         count = min(step, before.count - start)
-        values = decode(source.tensors.read_bytes(name, start * widths[0], count * widths[0]), before.dtype, (count,))
-        if bytes(encode(values, after.dtype)) != bytes(
+        values = decode_tensor(
+            source.tensors.read_bytes(name, start * widths[0], count * widths[0]), before.dtype, (count,)
+        )
+        if bytes(encode_tensor(values, after.dtype)) != bytes(
             written.tensors.read_bytes(name, start * widths[1], count * widths[1])
         ):
             return False

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.errors import ForgeError
-from ollama_forge.export import run_converter
+from ollama_forge.export import converter_worker
 from ollama_forge.files import file_in_one_piece
 from ollama_forge.progress import bar
 
@@ -119,8 +119,8 @@ def convert(
         ForgeError: with the converter's last word; nothing stands at ``target`` then.
     """
     with file_in_one_piece(target) as partial:
-        command = [sys.executable, "-P", str(Path(run_converter.__file__)), str(folder)]
-        command += [fallback_for(checkpoint.config) if vocabulary else run_converter.NO_VOCABULARY]
+        command = [sys.executable, "-P", str(Path(converter_worker.__file__)), str(folder)]
+        command += [fallback_for(checkpoint.config) if vocabulary else converter_worker.NO_VOCABULARY]
         command += [str(checkpoint.folder)]
         command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
@@ -130,7 +130,7 @@ def convert(
                 "is the disk full? Else a newer llama.cpp may know this model: --llama-cpp-dir",
             )
         read_gguf(partial)
-    fell = re.search(rf"^{re.escape(run_converter.FELL_BACK)} (\S+)", log, re.MULTILINE)
+    fell = re.search(rf"^{re.escape(converter_worker.FELL_BACK)} (\S+)", log, re.MULTILINE)
     return Converted(target, fell[1] if fell else None)
 
 

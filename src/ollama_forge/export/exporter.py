@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ollama_forge import __version__
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import Gguf, Value, read_gguf, value_of
-from ollama_forge.checkpoints.source import Checkpoint
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure
@@ -22,19 +22,19 @@ from ollama_forge.export.convert import convert, find_converter, why_not
 from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quant, quant_of_file_type
 from ollama_forge.export.quantise import find_tool, quantise
 from ollama_forge.files import human_size
-from ollama_forge.models.chat_model import LoadSettings, load_tokenizer, prompt_ids
+from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.gguf_model import (
     SLOTS,
     TOKENIZING_CONTEXT,
     GgufModel,
-    end_ids,
     llamacpp_is_installed,
     serving,
 )
 from ollama_forge.names import file_stem
-from ollama_forge.progress import say, step
+from ollama_forge.progress import say, status
 from ollama_forge.prompts.split import PartPrompts
-from ollama_forge.stages import Stages
+from ollama_forge.resume import Stages
+from ollama_forge.text.tokenizer import Tokenizer
 
 _CONVERTED = "converted.gguf"
 _MIXED_SHARE = 1.2  # a mix gives some tensors more bits than its name says
@@ -244,9 +244,9 @@ class Exporter:
         """Compare the file's tokens with the checkpoint's."""
 
         def work() -> Any:
-            tokenizer = load_tokenizer(job.written.folder)
-            with step("checking tokens"), serving(file.path, TOKENIZING_CONTEXT) as server:
-                return check_tokens(tokenizer, job.load, server.tokenize).to_json()
+            tokenizer = _tokenizer(job)
+            with status("checking tokens"), serving(file.path, TOKENIZING_CONTEXT) as server:
+                return check_tokens(tokenizer, server.tokenize).to_json()
 
         inputs = {"file": job.stages.keys["gguf"], "load": asdict(job.load)}
         return TokenCheck.from_json(job.stages.run("tokens", inputs, [], work))
@@ -258,16 +258,20 @@ class Exporter:
 
         def work() -> Any:
             say(f"measuring {file.path.name} on report prompts")
-            tokenizer = load_tokenizer(job.written.folder)
-            ids = [prompt_ids(tokenizer, text, load) for text in (*prompts.harmful, *prompts.harmless)]
+            tokenizer = _tokenizer(job)
+            ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
             longest = max(map(len, ids), default=0) + 16  # llama.cpp wants some room
             with serving(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
-                ends = end_ids(job.written.folder, tokenizer)
-                model = GgufModel(server, tokenizer, load, ends=ends, vocabulary=first.shape[1])
+                model = GgufModel(server, tokenizer, vocabulary=first.shape[1])
                 return measure(model, prompts, first, file.row)[0].to_json()
 
         inputs = {"file": job.stages.keys["gguf"], "lists": prompts.hashes, "load": asdict(load)}
         return Measurement.from_json(job.stages.run("gguf-measure", inputs, [], work))
+
+
+def _tokenizer(job: ExportJob) -> Tokenizer:
+    load = job.load
+    return Tokenizer.load(job.written.folder, system=load.system, template_kwargs=load.template_kwargs)
 
 
 def tokenizer_of(source: Gguf, converted: Gguf) -> dict[str, Value]:

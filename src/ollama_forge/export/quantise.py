@@ -17,10 +17,10 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 
 from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
 from ollama_forge.errors import ForgeError
-from ollama_forge.export import encode
+from ollama_forge.export import quantise_worker
 from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
 from ollama_forge.files import disk_errors, file_in_one_piece, partial_of
-from ollama_forge.progress import bar, say, step
+from ollama_forge.progress import bar, say, status
 
 EMBEDDED = "embedded"
 _TOOLS = ("llama-quantize", "quantize")
@@ -69,7 +69,7 @@ def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value
 
 
 def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -> bool:
-    with step(f"{Path(tool).name} {quant}"):
+    with status(f"{Path(tool).name} {quant}"):
         done = subprocess.run(
             [tool, str(source), str(target), quant], capture_output=True, text=True, errors="replace", check=False
         )
@@ -140,8 +140,8 @@ class _Megabytes:
 
 def _copy(source: int, target: int, before: Tensor, after: Tensor) -> None:
     for place in range(0, before.size, _COPY_CHUNK):
-        data = encode.read_exactly(source, min(_COPY_CHUNK, before.size - place), before.start + place)
-        encode.write_exactly(target, data, after.start + place)
+        data = quantise_worker.read_exactly(source, min(_COPY_CHUNK, before.size - place), before.start + place)
+        quantise_worker.write_exactly(target, data, after.start + place)
 
 
 def _jobs(before: Tensor, after: Tensor) -> Iterator[_Job]:
@@ -162,7 +162,7 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
     count = min(_cores(), len(jobs))
     failures: list[str] = []
     lock = threading.Lock()
-    command = [sys.executable, "-P", str(Path(encode.__file__)), str(source), str(target)]
+    command = [sys.executable, "-P", str(Path(quantise_worker.__file__)), str(source), str(target)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
     def drive(worker: subprocess.Popen[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Ids = list[int]
+from ollama_forge.text.tokenizer import Ids
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ollama_forge.checkpoints.architecture import Matrix, ModelMap
-from ollama_forge.checkpoints.source import Checkpoint
-from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models.batching import Batch, Ids, batches
+from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.model_map import Matrix, ModelMap
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.errors import ForgeError, UsageError, first_line
+from ollama_forge.models.batching import Batch, batches
+from ollama_forge.models.cpu_packing import pack_linears
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
-from ollama_forge.models.packed import pack_linears
 from ollama_forge.models.protocol import Answers
 from ollama_forge.quiet import quiet_transformers
+from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
 
@@ -48,15 +49,14 @@ class _Enough(Exception):  # noqa: N818
 class ChatModel:
     """A causal language model with its tokenizer. ``ChatModel.load`` makes one."""
 
-    def __init__(self, module: nn.Module, tokenizer: Any, model_map: ModelMap, settings: LoadSettings) -> None:
+    def __init__(self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap, settings: LoadSettings) -> None:
         self.module = module.eval()
         self.tokenizer = tokenizer
-        self.map = model_map
+        self.model_map = model_map
         self.settings = settings
         self.device = next(module.parameters()).device
         self.root = self._find_root()
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self.eos_ids or [0])[0]
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):  # on CPUs a bf16 product of a strided slice takes hundreds of times longer
             head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
@@ -71,13 +71,13 @@ class ChatModel:
         """
         from transformers import AutoModelForCausalLM
 
-        tokenizer = load_tokenizer(checkpoint.folder)
-        if not tokenizer.chat_template and not settings.allow_base_model:
+        tokenizer = Tokenizer.load(checkpoint.folder, system=settings.system, template_kwargs=settings.template_kwargs)
+        if not tokenizer.template.text and not settings.allow_base_model:
             raise ForgeError(
                 f"{checkpoint.label} has no chat template: it looks like a base model, which has no refusals to find",
                 "use its instruct or chat release, or pass --allow-base-model to prompt it with bare text",
             )
-        model_map = checkpoint.map()
+        model_map = map_checkpoint(checkpoint)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
         _check_memory(checkpoint, device, dtype, settings.load_in_8bit)
@@ -95,7 +95,7 @@ class ChatModel:
                 module = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 raise ForgeError(
-                    f"{checkpoint.label} cannot be loaded: {_first_line(error)}",
+                    f"{checkpoint.label} cannot be loaded: {first_line(error)}",
                     "is it whole? Try another dtype or device",
                 ) from error
         if not settings.load_in_8bit:
@@ -104,45 +104,16 @@ class ChatModel:
         return cls(module, tokenizer, model_map, settings)
 
     def _find_root(self) -> str:
-        for root in self.map.module_roots:
+        for root in self.model_map.module_roots:
             try:
-                self.module.get_submodule(f"{root}{self.map.layer_module.format(0)}")
+                self.module.get_submodule(f"{root}{self.model_map.layer_module.format(0)}")
             except AttributeError:
                 continue
             return root
         raise ForgeError(
-            f"the loaded {self.map.model_type} model has no layers where they are expected",
+            f"the loaded {self.model_map.model_type} model has no layers where they are expected",
             "please report this",
         )
-
-    # -- text and ids ---------------------------------------------------------------------------------------------
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """Ids that end an answer: the generation config's, and the tokenizer's."""
-        config = getattr(self.module, "generation_config", None)
-        ids = getattr(config, "eos_token_id", None)
-        listed = [ids] if isinstance(ids, int) else list(ids or [])
-        own = self.tokenizer.eos_token_id
-        return list(dict.fromkeys([*listed, *([own] if own is not None else [])]))
-
-    def render(self, messages: Sequence[Mapping[str, str]], **template_kwargs: Any) -> str:
-        """The templated prompt, generation prompt included (bare text for a base model)."""
-        return render(self.tokenizer, messages, self.settings, **template_kwargs)
-
-    def prompt_ids(self, instruction: str) -> Ids:
-        """Ids of one instruction as the model is measured: with the system prompt, thinking off where that is known."""
-        return prompt_ids(self.tokenizer, instruction, self.settings)
-
-    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
-        return [self.prompt_ids(instruction) for instruction in instructions]
-
-    def encode(self, text: str) -> Ids:
-        return encode(self.tokenizer, text)
-
-    def decode(self, ids: Ids) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
         from ollama_forge.models.greedy import answer
@@ -152,7 +123,7 @@ class ChatModel:
     # -- modules --------------------------------------------------------------------------------------------------
 
     def layer(self, index: int) -> nn.Module:
-        return self.module.get_submodule(f"{self.root}{self.map.layer_module.format(index)}")
+        return self.module.get_submodule(f"{self.root}{self.model_map.layer_module.format(index)}")
 
     def submodule(self, matrix: Matrix) -> nn.Module:
         """The module that holds a matrix (for stacked experts: the one whose parameter it is)."""
@@ -177,7 +148,7 @@ class ChatModel:
     # -- running --------------------------------------------------------------------------------------------------
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
-        return batches(prompts, self.batch_size, self.pad_id, self.device)
+        return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device)
 
     @torch.inference_mode()
     def run_to_layer(self, batch: Batch, deepest: int) -> None:
@@ -203,7 +174,7 @@ class ChatModel:
     @torch.inference_mode()
     def loss(self, text: str) -> float:
         """Mean negative log-likelihood of a text's tokens after the first (nats)."""
-        ids = torch.tensor([self.encode(text)], device=self.device)
+        ids = torch.tensor([self.tokenizer.encode(text)], device=self.device)
         logits = self.forward(last_only=False, input_ids=ids).logits[0, :-1].float()
         return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
 
@@ -221,57 +192,6 @@ class ChatModel:
             self.batch_size //= 2
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise ForgeError(
-                f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}", "is it complete?"
-            ) from error
-
-
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], settings: LoadSettings, **extra: Any) -> str:
-    """Render messages with the settings' system prompt and template arguments, which win over ``extra``."""
-    turns = [dict(message) for message in messages]
-    if settings.system is not None and (not turns or turns[0]["role"] != "system"):
-        turns.insert(0, {"role": "system", "content": settings.system})
-    if not tokenizer.chat_template:
-        return "\n\n".join(turn["content"] for turn in turns)
-    import jinja2
-
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **{**extra, **settings.template_kwargs}
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ForgeError(
-            f"the chat template refuses these messages: {_first_line(error)}",
-            "check --system and --template-kwargs",
-        ) from error
-    return text
-
-
-def encode(tokenizer: Any, text: str) -> Ids:
-    """Ids of a text: templates write their own special tokens, a base model's bare text gets them here."""
-    ids: Ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-    return ids
-
-
-def prompt_ids(tokenizer: Any, instruction: str, settings: LoadSettings) -> Ids:
-    """Ids of one instruction as a model is measured: with the system prompt, thinking off where that is known."""
-    messages = [{"role": "user", "content": instruction}]
-    return encode(tokenizer, render(tokenizer, messages, settings, **measuring_kwargs(tokenizer)))
-
-
-def measuring_kwargs(tokenizer: Any) -> dict[str, Any]:
-    """Thinking off, where the template knows that switch: what is scored is the answer."""
-    return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
@@ -297,7 +217,3 @@ def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             f"{available / 1e9:.1f} GB are free on {device}",
             "--load-in-8bit on a CUDA device halves it; or --dtype bfloat16, or a smaller model",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.models import gguf_server
-from ollama_forge.models.batching import Ids
-from ollama_forge.models.chat_model import LoadSettings, prompt_ids
+from ollama_forge.models import llamacpp_worker
 from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SLOTS = 8
 TOKENIZING_CONTEXT = 256
@@ -84,7 +83,7 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
     if not llamacpp_is_installed():
         raise ForgeError("running a GGUF file needs xllamacpp, which is not installed", _INSTALL)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = [sys.executable, "-P", str(Path(gguf_server.__file__)), str(path)]
+    command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
     command += [str(context * slots), str(slots), str(threads)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
@@ -115,23 +114,12 @@ class GgufModel:
 
     Args:
         tokenizer: the checkpoint's.
-        ends: ids that end an answer.
         vocabulary: number of log-probabilities that the checkpoint gives.
     """
 
-    def __init__(
-        self, server: LlamaServer, tokenizer: Any, settings: LoadSettings, *, ends: Sequence[int], vocabulary: int
-    ) -> None:
-        self.server, self.tokenizer, self.settings = server, tokenizer, settings
-        self.ends, self.vocabulary = frozenset(ends), vocabulary
-        self.letter = tokenizer("a", add_special_tokens=False).input_ids[-1]
-
-    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
-        return [prompt_ids(self.tokenizer, instruction, self.settings) for instruction in instructions]
-
-    def decode(self, ids: Ids) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+    def __init__(self, server: LlamaServer, tokenizer: Tokenizer, *, vocabulary: int) -> None:
+        self.server, self.tokenizer, self.vocabulary = server, tokenizer, vocabulary
+        self.letter = tokenizer.backend("a", add_special_tokens=False).input_ids[-1]
 
     def answer(
         self,
@@ -162,7 +150,7 @@ class GgufModel:
     def _answer_ids(self, prompt: Ids, count: int) -> Ids:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
         ids: Ids = self.server.post("/completion", body)["tokens"]
-        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        end = next((place for place, token in enumerate(ids) if token in self.tokenizer.end_ids), len(ids))
         return ids[:end]
 
     def _first(self, prompt: Ids) -> Tensor:
@@ -178,17 +166,3 @@ class GgufModel:
         scores = torch.full((max(self.vocabulary, int(ids.max()) + 1),), float(values.min()), dtype=torch.float64)
         scores[ids] = values
         return scores[: self.vocabulary].log_softmax(-1).float()  # llama.cpp's own sum is off by 1e-4
-
-
-def end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end an answer of a checkpoint: its generation config's, and the tokenizer's."""
-    listed: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        try:
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError):
-            continue
-        listed += [ids] if isinstance(ids, int) else list(ids or [])
-        break
-    own = tokenizer.eos_token_id
-    return list(dict.fromkeys([*listed, *([own] if own is not None else [])]))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.models.batching import Ids, by_length, pad_left, shared_prefix
+from ollama_forge.models.batching import by_length, pad_left, shared_prefix
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75
 
@@ -71,7 +72,7 @@ class _Decoder:
 
     def __init__(self, model: ChatModel, prompts: Sequence[Ids], prefix: int) -> None:
         self.model = model
-        ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.pad_id, model.device)
+        ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.tokenizer.pad_id, model.device)
         cache: Any = None
         if prefix:
             start = torch.tensor([prompts[0][:prefix]], device=model.device)
@@ -86,7 +87,7 @@ class _Decoder:
     def run(self, max_new_tokens: int, decided: Decided | None) -> list[Ids]:
         out: list[Ids] = [[] for _ in range(len(self.mask))]
         live = list(range(len(out)))  # the row of the cache at place i answers prompt live[i]
-        ends = set(self.model.eos_ids)
+        ends = set(self.model.tokenizer.end_ids)
         finished: set[int] = set()
         for step in range(max_new_tokens):
             chosen = self.logits.argmax(-1)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ollama_forge.models.batching import Ids
+from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 Decided = Callable[[Ids], bool]
 
@@ -29,11 +29,9 @@ class Answers:
 class AnsweringModel(Protocol):
     """A checkpoint run by transformers, or a GGUF file run by llama.cpp."""
 
-    def prompts_ids(self, instructions: Sequence[str]) -> list[Ids]:
-        """Ids of instructions, each in the chat template, generation prompt included."""
-
-    def decode(self, ids: Ids) -> str:
-        """The text of an answer."""
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Makes the prompts and reads the answers."""
 
     def answer(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ollama_forge.serving.engines.base import Sampling
 from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.text.thinking import ThinkingSplit
+from ollama_forge.text.thinking import ThinkingSplit
 
 
 @dataclass(frozen=True)

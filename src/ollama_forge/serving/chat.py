@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_folder
-from ollama_forge.progress import say, step
+from ollama_forge.progress import say, status
 from ollama_forge.serving.asks import Message
 from ollama_forge.serving.engines.base import Sampling
 from ollama_forge.serving.talkers import DEFAULT_SERVER, Talker, Wishes, running_server
@@ -73,7 +73,7 @@ def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | N
 
 
 def _load(name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings) -> Talker:
-    from ollama_forge.checkpoints.source import resolve
+    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.serving.served import ServedModel
     from ollama_forge.serving.talkers import LocalTalker
 
@@ -85,7 +85,7 @@ def _load(name: str | None, checkpoint: str | None, revision: str | None, load: 
     assert checkpoint is not None
     source = resolve(checkpoint, revision)
     label = name or Path(source.label).name
-    with step(f"loading {label}"):
+    with status(f"loading {label}"):
         return LocalTalker(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))
 
 

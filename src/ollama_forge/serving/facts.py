@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ollama_forge.files import read_json
 
 if TYPE_CHECKING:
-    from ollama_forge.checkpoints.source import Checkpoint
+    from ollama_forge.checkpoints.checkpoint import Checkpoint
 
 _STORED = {"F8_E4M3": "FP8", "U8": "MXFP4"}  # others keep safetensors' name
 _ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gptoss", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}

@@ -9,8 +9,8 @@ from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message, Prompt
 from ollama_forge.serving.engines.base import EngineError, ImageEncoder
-from ollama_forge.serving.template import Template, render
-from ollama_forge.serving.text.thinking import ThinkingSplit
+from ollama_forge.text.template import Template, TemplateError, render_template
+from ollama_forge.text.thinking import ThinkingSplit
 
 KEEP_FIRST = 4  # tokens of the beginning that survive a cut, as Ollama's num_keep
 
@@ -124,13 +124,17 @@ class Prompter:
         if not self.template.text:
             return "\n\n".join(message.content for message in messages)
         options = {"tools": tools, "continued": _continued(messages), "arguments": arguments}
+        template = self.template.text
         try:
-            return render(self._tokenizer, self.template.text, as_dicts(messages, self.template.text), **options)
-        except BadRequest as error:
-            if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
-                raise
-        spelled = as_dicts(messages, self.template.text, spell_arguments=True)  # it joins them to text
-        return render(self._tokenizer, self.template.text, spelled, **options)
+            try:
+                return render_template(self._tokenizer, template, as_dicts(messages, template), **options)
+            except TemplateError as error:
+                if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
+                    raise
+            spelled = as_dicts(messages, template, spell_arguments=True)  # it joins them to text
+            return render_template(self._tokenizer, template, spelled, **options)
+        except TemplateError as error:
+            raise BadRequest(error.message) from error
 
     def _encode(self, text: str, messages: Sequence[Message]) -> Encoded:
         images = [image for message in messages for image in message.images]

@@ -16,10 +16,12 @@ from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.prompting import Prompter
 from ollama_forge.serving.text.answer import AnswerText
-from ollama_forge.serving.text.tokens import TokenBytes
+from ollama_forge.serving.text.tools.registry import family_of
+from ollama_forge.text.detokenize import TokenBytes
+from ollama_forge.text.tokenizer import Tokenizer, template_text
 
 if TYPE_CHECKING:
-    from ollama_forge.checkpoints.source import Checkpoint
+    from ollama_forge.checkpoints.checkpoint import Checkpoint
     from ollama_forge.models.chat_model import LoadSettings
 
 __all__ = ["ModelFacts", "ServedModel"]
@@ -53,7 +55,7 @@ class ServedModel:
         ``vision`` off hides that the engine could encode images.
         """
         self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
-        self.template = _template_of(tokenizer) if template is None else template
+        self.template = template_text(tokenizer) if template is None else template
         encoder = engine if vision and isinstance(engine, ImageEncoder) else None
         self._prompter = Prompter(
             tokenizer,
@@ -79,18 +81,24 @@ class ServedModel:
         Raises:
             ForgeError: it cannot be loaded.
         """
-        from ollama_forge.models.chat_model import load_tokenizer
         from ollama_forge.serving.engines.vision import load_engine
 
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = Tokenizer.load(checkpoint.folder)
         engine = load_engine(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
-        ends = end_ids(checkpoint, tokenizer)
-        kwargs = load.template_kwargs
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
         )
-        return cls(name, tokenizer, engine, facts, template_kwargs=kwargs, ends=ends, vision=sees, max_queue=max_queue)
+        return cls(
+            name,
+            tokenizer.backend,
+            engine,
+            facts,
+            template_kwargs=load.template_kwargs,
+            ends=frozenset(tokenizer.end_ids),
+            vision=sees,
+            max_queue=max_queue,
+        )
 
     def _find_capabilities(self) -> frozenset[str]:
         template = self._prompter.template
@@ -160,7 +168,7 @@ class ServedModel:
         started = time.perf_counter_ns()
         ask = self._opened(ask)
         prompt = ask.prompt
-        text = AnswerText(self._tokens, ask, self._prompter.template.family)
+        text = AnswerText(self._tokens, ask, family_of(self._prompter.template.text))
         limit = max(prompt.context - len(prompt.ids), 0)
         if ask.num_predict >= 0:
             limit = min(limit, ask.num_predict)
@@ -257,24 +265,3 @@ class ServedModel:
 def _unit(vector: Sequence[float]) -> list[float]:
     norm = math.sqrt(sum(value * value for value in vector)) or 1.0
     return [value / norm for value in vector]
-
-
-def _template_of(tokenizer: Any) -> str:
-    """The tokenizer's template; of several named ones that for tools, which does without tools, too."""
-    found = getattr(tokenizer, "chat_template", None) or ""
-    if isinstance(found, Mapping):
-        found = found.get("tool_use") or found.get("default") or ""
-    return str(found)
-
-
-def end_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the generation config's, the config's and the tokenizer's."""
-    from ollama_forge.files import read_json
-
-    ids: set[int] = set()
-    path = checkpoint.folder / "generation_config.json"
-    for config in (read_json(path) if path.is_file() else {}, checkpoint.config):
-        listed = config.get("eos_token_id") if isinstance(config, Mapping) else None
-        ids.update([listed] if isinstance(listed, int) else listed or [])
-    own = getattr(tokenizer, "eos_token_id", None)
-    return frozenset([*ids, *([own] if own is not None else [])])

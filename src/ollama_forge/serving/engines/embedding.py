@@ -33,7 +33,7 @@ def _work(model: ChatModel, texts: list[list[int]]) -> Work:
 def _embed(model: ChatModel, texts: list[list[int]]) -> list[list[float]]:
     # on the right, unlike everywhere else: there positions need no correcting, and nothing looks back from padding
     width = max(map(len, texts))
-    ids = torch.tensor([text + [model.pad_id] * (width - len(text)) for text in texts], device=model.device)
+    ids = torch.tensor([text + [model.tokenizer.pad_id] * (width - len(text)) for text in texts], device=model.device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
     module: Any = model.module
     hidden = module.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()

@@ -36,7 +36,7 @@ class SlotPrefill:
         self.starts = [self.width - len(prompt) for prompt in prompts]
         self.tokens = sum(min(len(prompt), fresh) for prompt in prompts)
         cache.span.end = self.width - fresh
-        pad, device = forward.model.pad_id, forward.device
+        pad, device = forward.model.tokenizer.pad_id, forward.device
         self._ids = torch.tensor(
             [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device=device
         )

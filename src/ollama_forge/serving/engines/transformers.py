@@ -56,7 +56,7 @@ class TransformersEngine:
         self._vocabulary = int(config.vocab_size)
         self._context_length = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
         self._forward = Forward(model)
-        grammars = Grammars(model.tokenizer, self._vocabulary, model.eos_ids)
+        grammars = Grammars(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._scheduler = Scheduler(self._runner(slots), grammars, self._deliver)
         self._outbox: list[tuple[_Reader, Item]] = []
         self._wake = threading.Condition()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.serving.engines.base import EngineError
@@ -37,7 +37,7 @@ class VisionEngine(TransformersEngine):
             encoded = self._processor(
                 text=[text],
                 images=pictures or None,
-                add_special_tokens=not self.model.tokenizer.chat_template,
+                add_special_tokens=not self.model.tokenizer.template.text,
                 return_tensors="pt",
             )
         except (ValueError, IndexError, StopIteration, RuntimeError) as error:

@@ -6,9 +6,9 @@ from ollama_forge.serving.asks import Ask
 from ollama_forge.serving.engines.base import Step
 from ollama_forge.serving.events import Delta, TokenLogprob
 from ollama_forge.serving.text.reader import reader_for
-from ollama_forge.serving.text.stops import StopStrings
-from ollama_forge.serving.text.tokens import Detokeniser, TokenBytes
 from ollama_forge.serving.text.tools.base import ToolFamily
+from ollama_forge.text.detokenize import Detokeniser, TokenBytes
+from ollama_forge.text.stops import StopStrings
 
 
 class AnswerText:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from ollama_forge.serving.events import Delta
-from ollama_forge.serving.text.stops import held_back
 from ollama_forge.serving.text.tools.base import Call, Numbered
 from ollama_forge.serving.text.tools.json_calls import loads
+from ollama_forge.text.stops import held_back
 
 _START, _MESSAGE = "<|start|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)

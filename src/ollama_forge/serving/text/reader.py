@@ -7,8 +7,8 @@ from typing import Protocol
 
 from ollama_forge.serving.events import Delta, ToolCall
 from ollama_forge.serving.text.harmony import HarmonyReader
-from ollama_forge.serving.text.thinking import ThinkingSplit, ThoughtSplitter
 from ollama_forge.serving.text.tools.base import CallReader, ToolFamily
+from ollama_forge.text.thinking import ThinkingSplit, ThoughtSplitter
 
 
 class Reader(Protocol):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.text.stops import held_back
+from ollama_forge.text.stops import held_back
 
 _BETWEEN = re.compile(r"[\s;,]*")  # what may part two calls
 _ALPHABET = string.ascii_lowercase + string.digits

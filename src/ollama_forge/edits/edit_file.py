@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from ollama_forge.checkpoints.architecture import ModelMap
+from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.edits.factors import Given, Rescale
 from ollama_forge.edits.plan import EditPlan, GivenBias, MatrixEdit
 from ollama_forge.errors import ForgeError

@@ -15,9 +15,9 @@ import httpx
 import ollama
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.address import OWN_SERVER, is_loopback, ollama_url
-from ollama_forge.export.modelfile import Modelfile
-from ollama_forge.export.parameters import Parameters, read_shown
+from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
+from ollama_forge.ollama.modelfile import Modelfile
+from ollama_forge.ollama.parameters import Parameters, read_shown
 from ollama_forge.progress import bar, say
 
 FILES_SINCE = (0, 5, 5)  # `files` in create

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ollama_forge.serving.asks import BadRequest
-from ollama_forge.serving.text.thinking import ThinkingSplit, thinking_of
-from ollama_forge.serving.text.tools.base import ToolFamily
-from ollama_forge.serving.text.tools.registry import family_of
+from ollama_forge.errors import ForgeError, first_line
+from ollama_forge.text.thinking import ThinkingSplit, thinking_of
 
 T = TypeVar("T")
 RENDER_SECONDS = 10.0
 _LEVELS = ("low", "medium", "high")
+
+
+class TemplateError(ForgeError):
+    """A chat template that refuses a conversation, or takes too long on it."""
 
 
 class _OutOfTime(SystemExit):
@@ -56,10 +58,6 @@ class Template:
     def takes_tools(self) -> bool:
         return "tools" in self.variables
 
-    @cached_property
-    def family(self) -> ToolFamily:
-        return family_of(self.text)
-
     def thinking_arguments(self, think: bool | str) -> dict[str, Any]:
         """Template arguments for ``think``: its switch, or its levels, as far as it has them."""
         arguments: dict[str, Any] = {}
@@ -83,7 +81,7 @@ def within_time(render: Callable[[], T], seconds: float) -> T:
     a limit on ``range`` alone would not stop loops within loops.
 
     Raises:
-        BadRequest: the time was over.
+        TemplateError: the time was over.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
@@ -103,28 +101,32 @@ def within_time(render: Callable[[], T], seconds: float) -> T:
     if outcome:
         return outcome[0]
     if not failure or isinstance(failure[0], _OutOfTime):
-        raise BadRequest("the chat template takes too long on these messages")
+        raise TemplateError("the chat template takes too long on these messages")
     raise failure[0]
 
 
-def render(
-    tokenizer: Any,
+def render_template(
+    backend: Any,
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: Sequence[Mapping[str, Any]],
-    continued: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    continued: bool = False,
     arguments: Mapping[str, Any],
 ) -> str:
-    """The text of a conversation, ready for the next answer or for going on with the last message.
+    """The text of a conversation, ready for the next answer, or for continuing the last message.
+
+    Args:
+        backend: the tokenizer of transformers.
+        arguments: names of the template's own, and their values.
 
     Raises:
-        BadRequest: the template refuses the messages, or takes too long.
+        TemplateError: the template refuses the messages, or takes too long.
     """
     import jinja2
 
     def call() -> str:
-        text: str = tokenizer.apply_chat_template(
+        text: str = backend.apply_chat_template(
             list(messages),
             tools=list(tools) or None,
             chat_template=template,
@@ -138,5 +140,6 @@ def render(
     try:
         return within_time(call, RENDER_SECONDS)
     except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadRequest(f"the chat template refuses these messages: {first[:300]}") from error
+        raise TemplateError(
+            f"the chat template refuses these messages: {first_line(error)}", "check --system and --template-kwargs"
+        ) from error

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.parameters import STOP
 from ollama_forge.names import check_ollama_name, is_ollama_name
+from ollama_forge.ollama.parameters import STOP
 
 if TYPE_CHECKING:
-    from ollama_forge.export.ollama import Client, Shown
+    from ollama_forge.ollama.client import Client, Shown
 
 _LEFT_TO_FILE = "Ollama goes by the chat template in the file"
 _IF_TOOLS_LACK = (

@@ -19,7 +19,7 @@ from ollama_forge.directions.compute import (
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.selection import best_separating_layer, layer_of_fraction
 from ollama_forge.edits.factors import Given
-from ollama_forge.edits.hooks import edited, weight_of
+from ollama_forge.edits.hooks import hooked, weight_of
 from ollama_forge.edits.least_squares import fit_least_squares, least_squares_writers, plan_least_squares
 from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, ReadVector
@@ -70,14 +70,14 @@ class Workbench:
         self.directions: dict[str, RefusalDirection] = {}
         self.factors: dict[str, dict[str, Given]] = {}
         self._stats = stats
-        self.harmful = model.prompts_ids(split.select.harmful)
-        self.harmless = model.prompts_ids(split.select.harmless)
+        self.harmful = model.tokenizer.instructions_ids(split.select.harmful)
+        self.harmless = model.tokenizer.instructions_ids(split.select.harmless)
 
     @property
     def stats(self) -> FitStats:
         """Statistics of every layer: the ladder may ask for any."""
         if self._stats is None:
-            layers = range(self.model.map.n_layers)
+            layers = range(self.model.model_map.n_layers)
             several = self.settings.num_directions > 1
             self._stats = gather_fit_stats(self.model, self.fit, layers, self.settings.position, keep_samples=several)
         return self._stats
@@ -86,24 +86,24 @@ class Workbench:
         if name not in self.directions:
             assert name == ASKED
             self.directions[name] = direction_from_stats(
-                self.stats, self.settings, self.model.map.n_layers, self.details
+                self.stats, self.settings, self.model.model_map.n_layers, self.details
             )
         return self.directions[name]
 
     def direction_of_layer(self, layer: int) -> RefusalDirection:
         """The single direction of one layer, by the method asked for."""
-        fraction = (layer + 0.5) / self.model.map.n_layers
+        fraction = (layer + 0.5) / self.model.model_map.n_layers
         settings = DirectionSettings(self.settings.method, (fraction,), 1, False, self.settings.position)
-        return direction_from_stats(self.stats, settings, self.model.map.n_layers, self.details)
+        return direction_from_stats(self.stats, settings, self.model.model_map.n_layers, self.details)
 
     def plan(self, candidate: Candidate) -> EditPlan:
         """The edit plan of a candidate."""
         direction, settings = self.direction(candidate.direction), candidate.settings
         if settings.factors == "orthogonal":
-            return plan_orthogonal(self.model.map, direction, settings, self.read)
+            return plan_orthogonal(self.model.model_map, direction, settings, self.read)
         if candidate.direction not in self.factors:
             self.fit_factors([candidate.direction], settings)
-        return plan_least_squares(self.model.map, self.factors[candidate.direction], settings, direction.layer)
+        return plan_least_squares(self.model.model_map, self.factors[candidate.direction], settings, direction.layer)
 
     def control(self, candidate: Candidate) -> Candidate:
         """The same edit with a random direction."""
@@ -114,20 +114,20 @@ class Workbench:
     def fit_factors(self, names: Sequence[str], settings: EditSettings) -> None:
         """Fit least squares for named directions, and for a random one as control, over one gathering of inputs."""
         self.directions.setdefault(CONTROL, random_direction(self.direction(names[0]), self.seed))
-        writers = least_squares_writers(self.model.map, settings)
+        writers = least_squares_writers(self.model.model_map, settings)
         fit = self.split.fit
         wanted = {name: self.directions[name] for name in [*names, CONTROL]}
         with bar("fitting least squares", len(fit.harmful) + len(fit.harmless)) as advance:
             groups = gather_writer_inputs(
                 self.model,
                 writers,
-                self.model.prompts_ids(fit.harmful),
-                self.model.prompts_ids(fit.harmless),
+                self.model.tokenizer.instructions_ids(fit.harmful),
+                self.model.tokenizer.instructions_ids(fit.harmless),
                 seed=self.seed,
                 progress=advance,
             )
             fitted = fit_least_squares(
-                self.model.map, wanted, groups, lambda matrix: weight_of(self.model, matrix), self.read
+                self.model.model_map, wanted, groups, lambda matrix: weight_of(self.model, matrix), self.read
             )
         self.factors.update(fitted)
 
@@ -135,7 +135,7 @@ class Workbench:
         self, base_first: torch.Tensor, max_kl: float, candidate: Candidate, bound: float | None
     ) -> Trial:
         """Try a candidate as hooks on the select prompts; above a bound on the KL refusals are not counted."""
-        with edited(self.model, self.plan(candidate)):
+        with hooked(self.model, self.plan(candidate)):
             kl = mean_kl(self.model, self.harmless, base_first)
             refused = None if bound is not None and kl > bound else count_refusals(self.model, self.harmful)
         trial = Trial(candidate, kl, refused, len(self.harmful))
@@ -154,7 +154,7 @@ class Workbench:
         yield from orthogonal_rungs(default, ASKED, name, layer)
         late: dict[str, int] = {}
         for fraction in LATE_FRACTIONS:
-            layer = layer_of_fraction(fraction, self.model.map.n_layers)
+            layer = layer_of_fraction(fraction, self.model.model_map.n_layers)
             late[f"layer {layer}"] = layer
             self.directions[f"layer {layer}"] = self.direction_of_layer(layer)
         try:
@@ -165,7 +165,7 @@ class Workbench:
         yield from least_squares_rungs(late)
 
     def _separating_layer(self) -> int:
-        layers = range(self.model.map.n_layers)
+        layers = range(self.model.model_map.n_layers)
         harmful, harmless = (
             gather_residuals(self.model, ids, layers, position=self.settings.position, keep_samples=True).samples
             for ids in (self.harmful, self.harmless)

@@ -5,23 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ollama_forge.checkpoints.architecture import Role
-from ollama_forge.checkpoints.source import Checkpoint, resolve
+from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.model_map import Role
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.compute import DirectionSettings, compute_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit
+from ollama_forge.edits.checkpoint_folder import write_checkpoint
+from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.least_squares import MAX_PAIRS
 from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import vector_reader
-from ollama_forge.edits.record import EditRecord, MatrixRecord
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.edits.written import write_checkpoint
 from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.progress import say, step
+from ollama_forge.progress import say, status
 from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
 from ollama_forge.search.ladder import Candidate
-from ollama_forge.search.workbench import ASKED, Workbench
+from ollama_forge.search.trials import ASKED, Workbench
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def compute_dir(
     for note in split.notes:
         say(f"note: {note}")
     source = resolve(model, revision)
-    with step(f"loading {source.label}"):
+    with status(f"loading {source.label}"):
         chat = ChatModel.load(source, load)
     if not fits:
         found = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
@@ -119,7 +121,7 @@ def apply(
     if edit_file is not None and settings is not None:
         raise UsageError("an edit file holds its own settings", "leave out the options of the edit")
     source = resolve(model, revision)
-    model_map = source.map()
+    model_map = map_checkpoint(source)
     if edit_file is not None:
         plan = EditRecord.load(edit_file).plan(model_map, source.fingerprint)
         direction = None

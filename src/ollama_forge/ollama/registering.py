@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError
-from ollama_forge.export.ollama import Client, OllamaState
-from ollama_forge.export.register import commands, register, write_modelfile
-from ollama_forge.export.templates import TemplatePlan, check_template_source, template_plan
 from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.client import Client, OllamaState
+from ollama_forge.ollama.register import commands, register, write_modelfile
+from ollama_forge.ollama.template import TemplatePlan, check_template_source, template_plan
 from ollama_forge.progress import say
-from ollama_forge.stages import Stages
+from ollama_forge.resume import Stages
 
 MODELFILE = "Modelfile"
 

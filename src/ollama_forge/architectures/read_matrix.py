@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.architecture import Matrix
-from ollama_forge.checkpoints.storage import decode, decode_mxfp4
+from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.checkpoints.storage import decode_mxfp4, decode_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 
 
@@ -20,7 +20,7 @@ def read_matrix(tensors: CheckpointTensors, matrix: Matrix, expert: int | None =
     if matrix.tensor in tensors:
         data = _slice(tensors, matrix.tensor, expert)
         info = tensors[matrix.tensor]
-        values = decode(data, info.dtype, info.shape if expert is None else info.shape[1:])
+        values = decode_tensor(data, info.dtype, info.shape if expert is None else info.shape[1:])
         return (values.T if matrix.transposed else values), data
     blocks, scales = (_slice(tensors, f"{matrix.tensor}{part}", expert) for part in ("_blocks", "_scales"))
     shape = tensors[f"{matrix.tensor}_blocks"].shape[1:]

@@ -9,14 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ollama_forge.checkpoints.gguf_header import read_header
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.gguf_header import read_header
-from ollama_forge.export.modelfile import Modelfile, Unwritable
-from ollama_forge.export.ollama import RENDERER_SINCE, Client, CreateRequest, Shown, digest_of
-from ollama_forge.export.parameters import STOP, Parameters, Value
-from ollama_forge.export.templates import TemplatePlan
 from ollama_forge.files import write_text
 from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.client import RENDERER_SINCE, Client, CreateRequest, Shown, digest_of
+from ollama_forge.ollama.modelfile import Modelfile, Unwritable
+from ollama_forge.ollama.parameters import STOP, Parameters, Value
+from ollama_forge.ollama.template import TemplatePlan
 
 QUANTIZE_TYPES = ("Q4_K_S", "Q4_K_M", "Q8_0", "F16", "BF16", "F32")  # what Ollama makes
 

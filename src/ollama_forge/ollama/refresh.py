@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.export.ollama import Client, CreateRequest, Shown
-from ollama_forge.export.parameters import Parameters
-from ollama_forge.export.register import Registered, differences, shown_after
 from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.client import Client, CreateRequest, Shown
+from ollama_forge.ollama.parameters import Parameters
+from ollama_forge.ollama.register import Registered, differences, shown_after
 
 
 def refresh(

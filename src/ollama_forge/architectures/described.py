@@ -8,86 +8,17 @@ from __future__ import annotations
 import fnmatch
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.storage import mxfp4_shape
 from ollama_forge.checkpoints.tensors import TensorInfo
 from ollama_forge.errors import ForgeError
 
-_FOLDER = Path(__file__).resolve().parent / "architectures"
-
-
-class Role(StrEnum):
-    Q, K, V, QKV, O = "q", "k", "v", "qkv", "o"  # noqa: E741
-    GATE, UP, GATE_UP, DOWN, ROUTER = "gate", "up", "gate_up", "down", "router"
-    EMBEDDING, UNEMBEDDING = "embedding", "unembedding"
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm by its tensors' names: ``gain = weight + offset``, ``centred`` for LayerNorm."""
-
-    weight: str
-    bias: str | None
-    offset: float
-    centred: bool
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix (or one stack of experts' matrices) of a checkpoint.
-
-    Attributes:
-        tensor: name on disk, or that it will have once decoded (MXFP4).
-        mxfp4: its parts on disk are ``<tensor>_blocks`` and ``<tensor>_scales``.
-        shape: of ``tensor``: ``[out, in]``, transposed where ``transposed``, with a first axis of ``experts``.
-        module: path in the loaded model, without the root that wrappers add.
-        reads: the norm in front of it, for a reader; None for the bare stream.
-        post_norm: the norm between a writer's output and the residual stream, or None.
-    """
-
-    tensor: str
-    role: Role
-    layer: int | None
-    shape: tuple[int, ...]
-    module: str
-    writes: bool
-    bias: str | None = None
-    reads: Norm | None = None
-    post_norm: Norm | None = None
-    transposed: bool = False
-    experts: bool = False
-    mxfp4: bool = False
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[-2] if self.transposed else self.shape[-1]
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[-1] if self.transposed else self.shape[-2]
-
-
-@dataclass(frozen=True)
-class ModelMap:
-    """A checkpoint's matrices in layer order, and the sizes and roots that go with them."""
-
-    model_type: str
-    n_layers: int
-    d_model: int
-    matrices: tuple[Matrix, ...]
-    module_roots: tuple[str, ...]
-    layer_module: str
-    tied: bool
-
-    @property
-    def writers(self) -> tuple[Matrix, ...]:
-        """The residual writers of the layers (the embedding is a set of its own)."""
-        return tuple(matrix for matrix in self.matrices if matrix.writes and matrix.layer is not None)
+_FOLDER = Path(__file__).resolve().parent
 
 
 @cache
@@ -100,8 +31,17 @@ def known_architectures() -> dict[str, dict[str, Any]]:
     return out
 
 
-def map_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:
-    """Hold a checkpoint against its architecture's description.
+def map_checkpoint(checkpoint: Checkpoint) -> ModelMap:
+    """The matrices of a checkpoint by role.
+
+    Raises:
+        ForgeError: the architecture is not described, a matrix is missing, or a tensor is not accounted for.
+    """
+    return map_tensors(checkpoint.config, checkpoint.tensors)
+
+
+def map_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:
+    """Hold the tensors of a checkpoint against its architecture's description.
 
     Args:
         config: the content of config.json.

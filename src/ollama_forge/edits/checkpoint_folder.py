@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
-from ollama_forge.checkpoints.architecture import ModelMap
-from ollama_forge.checkpoints.source import Checkpoint
+from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes

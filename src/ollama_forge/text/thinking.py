@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ollama_forge.serving.text.stops import held_back
+from ollama_forge.text.stops import held_back
 
 _TAGS = (
     ("<think>", "</think>"),

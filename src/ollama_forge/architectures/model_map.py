@@ -1,0 +1,75 @@
+"""The matrices of a model by role and layer, and the norms in front of and behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    Q, K, V, QKV, O = "q", "k", "v", "qkv", "o"  # noqa: E741
+    GATE, UP, GATE_UP, DOWN, ROUTER = "gate", "up", "gate_up", "down", "router"
+    EMBEDDING, UNEMBEDDING = "embedding", "unembedding"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm by its tensors' names: ``gain = weight + offset``, ``centred`` for LayerNorm."""
+
+    weight: str
+    bias: str | None
+    offset: float
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix (or one stack of experts' matrices) of a checkpoint.
+
+    Attributes:
+        tensor: name on disk, or that it will have once decoded (MXFP4).
+        mxfp4: its parts on disk are ``<tensor>_blocks`` and ``<tensor>_scales``.
+        shape: of ``tensor``: ``[out, in]``, transposed where ``transposed``, with a first axis of ``experts``.
+        module: path in the loaded model, without the root that wrappers add.
+        reads: the norm in front of it, for a reader; None for the bare stream.
+        post_norm: the norm between a writer's output and the residual stream, or None.
+    """
+
+    tensor: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    module: str
+    writes: bool
+    bias: str | None = None
+    reads: Norm | None = None
+    post_norm: Norm | None = None
+    transposed: bool = False
+    experts: bool = False
+    mxfp4: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """A checkpoint's matrices in layer order, and the sizes and roots that go with them."""
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    matrices: tuple[Matrix, ...]
+    module_roots: tuple[str, ...]
+    layer_module: str
+    tied: bool
+
+    @property
+    def writers(self) -> tuple[Matrix, ...]:
+        """The residual writers of the layers (the embedding is a set of its own)."""
+        return tuple(matrix for matrix in self.matrices if matrix.writes and matrix.layer is not None)

@@ -1,0 +1,1 @@
+"""A running Ollama: its address, its client, Modelfiles, templates, and registering a GGUF file as a model."""

@@ -1,0 +1,123 @@
+"""The one tokenizer of a checkpoint: renders its chat template, encodes, decodes, and knows which ids end an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ollama_forge.errors import ForgeError, first_line
+from ollama_forge.quiet import quiet_transformers
+from ollama_forge.text.template import Template, render_template
+
+Ids = list[int]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer with its chat template; ``Tokenizer.load`` makes one.
+
+    Args:
+        backend: the tokenizer that transformers loads.
+        end_ids: the ids that end an answer, besides the backend's own.
+        system: system prompt of every conversation that brings none.
+        template_kwargs: arguments that the chat template always gets.
+
+    Attributes:
+        template: the chat template; its text is empty for a base model.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        end_ids: Sequence[int] = (),
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        self.backend, self.system, self.template_kwargs = backend, system, template_kwargs
+        self.template = Template(template_text(backend))
+        own = getattr(backend, "eos_token_id", None)
+        self.end_ids = tuple(dict.fromkeys([*end_ids, *([own] if own is not None else [])]))
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, system: str | None = None, template_kwargs: Mapping[str, Any] = _NOTHING
+    ) -> Tokenizer:
+        """Load the tokenizer of a checkpoint folder.
+
+        Raises:
+            ForgeError: it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        with quiet_transformers():
+            try:
+                backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # tokenizers raises bare Exceptions
+                raise ForgeError(
+                    f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "is it complete?"
+                ) from error
+        return cls(backend, end_ids=stored_end_ids(folder), system=system, template_kwargs=template_kwargs)
+
+    @property
+    def pad_id(self) -> int:
+        """An id for padding; attention masks it out, so any will do."""
+        pad = self.backend.pad_token_id
+        return int(pad if pad is not None else next(iter(self.end_ids), 0))
+
+    def render(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
+        """The templated prompt, generation prompt included; bare text where there is no template.
+
+        Args:
+            kwargs: arguments for the template; those of ``template_kwargs`` win.
+
+        Raises:
+            ForgeError: the template refuses the messages.
+        """
+        turns = [dict(message) for message in messages]
+        if self.system is not None and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, {"role": "system", "content": self.system})
+        if not self.template.text:
+            return "\n\n".join(turn["content"] for turn in turns)
+        return render_template(self.backend, self.template.text, turns, arguments={**kwargs, **self.template_kwargs})
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a text: templates write their own special tokens, a base model's bare text gets them here."""
+        ids: Ids = self.backend(text, add_special_tokens=not self.template.text).input_ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, special tokens left out."""
+        text: str = self.backend.decode(ids, skip_special_tokens=True)
+        return text
+
+    def instruction_ids(self, instruction: str) -> Ids:
+        """The templated prompt of one instruction, as models are computed on and measured."""
+        kwargs = {"enable_thinking": False} if "enable_thinking" in self.template.text else {}
+        return self.encode(self.render([{"role": "user", "content": instruction}], **kwargs))
+
+    def instructions_ids(self, instructions: Sequence[str]) -> list[Ids]:
+        return [self.instruction_ids(instruction) for instruction in instructions]
+
+
+def template_text(backend: Any) -> str:
+    """The chat template of a transformers tokenizer; of several named ones that for tools, "" for none."""
+    found = getattr(backend, "chat_template", None) or ""
+    if isinstance(found, Mapping):
+        found = found.get("tool_use") or found.get("default") or ""
+    return str(found)
+
+
+def stored_end_ids(folder: Path) -> list[int]:
+    """Ids that end an answer by a folder's generation config and config."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            listed = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        ids += [listed] if isinstance(listed, int) else listed or []
+    return list(dict.fromkeys(ids))
