@@ -58,7 +58,9 @@ def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
 
     from ollama_forge.models.batching import pad_left
 
-    ids, mask = pad_left([model.tokenizer.instruction_ids(text) for text in texts], model.pad_id, model.device)
+    ids, mask = pad_left(
+        [model.tokenizer.instruction_ids(text) for text in texts], model.tokenizer.pad_id, model.device
+    )
     started = time.perf_counter()
     with torch.inference_mode():
         model.module.generate(
@@ -67,7 +69,7 @@ def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=model.pad_id,
+            pad_token_id=model.tokenizer.pad_id,
         )
     return len(texts) * tokens / (time.perf_counter() - started)
 

@@ -81,7 +81,7 @@ def by_generate(model: ChatModel, ids: Sequence[int], count: int) -> list[int]:
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
-        pad_token_id=model.pad_id,
+        pad_token_id=model.tokenizer.pad_id,
         eos_token_id=None,
     )
     return out[0, len(ids) :].tolist()  # type: ignore[no-any-return]

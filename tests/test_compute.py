@@ -173,7 +173,7 @@ def test_a_base_model_is_refused_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="no chat template"):
         load(tmp_path / "model")
     model = load(tmp_path / "model", allow_base_model=True)
-    assert model.decode(model.tokenizer.instruction_ids("paint a boat")) == "paint a boat"
+    assert model.tokenizer.decode(model.tokenizer.instruction_ids("paint a boat")) == "paint a boat"
 
 
 def test_system_prompt_and_template_arguments_reach_the_template(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_system_prompt_and_template_arguments_reach_the_template(tmp_path: Path)
     path = tmp_path / "model" / "chat_template.jinja"
     path.write_text(tiny.TEMPLATE + "{{ mood }}{% if enable_thinking %}<think>{% endif %}", encoding="utf-8")
     model = load(tmp_path / "model", system="Be brief.", template_kwargs={"mood": "calm"})
-    text = model.tokenizer.decode(model.tokenizer.instruction_ids("hello"))
+    text = model.tokenizer.backend.decode(model.tokenizer.instruction_ids("hello"))
     assert text == "<|system|>Be brief.<|end|><|user|>hello<|end|><|assistant|>calm"
     thinking = load(tmp_path / "model", template_kwargs={"enable_thinking": True})
     assert thinking.tokenizer.decode(thinking.tokenizer.instruction_ids("hello")).endswith("<think>")

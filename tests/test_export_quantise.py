@@ -242,7 +242,7 @@ def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     dying.write_text("import sys\nsys.stdin.readline()\nsys.exit(1)\n", encoding="utf-8")
     source, target = model(tmp_path), tmp_path / "out.gguf"
     target.write_bytes(b"earlier")
-    monkeypatch.setattr(quantise.encode, "__file__", str(dying))
+    monkeypatch.setattr(quantise.quantise_worker, "__file__", str(dying))
     with pytest.raises(ForgeError, match="a worker process died"):
         quantise.quantise(source, target, "Q4_K_M", NOTHING)
     nothing_broken(tmp_path, b"earlier")

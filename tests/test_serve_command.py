@@ -27,7 +27,8 @@ WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
 ENDLESS = """
 import sys
-from ollama_forge.checkpoints import checkpoint
+from ollama_forge.checkpoints import resolve
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.serving import served
 from ollama_forge.serving.engines.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
@@ -37,7 +38,7 @@ def load(checkpoint, name, *, load, max_queue, slots):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
     return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 
-source.resolve = lambda model, revision=None: source.Checkpoint(None, model, "demo")
+resolve.resolve = lambda model, revision=None: Checkpoint(None, model, "demo")
 served.ServedModel.load = load
 from ollama_forge.cli.main import main
 main()
