@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ollama_forge import __version__
 from ollama_forge.cli.main import main
 from ollama_forge.errors import ForgeError, UsageError, require_abliterate
-from ollama_forge.run_toml import read_config, write_config
+from ollama_forge.pipeline.run_toml import read_config, write_config
 
 COMMANDS = [
     (),

@@ -14,16 +14,19 @@ from ollama_forge.checkpoints.gguf_io import Value, read_gguf, value_of
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.cli.closing import closing_lines
+from ollama_forge.edits.checkpoint_folder import output_size
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.report import Report, ShippedFile, _token_lines
 from ollama_forge.evaluation.tokens import Mismatch, TokenCheck
-from ollama_forge.export import exporter, quantise
-from ollama_forge.export.exporter import ExportSettings, tokenizer_of
+from ollama_forge.export import gguf_file, quantise
+from ollama_forge.export.gguf_file import ShippedFile, tokenizer_of
+from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.pipeline import RunSettings, run
+from ollama_forge.pipeline import RunSettings, exporting, room, run, stages
+from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.records import to_json
 from tests import planted, test_gguf_source, tiny
 from tests.test_export_convert import byte_pairs
 
@@ -66,7 +69,9 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (Q8_0)"]
     ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
     assert ours.harmful.total == checkpoint.harmful.total
-    assert abs(ours.kl.value - checkpoint.kl.value) < 0.05 * checkpoint.kl.value + 0.01
+    assert (
+        abs(ours.first_token_kl.value - checkpoint.first_token_kl.value) < 0.05 * checkpoint.first_token_kl.value + 0.01
+    )
     assert report.tokens is not None
     assert report.tokens.mismatches == 0  # its one pair lies within words, whatever the rules
     stored = read_json(made.folder / "report.json")
@@ -81,7 +86,7 @@ def test_the_file_says_where_it_comes_from(done: tuple[RunSettings, Report]) -> 
     file = read_gguf(made.folder / "org-tiny-x.gguf")
     assert file.get("ollama_forge.source") == "model"
     assert file.get("ollama_forge.source_fingerprint") == report.fingerprint
-    assert json.loads(file.get("ollama_forge.edit"))["settings"] == report.choice["settings"]
+    assert json.loads(file.get("ollama_forge.edit"))["settings"] == to_json(report.choice.candidate.settings)
     assert set(json.loads(file.get("ollama_forge.lists"))) == {"fit", "select", "report"}
     assert file.get("ollama_forge.version")
     assert file.get("general.file_type") == 7
@@ -102,8 +107,9 @@ def test_a_second_run_makes_nothing_again(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    for name in ("convert", "quantise", "serving"):
-        monkeypatch.setattr(exporter, name, never)
+    monkeypatch.setattr(stages, "convert", never)
+    for name in ("quantise", "serving"):
+        monkeypatch.setattr(gguf_file, name, never)
     again = run(made)
     assert {**again.to_json(), "seconds": 0} == {**first.to_json(), "seconds": 0}
     said = capsys.readouterr().err
@@ -113,7 +119,7 @@ def test_a_second_run_makes_nothing_again(
 
 def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str]) -> None:
     made, report = done
-    closing_lines(report, escalate=False, max_kl=0.2)
+    closing_lines(report, climbed=False, max_kl=0.2)
     out = capsys.readouterr().out
     for path in ("checkpoint", "checkpoint.edit.safetensors", "refusal.pt", "org-tiny-x.gguf", "report.json"):
         assert f"{made.folder / path} (" in out
@@ -133,7 +139,7 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
         raise ForgeError("cannot write: No space left on device", "free some room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(exporter, "quantise", full)
+        patched.setattr(gguf_file, "quantise", full)
         with pytest.raises(ForgeError, match="No space left") as caught:
             run(elsewhere)
     assert "goes on from there" in caught.value.hint
@@ -148,8 +154,8 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(exporter, "convert", never)
-    monkeypatch.setattr(exporter, "llamacpp_is_installed", lambda: False)
+    monkeypatch.setattr(stages, "convert", never)
+    monkeypatch.setattr(exporting, "llamacpp_is_installed", lambda: False)
     report = run(elsewhere)
     assert report.file is not None
     assert report.tokens is None
@@ -191,9 +197,9 @@ def test_room_is_asked_for_before_the_work(
 ) -> None:
     checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
     size = checkpoint.parameters * 2
-    needed = int(size * (1 + 1 + 8.5 * 1.2 / 16))
+    needed = output_size(checkpoint, "keep") + int(size * (1 + 8.5 * 1.2 / 16))
     made = settings(tmp_path, tmp_path / "model")
-    monkeypatch.setattr(exporter, "free_space", lambda _: needed - 2)
+    monkeypatch.setattr(room, "free_space", lambda _: needed - 2)
     with pytest.raises(ForgeError, match=r"this run needs .*Q8_0") as caught:
         run(made)
     assert "--output-dir" in caught.value.hint
@@ -258,10 +264,10 @@ def test_a_source_of_a_type_that_is_not_written_here(
 ) -> None:
     monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
     path = typed(tmp_path / "source.gguf", 19)  # IQ2_XXS
-    made = exporter.Exporter(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings())
+    made = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings())
     assert made.quant == "Q4_K_M"
-    assert "the result will be Q4_K_M" in capsys.readouterr().err
-    told = exporter.Exporter(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings("Q5_K_S"))
+    assert "the result will be Q4_K_M" in made.notes[0]
+    told = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings("Q5_K_S"))
     assert told.quant == "Q5_K_S"
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.gguf_file import ShippedFile
 from ollama_forge.files import sha256_file
-from ollama_forge.ollama.registering import InOllama, OllamaSettings, Registrar
-from ollama_forge.resume import Stages
+from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.registration import OllamaSettings, Registration, plan_registration
+from ollama_forge.pipeline.exporting import Exported, register_file
+from ollama_forge.pipeline.resume import StageCache
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
 
@@ -24,18 +26,21 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
         yield fake
 
 
-def timed(name: str, work: Callable[[], Any]) -> Any:
-    return work()
-
-
-def finish(folder: Path, settings: OllamaSettings | None = None, *, name: str = "made") -> InOllama:
-    """What a run does once its file is there; a later run in the same folder finds what this one left."""
+def plan(folder: Path, settings: OllamaSettings | None = None, *, name: str = "made") -> Registration:
+    """What a run finds out before its work."""
+    check_ollama_name(name)
     source = Checkpoint(folder, "owner/model", "folder")
-    registrar = Registrar(source, name, folder, settings or OllamaSettings())
-    registrar.announce()
-    stages = Stages(folder, force=False)
-    stages.keys["gguf"] = sha256_file(folder / "made.gguf")
-    return registrar.run(stages, folder / "made.gguf", timed)
+    registration = plan_registration(source, name, folder, settings or OllamaSettings())
+    registration.announce()
+    return registration
+
+
+def finish(folder: Path, settings: OllamaSettings | None = None, *, name: str = "made") -> Exported:
+    """What a run does once its file is there; a later run in the same folder finds what this one left."""
+    registration = plan(folder, settings, name=name)
+    gguf = folder / "made.gguf"
+    file = ShippedFile(gguf, "Q8_0", gguf.stat().st_size, "embedded", None)
+    return register_file(registration, StageCache(folder), Exported(file), None)
 
 
 @pytest.fixture
@@ -46,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_sends_what_the_cli_sends(fake: FakeOllama, folder: Path) -> None:
     found = finish(folder)
-    assert found.made is not None
-    assert found.made["name"] == "made"
+    assert found.registered is not None
+    assert found.registered.name == "made"
     assert found.failure is None
     digest = f"sha256:{sha256_file(folder / 'made.gguf')}"
     assert fake.bodies("/api/create") == [{**recorded("create.jsonl")[0]["body"], "files": {"made.gguf": digest}}]
@@ -71,8 +76,8 @@ def test_a_second_run_registers_again_only_what_is_gone_or_changed(fake: FakeOll
 def test_a_template_is_copied(fake: FakeOllama, folder: Path) -> None:
     fake.models["base:latest"] = Model(weights=["sha256:0"], template="{{ .Prompt }} go", renderer="r", parser="p")
     found = finish(folder, OllamaSettings(template_from="base"))
-    assert found.made is not None
-    assert found.made["template_from"] == "base"
+    assert found.registered is not None
+    assert found.registered.template_from == "base"
     [body] = fake.bodies("/api/create")
     assert (body["template"], body["renderer"], body["parser"]) == ("{{ .Prompt }} go", "r", "p")
     assert "TEMPLATE {{ .Prompt }} go" in (folder / "Modelfile").read_text()
@@ -96,11 +101,12 @@ def test_without_ollama_the_commands_are_told(
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     found = finish(folder, OllamaSettings(template_from="base"))
-    assert found.made is None
+    assert found.registered is None
     assert found.failure is None
-    assert "no Ollama at" in found.problem
-    assert found.commands[0].endswith("--name made --template-from base")
-    assert found.commands[1].startswith("ollama create made -f ")
+    assert "no Ollama at" in found.ollama_problem
+    commands = plan(folder, OllamaSettings(template_from="base")).commands(folder / "made.gguf")
+    assert commands[0].endswith("--name made --template-from base")
+    assert commands[1].startswith("ollama create made -f ")
     assert "will not be registered" in capsys.readouterr().err
     assert (folder / "Modelfile").is_file()
 
@@ -108,16 +114,14 @@ def test_without_ollama_the_commands_are_told(
 def test_left_alone_when_told_to(fake: FakeOllama, folder: Path) -> None:
     found = finish(folder, OllamaSettings(register=False))
     assert fake.seen == []
-    assert found.made is None
-    assert found.commands
+    assert found.registered is None
 
 
 def test_a_failure_is_kept_for_the_end(fake: FakeOllama, folder: Path) -> None:
     fake.ends_with_error = "no space left"
     found = finish(folder)
-    assert found.made is None
+    assert found.registered is None
     assert found.failure is not None
     assert "no space left" in found.failure.message
-    assert found.commands
     fake.ends_with_error = ""
-    assert finish(folder).made is not None
+    assert finish(folder).registered is not None

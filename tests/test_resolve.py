@@ -214,6 +214,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 SCRIPT = """
 import json, sys
+from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 answers = []

@@ -48,9 +48,9 @@ def settings(folder: Path, planted_layer: int = 1, **changes: Any) -> RunSetting
 
 def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> None:
     report = run(settings(tmp_path))
-    assert report.choice["name"] == "the documented default"
-    assert len(report.choice["trials"]) == 1
-    assert report.choice["settings"] == EditSettings().to_json()
+    assert report.choice.candidate.name == "the documented default"
+    assert len(report.choice.trials) == 1
+    assert report.choice.candidate.settings == EditSettings()
     assert report.rows["base"].harmful.answer == 0
     assert report.rows["edited"].harmful.refusal == 0
     assert report.rows["random direction"].harmful.refusal == report.rows["base"].harmful.total
@@ -59,18 +59,18 @@ def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> Non
 
 def test_the_ladder_is_climbed_where_it_must_be(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0))  # the default leaves the first layer alone
-    assert report.choice["name"] == "attention, no layer skipped"
-    trials = report.choice["trials"]
-    assert trials[0]["refused"] == trials[0]["total"]
-    assert any(trial["settings"]["factors"] == "least-squares" for trial in trials)
+    assert report.choice.candidate.name == "attention, no layer skipped"
+    trials = report.choice.trials
+    assert trials[0].refused == trials[0].total
+    assert any(trial.candidate.settings.factors == "least-squares" for trial in trials)
     assert report.rows["edited"].harmful.refusal == 0
     assert (tmp_path / "out" / "refusal.pt").is_file()
 
 
 def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0, escalate=False))
-    assert report.choice["settings"] == EditSettings().to_json()
-    assert report.choice["trials"] == []
+    assert report.choice.candidate.settings == EditSettings()
+    assert report.choice.trials == ()
     assert report.rows["edited"].harmful.refusal == report.rows["base"].harmful.total
     record = read_json(tmp_path / "out" / "checkpoint" / PROVENANCE)
     layers = {name.split(".")[2] for name in record["changed"]}
@@ -83,8 +83,8 @@ def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> 
 
 def test_an_edit_setting_is_obeyed_without_climbing(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0, edit=EditSettings(strength=0.5, targets=("writers",))))
-    assert report.choice["settings"]["strength"] == 0.5
-    assert report.choice["trials"] == []
+    assert report.choice.candidate.settings.strength == 0.5
+    assert report.choice.trials == ()
     assert report.verified
 
 
@@ -196,8 +196,8 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tests.test_run import settings
 from ollama_forge import pipeline
-from ollama_forge.edits import apply, written
-from ollama_forge.resume import Stages
+from ollama_forge.edits import apply
+from ollama_forge.pipeline import choosing, stages
 
 folder = Path({folder!r})
 POINTS = ["after base", "within choose", "within a shard", "before the factors", "within verify"]
@@ -207,9 +207,9 @@ def die(*_, **__):
 
 def arm(point):
     if point == "after base":
-        pipeline._Run.choose = die
+        stages.choose_edit = die
     elif point == "within choose":
-        pipeline.Choice.to_json = die
+        choosing.PlanFiles.save = die
     elif point == "within a shard":
         real = apply._Application.edited
         def edited(self, edit, out):
@@ -220,7 +220,7 @@ def arm(point):
     elif point == "before the factors":
         apply.EditRecord.save = die
     else:
-        pipeline.verify = die
+        stages.verify = die
 
 for point in POINTS:
     child = os.fork()

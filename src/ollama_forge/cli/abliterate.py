@@ -99,7 +99,7 @@ def _path(value: str | None) -> Path | None:
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
-        from ollama_forge.run_toml import read_config
+        from ollama_forge.pipeline.run_toml import read_config
 
         known = {p.name for p in ctx.command.params if p.name} - {"config"}
         ctx.default_map = read_config(Path(value), known)
@@ -145,10 +145,9 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     """Everything in one command: direction, edit, proof, numbers, GGUF, Ollama. Finished stages are not done again."""
     require_abliterate("run")
     from ollama_forge.cli.closing import closing_lines
-    from ollama_forge.export.exporter import ExportSettings
-    from ollama_forge.ollama.registering import OllamaSettings
+    from ollama_forge.export.plan import ExportSettings
+    from ollama_forge.ollama.registration import OllamaSettings
     from ollama_forge.pipeline import RunSettings, run
-    from ollama_forge.run_toml import write_config
 
     settings = RunSettings(
         model=options["model"],
@@ -167,15 +166,12 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
         ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
     )
-    report = run(settings, force=options["force"])
-    write_config(
-        settings.folder / "run.toml",
-        {key: options[key] for key in options if key not in {"force", "as_json"}},
-    )
+    told = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
+    report = run(settings, force=options["force"], options=told)
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:
-        closing_lines(report, escalate=settings.escalate and settings.edit is None, max_kl=settings.max_kl)
+        closing_lines(report, climbed=settings.climbs, max_kl=settings.max_kl)
 
 
 @abliterate.command("chat")

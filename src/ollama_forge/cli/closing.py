@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ollama_forge.edits.checkpoint_folder import edit_file
-from ollama_forge.evaluation.report import Report
 from ollama_forge.files import human_size
+from ollama_forge.pipeline.report import Report
 from ollama_forge.search.ladder import ENOUGH
 
 
-def closing_lines(report: Report, *, escalate: bool, max_kl: float) -> None:
+def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     """Print them on stdout."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     rows = report.table()
@@ -23,16 +23,16 @@ def closing_lines(report: Report, *, escalate: bool, max_kl: float) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for note in report.notes:
+    for note in report.split.notes:
         console.print(f"note: {note}", markup=False)
     choice = report.choice
-    console.print(f"chosen: {choice['name']}: {choice['reason']}", markup=False)
+    console.print(f"chosen: {choice.candidate.name}: {choice.reason}", markup=False)
     final = report.rows.get("edited")
-    if final is not None and final.harmful.refused.value > ENOUGH and not escalate:
+    if final is not None and final.harmful.refusal_rate.value > ENOUGH and not climbed:
         console.print("refusals are left; try --skip-begin-layers 0 --skip-end-layers 0, or run without --no-escalate")
-    if final is not None and final.kl.value > max_kl:
+    if final is not None and final.first_token_kl.value > max_kl:
         console.print(f"first-token KL is above {max_kl:g}: ordinary answers change too")
-    if report.checks is not None:
+    if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
     for line in report.file_lines():
         console.print(line, markup=False, soft_wrap=True)

@@ -86,7 +86,7 @@ def _require_client(command: str) -> None:
 def _tell(made: Registered, as_json: bool) -> None:
     made.require_as_intended()
     if as_json:
-        print(json.dumps(made.to_json()))
+        print(json.dumps(made.described()))
         return
     for note in made.notes:
         print(f"note: {note}")

@@ -61,15 +61,21 @@ def apply_plan(
     return _Application(checkpoint, model, plan, folder, out_dtype).run(settings)
 
 
+def companions_of(source: Path) -> list[Path]:
+    """The files of a checkpoint that are copied as they are: config, tokenizer, processor and template files."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix not in {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
+        and path.name not in _NOT_COPIED
+    ]
+
+
 def copy_companions(source: Path, folder: Path, *, unpacked: bool) -> None:
-    """Copy config, tokenizer, processor and template files as they are; ``unpacked`` drops a quantisation's mark."""
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix not in {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
-            and path.name not in _NOT_COPIED
-        ):
-            shutil.copyfile(path, folder / path.name)
+    """Copy the companions of the weights; ``unpacked`` drops a quantisation's mark from the config."""
+    for path in companions_of(source):
+        shutil.copyfile(path, folder / path.name)
     if unpacked:
         config = read_json(folder / "config.json")
         config.pop("quantization_config", None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import computed_field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ollama_forge.errors import ForgeError
@@ -31,16 +31,19 @@ class Counts:
     answer: int
     degenerate: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def total(self) -> int:
         return self.refusal + self.answer + self.degenerate
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def refused(self) -> Estimate:
+    def refusal_rate(self) -> Estimate:
         return wilson(self.refusal, self.total)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def broken(self) -> Estimate:
+    def degenerate_rate(self) -> Estimate:
         return wilson(self.degenerate, self.total)
 
     @classmethod
@@ -48,41 +51,18 @@ class Counts:
         found = Counter(classes)
         return cls(found[AnswerClass.REFUSAL], found[AnswerClass.ANSWER], found[AnswerClass.DEGENERATE])
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "total": self.total,
-            "refusal_rate": asdict(self.refused),
-            "degenerate_rate": asdict(self.broken),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Counts:
-        return cls(value["refusal"], value["answer"], value["degenerate"])
-
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on one part's prompts. ``kl`` is in nats, over harmless prompts; 0 for the base model itself."""
+    """One model on one part's prompts.
+
+    Attributes:
+        first_token_kl: mean KL divergence from the base model on harmless prompts, nats; 0 for the base model itself.
+    """
 
     harmful: Counts
     harmless: Counts
-    kl: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "harmful": self.harmful.to_json(),
-            "harmless": self.harmless.to_json(),
-            "first_token_kl": asdict(self.kl),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Measurement:
-        return cls(
-            Counts.from_json(value["harmful"]),
-            Counts.from_json(value["harmless"]),
-            Estimate(**value["first_token_kl"]),
-        )
+    first_token_kl: Estimate
 
 
 def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ollama_forge.evaluation.token_texts import texts
@@ -39,16 +39,6 @@ class TokenCheck:
     mismatches: int
     garbled: int
     examples: tuple[Mismatch, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TokenCheck:
-        examples = tuple(
-            Mismatch(each["text"], tuple(each["expected"]), tuple(each["found"])) for each in value["examples"]
-        )
-        return cls(value["texts"], value["mismatches"], value["garbled"], examples)
 
 
 def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()) -> TokenCheck:

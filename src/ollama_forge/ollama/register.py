@@ -54,7 +54,8 @@ class Registered:
                 f"update Ollama ({_OLD_FOR_RENDERER} or newer keeps renderers), then repeat the command",
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """What ``report.json`` and ``--json`` say of it."""
         return {
             "name": self.name,
             "template_from": self.template_from,

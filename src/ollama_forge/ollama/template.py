@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
@@ -35,13 +35,6 @@ class TemplatePlan:
     parser: str = ""
     stop: tuple[str, ...] = ()
     note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TemplatePlan:
-        return cls(**{**value, "stop": tuple(value["stop"])})
 
 
 def check_template_source(template_from: str | None) -> None:

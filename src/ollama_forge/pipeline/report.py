@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +12,15 @@ from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
+from ollama_forge.export.gguf_file import ShippedFile
 from ollama_forge.files import write_json
+from ollama_forge.ollama.register import Registered
+from ollama_forge.prompts.split import Part, PromptSplit
+from ollama_forge.records import to_json
+from ollama_forge.search.ladder import Choice
 
 SCHEMA = 1
 _HEADER = ("model", "harmful refused", "harmless refused", "degenerate (harmless)", "first-token KL")
-
-
-@dataclass(frozen=True)
-class ShippedFile:
-    """The GGUF file of a run.
-
-    Attributes:
-        quantised_by: ``embedded``, or the tool that did it.
-        pre_tokenizer_fallback: the rules that stand in for ones the converter does not know; None where it does.
-        tokenizer_of_source: whether its tokenizer is that of a GGUF source, not made from the checkpoint's.
-    """
-
-    path: Path
-    quant: str
-    size: int
-    quantised_by: str
-    pre_tokenizer_fallback: str | None
-    tokenizer_of_source: bool = False
-
-    @property
-    def row(self) -> str:
-        """Its name among the measurements."""
-        return f"GGUF ({self.quant})"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "file": self.path.name,
-            "quant": self.quant,
-            "bytes": self.size,
-            "quantised_by": self.quantised_by,
-            "pre_tokenizer_fallback": self.pre_tokenizer_fallback,
-            "tokenizer_of_source": self.tokenizer_of_source,
-        }
 
 
 @dataclass(frozen=True)
@@ -57,58 +29,63 @@ class Report:
 
     Attributes:
         rows: what was measured on report prompts, under ``base``, ``random direction``, ``edited`` and ``GGUF (TYPE)``.
+        checks: of the written weights; None where they were not verified.
         file: the GGUF file, None where there is none; ``file_problem`` says why.
         tokens: None where the file's tokens were not checked.
-        ollama: ``made``, what Ollama said of the model it made (null where it made none), and ``problem``, why.
+        registered: the model that Ollama made; None where it made none, ``ollama_problem`` says why.
         modelfile: for ``ollama create``, beside the file.
-        to_type: commands that register the file, where that is left to do.
+        commands: what registers the file, where that is left to do.
     """
 
     model: str
     name: str
     fingerprint: str
-    prompts: dict[str, dict[str, int]]
-    lists: dict[str, dict[str, str]]
-    notes: list[str]
-    choice: dict[str, Any]
-    rows: dict[str, Measurement]
-    checks: list[Check] | None
-    seconds: dict[str, float]
+    split: PromptSplit
+    choice: Choice
+    rows: Mapping[str, Measurement]
+    checks: tuple[Check, ...] | None
+    seconds: Mapping[str, float]
     folder: Path
     file: ShippedFile | None = None
     file_problem: str = ""
     tokens: TokenCheck | None = None
-    ollama: Mapping[str, Any] = field(default_factory=dict)
+    registered: Registered | None = None
+    ollama_problem: str = ""
     modelfile: Path | None = None
-    to_type: tuple[str, ...] = ()
+    commands: tuple[str, ...] = field(default=())
 
     @property
-    def verified(self) -> bool:
-        """Whether every check of the written weights passed."""
-        return self.checks is not None and all(check.passed for check in self.checks)
+    def verified(self) -> bool | None:
+        """Whether every check of the written weights passed; None where there was none."""
+        return None if self.checks is None else all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        parts = {part.value: asdict(getattr(self.split, part.value)) for part in Part}
         return {
             "schema": SCHEMA,
             "version": __version__,
             "model": self.model,
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "prompts": self.prompts,
-            "lists": self.lists,
-            "notes": self.notes,
-            "choice": self.choice,
-            "measurements": {name: row.to_json() for name, row in self.rows.items()},
+            "prompts": {part: {side: len(lines) for side, lines in sides.items()} for part, sides in parts.items()},
+            "lists": self.split.hashes(),
+            "notes": list(self.split.notes),
+            "choice": self.choice.to_json(),
+            "measurements": {name: to_json(row) for name, row in self.rows.items()},
             "verification": None
             if self.checks is None
-            else {"passed": self.verified, "checks": [check.to_json() for check in self.checks]},
+            else {"passed": self.verified, "checks": [to_json(check) for check in self.checks]},
             "gguf": {
-                **({} if self.file is None else self.file.to_json()),
+                **({} if self.file is None else self.file.described()),
                 "problem": self.file_problem,
-                "tokens": None if self.tokens is None else self.tokens.to_json(),
+                "tokens": None if self.tokens is None else to_json(self.tokens),
             },
-            "ollama": dict(self.ollama),
-            "seconds": self.seconds,
+            "ollama": {
+                "made": None if self.registered is None else self.registered.described(),
+                "problem": self.ollama_problem or None,
+            },
+            "seconds": dict(self.seconds),
         }
 
     def file_lines(self) -> list[str]:
@@ -125,17 +102,15 @@ class Report:
 
     def ollama_lines(self) -> list[str]:
         """What became of the model in Ollama, and what to type next for it."""
-        made = self.ollama.get("made")
+        made = self.registered
         if made is None:
-            if not self.to_type:
+            if not self.commands:
                 return []
-            return [f"not in Ollama ({self.ollama['problem']}); to register it:", *(f"  {c}" for c in self.to_type)]
-        notes = [f"note: {note}" for note in made["notes"]]
-        wrong = [f"warning: {difference}" for difference in made["differences"]]
+            return [f"not in Ollama ({self.ollama_problem}); to register it:", *(f"  {c}" for c in self.commands)]
         return [
-            f"in Ollama: {made['name']} ({made['quantization']})",
-            *notes,
-            *wrong,
+            f"in Ollama: {made.name} ({made.shown.quantization})",
+            *(f"note: {note}" for note in made.notes),
+            *(f"warning: {difference}" for difference in made.differences),
             f"run it: ollama run {self.name}",
         ]
 
@@ -146,14 +121,14 @@ class Report:
         """Header and rows as text."""
         out: list[tuple[str, ...]] = [_HEADER]
         for name, row in self.rows.items():
-            kl = "0" if name == "base" else f"{row.kl.value:.3f} ({row.kl.low:.3f} to {row.kl.high:.3f})"
+            kl = row.first_token_kl
             out.append(
                 (
                     name,
-                    _rate(row.harmful.refusal, row.harmful.total, row.harmful.refused),
-                    _rate(row.harmless.refusal, row.harmless.total, row.harmless.refused),
-                    _rate(row.harmless.degenerate, row.harmless.total, row.harmless.broken),
-                    kl,
+                    _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
+                    _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
+                    _rate(row.harmless.degenerate, row.harmless.total, row.harmless.degenerate_rate),
+                    "0" if name == "base" else f"{kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f})",
                 )
             )
         return out

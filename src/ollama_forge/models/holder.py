@@ -1,0 +1,40 @@
+"""One model in memory at a time: the base model or the written checkpoint, loaded when it is first asked for."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.progress import status
+
+
+class ModelHolder:
+    """Holds the model that was asked for last, so that two never share the memory."""
+
+    def __init__(self, settings: LoadSettings) -> None:
+        self.settings = settings
+        self._model: ChatModel | None = None
+        self._folder: object = None
+
+    def get(self, checkpoint: Checkpoint) -> ChatModel:
+        """The loaded model of a checkpoint.
+
+        Raises:
+            ForgeError: it cannot be loaded.
+        """
+        if self._model is None or self._folder != checkpoint.folder:
+            self.drop()
+            with status(f"loading {checkpoint.label}"):
+                self._model = ChatModel.load(checkpoint, self.settings)
+            self._folder = checkpoint.folder
+        return self._model
+
+    def drop(self) -> None:
+        """Free the memory of the model that is held, if one is."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

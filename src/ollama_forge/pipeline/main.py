@@ -1,0 +1,114 @@
+"""``run``: from instruction lists to an edited, verified, measured checkpoint, its GGUF file, and a model in Ollama."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ollama_forge.edits.checkpoint_folder import stamp
+from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.verify import Check
+from ollama_forge.models.holder import ModelHolder
+from ollama_forge.pipeline import stages
+from ollama_forge.pipeline.exporting import Exported, export_checkpoint, register_file
+from ollama_forge.pipeline.preflight import STAMPED, Preflight, preflight
+from ollama_forge.pipeline.report import Report
+from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.pipeline.room import check_room
+from ollama_forge.pipeline.run_toml import add_chosen, write_config
+from ollama_forge.pipeline.settings import RunSettings
+from ollama_forge.records import to_json
+from ollama_forge.search.ladder import Choice
+
+RUN_TOML = "run.toml"
+
+
+def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
+    """Do all stages that are not done yet.
+
+    Args:
+        force: do finished stages again.
+        options: what ``run.toml`` is to hold, as ``run --config`` takes it; None to write none.
+
+    Raises:
+        ForgeError: anything that can be expected to go wrong. After a failed verification and after a failure behind
+            it all files stay, the report is written, and the same command goes on from there.
+    """
+    ready = preflight(settings)
+    cache = StageCache(ready.folder, force=force, ignored=STAMPED)
+    check_room(ready, cache)
+    with cache.locked():
+        ready.announce()
+        if options is not None:
+            write_config(ready.folder / RUN_TOML, options)
+        models = ModelHolder(settings.load)
+
+        base = cache.do(stages.measure_base(ready, cache, models)) if settings.evaluate else None
+        choice = cache.do(stages.choose(ready, cache, models))
+        control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
+        models.drop()  # weights are written without a model in memory
+        written = cache.do(stages.write(ready, cache, choice))
+        checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if settings.verify else None
+        edited = cache.do(stages.measure_written(ready, cache, models, written)) if settings.evaluate else None
+        models.drop()
+        verified = None if checks is None else checks.passed
+        exported = export_checkpoint(ready, cache, choice, written, verified)
+        exported = register_file(ready.registration, cache, exported, verified)
+
+        rows = {"base": base, "random direction": control, "edited": edited, **exported.rows}
+        report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
+        stamp(
+            ready.checkpoint_folder,
+            verified=verified,
+            measurements={name: to_json(row) for name, row in report.rows.items()} or None,
+        )
+        report.save()
+        if options is not None:
+            chosen = {"name": choice.candidate.name, "reason": choice.reason, **to_json(choice.candidate.settings)}
+            add_chosen(ready.folder / RUN_TOML, chosen)
+        _raise_failures(report, exported.failure)
+        return report
+
+
+def _report(
+    ready: Preflight,
+    cache: StageCache,
+    choice: Choice,
+    rows: Mapping[str, Measurement | None],
+    checks: tuple[Check, ...] | None,
+    exported: Exported,
+) -> Report:
+    file = exported.file
+    to_type = file is not None and exported.registered is None
+    return Report(
+        model=ready.source.label,
+        name=ready.settings.name,
+        fingerprint=ready.source.fingerprint,
+        split=ready.split,
+        choice=choice,
+        rows={name: row for name, row in rows.items() if row is not None},
+        checks=checks,
+        seconds=cache.seconds,
+        folder=ready.folder,
+        file=file,
+        file_problem=exported.file_problem,
+        tokens=exported.tokens,
+        registered=exported.registered,
+        ollama_problem=exported.ollama_problem,
+        modelfile=None if file is None else ready.registration.modelfile,
+        commands=ready.registration.commands(file.path) if file is not None and to_type else (),
+    )
+
+
+def _raise_failures(report: Report, failure: ForgeError | None) -> None:
+    if report.verified is False:
+        failed = next(check for check in report.checks or () if not check.passed)
+        raise ForgeError(
+            f"verification failed: {failed.name} (worst {failed.worst}, bound {failed.bound}, at {failed.where})",
+            f"the files in {report.folder} are kept and marked unverified; please report this",
+        )
+    if failure is not None:
+        raise ForgeError(
+            failure.message, f"{failure.hint}; all else is done, and the same command goes on from there"
+        ) from failure

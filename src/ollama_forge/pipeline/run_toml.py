@@ -1,0 +1,59 @@
+"""``run.toml``: the options of a run as they were given, so that ``run --config run.toml`` repeats it.
+
+A table ``[chosen]`` follows once an edit is chosen: what it is, for readers and for ``--pick``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.files import write_text
+
+CHOSEN = "chosen"
+_HEAD = "# The options of this run. Repeat it with: ollama-forge abliterate run --config run.toml\n"
+
+
+def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """The options of a config file.
+
+    Raises:
+        ForgeError: no such file, or not TOML.
+        UsageError: a key is not an option.
+    """
+    values = _read(path)
+    values.pop(CHOSEN, None)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UsageError(f"{path}: {unknown[0]!r} is not an option of run", "ollama-forge abliterate run --help")
+    return values
+
+
+def write_config(path: Path, options: Mapping[str, Any]) -> None:
+    """Write options as TOML; unset ones (None) are left out."""
+    _write(path, {key: value for key, value in sorted(options.items()) if value is not None})
+
+
+def add_chosen(path: Path, chosen: Mapping[str, Any]) -> None:
+    """Write the table ``[chosen]`` behind the options."""
+    values = {key: value for key, value in _read(path).items() if key != CHOSEN}
+    _write(path, {**values, CHOSEN: {key: value for key, value in chosen.items() if value is not None}})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ForgeError(f"{path} does not exist", "each run writes its run.toml") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ForgeError(f"{path} is not a TOML file ({error})", "each run writes its run.toml as an example") from None
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    write_text(path, _HEAD + tomli_w.dumps(plain))

@@ -1,0 +1,72 @@
+"""Everything that ``run`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ollama_forge.directions.compute import DirectionSettings
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import UsageError
+from ollama_forge.export.plan import ExportSettings
+from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.models.device import pick_device, pick_dtype
+from ollama_forge.names import check_ollama_name, run_folder
+from ollama_forge.ollama.registration import OllamaSettings
+from ollama_forge.prompts.settings import PromptSettings
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run.
+
+    Attributes:
+        edit: the edit to make; None for the documented default, from which the ladder is climbed if ``escalate``.
+        pick: the name of a rung of the ladder to take without trying any.
+        max_kl: first-token KL divergence (nats) up to which a rung may be chosen.
+        allow_few_refusals: go on where the base model refuses too little for an edit to show.
+    """
+
+    model: str
+    name: str
+    output_dir: str | None = None
+    revision: str | None = None
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    load: LoadSettings = field(default_factory=LoadSettings)
+    direction: DirectionSettings = field(default_factory=DirectionSettings)
+    edit: EditSettings | None = None
+    pick: str | None = None
+    escalate: bool = True
+    max_kl: float = 0.2
+    allow_few_refusals: bool = False
+    out_dtype: str = "bf16"
+    evaluate: bool = True
+    verify: bool = True
+    export: ExportSettings = field(default_factory=ExportSettings)
+    ollama: OllamaSettings = field(default_factory=OllamaSettings)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.output_dir) if self.output_dir else run_folder(self.name)
+
+    @property
+    def climbs(self) -> bool:
+        """Whether edits are tried on select prompts to choose one."""
+        return self.edit is None and self.pick is None and self.escalate
+
+    def check(self) -> None:
+        """Refuse what can never work, before anything is fetched or loaded.
+
+        Raises:
+            UsageError: a name that Ollama refuses, an unknown device or type, or options that exclude each other.
+        """
+        check_ollama_name(self.name)
+        pick_dtype(self.load.dtype, pick_device(self.load.device))
+        if self.pick is not None and self.edit is not None:
+            raise UsageError("--pick names a whole edit", "leave out --pick, or the options of the edit")
+        if self.load.load_in_8bit and (self.evaluate or self.verify or self.climbs):
+            raise UsageError(
+                "run measures, tries and verifies in floats, so --load-in-8bit would load the model twice",
+                "use compute-dir --load-in-8bit and then apply, or add --no-evaluate --no-verify --no-escalate",
+            )

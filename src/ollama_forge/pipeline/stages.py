@@ -1,0 +1,260 @@
+"""The stages of a run, in their order: what each needs (its key for resuming), what it leaves behind, what it does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_safetensors
+
+from ollama_forge.edits.checkpoint_folder import edit_file, write_checkpoint
+from ollama_forge.edits.hooks import hooked
+from ollama_forge.evaluation.measure import Measurement, measure
+from ollama_forge.evaluation.tokens import TokenCheck
+from ollama_forge.evaluation.verify import Check, verify
+from ollama_forge.export.convert import convert, converter_fingerprint
+from ollama_forge.export.gguf_file import ShippedFile, check_file_tokens, measure_file, quantise_file
+from ollama_forge.export.quantise import find_tool
+from ollama_forge.files import write_bytes
+from ollama_forge.models.holder import ModelHolder
+from ollama_forge.ollama.register import Registered
+from ollama_forge.ollama.registration import Registration
+from ollama_forge.pipeline.choosing import PlanFiles, choose_edit
+from ollama_forge.pipeline.preflight import Preflight
+from ollama_forge.pipeline.resume import Stage, StageCache
+from ollama_forge.pipeline.resume import stamp as stamp_of
+from ollama_forge.progress import say, status
+from ollama_forge.records import to_json
+from ollama_forge.search.ladder import Choice
+from ollama_forge.text.tokenizer import Tokenizer
+
+_MODEL = ("torch", "transformers")  # every number that a model gives depends on them
+_BASE_FIRST = "base-first.safetensors"
+_CONVERTED = "converted.gguf"
+
+
+def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Measurement]:
+    """The base model on report prompts; leaves its first-token log-probabilities, which others are compared with."""
+    first_file = cache.path(_BASE_FIRST)
+
+    def do() -> Measurement:
+        say("measuring the base model on report prompts")
+        row, first = measure(models.get(ready.source), ready.split.report, None, "base model")
+        write_bytes(first_file, save_safetensors({"first": first}))
+        return row
+
+    return Stage("base", Measurement, ready.model_needs, do, [first_file], _MODEL)
+
+
+def _base_first(cache: StageCache) -> torch.Tensor:
+    return load_file(cache.path(_BASE_FIRST))["first"]
+
+
+def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Choice]:
+    """The edit; leaves what plans are made from: directions and fitted factors, the choice's and its control's."""
+    settings, files = ready.settings, PlanFiles.of(ready, cache)
+    needs = {
+        **ready.model_needs,
+        "direction": asdict(settings.direction),
+        "edit": None if settings.edit is None else to_json(settings.edit),
+        "pick": settings.pick,
+        "escalate": settings.escalate,
+        "max_kl": settings.max_kl,
+        "allow_few_refusals": settings.allow_few_refusals,
+        "num_instructions": settings.prompts.num_instructions,
+        "seed": settings.prompts.seed,
+    }
+
+    def do() -> Choice:
+        choice = choose_edit(ready, models.get(ready.source), files)
+        say(f"chosen: {choice.candidate.name} ({choice.reason})")
+        return choice
+
+    return Stage("choose", Choice, needs, do, files.all, _MODEL)
+
+
+def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice) -> Stage[Measurement]:
+    """The same edit with a random direction, as hooks, on report prompts."""
+
+    def do() -> Measurement:
+        say("measuring the control, a random direction in the same places, on report prompts")
+        model = models.get(ready.source)
+        plan, _ = PlanFiles.of(ready, cache).control_plan(choice)
+        with hooked(model, plan):
+            return measure(model, ready.split.report, _base_first(cache), "control")[0]
+
+    return Stage("control", Measurement, {**ready.model_needs, "choice": to_json(choice)}, do, (), _MODEL)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The written checkpoint: the hash of each edited matrix, and what tells each file from a changed one."""
+
+    matrices: dict[str, str]
+    files: dict[str, str]
+
+
+def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
+    """The edited checkpoint, written tensor by tensor, its edit beside it."""
+    folder, files = ready.checkpoint_folder, PlanFiles.of(ready, cache)
+    needs = {
+        "fingerprint": ready.source.fingerprint,
+        "companions": ready.companions,
+        "lists": ready.split.hashes(),
+        "choice": to_json(choice),
+        "plan": {path.name: stamp_of(path) for path in files.all},
+        "out_dtype": ready.settings.out_dtype,
+    }
+
+    def do() -> Written:
+        plan, direction = files.plan(choice)
+        with status("writing the checkpoint"):
+            applied = write_checkpoint(
+                ready.source,
+                ready.model_map,
+                plan,
+                folder,
+                settings=choice.candidate.settings,
+                out_dtype=ready.settings.out_dtype,
+                direction=direction,
+                provenance={"lists": ready.split.hashes(), "choice": choice.reason},
+            )
+        hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
+        stamps = {path.name: stamp_of(path) for path in sorted(folder.iterdir()) if path.name not in cache.ignored}
+        return Written(hashes, stamps)
+
+    return Stage("checkpoint", Written, needs, do, [folder, edit_file(folder)], ("safetensors",))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of the written weights."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def verify_written(
+    ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice, written: Written
+) -> Stage[Verification]:
+    """Whether the edit is in the written weights, exactly as planned and nowhere else."""
+
+    def do() -> Verification:
+        plan, direction = PlanFiles.of(ready, cache).plan(choice)
+        model = models.get(ready.written)
+        with status("verifying the written checkpoint"):
+            return Verification(tuple(verify(ready.source, ready.written, model, plan, direction)))
+
+    needs = {**ready.model_needs, "choice": to_json(choice), "written": to_json(written)}
+    return Stage("verify", Verification, needs, do, (), _MODEL)
+
+
+def measure_written(ready: Preflight, cache: StageCache, models: ModelHolder, written: Written) -> Stage[Measurement]:
+    """The written checkpoint on report prompts."""
+
+    def do() -> Measurement:
+        say("measuring the written checkpoint on report prompts")
+        return measure(models.get(ready.written), ready.split.report, _base_first(cache), "edited")[0]
+
+    return Stage("measure", Measurement, {**ready.model_needs, "written": to_json(written)}, do, (), _MODEL)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """The converted file; ``fallback`` is the pre-tokenizer that stands in for one that was not recognised."""
+
+    fallback: str | None
+
+
+def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Converted]:
+    """The checkpoint as a 16-bit GGUF file, which quantising takes away."""
+    plan, target = ready.export, cache.path(_CONVERTED)
+    assert plan.converter is not None
+    converter = plan.converter
+    needs = {
+        "written": to_json(written),
+        "outtype": plan.outtype,
+        "name": plan.name,
+        "converter": converter_fingerprint(converter),
+        "own_vocabulary": plan.source_file is None,
+    }
+
+    def do() -> _Converted:
+        own = plan.source_file is None
+        made = convert(converter, ready.written, target, outtype=plan.outtype, name=plan.name, vocabulary=own)
+        return _Converted(made.fallback)
+
+    return Stage("convert", _Converted, needs, do, [target])
+
+
+def make_gguf(
+    ready: Preflight, cache: StageCache, choice: Choice, written: Written, verified: bool | None
+) -> Stage[ShippedFile]:
+    """The GGUF file in its types, its origin in the metadata."""
+    plan, tool = ready.export, find_tool()
+    source = ready.source.folder.name if ready.source.kind == "folder" else ready.source.label
+    provenance: dict[str, Any] = {
+        "source": source,
+        "source_fingerprint": ready.source.fingerprint,
+        "edit": {"name": choice.candidate.name, "settings": to_json(choice.candidate.settings)},
+        "lists": ready.split.hashes(),
+    }
+    converting = _convert(ready, cache, written)
+    needs = {
+        "converted": converting.key,
+        "provenance": provenance,
+        "verified": verified,
+        "quant": plan.quant,
+        "tool": tool and [tool, stamp_of(Path(tool))],
+        "source": None if plan.source_file is None else ready.source.revision,
+    }
+
+    def do() -> ShippedFile:
+        fallback = cache.do(converting).fallback
+        file = quantise_file(plan, cache.path(_CONVERTED), fallback, provenance, verified)
+        cache.path(_CONVERTED).unlink()
+        return file
+
+    return Stage("gguf", ShippedFile, needs, do, [plan.path], ("libgguf", "gguf"))
+
+
+def _tokenizer(ready: Preflight) -> Tokenizer:
+    load = ready.settings.load
+    return Tokenizer.load(ready.checkpoint_folder, system=load.system, template_kwargs=load.template_kwargs)
+
+
+def check_tokens_of_file(ready: Preflight, file: ShippedFile) -> Stage[TokenCheck]:
+    """The file's tokens against the checkpoint's."""
+
+    def do() -> TokenCheck:
+        return check_file_tokens(file, _tokenizer(ready))
+
+    needs = {"file": stamp_of(file.path), "companions": ready.companions, "load": asdict(ready.settings.load)}
+    return Stage("tokens", TokenCheck, needs, do, (), ("xllamacpp", "transformers", "tokenizers"))
+
+
+def measure_gguf(ready: Preflight, cache: StageCache, file: ShippedFile) -> Stage[Measurement]:
+    """The file on report prompts, fed with the checkpoint's ids."""
+
+    def do() -> Measurement:
+        return measure_file(file, _tokenizer(ready), ready.split.report, _base_first(cache))
+
+    needs = {**ready.model_needs, "file": stamp_of(file.path)}
+    return Stage("gguf-measure", Measurement, needs, do, (), ("xllamacpp", *_MODEL))
+
+
+def register(registration: Registration, file: ShippedFile) -> Stage[Registered]:
+    """The model in Ollama."""
+    needs = {
+        "name": registration.name,
+        "file": stamp_of(file.path),
+        "template": to_json(registration.template),
+        "url": registration.state and registration.state.url,
+    }
+    return Stage("ollama", Registered, needs, lambda: registration.register(file.path))
