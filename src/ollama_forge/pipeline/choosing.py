@@ -39,9 +39,9 @@ class PlanFiles:
         return cls(
             ready,
             ready.direction_file,
-            cache.path("control.pt"),
+            cache.path("random-direction.pt"),
             cache.path("refusal.factors"),
-            cache.path("control.factors"),
+            cache.path("random-direction.factors"),
         )
 
     @property
