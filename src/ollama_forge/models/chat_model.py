@@ -22,6 +22,7 @@ from ollama_forge.errors import ForgeError, UsageError, first_line
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
+from ollama_forge.models.greedy import answer
 from ollama_forge.models.protocol import Answers
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.text.tokenizer import Ids, Tokenizer
@@ -116,8 +117,6 @@ class ChatModel:
         )
 
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
-        from ollama_forge.models.greedy import answer
-
         return answer(self, prompts, max_new_tokens, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ollama_forge.models.batching import by_length, pad_left, shared_prefix
-from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.models.protocol import Answers, Decided, ForwardModel
 from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75
@@ -18,7 +17,7 @@ _COMPACT_SHARE = 0.75
 
 @torch.inference_mode()
 def answer(
-    model: ChatModel,
+    model: ForwardModel,
     prompts: Sequence[Ids],
     max_new_tokens: int,
     *,
@@ -51,14 +50,14 @@ def answer(
     return Answers(out, torch.stack([scores for scores in first if scores is not None]) if keep_first else None)
 
 
-def first_log_probs(model: ChatModel, prompts: Sequence[Ids]) -> Tensor:
+def first_log_probs(model: ForwardModel, prompts: Sequence[Ids]) -> Tensor:
     """Natural log-probabilities ``[prompts, vocabulary]`` of the first token of each answer, float32, on the CPU."""
     first = answer(model, prompts, 0, keep_first=True).first
     assert first is not None
     return first
 
 
-def _usable_prefix(model: ChatModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:
+def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:
     """The prompts' common start, unless a sliding window could tell cached positions from padding."""
     config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "sliding_window", None)
@@ -70,7 +69,7 @@ def _usable_prefix(model: ChatModel, prompts: Sequence[Ids], max_new_tokens: int
 class _Decoder:
     """One batch: its cache, mask and the logits of the last position."""
 
-    def __init__(self, model: ChatModel, prompts: Sequence[Ids], prefix: int) -> None:
+    def __init__(self, model: ForwardModel, prompts: Sequence[Ids], prefix: int) -> None:
         self.model = model
         ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.tokenizer.pad_id, model.device)
         cache: Any = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
@@ -49,3 +50,21 @@ class AnsweringModel(Protocol):
             keep_first: keep the first token's log-probabilities.
             progress: called with the number of prompts that are done.
         """
+
+
+class ForwardModel(Protocol):
+    """What greedy decoding asks of a model in memory."""
+
+    batch_size: int
+    device: torch.device
+    module: nn.Module
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Gives the ids that pad prompts and end answers."""
+
+    def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
+        """A forward pass; logits ``[batch, 1, vocabulary]`` of the last position alone where the model can do that."""
+
+    def retry_smaller(self, work: Callable[[], Any]) -> Any:
+        """Do the work, with smaller batches where memory does not hold them."""

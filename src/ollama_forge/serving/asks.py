@@ -8,6 +8,8 @@ from ollama_forge.serving.engines.base import Sampling
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.text.thinking import ThinkingSplit
 
+BUSY = "server busy, please try again.  maximum pending requests exceeded"
+
 
 @dataclass(frozen=True)
 class Message:

@@ -8,7 +8,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
 
-BUSY = "server busy, please try again.  maximum pending requests exceeded"
 JSON = "application/json; charset=utf-8"
 _PLAIN = {404: "404 page not found", 405: "405 method not allowed"}
 

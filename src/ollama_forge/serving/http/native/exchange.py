@@ -10,12 +10,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from ollama_forge.serving.asks import Ask, BadRequest, Busy
+from ollama_forge.serving.asks import BUSY, Ask, BadRequest, Busy
 from ollama_forge.serving.engines.base import EngineError
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.connection import Stream, while_connected
-from ollama_forge.serving.http.errors import BUSY, JSON, native_error
+from ollama_forge.serving.http.errors import JSON, native_error
 from ollama_forge.serving.http.native.asked import Asked
 from ollama_forge.serving.http.native.lines import NDJSON, WriteLine, written
 from ollama_forge.serving.http.state import Serving
