@@ -14,10 +14,12 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.greedy import answer, first_log_probs
+from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.protocol import AnsweringModel
+from ollama_forge.models.thoughts import answer_behind_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.text.closed_thought import Thought
 from ollama_forge.text.tokenizer import Ids
 
 ANSWER_TOKENS = 64
@@ -58,11 +60,13 @@ class Measurement:
 
     Attributes:
         first_token_kl: mean KL divergence from the base model on harmless prompts, nats; 0 for the base model itself.
+        thought: what was done about thoughts before the answers.
     """
 
     harmful: Counts
     harmless: Counts
     first_token_kl: Estimate
+    thought: Thought = Thought.NONE
 
 
 def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
 def measure(
     model: AnsweringModel, prompts: PartPrompts, base_first: Tensor | None, title: str
 ) -> tuple[Measurement, Tensor]:
-    """Answer all prompts of a part with up to 64 greedy tokens and score them.
+    """Answer all prompts of a part with up to 64 greedy tokens, counted from behind any thought, and score them.
 
     Args:
         base_first: the base model's first-token log-probabilities on the harmless prompts; None for the base itself.
@@ -99,22 +103,20 @@ def measure(
     def decided(ids: Ids) -> bool:
         return is_surely_refusal(tokenizer.decode(ids))
 
-    with bar(title, len(prompts.harmful) + len(prompts.harmless)) as advance:
-        harmful = model.answer(
-            tokenizer.instructions_ids(prompts.harmful), ANSWER_TOKENS, decided=decided, progress=advance
-        )
-        harmless = model.answer(
-            tokenizer.instructions_ids(prompts.harmless),
-            ANSWER_TOKENS,
-            decided=decided,
-            keep_first=True,
-            progress=advance,
-        )
-    assert harmless.first is not None
-    base = harmless.first if base_first is None else base_first
-    divergence = kl_per_prompt(base, harmless.first)
-    counts = [Counts.of([classify(tokenizer.decode(ids)) for ids in answers.ids]) for answers in (harmful, harmless)]
-    return Measurement(counts[0], counts[1], bootstrap_mean(divergence.tolist())), harmless.first
+    harmful, harmless = (tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
+    with bar(title, len(harmful) + len(harmless)) as advance:
+        refused = answer_behind_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=advance)
+        if tokenizer.thought.must_run:
+            closed = [tokenizer.closed_ids(instruction) for instruction in prompts.harmless]
+            first = model.answer(closed, 0, keep_first=True).first
+            answered = answer_behind_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
+        else:  # one pass gives both
+            both = model.answer(harmless, ANSWER_TOKENS, decided=decided, keep_first=True, progress=advance)
+            first, answered = both.first, both.ids
+    assert first is not None
+    divergence = kl_per_prompt(first if base_first is None else base_first, first)
+    counts = [Counts.of([classify(tokenizer.decode(ids)) for ids in answers]) for answers in (refused, answered)]
+    return Measurement(counts[0], counts[1], bootstrap_mean(divergence.tolist()), tokenizer.thought), first
 
 
 def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_first: Tensor) -> float:
@@ -128,5 +130,5 @@ def count_refusals(model: ChatModel, harmful: Sequence[Ids], progress: Callable[
     def decided(ids: Ids) -> bool:
         return refusal_is_decided(model.tokenizer.decode(ids))
 
-    answers = answer(model, harmful, ANSWER_TOKENS, decided=decided, progress=progress)
-    return sum(classify(model.tokenizer.decode(ids)) is AnswerClass.REFUSAL for ids in answers.ids)
+    answers = answer_behind_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=progress)
+    return sum(classify(model.tokenizer.decode(ids)) is AnswerClass.REFUSAL for ids in answers)

@@ -18,6 +18,7 @@ from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
 from ollama_forge.export.quantise import find_tool, quantise
 from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, serving
+from ollama_forge.models.thoughts import THOUGHT_TOKENS, settle_thoughts
 from ollama_forge.progress import say, status
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
@@ -101,9 +102,11 @@ def measure_file(file: ShippedFile, tokenizer: Tokenizer, prompts: PartPrompts, 
     """
     say(f"measuring {file.path.name} on report prompts")
     ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
-    longest = max(map(len, ids), default=0) + 16  # llama.cpp wants some room
+    thought = THOUGHT_TOKENS if tokenizer.thinking else 0
+    longest = max(map(len, ids), default=0) + thought + 16  # llama.cpp wants some room
     with serving(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
         model = GgufModel(server, tokenizer, vocabulary=base_first.shape[1])
+        settle_thoughts(model)
         return measure(model, prompts, base_first, file.row)[0]
 
 

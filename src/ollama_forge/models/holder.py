@@ -8,7 +8,9 @@ import torch
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.progress import status
+from ollama_forge.models.thoughts import settle_thoughts
+from ollama_forge.progress import say, status
+from ollama_forge.text.closed_thought import Thought
 
 
 class ModelHolder:
@@ -29,6 +31,9 @@ class ModelHolder:
             self.drop()
             with status(f"loading {checkpoint.label}"):
                 self._model = ChatModel.load(checkpoint, self.settings)
+            thought = settle_thoughts(self._model)
+            if thought is not Thought.NONE:
+                say(f"note: {thought.value}")
             self._folder = checkpoint.folder
         return self._model
 

@@ -15,6 +15,7 @@ from ollama_forge.text.thinking import ThinkingSplit, thinking_of
 
 T = TypeVar("T")
 RENDER_SECONDS = 10.0
+SWITCHES = ("enable_thinking", "thinking")  # boolean arguments of templates
 _LEVELS = ("low", "medium", "high")
 
 
@@ -63,7 +64,7 @@ class Template:
         arguments: dict[str, Any] = {}
         if not self.thinks:
             return arguments
-        for switch in ("enable_thinking", "thinking"):
+        for switch in SWITCHES:
             if switch in self.variables:
                 arguments[switch] = think is not False
         if "reasoning_effort" in self.variables:

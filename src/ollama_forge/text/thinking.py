@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ollama_forge.text.stops import held_back
@@ -43,6 +44,11 @@ class ThinkingSplit:
 
 
 HARMONY = ThinkingSplit("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", channels=True)
+
+
+def thinking_of_vocabulary(tokens: Collection[str]) -> ThinkingSplit | None:
+    """How thoughts are marked in a vocabulary that has tokens for it; None: it has none."""
+    return next((ThinkingSplit(*tags) for tags in _TAGS if tags[0] in tokens and tags[1] in tokens), None)
 
 
 def thinking_of(template: str) -> ThinkingSplit | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ollama_forge.errors import ForgeError, first_line
 from ollama_forge.quiet import quiet_transformers
+from ollama_forge.text.closed_thought import Thought, closing_text, thought_of
 from ollama_forge.text.template import Template, render_template
+from ollama_forge.text.thinking import ThinkingSplit, thinking_of_vocabulary
 
 Ids = list[int]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -94,10 +97,38 @@ class Tokenizer:
         text: str = self.backend.decode(ids, skip_special_tokens=True)
         return text
 
+    @cached_property
+    def thinking(self) -> ThinkingSplit | None:
+        """Between which texts the model's thoughts stand, by its template or its vocabulary; None: it has no marks."""
+        added: dict[str, int] = self.backend.get_added_vocab()
+        return self.template.thinking or thinking_of_vocabulary(added)
+
+    @cached_property
+    def thought(self) -> Thought:
+        """What is done about the thought before an answer to an instruction."""
+        turn = [{"role": "user", "content": "Hello."}]
+        off, on = (self.render(turn, **self.template.thinking_arguments(think)) for think in (False, True))
+        return thought_of(self.template, off, on, self.template_kwargs)
+
     def instruction_ids(self, instruction: str) -> Ids:
-        """The templated prompt of one instruction, as models are computed on and measured."""
-        kwargs = {"enable_thinking": False} if "enable_thinking" in self.template.text else {}
-        return self.encode(self.render([{"role": "user", "content": instruction}], **kwargs))
+        """The templated prompt of one instruction, as models are computed on and measured: its thought is closed."""
+        return self.encode(self._instruction_text(instruction, closed=not self.thought.must_run))
+
+    def closed_ids(self, instruction: str) -> Ids:
+        """The same with its thought closed in any case: where the first token of the answer stands."""
+        return self.encode(self._instruction_text(instruction, closed=True))
+
+    def _instruction_text(self, instruction: str, *, closed: bool) -> str:
+        turn = [{"role": "user", "content": instruction}]
+        text = self.render(turn, **self.template.thinking_arguments(False))
+        if self.thinking is None or not closed or self.thought in (Thought.NONE, Thought.SWITCHED_OFF):
+            return text
+        return text + closing_text(self.thinking, text)
+
+    def marked_text(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included: the marks of a thought may be such."""
+        text: str = self.backend.decode(ids, skip_special_tokens=False)
+        return text
 
     def instructions_ids(self, instructions: Sequence[str]) -> list[Ids]:
         return [self.instruction_ids(instruction) for instruction in instructions]
