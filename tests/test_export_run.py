@@ -27,7 +27,7 @@ from ollama_forge.pipeline import RunSettings, exporting, room, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
-from tests import planted, test_gguf_source, tiny
+from tests import fake_ollama, planted, test_gguf_source, tiny
 from tests.test_export_convert import byte_pairs
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -162,6 +162,36 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     assert "tokens unchecked" in report.file_lines()[-1]
     assert "GGUF (Q4_K_M)" not in report.rows
     assert not converted.exists()
+
+
+def test_a_failed_verification_still_makes_the_file_marked_and_unregistered(
+    done: tuple[RunSettings, Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = replace(done[0], output_dir=str(tmp_path / "out"), evaluate=False)
+    real = stages.write_checkpoint
+
+    def write_and_spoil(*args: Any, **kwargs: Any) -> Any:
+        applied = real(*args, **kwargs)
+        file = made.folder / "checkpoint" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-4:] = b"\x00\x00\x00\x40"
+        file.write_bytes(data)
+        return applied
+
+    def never(*_: object) -> None:
+        raise AssertionError("registered")
+
+    monkeypatch.setattr(stages, "write_checkpoint", write_and_spoil)
+    monkeypatch.setattr(exporting.stages, "register", never)
+    with fake_ollama.running() as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        with pytest.raises(ForgeError, match="verification failed"):
+            run(made)
+    assert fake.bodies("/api/create") == []
+    assert read_gguf(made.folder / "org-tiny-x.gguf").get("ollama_forge.verified") == "no"
+    stored = read_json(made.folder / "report.json")
+    assert stored["gguf"]["verified"] is False
+    assert stored["ollama"] == {"made": None, "problem": "the checkpoint failed verification"}
 
 
 def test_what_cannot_be_converted_is_said_and_the_rest_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,11 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         )
         report.save()
         if options is not None:
-            chosen = {"name": choice.candidate.name, "reason": choice.reason, **to_json(choice.candidate.settings)}
+            chosen = {
+                "name": choice.candidate.name,
+                "reason": choice.reason,
+                "settings": to_json(choice.candidate.settings),
+            }
             add_chosen(ready.folder / RUN_TOML, chosen)
         _raise_failures(report, exported.failure)
         return report

@@ -36,13 +36,22 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
 
 def write_config(path: Path, options: Mapping[str, Any]) -> None:
     """Write options as TOML; unset ones (None) are left out."""
-    _write(path, {key: value for key, value in sorted(options.items()) if value is not None})
+    _write(path, dict(sorted(_without_none(options).items())))
 
 
 def add_chosen(path: Path, chosen: Mapping[str, Any]) -> None:
     """Write the table ``[chosen]`` behind the options."""
     values = {key: value for key, value in _read(path).items() if key != CHOSEN}
-    _write(path, {**values, CHOSEN: {key: value for key, value in chosen.items() if value is not None}})
+    _write(path, {**values, CHOSEN: _without_none(chosen)})
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: what is unset is left out."""
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
