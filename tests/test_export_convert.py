@@ -20,11 +20,11 @@ from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export import convert as converting
 from ollama_forge.export.convert import (
     convert,
+    error_line,
     fallback_for,
     find_converter,
-    last_word,
     supported_architectures,
-    why_not,
+    unsupported_reason,
 )
 from ollama_forge.files import partial_of
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -164,13 +164,13 @@ def test_architectures_of_older_converters(tmp_path: Path) -> None:
 )
 def test_preflight(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    found = why_not(find_converter(None), Checkpoint(tmp_path, "x", "folder"))
+    found = unsupported_reason(find_converter(None), Checkpoint(tmp_path, "x", "folder"))
     assert words in found
     assert bool(words) == bool(found)
 
 
 def test_preflight_of_a_tokenizer(tmp_path: Path) -> None:
-    assert "WordLevel" in why_not(find_converter(None), planted.save(tmp_path / "planted"))
+    assert "WordLevel" in unsupported_reason(find_converter(None), planted.save(tmp_path / "planted"))
 
 
 def test_which_pre_tokenizer_stands_in() -> None:
@@ -230,9 +230,9 @@ def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_last_words() -> None:
-    assert last_word("") == last_word("INFO:x:done\nWriting: 3%\n") == ""
-    assert last_word("Traceback (most recent call last):\n  File\nValueError: bad thing\n") == "bad thing"
-    assert last_word("a.b.SomeError\n") == "a.b.SomeError"
+    assert error_line("") == error_line("INFO:x:done\nWriting: 3%\n") == ""
+    assert error_line("Traceback (most recent call last):\n  File\nValueError: bad thing\n") == "bad thing"
+    assert error_line("a.b.SomeError\n") == "a.b.SomeError"
     bare = '  File "x.py", line 3, in f\n    assert a < b\n           ^^^^^\nAssertionError\n'
-    assert last_word(bare) == "AssertionError at assert a < b"
-    assert last_word("plain\nINFO:x:more") == "plain"
+    assert error_line(bare) == "AssertionError at assert a < b"
+    assert error_line("plain\nINFO:x:more") == "plain"

@@ -17,7 +17,7 @@ from ollama_forge import doctor
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
 from ollama_forge.ollama.address import ollama_url
-from ollama_forge.ollama.client import Client, CreateRequest, OllamaState, Shown, digest_of, preflight
+from ollama_forge.ollama.client import Client, CreateRequest, OllamaState, Shown, digest_of
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded
 
@@ -31,6 +31,11 @@ TEXTS = st.one_of(
     ).map("".join),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30),
 )
+
+
+def state_of(url: str) -> OllamaState:
+    with Client(url) as client:
+        return client.state()
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +126,16 @@ def test_names_that_ollama_refuses(name: str) -> None:
         check_ollama_name(name)
 
 
-def test_preflight(fake: FakeOllama) -> None:
-    assert preflight(fake.url) == OllamaState(fake.url, "0.14.2")
-    assert preflight(fake.url).warnings(renderer=True) == ()
+def test_who_answers(fake: FakeOllama) -> None:
+    assert state_of(fake.url) == OllamaState(fake.url, "0.14.2")
+    assert state_of(fake.url).warnings(renderer=True) == ()
 
 
 def test_nobody_there() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        state = preflight(url)
+        state = state_of(url)
         with Client(url) as client, pytest.raises(ForgeError, match=f"^no Ollama at {url}$"):
             client.shown("m")
     assert state.problem.startswith(f"no Ollama at {url}")
@@ -142,12 +147,12 @@ def test_nobody_there() -> None:
 def test_a_proxy_is_not_asked_for_this_machine(fake: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert preflight(fake.url).version == fake.version
+    assert state_of(fake.url).version == fake.version
 
 
 def test_somebody_else_there(fake: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_ollama.Handler, "do_GET", lambda self: self.answer(200, ["hello"]))
-    assert "not Ollama" in preflight(fake.url).problem
+    assert "not Ollama" in state_of(fake.url).problem
 
 
 def test_doctor_tells_who_answers(fake: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +166,7 @@ def test_doctor_tells_who_answers(fake: FakeOllama, monkeypatch: pytest.MonkeyPa
 def test_the_projects_own_server_is_refused(fake: FakeOllama) -> None:
     fake.server_header = "ollama-forge/0.1.0"
     with pytest.raises(ForgeError, match="is a server of ollama-forge, not Ollama") as caught:
-        preflight(fake.url)
+        state_of(fake.url)
     assert "OLLAMA_HOST" in caught.value.hint
 
 

@@ -34,7 +34,7 @@ _MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted file; ``fallback`` is the pre-tokenizer that stands in for one that was not recognised."""
+    """A converted file; ``fallback`` names the pre-tokenizer that was used because the real one is unknown."""
 
     path: Path
     fallback: str | None
@@ -83,8 +83,8 @@ def supported_architectures(folder: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def why_not(folder: Path, checkpoint: Checkpoint) -> str:
-    """Why a checkpoint cannot be converted, as far as config and tokenizer tell; "" where nothing speaks against it."""
+def unsupported_reason(folder: Path, checkpoint: Checkpoint) -> str:
+    """Why llama.cpp cannot convert a checkpoint, judged by its config and tokenizer; "" if it probably can."""
     architecture = _architecture(checkpoint.config)
     if architecture is None:
         return "its config.json names no architecture"
@@ -110,7 +110,7 @@ def _tokenizer_model(folder: Path) -> str:
 
 
 def fallback_for(config: Mapping[str, Any]) -> str:
-    """The pre-tokenizer that stands in where the converter recognises none."""
+    """The name of the pre-tokenizer to use where the converter does not recognise the checkpoint's."""
     return "llama-bpe" if str(config.get("model_type", "")).startswith("gemma3") else "default"
 
 
@@ -123,10 +123,10 @@ def convert(
         folder: of llama.cpp's tree.
         outtype: f16, bf16, or auto for the 16-bit type that holds the checkpoint's values best.
         name: the model's name in the metadata.
-        vocabulary: False to leave out the tokenizer, which another file gives.
+        vocabulary: False to leave the tokenizer out of the file.
 
     Raises:
-        ForgeError: with the converter's last word; nothing stands at ``target`` then.
+        ForgeError: the conversion fails; the message is the converter's own, and no file is left at ``target``.
     """
     with file_in_one_piece(target) as partial:
         command = [sys.executable, "-P", str(Path(converter_worker.__file__)), str(folder)]
@@ -136,7 +136,7 @@ def convert(
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
         if status:
             raise ForgeError(
-                f"the conversion to GGUF failed: {last_word(log) or f'exit status {status}'}",
+                f"the conversion to GGUF failed: {error_line(log) or f'exit status {status}'}",
                 "is the disk full? Else a newer llama.cpp may know this model: --llama-cpp-dir",
             )
         read_gguf(partial)
@@ -145,7 +145,7 @@ def convert(
 
 
 def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tuple[int, str]:
-    """Exit status and log; the bar follows the size of the file that is written."""
+    """Run the converter and return its exit status and log; the progress bar follows the size of the growing file."""
     libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryFile() as output, bar("converting to GGUF (MB)", expected // _MEGABYTE + 1) as advance:
@@ -167,8 +167,8 @@ def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tupl
         return process.returncode, output.read().decode("utf-8", "replace")
 
 
-def last_word(log: str) -> str:
-    """The last line of a log that says something: an exception's message, or an error it printed."""
+def error_line(log: str) -> str:
+    """The line of a converter's log that names the error: an exception's message, or the last message printed."""
     if bare := re.search(r"^ +(?P<code>\S.*)\n(?: *\^+ *\n)?(?P<name>\w+)\s*\Z", log, re.MULTILINE):
         return f"{bare['name']} at {bare['code']}"[:300]
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip() and not _NOISE.match(line)]

@@ -27,7 +27,7 @@ _FILE_TYPES = {name: int(LlamaFileType[f"MOSTLY_{name}"]) for name in QUANTS}
 _FALLBACKS = {
     Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
 }  # fmt: skip
-_KEPT = (  # small, or too delicate to round
+_KEPT = (  # small tensors, and ones that rounding would hurt most
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight",
     "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight",
@@ -66,14 +66,14 @@ def quant_of_file_type(number: object) -> str | None:
 
 
 def bits_per_weight(quant: str) -> float:
-    """Of the type that most tensors get, without the mix."""
+    """Bits per weight of the type that most tensors get; the mix gives some tensors more."""
     block, size = GGML_QUANT_SIZES[_MAIN[quant]]
     return float(size * 8 / block)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model the choices depend on. ``groups``: query heads for each key head; ``experts``: 0 if dense."""
+    """Properties of a model that decide the types. ``groups``: query heads per key head; ``experts``: 0 if dense."""
 
     architecture: str
     layers: int
@@ -108,7 +108,7 @@ def tensor_types(quant: str, shape: Shape, tensors: Sequence[Tensor]) -> Mapping
 
 
 def may_quantise(tensor: Tensor) -> bool:
-    """Whether a tensor is a matrix that stands a quantiser."""
+    """Whether ``llama-quantize`` quantises a tensor of this name and shape."""
     name, dimensions = tensor.name, len(tensor.shape)
     while dimensions > 1 and tensor.shape[dimensions - 1] == 1:
         dimensions -= 1
@@ -127,12 +127,12 @@ def _layer_of(name: str) -> int:
 
 
 def _more_bits(place: int, count: int) -> bool:
-    """The first and last eighth of the layers, and every third between."""
+    """Whether ``llama-quantize`` gives this layer more bits: the first and last eighth, and every third between."""
     return place < count // 8 or place >= 7 * count // 8 or (place - count // 8) % 3 == 2
 
 
 class _Chooser:
-    """Goes through the tensors in order: some choices depend on how many of a kind came before."""
+    """Chooses types tensor by tensor, in order: some choices depend on how many of a kind came before."""
 
     def __init__(self, quant: str, shape: Shape, tied: bool, values: int) -> None:
         self.quant, self.shape, self.tied, self.values = quant, shape, tied, values
@@ -211,7 +211,7 @@ class _Chooser:
 
 
 def _fitting(chosen: Type, length: int) -> Type:
-    """The type itself, or what stands in for it on rows that its blocks do not divide."""
+    """The type itself, or the fallback for rows whose length is no multiple of its block size."""
     if length % GGML_QUANT_SIZES[chosen][0] == 0:
         return chosen
     other = _FALLBACKS.get(chosen, Type.F16)

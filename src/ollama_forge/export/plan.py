@@ -8,7 +8,7 @@ from pathlib import Path
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import Gguf, read_gguf
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.convert import find_converter, why_not
+from ollama_forge.export.convert import find_converter, unsupported_reason
 from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quant, quant_of_file_type
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.names import file_stem
@@ -135,5 +135,5 @@ def _find_converter(source: Checkpoint, settings: ExportSettings) -> tuple[Path 
         if settings.asked_for:
             raise
         return None, f"{error.message} ({error.hint})"
-    problem = why_not(converter, source)
+    problem = unsupported_reason(converter, source)
     return (None if problem else converter), problem

@@ -1,4 +1,4 @@
-"""Batches of token ids: sorted by length, padded on the left, results in the order they were asked for."""
+"""Batches of token ids: sorted by length, padded on the left, results in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ollama_forge.text.tokenizer import Ids
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows. ``rows`` are the places of the prompts in the list that was asked for."""
+    """Left-padded rows. ``rows`` are the indices of the prompts in the list."""
 
     rows: tuple[int, ...]
     ids: Tensor
@@ -34,7 +34,7 @@ def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Te
 
 
 def by_length(prompts: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
-    """Places of prompts, longest first (so that memory runs out at once or not at all), in groups of a batch."""
+    """Indices of prompts in batches, longest first, so that memory runs out at once or not at all."""
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

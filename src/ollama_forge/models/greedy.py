@@ -1,4 +1,4 @@
-"""Greedy answers in batches, over a cache of the prompts' shared start, rows leaving as soon as they are decided."""
+"""Greedy answers in batches, over a cache of the prompts' shared start, rows leaving once they are finished or decided."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def first_log_probs(model: ForwardModel, prompts: Sequence[Ids]) -> Tensor:
 
 
 def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:
-    """The prompts' common start, unless a sliding window could tell cached positions from padding."""
+    """Length of the prompts' common start; 0 where a sliding window would treat cached positions otherwise."""
     config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "sliding_window", None)
     if window and max(map(len, prompts)) + max_new_tokens >= window:

@@ -1,4 +1,4 @@
-"""Where Ollama listens, and how to tell it from this project's own server."""
+"""The address of Ollama, and the header that tells this project's own server from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _split(hostport: str) -> tuple[str, str]:
 
 
 def _connectable(host: str) -> str:
-    """``host`` as a client needs it: an address to bind to becomes the loopback one, IPv6 gets its brackets."""
+    """``host`` as a client must write it: loopback for an unspecified address, IPv6 addresses in brackets."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A running Ollama, through its official client: who answers, what a model is made of, blobs, create."""
+"""The client for a running Ollama: version, ``/api/show``, blob upload and ``/api/create``."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _LAYERS = ("using existing layer", "creating new layer", "writing manifest", "su
 
 @dataclass(frozen=True)
 class OllamaState:
-    """What was found where Ollama should listen.
+    """The server that answers at Ollama's address.
 
     Attributes:
-        version: as it says; "" where there is no Ollama.
-        problem: why models can't be registered here, "" where they can.
+        version: the version that it reports; "" if there is no Ollama.
+        problem: why models cannot be registered; "" if they can.
     """
 
     url: str
@@ -51,13 +51,17 @@ class OllamaState:
             raise _absent(self.problem)
 
     def older_than(self, version: tuple[int, int, int]) -> bool:
-        """False too for builds from source, which call themselves 0.0.0."""
+        """Whether its version is older; False for builds from source, which report 0.0.0."""
         match = re.match(r"(\d+)\.(\d+)\.(\d+)", self.version)
         found = tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
         return (0, 0, 0) < found < version
 
     def warnings(self, *, renderer: bool = False) -> tuple[str, ...]:
-        """What it is too old for; ``renderer``: a RENDERER or PARSER will be asked of it."""
+        """Warnings about features that this version lacks.
+
+        Args:
+            renderer: a RENDERER or PARSER will be set.
+        """
         needs = [(FILES_SINCE, "be given files"), *([(RENDERER_SINCE, "keep RENDERER and PARSER")] if renderer else [])]
         return tuple(
             f"Ollama {self.version} at {self.url} is too old to {what}: that takes {_dotted(version)}"
@@ -68,13 +72,13 @@ class OllamaState:
 
 @dataclass(frozen=True)
 class Shown:
-    """A model as ``/api/show`` tells it; texts are exact.
+    """A model as ``/api/show`` describes it; its texts are exact.
 
     Attributes:
         template: its TEMPLATE, ``{{ .Prompt }}`` where it has none.
         messages: role and content.
-        weights, adapters: digests of the blobs they lie in, ``sha256:<hex>``; weights hold projectors too.
-        quantization: Ollama's word for the type of the weights.
+        weights, adapters: digests of their blobs, ``sha256:<hex>``; projectors count as weights.
+        quantization: the type of the weights, as Ollama names it.
         draft: whether a draft model belongs to it.
     """
 
@@ -97,7 +101,7 @@ class Shown:
 
     @classmethod
     def of(cls, name: str, answer: dict[str, Any]) -> Shown:
-        """From the JSON of ``/api/show``: its Modelfile is asked only for what has no field of its own."""
+        """Parse the JSON of ``/api/show``; its Modelfile is read only for what has no JSON field."""
         template, system = answer.get("template") or "", answer.get("system") or ""
         head = Modelfile.parse(_head(answer.get("modelfile") or "", template, system))
         return cls(
@@ -118,7 +122,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class CreateRequest:
-    """``POST /api/create``; what is empty isn't sent. ``files`` and ``adapters`` are pairs of name and digest."""
+    """The body of ``POST /api/create``; empty fields are not sent. ``files`` and ``adapters`` are (name, digest)."""
 
     model: str
     source: str = ""
@@ -152,9 +156,9 @@ class CreateRequest:
 
 
 class Client(ollama.Client):
-    """The official client, with what it lacks: progress, a look before uploading, renderer and parser, all of show.
+    """The official client, extended by upload progress, a check before uploading, renderer and parser, and all of show.
 
-    It waits for an answer as long as it takes, but only seconds for a connection. Failures are ForgeErrors.
+    There is no time limit on answers, and one of five seconds on connecting. Failures raise ForgeError.
     """
 
     def __init__(self, url: str | None = None) -> None:
@@ -170,10 +174,10 @@ class Client(ollama.Client):
         return self
 
     def state(self) -> OllamaState:
-        """Who answers.
+        """Ask which server answers.
 
         Raises:
-            ForgeError: the server of this project does.
+            ForgeError: it is this project's own server.
         """
         try:
             answer = self._client.get("/api/version", timeout=httpx.Timeout(_VERSION_SECONDS, connect=_CONNECT_SECONDS))
@@ -190,7 +194,7 @@ class Client(ollama.Client):
             return OllamaState(self.url, problem=f"what answers at {self.url} is not Ollama")
 
     def shown(self, name: str) -> Shown | None:
-        """What the model of that name is made of; None where there is none."""
+        """The model of that name; None if there is none."""
         with self._in_one_line(f"showing {name}"):
             answer = self._client.post("/api/show", json={"model": name})
             if answer.status_code == httpx.codes.NOT_FOUND:
@@ -201,7 +205,7 @@ class Client(ollama.Client):
             return Shown.of(name, told)
 
     def send(self, path: Path, digest: str) -> bool:
-        """Have the file as a blob; False where Ollama had it already."""
+        """Upload the file as a blob; False if Ollama has it already."""
         with self._in_one_line(f"taking {path.name}"):
             asked = self._client.head(f"/api/blobs/{digest}")
             if asked.status_code != httpx.codes.NOT_FOUND:
@@ -213,10 +217,10 @@ class Client(ollama.Client):
             return True
 
     def make(self, request: CreateRequest) -> None:
-        """Create the model and follow what Ollama says meanwhile.
+        """Create the model and show Ollama's progress.
 
         Raises:
-            ForgeError: it failed, also where that is only the last line of its answer.
+            ForgeError: it failed; Ollama may report that only in the last line of a 200 answer.
         """
         last: str | None = None
         with self._in_one_line(f"creating {request.model}"), ExitStack() as shown:
@@ -252,18 +256,8 @@ class Client(ollama.Client):
             raise ForgeError(f"{self.url} gave no answer of Ollama's while {doing}", str(error)[:200]) from error
 
 
-def preflight(url: str | None = None) -> OllamaState:
-    """Whether Ollama is there (default: where OLLAMA_HOST says) and how new; absence is not an error yet.
-
-    Raises:
-        ForgeError: the server of this project answers instead, which takes creates and does nothing.
-    """
-    with Client(url) as client:
-        return client.state()
-
-
 def _following(shown: ExitStack, status: str, total: int) -> Callable[[int], None]:
-    """Show what Ollama does now: a line, or a bar where it says how much there is to do."""
+    """Show a status of Ollama: as a line, or as a progress bar where it gives a total."""
     if not total:
         if not status.startswith(_LAYERS):
             say(f"ollama: {status}")
@@ -301,7 +295,7 @@ def _blocks(path: Path, title: str) -> Iterator[bytes]:
 
 
 def _head(modelfile: str, template: str, system: str) -> str:
-    """Show's Modelfile without the texts, which it quotes ambiguously, and which the answer holds exactly."""
+    """The Modelfile of ``/api/show`` without TEMPLATE and SYSTEM: their quoting is ambiguous, the JSON has them."""
     for command, text in (("TEMPLATE", template), ("SYSTEM", system)):
         for written in (f'{command} """{text}"""\n', f'{command} "{text}"\n', f"{command} {text}\n"):
             if written in modelfile:

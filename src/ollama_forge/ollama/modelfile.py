@@ -20,12 +20,12 @@ _WHITE = str.maketrans("", "", "\t\r\n")  # what counts as printable inside quot
 
 
 class Unwritable(ForgeError):  # noqa: N818
-    """A text that Ollama's reader of Modelfiles would change or cut; through the API it stays whole."""
+    """A text that Ollama would change or cut when it reads it from a Modelfile; its API keeps it whole."""
 
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What a Modelfile says. ``sources`` are its FROM lines; ``others`` are commands without a field here, by name.
+    """The commands of a Modelfile. ``sources`` are its FROM lines; ``others`` are commands without a field, by name.
 
     Attributes:
         parameters: name and value of each PARAMETER line, as text.
@@ -71,7 +71,7 @@ class Modelfile:
         """Read a Modelfile, by Ollama's rules for quotes.
 
         Raises:
-            ForgeError: with the line that is none of a Modelfile's.
+            ForgeError: a line is no command; the message shows it.
         """
         found: dict[str, list[str]] = {}
         parameters, messages, others = [], [], []

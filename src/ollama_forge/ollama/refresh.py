@@ -1,4 +1,4 @@
-"""A model in Ollama gets the template of another, its own weights untouched."""
+"""Give a model in Ollama the template of another model; its weights stay."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def refresh(
     template_only: bool,
     output_name: str | None = None,
 ) -> Registered:
-    """Give ``name`` the template, renderer and parser of ``base``; all else of it stays.
+    """Give ``name`` the template, renderer and parser of ``base``; everything else of ``name`` stays.
 
     Args:
-        template_only: if not, it takes the parameters and the system prompt that ``base`` sets too; what ``base``
-            doesn't set stays.
+        template_only: False to copy the parameters and the system prompt that ``base`` sets, too.
         output_name: the new model; default ``name`` itself.
 
     Raises:
@@ -33,7 +32,7 @@ def refresh(
     target = output_name or name
     for each, option in ((name, "--name"), (base, "--base"), (target, "--output-name")):
         check_ollama_name(each, option)
-    model, source = _there(client, name, "--name"), _there(client, base, "--base")
+    model, source = _require_model(client, name, "--name"), _require_model(client, base, "--base")
     if not source.has_template:
         raise ForgeError(f"{base} has no template of its own", "give a --base that Ollama's library has one for")
     wanted = replace(model, template=source.template, renderer=source.renderer, parser=source.parser)
@@ -58,7 +57,7 @@ def refresh(
     )
 
 
-def _there(client: Client, name: str, option: str) -> Shown:
+def _require_model(client: Client, name: str, option: str) -> Shown:
     shown = client.shown(name)
     if shown is None:
         raise ForgeError(f"{option} {name}: Ollama has no such model", "`ollama list` shows what it has")
@@ -66,12 +65,12 @@ def _there(client: Client, name: str, option: str) -> Shown:
 
 
 def _grows(model: Shown, source: Shown) -> bool:
-    """Whether FROM can do it: Ollama inherits a renderer and a parser, and has no way to take them away."""
+    """Whether FROM suffices: Ollama inherits a renderer and a parser, and cannot remove them."""
     return not (model.renderer and not source.renderer) and not (model.parser and not source.parser)
 
 
 def _on_top(model: Shown, wanted: Shown, target: str) -> CreateRequest:
-    """FROM the model itself: what isn't restated is inherited, blobs and licences included."""
+    """Create FROM the model itself: everything that is not stated is inherited, blobs and licences included."""
     changed = {key: value for key, value in wanted.parameters.items() if model.parameters.get(key) != value}
     return CreateRequest(
         model=target,
@@ -85,7 +84,7 @@ def _on_top(model: Shown, wanted: Shown, target: str) -> CreateRequest:
 
 
 def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
-    """From the blobs Ollama holds, everything else restated."""
+    """Create from the blobs that Ollama holds, with everything else stated anew."""
     if not model.weights or model.draft:
         raise ForgeError(
             f"{model.name} has a renderer or parser that the base lacks, and Ollama can't take it away",
@@ -110,7 +109,7 @@ def _numbered(stem: str, digests: tuple[str, ...]) -> tuple[tuple[str, str], ...
 
 
 def _unset(model: Shown, source: Shown) -> tuple[str, ...]:
-    """What ``model`` sets and ``source`` doesn't."""
+    """Names of what ``model`` sets and ``source`` does not."""
     parameters = (f"parameter {key}" for key in _only(model.parameters, source.parameters))
     return (*parameters, *(("the system prompt",) if model.system and not source.system else ()))
 
@@ -120,7 +119,7 @@ def _only(here: Parameters, there: Parameters) -> list[str]:
 
 
 def _gone(wanted: Shown, shown: Shown) -> tuple[str, ...]:
-    """Renderers and parameters that should not be there."""
+    """Differences: renderers, parsers and parameters that the new model should not have."""
     left = [part for part in ("renderer", "parser") if getattr(shown, part) and not getattr(wanted, part)]
     extra = _only(shown.parameters, wanted.parameters)
     return (

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a model in Ollama, by its API or by a Modelfile."""
+"""Register a GGUF file as a model in Ollama, through its API or by writing a Modelfile."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Registered:
     Attributes:
         shown: what ``/api/show`` said of it afterwards.
         template_from: the Ollama model its template was copied from, "" where none was.
-        sent: whether the file had to be uploaded.
-        notes: what the user should know.
-        differences: what was asked for and is otherwise.
+        sent: whether the file was uploaded; False if Ollama had it already.
+        notes: remarks for the user.
+        differences: properties of the model that are not as requested.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Registered:
     differences: tuple[str, ...] = ()
 
     def require_as_intended(self) -> None:
-        """Raise ForgeError where something that was asked for is otherwise."""
+        """Raise ForgeError if a property of the model is not as requested."""
         if self.differences:
             raise ForgeError(
                 f"Ollama made {self.name}, but {'; '.join(self.differences)}",
@@ -70,7 +70,7 @@ class Registered:
 
 
 def check_quantize(quantize: str | None, gguf: Path) -> str:
-    """``--quantize`` as Ollama spells it, "" for None; the file's header is read in any case.
+    """Check ``--quantize`` and the file's header; return the type as Ollama spells it, "" for None.
 
     Raises:
         UsageError: a type Ollama doesn't make.
@@ -98,15 +98,15 @@ def register(
     parameters: Parameters = _NO_PARAMETERS,
     quantize: str = "",
 ) -> Registered:
-    """Upload ``gguf`` (unless Ollama has it), create ``name`` and look whether it became what was asked for.
+    """Upload ``gguf`` unless Ollama has it, create ``name``, and compare the result with the request.
 
     Args:
-        parameters: win over the stop parameters of ``plan``.
-        quantize: as ``check_quantize`` gave it.
+        parameters: take precedence over the stop parameters of ``plan``.
+        quantize: a result of ``check_quantize``.
 
     Raises:
         UsageError: a name Ollama refuses.
-        ForgeError: a file that is damaged, or Ollama fails or goes away; no model of that name is left half-made.
+        ForgeError: the file is damaged, or Ollama fails; no half-made model of that name is left.
     """
     check_ollama_name(name)
     header = read_header(gguf)
@@ -138,12 +138,12 @@ def register(
 
 
 def all_parameters(plan: TemplatePlan, parameters: Parameters) -> dict[str, Value]:
-    """The plan's stop parameters and the user's, which win."""
+    """The plan's stop parameters and the user's parameters; the user's take precedence."""
     return {**({STOP: plan.stop} if plan.stop else {}), **parameters}
 
 
 def shown_after(client: Client, name: str) -> Shown:
-    """The model that was just made."""
+    """The model that Ollama just created."""
     shown = client.shown(name)
     if shown is None:
         raise ForgeError(f"Ollama said it made {name}, and has no such model", "look into its log")
@@ -151,7 +151,7 @@ def shown_after(client: Client, name: str) -> Shown:
 
 
 def differences(asked: Shown, shown: Shown) -> tuple[str, ...]:
-    """What was asked for (not empty) and is otherwise, each a clause."""
+    """Requested properties that the model does not have, each as a clause."""
     found = [
         f"its {part} is {_short(getattr(shown, part))}, not {_short(getattr(asked, part))}"
         for part in ("template", "renderer", "parser", "system", "license", "messages", "weights", "adapters")
@@ -168,7 +168,7 @@ def differences(asked: Shown, shown: Shown) -> tuple[str, ...]:
 
 
 def _added(asked: Shown, shown: Shown) -> tuple[str, ...]:
-    """What Ollama gave the model unasked."""
+    """Notes on what Ollama added to the model without a request."""
     added = []
     if not asked.template and shown.has_template:
         added.append("Ollama recognised the file's chat template and uses its own form of it")
@@ -201,9 +201,9 @@ def write_modelfile(
     system: str = "",
     parameters: Parameters = _NO_PARAMETERS,
 ) -> None:
-    """Write what ``ollama create NAME -f path`` needs; ``gguf`` is named relative to it where it lies beside it.
+    """Write a Modelfile for ``ollama create NAME -f path``; a ``gguf`` in the same folder is named relatively.
 
-    A text that a Modelfile can't hold is left out, and a comment says so.
+    A text that a Modelfile cannot hold is left out, and a comment says so.
     """
     near = gguf.resolve().parent == path.resolve().parent
     source = f"./{gguf.name}" if near else str(gguf.resolve())
@@ -231,7 +231,7 @@ def _lines(parameters: Mapping[str, Value]) -> list[tuple[str, str]]:
 
 
 def commands(gguf: Path, name: str, modelfile: Path, *, template_from: str | None = None) -> tuple[str, str]:
-    """What to type where Ollama was absent: the command of this program, and Ollama's own."""
+    """The commands that register the file later: this program's own, and Ollama's."""
     own = ["ollama-forge", "convert", "--gguf", str(gguf), "--name", name]
     if template_from is not None:
         own += ["--template-from", template_from]

@@ -1,4 +1,4 @@
-"""Where TEMPLATE, RENDERER, PARSER and stop parameters of a new model come from."""
+"""The source of a new model's TEMPLATE, RENDERER, PARSER and stop parameters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TemplatePlan:
     """How prompts of the new model are rendered. All empty: Ollama uses the chat template in the file.
 
     Attributes:
-        source: the Ollama model all was copied from.
-        note: what the user should know of it.
+        source: the Ollama model that everything was copied from.
+        note: a remark for the user.
     """
 
     source: str = ""
@@ -54,16 +54,16 @@ def check_template_source(template_from: str | None) -> None:
 def template_plan(
     client: Client | None, template_from: str | None, model_label: str = "", kind: str = ""
 ) -> TemplatePlan:
-    """What to write of a template, and where it comes from.
+    """Decide which template a new model gets.
 
     Args:
-        client: None where there is no Ollama to ask.
+        client: None if there is no Ollama.
         template_from: an Ollama model that the user named.
         model_label, kind: of the source ``Checkpoint``; a Hub id is looked for in Ollama under the same name.
 
     Raises:
         UsageError: ``template_from`` is no name of a model.
-        ForgeError: Ollama doesn't have it, or it has no template of its own.
+        ForgeError: Ollama does not have ``template_from``, or it has no template of its own.
     """
     check_template_source(template_from)
     if client is None:
@@ -97,7 +97,7 @@ def _copied(shown: Shown) -> TemplatePlan:
 
 
 def _same_names(hub_id: str) -> tuple[str, ...]:
-    """What a Hub id is called in Ollama: as made or pushed there, and as pulled from the Hub."""
+    """Names that a Hub model may have in Ollama: its own id, and ``hf.co/<id>`` for one pulled from the Hub."""
     return tuple(name for name in (hub_id, f"hf.co/{hub_id}") if is_ollama_name(name))
 
 
