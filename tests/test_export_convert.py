@@ -29,6 +29,7 @@ from ollama_forge.export.convert import (
 from ollama_forge.files import partial_of
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import GgufModel, serving
+from ollama_forge.records import from_json, to_json
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import planted, tiny
 
@@ -84,7 +85,7 @@ def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Check
     first = found.examples[0]
     assert "".join(first.expected) == "".join(first.found)  # the same bytes, cut elsewhere
     assert first.expected != first.found
-    assert TokenCheck.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert from_json(TokenCheck, json.loads(json.dumps(to_json(found)))) == found
 
 
 def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path, str | None]) -> None:

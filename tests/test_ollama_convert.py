@@ -19,6 +19,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.ollama.client import Client, digest_of
 from ollama_forge.ollama.register import commands, register
 from ollama_forge.ollama.template import TemplatePlan, template_plan
+from ollama_forge.records import from_json, to_json
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, given, recorded, tiny_gguf
 
@@ -270,7 +271,7 @@ def test_the_model_of_the_same_name(fake: FakeOllama, label: str, kind: str, sou
         assert (plan.template, plan.renderer, plan.parser, plan.stop) == ("", "", "", ())
         assert "--template-from" in plan.note
         assert "refresh-template" in plan.note
-    assert TemplatePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert from_json(TemplatePlan, json.loads(json.dumps(to_json(plan)))) == plan
 
 
 def test_a_plan_without_ollama() -> None:

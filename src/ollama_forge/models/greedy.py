@@ -1,4 +1,4 @@
-"""Greedy answers in batches, over a cache of the prompts' shared start, rows leaving once they are finished or decided."""
+"""Greedy answers in batches, over a cache of the prompts' shared start; finished and decided rows leave."""
 
 from __future__ import annotations
 
