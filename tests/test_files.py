@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -234,9 +233,11 @@ def refuses(number: int, after: int) -> Callable[[Call], Call]:
             calls += 1
             if calls > 1 or not after:
                 raise OSError(number, os.strerror(number))
-            at, count = (rest[1], rest[0]) if real is os_copy_file_range else rest
-            done: int = real(first, second, *((min(count, after), at) if real is os_copy_file_range else (at, after)))
-            return done
+            if real is os_copy_file_range:
+                count, start = rest
+                return real(first, second, min(count, after), start)
+            start, count = rest
+            return real(first, second, start, min(count, after))
 
         return call
 
@@ -247,7 +248,7 @@ def copies_nothing(real: Call) -> Call:
     return lambda *_: 0
 
 
-os_copy_file_range, os_sendfile = os.copy_file_range, os.sendfile
+os_copy_file_range, os_sendfile = getattr(os, "copy_file_range", None), getattr(os, "sendfile", None)
 KINDS: dict[str, Callable[[Call], Call] | None] = {
     "works": lambda real: real,
     "missing": None,
@@ -260,6 +261,7 @@ KINDS: dict[str, Callable[[Call], Call] | None] = {
 }
 
 
+@pytest.mark.skipif(os_copy_file_range is None, reason="the system copies no file to a file")
 @pytest.mark.parametrize("sendfile", KINDS)
 @pytest.mark.parametrize("copy_file_range", KINDS)
 def test_no_byte_is_lost_where_the_system_stops_copying(
@@ -285,6 +287,19 @@ def test_no_byte_is_lost_where_the_system_stops_copying(
     assert (tmp_path / "copy").read_bytes().startswith(b"before" + DATA[START : START + SIZE] + b"behind")
 
 
+def test_a_full_disk_is_told_by_the_plain_copy(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "source").write_bytes(DATA)
+    with (
+        (tmp_path / "source").open("rb", buffering=0) as source,
+        Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        files.copy_range(source, 0, SIZE, full)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no room")
 def test_reserving_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unable(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -320,6 +335,7 @@ def test_folders_that_cannot_be_flushed_are_accepted(
 def test_everything_is_flushed_through_writable_handles_before_it_takes_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fcntl = pytest.importorskip("fcntl")
     flushed = []
     fsync = os.fsync
 
