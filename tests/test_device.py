@@ -99,5 +99,14 @@ def test_other_errors_are_not_memory_and_one_prompt_cannot_be_halved(model: Chat
     with pytest.raises(RuntimeError, match="shapes"):
         model.retry_smaller(fail)
     model.batch_size = 1
-    with pytest.raises(ForgeError, match="a batch of 1"):
+    with pytest.raises(ForgeError, match="cpu does not hold a batch of 1") as caught:
         model.retry_smaller(lambda: too_much(1))
+    assert "--batch-size" not in caught.value.hint
+
+
+def test_a_batch_size_that_was_asked_for_is_not_changed(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "settings", LoadSettings(device="cpu", dtype="float32", batch_size=8))
+    model.batch_size = 8
+    with pytest.raises(ForgeError, match="a batch of 8") as caught:
+        model.retry_smaller(lambda: too_much(8))
+    assert "--batch-size" in caught.value.hint

@@ -197,8 +197,10 @@ class ChatModel:
                     raise
                 if self.settings.batch_size != "auto" or self.batch_size == 1:
                     raise ForgeError(
-                        f"the device's memory does not hold a batch of {self.batch_size}",
-                        "lower --batch-size, or --load-in-8bit",
+                        f"the memory of {self.device} does not hold a batch of {self.batch_size}",
+                        "lower --batch-size, or leave it out"
+                        if self.batch_size > 1
+                        else "take shorter prompts or a smaller model; --load-in-8bit on a CUDA device",
                     ) from None
             self.batch_size //= 2
             release_memory()
