@@ -97,5 +97,5 @@ def release_memory() -> None:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where tensors of a device are computed with in float64: MPS has no such type, so the CPU stands in."""
+    """The device that computes in float64 for tensors of ``device``: the CPU for MPS, which lacks the type."""
     return torch.device("cpu") if device.type == "mps" else device
