@@ -154,7 +154,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert not (tmp_path / "edited").exists()
 
 
-@pytest.mark.parametrize("call", ["sendfile", "fsync"])
+@pytest.mark.parametrize("call", ["checkpoints.writer.copy_range", "files.os.fdatasync", "files.os.fsync"])
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     tmp_path: Path, refusal: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"ollama_forge.checkpoints.writer.os.{call}", full)
+    monkeypatch.setattr(f"ollama_forge.{call}", full)
     with pytest.raises(ForgeError, match="No space left"):
         apply(str(tmp_path / "model"), tmp_path / "edited", refusal_pt=refusal, out_dtype="keep")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("edited")] == []

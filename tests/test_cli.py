@@ -170,11 +170,20 @@ def test_doctor_json(tmp_path: Path) -> None:
         assert isinstance(finding["ok"], bool)
         assert isinstance(finding["detail"], str)
     by_name = {finding["name"]: finding for finding in findings}
+    assert "imitation" in by_name["platform"]["detail"] + by_name["platform"]["cost"]
     assert {"ollama-forge", "torch", "transformers", "device", "ollama server", "disk", "cache"} <= set(by_name)
     assert by_name["torch"]["ok"]
     assert not by_name["ollama server"]["ok"]
     assert "127.0.0.1:9" in by_name["ollama server"]["detail"]
     assert by_name["ollama server"]["cost"]
+
+
+def test_characters_that_the_output_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # what Windows gives a pipe
+    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "\u043a\u044d\u0448"))
+    done = forge("doctor", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}{os.sep}???" in done.stdout
 
 
 def no_torch(name: str, *arguments: Any) -> Any:

@@ -157,6 +157,14 @@ def fake_tool(folder: Path, body: str) -> str:
     return str(tool)
 
 
+def test_another_program_called_quantize_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = Path(fake_tool(tmp_path, ""))
+    monkeypatch.setenv("PATH", str(tool.parent))
+    assert quantise.find_tool() == str(tool)
+    tool.rename(tool.with_name("quantize"))
+    assert quantise.find_tool() is None
+
+
 def test_the_tool_on_path_is_used_and_its_file_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = model(tmp_path), tmp_path / "out.gguf"
     ready = tmp_path / "ready.gguf"
@@ -211,7 +219,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(gguf_io, "_reserve", full)
+    monkeypatch.setattr(gguf_io, "reserve", full)
     with pytest.raises(ForgeError, match="No space left") as caught:
         quantise.quantise(source, target, "Q4_K_M", NOTHING)
     assert "room" in caught.value.hint

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +189,197 @@ def test_reading_damaged_json(tmp_path: Path, content: bytes | None, words: str)
     assert caught.value.hint
 
 
-def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("OLLAMA_FORGE_CACHE", raising=False)
-    assert files.cache_root() == tmp_path / ".cache" / "ollama-forge"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert files.cache_root() == Path("/x/ollama-forge")
-    monkeypatch.setenv("OLLAMA_FORGE_CACHE", "~/own")
-    assert files.cache_root() == tmp_path / "own"
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free some room"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "may write to"),
+        (errno.EPERM, "may write to"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, os.strerror(errno.EIO)),
+        (errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)),
+    ],
+)
+def test_the_hint_fits_what_the_system_said(tmp_path: Path, number: int, words: str) -> None:
+    with pytest.raises(ForgeError) as caught, files.disk_errors(tmp_path / "model"):
+        raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in caught.value.message
+    assert words in caught.value.hint
+    assert ("room" in caught.value.hint) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def test_a_failure_elsewhere_names_the_place(tmp_path: Path) -> None:
+    with pytest.raises(ForgeError) as caught, files.disk_errors(tmp_path / "out" / "model"):
+        (tmp_path / "source" / "config.json").read_bytes()
+    assert str(tmp_path / "source" / "config.json") in caught.value.message
+
+
+# -- systems that lack calls --------------------------------------------------------------------------------------
+
+DATA = bytes(range(256)) * 5000
+START, SIZE = 777, 1_000_003
+Call = Callable[..., int]
+
+
+def refuses(number: int, after: int) -> Callable[[Call], Call]:
+    """A system call that copies ``after`` bytes, then fails."""
+
+    def make(real: Call) -> Call:
+        calls = 0
+
+        def call(first: int, second: int, *rest: Any) -> int:
+            nonlocal calls
+            calls += 1
+            if calls > 1 or not after:
+                raise OSError(number, os.strerror(number))
+            if real is os_copy_file_range:
+                count, start = rest
+                return real(first, second, min(count, after), start)
+            start, count = rest
+            return real(first, second, start, min(count, after))
+
+        return call
+
+    return make
+
+
+def copies_nothing(real: Call) -> Call:
+    return lambda *_: 0
+
+
+os_copy_file_range, os_sendfile = getattr(os, "copy_file_range", None), getattr(os, "sendfile", None)
+KINDS: dict[str, Callable[[Call], Call] | None] = {
+    "works": lambda real: real,
+    "missing": None,
+    "not for files": refuses(errno.ENOTSOCK, 0),
+    "invalid": refuses(errno.EINVAL, 0),
+    "not for files, midway": refuses(errno.ENOTSOCK, 4096 + 5),
+    "invalid, midway": refuses(errno.EINVAL, 100_001),
+    "across file systems": refuses(errno.EXDEV, 0),
+    "copies nothing": copies_nothing,
+}
+
+
+@pytest.mark.skipif(os_copy_file_range is None, reason="the system copies no file to a file")
+@pytest.mark.parametrize("sendfile", KINDS)
+@pytest.mark.parametrize("copy_file_range", KINDS)
+def test_no_byte_is_lost_where_the_system_stops_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sendfile: str, copy_file_range: str
+) -> None:
+    (tmp_path / "source").write_bytes(DATA)
+    for real, name, kind in (
+        (os_copy_file_range, "copy_file_range", copy_file_range),
+        (os_sendfile, "sendfile", sendfile),
+    ):
+        make = KINDS[kind]
+        if make is None:
+            monkeypatch.delattr(os, name)
+        else:
+            monkeypatch.setattr(os, name, make(real))
+    monkeypatch.setattr(files, "_BLOCK", 65_537)
+    with (tmp_path / "source").open("rb", buffering=0) as source, (tmp_path / "copy").open("wb", buffering=0) as copy:
+        files.write_all(copy, b"before")
+        files.copy_range(source, START, SIZE, copy)
+        files.write_all(copy, b"behind")
+        with pytest.raises(EOFError):
+            files.copy_range(source, len(DATA) - 10, 11, copy)
+    assert (tmp_path / "copy").read_bytes().startswith(b"before" + DATA[START : START + SIZE] + b"behind")
+
+
+def test_a_full_disk_is_told_by_the_plain_copy(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "source").write_bytes(DATA)
+    with (
+        (tmp_path / "source").open("rb", buffering=0) as source,
+        Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        files.copy_range(source, 0, SIZE, full)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no room")
+def test_reserving_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    for call in (os.posix_fallocate, unable):
+        monkeypatch.setattr(os, "posix_fallocate", call)
+        with (tmp_path / "file").open("wb", buffering=0) as file:
+            files.write_all(file, b"head")
+            files.reserve(file, 5000)
+            files.write_all(file, b"more")
+        assert (tmp_path / "file").read_bytes() == b"headmore".ljust(5000, b"\0")
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    with (tmp_path / "file").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        files.reserve(file, 5000)
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_folders_that_cannot_be_flushed_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    number = errno.EACCES if call == "open" else errno.EINVAL
+
+    def refuse(what: Any, *_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    files.sync_folder(tmp_path)
+    number = errno.EIO
+    with pytest.raises(OSError, match="nput/output"):
+        files.sync_folder(tmp_path)
+
+
+def test_everything_is_flushed_through_writable_handles_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    flushed = []
+    fsync = os.fsync
+
+    def watch(handle: int) -> None:
+        state = os.fstat(handle)
+        if not stat.S_ISDIR(state.st_mode):
+            assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY  # Windows refuses those
+            assert not (tmp_path / "model").exists()
+            flushed.append(state.st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    with files.folder_in_one_piece(tmp_path / "model") as building:
+        (building / "below").mkdir()
+        for name in ("config.json", "below/template.jinja"):
+            (building / name).write_text("{}")
+    assert {path.stat().st_ino for path in (tmp_path / "model").rglob("*") if path.is_file()} <= set(flushed)
+    with files.file_in_one_piece(tmp_path / "a.gguf") as partial:
+        partial.write_bytes(b"GGUF")
+        monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    assert (tmp_path / "a.gguf").stat().st_ino in flushed
+
+
+def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "model")
+    rename = Path.rename
+    refused = files.partial_of(tmp_path / "model")
+    monkeypatch.setattr(Path, "rename", lambda self, to: full_disk() if self == refused else rename(self, to))
+    with pytest.raises(ForgeError, match="No space left"):
+        build(tmp_path / "model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def test_a_folder_is_never_half_removed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "model")
+    remove = files.shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        assert path.name.endswith(files.PARTIAL)
+        remove(path, **options)
+        raise PermissionError(errno.EACCES, "in use")
+
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    build(tmp_path / "model")  # what was replaced may stay behind under its marked name
+    assert (tmp_path / "model" / "new").read_text() == "new"

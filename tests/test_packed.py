@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -41,3 +43,10 @@ def test_float32_and_lack_of_memory_leave_it_as_it_is(monkeypatch: pytest.Monkey
     pack_linears(low)
     for module in (*plain.modules(), *low.modules()):
         assert "forward" not in vars(module)
+
+
+def test_a_torch_without_the_kernels_leaves_it_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    pack_linears(linear)
+    assert "forward" not in vars(linear)

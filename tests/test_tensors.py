@@ -25,7 +25,6 @@ from ollama_forge.checkpoints.tensors import (
     SINGLE_NAME,
     CheckpointTensors,
     TensorInfo,
-    free_space,
     item_size,
     read_header,
 )
@@ -423,10 +422,6 @@ def test_integers_cannot_be_edited() -> None:
 def test_an_unknown_storage_type_is_named() -> None:
     with pytest.raises(ForgeError, match="Q4_K"):
         item_size("Q4_K")
-
-
-def test_free_space_of_a_folder_to_be(tmp_path: Path) -> None:
-    assert free_space(tmp_path / "not" / "yet") > 0
 
 
 # sign, exponent, exponent, mantissa: 0.5 is the one subnormal, the bias is 1

@@ -1,23 +1,23 @@
-"""Looks over the installation and the machine."""
+"""What the installation and the machine offer, and what each gap costs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
 
 from ollama_forge import __version__
-from ollama_forge.files import cache_root, human_size
-from ollama_forge.ollama.address import OWN_SERVER, ollama_url
+from ollama_forge.files import human_size
+from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
+from ollama_forge.system import available_memory, cache_root, free_space, usable_cores
 
 _PACKAGES = {
     "torch": "nothing but --help and doctor works: pip install 'ollama-forge[abliterate]'",
@@ -33,6 +33,8 @@ _PACKAGES = {
     "llguidance": "formats are not enforced in chat and serve: pip install 'ollama-forge[abliterate]'",
     "bitsandbytes": "--load-in-8bit is not available (CUDA only): pip install bitsandbytes",
 }
+_TRIED = "Linux"
+_UNTRIED = {"Darwin": "macOS", "Windows": "Windows"}
 _TOOLS = {
     "ollama": "models cannot be run by Ollama on this machine",
     "llama-quantize": "llama.cpp's own quantiser is not used",
@@ -54,7 +56,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings; nothing is changed, and nothing waits longer than two seconds."""
-    findings = [Finding("ollama-forge", True, f"{__version__}, Python {platform.python_version()}")]
+    findings = [Finding("ollama-forge", True, f"{__version__}, Python {platform.python_version()}"), _platform()]
     findings += [_package(name, cost) for name, cost in _PACKAGES.items()]
     findings += [
         _device(),
@@ -64,6 +66,14 @@ def examine() -> list[Finding]:
         *_caches(),
     ]
     return findings
+
+
+def _platform() -> Finding:
+    system = platform.system()
+    if system == _TRIED:
+        return Finding("platform", True, "Linux, where this program was tried; macOS and Windows only by imitation")
+    name = _UNTRIED.get(system, system or "unknown")
+    return Finding("platform", False, f"{name}: this program was tried on Linux", "on this system only by imitation")
 
 
 def _package(name: str, cost: str) -> Finding:
@@ -83,7 +93,8 @@ def _device() -> Finding:
     device = pick_device()
     if device.type == "cpu":
         kind = "bf16" if cpu_multiplies_bf16() else "float32 (this CPU has no bf16 products)"
-        return Finding("device", True, f"CPU, {os.cpu_count()} cores, computing in {kind}")
+        memory = f"{human_size(available_memory())} of memory free"
+        return Finding("device", True, f"CPU, {usable_cores()} cores, {memory}, computing in {kind}")
     return Finding("device", True, str(device))
 
 
@@ -91,11 +102,12 @@ def _ollama() -> Finding:
     url = ollama_url()
     cost = "models are not registered; start Ollama or set OLLAMA_HOST"
     try:
-        with urllib.request.urlopen(f"{url}/api/version", timeout=2) as answer:
-            if (answer.headers.get("Server") or "").startswith(OWN_SERVER):
-                return Finding("ollama server", False, f"{url} is a server of ollama-forge, not Ollama", cost)
-            return Finding("ollama server", True, f"{json.load(answer)['version']} at {url}")
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        local = is_loopback(urlsplit(url).hostname or "")  # a proxy never leads back to this machine
+        answer = httpx.get(f"{url}/api/version", timeout=2, trust_env=not local).raise_for_status()
+        if answer.headers.get("server", "").startswith(OWN_SERVER):
+            return Finding("ollama server", False, f"{url} is a server of ollama-forge, not Ollama", cost)
+        return Finding("ollama server", True, f"{answer.json()['version']} at {url}")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return Finding("ollama server", False, f"no answer at {url}", cost)
 
 
@@ -105,9 +117,8 @@ def _tool(name: str, cost: str) -> Finding:
 
 
 def _disk() -> Finding:
-    usage = shutil.disk_usage(Path.cwd())
-    enough = usage.free > 20e9
-    return Finding("disk", enough, f"{human_size(usage.free)} free here", "a 7 B model takes 15 GB as a checkpoint")
+    free = free_space(Path.cwd())
+    return Finding("disk", free > 20e9, f"{human_size(free)} free here", "a 7 B model takes 15 GB as a checkpoint")
 
 
 def _caches() -> list[Finding]:

@@ -1,21 +1,35 @@
-"""Writing so that nothing half-written ever carries a final name, and the hashes everything is recorded by."""
+"""Durable writing on every system: files and folders that appear whole or not at all, copies, hashes, JSON."""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from ollama_forge.errors import ForgeError
 
 PARTIAL = ".partial"
+_REPLACED = ".replaced"
+_HINTS = {
+    errno.ENOSPC: "free some room, or choose a folder on another disk",
+    errno.EDQUOT: "this user's quota is used up: free some room, or choose a folder on another disk",
+    errno.EACCES: "choose a place that this user may write to; on Windows: close programs that use the file",
+    errno.EPERM: "choose a place that this user may write to",
+    errno.EROFS: "the file system is mounted read-only: choose another folder",
+}
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What systems answer that cannot open or flush a folder: Windows, and some network file systems.
+_FOLDER_NOT_SYNCED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+)
+_BLOCK = 8 << 20
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -33,47 +47,147 @@ def sha256_json(value: Any) -> str:
 
 
 def partial_of(path: Path) -> Path:
-    """The marked sibling a file or folder is built under before it takes its own name."""
+    """The marked sibling under which a file or folder is built before it takes its own name."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system failure while writing ``path`` into one line."""
+    """Turn an operating-system failure while writing ``path`` into a ForgeError whose hint fits the cause."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ForgeError(f"cannot write {path}: {reason}", "free some room or choose another folder") from error
+        if isinstance(error.filename, str) and not Path(error.filename).is_relative_to(path.parent):
+            reason = f"{error.filename}: {reason}"
+        raise ForgeError(f"cannot write {path}: {reason}", _HINTS.get(error.errno or 0, str(error))) from error
+
+
+# -- bytes --------------------------------------------------------------------------------------------------------
+
+
+def write_all(file: FileIO, data: bytes | bytearray | memoryview) -> None:
+    """Write all of ``data`` at an unbuffered file's position."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
+
+
+def read_at(file: FileIO, start: int, size: int) -> bytearray:
+    """``size`` bytes of an unbuffered file from ``start``, which moves the file's position.
+
+    Raises:
+        EOFError: the file ends before that.
+    """
+    data = bytearray(size)
+    view = memoryview(data)
+    file.seek(start)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+def copy_range(source: FileIO, start: int, size: int, target: FileIO) -> None:
+    """Copy ``size`` bytes of ``source`` from ``start`` to ``target``'s position, in the kernel where it can.
+
+    Both files are unbuffered. The source's position may move.
+
+    Raises:
+        EOFError: the source ends before that.
+    """
+    end = start + size
+    for system_call in (_copy_file_range, _sendfile):
+        while start < end:
+            try:
+                count = system_call(source, start, end - start, target)
+            except OSError:  # macOS, for one, sends to sockets alone; a full disk refuses the plain copy too
+                break
+            if not count:  # the end of the source, or a file system that copies nothing: reading tells
+                break
+            start += count
+    while start < end:
+        count = min(_BLOCK, end - start)
+        write_all(target, read_at(source, start, count))
+        start += count
+
+
+def _copy_file_range(source: FileIO, start: int, size: int, target: FileIO) -> int:
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    return os.copy_file_range(source.fileno(), target.fileno(), size, start)
+
+
+def _sendfile(source: FileIO, start: int, size: int, target: FileIO) -> int:
+    if not hasattr(os, "sendfile"):
+        return 0
+    return os.sendfile(target.fileno(), source.fileno(), start, size)
+
+
+def reserve(file: FileIO, size: int) -> None:
+    """Make ``file`` ``size`` bytes long, and have the system set the room aside where it can.
+
+    Raises:
+        OSError: the disk has no such room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:  # some file systems cannot reserve room
+            if error.errno in _NO_ROOM:
+                raise
+    file.truncate(size)
+
+
+# -- durability ---------------------------------------------------------------------------------------------------
+
+
+def sync_data(file: FileIO) -> None:
+    """Have the disk hold what was written to ``file``; its times may follow later."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(file.fileno())
+    else:
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk hold all of a file."""
+    with path.open("r+b") as file:  # Windows flushes writable handles alone
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make renames inside ``folder`` durable, where the system can flush folders."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _FOLDER_NOT_SYNCED:
+            raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write atomically: a temporary sibling, fsync, rename."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = partial_of(path)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+    """Write atomically: a temporary sibling, fsync, rename.
+
+    Raises:
+        ForgeError: the system refuses; ``path`` is then as it was.
+    """
+    with file_in_one_piece(path) as partial, disk_errors(path):
+        partial.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 atomically; line ends stay as they are."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -95,7 +209,11 @@ def read_json(path: Path) -> Any:
 def folder_in_one_piece(path: Path) -> Iterator[Path]:
     """Yield an empty ``<path>.partial`` that becomes ``path`` when the block ends well.
 
-    A failure leaves no partial behind; a killed process leaves it under its marked name, and the next call starts over.
+    A failure removes it and leaves ``path`` as it was. A killed process leaves folders whose names end in
+    ``.partial``; the next call removes them.
+
+    Raises:
+        ForgeError: the system refuses.
     """
     temporary = partial_of(path)
     with disk_errors(path):
@@ -105,20 +223,47 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with disk_errors(path):
-            if path.is_symlink():
-                path.unlink()
-            elif path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            sync_folder(path.parent)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            _rename_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def _rename_folder(folder: Path, path: Path) -> None:
+    """Give ``folder`` the name ``path``. What had the name steps aside first and returns where the rename fails."""
+    replaced = partial_of(path.with_name(path.name + _REPLACED))
+    _remove(replaced)
+    stood = path.is_symlink() or path.exists()
+    if stood:
+        path.rename(replaced)
+    try:
+        folder.rename(path)
+    except BaseException:
+        if stood:
+            replaced.rename(path)
+        raise
+    sync_folder(path.parent)
+    with suppress(OSError):  # a file of it may be in use; the next call removes the rest
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 @contextmanager
 def file_in_one_piece(path: Path) -> Iterator[Path]:
-    """Yield the name ``<path>.partial`` for a file that is flushed and becomes ``path`` when the block ends well."""
+    """Yield the name ``<path>.partial`` for a file that is flushed and becomes ``path`` when the block ends well.
+
+    Raises:
+        ForgeError: the system refuses; ``path`` is then as it was.
+    """
     temporary = partial_of(path)
     with disk_errors(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +271,7 @@ def file_in_one_piece(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with disk_errors(path):
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(temporary)
             temporary.replace(path)
             sync_folder(path.parent)
     except BaseException:
@@ -142,19 +286,3 @@ def human_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def return_freed_memory() -> None:
-    """Give the C library's free lists back to the system, which otherwise grow with every large tensor that passes."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # musl has none
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def cache_root() -> Path:
-    """Where downloads and dequantised models are kept: ``OLLAMA_FORGE_CACHE``, else the user's cache folder."""
-    override = os.environ.get("OLLAMA_FORGE_CACHE")
-    if override:
-        return Path(override).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ollama-forge"

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, plain lines elsewhere, nothing for what is over at once."""
+"""Progress on stderr: bars on a terminal, a line every 15 seconds elsewhere, nothing for work that is over at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _PLAIN_EVERY = 15.0
 
 
 def say(text: str) -> None:
-    """One line for the user, on stderr."""
+    """Print a line for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def status(title: str) -> Iterator[None]:
-    """Announce work of unknown length; say how long it took where that was over two seconds."""
+    """Show that work of unknown length goes on, and say how long it took where that was over two seconds."""
     started = time.monotonic()
     if sys.stderr.isatty():
         from rich.console import Console
@@ -33,7 +33,7 @@ def status(title: str) -> Iterator[None]:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more of ``total`` are done."""
+    """Yield a function that takes how many more of ``total`` are done, which may be none."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,7 +51,8 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - last >= _PLAIN_EVERY and done < total:
             last = now
-            left = (now - started) / done * (total - done)
-            say(f"{title}: {done} of {total}, {done / (now - started):.1f} a second, {left:.0f} s left")
+            rate = done / (now - started)
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            say(f"{title}: {done} of {total}, {rate:.1f} a second{left}")
 
     yield advance

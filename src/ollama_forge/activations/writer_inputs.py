@@ -127,7 +127,7 @@ class _Collector:
         self.rows: list[Tensor] = []
 
     def add_harmless(self, rows: Tensor, weights: Tensor, is_last: Tensor) -> None:
-        self.last_sum += rows[is_last].double().sum(0).cpu()
+        self.last_sum += rows[is_last].cpu().double().sum(0)
         self.last_count += int(is_last.sum())
         scaled = rows * weights.sqrt().unsqueeze(-1)
         if self.moment is not None:

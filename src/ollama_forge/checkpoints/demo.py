@@ -60,7 +60,8 @@ def _fetch(folder: Path) -> Path:
         result = subprocess.run(
             [*command, "--dest", str(folder), "--requirement", str(requirements)],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
     wheels = list(folder.glob("*.whl"))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ollama_forge.errors import ForgeError
+from ollama_forge.files import reserve, write_all
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32
@@ -223,8 +224,8 @@ def _alignment(metadata: Mapping[str, Value]) -> int:
     return alignment
 
 
-def lay_out(file: BinaryIO, metadata: Mapping[str, Value], tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Write a header to an empty file and reserve the room of all data; a full disk is noticed here.
+def lay_out(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Write a header to an empty, unbuffered file and reserve the room of all data: a full disk is noticed here.
 
     Args:
         tensors: names, shapes and types; their ``start`` is given anew.
@@ -245,13 +246,6 @@ def lay_out(file: BinaryIO, metadata: Mapping[str, Value], tensors: Iterable[Ten
         parts += [struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape), struct.pack("<IQ", tensor.type, place)]
     header = b"".join(parts)
     base = _padded(len(header), alignment)
-    file.write(header.ljust(base, b"\0"))
-    file.flush()
-    _reserve(file.fileno(), base + offset)
+    write_all(file, header.ljust(base, b"\0"))
+    reserve(file, base + offset)
     return tuple(Tensor(tensor.name, tensor.shape, tensor.type, base + place) for tensor, place in placed)
-
-
-def _reserve(handle: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    os.truncate(handle, size)

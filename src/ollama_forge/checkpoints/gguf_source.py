@@ -7,10 +7,10 @@ from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import cache_root, folder_in_one_piece, human_size, sha256_file
+from ollama_forge.files import folder_in_one_piece, human_size, sha256_file
 from ollama_forge.progress import status
+from ollama_forge.system import cache_root, free_space
 
 _MAGIC = b"GGUF"
 _FORM = 2  # of what is cached: a new number leaves what older versions made alone

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError
+from ollama_forge.quiet import bars_on_terminals_only
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _IGNORED = ["*/*"]  # some repositories keep the weights a second time in subfolders
@@ -28,7 +29,8 @@ def download(repo: str, revision: str | None) -> Checkpoint:
     )
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
+        with bars_on_terminals_only():
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except GatedRepoError:
         raise ForgeError(f"access to {repo} is restricted", "accept its terms on its page, then set HF_TOKEN") from None
     except RevisionNotFoundError:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import read_json
+from ollama_forge.files import read_at, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -141,16 +140,11 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
         """``size`` bytes of a tensor from ``start``, all by default."""
         info = self._infos[name]
         size = info.size - start if size is None else size
-        buffer = bytearray(size)
         with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start + start)
-            view, done = memoryview(buffer), 0
-            while done < size:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise ForgeError(f"{info.file} is cut short", "download it again")
-                done += got
-        return buffer
+            try:
+                return read_at(file, info.start + start, size)
+            except EOFError:
+                raise ForgeError(f"{info.file} is cut short", "download it again") from None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -177,11 +171,3 @@ def _shards(folder: Path) -> list[Path]:
         "its weights are pickled .bin files: convert them to safetensors first" if others else "is it a model folder?"
     )
     raise ForgeError(f"{folder} holds no model.safetensors", hint)
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that ``folder`` (or the nearest parent that exists) lies on."""
-    while not folder.exists():
-        folder = folder.parent
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize

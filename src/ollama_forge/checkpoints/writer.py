@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ollama_forge.checkpoints.tensors import TensorInfo, item_size
 from ollama_forge.errors import ForgeError
+from ollama_forge.files import copy_range, sync_data, write_all
 
 _COPY_CHUNK = 64 << 20
 _AHEAD = 2
@@ -45,7 +46,7 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
         self.path = path
         self._left = sum(tensor.size for tensor in tensors)
-        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._file: FileIO = path.open("wb", buffering=0)
         self._thread = ThreadPoolExecutor(1)
         self._chunks: deque[Future[None]] = deque()
         self._last: Future[None] | None = None
@@ -62,7 +63,7 @@ class ShardWriter:
             self._chunks.append(self._submit(self._append, view))
 
     def copy(self, source: TensorInfo) -> None:
-        """Copy a tensor's bytes without bringing them into this process."""
+        """Copy a tensor's bytes, in the kernel where the system can."""
         self._left -= source.size
         self._submit(self._send, source)
 
@@ -80,27 +81,24 @@ class ShardWriter:
                 self._failure = error
 
     def _append(self, view: memoryview) -> None:
-        while view:
-            written = self._file.write(view)
-            self._flushed(written)
-            view = view[written:]
+        write_all(self._file, view)
+        self._flush(len(view))
 
     def _send(self, source: TensorInfo) -> None:
-        done = 0
-        with source.file.open("rb") as file:
-            while done < source.size:
+        with source.file.open("rb", buffering=0) as file:
+            for done in range(0, source.size, _COPY_CHUNK):
                 count = min(_COPY_CHUNK, source.size - done)
-                sent = os.sendfile(self._file.fileno(), file.fileno(), source.start + done, count)
-                if sent == 0:
-                    raise ForgeError(f"{source.file} is cut short", "download it again")
-                done += sent
-                self._flushed(sent)
+                try:
+                    copy_range(file, source.start + done, count, self._file)
+                except EOFError:
+                    raise ForgeError(f"{source.file} is cut short", "download it again") from None
+                self._flush(count)
 
-    def _flushed(self, count: int) -> None:
-        """Keep what is unwritten on the disk small, so that the final fsync finds little to do."""
+    def _flush(self, count: int) -> None:
+        """Have the disk take what was written now and then, so that little is left to do at the end."""
         self._unsynced += count
         if self._unsynced >= 4 * _COPY_CHUNK:
-            os.fdatasync(self._file.fileno())
+            sync_data(self._file)
             self._unsynced = 0
 
     def close(self) -> None:
@@ -110,7 +108,7 @@ class ShardWriter:
             raise self._failure
         if self._left:
             raise ForgeError(f"{self.path}: {self._left} bytes were not written", "please report this")
-        os.fsync(self._file.fileno())
+        sync_data(self._file)
         self._release()
 
     def _release(self) -> None:

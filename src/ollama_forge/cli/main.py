@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -31,6 +32,8 @@ cli.add_command(doctor)
 
 def main() -> None:
     """Run the command line and exit with 0, 1 (a failure), 2 (wrong usage) or 130 (interrupted)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows encodes few characters, no pipe a lone surrogate
+        sys.stdout.reconfigure(errors="replace")
     debug = "--debug" in sys.argv[1:]
     try:
         cli.main(standalone_mode=False)

@@ -22,8 +22,9 @@ from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
 from ollama_forge.edits.factors import EditedMatrix, edit_matrix
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, check_finite
 from ollama_forge.errors import UsageError
-from ollama_forge.files import disk_errors, read_json, return_freed_memory, write_json
+from ollama_forge.files import disk_errors, read_json, write_json
 from ollama_forge.progress import bar
+from ollama_forge.system import return_freed_memory
 
 OUT_DTYPES = ("bf16", "keep")
 _NOT_COPIED = frozenset({INDEX_NAME, "abliteration.json", "README.md"})

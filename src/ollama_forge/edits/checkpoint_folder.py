@@ -9,13 +9,13 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import folder_in_one_piece, human_size, read_json, write_json, write_text
+from ollama_forge.system import free_space
 
 PROVENANCE = "abliteration.json"
 CARD = "README.md"

@@ -1,6 +1,6 @@
 """Runs llama.cpp's ``convert_hf_to_gguf.py`` in its own process, supplying a pre-tokenizer where it recognises none.
 
-    python run_converter.py LLAMA_CPP_DIR FALLBACK ARGUMENTS...
+    python converter_worker.py LLAMA_CPP_DIR FALLBACK ARGUMENTS...
 
 FALLBACK is the pre-tokenizer's name, or ``-`` to leave the vocabulary out.
 Imports nothing of this package: the converter's libraries come first on the path.

@@ -1,4 +1,4 @@
-"""A GGUF file in other types: by llama.cpp's own tool if on PATH, else by the embedded encoder on all cores."""
+"""Quantise a GGUF file: with llama.cpp's own tool where it is on PATH, else with the embedded encoder on all cores."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import quantise_worker
 from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
-from ollama_forge.files import disk_errors, file_in_one_piece, partial_of
+from ollama_forge.files import copy_range, disk_errors, file_in_one_piece, partial_of
 from ollama_forge.progress import bar, say, status
+from ollama_forge.system import usable_cores
 
 EMBEDDED = "embedded"
-_TOOLS = ("llama-quantize", "quantize")
+TOOL = "llama-quantize"
 _BLOCK_VALUES = 1 << 20
-_COPY_CHUNK = 16 << 20
+_COPY_CHUNK = 64 << 20
 _PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MEGABYTE = 1_000_000
 
 
 def find_tool() -> str | None:
-    """llama.cpp's quantiser on PATH."""
-    return next((found for name in _TOOLS if (found := shutil.which(name))), None)
+    """llama.cpp's quantiser on PATH. Its old name, ``quantize``, is no sign of it: other programs bear that too."""
+    return shutil.which(TOOL)
 
 
 def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value], tool: str | None = None) -> str:
@@ -71,7 +72,7 @@ def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value
 def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -> bool:
     with status(f"{Path(tool).name} {quant}"):
         done = subprocess.run(
-            [tool, str(source), str(target), quant], capture_output=True, text=True, errors="replace", check=False
+            [tool, str(source), str(target), quant], stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
     reason = f"exit status {done.returncode}"
     if done.returncode == 0:
@@ -114,14 +115,17 @@ def rewrite(
     total = sum(tensor.size for tensor in file.tensors)
     with file_in_one_piece(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
         advanced = _Megabytes(advance)
-        with disk_errors(target), partial.open("wb") as out:
+        with disk_errors(target), partial.open("wb", buffering=0) as out:
             placed = lay_out(out, kept, wanted)
             pairs = list(zip(file.tensors, placed, strict=True))
-            with file.path.open("rb") as source:
+            with file.path.open("rb", buffering=0) as source:
                 for before, after in pairs:
                     if before.type == after.type:
-                        _copy(source.fileno(), out.fileno(), before, after)
-                        advanced(before.size)
+                        out.seek(after.start)
+                        for done in range(0, before.size, _COPY_CHUNK):
+                            count = min(_COPY_CHUNK, before.size - done)
+                            copy_range(source, before.start + done, count, out)
+                            advanced(count)
         jobs = [job for before, after in pairs if before.type != after.type for job in _jobs(before, after)]
         _encode_all(file.path, partial, jobs, advanced)
 
@@ -136,12 +140,6 @@ class _Megabytes:
         before = self.bytes // _MEGABYTE
         self.bytes += count
         self.advance(self.bytes // _MEGABYTE - before)
-
-
-def _copy(source: int, target: int, before: Tensor, after: Tensor) -> None:
-    for place in range(0, before.size, _COPY_CHUNK):
-        data = quantise_worker.read_exactly(source, min(_COPY_CHUNK, before.size - place), before.start + place)
-        quantise_worker.write_exactly(target, data, after.start + place)
 
 
 def _jobs(before: Tensor, after: Tensor) -> Iterator[_Job]:
@@ -159,7 +157,7 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
     waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    count = min(_cores(), len(jobs))
+    count = min(usable_cores(), len(jobs))
     failures: list[str] = []
     lock = threading.Lock()
     command = [sys.executable, "-P", str(Path(quantise_worker.__file__)), str(source), str(target)]
@@ -191,7 +189,8 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environment,
         )
         for _ in range(count)
@@ -208,7 +207,3 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
             worker.communicate()
     if failures:
         raise ForgeError(f"cannot quantise {failures[0]}", "is the disk full, or the checkpoint damaged?")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,32 +1,35 @@
-"""A worker process of the quantiser (the native encoder holds the interpreter's lock): rows of one file into another.
+"""A worker process of the quantiser: encodes rows of one file into another.
 
-Started as a script with a source and a target; each line on stdin is a job, answered with ``ok`` or what went wrong.
+It is a process because the native encoder holds the interpreter's lock. It is started as a script with a source and a
+target. Each line on stdin is a job; the answer on stdout is ``ok`` or what went wrong.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import libgguf
 import numpy as np
 
+from ollama_forge.files import read_at, write_all
+
 F32, F16, BF16 = 0, 1, 30
 _PLAIN: dict[int, Any] = {F32: np.float32, F16: np.float16, BF16: np.uint16}
 
 
-def decoded(data: bytes, kind: int) -> Any:
-    """Values in float32."""
+def decoded(data: bytes | bytearray, kind: int) -> Any:
+    """The values of plain bytes, in float32."""
     values = np.frombuffer(data, _PLAIN[kind])
     if kind == BF16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
-def encode(data: bytes, kind: int, to: int, row_length: int) -> bytes:
-    """Rows of a plain type in another type.
+def encode(data: bytes | bytearray, kind: int, to: int, row_length: int) -> bytes:
+    """Encode rows of a plain type in another type.
 
     Raises:
         ValueError: values that are not finite.
@@ -37,35 +40,23 @@ def encode(data: bytes, kind: int, to: int, row_length: int) -> bytes:
     return bytes(libgguf.quantize_rows(rows, to).tobytes())
 
 
-def read_exactly(handle: int, size: int, place: int) -> bytes:
-    parts = []
-    while size:
-        part = os.pread(handle, size, place)
-        if not part:
-            raise ValueError("the source is cut short")
-        parts.append(part)
-        size, place = size - len(part), place + len(part)
-    return b"".join(parts)
-
-
-def write_exactly(handle: int, data: bytes, place: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(handle, view, place)
-        view, place = view[done:], place + done
-
-
 def main() -> None:
-    source, target = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_WRONLY)
-    for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            data = read_exactly(source, job["size"], job["start"])
-            write_exactly(target, encode(data, job["kind"], job["to"], job["row_length"]), job["target"])
-            answer = "ok"
-        except (OSError, ValueError) as error:
-            answer = str(error).replace("\n", " ") or type(error).__name__
-        print(answer, flush=True)
+    with (
+        Path(sys.argv[1]).open("rb", buffering=0) as source,
+        Path(sys.argv[2]).open("r+b", buffering=0) as target,
+    ):
+        for line in sys.stdin:
+            job = json.loads(line)
+            try:
+                data = read_at(source, job["start"], job["size"])
+                target.seek(job["target"])
+                write_all(target, encode(data, job["kind"], job["to"], job["row_length"]))
+                answer = "ok"
+            except EOFError:
+                answer = "the source is cut short"
+            except (OSError, ValueError) as error:
+                answer = str(error).replace("\n", " ") or type(error).__name__
+            print(answer, flush=True)
 
 
 if __name__ == "__main__":

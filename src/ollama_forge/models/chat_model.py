@@ -5,7 +5,6 @@ The protocol above it is plain: token ids in, ids and log-probabilities out.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,14 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError, first_line
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
-from ollama_forge.models.device import memory_available, pick_device, pick_dtype, require_8bit
+from ollama_forge.models.device import (
+    is_out_of_memory,
+    memory_available,
+    pick_device,
+    pick_dtype,
+    release_memory,
+    require_8bit,
+)
 from ollama_forge.models.greedy import answer
 from ollama_forge.models.protocol import Answers
 from ollama_forge.quiet import quiet_transformers
@@ -178,19 +184,26 @@ class ChatModel:
         return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
-        """Do the work; where an automatic batch size is too large for the device's memory, halve it and do it again."""
+        """Do the work; where an automatic batch size is too large for the device's memory, halve it and do it again.
+
+        Raises:
+            ForgeError: memory runs out with a batch of one, or of the size that was asked for.
+        """
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.settings.batch_size != "auto" or self.batch_size == 1:
                     raise ForgeError(
-                        f"the device's memory does not hold a batch of {self.batch_size}",
-                        "lower --batch-size, or --load-in-8bit",
+                        f"the memory of {self.device} does not hold a batch of {self.batch_size}",
+                        "lower --batch-size, or leave it out"
+                        if self.batch_size > 1
+                        else "take shorter prompts or a smaller model; --load-in-8bit on a CUDA device",
                     ) from None
             self.batch_size //= 2
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Where to compute and in which type."""
+"""Which device computes, in which type, and how much memory it has."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-import os
-from pathlib import Path
 
 import torch
 
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.system import available_memory, return_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
+_BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch's names; the last two are ARM's
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -37,12 +39,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products; without, float32 is several times faster."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
+    """Whether this CPU has instructions for bf16 products, without which float32 is several times faster.
+
+    The answer is no where torch is too old to say.
+    """
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in _BF16_PRODUCTS)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -67,16 +69,33 @@ def require_8bit(device: torch.device) -> None:
         raise ForgeError("--load-in-8bit needs bitsandbytes, which is not installed", "pip install bitsandbytes")
 
 
-def memory_available(device: torch.device) -> int | None:
-    """Bytes that a model may take on a device, or None where that can't be known."""
+def memory_available(device: torch.device) -> int:
+    """Bytes that a model may take on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        rows = dict(line.split(":", 1) for line in lines)
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
+    if device.type == "mps":  # it shares the main memory, of which Metal lets a process use a part
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(left, available_memory())
+    return available_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's memory, or the machine's, ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True  # MPS and the CPU have no class of their own
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Collect garbage, and give back the memory that torch and the C library keep for later tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    return_freed_memory()
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device that computes in float64 for tensors of ``device``: the CPU for MPS, which lacks the type."""
+    return torch.device("cpu") if device.type == "mps" else device

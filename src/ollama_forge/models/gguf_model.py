@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 from ollama_forge.errors import ForgeError
 from ollama_forge.models import llamacpp_worker
 from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.system import usable_cores
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SLOTS = 8
@@ -82,9 +82,8 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
     """
     if not llamacpp_is_installed():
         raise ForgeError("running a GGUF file needs xllamacpp, which is not installed", _INSTALL)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
-    command += [str(context * slots), str(slots), str(threads)]
+    command += [str(context * slots), str(slots), str(usable_cores())]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:

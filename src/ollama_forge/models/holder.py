@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
-import torch
-
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.models.device import release_memory
 from ollama_forge.models.thoughts import settle_thoughts
 from ollama_forge.progress import say, status
 from ollama_forge.text.closed_thought import Thought
@@ -40,6 +37,4 @@ class ModelHolder:
     def drop(self) -> None:
         """Free the memory of the model that is held, if one is."""
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()

@@ -1,8 +1,8 @@
-"""llama.cpp in a process of its own, so that no file and no CPU can take a run down with it.
+"""A worker process that runs llama.cpp: a crash in its native code ends this process, not the run.
 
-    python gguf_server.py FILE.gguf CONTEXT SLOTS THREADS
+    python llamacpp_worker.py FILE.gguf CONTEXT SLOTS THREADS
 
-Prints where it listens (a loopback port), and ends when its stdin does. Imports nothing of this package.
+It prints the loopback address where it listens, and ends when its stdin does. It imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
-    os._exit(0)  # nothing is to be kept
+    os._exit(0)  # the server's threads would keep the process
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ollama_forge.checkpoints.tensors import free_space
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import human_size
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.pipeline import stages
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.system import free_space
 
 
 def check_room(ready: Preflight, cache: StageCache) -> None:

@@ -22,11 +22,12 @@ from urllib.request import Request, urlopen
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import cache_root, read_json, sha256_bytes, write_json, write_text
+from ollama_forge.files import read_json, sha256_bytes, write_json, write_text
 from ollama_forge.progress import bar
 from ollama_forge.prompts.normalise import normalise
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.prompts.upstream_filter import care_rule
+from ollama_forge.system import cache_root
 
 DEFAULT_TIMEOUT = 30.0
 SIDES = ("harmful", "harmless")

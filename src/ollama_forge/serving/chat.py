@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -54,7 +55,8 @@ def chat(
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
     talker = _server_for(name, load, server) or _load(name, checkpoint, revision, load)
     if sys.stdin.isatty():
-        import readline  # noqa: F401 -- line editing for input()
+        with suppress(ImportError):  # Windows has none, and edits lines by itself
+            import readline  # noqa: F401 -- line editing for input()
 
         say("/help lists the commands, /bye leaves")
     try:

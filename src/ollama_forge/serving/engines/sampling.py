@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ollama_forge.models.device import float64_device
 from ollama_forge.serving.engines.base import Logprob, Sampling, Step
 
 _UNIFORMS = 32
@@ -201,10 +202,11 @@ def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
 def pick(candidates: Candidates, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
     """Draw one id a row from the candidates at each row's temperature, given a number in [0, 1) a row."""
     scores = candidates.scores / _column(settings, "temperature", candidates.scores.device)
+    scores = scores.to(float64_device(scores.device))
     heights = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     levels = torch.tensor(uniforms, device=scores.device, dtype=torch.float64).unsqueeze(1) * heights[:, -1:]
     places = torch.searchsorted(heights, levels, right=True).clamp_max(heights.shape[-1] - 1)
-    return candidates.ids.gather(-1, places).squeeze(1).tolist()
+    return candidates.ids.gather(-1, places.to(candidates.ids.device)).squeeze(1).tolist()
 
 
 def _logprobs(

@@ -10,10 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-import torch
-
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.device import memory_available
+from ollama_forge.models.device import is_out_of_memory, memory_available, release_memory
 from ollama_forge.serving.engines.alone import AloneRunner
 from ollama_forge.serving.engines.base import EngineError, Request, Step
 from ollama_forge.serving.engines.cache import kept_layers
@@ -225,9 +223,8 @@ def _failure(error: Exception) -> EngineError:
     """What a client may know of an error; the rest goes to the log."""
     if isinstance(error, EngineError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if is_out_of_memory(error):
+        release_memory()
         return EngineError("the model has run out of memory; ask for less context or fewer answers at a time")
     _LOG.error("the model failed", exc_info=error)
     return EngineError(f"the model failed while answering ({type(error).__name__})")
