@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge import __version__
+from ollama_forge.cli.doctor import doctor
 from ollama_forge.cli.main import main
 from ollama_forge.errors import ForgeError, UsageError, require_abliterate
 from ollama_forge.pipeline.run_toml import read_config, write_config
@@ -152,6 +153,27 @@ def test_unknown_targets(tmp_path: Path) -> None:
     assert "nonsense" in error
     for name in ("attention", "writers", "mlp", "embedding"):
         assert name in hint
+
+
+@pytest.mark.parametrize("text", ["something\nand more", ""])
+def test_any_other_exception_is_an_internal_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise LookupError(text)
+
+    monkeypatch.setattr(doctor, "callback", fail)
+    monkeypatch.setattr(sys, "argv", ["ollama-forge", "doctor"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: internal error: LookupError{': something' if text else ''}"
+    assert "--debug" in hint
+    assert "report" in hint
+    monkeypatch.setattr(sys, "argv", ["ollama-forge", "--debug", "doctor"])
+    with pytest.raises(LookupError):
+        main()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -195,15 +195,6 @@ def test_eight_bits_are_refused_without_cuda(tmp_path: Path) -> None:
     assert "pip install bitsandbytes" in refusal.value.hint
 
 
-def test_too_little_memory_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ollama_forge.models import chat_model
-
-    monkeypatch.setattr(chat_model, "memory_available", lambda device: 1000)
-    with pytest.raises(ForgeError) as refusal:
-        load(tmp_path / "model")
-    assert "--load-in-8bit" in refusal.value.hint
-
-
 def test_nan_in_weights_is_one_line(tmp_path: Path) -> None:
     model = tiny.build("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")  # type: ignore[union-attr, index]

@@ -241,9 +241,53 @@ def test_no_room_names_the_remedy(tmp_path: Path, cache: Path, monkeypatch: pyte
     path = tmp_path / "tiny.gguf"
     write(path)
     monkeypatch.setattr(gguf_source, "free_space", lambda _: 1000)
-    with pytest.raises(ForgeError, match=r"needs about .* KB|needs about .* MB") as caught:
+    with pytest.raises(ForgeError, match=r"needs about .* MB in .*, 1\.0 KB are free") as caught:
         resolve(str(path))
     assert "OLLAMA_FORGE_CACHE" in caught.value.hint
+    assert_nothing_left(cache)
+
+
+@pytest.mark.parametrize("kind", ["half", "full", "q8"])
+def test_the_room_is_that_of_the_values_not_of_the_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """bf16 takes two bytes a value, whether the file holds four or one; in memory, the largest tensor thrice more."""
+    path = tmp_path / "tiny.gguf"
+    values = write(path, half=kind == "half", q8=kind == "q8")
+    counts = [tensor.numel() for tensor in values.values()]
+    disk, memory = 2 * sum(counts), 2 * sum(counts) + 6 * max(counts)
+
+    def room(free_disk: int, free_memory: int) -> None:
+        monkeypatch.setattr(gguf_source, "_COMPANION_BYTES", 0)
+        monkeypatch.setattr(gguf_source, "free_space", lambda _: free_disk)
+        monkeypatch.setattr(gguf_source, "available_memory", lambda: free_memory)
+
+    room(disk - 1, memory)
+    with pytest.raises(ForgeError, match="needs about"):
+        resolve(str(path))
+    room(disk, memory - 1)
+    with pytest.raises(ForgeError, match=r"takes about .* of memory, .* are free"):
+        resolve(str(path))
+    assert_nothing_left(cache)
+    room(disk, memory)
+    written = resolve(str(path)).tensors.total_size
+    assert written == disk
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_of_a_file_says_how_to_join_the_parts(tmp_path: Path, cache: Path, number: int) -> None:
+    path = tmp_path / f"tiny-{number + 1:05}-of-00002.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", 2)
+    writer.add_tensor("output_norm.weight", np.ones(D, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ForgeError, match="one of the 2 parts") as caught:
+        resolve(str(path))
+    assert "llama-gguf-split --merge" in caught.value.hint
     assert_nothing_left(cache)
 
 

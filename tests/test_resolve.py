@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.checkpoints.resolve import resolve
@@ -101,6 +104,8 @@ class Repository:
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, COMMIT: COMMIT})
     private: bool = False
     gated: bool = False
+    base_model: str | None = None
+    claimed: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives in place of the files' own
 
 
 @dataclass
@@ -143,8 +148,10 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self.fail(404, "RevisionNotFound")
         if api and rest[0] == "revision":
-            siblings = [{"rfilename": name} for name in repository.files]
-            return self.answer(json.dumps({"id": "/".join(parts[:2]), "sha": commit, "siblings": siblings}).encode())
+            sizes = {name: len(data) for name, data in repository.files.items()} | repository.claimed
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            about = {"id": "/".join(parts[:2]), "sha": commit, "siblings": siblings}
+            return self.answer(json.dumps({**about, "cardData": {"base_model": repository.base_model}}).encode())
         if api:
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -184,6 +191,41 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[first:last])
 
 
+def forms(whole: dict[str, bytes]) -> dict[str, Repository]:
+    """Repositories that hold the tiny model, or something else, in other forms."""
+    beside = {name: data for name, data in whole.items() if name != "model.safetensors"}
+    weights = load(whole["model.safetensors"])
+    names = sorted(weights)
+    parts = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in (0, 1)}
+    weight_map = {name: file for file, members in parts.items() for name in members}
+    shards = {
+        **{file: save({name: weights[name] for name in members}) for file, members in parts.items()},
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+    }
+    others = {"consolidated.safetensors": b"", "model.fp16.safetensors": b"", "pytorch_model.bin.index.json": b"{}"}
+    pickled = io.BytesIO()
+    torch.save(weights, pickled)
+    packed = {"a": torch.zeros(4, 4, dtype=torch.uint8)}
+
+    def marked(config: dict[str, object], data: dict[str, torch.Tensor]) -> dict[str, bytes]:
+        changed = json.dumps({**json.loads(whole["config.json"]), **config}).encode()
+        return {**beside, "config.json": changed, "model.safetensors": save(data)}
+
+    awq: dict[str, object] = {"quantization_config": {"quant_method": "awq"}}
+    return {
+        "owner/shards": Repository({**beside, **shards, **others, "adapter_config.json": b"{}", "LICENSE": b"free"}),
+        "owner/both": Repository({**whole, **shards}),
+        "owner/bin": Repository({**beside, "pytorch_model.bin": pickled.getvalue(), "tf_model.h5": b""}),
+        "owner/gguf": Repository({"a-Q4_K_M.gguf": b"GGUF", "b-Q8_0.gguf": b"GGUF", "README.md": b""}),
+        "owner/diffusion": Repository({**beside, "diffusion_pytorch_model.safetensors": b""}),
+        "owner/awq": Repository(marked(awq, packed), base_model="owner/tiny"),
+        "owner/stray": Repository(marked(awq, weights)),
+        "owner/unknown": Repository(marked({"model_type": "llama99", "transformers_version": "99.0"}, packed)),
+        "owner/large": Repository(whole, claimed={"model.safetensors": 10**18}),
+        "owner/torn": Repository({**beside, **{name: data for name, data in shards.items() if "00002-of" not in name}}),
+    }
+
+
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -197,6 +239,7 @@ def hub(folder: Path) -> Iterator[Hub]:
     }
     revisions = {"main": COMMIT, "v2": OTHER_COMMIT, COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT}
     repositories = {
+        **forms(whole),
         "owner/tiny": Repository(plain, revisions),
         "owner/gated": Repository(whole, gated=True),
         "owner/private": Repository(whole, private=True),
@@ -316,11 +359,65 @@ def test_without_the_hub_an_unknown_model_is_not_in_the_cache(tmp_path: Path) ->
         assert "HF_HUB_OFFLINE" in answer["hint"]
 
 
+def test_one_form_of_the_weights_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    """The one that transformers loads: a single file before shards, .bin only where there is nothing else."""
+    beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    index, parts = "model.safetensors.index.json", {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    files = {
+        "owner/shards": {*parts, index, "LICENSE"},
+        "owner/both": {"model.safetensors"},
+        "owner/bin": {"pytorch_model.bin"},
+    }
+    cache = tmp_path / "cache"
+    answers = ask(tmp_path, hub.url, *((repo, None) for repo in files), OLLAMA_FORGE_CACHE=str(cache))
+    for repo, found in zip(files, answers, strict=True):
+        assert (found["kind"], found["label"], found["revision"], found["layers"]) == ("hub", repo, COMMIT, 4)
+        asked = [line for line in hub.seen if line.startswith(f"GET /{repo}/resolve/")]
+        assert {line.split("/resolve/")[1].split("/", 1)[1] for line in asked} == beside | files[repo]
+        assert Path(found["folder"]).is_relative_to(cache) is (repo == "owner/bin")
+
+
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    names = ("gguf", "diffusion", "awq", "unknown", "large", "torn", "stray")
+    gguf, diffusion, awq, unknown, large, torn, stray = ask(
+        tmp_path, hub.url, *((f"owner/{name}", None) for name in names)
+    )
+    assert gguf["message"] == "owner/gguf holds GGUF files only: a-Q4_K_M.gguf, b-Q8_0.gguf"
+    assert "download one of them" in gguf["hint"]
+    assert "of a diffusion model: diffusion_pytorch_model.safetensors" in diffusion["message"]
+    assert awq["message"].startswith("owner/awq is quantised (AWQ, library autoawq)")
+    assert awq["hint"] == "take the unquantised release, by its card owner/tiny"
+    assert "does not know the model_type 'llama99' of owner/unknown" in unknown["message"]
+    assert "transformers>=99.0" in unknown["hint"]
+    assert "fetching owner/large needs 1000000.0 TB" in large["message"]
+    assert "HF_HOME" in large["hint"]
+    assert "owner/torn lacks 1 of its shards, such as model-00002-of-00002.safetensors" in torn["message"]
+    assert stray["layers"] == 4
+    whole = [line for line in hub.seen if line.startswith("GET") and "/resolve/" in line and "stray" not in line]
+    assert {line.rsplit("/", 1)[1] for line in whole} <= {
+        "config.json",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    }
+    assert not any("model.safetensors" in line and "awq" not in line for line in whole if not line.endswith(".json"))
+
+
 def test_half_a_download_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> None:
-    (first,) = ask(tmp_path, hub.url, ("owner/tiny", None))
-    (Path(first["folder"]) / "model.safetensors").unlink()
-    (offline,) = ask(tmp_path, hub.url, ("owner/tiny", None), HF_HUB_OFFLINE="1")
-    assert "not in the local cache" in offline["message"]
+    """Without a connection, every file that is missing is named; with one, the missing files alone are fetched."""
+    asked: tuple[tuple[str, str | None], ...] = (("owner/tiny", None), ("owner/shards", None))
+    first = ask(tmp_path, hub.url, *asked)
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    missing = ["model.safetensors", *shards, "tokenizer.json"]
+    for found, names in zip(first, (missing[:1], missing[1:]), strict=True):
+        for name in names:
+            (Path(found["folder"]) / name).unlink()
+    offline = ask(tmp_path, hub.url, *asked, HF_HUB_OFFLINE="1")
+    unreachable = ask(tmp_path, "http://127.0.0.1:9", *asked)
+    assert offline == unreachable
+    single, several = offline
+    assert single["message"].endswith("the local cache of owner/tiny lacks its weights (model.safetensors)")
+    assert several["message"].endswith(f"lacks its tokenizer (tokenizer.json), {', '.join(shards)}")
+    assert "only what is missing is fetched" in single["hint"]
     hub.seen.clear()
-    assert ask(tmp_path, hub.url, ("owner/tiny", None)) == [first]
-    assert hub.fetched <= {"model.safetensors"}
+    assert ask(tmp_path, hub.url, *asked) == first
+    assert hub.fetched <= set(missing)

@@ -179,13 +179,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         CheckpointTensors(tmp_path)
 
 
-def test_a_tensor_that_only_the_index_has_is_named(tmp_path: Path) -> None:
+def test_a_tensor_that_only_the_index_has_is_told(tmp_path: Path) -> None:
+    """Whether a model can do without it is known where the roles are."""
     sharded(tmp_path)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     index["weight_map"]["ghost.weight"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(ForgeError, match=r"ghost\.weight"):
-        CheckpointTensors(tmp_path)
+    tensors = CheckpointTensors(tmp_path)
+    assert tensors.absent == {"ghost.weight"}
+    assert "ghost.weight" not in tensors
+
+
+def test_a_single_file_is_taken_before_an_index(tmp_path: Path) -> None:
+    """As transformers takes it; else another model would be edited than is loaded."""
+    sharded(tmp_path)
+    save_file({"d": torch.ones(3)}, tmp_path / SINGLE_NAME)
+    tensors = CheckpointTensors(tmp_path)
+    assert (list(tensors), tensors.absent) == (["d"], frozenset())
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
@@ -199,12 +209,14 @@ def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
     "content",
     [
         *("", "not json", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}'),
-        '{"weight_map": {"a": null, "b": "model.safetensors"}}',
-        '{"weight_map": {"a": ["model.safetensors"]}}',
+        '{"weight_map": {"a": null, "b": "model-00001-of-00001.safetensors"}}',
+        '{"weight_map": {"a": ["model-00001-of-00001.safetensors"]}}',
+        '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+        '{"weight_map": {"a": "/elsewhere.safetensors"}}',
     ],
 )
 def test_a_bad_index_is_one_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / SINGLE_NAME).write_bytes(SAMPLE)
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(SAMPLE)
     (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(ForgeError):
         CheckpointTensors(tmp_path)

@@ -27,6 +27,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def error_line(error: BaseException) -> str:
+    """``first_line``, preceded by the exception's kind where the text alone says little (``KeyError: 'x'``)."""
+    text = first_line(error)
+    name = type(error).__name__
+    return (
+        text
+        if isinstance(error, OSError | ValueError | ImportError | RuntimeError) or text == name
+        else f"{name}: {text}"
+    )
+
+
 def require_abliterate(command: str) -> None:
     """Raise unless the packages of the extra ``abliterate`` can be imported; importing none of them."""
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]

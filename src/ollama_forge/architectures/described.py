@@ -6,6 +6,7 @@ Every tensor of a checkpoint must be accounted for. One that is not is an error,
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -14,9 +15,10 @@ from typing import Any
 
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.model_types import unknown_model_type
 from ollama_forge.checkpoints.storage import mxfp4_shape
 from ollama_forge.checkpoints.tensors import TensorInfo
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, first_line
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -32,12 +34,21 @@ def known_architectures() -> dict[str, dict[str, Any]]:
 
 
 def map_checkpoint(checkpoint: Checkpoint) -> ModelMap:
-    """The matrices of a checkpoint by role.
+    """Find the matrices of a checkpoint by role.
 
     Raises:
         ForgeError: the architecture is not described, a matrix is missing, or a tensor is not accounted for.
     """
-    return map_tensors(checkpoint.config, checkpoint.tensors)
+    model_map = map_tensors(checkpoint.config, checkpoint.tensors)
+    spec = known_architectures()[model_map.model_type]
+    heads = {f"{name}.weight" for name in spec["unembedding"]}  # one that is tied need not be stored
+    absent = sorted(checkpoint.tensors.absent - heads)
+    if absent:
+        raise ForgeError(
+            f"{checkpoint.label} lacks {len(absent)} tensors that its index names, such as {absent[0]}",
+            "download it again",
+        )
+    return model_map
 
 
 def map_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:
@@ -53,23 +64,66 @@ def map_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     model_type = str(config.get("model_type", ""))
     spec = known_architectures().get(model_type)
     if spec is None:
-        raise _refusal(model_type, tensors)
+        raise unknown_model_type(config, "the checkpoint") or _undescribed(model_type, tensors)
     text = config.get("text_config", config)
     declared = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if text.get(key)), 0)
-    return _Mapper(model_type, spec, tensors, declared).map()
+    model_map = _Mapper(model_type, spec, tensors, declared).map()
+    if model_map.tied and not ties_embeddings(config):
+        raise ForgeError(
+            f"the checkpoint has no {spec['unembedding'][0]}.weight, and its config does not tie the head to the "
+            "embedding: its head is missing",
+            'download or save it again; if the model is a tied one, set "tie_word_embeddings": true in config.json',
+        )
+    return model_map
 
 
-def _refusal(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a config, or by default its class in transformers, makes the unembedding the embedding's own matrix."""
+    stated = config.get("tie_word_embeddings")
+    if stated is not None:
+        return bool(stated)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return bool(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).tie_word_embeddings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ForgeError(
+            f"config.json cannot be read: {first_line(error)}", "is it whole? Download it again"
+        ) from error
+
+
+def _misnamed(spec: Mapping[str, Any], model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+    """The failure for a described architecture whose layers are not where they should be."""
+    layer = re.escape(spec["layer"]).replace(r"\{\}", r"\d+")
+    inner = re.compile(rf"(.+?)(?:{'|'.join(map(re.escape, spec['roots']))}){layer}")
+    prefixes = {match[1] for name in tensors if (match := inner.match(name))}
+    if not prefixes:
+        return ForgeError(
+            f"the tensors are not named as those of {model_type!r} are; the matrices: {_matrix_kinds(tensors)}",
+            "take the model's Hugging Face release, or save it with save_pretrained",
+        )
+    prefix = min(prefixes, key=len)
+    return ForgeError(
+        f"the tensors' names begin with {prefix!r}, which the architecture {model_type!r} does not have",
+        f"save the inner model again with save_pretrained, or rename: name.removeprefix({prefix!r})",
+    )
+
+
+def _undescribed(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+    return ForgeError(
+        f"architecture {model_type!r} is not described, so nothing is edited; its matrices: {_matrix_kinds(tensors)}",
+        f"described are: {', '.join(sorted(known_architectures()))}",
+    )
+
+
+def _matrix_kinds(tensors: Mapping[str, TensorInfo]) -> str:
+    """The names of all matrices, with ``N`` for numbers, and how many there are of each kind."""
     kinds: dict[str, int] = {}
     for info in tensors.values():
         if len(info.shape) >= 2:
             kind = ".".join("N" if part.isdigit() else part for part in info.name.split("."))
             kinds[kind] = kinds.get(kind, 0) + 1
-    listed = ", ".join(f"{kind} (x{count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
-    return ForgeError(
-        f"architecture {model_type or 'unknown'!r} is not described, so nothing is edited; its matrices: {listed}",
-        f"described are: {', '.join(sorted(known_architectures()))}",
-    )
+    return ", ".join(f"{kind} (x{count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
 
 
 class _Mapper:
@@ -81,7 +135,7 @@ class _Mapper:
             (r for r in spec["roots"] if any(n.startswith(r + layer.split("{}")[0]) for n in tensors)), None
         )
         if self.root is None:
-            raise _refusal(model_type, tensors)
+            raise _misnamed(spec, model_type, tensors)
         start = self.root + layer.split("{}")[0]
         parts = {n[len(start) :].split(".")[0] for n in tensors if n.startswith(start)}
         numbers = {int(part) for part in parts if part.isdecimal()}
@@ -115,8 +169,10 @@ class _Mapper:
             if any(have) and not all(have):
                 raise ForgeError(f"some layers lack the norm {name}", "is it a whole model?")
         heads = [self.outside(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
+        unused: set[str] = set()
         for pattern in [*spec.get("copied", []), *(f"*.{other}" for other in spec["others"])]:
-            self.left.difference_update(fnmatch.filter(self.left, pattern))
+            unused.update(fnmatch.filter(self.left, pattern))
+        self.left -= unused
         if self.left:
             names = ", ".join(sorted(self.left)[:6])
             raise ForgeError(
@@ -132,6 +188,7 @@ class _Mapper:
             module_roots=tuple(spec["modules"]),
             layer_module=spec["layer"].rstrip("."),
             tied=not any(heads),
+            unused=frozenset(unused),
         )
 
     def outside(self, name: str, role: Role, module: str) -> Matrix | None:

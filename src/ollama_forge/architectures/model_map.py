@@ -59,7 +59,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """A checkpoint's matrices in layer order, and the sizes and roots that go with them."""
+    """A checkpoint's matrices in layer order, and the sizes and roots that go with them.
+
+    Attributes:
+        tied: no unembedding is stored, for it is the embedding.
+        unused: tensors that are known and copied, but that the text model may do without.
+    """
 
     model_type: str
     n_layers: int
@@ -68,6 +73,21 @@ class ModelMap:
     module_roots: tuple[str, ...]
     layer_module: str
     tied: bool
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding: ids from this number on cannot be embedded."""
+        return self._embeddings[0].shape[0]
+
+    @property
+    def learned_positions(self) -> int | None:
+        """Rows of the embedding of positions, where positions are learned: no prompt can be longer."""
+        return self._embeddings[1].shape[0] if len(self._embeddings) > 1 else None
+
+    @property
+    def _embeddings(self) -> list[Matrix]:
+        return [matrix for matrix in self.matrices if matrix.role is Role.EMBEDDING]
 
     @property
     def writers(self) -> tuple[Matrix, ...]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.quantised import FLOAT_TYPES, QUANTISATION_KEYS, Quantisation, quantisation_of
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json, sha256_json
@@ -22,8 +23,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         label: what the user called it.
-        kind: hub, folder, gguf or demo.
-        revision: the Hub commit, the GGUF file's SHA-256 or the adapter's, where there is one.
+        kind: hub, folder, gguf, pickled (converted .bin files) or demo.
+        revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the adapter, where there is one.
     """
 
     folder: Path
@@ -33,10 +34,43 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The content of config.json, without the mark of a quantisation that the weights do not have."""
+        config = self._stored_config
+        if not self.has_stray_mark:
+            return config
+        return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
+
+    @cached_property
+    def _stored_config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
         if not isinstance(config, dict):
             raise ForgeError(f"{self.folder / 'config.json'} is not a model's configuration", "check the folder")
         return config
+
+    @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """The quantisation that config.json names, also where the weights are plain."""
+        return quantisation_of(self._stored_config)
+
+    @property
+    def public_name(self) -> str:
+        """A name for files that are passed on: a Hub id or a name, never a path of this machine."""
+        if self.kind in ("gguf", "pickled"):
+            return Path(self.label).resolve().name
+        return self.folder.name if self.kind == "folder" else self.label
+
+    @property
+    def has_stray_mark(self) -> bool:
+        """Whether config.json names a quantisation that the weights do not have."""
+        return self.quantisation is not None and self.is_plain
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every tensor is stored as plain floats."""
+        try:
+            return all(info.dtype in FLOAT_TYPES for info in self.tensors.values())
+        except ForgeError:  # of storage types that only quantised weights have
+            return False
 
     @cached_property
     def tensors(self) -> CheckpointTensors:

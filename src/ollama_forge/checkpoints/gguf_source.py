@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from ollama_forge.checkpoints.gguf_io import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import folder_in_one_piece, human_size, sha256_file
 from ollama_forge.progress import status
-from ollama_forge.system import cache_root, free_space
+from ollama_forge.system import available_memory, cache_root, free_space
 
 _MAGIC = b"GGUF"
+_COMPANION_BYTES = 20_000_000  # config and tokenizer, at most
 _FORM = 2  # of what is cached: a new number leaves what older versions made alone
 # pre-tokenizers that set every digit apart, which transformers doesn't take over
 _DIGITS_APART = frozenset(
@@ -21,14 +23,15 @@ _DIGITS_APART = frozenset(
 
 
 def unpacked(path: Path, label: str) -> Checkpoint:
-    """The checkpoint of a GGUF file; the cache is keyed by the file's content.
+    """Dequantise a GGUF file; the cache is keyed by the file's content.
 
     Raises:
-        ForgeError: not a GGUF file, cut short, of an unknown architecture, or no room.
+        ForgeError: not a GGUF file, cut short, one of several parts, of an unknown architecture, or no room.
     """
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise ForgeError(f"{path} is not a GGUF file", "give a model folder, a .gguf file or a Hub id")
+    _require_whole(path)
     digest = sha256_file(path)
     folder = cache_folder("gguf", digest[:24])
     if not (folder / "config.json").is_file():
@@ -41,19 +44,56 @@ def cache_folder(kind: str, name: str) -> Path:
     return cache_root() / kind / f"{name}-{_FORM}"
 
 
+def _require_whole(path: Path) -> None:
+    """Raise where a file is one of several parts; a file that cannot be read is left to the reader's own message."""
+    try:
+        parts = read_gguf(path).get("split.count", 0)
+    except ForgeError:
+        return
+    if isinstance(parts, int) and parts > 1:
+        raise ForgeError(
+            f"{path} is one of the {parts} parts of a GGUF file",
+            f"join all {parts} with llama.cpp's tool, then give the whole file: "
+            "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf",
+        )
+
+
+def _check_room(path: Path, folder: Path) -> None:
+    """Raise where the disk or the memory cannot hold the file's tensors in bf16, by the file's own table.
+
+    Two bytes a value go to the disk. In memory the largest tensor is held in float32 besides, beside its bf16 copy.
+    """
+    try:
+        counts = [math.prod(tensor.shape) for tensor in read_gguf(path).tensors]
+    except ForgeError:  # the reader names the damage with its remedy
+        return
+    needed, free = 2 * sum(counts) + _COMPANION_BYTES, free_space(folder.parent)
+    if needed > free:
+        raise ForgeError(
+            f"dequantising {path.name} needs about {human_size(needed)} in {folder.parent}, "
+            f"{human_size(free)} are free",
+            "free some room, or set OLLAMA_FORGE_CACHE to a folder on another disk",
+        )
+    memory, available = 2 * sum(counts) + 6 * max(counts, default=0), available_memory()
+    if memory > available:
+        raise ForgeError(
+            f"dequantising {path.name} takes about {human_size(memory)} of memory, {human_size(available)} are free",
+            "end other programs, take a smaller model, or take its Hugging Face release, which is edited from disk",
+        )
+
+
 def dequantise(path: Path, folder: Path) -> None:
-    """Write ``path``, through transformers, as a bf16 checkpoint in ``folder``."""
+    """Write ``path``, through transformers, as a bf16 checkpoint in ``folder``.
+
+    Raises:
+        ForgeError: the file is damaged or of an architecture that transformers does not read, or there is no room.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from ollama_forge.quiet import quiet_transformers
 
-    needed = 5 * path.stat().st_size  # a 4-bit file grows about fourfold
-    if free_space(folder.parent) < needed:
-        raise ForgeError(
-            f"dequantising {path.name} needs about {human_size(needed)} in {folder.parent}",
-            "set OLLAMA_FORGE_CACHE",
-        )
+    _check_room(path, folder)
     with status(f"dequantising {path.name} (once)"), quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

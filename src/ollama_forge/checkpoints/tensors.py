@@ -6,10 +6,11 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.wrappers import unwrapped, wrapper_patterns
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_at, read_json
 
@@ -19,6 +20,7 @@ _ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+_LFS_POINTER = b"https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000
 
 
@@ -60,6 +62,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if size < 1024 and _LFS_POINTER in path.read_bytes():
+                raise ForgeError(f"{path} is not a safetensors file but a Git LFS pointer to one", "git lfs pull")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ForgeError(f"{path} is not a safetensors file, or is cut short", "download it again")
             header = json.loads(file.read(length))
@@ -98,26 +102,38 @@ def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 
 class CheckpointTensors(Mapping[str, TensorInfo]):
-    """All tensors of a folder with ``model.safetensors`` or its shards and their index; nothing is read until asked."""
+    """All tensors of a folder with ``model.safetensors`` or its shards and their index; nothing is read until asked.
+
+    Attributes:
+        wrappers: regular expressions of what training wrappers put into the stored names; the mapping's names are free
+            of it.
+        absent: names that the index lists and no shard holds. A tied model may do without its head; a tensor that a
+            model needs is missed by whoever looks for it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards = _shards(folder)
-        self._infos: dict[str, TensorInfo] = {}
+        stored: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for name, info in read_header(shard)[0].items():
-                if name in self._infos:
+                if name in stored:
                     raise ForgeError(f"{name} is in two shards of {folder}", "download the checkpoint again")
-                self._infos[name] = info
-        self._check_index()
+                stored[name] = info
+        self.wrappers = wrapper_patterns(stored)
+        infos = [replace(info, name=unwrapped(info.name, self.wrappers)) for info in stored.values()]
+        self._infos = {info.name: info for info in infos}
+        if len(self._infos) < len(stored):
+            raise ForgeError(
+                f"{folder} holds tensors twice, with and without a training wrapper's name", "save the model again"
+            )
+        self.absent = frozenset(unwrapped(name, self.wrappers) for name in self._listed()) - set(self._infos)
 
-    def _check_index(self) -> None:
-        index = self.folder / INDEX_NAME
-        if not index.is_file():
-            return
-        missing = sorted(set(read_json(index)["weight_map"]) - set(self._infos))
-        if missing:
-            raise ForgeError(f"{self.folder} lacks {len(missing)} tensors, such as {missing[0]}", "download it again")
+    def _listed(self) -> list[str]:
+        """Names in the index; none for a model in one file."""
+        if self.shards == [self.folder / SINGLE_NAME]:
+            return []
+        return list(read_json(self.folder / INDEX_NAME)["weight_map"])
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -147,27 +163,33 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
                 raise ForgeError(f"{info.file} is cut short", "download it again") from None
 
 
+def index_shards(index: Path) -> list[str]:
+    """Names of the files that an index spreads a model over, sorted.
+
+    Raises:
+        ForgeError: the index is damaged, or names a file outside its folder.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ForgeError(f"{index} names no shards", "download the checkpoint again")
+    names = sorted(set(weight_map.values()))
+    outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if outside is not None:
+        raise ForgeError(f"{index} names a file outside its folder: {outside}", "download the checkpoint again")
+    return names
+
+
 def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
-            raise ForgeError(f"{index} names no shards", "download the checkpoint again")
-        shards = [folder / name for name in sorted(set(weight_map.values()))]
-        absent = [shard.name for shard in shards if not shard.is_file()]
-        if absent:
-            raise ForgeError(f"{folder} lacks {len(absent)} of its shards, such as {absent[0]}", "download it again")
-        return shards
-    single = folder / SINGLE_NAME
-    if single.is_file():
-        return [single]
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    hint = (
-        "its weights are pickled .bin files: convert them to safetensors first" if others else "is it a model folder?"
-    )
-    raise ForgeError(f"{folder} holds no model.safetensors", hint)
+    """The files of a checkpoint; where there is a single file beside an index, loaders take the single file."""
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if not (folder / INDEX_NAME).is_file():
+        pickled = any(folder.glob("*.bin"))
+        hint = "its weights are .bin files: convert them to safetensors first" if pickled else "is it a model folder?"
+        raise ForgeError(f"{folder} holds no {SINGLE_NAME}", hint)
+    shards = [folder / name for name in index_shards(folder / INDEX_NAME)]
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise ForgeError(f"{folder} lacks {len(absent)} of its shards, such as {absent[0]}", "download it again")
+    return shards

@@ -1,4 +1,4 @@
-"""The entry point: expected failures become one line and a hint."""
+"""The entry point: every failure becomes one line and a hint, unless ``--debug`` asks for the traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ollama-forge")
-@click.option("--debug", is_flag=True, help="Show tracebacks of expected failures too.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def cli(debug: bool) -> None:
     """Find a chat model's refusal direction, edit it out of (or into) the weights, and measure what that did."""
 
@@ -60,6 +60,15 @@ def main() -> None:
         os._exit(_INTERRUPTED)  # worker threads of numerical libraries would keep us for seconds
     except BrokenPipeError:
         os._exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        _complain(
+            f"internal error: {type(error).__name__}{f': {text}' if text else ''}",
+            "repeat the command as ollama-forge --debug … and report what it shows",
+        )
+        sys.exit(1)
 
 
 def _complain(message: str, hint: str) -> None:

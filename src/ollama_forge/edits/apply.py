@@ -102,7 +102,8 @@ class _Application:
         weight_map: dict[str, str] = {}
         total = 0
         with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
-            copy_companions(self.checkpoint.folder, self.folder, unpacked=self.unpack)
+            unpacked = self.unpack or self.checkpoint.has_stray_mark
+            copy_companions(self.checkpoint.folder, self.folder, unpacked=unpacked)
             for shard in self.tensors.shards:
                 outputs = [out for info in self.tensors.of_shard(shard) if (out := self.output(info)) is not None]
                 with ShardWriter(self.folder / shard.name, outputs) as writer:

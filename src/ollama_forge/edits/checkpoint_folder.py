@@ -74,7 +74,7 @@ def write_checkpoint(
             "tool": "ollama-forge",
             "version": __version__,
             "source": {
-                "model": checkpoint.label if checkpoint.kind != "folder" else checkpoint.folder.name,
+                "model": checkpoint.public_name,
                 "kind": checkpoint.kind,
                 "revision": checkpoint.revision,
                 "fingerprint": checkpoint.fingerprint,

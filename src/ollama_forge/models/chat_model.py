@@ -17,20 +17,13 @@ from torch import nn
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.errors import ForgeError, UsageError, first_line
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
-from ollama_forge.models.device import (
-    is_out_of_memory,
-    memory_available,
-    pick_device,
-    pick_dtype,
-    release_memory,
-    require_8bit,
-)
+from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory
 from ollama_forge.models.greedy import answer
+from ollama_forge.models.loading import load_module
 from ollama_forge.models.protocol import Answers
-from ollama_forge.quiet import quiet_transformers
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
@@ -74,39 +67,26 @@ class ChatModel:
         """Load a checkpoint.
 
         Raises:
-            ForgeError: unreadable weights, too little memory, or no chat template (unless allowed).
+            ForgeError: weights that are missing or cannot be read, too little memory, a chat template that leaves the
+                instruction out, or none (unless allowed).
         """
-        from transformers import AutoModelForCausalLM
-
-        tokenizer = Tokenizer.load(checkpoint.folder, system=settings.system, template_kwargs=settings.template_kwargs)
+        model_map = map_checkpoint(checkpoint)
+        tokenizer = Tokenizer.load(
+            checkpoint.folder,
+            system=settings.system,
+            template_kwargs=settings.template_kwargs,
+            vocabulary=model_map.vocabulary,
+            positions=model_map.learned_positions,
+        )
         if not tokenizer.template.text and not settings.allow_base_model:
             raise ForgeError(
                 f"{checkpoint.label} has no chat template: it looks like a base model, which has no refusals to find",
                 "use its instruct or chat release, or pass --allow-base-model to prompt it with bare text",
             )
-        model_map = map_checkpoint(checkpoint)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
-        _check_memory(checkpoint, device, dtype, settings.load_in_8bit)
-        options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-        if settings.load_in_8bit:
-            require_8bit(device)
-            from transformers import BitsAndBytesConfig
-
-            options |= {
-                "quantization_config": BitsAndBytesConfig(load_in_8bit=True),  # type: ignore[no-untyped-call]
-                "device_map": {"": device},
-            }
-        with quiet_transformers():
-            try:
-                module = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise ForgeError(
-                    f"{checkpoint.label} cannot be loaded: {first_line(error)}",
-                    "is it whole? Try another dtype or device",
-                ) from error
+        module = load_module(checkpoint, model_map, device, dtype, load_in_8bit=settings.load_in_8bit)
         if not settings.load_in_8bit:
-            module = module.to(device)  # type: ignore[arg-type]
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
 
@@ -178,8 +158,8 @@ class ChatModel:
 
     @torch.inference_mode()
     def loss(self, text: str) -> float:
-        """Mean negative log-likelihood of a text's tokens after the first (nats)."""
-        ids = torch.tensor([self.tokenizer.encode(text)], device=self.device)
+        """Mean negative log-likelihood of a text's tokens after the first (nats), as far as learned positions reach."""
+        ids = torch.tensor([self.tokenizer.encode(text)[: self.tokenizer.positions]], device=self.device)
         logits = self.forward(last_only=False, input_ids=ids).logits[0, :-1].float()
         return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
 
@@ -217,15 +197,3 @@ def parse_template_kwargs(text: str) -> dict[str, Any]:
             f"--template-kwargs {text!r} is not a JSON object", """for example '{"enable_thinking": false}'"""
         )
     return value
-
-
-def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> None:
-    available = memory_available(device)
-    width = 1 if load_in_8bit else dtype.itemsize
-    needed = int(checkpoint.parameters * width * 1.1)
-    if available is not None and needed > available:
-        raise ForgeError(
-            f"{checkpoint.label} needs about {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, "
-            f"{available / 1e9:.1f} GB are free on {device}",
-            "--load-in-8bit on a CUDA device halves it; or --dtype bfloat16, or a smaller model",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -66,6 +67,12 @@ def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: 
     return shared_prefix(prompts) if len(prompts) > 1 else 0
 
 
+def _room(model: ForwardModel, length: int) -> float:
+    """Tokens that an answer to a prompt of ``length`` tokens may have, where positions are learned."""
+    positions = model.tokenizer.positions
+    return inf if positions is None else positions - length + 1  # the last token of an answer is not read again
+
+
 class _Decoder:
     """One batch: its cache, mask and the logits of the last position."""
 
@@ -80,6 +87,7 @@ class _Decoder:
             mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
         self.mask = mask
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, prefix:]
+        self.room = [_room(model, len(prompt)) for prompt in prompts]
         result = model.forward(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         self.cache, self.logits = result.cache, result.logits[:, -1]
 
@@ -98,7 +106,7 @@ class _Decoder:
                     finished.add(row)
                     continue
                 out[row].append(token)
-                if decided is not None and decided(out[row]):
+                if len(out[row]) >= self.room[row] or (decided is not None and decided(out[row])):
                     finished.add(row)
             going = [place for place, row in enumerate(live) if row not in finished]
             if not going or step == max_new_tokens - 1:
@@ -116,6 +124,8 @@ class _Decoder:
 
     def _step(self, chosen: Tensor) -> None:
         positions = self.mask.sum(-1, keepdim=True)
+        if self.model.tokenizer.positions is not None:  # answers that have ended may run on beside longer ones
+            positions = positions.clamp_max(self.model.tokenizer.positions - 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         result = self.model.forward(
             input_ids=chosen.unsqueeze(1),

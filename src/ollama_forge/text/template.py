@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from ollama_forge.errors import ForgeError, first_line
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of
@@ -17,6 +18,8 @@ T = TypeVar("T")
 RENDER_SECONDS = 10.0
 SWITCHES = ("enable_thinking", "thinking")  # boolean arguments of templates
 _LEVELS = ("low", "medium", "high")
+_PROBE = "Seven green birds sing."
+_PARTS_ONLY: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # tokenizer -> template -> what was found
 
 
 class TemplateError(ForgeError):
@@ -115,7 +118,9 @@ def render_template(
     continued: bool = False,
     arguments: Mapping[str, Any],
 ) -> str:
-    """The text of a conversation, ready for the next answer, or for continuing the last message.
+    """Render a conversation, ready for the next answer, or for continuing the last message.
+
+    Contents that are text are given as lists of parts to a template that takes lists only.
 
     Args:
         backend: the tokenizer of transformers.
@@ -124,18 +129,16 @@ def render_template(
     Raises:
         TemplateError: the template refuses the messages, or takes too long.
     """
+    options = {"tools": list(tools) or None, "add_generation_prompt": not continued, **arguments}
+    turns = [_as_parts(message) for message in messages] if _takes_parts_only(backend, template) else list(messages)
+    return _apply(backend, template, turns, {**options, "continue_final_message": continued})
+
+
+def _apply(backend: Any, template: str, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     import jinja2
 
     def call() -> str:
-        text: str = backend.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **arguments,
-        )
+        text: str = backend.apply_chat_template(turns, chat_template=template, tokenize=False, **options)
         return text
 
     try:
@@ -144,3 +147,24 @@ def render_template(
         raise TemplateError(
             f"the chat template refuses these messages: {first_line(error)}", "check --system and --template-kwargs"
         ) from error
+
+
+def _takes_parts_only(backend: Any, template: str) -> bool:
+    """Whether a template leaves text out unless it comes as a list of parts; tried once for every template."""
+    known = _PARTS_ONLY.setdefault(backend, {})
+    if template not in known:
+        probe = {"role": "user", "content": _PROBE}
+        known[template] = not _shows(backend, template, probe) and _shows(backend, template, _as_parts(probe))
+    return known[template]
+
+
+def _shows(backend: Any, template: str, message: Mapping[str, Any]) -> bool:
+    try:
+        return _PROBE in _apply(backend, template, [message], {"add_generation_prompt": True})
+    except TemplateError:
+        return False
+
+
+def _as_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

@@ -10,11 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ollama_forge.errors import ForgeError, first_line
+from ollama_forge.files import read_json
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.text.closed_thought import Thought, closing_text, thought_of
-from ollama_forge.text.template import Template, render_template
+from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of_vocabulary
 
+_SHOWN = 60  # characters of an instruction in a message
 Ids = list[int]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -27,6 +29,8 @@ class Tokenizer:
         end_ids: the ids that end an answer, besides the backend's own.
         system: system prompt of every conversation that brings none.
         template_kwargs: arguments that the chat template always gets.
+        vocabulary: rows of the model's embedding, where a model is known.
+        positions: the most tokens that a model with learned positions takes; None for any other.
 
     Attributes:
         template: the chat template; its text is empty for a base model.
@@ -39,17 +43,26 @@ class Tokenizer:
         end_ids: Sequence[int] = (),
         system: str | None = None,
         template_kwargs: Mapping[str, Any] = _NOTHING,
+        vocabulary: int | None = None,
+        positions: int | None = None,
     ) -> None:
         self.backend, self.system, self.template_kwargs = backend, system, template_kwargs
+        self.vocabulary, self.positions = vocabulary, positions
         self.template = Template(template_text(backend))
         own = getattr(backend, "eos_token_id", None)
         self.end_ids = tuple(dict.fromkeys([*end_ids, *([own] if own is not None else [])]))
 
     @classmethod
     def load(
-        cls, folder: Path, *, system: str | None = None, template_kwargs: Mapping[str, Any] = _NOTHING
+        cls,
+        folder: Path,
+        *,
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] = _NOTHING,
+        vocabulary: int | None = None,
+        positions: int | None = None,
     ) -> Tokenizer:
-        """Load the tokenizer of a checkpoint folder.
+        """Load the tokenizer of a checkpoint folder. The other arguments are those of the class.
 
         Raises:
             ForgeError: it cannot be read.
@@ -63,13 +76,25 @@ class Tokenizer:
                 raise ForgeError(
                     f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "is it complete?"
                 ) from error
-        return cls(backend, end_ids=stored_end_ids(folder), system=system, template_kwargs=template_kwargs)
+        if not getattr(backend, "chat_template", None):
+            backend.chat_template = _processor_template(folder)
+        return cls(
+            backend,
+            end_ids=stored_end_ids(folder),
+            system=system,
+            template_kwargs=template_kwargs,
+            vocabulary=vocabulary,
+            positions=positions,
+        )
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; attention masks it out, so any will do."""
-        pad = self.backend.pad_token_id
-        return int(pad if pad is not None else next(iter(self.end_ids), 0))
+        """An id for padding; attention masks it out, so any will do that the model can embed."""
+        candidates = [self.backend.pad_token_id, *self.end_ids, 0]
+        return next(int(pad) for pad in candidates if pad is not None and self._is_embedded(pad))
+
+    def _is_embedded(self, token: int) -> bool:
+        return self.vocabulary is None or token < self.vocabulary
 
     def render(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
         """The templated prompt, generation prompt included; bare text where there is no template.
@@ -111,12 +136,40 @@ class Tokenizer:
         return thought_of(self.template, off, on, self.template_kwargs)
 
     def instruction_ids(self, instruction: str) -> Ids:
-        """The templated prompt of one instruction, as models are computed on and measured: its thought is closed."""
-        return self.encode(self._instruction_text(instruction, closed=not self.thought.must_run))
+        """The templated prompt of one instruction, as models are computed on and measured: its thought is closed.
+
+        Raises:
+            ForgeError: the template leaves the instruction out, or the model cannot take the prompt.
+        """
+        return self._fitting_ids(instruction, closed=not self.thought.must_run)
 
     def closed_ids(self, instruction: str) -> Ids:
         """The same with its thought closed in any case: where the first token of the answer stands."""
-        return self.encode(self._instruction_text(instruction, closed=True))
+        return self._fitting_ids(instruction, closed=True)
+
+    def _fitting_ids(self, instruction: str, *, closed: bool) -> Ids:
+        text = self._instruction_text(instruction, closed=closed)
+        start = repr(instruction[:_SHOWN] + ("…" if len(instruction) > _SHOWN else ""))
+        if "".join(instruction.split()) not in "".join(text.split()):
+            raise TemplateError(
+                f"the chat template leaves the instruction out: {start} is not in the rendered prompt",
+                "take a release of the model with a working chat template",
+            )
+        ids = self.encode(text)
+        beyond = next((token for token in ids if not self._is_embedded(token)), None)
+        if beyond is not None:
+            raise ForgeError(
+                f"the prompt of {start} holds token {beyond} ({self.backend.convert_ids_to_tokens(beyond)}), "
+                f"but the model's embedding has {self.vocabulary} rows",
+                "the tokenizer knows tokens that the model lacks: take the tokenizer of this very model",
+            )
+        if self.positions is not None and len(ids) > self.positions:
+            raise ForgeError(
+                f"the instruction {start} is {len(ids)} tokens long in the chat template, "
+                f"and the model has {self.positions} learned positions",
+                "shorten it, or take it out of the list",
+            )
+        return ids
 
     def _instruction_text(self, instruction: str, *, closed: bool) -> str:
         turn = [{"role": "user", "content": instruction}]
@@ -140,6 +193,15 @@ def template_text(backend: Any) -> str:
     if isinstance(found, Mapping):
         found = found.get("tool_use") or found.get("default") or ""
     return str(found)
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The template in ``chat_template.json``, where processors of text and images keep it; None without one."""
+    if not (folder / "chat_template.json").is_file():
+        return None
+    content = read_json(folder / "chat_template.json")
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def stored_end_ids(folder: Path) -> list[int]:

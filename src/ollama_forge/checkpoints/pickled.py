@@ -1,0 +1,144 @@
+"""Pickled ``.bin`` weights, converted once into a cached safetensors checkpoint that everything else works on."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.checkpoints.companions import companions
+from ollama_forge.checkpoints.gguf_source import cache_folder
+from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, index_shards
+from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME
+from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.errors import ForgeError, first_line
+from ollama_forge.files import folder_in_one_piece, human_size, sha256_file, sha256_json, write_json
+from ollama_forge.progress import bar
+from ollama_forge.system import available_memory, free_space
+
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+
+def converted(folder: Path, label: str) -> tuple[Path, str]:
+    """Convert the ``.bin`` files of a model folder, one at a time, into a safetensors checkpoint in the cache.
+
+    The cache is keyed by the names, sizes and hashes of all files that are used, companions included. Tensors that
+    share memory are written once each.
+
+    Returns:
+        The converted checkpoint's folder, and the key.
+
+    Raises:
+        ForgeError: a file holds more than tensors, is damaged or missing, or there is no room.
+    """
+    names = _files(folder, label)
+    key = sha256_json(
+        {n: [(folder / n).stat().st_size, sha256_file(folder / n)] for n in [*names, *companions(folder)]}
+    )
+    target = cache_folder("pickled", key[:24])
+    if not (target / "config.json").is_file():
+        _check_room(folder, names, target)
+        _convert(folder, names, target)
+    return target, key
+
+
+def _files(folder: Path, label: str) -> list[str]:
+    if (folder / PICKLED_NAME).is_file():
+        return [PICKLED_NAME]
+    names = index_shards(folder / PICKLED_INDEX_NAME)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ForgeError(f"{label} lacks {len(absent)} of its .bin files, such as {absent[0]}", "download it again")
+    return names
+
+
+def _check_room(folder: Path, names: Sequence[str], target: Path) -> None:
+    needed, free = sum((folder / name).stat().st_size for name in names), free_space(target)
+    if needed > free:
+        raise ForgeError(
+            f"converting {folder.name} to safetensors needs {human_size(needed)} in {target.parent}, "
+            f"{human_size(free)} are free",
+            "free some room, or set OLLAMA_FORGE_CACHE to a folder on another disk",
+        )
+
+
+def _convert(folder: Path, names: Sequence[str], target: Path) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    with folder_in_one_piece(target) as partial, bar(f"converting .bin files of {folder.name}", len(names)) as advance:
+        for number, name in enumerate(names, 1):
+            shard = SINGLE_NAME if len(names) == 1 else f"model-{number:05}-of-{len(names):05}.safetensors"
+            for tensor in _convert_file(folder / name, partial / shard):
+                if tensor.name in weight_map:
+                    raise ForgeError(f"{tensor.name} is in two .bin files of {folder}", "download the model again")
+                weight_map[tensor.name] = shard
+                total += tensor.size
+            advance(1)
+        if len(names) > 1:
+            write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for companion in companions(folder):
+            (partial / companion).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / companion, partial / companion)
+
+
+def _convert_file(path: Path, target: Path) -> list[OutputTensor]:
+    """Convert one file; its tensors are read from the mapped file as they are written."""
+    tensors = _read(path)
+    outputs = [
+        OutputTensor(name, _type_name(path, name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()
+    ]
+    with ShardWriter(target, outputs) as writer:
+        for tensor in (tensor for tensor in tensors.values() if tensor.numel()):
+            writer.write([memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)])
+    return outputs
+
+
+def _type_name(path: Path, name: str, tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _TYPES:
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        raise ForgeError(f"{path}: {name} is stored as {kind}, which cannot be converted", "take the bf16 release")
+    return _TYPES[tensor.dtype]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, without running any code that the file could hold."""
+    try:
+        content = _load(path)
+    except pickle.UnpicklingError:
+        raise ForgeError(
+            f"{path} holds more than tensors, and such objects could run code when they are read",
+            "take a release with safetensors files, or save the model's state_dict alone",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise ForgeError(f"{path} cannot be read: {first_line(error)}", "is it whole? Download it again") from error
+    if not isinstance(content, Mapping):
+        raise ForgeError(f"{path} holds a {type(content).__name__}, no tensors by name", "save the model's state_dict")
+    other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        inner = ", the weights perhaps" if isinstance(content[other], Mapping) else ""
+        raise ForgeError(
+            f"{path} holds more than tensors: {other!r} is a {type(content[other]).__name__}{inner}",
+            "save the model's state_dict alone",
+        )
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+    size, free = path.stat().st_size, available_memory()  # the format before torch 1.6
+    if size > free:
+        raise ForgeError(f"reading {path.name} takes {human_size(size)} of memory, {human_size(free)} are free", "")
+    return torch.load(path, map_location="cpu", weights_only=True)

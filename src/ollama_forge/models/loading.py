@@ -1,0 +1,189 @@
+"""Loading a checkpoint into a transformers module: room in memory first, and nothing missing afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollama_forge.architectures.model_map import ModelMap, Role
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.errors import ForgeError, error_line
+from ollama_forge.files import human_size
+from ollama_forge.models.device import is_out_of_memory, memory_available, require_8bit
+from ollama_forge.progress import say
+from ollama_forge.quiet import quiet_transformers
+from ollama_forge.system import available_memory
+
+_SLACK = 1.1  # of the weights, for what the device's libraries take
+_IN_FLIGHT = 4  # tensors that transformers reads at a time on their way to a device
+
+
+def load_module(
+    checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+) -> nn.Module:
+    """Load the weights in ``dtype`` on ``device``.
+
+    Tensors go to the device one by one, so that host memory never holds the model for a device with memory of its own.
+
+    Raises:
+        ForgeError: too little memory, or weights that are missing, damaged or not of the shape that the config asks
+            for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if load_in_8bit:
+        _require_8bit(checkpoint, device)
+    check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder, **options)
+            if checkpoint.has_stray_mark and hasattr(config, "quantization_config"):
+                del config.quantization_config
+            options |= _placement(device, load_in_8bit=load_in_8bit)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                key_mapping=dict.fromkeys(checkpoint.tensors.wrappers, "") or None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are read below, with their names
+                **options,
+            )
+        except Exception as error:  # configs and weights from outside make the libraries raise anything
+            raise _failure(checkpoint, device, error) from error
+    module, info = loaded
+    _check_complete(checkpoint, model_map, info)
+    if model_map.tied:
+        _check_tied(checkpoint, module)
+    return module  # type: ignore[no-any-return]
+
+
+def _placement(device: torch.device, *, load_in_8bit: bool) -> dict[str, Any]:
+    if not load_in_8bit:
+        return {} if device.type == "cpu" else {"device_map": {"": device}}
+    from transformers import BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return {"device_map": {"": device}, "quantization_config": quantisation}
+
+
+def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
+    require_8bit(device)
+    found = checkpoint.quantisation
+    if found is not None and not checkpoint.has_stray_mark:
+        raise ForgeError(
+            f"bitsandbytes does not load {checkpoint.label} in 8 bits: it is stored in {found.method}",
+            "leave out --load-in-8bit",
+        )
+
+
+def check_memory(
+    checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+) -> None:
+    """Raise where the device, or the host on the way there, has too little memory for the weights.
+
+    Raises:
+        ForgeError: with the sizes that are needed and free.
+    """
+    kind = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
+    needed, free = int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _SLACK), memory_available(device)
+    if needed > free:
+        raise ForgeError(
+            f"{checkpoint.label} needs about {human_size(needed)} in {kind}, {human_size(free)} are free on {device}",
+            _smaller(device, dtype, load_in_8bit),
+        )
+    if device.type == "cpu":
+        return
+    staged = _IN_FLIGHT * max(info.count for info in checkpoint.tensors.values()) * max(dtype.itemsize, 4)
+    host = available_memory()
+    if staged > host:
+        raise ForgeError(
+            f"loading {checkpoint.label} takes about {human_size(staged)} of host memory, {human_size(host)} are free",
+            "end other programs, or take a smaller model",
+        )
+
+
+def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:
+    if not load_in_8bit:
+        return checkpoint.parameters * dtype.itemsize
+    whole = sum(  # bitsandbytes leaves the embedding and the unembedding in ``dtype``
+        checkpoint.tensors[matrix.tensor].count
+        for matrix in model_map.matrices
+        if matrix.role in (Role.EMBEDDING, Role.UNEMBEDDING)
+    )
+    return checkpoint.parameters - whole + whole * dtype.itemsize
+
+
+def _smaller(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> str:
+    ways = [] if dtype.itemsize <= 2 or load_in_8bit else ["--dtype bfloat16"]
+    ways += ["--load-in-8bit to compute the direction"] if device.type == "cuda" and not load_in_8bit else []
+    ways += ["--device cpu"] if device.type != "cpu" and not load_in_8bit else []
+    return ", or ".join([*ways, "a smaller model"])
+
+
+def _failure(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
+    if is_out_of_memory(error):
+        return ForgeError(f"{checkpoint.label} does not fit the memory of {device}", "--device cpu, or a smaller model")
+    if isinstance(error, ImportError):
+        return ForgeError(
+            f"{checkpoint.label} cannot be loaded without another package: {error_line(error)}", "install that package"
+        )
+    return ForgeError(
+        f"{checkpoint.label} cannot be loaded: {error_line(error)}",
+        "does config.json fit the weights? Download or save the model again",
+    )
+
+
+def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, info: Mapping[str, Any]) -> None:
+    """Raise where transformers made weights up, or left stored ones out."""
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ForgeError(
+            f"{checkpoint.label}: {name} is stored as {tuple(stored)}, but its config asks for {tuple(expected)}"
+            + _and_more(mismatched),
+            "config.json and the weights are of different models: download or save the model again",
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ForgeError(
+            f"{checkpoint.label} is not whole: {missing[0]} is missing{_and_more(missing)}",
+            "download or save the model again",
+        )
+    unknown = sorted(key for key in info["unexpected_keys"] if not any(_same(key, name) for name in model_map.unused))
+    if unknown:
+        raise ForgeError(
+            f"{checkpoint.label}: its config has no place for {unknown[0]}, which is stored{_and_more(unknown)}",
+            "config.json and the weights are of different models: download or save the model again",
+        )
+
+
+def _same(key: str, name: str) -> bool:
+    """Whether two names differ at most in a prefix."""
+    return key == name or key.endswith(f".{name}") or name.endswith(f".{key}")
+
+
+def _and_more(names: Collection[object]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_tied(checkpoint: Checkpoint, module: Any) -> None:
+    """See that the head of a model that stores none is the embedding, and tie it where it is not."""
+    if _is_tied(module):
+        return
+    module.tie_weights()
+    if not _is_tied(module):
+        raise ForgeError(
+            f"{checkpoint.label} stores no head, and transformers does not tie it to the embedding",
+            "please report this with the model's name",
+        )
+    say("note: the unembedding is not stored; it is tied to the embedding, as the config says")
+
+
+def _is_tied(module: Any) -> bool:
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
