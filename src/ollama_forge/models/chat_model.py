@@ -71,18 +71,7 @@ class ChatModel:
                 instruction out, or none (unless allowed).
         """
         model_map = map_checkpoint(checkpoint)
-        tokenizer = Tokenizer.load(
-            checkpoint.folder,
-            system=settings.system,
-            template_kwargs=settings.template_kwargs,
-            vocabulary=model_map.vocabulary,
-            positions=model_map.learned_positions,
-        )
-        if not tokenizer.template.text and not settings.allow_base_model:
-            raise ForgeError(
-                f"{checkpoint.label} has no chat template: it looks like a base model, which has no refusals to find",
-                "use its instruct or chat release, or pass --allow-base-model to prompt it with bare text",
-            )
+        tokenizer = load_tokenizer(checkpoint, model_map, settings)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
         module = load_module(checkpoint, model_map, device, dtype, load_in_8bit=settings.load_in_8bit)
@@ -184,6 +173,27 @@ class ChatModel:
                     ) from None
             self.batch_size //= 2
             release_memory()
+
+
+def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSettings) -> Tokenizer:
+    """The tokenizer of a checkpoint, with the settings' system prompt and template arguments.
+
+    Raises:
+        ForgeError: it cannot be read, or it has no chat template (unless that is allowed).
+    """
+    tokenizer = Tokenizer.load(
+        checkpoint.folder,
+        system=settings.system,
+        template_kwargs=settings.template_kwargs,
+        vocabulary=model_map.vocabulary,
+        positions=model_map.learned_positions,
+    )
+    if not tokenizer.template.text and not settings.allow_base_model:
+        raise ForgeError(
+            f"{checkpoint.label} has no chat template: it looks like a base model, which has no refusals to find",
+            "use its instruct or chat release, or pass --allow-base-model to prompt it with bare text",
+        )
+    return tokenizer
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:

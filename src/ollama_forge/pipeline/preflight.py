@@ -17,6 +17,7 @@ from ollama_forge.edits.checkpoint_folder import CARD, PROVENANCE, check_output,
 from ollama_forge.edits.least_squares import MAX_PAIRS
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
+from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.ollama.registration import Registration, plan_registration
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
@@ -92,13 +93,17 @@ def preflight(settings: RunSettings) -> Preflight:
     """Check all that can be checked before any work: settings and lists first, then the model and Ollama.
 
     Raises:
-        ForgeError: no such model or list, an architecture that is not described, a folder that must not be replaced.
+        ForgeError: no such model or list, an architecture that is not described, a prompt that the model cannot take,
+            a folder that must not be replaced.
         UsageError: settings that can never work.
     """
     settings.check()
     split = settings.prompts.load(MAX_PAIRS)
     source = resolve(settings.model, settings.revision)
     model_map = map_checkpoint(source)
+    tokenizer = load_tokenizer(source, model_map, settings.load)
+    for part in (split.fit, split.select, split.report):
+        tokenizer.instructions_ids((*part.harmful, *part.harmless))  # a prompt that the model cannot take stops here
     size = output_size(source, settings.out_dtype)
     ready = Preflight(
         settings,

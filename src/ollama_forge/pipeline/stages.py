@@ -19,6 +19,7 @@ from ollama_forge.export.convert import convert, converter_fingerprint
 from ollama_forge.export.gguf_file import ShippedFile, check_file_tokens, measure_file, quantise_file
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.files import write_bytes
+from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
@@ -225,8 +226,7 @@ def make_gguf(
 
 
 def _tokenizer(ready: Preflight) -> Tokenizer:
-    load = ready.settings.load
-    return Tokenizer.load(ready.checkpoint_folder, system=load.system, template_kwargs=load.template_kwargs)
+    return load_tokenizer(ready.written, ready.model_map, ready.settings.load)
 
 
 def check_tokens_of_file(ready: Preflight, file: ShippedFile) -> Stage[TokenCheck]:
