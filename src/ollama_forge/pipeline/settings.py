@@ -65,12 +65,12 @@ class RunSettings:
             UsageError: a name that Ollama refuses, an unknown device or type, or options that exclude each other.
         """
         check_ollama_name(self.name)
-        self.load.check()
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
             raise UsageError(
                 "run measures, tries and verifies in floats, so --load-in-8bit would load the model twice",
                 "use compute-dir --load-in-8bit and then apply, or add --no-evaluate --no-verify --no-escalate",
             )
+        self.load.check()
         if self.load.load_in_8bit:
             check_8bit(choosing.given.settings)
