@@ -14,7 +14,8 @@ import time
 import torch
 
 from ollama_forge.checkpoints.resolve import resolve
-from ollama_forge.directions.compute import DirectionSettings, compute_direction
+from ollama_forge.directions.compute import compute_direction
+from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.prompts.split import PartPrompts, split_prompts
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ollama_forge.activations.residual import gather_residuals
-from ollama_forge.directions.compute import DirectionSettings, compute_direction, random_direction
+from ollama_forge.directions.compute import compute_direction, random_direction
 from ollama_forge.directions.registry import METHODS
 from ollama_forge.directions.selection import auc, d_prime, largest_gap
+from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.greedy import answer

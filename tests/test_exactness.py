@@ -154,7 +154,7 @@ def test_edit_is_exact(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon-new", "gpt_oss"])
 def test_two_directions_are_removed_together(family: str, tmp_path: Path) -> None:
-    source, result, _ = apply_to(family, tmp_path, EditSettings(**{**FULL.to_json(), "norm_preserving": False}), TWO)
+    source, result, _ = apply_to(family, tmp_path, replace(FULL, norm_preserving=False), TWO)
     after = load(result)
     layers = decoder_layers(after)
     with spying({str(index): layer for index, layer in enumerate(layers)}) as seen:

@@ -216,7 +216,7 @@ def test_run_toml_is_there_from_the_start_and_says_what_was_chosen(
     found = tomllib.loads(path.read_text(encoding="utf-8"))
     chosen = found.pop("chosen")
     assert found == given
-    assert chosen["name"] == report.choice.candidate.name
+    assert chosen["name"] == report.choice.name
     assert chosen["settings"]["targets"] == ["attention"]
 
 

@@ -48,9 +48,9 @@ def settings(folder: Path, planted_layer: int = 1, **changes: Any) -> RunSetting
 
 def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> None:
     report = run(settings(tmp_path))
-    assert report.choice.candidate.name == "the documented default"
+    assert report.choice.name == "the documented default"
     assert len(report.choice.trials) == 1
-    assert report.choice.candidate.settings == EditSettings()
+    assert report.choice.settings == EditSettings()
     assert report.rows["base"].harmful.answer == 0
     assert report.rows["edited"].harmful.refusal == 0
     assert report.rows["random direction"].harmful.refusal == report.rows["base"].harmful.total
@@ -59,17 +59,17 @@ def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> Non
 
 def test_the_ladder_is_climbed_where_it_must_be(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0))  # the default leaves the first layer alone
-    assert report.choice.candidate.name == "attention, no layer skipped"
+    assert report.choice.name == "attention, no layer skipped"
     trials = report.choice.trials
     assert trials[0].refused == trials[0].total
-    assert any(trial.candidate.settings.factors == "least-squares" for trial in trials)
+    assert any(trial.settings.factors == "least-squares" for trial in trials)
     assert report.rows["edited"].harmful.refusal == 0
     assert (tmp_path / "out" / "refusal.pt").is_file()
 
 
 def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0, escalate=False))
-    assert report.choice.candidate.settings == EditSettings()
+    assert report.choice.settings == EditSettings()
     assert report.choice.trials == ()
     assert report.rows["edited"].harmful.refusal == report.rows["base"].harmful.total
     record = read_json(tmp_path / "out" / "checkpoint" / PROVENANCE)
@@ -83,7 +83,7 @@ def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> 
 
 def test_an_edit_setting_is_obeyed_without_climbing(tmp_path: Path) -> None:
     report = run(settings(tmp_path, planted_layer=0, edit=EditSettings(strength=0.5, targets=("writers",))))
-    assert report.choice.candidate.settings.strength == 0.5
+    assert report.choice.settings.strength == 0.5
     assert report.choice.trials == ()
     assert report.verified
 

@@ -9,26 +9,27 @@ from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.resolve import resolve
-from ollama_forge.directions.compute import DirectionSettings, compute_direction
+from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
-from ollama_forge.edits.least_squares import MAX_PAIRS
-from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.registry import check_8bit, check_edit, method, registered
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.progress import say, status
-from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
-from ollama_forge.search.ladder import Candidate
-from ollama_forge.search.trials import ASKED, Workbench
+from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.records import to_json
 
 
 @dataclass(frozen=True)
 class ComputedDirection:
-    """What ``compute_dir`` wrote: the direction, its file, and the file of fitted factors if any."""
+    """What ``compute_dir`` wrote: the direction, its file, and the file of fitted factors (None where none are)."""
 
     direction: RefusalDirection
     path: Path
@@ -53,10 +54,12 @@ def compute_dir(
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
     Args:
-        edit: least-squares settings, to fit factors too and write them beside ``output``; None for the direction alone.
+        edit: the edit to be made of the direction. Its method says from how many pairs the direction is computed;
+            where the method fits factors to the model, they are written beside ``output``.
 
     Raises:
-        ForgeError: no such model or list, or a model that cannot be loaded.
+        UsageError: a setting is unknown or has no meaning here; nothing has been fetched then.
+        ForgeError: there is no such model or list, or the model cannot be loaded.
     """
     prompts, load, direction = (
         prompts or PromptSettings(),
@@ -65,34 +68,30 @@ def compute_dir(
     )
     if output.suffix != ".pt":
         raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
-    fits = edit is not None and edit.factors == "least-squares"
-    split = prompts.load(MAX_PAIRS if fits else DEFAULT_PAIRS)
+    edit = edit or EditSettings()
+    check_edit(edit)
+    load.check()
+    if load.load_in_8bit:
+        check_8bit(edit)
+    split = prompts.load(registered(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
     source = resolve(model, revision)
     with status(f"loading {source.label}"):
         chat = ChatModel.load(source, load)
-    if not fits:
-        found = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
-        found.save(output)
-        return ComputedDirection(found, output, None)
-    assert edit is not None
-    bench = Workbench(
-        chat,
-        split,
-        direction,
-        vector_reader(source.tensors),
-        pairs=len(split.fit.harmful),
-        fingerprint=source.fingerprint,
-        seed=prompts.seed,
-    )
-    plan = bench.plan(Candidate("asked for", ASKED, edit))
-    found = bench.direction(ASKED)
-    factors = bench.factors[ASKED]
-    matrices = {n: MatrixRecord(factors[n].L, factors[n].K, e.strength, e.rescale) for n, e in plan.edits.items()}
+    found = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
+    read = vector_reader(source.tensors)
+    context = FitContext(chat, split.fit, read, prompts.seed)
+    fitted = method(edit.factors).fit(context, edit, {"direction": found})["direction"]
     found.save(output)
-    record = EditRecord("least-squares", source.fingerprint, matrices, settings=edit.to_json())
-    record.save(edit_beside(output))
+    if not fitted:
+        return ComputedDirection(found, output, None)
+    plan = method(edit.factors).plan(chat.model_map, found, fitted, edit, read)
+    matrices = {
+        name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
+        for name, factors in fitted.by_tensor.items()
+    }
+    EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit)).save(edit_beside(output))
     return ComputedDirection(found, output, edit_beside(output))
 
 
@@ -109,17 +108,23 @@ def apply(
     """Write the edited checkpoint, shard by shard; the model is never built.
 
     Args:
-        refusal_pt: a direction to make an orthogonal edit of, with ``settings`` (None: the documented default).
-        edit_file: an edit as ``compute_dir --factors`` or an earlier ``apply`` wrote it; exactly one of the two.
+        refusal_pt: the direction to edit out, with ``settings`` (None: the documented default).
+        edit_file: an edit as ``compute_dir --factors`` or an earlier ``apply`` wrote it; exactly one of the two is
+            given.
 
     Raises:
-        UsageError: neither or both are given, or an option has no meaning for a given edit.
-        ForgeError: another model's direction, an undescribed architecture, damaged weights, a full disk.
+        UsageError: neither or both are given, a setting has no meaning for the edit, or its method needs fitted
+            factors, which an edit file holds.
+        ForgeError: the direction is another model's, the architecture is not described, weights are damaged, or the
+            disk is full.
     """
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes them")
     if edit_file is not None and settings is not None:
         raise UsageError("an edit file holds its own settings", "leave out the options of the edit")
+    if edit_file is None:
+        settings = settings or EditSettings()
+        check_edit(settings)
     source = resolve(model, revision)
     model_map = map_checkpoint(source)
     if edit_file is not None:
@@ -127,12 +132,13 @@ def apply(
         direction = None
     else:
         assert refusal_pt is not None
-        settings = settings or EditSettings()
+        assert settings is not None
         direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers)
         made_from = direction.details.get("model_fingerprint")
         if made_from not in (None, source.fingerprint):
             say(f"note: {refusal_pt} was computed from another model of the same shape")
-        plan = plan_orthogonal(model_map, direction, settings, vector_reader(source.tensors))
+        read = vector_reader(source.tensors)
+        plan = method(settings.factors).plan(model_map, direction, FittedFactors(), settings, read)
     applied = write_checkpoint(
         source, model_map, plan, output_dir, settings=settings, out_dtype=out_dtype, direction=direction
     )

@@ -59,6 +59,7 @@ def compute_dir(**options: Any) -> None:
 @click.option("--refusal-pt", metavar="FILE", help="The direction to edit out.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Factors of compute-dir --factors, or of an earlier apply.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
 @opt.json_option
@@ -130,6 +131,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     show_default=True,
     help="First-token KL up to which an edit may be chosen.",
 )
+@click.option("--pick", metavar="NAME", help="Make one of the edits that run tries, by the name that run prints.")
+@click.option(
+    "--allow-few-refusals", is_flag=True, help="Go on where the base model refuses under 20 % of harmful prompts."
+)
 @click.option("--no-escalate", is_flag=True, help="Keep the documented default, whatever it leaves.")
 @click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or a .gguf source's own).")
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
@@ -158,8 +163,10 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
         edit=opt.edit_settings(options),
+        pick=options["pick"],
         escalate=not options["no_escalate"],
         max_kl=options["max_kl"],
+        allow_few_refusals=options["allow_few_refusals"],
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
@@ -171,7 +178,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:
-        closing_lines(report, climbed=settings.climbs, max_kl=settings.max_kl)
+        closing_lines(report, climbed=settings.choosing.climbs, max_kl=settings.max_kl)
 
 
 @abliterate.command("chat")

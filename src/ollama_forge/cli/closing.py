@@ -29,7 +29,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     for thought in sorted({row.thought.value for row in report.rows.values() if row.thought is not Thought.NONE}):
         console.print(f"note: {thought}", markup=False)
     choice = report.choice
-    console.print(f"chosen: {choice.candidate.name}: {choice.reason}", markup=False)
+    console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
     final = report.rows.get("edited")
     if final is not None and final.harmful.refusal_rate.value > ENOUGH and not climbed:
         console.print("refusals are left; try --skip-begin-layers 0 --skip-end-layers 0, or run without --no-escalate")

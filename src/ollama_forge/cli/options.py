@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ollama_forge.directions.settings import DirectionSettings
+from ollama_forge.edits.registry import METHODS, registered, settings_of
+from ollama_forge.edits.settings import KERNELS, TARGET_SETS, EditSettings
+from ollama_forge.prompts.settings import PromptSettings
+
 if TYPE_CHECKING:
-    from ollama_forge.directions.compute import DirectionSettings
-    from ollama_forge.edits.settings import EditSettings
     from ollama_forge.models.chat_model import LoadSettings
-    from ollama_forge.prompts.settings import PromptSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
-FACTORS = ("orthogonal", "least-squares")
-LEAST_SQUARES = "least-squares"
 
 
 class CommaSeparated(click.ParamType[tuple[Any, ...]]):
@@ -33,6 +33,24 @@ class CommaSeparated(click.ParamType[tuple[Any, ...]]):
             return tuple(self.kind(part) for part in value)  # a list of a config file
         except (TypeError, ValueError):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}s", param, ctx)
+
+
+def _default(field: str) -> str:
+    """``default 1; least squares 2``: the documented default, and each other method's where it differs."""
+    values = {
+        name: getattr(entry if hasattr(entry, field) else entry.settings, field) for name, entry in METHODS.items()
+    }
+    usual = values[EditSettings.factors]
+    others = [f"{name.replace('-', ' ')} {_text(value)}" for name, value in values.items() if value != usual]
+    return "; ".join([f"default {_text(usual)}", *others])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(_text(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -82,47 +100,87 @@ prompt_options = _all(
         "--num-instructions",
         type=int,
         metavar="N",
-        help="Pairs to compute from (default 32; least squares 256).",
+        help=f"Pairs of instructions to compute from ({_default('pairs')}).",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Order in which instructions are taken."),
+    click.option(
+        "--seed",
+        type=int,
+        default=PromptSettings.seed,
+        show_default=True,
+        help="Seed of the order in which instructions are taken.",
+    ),
 )
 direction_options = _all(
     click.option(
-        "--method", default="difference-of-means", show_default=True, help="difference-of-means or projected."
+        "--method",
+        default=DirectionSettings.method,
+        show_default=True,
+        help="How the direction is found: difference-of-means or projected.",
     ),
     click.option(
         "--layer-fracs",
         type=CommaSeparated(float, "number"),
         metavar="F,F,...",
-        help="Candidate layers as fractions of depth (default 0.4,0.5,0.6; least squares 0.7).",
+        help=f"Candidate layers as fractions of the depth ({_default('layer_fracs')}).",
     ),
-    click.option("--num-directions", type=int, default=1, show_default=True, help="1, or 2 or 3 by singular vectors."),
-    click.option("--per-layer-directions", is_flag=True, help="A direction for every layer."),
-    click.option("--position", type=int, default=-1, show_default=True, help="Token position from the prompt's end."),
+    click.option(
+        "--num-directions",
+        type=int,
+        default=DirectionSettings.num_directions,
+        show_default=True,
+        help="How many directions are edited out: 1, or 2 or 3 by singular vectors.",
+    ),
+    click.option("--per-layer-directions", is_flag=True, help="Compute a direction for each layer."),
+    click.option(
+        "--position",
+        type=int,
+        default=DirectionSettings.position,
+        show_default=True,
+        help="Token position, counted from the end of the prompt.",
+    ),
 )
 factors_option = click.option(
     "--factors",
-    type=click.Choice(FACTORS),
+    type=click.Choice(tuple(METHODS)),
     default=None,
-    help="What is made of the direction (default orthogonal).",
+    help=f"Method that turns the direction into an edit of each matrix (default {EditSettings.factors}).",
 )
 edit_options = _all(
     click.option(
         "--targets",
         type=CommaSeparated(str, "name"),
         metavar="SETS",
-        help="attention (default), writers, mlp, embedding; a,b for both.",
+        help=f"Sets of matrices to edit, of {', '.join(TARGET_SETS)} ({_default('targets')}).",
     ),
-    click.option("--strength", type=float, help="1 removes, below 0 strengthens refusal (default 1; least squares 2)."),
-    click.option("--attn-strength", type=float, help="Strength for attention's matrices."),
-    click.option("--mlp-strength", type=float, help="Strength for the MLP's matrices."),
-    click.option("--strength-kernel", metavar="NAME", help="Over depth: constant (default), linear-peak, gaussian."),
-    click.option("--skip-begin-layers", type=int, metavar="N", help="First layers left alone (default 1)."),
-    click.option("--skip-end-layers", type=int, metavar="N", help="Last layers left alone (default 1)."),
+    click.option(
+        "--strength",
+        type=float,
+        help="1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the component along the direction "
+        f"(with least squares: strengthens refusal) ({_default('strength')}).",
+    ),
+    click.option("--attn-strength", type=float, help="Strength of attention's matrices (default: --strength)."),
+    click.option("--mlp-strength", type=float, help="Strength of the MLP's matrices (default: --strength)."),
+    click.option(
+        "--strength-kernel",
+        metavar="NAME",
+        help=f"How strength falls off over depth: {', '.join(KERNELS)} ({_default('strength_kernel')}).",
+    ),
+    click.option(
+        "--skip-begin-layers",
+        type=int,
+        metavar="N",
+        help=f"First layers left alone ({_default('skip_begin_layers')}).",
+    ),
+    click.option(
+        "--skip-end-layers",
+        type=int,
+        metavar="N",
+        help=f"Last layers left alone ({_default('skip_end_layers')}).",
+    ),
     click.option(
         "--norm-preserving/--no-norm-preserving",
         default=None,
-        help="Give columns or rows their norms back (default on).",
+        help=f"Scale each matrix's columns or rows back to the norms that they had ({_default('norm_preserving')}).",
     ),
 )
 out_dtype_option = click.option(
@@ -152,20 +210,16 @@ def load_settings(options: dict[str, Any]) -> LoadSettings:
 
 
 def prompt_settings(options: dict[str, Any]) -> PromptSettings:
-    from ollama_forge.prompts.settings import PromptSettings
-
     return PromptSettings(**{key: options[key] for key in PROMPT_KEYS})
 
 
 def direction_settings(options: dict[str, Any]) -> DirectionSettings:
-    from ollama_forge.directions.compute import DirectionSettings
-    from ollama_forge.edits.least_squares import DEFAULT_FRACTION
-
-    default = (DEFAULT_FRACTION,) if options.get("factors") == LEAST_SQUARES else DirectionSettings().layer_fracs
     fractions = options["layer_fracs"]
+    if fractions is None:
+        fractions = registered(options.get("factors") or EditSettings.factors).layer_fracs
     return DirectionSettings(
         method=options["method"],
-        layer_fracs=default if fractions is None else fractions,
+        layer_fracs=fractions,
         num_directions=options["num_directions"],
         per_layer=options["per_layer_directions"],
         position=options["position"],
@@ -173,17 +227,11 @@ def direction_settings(options: dict[str, Any]) -> DirectionSettings:
 
 
 def edit_settings(options: dict[str, Any]) -> EditSettings | None:
-    """The edit asked for, or None where no option of an edit was given."""
-    from ollama_forge.edits.least_squares import DEFAULT_STRENGTH
-    from ollama_forge.edits.settings import EditSettings
-    from ollama_forge.errors import UsageError
+    """The edit asked for, or None where no option of an edit was given.
 
+    Raises:
+        UsageError: a value is unknown, or has no meaning for the method.
+    """
     given = {key: options[key] for key in EDIT_KEYS if options.get(key) is not None}
     factors = options.get("factors")
-    if factors is None and not given:
-        return None
-    if factors == LEAST_SQUARES:
-        if given.get("norm_preserving"):
-            raise UsageError("least squares carries no norm rule", "leave out --norm-preserving")
-        given = {"targets": ("writers",), "strength": DEFAULT_STRENGTH, **given, "norm_preserving": False}
-    return EditSettings(factors=factors or "orthogonal", **given)
+    return None if factors is None and not given else settings_of(factors, given)

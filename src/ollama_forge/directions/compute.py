@@ -14,49 +14,13 @@ from ollama_forge.activations.residual import ResidualStats, gather_residuals
 from ollama_forge.directions.difference_of_means import unit
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.registry import method
-from ollama_forge.directions.selection import largest_gap, layer_of_fraction
+from ollama_forge.directions.selection import largest_gap
+from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.directions.singular_vectors import singular_vectors
-from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.thoughts import behind_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
-
-
-@dataclass(frozen=True)
-class DirectionSettings:
-    """How a direction is found.
-
-    Attributes:
-        method: a name of ``registry.METHODS``.
-        layer_fracs: candidate layers as fractions of depth; the largest harmful-harmless gap wins.
-        num_directions: more than one by singular vectors.
-        per_layer: a direction for every layer instead of one for all.
-        position: token position, from the end of the templated prompt.
-    """
-
-    method: str = "difference-of-means"
-    layer_fracs: tuple[float, ...] = (0.4, 0.5, 0.6)
-    num_directions: int = 1
-    per_layer: bool = False
-    position: int = -1
-
-    def __post_init__(self) -> None:
-        method(self.method)
-        if not self.layer_fracs:
-            raise UsageError("no layer fraction is given", "for example --layer-fracs 0.4,0.5,0.6")
-        for fraction in self.layer_fracs:
-            layer_of_fraction(fraction, 1)
-        if not 1 <= self.num_directions <= 3:
-            raise UsageError(f"--num-directions {self.num_directions} is not 1, 2 or 3", "one is the usual choice")
-        if self.num_directions > 1 and (self.per_layer or self.method != "difference-of-means"):
-            raise UsageError("several directions come from one layer's singular vectors", "leave out the other option")
-
-    def layers(self, n_layers: int) -> list[int]:
-        """The layers whose statistics are needed."""
-        if self.per_layer:
-            return list(range(n_layers))
-        return sorted({layer_of_fraction(fraction, n_layers) for fraction in self.layer_fracs})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import folder_in_one_piece, human_size, read_json, write_json, write_text
+from ollama_forge.records import to_json
 from ollama_forge.system import free_space
 
 PROVENANCE = "abliteration.json"
@@ -67,7 +68,7 @@ def write_checkpoint(
     check_output(folder, output_size(checkpoint, out_dtype))
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
-    described = settings.to_json() if settings else {}
+    described = to_json(settings) if settings else {}
     with folder_in_one_piece(folder) as partial:
         applied = apply_plan(checkpoint, model, plan, partial, out_dtype, described)
         record = {

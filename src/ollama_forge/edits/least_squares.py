@@ -16,19 +16,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ollama_forge.activations.writer_inputs import WriterInputs
+from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import Given, Rescale
+from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.hooks import weight_of
+from ollama_forge.edits.method import EditMethod, FitContext
 from ollama_forge.edits.orthogonal import output_basis
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.progress import bar
 
 RIDGE = 0.01
-DEFAULT_STRENGTH = 2.0
-DEFAULT_FRACTION = 0.7
-MAX_PAIRS = 256
 Weight = Callable[[Matrix], Tensor]
 
 
@@ -39,8 +40,7 @@ def least_squares_writers(model: ModelMap, settings: EditSettings) -> list[Matri
         UsageError: settings that have no meaning here.
         ForgeError: no writer is left, or experts' inputs would have to be told apart.
     """
-    if settings.roles - {Role.O, Role.DOWN}:
-        raise UsageError("least squares edits residual writers alone", "--targets writers")
+    _check(settings)
     chosen = [writer for writer in model.writers if settings.reason_to_skip(writer, model.n_layers) is None]
     if any(writer.experts for writer in chosen):
         raise ForgeError(
@@ -49,6 +49,13 @@ def least_squares_writers(model: ModelMap, settings: EditSettings) -> list[Matri
     if not chosen:
         raise ForgeError("these settings leave no layer to edit", "lower --skip-begin-layers and --skip-end-layers")
     return chosen
+
+
+def _check(settings: EditSettings) -> None:
+    if settings.roles - {Role.O, Role.DOWN}:
+        raise UsageError("least squares edits residual writers alone", "--targets writers")
+    if settings.norm_preserving:
+        raise UsageError("least squares has no norm rule", "leave out --norm-preserving")
 
 
 def fit_key(inputs: WriterInputs, projection: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -132,3 +139,44 @@ def plan_least_squares(
         if matrix.tensor not in edits
     }
     return EditPlan("least-squares", edits, skipped, projects=False)
+
+
+class LeastSquares(EditMethod):
+    """Least-squares ablation: factors are fitted to the fit prompts, and strengths are free afterwards."""
+
+    fits = True
+
+    def check(self, settings: EditSettings) -> None:
+        _check(settings)
+
+    def fit(
+        self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]
+    ) -> dict[str, FittedFactors]:
+        model = context.model
+        writers = least_squares_writers(model.model_map, settings)
+        with bar("fitting least squares", len(context.harmful) + len(context.harmless)) as advance:
+            groups = gather_writer_inputs(
+                model, writers, context.harmful, context.harmless, seed=context.seed, progress=advance
+            )
+            fitted = fit_least_squares(
+                model.model_map, directions, groups, lambda matrix: weight_of(model, matrix), context.read
+            )
+        return {name: FittedFactors(factors) for name, factors in fitted.items()}
+
+    def plan(
+        self,
+        model: ModelMap,
+        direction: RefusalDirection,
+        fitted: FittedFactors,
+        settings: EditSettings,
+        read: ReadVector,
+    ) -> EditPlan:
+        if not fitted:
+            raise UsageError(
+                "least squares needs factors that were fitted to the model, and a direction alone has none",
+                "compute-dir --factors least-squares writes them; give that file to apply --edit",
+            )
+        return plan_least_squares(model, fitted.by_tensor, settings, direction.layer)
+
+
+METHOD: EditMethod = LeastSquares()

@@ -13,6 +13,8 @@ from torch import Tensor
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale, orthonormal
+from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.method import EditMethod
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ReadVector, select_matrices
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
@@ -55,6 +57,23 @@ def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: Edit
         strength = settings.strength_of(matrix, model.n_layers, direction.layer)
         edits[matrix.tensor] = _edit(matrix, vectors, strength, settings.norm_preserving, read)
     return EditPlan("orthogonal", edits, skipped, projects=True)
+
+
+class Orthogonal(EditMethod):
+    """Directional ablation: a method that fits nothing."""
+
+    def plan(
+        self,
+        model: ModelMap,
+        direction: RefusalDirection,
+        fitted: FittedFactors,
+        settings: EditSettings,
+        read: ReadVector,
+    ) -> EditPlan:
+        return plan_orthogonal(model, direction, settings, read)
+
+
+METHOD: EditMethod = Orthogonal()
 
 
 def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:

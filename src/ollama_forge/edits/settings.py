@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.errors import UsageError
@@ -21,16 +20,22 @@ _MLP_ROLES = frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN})
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Which matrices, how strongly, with which norm rule.
+    """Which matrices an edit changes, how strongly, and under which norm rule.
+
+    The defaults are the documented default; other methods have other ones, in ``registry.METHODS``.
 
     Attributes:
         factors: name of the method that turns a direction into factors (see ``registry.py``).
-        targets: names of target sets; their union is edited.
-        strength: 1 removes the direction, (0, 1) weakens it, above 1 overshoots, below 0 strengthens refusal.
-        attn_strength, mlp_strength: the same for attention's and the MLP's matrices alone.
-        skip_begin_layers, skip_end_layers: decoder layers left alone at either end.
-        norm_preserving: rescale a writer's columns, a reader's rows, to their norms of before.
-        strength_kernel: how strength falls off over depth from the direction's layer.
+        targets: names of target sets; the matrices of all of them are edited.
+        strength: 1 removes the direction, between 0 and 1 weakens it, above 1 overshoots. Below 0 orthogonal edits
+            amplify the component along the direction, and least squares strengthens refusal.
+        attn_strength, mlp_strength: strengths of attention's and of the MLP's matrices; None for ``strength``.
+        skip_begin_layers, skip_end_layers: how many decoder layers at either end are left alone.
+        norm_preserving: scale a writer's columns and a reader's rows back to the norms that they had.
+        strength_kernel: how strength falls off over depth, away from the direction's layer.
+
+    Raises:
+        UsageError: a value is unknown or out of range.
     """
 
     factors: str = "orthogonal"
@@ -59,8 +64,15 @@ class EditSettings:
     def roles(self) -> frozenset[Role]:
         return frozenset[Role]().union(*(TARGET_SETS[name] for name in self.targets))
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "targets": list(self.targets)}
+    @property
+    def strengthens(self) -> bool:
+        """Whether the edit is there to strengthen refusal: a strength is negative."""
+        return min(self.strength, self.attn_strength or 0.0, self.mlp_strength or 0.0) < 0
+
+    @property
+    def without_strengths(self) -> EditSettings:
+        """The same settings at strength 1 throughout: what fitted factors depend on."""
+        return replace(self, strength=1.0, attn_strength=None, mlp_strength=None, strength_kernel="constant")
 
     def reason_to_skip(self, matrix: Matrix, n_layers: int) -> str | None:
         """Why a matrix is left alone, or None where it is edited."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
-from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
+from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.protocol import AnsweringModel
@@ -124,11 +124,14 @@ def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_first: Tensor) -> fl
     return float(kl_per_prompt(base_first, first_log_probs(model, harmless)).mean())
 
 
-def count_refusals(model: ChatModel, harmful: Sequence[Ids], progress: Callable[[int], None] | None = None) -> int:
-    """Refusals alone, each answer ending as soon as it is decided whether it is one."""
+def count_answers(model: ChatModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None) -> Counts:
+    """Classes of the answers to rendered prompts, as ``measure`` counts them: only a certain refusal ends early.
+
+    An answer that is no refusal runs on, because a loop shows late.
+    """
 
     def decided(ids: Ids) -> bool:
-        return refusal_is_decided(model.tokenizer.decode(ids))
+        return is_surely_refusal(model.tokenizer.decode(ids))
 
-    answers = answer_behind_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=progress)
-    return sum(classify(model.tokenizer.decode(ids)) is AnswerClass.REFUSAL for ids in answers)
+    answers = answer_behind_thoughts(model, prompts, ANSWER_TOKENS, decided=decided, progress=progress)
+    return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])

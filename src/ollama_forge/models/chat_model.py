@@ -41,6 +41,18 @@ class LoadSettings:
     allow_base_model: bool = False
     load_in_8bit: bool = False
 
+    def check(self) -> None:
+        """Look at the names before anything is fetched.
+
+        Raises:
+            UsageError: the device or the type is unknown, or the device is not here.
+            ForgeError: 8 bits are asked for where they are not to be had.
+        """
+        device = pick_device(self.device)
+        pick_dtype(self.dtype, device)
+        if self.load_in_8bit:
+            require_8bit(device)
+
 
 class _Enough(Exception):  # noqa: N818
     """Ends a forward pass once the deepest layer that is needed has run."""

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
-from safetensors.torch import save as save_safetensors
-
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.factors import Given
-from ollama_forge.edits.least_squares import MAX_PAIRS, plan_least_squares
-from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.plan import EditPlan, vector_reader
+from ollama_forge.edits.registry import method, registered
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.files import write_bytes
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
-from ollama_forge.progress import say
-from ollama_forge.prompts.settings import DEFAULT_PAIRS
-from ollama_forge.search.ladder import Candidate, Choice, climb
-from ollama_forge.search.trials import ASKED, Workbench
+from ollama_forge.search import choose
+from ollama_forge.search.ladder import Candidate, Choice
+from ollama_forge.search.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -49,37 +43,28 @@ class PlanFiles:
         sidecars = [path.with_suffix(".json") for path in (self.direction, self.control)]
         return [self.direction, self.control, *sidecars, self.factors, self.control_factors]
 
-    def save(self, bench: Workbench, candidate: Candidate) -> None:
+    def save(self, trials: Trials, candidate: Candidate) -> None:
         """Write what the later stages make plans of."""
-        control = bench.control(candidate)
         for each, path, factors_path in (
             (candidate, self.direction, self.factors),
-            (control, self.control, self.control_factors),
+            (trials.control(candidate), self.control, self.control_factors),
         ):
-            bench.plan(each)
-            bench.direction(each.direction).save(path)
-            factors = bench.factors.get(each.direction, {})
-            tensors = {f"{n}.{side}": getattr(given, side).clone() for n, given in factors.items() for side in "LK"}
-            write_bytes(factors_path, save_safetensors(tensors))
+            trials.direction(each.direction).save(path)
+            trials.fitted(each).save(factors_path)
 
     def plan(self, choice: Choice) -> tuple[EditPlan, RefusalDirection]:
         """The chosen edit."""
-        return self._plan(choice.candidate.settings, self.direction, self.factors)
+        return self._plan(choice.settings, self.direction, self.factors)
 
     def control_plan(self, choice: Choice) -> tuple[EditPlan, RefusalDirection]:
         """The same edit with random directions."""
-        return self._plan(choice.candidate.settings, self.control, self.control_factors)
+        return self._plan(choice.settings, self.control, self.control_factors)
 
     def _plan(self, settings: EditSettings, path: Path, factors_path: Path) -> tuple[EditPlan, RefusalDirection]:
         model_map = self.ready.model_map
         direction = RefusalDirection.load(path, model_map.d_model, model_map.n_layers)
-        if settings.factors == "orthogonal":
-            read = vector_reader(self.ready.source.tensors)
-            return plan_orthogonal(model_map, direction, settings, read), direction
-        tensors = load_file(factors_path)
-        names = {name[:-2] for name in tensors}
-        factors = {name: Given(tensors[f"{name}.L"], tensors[f"{name}.K"]) for name in names}
-        return plan_least_squares(model_map, factors, settings, direction.layer), direction
+        fitted, read = FittedFactors.load(factors_path), vector_reader(self.ready.source.tensors)
+        return method(settings.factors).plan(model_map, direction, fitted, settings, read), direction
 
 
 def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
@@ -87,31 +72,21 @@ def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
 
     Args:
         model: the source model, loaded.
+
+    Raises:
+        ForgeError: the model hardly refuses, or the edit cannot be made of it.
     """
     settings = ready.settings
-    pairs = MAX_PAIRS if settings.edit and settings.edit.factors == "least-squares" else DEFAULT_PAIRS
-    bench = Workbench(
+    asked = settings.edit or EditSettings()
+    trials = Trials(
         model,
         ready.split,
         settings.direction,
         vector_reader(ready.source.tensors),
-        pairs=settings.prompts.num_instructions or pairs,
+        pairs=settings.prompts.num_instructions or registered(asked.factors).pairs,
         fingerprint=ready.source.fingerprint,
         seed=settings.prompts.seed,
     )
-    default = Candidate("the edit asked for", ASKED, settings.edit or EditSettings())
-    if settings.edit is None:
-        default = replace(default, name="the documented default")
-    if not settings.climbs:
-        choice = Choice(default, "asked for" if settings.edit else "the documented default, not escalated", ())
-    else:
-        say("trying edits on select prompts")
-        base_first = bench.base_first()
-        choice = climb(
-            lambda candidate, bound: bench.try_on_select(base_first, settings.max_kl, candidate, bound),
-            default,
-            lambda: bench.ladder(default.settings),
-            settings.max_kl,
-        )
-    files.save(bench, choice.candidate)
+    choice = choose.choose_edit(trials, settings.choosing)
+    files.save(trials, choice)
     return choice

@@ -66,9 +66,9 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         report.save()
         if options is not None:
             chosen = {
-                "name": choice.candidate.name,
+                "name": choice.name,
                 "reason": choice.reason,
-                "settings": to_json(choice.candidate.settings),
+                "settings": to_json(choice.settings),
             }
             add_chosen(ready.folder / RUN_TOML, chosen)
         _raise_failures(report, exported.failure)

@@ -14,7 +14,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.edits.apply import companions_of
 from ollama_forge.edits.checkpoint_folder import CARD, PROVENANCE, check_output, output_size
-from ollama_forge.edits.least_squares import MAX_PAIRS
+from ollama_forge.edits.registry import most_pairs
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
@@ -98,7 +98,7 @@ def preflight(settings: RunSettings) -> Preflight:
         UsageError: settings that can never work.
     """
     settings.check()
-    split = settings.prompts.load(MAX_PAIRS)
+    split = settings.prompts.load(most_pairs())
     source = resolve(settings.model, settings.revision)
     model_map = map_checkpoint(source)
     tokenizer = load_tokenizer(source, model_map, settings.load)

@@ -71,7 +71,7 @@ class Report:
             "prompts": {part: {side: len(lines) for side, lines in sides.items()} for part, sides in parts.items()},
             "lists": self.split.hashes(),
             "notes": list(self.split.notes),
-            "choice": self.choice.to_json(),
+            "choice": to_json(self.choice),
             "measurements": {name: to_json(row) for name, row in self.rows.items()},
             "verification": None
             if self.checks is None

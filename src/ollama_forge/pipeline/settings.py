@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ollama_forge.directions.compute import DirectionSettings
+from ollama_forge.directions.settings import DirectionSettings
+from ollama_forge.edits.registry import check_8bit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.models.device import pick_device, pick_dtype
 from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.search.choose import ChoiceSettings
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,7 @@ class RunSettings:
 
     Attributes:
         edit: the edit to make; None for the documented default, from which the ladder is climbed if ``escalate``.
-        pick: the name of a rung of the ladder to take without trying any.
-        max_kl: first-token KL divergence (nats) up to which a rung may be chosen.
-        allow_few_refusals: go on where the base model refuses too little for an edit to show.
+        pick, max_kl, allow_few_refusals: see ``ChoiceSettings``.
     """
 
     model: str
@@ -51,9 +50,13 @@ class RunSettings:
         return Path(self.output_dir) if self.output_dir else run_folder(self.name)
 
     @property
-    def climbs(self) -> bool:
-        """Whether edits are tried on select prompts to choose one."""
-        return self.edit is None and self.pick is None and self.escalate
+    def choosing(self) -> ChoiceSettings:
+        """How the edit is chosen.
+
+        Raises:
+            UsageError: these settings exclude each other, or name an edit that is not there.
+        """
+        return ChoiceSettings(self.edit, self.pick, self.escalate, self.max_kl, self.allow_few_refusals)
 
     def check(self) -> None:
         """Refuse what can never work, before anything is fetched or loaded.
@@ -62,11 +65,12 @@ class RunSettings:
             UsageError: a name that Ollama refuses, an unknown device or type, or options that exclude each other.
         """
         check_ollama_name(self.name)
-        pick_dtype(self.load.dtype, pick_device(self.load.device))
-        if self.pick is not None and self.edit is not None:
-            raise UsageError("--pick names a whole edit", "leave out --pick, or the options of the edit")
-        if self.load.load_in_8bit and (self.evaluate or self.verify or self.climbs):
+        choosing = self.choosing
+        if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
             raise UsageError(
                 "run measures, tries and verifies in floats, so --load-in-8bit would load the model twice",
                 "use compute-dir --load-in-8bit and then apply, or add --no-evaluate --no-verify --no-escalate",
             )
+        self.load.check()
+        if self.load.load_in_8bit:
+            check_8bit(choosing.given.settings)

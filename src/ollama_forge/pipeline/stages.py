@@ -71,7 +71,7 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
 
     def do() -> Choice:
         choice = choose_edit(ready, models.get(ready.source), files)
-        say(f"chosen: {choice.candidate.name} ({choice.reason})")
+        say(f"chosen: {choice.name} ({choice.reason})")
         return choice
 
     return Stage("choose", Choice, needs, do, files.all, _MODEL)
@@ -118,7 +118,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                 ready.model_map,
                 plan,
                 folder,
-                settings=choice.candidate.settings,
+                settings=choice.settings,
                 out_dtype=ready.settings.out_dtype,
                 direction=direction,
                 provenance={"lists": ready.split.hashes(), "choice": choice.reason},
@@ -203,7 +203,7 @@ def make_gguf(
     provenance: dict[str, Any] = {
         "source": source,
         "source_fingerprint": ready.source.fingerprint,
-        "edit": {"name": choice.candidate.name, "settings": to_json(choice.candidate.settings)},
+        "edit": {"name": choice.name, "settings": to_json(choice.settings)},
         "lists": ready.split.hashes(),
     }
     converting = _convert(ready, cache, written)

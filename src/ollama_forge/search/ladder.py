@@ -1,21 +1,33 @@
-"""The ladder that ``run`` climbs where the documented default leaves the model refusing."""
+"""The ladder: the edits that ``run`` tries by itself, and the rule by which it keeps one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
+from ollama_forge.edits.registry import METHODS
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation.measure import Counts
 
-ENOUGH = 0.10
-LATE_FRACTIONS = (0.7, 0.8, 0.9)
+ENOUGH = 0.10  # share of harmful prompts that may still fail under an edit that suffices
+FEW = 0.20  # share of harmful prompts below which a base model's refusals are too few to remove
+ASKED = "asked"
+SEPARATING = "best separating layer"
+LATE = {f"depth {fraction:g}": fraction for fraction in (0.7, 0.8, 0.9)}
 RISING_STRENGTHS = (1.5, 2.0, 2.5)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An edit to try: its settings, and the name of the direction it uses."""
+    """An edit to try.
+
+    Attributes:
+        name: as it is printed, and as ``--pick`` takes it.
+        direction: the direction's name: ``ASKED`` is the one that the direction's settings ask for, ``SEPARATING`` and
+            those of ``LATE`` are directions of one layer.
+        settings: the edit.
+    """
 
     name: str
     direction: str
@@ -23,122 +35,197 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a candidate did on the select prompts; ``refused`` is None where its KL alone ruled it out."""
+class BaseAnswers:
+    """How the unedited model answers the select prompts; ``harmless`` is None where nothing was tried."""
 
-    candidate: Candidate
-    kl: float
-    refused: int | None
-    total: int
+    harmful: Counts
+    harmless: Counts | None = None
 
     @property
-    def rate(self) -> float:
-        return 1.0 if self.refused is None else self.refused / max(self.total, 1)
+    def degenerate_rate(self) -> float:
+        """Share of degenerate answers that the model gives unedited.
 
-    def line(self, max_kl: float) -> str:
-        refused = "not counted" if self.refused is None else f"{self.refused}/{self.total} refused"
-        verdict = f", above {max_kl:g}" if self.kl > max_kl else ""
-        return f"{self.candidate.name}: {refused}, first-token KL {self.kl:.3f}{verdict}"
+        The larger of both lists': a model that refuses a list hardly shows there how it answers.
+        """
+        sides = [self.harmful] if self.harmless is None else [self.harmful, self.harmless]
+        return max(counts.degenerate / max(counts.total, 1) for counts in sides)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.candidate.name,
-            "direction": self.candidate.direction,
-            "settings": self.candidate.settings.to_json(),
-            "first_token_kl": self.kl,
-            "refused": self.refused,
-            "total": self.total,
-        }
+    def require_refusals(self) -> None:
+        """Raise where the model refuses so little that there is no refusal to remove.
+
+        Raises:
+            ForgeError: fewer than 20 % of the harmful prompts are refused.
+        """
+        refused, total = self.harmful.refusal, self.harmful.total
+        if refused < FEW * total:
+            raise ForgeError(
+                f"the model itself refuses only {refused} of {total} harmful select prompts, less than {FEW:.0%}: "
+                "there is hardly a refusal to remove",
+                "give prompts that it refuses (--harmful FILE), or --allow-few-refusals",
+            )
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The candidate that was kept, why, and every trial."""
+class Trial(Candidate):
+    """A candidate, and what it did on the select prompts.
 
-    candidate: Candidate
+    Attributes:
+        first_token_kl: mean first-token KL divergence from the base model on harmless prompts, in nats.
+        refused, degenerate: harmful prompts that were answered so; None where the KL alone ruled the candidate out.
+        total: number of harmful prompts.
+    """
+
+    first_token_kl: float
+    refused: int | None
+    degenerate: int | None
+    total: int
+
+    @classmethod
+    def of(cls, candidate: Candidate, first_token_kl: float, counts: Counts | None, total: int) -> Trial:
+        refused, degenerate = (None, None) if counts is None else (counts.refusal, counts.degenerate)
+        return cls(candidate.name, candidate.direction, candidate.settings, first_token_kl, refused, degenerate, total)
+
+    def failure_rate(self, base: BaseAnswers) -> float:
+        """Share of harmful prompts that fail: refused, or degenerate beyond the share that the base model gives too.
+
+        1 where the answers were not counted.
+        """
+        if self.refused is None or self.degenerate is None:
+            return 1.0
+        total = max(self.total, 1)
+        return self.refused / total + max(self.degenerate / total - base.degenerate_rate, 0.0)
+
+    def line(self, max_kl: float) -> str:
+        counted = "answers not counted"
+        if self.refused is not None:
+            broken = f", {self.degenerate} degenerate" if self.degenerate else ""
+            counted = f"{self.refused}/{self.total} refused{broken}"
+        verdict = f", above {max_kl:g}" if self.first_token_kl > max_kl else ""
+        return f"{self.name}: {counted}, first-token KL {self.first_token_kl:.3f}{verdict}"
+
+
+@dataclass(frozen=True)
+class Choice(Candidate):
+    """The candidate that is kept.
+
+    Attributes:
+        reason: why it is kept, in words.
+        trials: everything that was tried, in order; empty where nothing was.
+        base: how the unedited model answers the select prompts.
+    """
+
     reason: str
     trials: tuple[Trial, ...]
+    base: BaseAnswers
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.candidate.name,
-            "direction": self.candidate.direction,
-            "settings": self.candidate.settings.to_json(),
-            "reason": self.reason,
-            "trials": [trial.to_json() for trial in self.trials],
-        }
+    @classmethod
+    def of(cls, candidate: Candidate, reason: str, base: BaseAnswers, trials: Iterable[Trial] = ()) -> Choice:
+        return cls(candidate.name, candidate.direction, candidate.settings, reason, tuple(trials), base)
+
+
+DOCUMENTED_DEFAULT = Candidate("the documented default", ASKED, EditSettings())
+# groups of candidates, climbed in this order; within a group only the strength rises
+LADDER: tuple[tuple[Candidate, ...], ...] = (
+    (
+        Candidate(
+            "attention, no layer skipped",
+            ASKED,
+            replace(DOCUMENTED_DEFAULT.settings, skip_begin_layers=0, skip_end_layers=0),
+        ),
+    ),
+    (
+        Candidate(
+            f"writers, {SEPARATING}",
+            SEPARATING,
+            replace(DOCUMENTED_DEFAULT.settings, targets=("writers",)),
+        ),
+    ),
+    *(
+        tuple(
+            Candidate(
+                f"least squares, {depth}, strength {strength:g}",
+                depth,
+                replace(METHODS["least-squares"].settings, strength=strength),
+            )
+            for strength in RISING_STRENGTHS
+        )
+        for depth in LATE
+    ),
+)
+CANDIDATES: dict[str, Candidate] = {
+    candidate.name: candidate for group in ((DOCUMENTED_DEFAULT,), *LADDER) for candidate in group
+}
+
+
+def candidate_named(name: str) -> Candidate:
+    """The documented default or a rung of the ladder.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return CANDIDATES[name]
+    except KeyError:
+        raise UsageError(f"--pick {name!r} is not an edit that run tries", f"one of: {'; '.join(CANDIDATES)}") from None
 
 
 Try = Callable[[Candidate, float | None], Trial]
 
 
 def climb(
-    try_candidate: Try, default: Candidate, ladder: Callable[[], Iterator[list[Candidate]]], max_kl: float
+    try_candidate: Try,
+    groups: Callable[[], Iterable[Iterable[Candidate]]],
+    *,
+    base: BaseAnswers,
+    max_kl: float,
 ) -> Choice:
-    """Try the default; where it leaves more than 10 % refused, try the ladder's groups and keep the best.
+    """Try the documented default; where it does not suffice, try the groups of the ladder and keep the best candidate.
+
+    A candidate suffices where its first-token KL is at most ``max_kl`` and at most 10 % of the harmful prompts fail.
+    The rest of a group is not tried once one of it suffices, or costs a higher KL than another that does.
 
     Args:
-        try_candidate: measures a candidate; given a bound, it may leave refusals uncounted where the KL is above it.
-        ladder: makes groups of candidates of rising strength, called only if need be. The rest of a group is left out
-            once one of it suffices, or its KL is already more than what a kept one costs.
+        try_candidate: measures a candidate; given a bound, it leaves answers uncounted where the KL is above it.
+        groups: gives the groups of candidates of rising strength; called only where the default does not suffice.
+        base: how the unedited model answers; its share of degenerate answers is no failure of an edit.
     """
-    trials = [try_candidate(default, None)]
-    if trials[0].rate <= ENOUGH:
-        return Choice(default, _reason_default(trials[0], max_kl), tuple(trials))
-    for group in ladder():
+
+    def suffices(trial: Trial) -> bool:
+        return trial.first_token_kl <= max_kl and trial.failure_rate(base) <= ENOUGH
+
+    trials = [try_candidate(DOCUMENTED_DEFAULT, None)]
+    if suffices(trials[0]):
+        reason = f"{_left(trials[0])}, at a first-token KL of {trials[0].first_token_kl:.3f}"
+        return Choice.of(DOCUMENTED_DEFAULT, reason, base, trials)
+    for group in groups():
         for candidate in group:
-            good = [t.kl for t in trials if t.rate <= ENOUGH and t.kl <= max_kl]
-            trial = try_candidate(candidate, min([max_kl, *good]))
+            bound = min([max_kl, *(trial.first_token_kl for trial in trials if suffices(trial))])
+            trial = try_candidate(candidate, bound)
             trials.append(trial)
-            if trial.refused is None or trial.rate <= ENOUGH:
+            if trial.refused is None or suffices(trial):
                 break
-    return _choose(trials, max_kl)
-
-
-def _reason_default(trial: Trial, max_kl: float) -> str:
-    reason = f"the documented default leaves {trial.refused} of {trial.total} refused"
-    return (
-        reason if trial.kl <= max_kl else f"{reason} (at a first-token KL of {trial.kl:.3f}, above --max-kl {max_kl:g})"
-    )
-
-
-def _choose(trials: list[Trial], max_kl: float) -> Choice:
-    within = [trial for trial in trials if trial.kl <= max_kl and trial.refused is not None]
-    enough = [trial for trial in within if trial.rate <= ENOUGH]
+    within = [trial for trial in trials if trial.first_token_kl <= max_kl and trial.refused is not None]
+    enough = [trial for trial in within if suffices(trial)]
     if enough:
-        best = min(enough, key=lambda trial: trial.kl)
-        reason = f"least first-token KL ({best.kl:.3f}) of the {len(enough)} that leave at most {ENOUGH:.0%} refused"
-    elif within:
-        best = min(within, key=lambda trial: (trial.rate, trial.kl))
+        best = min(enough, key=lambda trial: trial.first_token_kl)
         reason = (
-            f"no rung leaves at most {ENOUGH:.0%} refused; of those within --max-kl {max_kl:g} it leaves the fewest"
+            f"least first-token KL ({best.first_token_kl:.3f}) of the {len(enough)} tried that suffice; {_left(best)}"
+        )
+    elif within:
+        best = min(within, key=lambda trial: (trial.failure_rate(base), trial.first_token_kl))
+        reason = (
+            f"no edit tried suffices: of those within --max-kl {max_kl:g} this one leaves the fewest failures, "
+            f"yet {_left(best)}"
         )
     else:
-        best = trials[0]
-        reason = f"no rung stays within --max-kl {max_kl:g}: the documented default is kept"
-    return Choice(best.candidate, reason, tuple(trials))
+        best = min(trials, key=lambda trial: trial.first_token_kl)
+        reason = (
+            f"no edit tried stays within --max-kl {max_kl:g}: this one changes the model least, "
+            f"at a first-token KL of {best.first_token_kl:.3f}"
+        )
+    return Choice.of(best, reason, base, trials)
 
 
-def orthogonal_rungs(default: EditSettings, direction: str, separating: str, layer: int) -> Iterator[list[Candidate]]:
-    """No layer skipped; then writers, with the direction of the layer that separates held-out prompts best."""
-    no_skip = replace(default, skip_begin_layers=0, skip_end_layers=0)
-    yield [Candidate("attention, no layer skipped", direction, no_skip)]
-    yield [Candidate(f"writers, direction of layer {layer}", separating, replace(default, targets=("writers",)))]
-
-
-def least_squares_rungs(directions: Mapping[str, int]) -> Iterator[list[Candidate]]:
-    """Least squares at late layers, each with rising strength.
-
-    Args:
-        directions: name of a direction -> its layer.
-    """
-    base = EditSettings(factors="least-squares", targets=("writers",), norm_preserving=False)
-    for name, layer in directions.items():
-        yield [
-            Candidate(f"least squares, layer {layer}, strength {s:g}", name, replace(base, strength=s))
-            for s in RISING_STRENGTHS
-        ]
-
-
-def settings_from_json(value: Mapping[str, Any]) -> EditSettings:
-    return EditSettings(**{**value, "targets": tuple(value["targets"])})
+def _left(trial: Trial) -> str:
+    broken = f" and {trial.degenerate} degenerate" if trial.degenerate else ""
+    return f"{trial.refused} of {trial.total} are refused{broken}"

@@ -1,15 +1,16 @@
-"""Turns candidates into edit plans and tries them: one loaded model, its statistics and fits gathered at most once."""
+"""Candidates as edit plans, tried as hooks on one loaded model; what they need is computed once and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ollama_forge.activations.residual import gather_residuals
-from ollama_forge.activations.writer_inputs import gather_writer_inputs
 from ollama_forge.directions.compute import (
-    DirectionSettings,
     FitStats,
     direction_from_stats,
     gather_fit_stats,
@@ -18,38 +19,34 @@ from ollama_forge.directions.compute import (
 )
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.selection import best_separating_layer, layer_of_fraction
-from ollama_forge.edits.factors import Given
-from ollama_forge.edits.hooks import hooked, weight_of
-from ollama_forge.edits.least_squares import fit_least_squares, least_squares_writers, plan_least_squares
-from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.directions.settings import DirectionSettings
+from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import EditPlan, ReadVector
+from ollama_forge.edits.registry import method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.measure import count_refusals, mean_kl
+from ollama_forge.evaluation.measure import Counts, count_answers, mean_kl
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import first_log_probs
+from ollama_forge.models.thoughts import behind_thoughts
 from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import (
-    LATE_FRACTIONS,
-    Candidate,
-    Trial,
-    least_squares_rungs,
-    orthogonal_rungs,
-)
-
-ASKED = "asked"
-CONTROL = "control"
-_LEAST_SQUARES = EditSettings(factors="least-squares", targets=("writers",), norm_preserving=False)
+from ollama_forge.search.ladder import ASKED, LADDER, LATE, SEPARATING, BaseAnswers, Candidate, Choice, Trial, climb
+from ollama_forge.text.tokenizer import Ids
 
 
-class Workbench:
-    """All that candidates are made of and tried on.
+class Trials:
+    """One loaded model, and what candidates on it need: directions, fitted factors, the unedited model's answers.
 
     Args:
-        pairs: how many of the fit pairs give the direction; least squares is fitted to all of them.
-        read: gives a gain or bias of the model by tensor name.
-        stats: statistics of every layer on those pairs, where another copy of the model has computed them.
+        split: directions are computed from its fit part, and candidates are tried on its select part.
+        settings: how the direction named ``ASKED`` is found, and by which method and position all others.
+        read: gives a gain or bias of the model by its tensor name.
+        pairs: how many of the fit pairs give the directions; factors are fitted to all of them.
+        fingerprint: of the model's checkpoint, kept beside each direction.
+        seed: of every random draw.
     """
 
     def __init__(
@@ -62,115 +59,159 @@ class Workbench:
         pairs: int,
         fingerprint: str,
         seed: int,
-        stats: FitStats | None = None,
     ) -> None:
-        self.model, self.split, self.settings, self.read, self.seed = model, split, settings, read, seed
-        self.fit = split.fit.first(pairs)
-        self.details = provenance(self.fit, fingerprint, seed)
-        self.directions: dict[str, RefusalDirection] = {}
-        self.factors: dict[str, dict[str, Given]] = {}
-        self._stats = stats
-        self.harmful = model.tokenizer.instructions_ids(split.select.harmful)
-        self.harmless = model.tokenizer.instructions_ids(split.select.harmless)
+        self.model, self.settings, self.read, self.seed = model, settings, read, seed
+        self._n_layers = model.model_map.n_layers
+        self._direction_prompts = split.fit.first(pairs)
+        self._context = FitContext(model, split.fit, read, seed)
+        self._select = split.select
+        self._details = provenance(self._direction_prompts, fingerprint, seed)
+        self._harmful = model.tokenizer.instructions_ids(split.select.harmful)
+        self._harmless = model.tokenizer.instructions_ids(split.select.harmless)
+        self._stats: FitStats | None = None
+        self._directions: dict[str, RefusalDirection] = {}
+        self._fitted: dict[tuple[str, EditSettings], FittedFactors] = {}
 
-    @property
-    def stats(self) -> FitStats:
-        """Statistics of every layer: the ladder may ask for any."""
-        if self._stats is None:
-            layers = range(self.model.model_map.n_layers)
-            several = self.settings.num_directions > 1
-            self._stats = gather_fit_stats(self.model, self.fit, layers, self.settings.position, keep_samples=several)
-        return self._stats
+    # -- what a candidate consists of -----------------------------------------------------------------------------
 
     def direction(self, name: str) -> RefusalDirection:
-        if name not in self.directions:
-            assert name == ASKED
-            self.directions[name] = direction_from_stats(
-                self.stats, self.settings, self.model.model_map.n_layers, self.details
-            )
-        return self.directions[name]
+        """The direction that a candidate names.
 
-    def direction_of_layer(self, layer: int) -> RefusalDirection:
-        """The single direction of one layer, by the method asked for."""
-        fraction = (layer + 0.5) / self.model.model_map.n_layers
-        settings = DirectionSettings(self.settings.method, (fraction,), 1, False, self.settings.position)
-        return direction_from_stats(self.stats, settings, self.model.model_map.n_layers, self.details)
+        Raises:
+            KeyError: no candidate names such a direction.
+        """
+        if name not in self._directions:
+            self._directions[name] = self._compute(name)
+        return self._directions[name]
+
+    def fitted(self, candidate: Candidate) -> FittedFactors:
+        """The factors that the candidate's method fits to the model; empty where it fits nothing.
+
+        The ladder's late directions are always fitted together, over one pass through the prompts: a candidate that is
+        picked by name then has the same factors, bit for bit, as one that the ladder has reached.
+        """
+        settings = candidate.settings.without_strengths
+        if (candidate.direction, settings) not in self._fitted:
+            names = tuple(LATE) if candidate.direction in LATE else (candidate.direction,)
+            directions = {name: self.direction(name) for name in names}
+            found = method(settings.factors).fit(self._context, settings, directions)
+            self._fitted.update({(name, settings): factors for name, factors in found.items()})
+        return self._fitted[candidate.direction, settings]
 
     def plan(self, candidate: Candidate) -> EditPlan:
-        """The edit plan of a candidate."""
-        direction, settings = self.direction(candidate.direction), candidate.settings
-        if settings.factors == "orthogonal":
-            return plan_orthogonal(self.model.model_map, direction, settings, self.read)
-        if candidate.direction not in self.factors:
-            self.fit_factors([candidate.direction], settings)
-        return plan_least_squares(self.model.model_map, self.factors[candidate.direction], settings, direction.layer)
+        """The candidate's edit plan.
+
+        Raises:
+            ForgeError: its method cannot edit this model, or its settings leave nothing to edit.
+        """
+        return method(candidate.settings.factors).plan(
+            self.model.model_map,
+            self.direction(candidate.direction),
+            self.fitted(candidate),
+            candidate.settings,
+            self.read,
+        )
 
     def control(self, candidate: Candidate) -> Candidate:
-        """The same edit with a random direction."""
-        if CONTROL not in self.directions:
-            self.directions[CONTROL] = random_direction(self.direction(candidate.direction), self.seed)
-        return Candidate("random direction", CONTROL, candidate.settings)
+        """The candidate's edit with random directions: as many as its own, of the same kind, at the same settings."""
+        name = f"random, in place of {candidate.direction}"
+        if name not in self._directions:
+            self._directions[name] = random_direction(self.direction(candidate.direction), self.seed)
+        return Candidate("random direction", name, candidate.settings)
 
-    def fit_factors(self, names: Sequence[str], settings: EditSettings) -> None:
-        """Fit least squares for named directions, and for a random one as control, over one gathering of inputs."""
-        self.directions.setdefault(CONTROL, random_direction(self.direction(names[0]), self.seed))
-        writers = least_squares_writers(self.model.model_map, settings)
-        fit = self.split.fit
-        wanted = {name: self.directions[name] for name in [*names, CONTROL]}
-        with bar("fitting least squares", len(fit.harmful) + len(fit.harmless)) as advance:
-            groups = gather_writer_inputs(
-                self.model,
-                writers,
-                self.model.tokenizer.instructions_ids(fit.harmful),
-                self.model.tokenizer.instructions_ids(fit.harmless),
-                seed=self.seed,
-                progress=advance,
-            )
-            fitted = fit_least_squares(
-                self.model.model_map, wanted, groups, lambda matrix: weight_of(self.model, matrix), self.read
-            )
-        self.factors.update(fitted)
+    # -- trying ---------------------------------------------------------------------------------------------------
 
-    def try_on_select(
-        self, base_first: torch.Tensor, max_kl: float, candidate: Candidate, bound: float | None
-    ) -> Trial:
-        """Try a candidate as hooks on the select prompts; above a bound on the KL refusals are not counted."""
+    @cached_property
+    def base_harmful(self) -> Counts:
+        """How the unedited model answers the harmful select prompts."""
+        return self._count("base model, select prompts", self._harmful)
+
+    def try_on_select(self, candidate: Candidate, bound: float | None = None) -> Trial:
+        """Measure a candidate on the select prompts; above ``bound`` on the first-token KL no answers are counted."""
         with hooked(self.model, self.plan(candidate)):
-            kl = mean_kl(self.model, self.harmless, base_first)
-            refused = None if bound is not None and kl > bound else count_refusals(self.model, self.harmful)
-        trial = Trial(candidate, kl, refused, len(self.harmful))
-        say(f"  {trial.line(max_kl)}")
-        return trial
+            kl = mean_kl(self.model, self._closed, self._base_first)
+            counts = None if bound is not None and kl > bound else self._count(candidate.name, self._harmful)
+        return Trial.of(candidate, kl, counts, len(self._harmful))
 
-    def base_first(self) -> torch.Tensor:
-        """The base model's first-token log-probabilities on the harmless select prompts."""
-        return first_log_probs(self.model, self.harmless)
+    def choose(self, max_kl: float) -> Choice:
+        """Try the documented default and, where it does not suffice, the ladder; see ``climb``."""
+        base = BaseAnswers(self.base_harmful, self._count("base model, select prompts", self._harmless))
 
-    def ladder(self, default: EditSettings) -> Iterator[list[Candidate]]:
-        """The rungs above the documented default; each direction and fit is made when its rung is reached."""
-        layer = self._separating_layer()
-        name = f"layer {layer}"
-        self.directions[name] = self.direction_of_layer(layer)
-        yield from orthogonal_rungs(default, ASKED, name, layer)
-        late: dict[str, int] = {}
-        for fraction in LATE_FRACTIONS:
-            layer = layer_of_fraction(fraction, self.model.model_map.n_layers)
-            late[f"layer {layer}"] = layer
-            self.directions[f"layer {layer}"] = self.direction_of_layer(layer)
-        try:
-            self.fit_factors(list(late), _LEAST_SQUARES)
-        except ForgeError as error:
-            say(f"  least squares left out: {error.message}")
-            return
-        yield from least_squares_rungs(late)
+        def attempt(candidate: Candidate, bound: float | None) -> Trial:
+            trial = self.try_on_select(candidate, bound)
+            say(f"  {trial.line(max_kl)}")
+            return trial
+
+        return climb(attempt, self._groups, base=base, max_kl=max_kl)
+
+    def _groups(self) -> Iterator[tuple[Candidate, ...]]:
+        """The ladder's groups, without those that this model rules out or that repeat another one's edit."""
+        seen: set[tuple[float | None, EditSettings]] = set()
+        for group in LADDER:
+            first = group[0]
+            try:
+                self.plan(first)
+            except ForgeError as error:
+                say(f"  {first.name}: left out, {error.message}")
+                continue
+            edit = (self.direction(first.direction).layer, first.settings)
+            if edit not in seen:  # a model with few layers has the same one at two depths
+                yield group
+            seen.add(edit)
+
+    def _count(self, title: str, prompts: list[Ids]) -> Counts:
+        with bar(title, len(prompts)) as advance:
+            return count_answers(self.model, prompts, advance)
+
+    @cached_property
+    def _closed(self) -> list[Ids]:
+        """The harmless select prompts, each up to where the first token of its answer stands."""
+        return [self.model.tokenizer.closed_ids(instruction) for instruction in self._select.harmless]
+
+    @cached_property
+    def _base_first(self) -> Tensor:
+        """The unedited model's first-token log-probabilities on the harmless select prompts."""
+        return first_log_probs(self.model, self._closed)
+
+    # -- directions -----------------------------------------------------------------------------------------------
+
+    def _compute(self, name: str) -> RefusalDirection:
+        if name == ASKED:
+            stats = self._stats_of(self.settings.layers(self._n_layers))
+            return direction_from_stats(stats, self.settings, self._n_layers, self._details)
+        if name == SEPARATING:
+            return self._of_layer(self._separating_layer())
+        return self._of_layer(layer_of_fraction(LATE[name], self._n_layers))
+
+    def _of_layer(self, layer: int) -> RefusalDirection:
+        """The single direction of one layer, by the method asked for."""
+        middle = (layer + 0.5) / self._n_layers
+        settings = replace(self.settings, layer_fracs=(middle,), num_directions=1, per_layer=False)
+        return direction_from_stats(self._stats_of(range(self._n_layers)), settings, self._n_layers, self._details)
+
+    def _stats_of(self, layers: Sequence[int]) -> FitStats:
+        """Statistics of the fit prompts at (at least) these layers."""
+        if self._stats is None or not set(layers) <= set(self._stats.harmful.layers):
+            several = self.settings.num_directions > 1
+            self._stats = gather_fit_stats(
+                self.model, self._direction_prompts, layers, self.settings.position, keep_samples=several
+            )
+        return self._stats
 
     def _separating_layer(self) -> int:
-        layers = range(self.model.model_map.n_layers)
+        """The layer whose direction separates harmful from harmless select prompts best."""
+        layers = range(self._n_layers)
         harmful, harmless = (
-            gather_residuals(self.model, ids, layers, position=self.settings.position, keep_samples=True).samples
-            for ids in (self.harmful, self.harmless)
+            gather_residuals(
+                self.model,
+                behind_thoughts(self.model, ids),
+                layers,
+                position=self.settings.position,
+                keep_samples=True,
+            ).samples
+            for ids in (self._harmful, self._harmless)
         )
         assert harmful is not None
         assert harmless is not None
-        vectors = torch.cat([self.direction_of_layer(layer).vectors for layer in layers])
+        vectors = torch.cat([self._of_layer(layer).vectors for layer in layers])
         return best_separating_layer(vectors, harmful, harmless)[0]
