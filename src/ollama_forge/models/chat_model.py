@@ -20,7 +20,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
-from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory
+from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory, require_8bit
 from ollama_forge.models.greedy import answer
 from ollama_forge.models.loading import load_module
 from ollama_forge.models.protocol import Answers
