@@ -10,7 +10,7 @@ import torch
 from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.directions.compute import DirectionSettings, compute_direction, random_direction
 from ollama_forge.directions.registry import METHODS
-from ollama_forge.directions.selection import auc, d_prime, largest_gap
+from ollama_forge.directions.selection import d_prime, largest_gap
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.greedy import answer
@@ -109,7 +109,6 @@ def test_equal_lists_have_no_direction(tmp_path: Path) -> None:
 
 def test_scores() -> None:
     high, low = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 2.0])
-    assert auc(high, low) == pytest.approx((8 + 0.5) / 9)
     assert d_prime(high, low) == pytest.approx(2.0)
     best, candidates = largest_gap(torch.eye(3) * torch.tensor([1.0, 5.0, 2.0]), torch.zeros(3, 3), (0.0, 0.4, 0.9))
     assert (best.layer, len(candidates)) == (1, 3)

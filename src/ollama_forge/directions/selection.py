@@ -58,13 +58,6 @@ def largest_gap(
     return max(candidates, key=lambda candidate: candidate.gap), candidates
 
 
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a random positive score lies above a random negative one (ties count half)."""
-    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).double().mean()
-    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).double().mean()
-    return float(above + equal / 2)
-
-
 def d_prime(positive: Tensor, negative: Tensor) -> float:
     """Distance of the means in units of the pooled standard deviation."""
     spread = ((positive.var() + negative.var()) / 2).sqrt()
