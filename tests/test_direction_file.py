@@ -218,7 +218,7 @@ def test_apply_is_told_which_kind_the_rows_are(tmp_path: Path) -> None:
     RefusalDirection(rows(L), per_layer=True).save(tmp_path / "layers.pt")
 
     def weights(name: str, *options: str) -> bytes:
-        folder = tmp_path / f"{name}{''.join(options)}"
+        folder = tmp_path / f"edited-{name}{''.join(options)}"
         command = ["--model", str(source.folder), "--output-dir", str(folder), "--refusal-pt", str(tmp_path / name)]
         apply.main([*command, "--targets", "writers", *options], standalone_mode=False)
         return (folder / "model.safetensors").read_bytes()
