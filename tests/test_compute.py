@@ -9,6 +9,7 @@ import torch
 
 from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.directions.compute import DirectionSettings, compute_direction, random_direction
+from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.registry import METHODS
 from ollama_forge.directions.selection import d_prime, largest_gap
 from ollama_forge.errors import ForgeError, UsageError
@@ -75,8 +76,6 @@ def test_per_layer_directions_and_positions(tmp_path: Path) -> None:
     gap = one_by_one(model, FIT.harmful, 1, -3).mean(0) - one_by_one(model, FIT.harmless, 1, -3).mean(0)
     torch.testing.assert_close(found.for_layer(1)[0].double(), gap / gap.norm(), rtol=1e-4, atol=1e-5)
     found.save(tmp_path / "r.pt")
-    from ollama_forge.directions.direction import RefusalDirection
-
     assert RefusalDirection.load(tmp_path / "r.pt", tiny.D, 4).per_layer
 
 
@@ -136,6 +135,21 @@ def test_a_control_is_another_direction_of_the_same_shape(tmp_path: Path) -> Non
     assert float(control.vectors.norm()) == pytest.approx(1.0, abs=1e-5)
     assert torch.equal(control.vectors, random_direction(found).vectors)
     assert abs(float((control.vectors * found.vectors).sum())) < 0.9
+
+
+@pytest.mark.parametrize(("count", "per_layer"), [(1, False), (3, False), (4, True)])
+def test_a_control_has_as_many_directions_of_the_same_kind(count: int, per_layer: bool) -> None:
+    vectors = torch.linalg.qr(torch.randn(tiny.D, count, generator=torch.Generator().manual_seed(1))).Q.T
+    found = RefusalDirection(vectors.contiguous(), per_layer, None if per_layer else 2, -3)
+    control, other = random_direction(found, 5), random_direction(found, 6)
+    assert (control.per_layer, control.layer, control.position) == (found.per_layer, found.layer, found.position)
+    assert torch.equal(control.vectors, random_direction(found, 5).vectors)
+    assert not torch.allclose(control.vectors, other.vectors, atol=0.1)
+    products = control.vectors @ control.vectors.T
+    torch.testing.assert_close(products.diagonal(), torch.ones(count), rtol=0, atol=1e-6)
+    if not per_layer:
+        torch.testing.assert_close(products, torch.eye(count), rtol=0, atol=1e-6)
+    assert torch.linalg.matrix_rank(control.vectors) == count
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon", "falcon-rw", "gpt_oss"])

@@ -167,6 +167,13 @@ def test_two_directions_are_removed_together(family: str, tmp_path: Path) -> Non
         assert (values @ blind.T).norm() <= 1e-5 * (matrices(load(source), READER)[name] @ blind.T).norm()
 
 
+def test_a_repeated_direction_removes_one_axis(tmp_path: Path) -> None:
+    twice = torch.stack([R, -R])
+    plans = [apply_to("gemma2", tmp_path / str(len(rows)), vectors=rows)[2] for rows in (R.unsqueeze(0), twice)]
+    for name, edit in plans[0].edits.items():
+        assert torch.equal(edit.rule.basis, plans[1].edits[name].rule.basis)  # type: ignore[attr-defined]
+
+
 def swap_axis(spec: dict[str, Any]) -> None:
     square = [m for m in spec["matrix"] if m["role"] == "o"]
     for entry in square:
@@ -273,12 +280,12 @@ def counted_expert_edits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[st
 
 
 def fail_inside_experts(model: ChatModel, plan: EditPlan, ids: list[list[int]]) -> None:
-    """Run with the edit on, and run out of memory inside an edited layer's experts."""
+    """Run with the edit on, and fail inside the experts of an edited layer."""
     experts = decoder_layers(model)[2].mlp.experts  # type: ignore[union-attr]
     works = experts.forward
 
     def fails(*args: Any) -> Tensor:
-        raise MemoryError
+        raise LookupError
 
     try:
         with hooked(model, plan):
@@ -312,7 +319,7 @@ def test_experts_are_edited_once_and_put_back(
             at_first = counts["experts"]
             for _ in range(3):
                 as_hooks = first_log_probs(base, ids)
-        with pytest.raises(MemoryError):
+        with pytest.raises(LookupError):
             fail_inside_experts(base, plan, ids)
     torch.testing.assert_close(as_hooks, wanted, rtol=1e-4, atol=2e-4)
     assert (as_hooks - plain).abs().max() > 0.01
