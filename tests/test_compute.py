@@ -9,8 +9,9 @@ import torch
 
 from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.directions.compute import compute_direction, random_direction
+from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.registry import METHODS
-from ollama_forge.directions.selection import auc, d_prime, largest_gap
+from ollama_forge.directions.selection import d_prime, largest_gap
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -76,8 +77,6 @@ def test_per_layer_directions_and_positions(tmp_path: Path) -> None:
     gap = one_by_one(model, FIT.harmful, 1, -3).mean(0) - one_by_one(model, FIT.harmless, 1, -3).mean(0)
     torch.testing.assert_close(found.for_layer(1)[0].double(), gap / gap.norm(), rtol=1e-4, atol=1e-5)
     found.save(tmp_path / "r.pt")
-    from ollama_forge.directions.direction import RefusalDirection
-
     assert RefusalDirection.load(tmp_path / "r.pt", tiny.D, 4).per_layer
 
 
@@ -110,7 +109,6 @@ def test_equal_lists_have_no_direction(tmp_path: Path) -> None:
 
 def test_scores() -> None:
     high, low = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([0.0, 1.0, 2.0])
-    assert auc(high, low) == pytest.approx((8 + 0.5) / 9)
     assert d_prime(high, low) == pytest.approx(2.0)
     best, candidates = largest_gap(torch.eye(3) * torch.tensor([1.0, 5.0, 2.0]), torch.zeros(3, 3), (0.0, 0.4, 0.9))
     assert (best.layer, len(candidates)) == (1, 3)
@@ -138,6 +136,21 @@ def test_a_control_is_another_direction_of_the_same_shape(tmp_path: Path) -> Non
     assert float(control.vectors.norm()) == pytest.approx(1.0, abs=1e-5)
     assert torch.equal(control.vectors, random_direction(found).vectors)
     assert abs(float((control.vectors * found.vectors).sum())) < 0.9
+
+
+@pytest.mark.parametrize(("count", "per_layer"), [(1, False), (3, False), (4, True)])
+def test_a_control_has_as_many_directions_of_the_same_kind(count: int, per_layer: bool) -> None:
+    vectors = torch.linalg.qr(torch.randn(tiny.D, count, generator=torch.Generator().manual_seed(1))).Q.T
+    found = RefusalDirection(vectors.contiguous(), per_layer, None if per_layer else 2, -3)
+    control, other = random_direction(found, 5), random_direction(found, 6)
+    assert (control.per_layer, control.layer, control.position) == (found.per_layer, found.layer, found.position)
+    assert torch.equal(control.vectors, random_direction(found, 5).vectors)
+    assert not torch.allclose(control.vectors, other.vectors, atol=0.1)
+    products = control.vectors @ control.vectors.T
+    torch.testing.assert_close(products.diagonal(), torch.ones(count), rtol=0, atol=1e-6)
+    if not per_layer:
+        torch.testing.assert_close(products, torch.eye(count), rtol=0, atol=1e-6)
+    assert torch.linalg.matrix_rank(control.vectors) == count
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon", "falcon-rw", "gpt_oss"])

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ollama_forge.cli.abliterate import apply
+from ollama_forge.directions.basis import independent_rows, orthonormal
 from ollama_forge.directions.direction import FORMAT, RefusalDirection
 from ollama_forge.errors import ForgeError
 from tests import tiny
@@ -159,14 +161,119 @@ def test_mean_diffs_give_the_last_position_per_layer(tmp_path: Path) -> None:
     assert torch.allclose(found.vectors, rows(L, seed=2), atol=1e-6)
 
 
+def test_the_first_layer_without_a_difference_gets_the_next_ones(tmp_path: Path) -> None:
+    """Before the first layer the last position holds the same token of the template in every prompt."""
+    differences = rows(L, seed=2).double().repeat(2, 1, 1)
+    differences[-1, 0] = torch.randn(D, dtype=torch.float64) * 1e-16
+    found = load(stored(tmp_path / "mean_diffs.pt", differences)).vectors
+    assert torch.allclose(found, rows(L, seed=2)[[1, 1, 2, 3]], atol=1e-6)
+    differences[-1, 2] = 0.0
+    with pytest.raises(ForgeError, match="zero"):
+        load(stored(tmp_path / "mean_diffs.pt", differences))
+
+
 def test_rows_are_layers_where_the_sidecar_says_so(tmp_path: Path) -> None:
     path = stored(tmp_path / "refusal.pt", rows(L), kind="per-layer")
     assert load(path).per_layer
-    path.with_suffix(".json").unlink()
+    path.with_suffix(".json").write_text('{"kind": "directions"}')
     assert not load(path).per_layer
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", "3", "\udcff"])
+# Which kind the rows are
+
+
+@pytest.mark.parametrize("content", ["rows", "columns", "dictionary"])
+@pytest.mark.parametrize("count", [L, L + 1, D - 1])
+def test_rows_of_an_unknown_kind_are_refused(tmp_path: Path, count: int, content: str) -> None:
+    vectors = rows(count)
+    forms: dict[str, Any] = {"rows": vectors, "columns": vectors.T, "dictionary": {"directions": vectors}}
+    path = stored(tmp_path / "refusal.pt", forms[content])
+    with pytest.raises(ForgeError, match=f"holds {count} directions") as refusal:
+        load(path)
+    assert "--per-layer" in refusal.value.hint
+    assert "--joint" in refusal.value.hint
+    joint = RefusalDirection.load(path, D, L, per_layer=False)
+    assert not joint.per_layer
+    assert torch.allclose(joint.vectors, vectors, atol=1e-6)
+    if count == L:
+        layered = RefusalDirection.load(path, D, L, per_layer=True)
+        assert layered.per_layer
+        assert torch.allclose(layered.vectors, vectors, atol=1e-6)
+    else:
+        with pytest.raises(ForgeError, match=f"{count} layers, this model has {L}"):
+            RefusalDirection.load(path, D, L, per_layer=True)
+
+
+def test_as_many_rows_as_a_small_model_has_layers_are_refused(tmp_path: Path) -> None:
+    path = stored(tmp_path / "refusal.pt", rows(2))
+    with pytest.raises(ForgeError, match="joint or one for each layer"):
+        RefusalDirection.load(path, D, 2)
+    assert len(RefusalDirection.load(path, D, 3).vectors) == 2
+    assert len(RefusalDirection.load(stored(tmp_path / "one.pt", rows(1)), D, 1).vectors) == 1
+
+
+def test_apply_is_told_which_kind_the_rows_are(tmp_path: Path) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "model")
+    stored(tmp_path / "rows.pt", rows(L))
+    RefusalDirection(rows(L), per_layer=True).save(tmp_path / "layers.pt")
+
+    def weights(name: str, *options: str) -> bytes:
+        folder = tmp_path / f"edited-{name}{''.join(options)}"
+        command = ["--model", str(source.folder), "--output-dir", str(folder), "--refusal-pt", str(tmp_path / name)]
+        apply.main([*command, "--targets", "writers", *options], standalone_mode=False)
+        return (folder / "model.safetensors").read_bytes()
+
+    with pytest.raises(ForgeError, match="joint or one for each layer"):
+        weights("rows.pt")
+    assert weights("rows.pt", "--per-layer") == weights("layers.pt") != weights("rows.pt", "--joint")
+
+
+@pytest.mark.parametrize("layered", [True, False])
+def test_a_file_is_not_taken_for_the_other_kind(tmp_path: Path, layered: bool) -> None:
+    path = tmp_path / "refusal.pt"
+    RefusalDirection(rows(L), per_layer=layered).save(path)
+    assert RefusalDirection.load(path, D, L, per_layer=layered).per_layer == layered
+    with pytest.raises(ForgeError, match="says that it holds"):
+        RefusalDirection.load(path, D, L, per_layer=not layered)
+
+
+def test_the_sidecar_of_another_file_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RefusalDirection(rows(1), layer=2).save(tmp_path / "refusal.pt")
+    found = load(stored(tmp_path / "refusal.pt", rows(2)))
+    assert (found.layer, len(found.vectors)) == (None, 2)
+    assert "describes another file" in capsys.readouterr().err
+
+
+# Joint directions are orthonormal
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_repeated_direction_does_not_become_another_axis(
+    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = rows(2)
+    found = load(stored(tmp_path / "refusal.pt", torch.stack([first, -2.7 * first, second]).to(dtype)))
+    assert torch.allclose(found.vectors, rows(2), atol=0.02 if dtype.itemsize == 2 else 1e-6)
+    assert "1 of the 3 directions" in capsys.readouterr().err
+
+
+def test_joint_directions_are_made_orthonormal(tmp_path: Path) -> None:
+    first, second = rows(2)
+    found = load(stored(tmp_path / "refusal.pt", torch.stack([first, 0.8 * first + 0.6 * second]))).vectors
+    assert torch.allclose(found @ found.T, torch.eye(2), atol=1e-6)
+    assert torch.allclose(found, rows(2), atol=1e-6)
+
+
+def test_a_basis_spans_what_it_is_given() -> None:
+    first, second, third = rows(3)
+    mixed = torch.stack([first, first, second, first - 3 * second, third + first])
+    assert independent_rows(mixed) == [0, 2, 4]
+    basis = orthonormal(mixed)
+    assert basis.shape == (D, 3)
+    assert torch.allclose(basis @ basis.T, rows(3).T @ rows(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", "3", "\udcff", '{"layer": "x"}', '{"kind": "guess"}'])
 def test_a_bad_sidecar_does_no_harm(tmp_path: Path, content: str) -> None:
     path = stored(tmp_path / "refusal.pt", rows(1))
     path.with_suffix(".json").write_bytes(content.encode(errors="surrogateescape"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +21,11 @@ from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits import factors
+from ollama_forge.edits import factors, hooks
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.orthogonal import plan_orthogonal
-from ollama_forge.edits.plan import EditPlan, vector_reader
+from ollama_forge.edits.plan import BiasEdit, EditPlan, vector_reader
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -166,6 +167,13 @@ def test_two_directions_are_removed_together(family: str, tmp_path: Path) -> Non
         assert (values @ blind.T).norm() <= 1e-5 * (matrices(load(source), READER)[name] @ blind.T).norm()
 
 
+def test_a_repeated_direction_removes_one_axis(tmp_path: Path) -> None:
+    twice = torch.stack([R, -R])
+    plans = [apply_to("gemma2", tmp_path / str(len(rows)), vectors=rows)[2] for rows in (R.unsqueeze(0), twice)]
+    for name, edit in plans[0].edits.items():
+        assert torch.equal(edit.rule.basis, plans[1].edits[name].rule.basis)  # type: ignore[attr-defined]
+
+
 def swap_axis(spec: dict[str, Any]) -> None:
     square = [m for m in spec["matrix"] if m["role"] == "o"]
     for entry in square:
@@ -254,6 +262,101 @@ def test_hooks_do_what_the_weights_will(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(as_hooks, first_log_probs(written, ids), rtol=1e-4, atol=2e-4)
     assert (as_hooks - plain).abs().max() > 0.05
     assert torch.equal(first_log_probs(base, ids), plain)
+
+
+@contextmanager
+def counted_expert_edits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Counts how often hooks edit the matrix of an expert."""
+    counts: Counter[str] = Counter()
+    real = factors.edit_matrix
+
+    def counting(*args: Any) -> factors.EditedMatrix:
+        counts["experts"] += len(args) > 4 and args[4] is not None
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "edit_matrix", counting)
+        yield counts
+
+
+def fail_inside_experts(model: ChatModel, plan: EditPlan, ids: list[list[int]]) -> None:
+    """Run with the edit on, and fail inside the experts of an edited layer."""
+    experts = decoder_layers(model)[2].mlp.experts  # type: ignore[union-attr]
+    works = experts.forward
+
+    def fails(*args: Any) -> Tensor:
+        raise LookupError
+
+    try:
+        with hooked(model, plan):
+            experts.forward = fails  # type: ignore[union-attr, assignment]
+            first_log_probs(model, ids)
+    finally:
+        experts.forward = works  # type: ignore[union-attr, assignment]
+
+
+EXPERTS = {
+    "norms kept": EditSettings(targets=("mlp",), strength=0.7),
+    "no norm rule": EditSettings(targets=("mlp",), strength=0.7, norm_preserving=False),
+    "negative": EditSettings(targets=("writers",), strength=-0.5, norm_preserving=False),
+}
+COPIED = 2 * 2 * 4  # two layers' stacks, gate_up and down, of four experts
+
+
+@pytest.mark.parametrize("free", [None, 80_000, 0])
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_edited_once_and_put_back(
+    case: str, free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, result, plan = apply_to("gpt_oss", tmp_path, EXPERTS[case], TWO)
+    base, written = load(source), load(result)
+    ids = base.tokenizer.instructions_ids(tiny.lines(3))
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in base.module.named_parameters()}
+    plain, wanted = first_log_probs(base, ids), first_log_probs(written, ids)
+    monkeypatch.setattr(hooks, "memory_available", lambda device: free)
+    with counted_expert_edits(monkeypatch) as counts:
+        with hooked(base, plan):
+            at_first = counts["experts"]
+            for _ in range(3):
+                as_hooks = first_log_probs(base, ids)
+        with pytest.raises(LookupError):
+            fail_inside_experts(base, plan, ids)
+    torch.testing.assert_close(as_hooks, wanted, rtol=1e-4, atol=2e-4)
+    assert (as_hooks - plain).abs().max() > 0.01
+    note = capsys.readouterr().err.partition("note: edited copies")[2]
+    if case != "norms kept":
+        assert counts["experts"] == 0
+    elif free is None:
+        assert counts["experts"] == 2 * COPIED  # once in each of the two blocks
+    else:
+        assert at_first == (0 if free == 0 else COPIED // 4)
+        assert f"{4 if free == 0 else 3} of 4 stacks" in note
+    assert bool(note) == (case == "norms kept" and free is not None)
+    for name, parameter in base.module.named_parameters():
+        assert parameter.data_ptr() == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert torch.equal(first_log_probs(base, ids), plain)
+
+
+def test_one_projection_equals_the_edit_of_every_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a norm that has a bias of its own too, whose constant the experts' biases get back."""
+    source, _, plan = apply_to("gpt_oss", tmp_path, EXPERTS["no norm rule"])
+    beta = torch.randn(tiny.D, generator=torch.Generator().manual_seed(1))
+    edits = {
+        name: replace(edit, bias_edit=edit.bias_edit or BiasEdit(edit.rule.basis, beta))  # type: ignore[attr-defined]
+        for name, edit in plan.edits.items()
+    }
+    base = load(source)
+    ids = base.tokenizer.instructions_ids(tiny.lines(3))
+    answers = []
+    for projects in (True, False):
+        with monkeypatch.context() as patch:
+            if not projects:
+                patch.setattr(hooks, "_is_one_projection", lambda model, edit: False)
+            with counted_expert_edits(monkeypatch) as counts, hooked(base, replace(plan, edits=edits)):
+                answers.append(first_log_probs(base, ids))
+        assert counts["experts"] == (0 if projects else COPIED)
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

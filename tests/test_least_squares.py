@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +15,14 @@ from ollama_forge.activations import writer_inputs
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.factors import Given
 from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.least_squares import (
-    fit_key,
+    fit_keys,
     fit_least_squares,
     least_squares_writers,
     plan_least_squares,
 )
-from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -39,7 +42,7 @@ def test_the_key_minimises_what_it_says(width: int) -> None:
     harmful, harmless, projection = random_inputs(width)
     mean = harmless[:10].mean(0)
     moment = harmless.T @ harmless / 20
-    key = fit_key(WriterInputs(harmful, mean, moment, None), projection)
+    key = fit_keys(WriterInputs(harmful, mean, moment, None), projection.unsqueeze(0))[0]
     key.requires_grad_(True)
     ridge = 0.01 * (harmful.T @ harmful / 20 + moment).diagonal().mean()
     target = (harmful - mean) @ projection
@@ -53,9 +56,38 @@ def test_the_key_minimises_what_it_says(width: int) -> None:
 def test_the_dual_gives_the_same_key(width: int) -> None:
     harmful, harmless, projection = random_inputs(width)
     rows = harmless / 20**0.5
-    primal = fit_key(WriterInputs(harmful, harmless.mean(0), rows.T @ rows, None), projection)
-    dual = fit_key(WriterInputs(harmful, harmless.mean(0), None, rows), projection)
+    primal = fit_keys(WriterInputs(harmful, harmless.mean(0), rows.T @ rows, None), projection.unsqueeze(0))
+    dual = fit_keys(WriterInputs(harmful, harmless.mean(0), None, rows), projection.unsqueeze(0))
     torch.testing.assert_close(dual, primal, rtol=1e-3, atol=1e-5)
+
+
+def plain_solve(inputs: WriterInputs, projection: torch.Tensor) -> torch.Tensor:
+    """The key of one direction, by a general solver in float64."""
+    harmful, mean = inputs.harmful.double(), inputs.harmless_last_mean.double()
+    rows = inputs.harmless_rows
+    harmless = inputs.harmless_moment if rows is None else rows.T @ rows
+    assert harmless is not None
+    moment = harmful.T @ harmful / len(harmful) + harmless.double()
+    ridge = 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+    target = (harmful - mean) @ projection.double()
+    return torch.linalg.solve(moment + ridge, harmful.T @ target / len(harmful))
+
+
+@pytest.mark.parametrize("keeps", ["a moment", "rows"])
+def test_all_directions_share_one_factorisation(keeps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmful, harmless, _ = random_inputs(24)
+    rows = harmless / 20**0.5
+    moment, kept = (rows.T @ rows, None) if keeps == "a moment" else (None, rows)
+    inputs = WriterInputs(harmful, harmless.mean(0), moment, kept)
+    projections = torch.randn(4, 24, generator=torch.Generator().manual_seed(5))
+    calls: list[torch.Size] = []
+    factorise = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (calls.append(matrix.shape), factorise(matrix))[1])
+    keys = fit_keys(inputs, projections)
+    assert len(calls) == 1
+    wanted = torch.stack([plain_solve(inputs, projection) for projection in projections])
+    assert (keys - wanted).norm() < 1e-5 * wanted.norm()
+    torch.testing.assert_close(fit_keys(inputs, projections[2:3])[0], keys[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +115,37 @@ def test_inputs_are_those_of_the_last_positions(model: ChatModel) -> None:
     rows = torch.cat(wanted)
     assert inputs.harmful.shape == rows.shape
     torch.testing.assert_close(inputs.harmful.T @ inputs.harmful, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def prompts_of_tokens(model: ChatModel, *counts: int) -> list[list[int]]:
+    ids = model.tokenizer.instruction_ids(tiny.lines(1)[0] * 3)
+    return [ids[:count] for count in counts]
+
+
+def test_short_prompts_count_each_last_position_once(model: ChatModel) -> None:
+    """Positions drawn from anywhere are no last positions, also where a prompt has fewer than four of them."""
+    prompts = prompts_of_tokens(model, 2, 3, 1, 12, 1, 1)  # in batches of 3: one of them is of one-token prompts alone
+    writer = model.model_map.writers[3]
+    inputs = next(gather_writer_inputs(model, [writer], prompts, prompts))[writer.tensor]
+    wanted = []
+    for prompt in prompts:
+        seen: list[torch.Tensor] = []
+        handle = model.submodule(writer).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        with torch.inference_mode():
+            model.module(input_ids=torch.tensor([prompt]))
+        handle.remove()
+        wanted.append(seen[0][1:][-writer_inputs.LAST_POSITIONS :])
+    rows = torch.cat(wanted)
+    assert len(inputs.harmful) == len(rows) == 1 + 2 + 4
+    torch.testing.assert_close(inputs.harmless_last_mean, rows.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["harmful", "harmless"])
+def test_prompts_of_one_token_are_refused(model: ChatModel, kind: str) -> None:
+    short, long = prompts_of_tokens(model, 1, 1, 1), prompts_of_tokens(model, 9, 9, 9)
+    lists = (short, long) if kind == "harmful" else (long, short)
+    with pytest.raises(ForgeError, match=f"every {kind} prompt is one token long"):
+        next(gather_writer_inputs(model, model.model_map.writers, *lists))
 
 
 def test_a_small_budget_takes_more_passes_to_the_same_statistics(model: ChatModel) -> None:
@@ -128,6 +191,81 @@ def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
     torch.testing.assert_close(fitted[writer.tensor].L[:, 0], wanted, rtol=1e-5, atol=1e-6)
 
 
+def fitted_to(model: ChatModel, direction: RefusalDirection) -> dict[str, Given]:
+    weight = lambda matrix: weight_of(model, matrix)  # noqa: E731
+    return fit_least_squares(model.model_map, {"r": direction}, gathered(model), weight, vector_reader_of(model))["r"]
+
+
+def test_several_directions_are_all_used(model: ChatModel) -> None:
+    """Each axis of the basis has the key that fits it alone, so the edit takes all axes' excess away."""
+    vectors = torch.linalg.qr(torch.randn(tiny.D, 3, generator=torch.Generator().manual_seed(3))).Q.T.contiguous()
+    fitted = fitted_to(model, RefusalDirection(vectors, layer=2))
+    inputs = gathered(model)[0]
+    for writer in model.model_map.writers:
+        given = fitted[writer.tensor]
+        assert given.L.shape == (tiny.D, 3)
+        assert given.K.shape == (writer.in_features, 3)
+        torch.testing.assert_close(given.L.T @ given.L, torch.eye(3), rtol=0, atol=1e-5)
+        projections = given.L.T @ weight_of(model, writer)
+        for axis in range(3):
+            wanted = plain_solve(inputs[writer.tensor], projections[axis]).float()
+            assert (given.K[:, axis] - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_one_of_several_directions_is_fitted_as_if_alone(model: ChatModel) -> None:
+    several = RefusalDirection(torch.eye(tiny.D)[:2], layer=2)
+    first = RefusalDirection(torch.eye(tiny.D)[:1], layer=2)
+    weight = lambda matrix: weight_of(model, matrix)  # noqa: E731
+    named = {"several": several, "first": first}
+    together = fit_least_squares(model.model_map, named, gathered(model), weight, vector_reader_of(model))
+    for name, alone in fitted_to(model, first).items():
+        assert torch.equal(together["first"][name].L, alone.L)
+        torch.testing.assert_close(together["first"][name].K, alone.K, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(together["several"][name].K[:, :1], alone.K, rtol=1e-3, atol=1e-5)
+
+
+def test_each_layer_is_fitted_to_its_own_direction(model: ChatModel) -> None:
+    rows = torch.stack([tiny.unit_vector(seed) for seed in range(4)])
+    layered = fitted_to(model, RefusalDirection(rows, per_layer=True))
+    for writer in model.model_map.writers:
+        assert writer.layer is not None
+        alone = fitted_to(model, RefusalDirection(rows[writer.layer : writer.layer + 1]))[writer.tensor]
+        assert torch.equal(layered[writer.tensor].L, alone.L)
+        torch.testing.assert_close(layered[writer.tensor].K, alone.K, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_inputs_that_determine_no_key_are_one_line(model: ChatModel, value: float) -> None:
+    spoilt = gathered(model)
+    name = model.model_map.writers[3].tensor
+    entry = spoilt[0][name]
+    tensors = (entry.harmful, entry.harmless_last_mean, entry.harmless_moment, entry.harmless_rows)
+    empty = WriterInputs(*(None if part is None else torch.full_like(part, value) for part in tensors))  # type: ignore[arg-type]
+    spoilt[0] = {**spoilt[0], name: empty}
+    direction = {"r": RefusalDirection(tiny.unit_vector().unsqueeze(0))}
+    with pytest.raises(ForgeError, match=re.escape(name)):
+        fit_least_squares(model.model_map, direction, spoilt, lambda m: weight_of(model, m), vector_reader_of(model))
+
+
+def test_a_group_is_dropped_before_the_next_is_gathered(model: ChatModel) -> None:
+    parts = gathered(model, budget=40_000)
+    alive: list[int] = []
+
+    def groups() -> Iterator[dict[str, WriterInputs]]:
+        held: list[weakref.ref[WriterInputs]] = []
+        while parts:
+            alive.append(sum(reference() is not None for reference in held))
+            part = parts.pop(0)
+            held += [weakref.ref(inputs) for inputs in part.values()]
+            yield part
+            del part
+
+    direction = {"r": RefusalDirection(tiny.unit_vector().unsqueeze(0))}
+    fit_least_squares(model.model_map, direction, groups(), lambda m: weight_of(model, m), vector_reader_of(model))
+    assert len(alive) > 1
+    assert not any(alive)
+
+
 def test_settings_without_meaning_are_refused(model: ChatModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="writers alone"):
         least_squares_writers(model.model_map, replace(SETTINGS, targets=("attention",)))
@@ -146,4 +284,3 @@ def test_strengths_and_skips_are_the_settings_own(model: ChatModel) -> None:
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "o"} == {1.0}
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "down"} == {2.0}
     assert set(plan.edits) | set(plan.skipped) == {matrix.tensor for matrix in model.model_map.matrices}
-    assert callable(vector_reader)

@@ -101,6 +101,7 @@ def apply(
     *,
     refusal_pt: Path | None = None,
     edit_file: Path | None = None,
+    per_layer: bool | None = None,
     revision: str | None = None,
     settings: EditSettings | None = None,
     out_dtype: str = "bf16",
@@ -111,6 +112,8 @@ def apply(
         refusal_pt: the direction to edit out, with ``settings`` (None: the documented default).
         edit_file: an edit as ``compute_dir --factors`` or an earlier ``apply`` wrote it; exactly one of the two is
             given.
+        per_layer: whether the rows of ``refusal_pt`` are one direction for each layer (True) or joint directions
+            (False), where the file does not say so itself.
 
     Raises:
         UsageError: neither or both are given, a setting has no meaning for the edit, or its method needs fitted
@@ -120,7 +123,7 @@ def apply(
     """
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes them")
-    if edit_file is not None and settings is not None:
+    if edit_file is not None and (settings is not None or per_layer is not None):
         raise UsageError("an edit file holds its own settings", "leave out the options of the edit")
     if edit_file is None:
         settings = settings or EditSettings()
@@ -133,7 +136,7 @@ def apply(
     else:
         assert refusal_pt is not None
         assert settings is not None
-        direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers)
+        direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers, per_layer=per_layer)
         made_from = direction.details.get("model_fingerprint")
         if made_from not in (None, source.fingerprint):
             say(f"note: {refusal_pt} was computed from another model of the same shape")

@@ -19,9 +19,9 @@ class ResidualStats:
     """Statistics of one set of prompts.
 
     Attributes:
-        layers: the layers looked at, in order.
+        layers: the layers that the statistics are of, in order.
         mean: float64 ``[len(layers), d_model]``.
-        samples: float32 ``[prompts, len(layers), d_model]``, where they were asked for.
+        samples: float32 ``[prompts, len(layers), d_model]``; None unless asked for.
         lengths: tokens of each prompt.
     """
 

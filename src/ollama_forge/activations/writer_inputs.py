@@ -1,8 +1,9 @@
-"""What residual writers take in, on harmful and on harmless prompts: the statistics that least squares is fitted to.
+"""The inputs of residual writers on harmful and on harmless prompts: the statistics that least squares is fitted to.
 
-Of harmful prompts the last positions are kept; of harmless ones the last positions and some from anywhere, each half of
-the weight. The first token of a prompt is never among them: it is an attention sink of huge norm. For a writer with
-fewer inputs than there are samples the harmless ones are folded into a second moment as they come.
+Harmful prompts give their last positions. Harmless prompts give their last positions and positions drawn from anywhere,
+and each of these two sets has half the weight. The first token of a prompt is never taken, as it is an attention sink
+of huge norm: a prompt of one token gives nothing. Where a writer has no more inputs than there are samples, the
+harmless inputs are added up in a second moment as they come; else they are kept as rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.text.tokenizer import Ids
 
@@ -26,13 +28,14 @@ _BYTES = 4
 
 @dataclass(frozen=True)
 class WriterInputs:
-    """Inputs of one writer, float32.
+    """Inputs of one writer, float32. The moment lies on the model's device if that is CUDA; all else is on the CPU.
 
     Attributes:
         harmful: ``[samples, in]`` at the last positions of harmful prompts.
-        harmless_last_mean: ``[in]``, at the last positions of harmless ones.
-        harmless_moment: ``[in, in]`` weighted second moment of harmless inputs, or None where rows are kept.
-        harmless_rows: ``[samples, in]``, each scaled so that ``rows.T @ rows`` is that moment; None where it is folded.
+        harmless_last_mean: ``[in]`` mean at the last positions of harmless prompts.
+        harmless_moment: ``[in, in]`` weighted second moment of harmless inputs; None where rows are kept.
+        harmless_rows: ``[samples, in]``, each scaled so that ``rows.T @ rows`` is that moment; None where the moment
+            is kept.
     """
 
     harmful: Tensor
@@ -43,15 +46,15 @@ class WriterInputs:
 
 @dataclass(frozen=True)
 class _Pick:
-    """For each prompt the positions kept, and the weight of each in the second moment."""
+    """The positions taken of each prompt: its last ones, and for harmless prompts ones drawn from anywhere."""
 
-    positions: list[list[int]]
-    weights: list[list[float]]
-    last: int
+    last: list[list[int]]
+    drawn: list[list[int]]
 
     @property
-    def count(self) -> int:
-        return sum(map(len, self.positions))
+    def counts(self) -> tuple[int, int]:
+        """How many last and how many drawn positions there are in all prompts together."""
+        return sum(map(len, self.last)), sum(map(len, self.drawn))
 
 
 def gather_writer_inputs(
@@ -64,35 +67,36 @@ def gather_writer_inputs(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, WriterInputs]]:
-    """Yield the inputs of groups of writers by tensor name: all at once where they fit ``budget`` bytes.
+    """Yield the inputs of groups of writers by tensor name, as many writers at a time as fit ``budget`` bytes.
 
     Each group costs one pass over the prompts, up to its deepest layer.
+
+    Raises:
+        ForgeError: every harmful, or every harmless, prompt is one token long.
     """
-    bad = _pick_last(harmful)
-    good = _pick_harmless(harmless, seed)
-    for group in _groups(writers, bad.count, good.count, budget):
+    bad = _Pick(_last(harmful), [[] for _ in harmful])
+    good = _Pick(_last(harmless), _drawn(harmless, seed))
+    for kind, pick in (("harmful", bad), ("harmless", good)):
+        if not pick.counts[0]:
+            raise ForgeError(
+                f"every {kind} prompt is one token long, and least squares takes no prompt's first token",
+                "give longer instructions, or --factors orthogonal",
+            )
+    for group in _groups(writers, sum(bad.counts), sum(good.counts), budget):
         yield _gather_group(model, group, (harmful, bad), (harmless, good), progress)
 
 
-def _pick_last(prompts: Sequence[Ids]) -> _Pick:
-    positions = [list(range(max(1, len(ids) - LAST_POSITIONS), len(ids))) for ids in prompts]
-    count = sum(map(len, positions))
-    return _Pick(positions, [[1 / count] * len(row) for row in positions], LAST_POSITIONS)
+def _last(prompts: Sequence[Ids]) -> list[list[int]]:
+    return [list(range(max(1, len(ids) - LAST_POSITIONS), len(ids))) for ids in prompts]
 
 
-def _pick_harmless(prompts: Sequence[Ids], seed: int) -> _Pick:
-    """The last positions, weighing half, and a seeded draw of positions from anywhere, weighing the other half."""
+def _drawn(prompts: Sequence[Ids], seed: int) -> list[list[int]]:
     drawn = random.Random(seed)
-    last = _pick_last(prompts).positions
-    anywhere = [drawn.sample(range(1, len(ids)), min(2 * LAST_POSITIONS, len(ids) - 1)) for ids in prompts]
-    counts = sum(map(len, last)), sum(map(len, anywhere))
-    positions = [a + b for a, b in zip(last, anywhere, strict=True)]
-    weights = [[0.5 / counts[0]] * len(a) + [0.5 / counts[1]] * len(b) for a, b in zip(last, anywhere, strict=True)]
-    return _Pick(positions, weights, LAST_POSITIONS)
+    return [drawn.sample(range(1, len(ids)), min(2 * LAST_POSITIONS, len(ids) - 1)) for ids in prompts]
 
 
 def folds(in_features: int, samples: int) -> bool:
-    """Whether a second moment is smaller than the rows it is made of; where it isn't, the solve is in the dual."""
+    """Whether the second moment is smaller than the rows it is made of; where it is not, the dual is solved."""
     return in_features <= samples
 
 
@@ -116,7 +120,7 @@ def _groups(writers: Sequence[Matrix], bad: int, good: int, budget: int) -> Iter
 
 
 class _Collector:
-    """Takes one writer's inputs as batches pass."""
+    """Collects one writer's inputs, batch by batch."""
 
     def __init__(self, writer: Matrix, bad: int, good: int, device: torch.device) -> None:
         width = writer.in_features
@@ -139,7 +143,7 @@ class _Collector:
         return WriterInputs(
             torch.cat(self.harmful),
             (self.last_sum / max(self.last_count, 1)).float(),
-            None if self.moment is None else self.moment.cpu(),
+            self.moment if self.moment is None or self.moment.device.type == "cuda" else self.moment.cpu(),
             torch.cat(self.rows) if self.rows else None,
         )
 
@@ -152,10 +156,11 @@ def _gather_group(
     progress: Callable[[int], None] | None,
 ) -> dict[str, WriterInputs]:
     deepest = max(writer.layer or 0 for writer in group)
+    samples = sum(harmful[1].counts), sum(harmless[1].counts)
     result: dict[str, WriterInputs] = {}
 
     def work() -> None:
-        collectors = {w.tensor: _Collector(w, harmful[1].count, harmless[1].count, model.device) for w in group}
+        collectors = {w.tensor: _Collector(w, *samples, model.device) for w in group}
         for (prompts, pick), is_harmful in ((harmful, True), (harmless, False)):
             for batch in model.batches(prompts):
                 index = _places(batch.rows, batch.ids.shape[1], prompts, pick)
@@ -176,6 +181,8 @@ def _gather_group(
 
 @dataclass(frozen=True)
 class _Places:
+    """Picked places ``[samples]`` in a batch: row, column, weight in the harmless moment, whether a last position."""
+
     row: Tensor
     column: Tensor
     weight: Tensor
@@ -184,17 +191,20 @@ class _Places:
 
 def _places(rows: Sequence[int], width: int, prompts: Sequence[Ids], pick: _Pick) -> _Places:
     """Where in a left-padded batch the picked positions lie."""
+    weights = [0.5 / max(count, 1) for count in pick.counts]
     entries = [
-        (place, width - len(prompts[row]) + position, weight, order < pick.last)
+        (place, width - len(prompts[row]) + position, weight, is_last)
         for place, row in enumerate(rows)
-        for order, (position, weight) in enumerate(zip(pick.positions[row], pick.weights[row], strict=True))
+        for positions, weight, is_last in ((pick.last[row], weights[0], True), (pick.drawn[row], weights[1], False))
+        for position in positions
     ]
-    row, column, weight, is_last = zip(*entries, strict=True)
-    return _Places(torch.tensor(row), torch.tensor(column), torch.tensor(weight), torch.tensor(is_last))
+    types = (torch.long, torch.long, torch.float32, torch.bool)
+    columns = [torch.tensor([entry[n] for entry in entries], dtype=dtype) for n, dtype in enumerate(types)]
+    return _Places(*columns)
 
 
 class _inputs:  # noqa: N801
-    """Hooks that keep what writers take in at the picked places, float32, while the block runs."""
+    """Hooks that keep the writers' inputs at the picked places, float32, while the block runs."""
 
     def __init__(self, model: ChatModel, writers: Sequence[Matrix], places: _Places) -> None:
         self.seen: dict[str, Tensor] = {}

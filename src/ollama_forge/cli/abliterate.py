@@ -58,6 +58,12 @@ def compute_dir(**options: Any) -> None:
 @click.option("--output-dir", required=True, metavar="DIR", help="Where the edited checkpoint goes.")
 @click.option("--refusal-pt", metavar="FILE", help="The direction to edit out.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Factors of compute-dir --factors, or of an earlier apply.")
+@click.option(
+    "--per-layer/--joint",
+    "per_layer",
+    default=None,
+    help="Whether the rows of a --refusal-pt file that does not say so are one for each layer, or joint directions.",
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @opt.factors_option
 @opt.edit_options
@@ -75,6 +81,7 @@ def apply(**options: Any) -> None:
         folder,
         refusal_pt=_path(options["refusal_pt"]),
         edit_file=_path(options["edit_file"]),
+        per_layer=options["per_layer"],
         revision=options["revision"],
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],

@@ -25,7 +25,7 @@ from ollama_forge.prompts.split import PartPrompts
 
 @dataclass(frozen=True)
 class FitStats:
-    """The residual stream's statistics on the fit prompts."""
+    """Statistics of the residual stream on the harmful and on the harmless fit prompts."""
 
     harmful: ResidualStats
     harmless: ResidualStats
@@ -34,7 +34,11 @@ class FitStats:
 def gather_fit_stats(
     model: ChatModel, fit: PartPrompts, layers: Sequence[int], position: int, *, keep_samples: bool = False
 ) -> FitStats:
-    """Run all fit prompts, harmful and harmless."""
+    """Run all fit prompts and keep the statistics of some layers at one position.
+
+    Args:
+        keep_samples: keep the harmful prompts' vectors too, which singular vectors need.
+    """
     with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
 
         def side(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
@@ -50,8 +54,8 @@ def compute_direction(
     """Compute the direction from the fit prompts alone.
 
     Args:
-        fingerprint: of the model's checkpoint, kept in the sidecar.
-        seed: with which the prompts were sampled, kept in the sidecar.
+        fingerprint: fingerprint of the model's checkpoint, kept in the sidecar.
+        seed: seed that the prompts were sampled with, kept in the sidecar.
     """
     stats = gather_fit_stats(
         model,
@@ -64,7 +68,7 @@ def compute_direction(
 
 
 def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
-    """What the sidecar says of where a direction comes from."""
+    """The details of a direction's sidecar: model, lists, number of prompts, seed, and this program's version."""
     return {
         "model_fingerprint": fingerprint,
         "lists": fit.hashes,
@@ -77,7 +81,12 @@ def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
 def direction_from_stats(
     stats: FitStats, settings: DirectionSettings, n_layers: int, details: dict[str, Any]
 ) -> RefusalDirection:
-    """The direction that the settings ask for, from statistics of (at least) their layers."""
+    """The direction that the settings ask for.
+
+    Args:
+        stats: statistics of the layers that the settings name, or of more.
+        details: what the sidecar says of the direction's origin.
+    """
     find: Callable[[Tensor, Tensor], Tensor] = method(settings.method)
     bad, good = stats.harmful, stats.harmless
     if settings.per_layer:
@@ -100,7 +109,13 @@ def direction_from_stats(
 
 
 def random_direction(like: RefusalDirection, seed: int = 0) -> RefusalDirection:
-    """A control: random unit vectors of the same shape and kind."""
+    """A control for an edit with ``like``: random directions, as many and of the same kind.
+
+    Joint directions are orthonormal; where each layer has its own direction, the rows are independent unit vectors.
+
+    Args:
+        seed: the same seed and shape give the same directions.
+    """
     generator = torch.Generator().manual_seed(seed + 0x5EED)
     vectors = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64)
     if not like.per_layer and len(vectors) > 1:

@@ -13,7 +13,13 @@ from ollama_forge.errors import UsageError
 
 @dataclass(frozen=True)
 class LayerScore:
-    """A layer fraction, the layer it stands for, and its scores."""
+    """Scores of one layer.
+
+    Attributes:
+        fraction: the fraction of depth that named the layer.
+        gap: distance of the harmful from the harmless mean.
+        relative_gap: the same as a share of the mean length of the two means.
+    """
 
     fraction: float
     layer: int
@@ -43,7 +49,7 @@ def layer_of_fraction(fraction: float, n_layers: int) -> int:
 def largest_gap(
     mean_harmful: Tensor, mean_harmless: Tensor, fractions: Sequence[float]
 ) -> tuple[LayerScore, list[LayerScore]]:
-    """The candidate with the largest harmful-harmless gap, and all of them.
+    """The layer with the largest distance between harmful and harmless means, and the scores of all layers tried.
 
     Args:
         mean_harmful, mean_harmless: ``[n_layers, d_model]`` means of the residual stream at one position.
@@ -58,13 +64,6 @@ def largest_gap(
     return max(candidates, key=lambda candidate: candidate.gap), candidates
 
 
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a random positive score lies above a random negative one (ties count half)."""
-    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).double().mean()
-    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).double().mean()
-    return float(above + equal / 2)
-
-
 def d_prime(positive: Tensor, negative: Tensor) -> float:
     """Distance of the means in units of the pooled standard deviation."""
     spread = ((positive.var() + negative.var()) / 2).sqrt()
@@ -72,11 +71,15 @@ def d_prime(positive: Tensor, negative: Tensor) -> float:
 
 
 def best_separating_layer(directions: Tensor, harmful: Tensor, harmless: Tensor) -> tuple[int, float]:
-    """The layer whose direction separates held-out prompts best, by d', the last fifth of the layers left out.
+    """The layer whose direction separates held-out prompts best by d'. The last fifth of the layers is not considered.
 
     Args:
         directions: ``[n_layers, d_model]`` unit vectors.
-        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of prompts that gave none of them.
+        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of prompts that no direction was computed
+            from.
+
+    Returns:
+        The layer and its d'.
     """
     last = max(1, int(0.8 * len(directions)))
     scores = [

@@ -66,7 +66,13 @@ class Given:
 
 @dataclass(frozen=True)
 class EditedMatrix:
-    """What became of one matrix: the result, its factors, and the scale of its columns or rows (None: no norm rule)."""
+    """An edited matrix.
+
+    Attributes:
+        weight: the result, float32 ``[out, in]``.
+        factors: the factors that were subtracted, at strength 1.
+        scale: what columns ``[in]`` or rows ``[out]`` were multiplied with afterwards; None without a norm rule.
+    """
 
     weight: Tensor
     factors: Factors
@@ -76,7 +82,14 @@ class EditedMatrix:
 def edit_matrix(
     weight: Tensor, rule: Rule, strength: float, rescale: Rescale, expert: int | None = None
 ) -> EditedMatrix:
-    """Apply a rule to a float32 ``[out, in]`` matrix; the input is not changed."""
+    """Apply a rule to a float32 ``[out, in]`` matrix, which is not changed itself.
+
+    Under ``RemoveFromOutput`` the component of the output along the basis is multiplied by ``1 - strength``, whatever
+    its sign: strength 1 removes the component, a negative strength amplifies it.
+
+    Args:
+        expert: which expert of a stack the matrix belongs to, or None where it is no stack.
+    """
     factors = rule.factors(weight, expert)
     edited = torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
     scale = None
@@ -87,10 +100,3 @@ def edit_matrix(
         scale = torch.where(after > 0, before / after.clamp_min(torch.finfo(after.dtype).tiny), 1.0)
         edited.mul_(scale.unsqueeze(axis))
     return EditedMatrix(edited, factors, scale)
-
-
-def orthonormal(vectors: Tensor) -> Tensor:
-    """An orthonormal basis ``[d, k]`` of the span of ``vectors`` ``[k, d]``, the first one's direction kept."""
-    basis, triangle = torch.linalg.qr(vectors.double().T)
-    oriented: Tensor = basis * triangle.diagonal().sign()
-    return oriented.float()

@@ -1,14 +1,17 @@
 """An edit plan put on a loaded model as hooks, exactly as the weights will be, and taken off again without a trace.
 
 A norm rule is a scaling of a writer's input columns beforehand, or of a reader's output rows (less its bias) after.
-Stacked experts have no low-rank form over routed tokens: their parameter is edited while the layer runs.
+Stacked experts have no low-rank form over routed tokens. Without a norm rule, one projection of the experts' common
+input or summed output does the same. Else their parameter is exchanged for an edited copy while the block lasts. The
+copies take as much memory as the edited stacks (gpt-oss-20b, bf16, each layer: ``down`` 0.53 GB, ``gate_up`` 1.06 GB).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,19 +19,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ollama_forge.architectures.model_map import Matrix, Role
-from ollama_forge.edits.factors import EditedMatrix, Rescale, edit_matrix
-from ollama_forge.edits.plan import EditPlan, MatrixEdit
+from ollama_forge.edits.factors import EditedMatrix, RemoveFromInput, RemoveFromOutput, Rescale, edit_matrix
+from ollama_forge.edits.plan import BiasEdit, EditPlan, GivenBias, MatrixEdit
 from ollama_forge.errors import ForgeError
+from ollama_forge.files import human_size
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.device import memory_available
+from ollama_forge.progress import say
+
+_SHARE_OF_FREE_MEMORY = 0.75
 
 
 @contextmanager
 def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
-    """The model as ``plan`` would make it, inside the block."""
+    """The model as ``plan`` would make it, inside the block; the model's own weights afterwards, exactly."""
+    edits = list(to_device(plan, model.device).edits.values())
     with ExitStack() as stack:
-        for edit in to_device(plan, model.device).edits.values():
-            for handle in _hooks(model, edit):
+        copied: list[_ExpertCopies] = []
+        for edit in edits:
+            if edit.matrix.experts and not _is_one_projection(model, edit):
+                copied.append(_ExpertCopies(model.submodule(edit.matrix), edit))
+                continue
+            for handle in _projection_hooks(model, edit) if edit.matrix.experts else _hooks(model, edit):
                 stack.callback(handle.remove)
+        _exchange_experts(copied, memory_available(model.device), stack)
         yield model
 
 
@@ -36,15 +50,13 @@ def weight_of(model: ChatModel, matrix: Matrix) -> Tensor:
     """A loaded matrix as float32 ``[out, in]``."""
     parameter: Tensor = model.submodule(matrix).get_parameter("weight")
     if not parameter.is_floating_point():
-        raise ForgeError("edits cannot be tried on a model in 8 bits", "it is loaded again in bf16 for that")
+        raise ForgeError("a model loaded in 8 bits cannot be edited", "leave out --load-in-8bit")
     weight = parameter.detach().float()
     return torch.t(weight) if matrix.transposed else weight
 
 
 def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
     matrix = edit.matrix
-    if matrix.experts:
-        return _expert_hooks(model, edit)
     result = edit_matrix(weight_of(model, matrix), edit.rule, edit.strength, edit.rescale)
     module = model.submodule(matrix)
     if matrix.role is Role.EMBEDDING:
@@ -102,48 +114,104 @@ class _EmbeddingHook:
         return values.to(output.dtype)
 
 
-@dataclass
-class _ExpertPatch:
-    """Edits a stacked parameter (and its bias) while its module runs."""
+def _is_one_projection(model: ChatModel, edit: MatrixEdit) -> bool:
+    """Whether editing every expert of a stack equals one projection of the experts' summed output, or of their input.
 
-    edit: MatrixEdit
-    name: str
-    saved: list[tuple[nn.Parameter, Tensor]]
+    It does if all experts lose the same directions and no norm rule follows. With ``W' = W - s V V^T W`` and
+    ``b' = b - s V V^T b`` the sum ``o = sum_e g_e (W_e x_e + b_e)`` becomes ``o - s V V^T o``. With
+    ``W' = W - s W U U^T`` and ``b' = b + s W U U^T beta`` each expert computes ``W x' + b`` of
+    ``x' = x - s U U^T (x - beta)``, provided that no other matrix of the module reads ``x``.
+    """
+    bias = edit.bias_edit
+    if edit.rescale is not Rescale.NONE or isinstance(bias, GivenBias):
+        return False
+    if isinstance(edit.rule, RemoveFromOutput):
+        return torch.equal(bias.basis, edit.rule.basis) if bias is not None else edit.matrix.bias is None
+    module = model.submodule(edit.matrix)
+    stacks = [m for m in model.model_map.matrices if m.experts and m.layer == edit.matrix.layer and not m.writes]
+    return isinstance(edit.rule, RemoveFromInput) and [model.submodule(m) for m in stacks].count(module) == 1
 
-    def put_on(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        parameter: nn.Parameter = getattr(module, self.name)
-        bias: nn.Parameter | None = getattr(module, f"{self.name}_bias", None)
-        original = parameter.data
-        changed = original.clone()
-        shifted = None if bias is None else bias.data.clone()
-        for expert in range(len(original)):
-            weight = original[expert].float()
-            weight = weight.T if self.edit.matrix.transposed else weight
-            result = edit_matrix(weight, self.edit.rule, self.edit.strength, self.edit.rescale, expert)
-            changed[expert].copy_(result.weight.T if self.edit.matrix.transposed else result.weight)
-            if bias is not None and shifted is not None and self.edit.bias_edit is not None:
-                row = bias.data[expert].float()
-                shift = self.edit.bias_edit.shift(row, result, self.edit.strength, expert)
-                shifted[expert].copy_(row + shift)
-        self.saved.append((parameter, original))
-        parameter.data = changed
-        if bias is not None and shifted is not None:
-            self.saved.append((bias, bias.data))
-            bias.data = shifted
 
-    def take_off(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        while self.saved:
-            parameter, original = self.saved.pop()
+def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
+    """The one projection that equals the edit of all experts (see ``_is_one_projection``)."""
+    assert isinstance(edit.rule, (RemoveFromOutput, RemoveFromInput))
+    basis, strength = edit.rule.basis, edit.strength
+    norm_bias = edit.bias_edit.norm_bias if isinstance(edit.bias_edit, BiasEdit) else None
+
+    def projected(values: Tensor) -> Tensor:
+        wide = values.float()
+        along = wide if norm_bias is None else wide - norm_bias
+        return (wide - strength * (along @ basis) @ basis.T).to(values.dtype)
+
+    module = model.submodule(edit.matrix)
+    if edit.matrix.writes:
+        return [module.register_forward_hook(lambda module, args, output: projected(output))]
+    return [module.register_forward_pre_hook(lambda module, args: (projected(args[0]), *args[1:]))]
+
+
+class _ExpertCopies:
+    """A stacked parameter of a module (and its bias, where that changes), exchanged for edited copies and put back."""
+
+    def __init__(self, module: nn.Module, edit: MatrixEdit) -> None:
+        self.module, self.edit = module, edit
+        name = edit.matrix.module.rsplit(".", 1)[1]
+        self.weight = module.get_parameter(name)
+        self.bias: nn.Parameter | None = None if edit.bias_edit is None else getattr(module, f"{name}_bias", None)
+        self.originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes of the edited copies."""
+        return sum(p.nbytes for p in (self.weight, self.bias) if p is not None)
+
+    @torch.no_grad()
+    def put_on(self, *_: Any) -> None:
+        edit, transposed = self.edit, self.edit.matrix.transposed
+        weights = torch.empty_like(self.weight)
+        biases = None if self.bias is None else torch.empty_like(self.bias)
+        for expert, original in enumerate(self.weight.data):
+            weight = original.float().T if transposed else original.float()
+            result = edit_matrix(weight, edit.rule, edit.strength, edit.rescale, expert)
+            weights[expert].copy_(result.weight.T if transposed else result.weight)
+            if self.bias is not None and biases is not None and edit.bias_edit is not None:
+                bias = self.bias.data[expert].float()
+                biases[expert].copy_(bias + edit.bias_edit.shift(bias, result, edit.strength, expert))
+        for parameter, copy in ((self.weight, weights), (self.bias, biases)):
+            if parameter is not None and copy is not None:
+                self.originals.append((parameter, parameter.data))
+                parameter.data = copy
+
+    def take_off(self, *_: Any) -> None:
+        while self.originals:
+            parameter, original = self.originals.pop()
             parameter.data = original
 
 
-def _expert_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
-    module = model.submodule(edit.matrix)
-    patch = _ExpertPatch(edit, edit.matrix.module.rsplit(".", 1)[1], [])
-    return [
-        module.register_forward_pre_hook(patch.put_on),
-        module.register_forward_hook(patch.take_off, always_call=True),
-    ]
+def _exchange_experts(copied: list[_ExpertCopies], free: int | None, stack: ExitStack) -> None:
+    """Edit stacks of experts once, until ``stack`` closes; those that memory cannot hold, while their module runs.
+
+    Args:
+        free: bytes free on the device, None if unknown. Copies take at most three quarters, as activations need room.
+    """
+    sizes = [copies.size for copies in copied]
+    room = math.inf if free is None else _SHARE_OF_FREE_MEMORY * free
+    if sum(sizes) > room:
+        room -= max(sizes)  # a stack that is edited while its module runs
+    again = 0
+    for copies, size in zip(copied, sizes, strict=True):
+        if size <= room:
+            room -= size
+            stack.callback(copies.take_off)
+            copies.put_on()
+        else:
+            again += 1
+            stack.callback(copies.module.register_forward_pre_hook(copies.put_on).remove)
+            stack.callback(copies.module.register_forward_hook(copies.take_off, always_call=True).remove)
+    if again:
+        say(
+            f"note: edited copies of the experts need {human_size(sum(sizes))}, {human_size(free or 0)} are free: "
+            f"{again} of {len(copied)} stacks are edited anew at every forward pass, which is slow"
+        )
 
 
 def to_device(plan: EditPlan, device: torch.device) -> EditPlan:

@@ -7,6 +7,10 @@ Each writer changes by ``-s r k^T``. Its key ``k`` is the ridge regression, over
 
 with second moments ``C`` and ``rho`` a share of their mean diagonal. Where a writer has more inputs than there are
 samples the same ``k`` is found in the dual, over samples. Behind a post-norm, ``gamma * r`` stands for ``r``.
+
+Several directions make an edit of their rank: the basis is orthonormal, so the errors along its axes add up, and each
+axis has the key that fits it alone. One Cholesky factorisation serves all directions of a writer. A negative strength
+strengthens what the key answers to: the key hardly responds to harmless prompts, so those change little.
 """
 
 from __future__ import annotations
@@ -58,29 +62,39 @@ def _check(settings: EditSettings) -> None:
         raise UsageError("least squares has no norm rule", "leave out --norm-preserving")
 
 
-def fit_key(inputs: WriterInputs, projection: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The key ``k`` ``[in]`` of one writer.
+def fit_keys(inputs: WriterInputs, projections: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The keys of one writer, computed on the device of the harmless moment.
 
     Args:
-        projection: ``W^T r`` ``[in]``, so that ``r.Wx`` is ``x @ projection``.
+        projections: ``r^T W`` ``[k, in]`` of k directions, so that ``r.Wx`` is ``projection @ x``.
         ridge: ``rho`` as a share of the mean diagonal of the second moments.
+
+    Returns:
+        ``[k, in]``, a key for each direction; NaN where the second moment is not positive definite (all inputs are
+        zero, or some are not finite).
     """
-    harmful = inputs.harmful
-    target = harmful @ projection - inputs.harmless_last_mean @ projection
+    statistics = inputs.harmless_rows if inputs.harmless_moment is None else inputs.harmless_moment
+    assert statistics is not None
+    harmful, mean, projections = (
+        tensor.to(statistics.device) for tensor in (inputs.harmful, inputs.harmless_last_mean, projections)
+    )
     count, width = harmful.shape
+    targets = harmful @ projections.T - projections @ mean
     if inputs.harmless_moment is not None:
-        moment = torch.addmm(inputs.harmless_moment, harmful.T, harmful, alpha=1 / count)
+        moment = torch.addmm(statistics, harmful.T, harmful, alpha=1 / count)
         moment.diagonal().add_(ridge * moment.diagonal().mean())
-        key: Tensor = torch.linalg.solve(moment, harmful.T @ target / count)
-        return key
-    assert inputs.harmless_rows is not None
-    rows = torch.cat([harmful / count**0.5, inputs.harmless_rows])  # rows.T @ rows is the sum of the moments
+        return _solve(moment, harmful.T @ targets / count).T
+    rows = torch.cat([harmful / count**0.5, statistics])  # rows.T @ rows is the sum of the moments
     gram = rows @ rows.T
-    rho = ridge * gram.diagonal().sum() / width
-    targets = torch.cat([target / count**0.5, torch.zeros(len(inputs.harmless_rows))])
-    gram.diagonal().add_(rho)
-    weights: Tensor = torch.linalg.solve(gram, targets)
-    return rows.T @ weights
+    gram.diagonal().add_(ridge * gram.diagonal().sum() / width)
+    padded = torch.cat([targets / count**0.5, targets.new_zeros(len(statistics), len(projections))])
+    return (rows.T @ _solve(gram, padded)).T
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve for a symmetric matrix ``[n, n]`` and right-hand sides ``[n, k]``; NaN if it is not positive definite."""
+    triangle, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.where(failed == 0, torch.cholesky_solve(right, triangle), torch.nan)
 
 
 def fit_least_squares(
@@ -90,18 +104,20 @@ def fit_least_squares(
     weight: Weight,
     read: ReadVector,
 ) -> dict[str, dict[str, Given]]:
-    """Factors of every writer for every direction, one pass over the gathered inputs for all.
+    """Factors of every writer for several directions (each of one vector, several joint ones, or one for each layer).
+
+    The gathered inputs are gone through once for all directions.
 
     Args:
-        directions: name -> single direction.
-        groups: writers' inputs, as ``gather_writer_inputs`` yields them; each group is forgotten before the next.
+        directions: name -> direction.
+        groups: writers' inputs, as ``gather_writer_inputs`` yields them; each group is dropped before the next is made.
         weight: gives a writer's matrix as float32 ``[out, in]``.
 
     Returns:
-        name of the direction -> tensor name -> factors.
+        name of the direction -> tensor name -> factors ``L`` ``[out, k]``, ``K`` ``[in, k]``.
 
     Raises:
-        ForgeError: the fit is not finite.
+        ForgeError: a writer's inputs are all zero, or its fit is not finite.
     """
     matrices = {matrix.tensor: matrix for matrix in model.matrices}
     out: dict[str, dict[str, Given]] = {name: {} for name in directions}
@@ -109,19 +125,24 @@ def fit_least_squares(
         for tensor, inputs in group.items():
             matrix = matrices[tensor]
             values = weight(matrix).cpu()
-            for name, direction in directions.items():
-                basis = output_basis(matrix, direction.for_layer(matrix.layer or 0)[:1], read)
-                key = fit_key(inputs, values.T @ basis[:, 0])
-                if not torch.isfinite(key).all():
-                    raise ForgeError(f"the least-squares fit of {tensor} is not finite", "try more instructions")
-                out[name][tensor] = Given(basis.contiguous(), key.unsqueeze(1).contiguous())
+            bases = [output_basis(matrix, each.for_layer(matrix.layer or 0), read) for each in directions.values()]
+            keys = fit_keys(inputs, torch.cat(bases, dim=1).T @ values).cpu()
+            if not torch.isfinite(keys).all():
+                raise ForgeError(
+                    f"least squares cannot be fitted to {tensor}: its inputs on these prompts are zero or not finite",
+                    "give more instructions, or --factors orthogonal",
+                )
+            ranks = [basis.shape[1] for basis in bases]
+            for name, basis, own in zip(directions, bases, torch.split(keys, ranks), strict=True):
+                out[name][tensor] = Given(basis.contiguous(), own.T.contiguous())
+        del group, inputs  # the loop's variables would keep this group in memory while the next one is gathered
     return out
 
 
 def plan_least_squares(
     model: ModelMap, factors: Mapping[str, Given], settings: EditSettings, layer: float | None
 ) -> EditPlan:
-    """The plan of fitted factors at the settings' strengths; least squares carries no norm rule.
+    """The plan of fitted factors at the settings' strengths, without a norm rule.
 
     Args:
         layer: the direction's layer, where a strength kernel peaks.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.directions.basis import orthonormal
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale, orthonormal
+from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.method import EditMethod
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ReadVector, select_matrices
