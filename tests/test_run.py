@@ -88,7 +88,7 @@ def test_an_edit_setting_is_obeyed_without_climbing(tmp_path: Path) -> None:
     assert report.verified
 
 
-def test_negative_strength_strengthens_refusal(tmp_path: Path) -> None:
+def test_negative_strength_amplifies_the_component_along_the_direction(tmp_path: Path) -> None:
     planted.save(tmp_path / "model")
     planted.write_lists(tmp_path)
     load = LoadSettings(device="cpu", dtype="float32")
