@@ -248,3 +248,20 @@ def test_an_unverified_checkpoint_is_marked_everywhere(tmp_path: Path, monkeypat
 def test_a_picked_rung_excludes_options_of_an_edit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--pick"):
         settings(tmp_path, pick="a rung", edit=ONE_EDIT).check()
+
+
+def test_a_rung_picked_by_name_gives_the_same_bytes(tmp_path: Path) -> None:
+    made = settings(tmp_path, planted_layer=0)  # the documented default leaves the first layer alone
+    climbed = run(made)
+    assert len(climbed.choice.trials) > 1
+    picked = run(replace(made, pick=climbed.choice.name, output_dir=str(tmp_path / "picked")))
+    assert picked.choice.trials == ()
+    assert picked.choice.settings == climbed.choice.settings
+    for name in ("checkpoint/model.safetensors", "refusal.pt", ".stages/random-direction.pt"):
+        assert (tmp_path / "picked" / name).read_bytes() == (made.folder / name).read_bytes(), name
+
+
+def test_an_unknown_rung_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        settings(tmp_path, pick="no such rung").check()
+    assert "attention, no layer skipped" in f"{caught.value.message} {caught.value.hint}"
