@@ -32,10 +32,10 @@ def refusal(tmp_path: Path) -> Path:
     return tmp_path / "refusal.pt"
 
 
-def test_bf16_is_the_default_and_rounds_once(tmp_path: Path, refusal: Path) -> None:
+def test_bf16_rounds_once(tmp_path: Path, refusal: Path) -> None:
     source = tiny.save(tiny.build("llama"), tmp_path / "model")
     apply(str(source.folder), tmp_path / "kept", refusal_pt=refusal, out_dtype="keep")
-    apply(str(source.folder), tmp_path / "bf16", refusal_pt=refusal)
+    apply(str(source.folder), tmp_path / "bf16", refusal_pt=refusal, out_dtype="bf16")
     kept, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in kept.values())
     for name, tensor in rounded.items():
@@ -102,7 +102,9 @@ def test_mxfp4_experts_stay_packed_where_they_are_not_edited(tmp_path: Path, ref
     assert "quantization_config" in after.config
 
 
-@pytest.mark.parametrize(("out_dtype", "targets"), [("bf16", ("attention",)), ("keep", ("writers",))])
+@pytest.mark.parametrize(
+    ("out_dtype", "targets"), [("auto", ("attention",)), ("bf16", ("attention",)), ("keep", ("writers",))]
+)
 def test_mxfp4_experts_are_decoded_where_they_must_be(
     tmp_path: Path, refusal: Path, out_dtype: str, targets: tuple[str, ...]
 ) -> None:

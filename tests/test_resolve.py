@@ -305,7 +305,7 @@ def test_a_hub_model_is_fetched_once_and_then_had_offline(hub: Hub, tmp_path: Pa
     assert (first["kind"], first["label"], first["layers"]) == ("hub", "owner/tiny", 4)
     assert Path(first["folder"]).is_relative_to(tmp_path)
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert wanted | {"chat_template.jinja"} == set(first["files"]) == hub.fetched
+    assert wanted | {"chat_template.jinja", "README.md"} == set(first["files"]) == hub.fetched
     content = (Path(first["folder"]) / "model.safetensors").read_bytes()
     assert content == hub.repositories["owner/tiny"].files["model.safetensors"]
     hub.seen.clear()

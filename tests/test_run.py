@@ -78,7 +78,7 @@ def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> 
     assert layers == {"1", "2"}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert record["direction"]["layer"] in {int(f * planted.LAYERS) for f in (0.4, 0.5, 0.6)}
-    assert record["out_dtype"] == "bf16"
+    assert record["out_dtype"] == "auto"
 
 
 def test_an_edit_setting_is_obeyed_without_climbing(tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def arm(point):
     elif point == "within choose":
         choosing.PlanFiles.save = die
     elif point == "within a shard":
-        real = apply._Application.edited
+        real = apply._Application.edited_matrix_bytes
         def edited(self, edit, out):
             if len(self.records) == 3:
                 die()
             return real(self, edit, out)
-        apply._Application.edited = edited
+        apply._Application.edited_matrix_bytes = edited
     elif point == "before the factors":
         apply.EditRecord.save = die
     else:
@@ -285,11 +285,11 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     script = (
         "import sys, os, signal; sys.path.insert(0, %r)\n"
         "from ollama_forge.edits import apply\n"
-        "real = apply._Application.edited\n"
+        "real = apply._Application.edited_matrix_bytes\n"
         "def edited(self, edit, out):\n"
         "    if len(self.records) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, edit, out)\n"
-        "apply._Application.edited = edited\n"
+        "apply._Application.edited_matrix_bytes = edited\n"
         "from ollama_forge.cli.main import main\n"
         "sys.argv = ['ollama-forge', 'abliterate', 'apply', '--model', %r, '--refusal-pt', %r, '--output-dir', %r]\n"
         "main()\n"

@@ -402,9 +402,11 @@ def test_copying_from_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 
 # Storage types
 
+BF16_MAX = float(torch.finfo(torch.bfloat16).max)
+
 
 @QUICK
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+@given(st.lists(st.floats(-BF16_MAX, BF16_MAX, width=32), min_size=1, max_size=50))
 def test_bf16_is_rounded_to_nearest_even_as_torch_does(numbers: list[float]) -> None:
     values = torch.tensor(numbers, dtype=torch.float32)
     stored = torch.frombuffer(bytearray(encode_tensor(values, "BF16")), dtype=torch.int16).to(torch.int64) & 0xFFFF
@@ -419,6 +421,41 @@ def test_what_is_decoded_encodes_to_the_same_bytes(dtype: str) -> None:
     again = encode_tensor(decode_tensor(bytearray(stored), dtype, (3, 5)), dtype)
     assert len(stored) == 15 * item_size(dtype)
     assert bytes(again) == bytes(stored)
+
+
+def midpoints(dtype: str, bits: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 values halfway between a 16-bit float and the next, and the larger of the two."""
+    lower, upper = (
+        torch.tensor(numbers, dtype=torch.int16).view(DTYPES[dtype]) for numbers in (bits, [b + 1 for b in bits])
+    )
+    return (lower.double() + upper.double()) / 2, upper
+
+
+@QUICK
+@given(st.sampled_from(["F16", "BF16"]), st.lists(st.integers(1, 0x7BFD), min_size=1, max_size=50), st.booleans())
+def test_float64_is_rounded_to_16_bits_once(dtype: str, bits: list[int], negative: bool) -> None:
+    middle, upper = midpoints(dtype, bits)
+    sign = -1 if negative else 1
+    above = torch.nextafter(middle, torch.tensor(torch.inf, dtype=torch.float64))
+    assert bytes(encode_tensor(sign * above, dtype)) == raw_bytes(sign * upper)
+    even = [b + b % 2 for b in bits]  # a tie goes to the value whose last bit is 0
+    assert bytes(encode_tensor(sign * middle, dtype)) == raw_bytes(sign * midpoints(dtype, [b - 1 for b in even])[1])
+
+
+@pytest.mark.parametrize(("dtype", "fits", "too_large"), [("F16", 65519.0, 65520.0), ("BF16", BF16_MAX, 3.4e38)])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_value_too_large_for_its_type_is_not_made_infinite(
+    dtype: str, fits: float, too_large: float, wide: torch.dtype
+) -> None:
+    values = torch.tensor([[1.0, -fits], [torch.inf, torch.nan]], dtype=wide)
+    stored = torch.frombuffer(bytearray(encode_tensor(values, dtype)), dtype=DTYPES[dtype])
+    assert stored[1].isfinite()
+    assert stored[2].isposinf()
+    assert stored[3].isnan()
+    values[0, 1] = -too_large
+    with pytest.raises(ForgeError, match=f"the head holds the value .* too large for {dtype}") as failure:
+        encode_tensor(values, dtype, "the head")
+    assert "--out-dtype" in (failure.value.hint or "")
 
 
 def test_a_transposed_tensor_is_encoded_row_by_row() -> None:

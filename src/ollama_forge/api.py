@@ -104,7 +104,7 @@ def apply(
     per_layer: bool | None = None,
     revision: str | None = None,
     settings: EditSettings | None = None,
-    out_dtype: str = "bf16",
+    out_dtype: str = "auto",
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited checkpoint, shard by shard; the model is never built.
 
@@ -114,6 +114,7 @@ def apply(
             given.
         per_layer: whether the rows of ``refusal_pt`` are one direction for each layer (True) or joint directions
             (False), where the file does not say so itself.
+        out_dtype: the storage types of the result, ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
 
     Raises:
         UsageError: neither or both are given, a setting has no meaning for the edit, or its method needs fitted
@@ -145,6 +146,7 @@ def apply(
     applied = write_checkpoint(
         source, model_map, plan, output_dir, settings=settings, out_dtype=out_dtype, direction=direction
     )
-    if model_map.tied and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
+    shared = model_map.tied or model_map.copies
+    if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the embedding is tied, so the unembedding was edited with it")
     return Checkpoint(output_dir, str(output_dir), "folder"), applied

@@ -9,11 +9,13 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.architectures.second_copies import second_copies
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.model_types import unknown_model_type
 from ollama_forge.checkpoints.storage import mxfp4_shape
@@ -48,7 +50,8 @@ def map_checkpoint(checkpoint: Checkpoint) -> ModelMap:
             f"{checkpoint.label} lacks {len(absent)} tensors that its index names, such as {absent[0]}",
             "download it again",
         )
-    return model_map
+    copies = second_copies(checkpoint.tensors, model_map)
+    return replace(model_map, copies=copies) if copies and ties_embeddings(checkpoint.config) else model_map
 
 
 def map_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:

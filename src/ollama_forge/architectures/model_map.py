@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -64,6 +65,8 @@ class ModelMap:
     Attributes:
         tied: no unembedding is stored, for it is the embedding.
         unused: tensors that are known and copied, but that the text model may do without.
+        copies: name of a matrix that is stored a second time -> name of the matrix it repeats. The model ties the two,
+            so an edit of the one is made to the other as well.
     """
 
     model_type: str
@@ -74,6 +77,7 @@ class ModelMap:
     layer_module: str
     tied: bool
     unused: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:

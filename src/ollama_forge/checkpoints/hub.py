@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.checkpoints.companions import is_companion
+from ollama_forge.checkpoints.companions import CARD, is_companion
 from ollama_forge.checkpoints.model_types import unknown_model_type
 from ollama_forge.checkpoints.quantised import FLOAT_TYPES, quantisation_of, refusal
 from ollama_forge.checkpoints.tensors import INDEX_NAME, index_shards
@@ -59,7 +59,7 @@ def download(repo: str, revision: str | None) -> Fetched:
         absent = [name for name in weights if name not in sizes]
         if absent:
             raise ForgeError(f"{repo} lacks {len(absent)} of its shards, such as {absent[0]}", "try another revision")
-        names = [*weights, *(name for name in sizes if is_companion(name)), *({entry} & {*_INDEXES})]
+        names = [*weights, *(name for name in sizes if is_companion(name) or name == CARD), *({entry} & {*_INDEXES})]
         folder = _fetch_all(repo, revision, {name: sizes[name] for name in names})
     return Fetched(folder, _commit(folder), base_model)
 
@@ -69,7 +69,7 @@ def card_base_model(folder: Path) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        return _first(ModelCard.load(folder / "README.md").data.base_model)
+        return _first(ModelCard.load(folder / CARD).data.base_model)
     except Exception:  # a card is prose: none, or one that cannot be read, tells nothing
         return None
 

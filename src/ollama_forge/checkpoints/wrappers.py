@@ -38,7 +38,8 @@ def wrapper_patterns(names: Collection[str]) -> tuple[str, ...]:
 
 
 def unwrapped(name: str, patterns: Collection[str]) -> str:
-    """A tensor's name without what ``patterns`` match."""
+    """A tensor's name without what ``patterns`` match; a name that would be empty stays as it is."""
+    inner = name
     for pattern in patterns:
-        name = re.sub(pattern, "", name)
-    return name
+        inner = re.sub(pattern, "", inner)
+    return inner or name

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ollama_forge.directions.settings import DirectionSettings
+from ollama_forge.edits.out_dtype import HELP as OUT_DTYPE_HELP
+from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.registry import METHODS, registered, settings_of
 from ollama_forge.edits.settings import KERNELS, TARGET_SETS, EditSettings
 from ollama_forge.prompts.settings import PromptSettings
@@ -184,7 +186,11 @@ edit_options = _all(
     ),
 )
 out_dtype_option = click.option(
-    "--out-dtype", default="bf16", show_default=True, help="bf16, or keep for each tensor's own."
+    "--out-dtype",
+    type=click.Choice([rule.value for rule in OutDtype]),
+    default="auto",
+    show_default=True,
+    help=OUT_DTYPE_HELP,
 )
 
 LOAD_KEYS = ("device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit")

@@ -1,11 +1,11 @@
-"""Apply an edit plan to a checkpoint on disk, one tensor at a time; what the plan doesn't touch is copied as bytes."""
+"""Apply an edit plan to the tensors of a checkpoint on disk, one at a time; what is not edited is copied as bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,34 @@ from torch import Tensor
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.architectures.read_matrix import experts_of, read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_tensor, encode_tensor
-from ollama_forge.checkpoints.tensors import INDEX_NAME, TensorInfo
+from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
+from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, TensorInfo
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.edits import blocks
+from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
-from ollama_forge.edits.factors import EditedMatrix, edit_matrix
-from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, check_finite
-from ollama_forge.errors import UsageError
-from ollama_forge.files import disk_errors, read_json, write_json
+from ollama_forge.edits.out_dtype import UNPACKED, OutDtype
+from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ScaledFactors, check_finite
+from ollama_forge.files import disk_errors, write_json
 from ollama_forge.progress import bar
 from ollama_forge.system import return_freed_memory
-
-OUT_DTYPES = ("bf16", "keep")
-_NOT_COPIED = frozenset({INDEX_NAME, "abliteration.json", "README.md"})
-_ROW_CHUNK = 32 << 20  # values converted at a time
 
 
 @dataclass(frozen=True)
 class AppliedEdit:
-    """What ``apply_plan`` did: the record of the edit, and the tensors whose bytes it changed."""
+    """What ``apply_plan`` did.
+
+    Attributes:
+        record: the edit, with hashes and the change of each matrix.
+        changed: names of the tensors whose bytes differ from the source's.
+        stored: storage type -> bytes written in it.
+        unpacked: packed tensors (MXFP4) were decoded.
+    """
 
     record: EditRecord
     changed: frozenset[str]
+    stored: Mapping[str, int]
+    unpacked: bool
 
 
 def apply_plan(
@@ -44,53 +50,65 @@ def apply_plan(
     model: ModelMap,
     plan: EditPlan,
     folder: Path,
-    out_dtype: str,
+    out_dtype: OutDtype,
     settings: dict[str, Any],
 ) -> AppliedEdit:
-    """Write the edited checkpoint's weights and companions into ``folder``, which exists and is empty.
+    """Write the weights of the edited checkpoint, and their index where they are sharded, into ``folder``.
 
     Args:
-        out_dtype: ``bf16`` writes all floats as bf16, ``keep`` each tensor in its own type. MXFP4 experts are decoded
-            for ``bf16``, and for ``keep`` where any of them is edited.
+        folder: exists and is empty.
+        settings: of the edit, for its record.
 
     Raises:
-        ForgeError: an edited tensor holds NaN, a source is cut short, or the disk is full.
-        UsageError: unknown ``out_dtype``.
+        ForgeError: an edited tensor holds NaN or a value too large for its type, a source is cut short, or the disk is
+            full.
     """
-    if out_dtype not in OUT_DTYPES:
-        raise UsageError(f"unknown --out-dtype {out_dtype!r}", f"one of {', '.join(OUT_DTYPES)}")
     return _Application(checkpoint, model, plan, folder, out_dtype).run(settings)
 
 
-def companions_of(source: Path) -> list[Path]:
-    """The files of a checkpoint that are copied as they are: config, tokenizer, processor and template files."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and path.suffix not in {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
-        and path.name not in _NOT_COPIED
-    ]
+@dataclass
+class _Tally:
+    """What is summed up over the blocks and experts of one matrix."""
 
+    source: Any = field(default_factory=hashlib.sha256)
+    result: Any = field(default_factory=hashlib.sha256)
+    size: float = 0.0
+    change: float = 0.0
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-def copy_companions(source: Path, folder: Path, *, unpacked: bool) -> None:
-    """Copy the companions of the weights; ``unpacked`` drops a quantisation's mark from the config."""
-    for path in companions_of(source):
-        shutil.copyfile(path, folder / path.name)
-    if unpacked:
-        config = read_json(folder / "config.json")
-        config.pop("quantization_config", None)
-        write_json(folder / "config.json", config)
+    def watch(self, edit: MatrixEdit, edited: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
+        """Hand on the blocks of one matrix (of one expert), and note their factors and norms."""
+        parts: list[JoinedFactors] = []
+        for block in edited:
+            parts.append(JoinedFactors(block.after.factors, block.after.scale))
+            self.size += float(torch.linalg.vector_norm(block.before)) ** 2
+            self.change += float(torch.linalg.vector_norm(block.before - block.after.weight)) ** 2
+            yield block
+        joined = join_blocks(edit, parts).factors
+        self.factors.append((joined.L, joined.K))
+
+    def record(self, edit: MatrixEdit) -> MatrixRecord:
+        left, right = stacked(self.factors) if edit.matrix.experts else self.factors[0]
+        return MatrixRecord(
+            left,
+            right,
+            edit.strength,
+            edit.rescale,
+            self.source.hexdigest(),
+            self.result.hexdigest(),
+            (self.change / self.size) ** 0.5 if self.size else 0.0,
+        )
 
 
 class _Application:
-    def __init__(self, checkpoint: Checkpoint, model: ModelMap, plan: EditPlan, folder: Path, out_dtype: str) -> None:
-        self.checkpoint, self.plan, self.folder = checkpoint, plan, folder
-        self.tensors, self.to_bf16 = checkpoint.tensors, out_dtype == "bf16"
-        self.matrices = {matrix.tensor: matrix for matrix in model.matrices}
-        packed = [matrix for matrix in model.matrices if matrix.mxfp4]
-        self.unpack = bool(packed) and (self.to_bf16 or any(matrix.tensor in plan.edits for matrix in packed))
-        self.parts = {f"{m.tensor}{part}": m for m in packed for part in ("_blocks", "_scales")} if self.unpack else {}
+    def __init__(
+        self, checkpoint: Checkpoint, model: ModelMap, plan: EditPlan, folder: Path, out_dtype: OutDtype
+    ) -> None:
+        self.checkpoint, self.plan, self.folder, self.out_dtype = checkpoint, plan, folder, out_dtype
+        self.tensors = checkpoint.tensors
+        self.packed = {matrix.tensor: matrix for matrix in model.matrices if matrix.mxfp4}
+        kept = out_dtype.keeps_packed and not any(name in plan.edits for name in self.packed)
+        self.unpack = bool(self.packed) and not kept
         self.biases = {
             edit.matrix.bias: edit for edit in plan.edits.values() if edit.bias_edit is not None and edit.matrix.bias
         }
@@ -100,101 +118,77 @@ class _Application:
 
     def run(self, settings: dict[str, Any]) -> AppliedEdit:
         weight_map: dict[str, str] = {}
-        total = 0
+        stored: Counter[str] = Counter()
         with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
-            unpacked = self.unpack or self.checkpoint.has_stray_mark
-            copy_companions(self.checkpoint.folder, self.folder, unpacked=unpacked)
             for shard in self.tensors.shards:
-                outputs = [out for info in self.tensors.of_shard(shard) if (out := self.output(info)) is not None]
+                outputs = [out for info in self.tensors.of_shard(shard) if (out := self.output_tensor(info))]
                 with ShardWriter(self.folder / shard.name, outputs) as writer:
                     for out in outputs:
                         if out.copied is not None:
                             writer.copy(out.copied)
                         else:
-                            writer.write(self.data(out))
+                            writer.write(self.computed_bytes(out))
                             return_freed_memory()
                         weight_map[out.name] = shard.name
-                        total += out.size
+                        stored[out.dtype] += out.size
                         advance(1)
-            if (self.checkpoint.folder / INDEX_NAME).is_file():
-                write_json(self.folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        order = [name for name in self.plan.edits if name in self.records]
+            if self.tensors.shards != [self.tensors.folder / SINGLE_NAME]:
+                index = {"metadata": {"total_size": stored.total()}, "weight_map": weight_map}
+                write_json(self.folder / INDEX_NAME, index)
         record = EditRecord(
             self.plan.factors,
             self.checkpoint.fingerprint,
-            {name: self.records[name] for name in order},
+            {name: self.records[name] for name in self.plan.edits if name in self.records},
             self.bias_shifts,
             settings,
         )
-        return AppliedEdit(record, frozenset(self.changed))
+        return AppliedEdit(record, frozenset(self.changed), stored, self.unpack)
 
-    def output(self, info: TensorInfo) -> OutputTensor | None:
-        """What becomes of one tensor of the source; None for the half of an MXFP4 pair that vanishes."""
-        if info.name in self.parts:
-            matrix = self.parts[info.name]
-            return OutputTensor(matrix.tensor, "BF16", matrix.shape) if info.name.endswith("_blocks") else None
-        dtype = "BF16" if self.to_bf16 and info.dtype in FLOAT_TYPES else info.dtype
-        touched = info.name in self.plan.edits or info.name in self.biases
-        copied = None if touched or dtype != info.dtype else info
-        return OutputTensor(info.name, dtype, info.shape, copied)
+    def output_tensor(self, info: TensorInfo) -> OutputTensor | None:
+        """What is written for one tensor of the source; None for the scales of an MXFP4 pair that is decoded."""
+        matrix = self.packed.get(info.name.removesuffix("_blocks").removesuffix("_scales"))
+        if self.unpack and matrix is not None:
+            return OutputTensor(matrix.tensor, UNPACKED, matrix.shape) if info.name.endswith("_blocks") else None
+        dtype = self.out_dtype.storage_type(info.dtype)
+        edited = info.name in self.plan.edits or info.name in self.biases
+        return OutputTensor(info.name, dtype, info.shape, None if edited or dtype != info.dtype else info)
 
-    def data(self, out: OutputTensor) -> Iterator[memoryview]:
+    def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         if out.name in self.plan.edits:
-            return self.edited(self.plan.edits[out.name], out)
+            return self.edited_matrix_bytes(self.plan.edits[out.name], out)
         if out.name in self.biases:
-            return self.edited_bias(self.biases[out.name], out)
-        matrix = self.matrices.get(out.name)
-        return self.unpacked(matrix) if matrix is not None and matrix.mxfp4 else self.converted(out)
+            return self.edited_bias_bytes(self.biases[out.name], out)
+        packed = self.packed.get(out.name)
+        return self.converted_bytes(out) if packed is None else self.decoded_experts_bytes(packed, out)
 
-    def converted(self, out: OutputTensor) -> Iterator[memoryview]:
+    def converted_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         info = self.tensors[out.name]
         width = info.size // max(info.count, 1)
-        for start in range(0, info.count, _ROW_CHUNK):
-            count = min(_ROW_CHUNK, info.count - start)
-            yield encode_tensor(
-                decode_tensor(self.tensors.read_bytes(info.name, start * width, count * width), info.dtype, (count,)),
-                out.dtype,
-            )
+        for start in range(0, info.count, blocks.BLOCK):
+            count = min(blocks.BLOCK, info.count - start)
+            data = self.tensors.read_bytes(info.name, start * width, count * width)
+            yield tensor_bytes(round_tensor(stored_tensor(data, info.dtype, (count,)), out.dtype, out.name))
 
-    def unpacked(self, matrix: Matrix) -> Iterator[memoryview]:
-        for expert in range(matrix.shape[0]):
-            yield encode_tensor(self.weight(matrix, expert)[0].T, "BF16")
-
-    def weight(self, matrix: Matrix, expert: int | None) -> tuple[Tensor, bytearray]:
-        weight, data = read_matrix(self.tensors, matrix, expert)
-        check_finite(weight, matrix.tensor, self.checkpoint.label)
-        return weight, data
-
-    def edited(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        matrix = edit.matrix
-        before, after = hashlib.sha256(), hashlib.sha256()
-        factors: list[tuple[Tensor, Tensor]] = []
-        change = size = 0.0
+    def decoded_experts_bytes(self, matrix: Matrix, out: OutputTensor) -> Iterator[memoryview]:
         for expert in experts_of(matrix):
-            weight, source = self.weight(matrix, expert)
-            before.update(source)
-            result = edit_matrix(weight, edit.rule, edit.strength, edit.rescale, expert)
-            factors.append((result.factors.L, result.factors.K))
-            size += float(torch.linalg.vector_norm(weight)) ** 2
-            change += float(torch.linalg.vector_norm(weight.sub_(result.weight))) ** 2
-            data = encode_tensor(result.weight.T if matrix.transposed else result.weight, out.dtype)
-            after.update(data)
-            yield data
-        left, right = stacked(factors) if matrix.experts else factors[0]
-        if before.digest() != after.digest():
-            self.changed.add(matrix.tensor)
-        self.records[matrix.tensor] = MatrixRecord(
-            left,
-            right,
-            edit.strength,
-            edit.rescale,
-            before.hexdigest(),
-            after.hexdigest(),
-            (change / size) ** 0.5 if size else 0.0,
-        )
+            weight, _ = read_matrix(self.tensors, matrix, expert)
+            check_finite(weight, matrix.tensor, self.checkpoint.label)
+            yield encode_tensor(weight.T if matrix.transposed else weight, out.dtype, out.name)
 
-    def edited_bias(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        assert edit.bias_edit is not None
+    def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
+        tally = _Tally()
+        for expert in experts_of(edit.matrix):
+            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
+            watched = tally.watch(edit, blockwise.blocks(tally.source))
+            for data in blockwise.encoded(watched, out.dtype):
+                tally.result.update(data)
+                yield data
+        record = tally.record(edit)
+        if record.source_sha256 != record.result_sha256:
+            self.changed.add(out.name)
+        self.records[out.name] = record
+
+    def edited_bias_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
         info = self.tensors[out.name]
         source = self.tensors.read_bytes(info.name)
         bias = decode_tensor(source, info.dtype, info.shape)
@@ -203,22 +197,21 @@ class _Application:
         shifts = torch.stack([self.bias_shift(edit, row, expert) for row, expert in rows])
         shifts = shifts if edit.matrix.experts else shifts[0]
         self.bias_shifts[info.name] = shifts
-        data = encode_tensor(bias + shifts, out.dtype)
+        data = encode_tensor(bias + shifts, out.dtype, out.name)
         if bytes(data) != bytes(source):
             self.changed.add(info.name)
         yield data
 
     def bias_shift(self, edit: MatrixEdit, bias: Tensor, expert: int | None) -> Tensor:
-        edited: EditedMatrix | None = None
+        edited: ScaledFactors | None = None
         if isinstance(edit.bias_edit, BiasEdit) and edit.bias_edit.norm_bias is not None:
-            weight = self.weight(edit.matrix, expert)[0]
-            edited = edit_matrix(weight, edit.rule, edit.strength, edit.rescale, expert)
+            edited = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label).factors()
         assert edit.bias_edit is not None
         return edit.bias_edit.shift(bias, edited, edit.strength, expert)
 
 
 def describe_changes(record: EditRecord) -> dict[str, dict[str, Any]]:
-    """Per changed matrix what provenance keeps of it."""
+    """What provenance keeps of each changed matrix: strength, norm rule, relative change."""
     return {
         name: {
             "strength": m.strength,

@@ -1,7 +1,10 @@
-"""An edited checkpoint as a whole folder: weights, companions, provenance and model card; its factors beside it."""
+"""An edited checkpoint as a whole folder: weights, the files beside them, provenance and model card."""
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,28 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, left_out
+from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
+from ollama_forge.checkpoints.storage import mxfp4_shape
+from ollama_forge.checkpoints.tensors import TensorInfo, item_size
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes
+from ollama_forge.edits.model_card import model_card, read_license
+from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import folder_in_one_piece, human_size, read_json, write_json, write_text
+from ollama_forge.files import disk_errors, folder_in_one_piece, human_size, read_json, write_json, write_text
+from ollama_forge.progress import say
 from ollama_forge.records import to_json
 from ollama_forge.system import free_space
 
-PROVENANCE = "abliteration.json"
-CARD = "README.md"
+CONFIG = "config.json"
+_TENSOR_HEADER = 320  # bytes of a tensor's entries in its shard's header and in the index, beside its name, at most
+_SHARD_HEADER = 128
+_RECORDS = 1 << 20  # provenance, card and the like
+_DIRECTIONS = 3  # that compute-dir removes together, at most
+_LISTED = 8  # files that a note names
 
 
 def edit_file(folder: Path) -> Path:
@@ -45,8 +59,40 @@ def check_output(folder: Path, needed: int) -> None:
 
 
 def output_size(checkpoint: Checkpoint, out_dtype: str) -> int:
-    """Bytes that the edited checkpoint will take, an upper bound."""
-    return checkpoint.parameters * 2 if out_dtype == "bf16" else checkpoint.tensors.total_size
+    """Bytes that the edited checkpoint and its factors take at most, whatever is edited.
+
+    Raises:
+        UsageError: unknown ``out_dtype``.
+    """
+    files = sum((checkpoint.folder / name).stat().st_size for name in companions(checkpoint.folder))
+    return weights_size(checkpoint, OutDtype.parse(out_dtype)) + _factors_size(checkpoint) + files + _RECORDS
+
+
+def weights_size(checkpoint: Checkpoint, out_dtype: OutDtype) -> int:
+    """Bytes of the shards that ``out_dtype`` makes of a checkpoint, at most."""
+    tensors, total = checkpoint.tensors, _SHARD_HEADER * len(checkpoint.tensors.shards)
+    for info in tensors.values():
+        total += _TENSOR_HEADER + len(json.dumps(info.name))
+        decoded = _decoded_shape(checkpoint, info)  # larger than what it is decoded from: a bound for ``keep``, too
+        if decoded is not None:
+            total += math.prod(decoded) * item_size(UNPACKED)
+        else:
+            total += info.count * item_size(out_dtype.storage_type(info.dtype))
+    return total
+
+
+def _factors_size(checkpoint: Checkpoint) -> int:
+    """Bytes of the float32 factors of an edit of every matrix, at the largest number of directions."""
+    shapes = [_decoded_shape(checkpoint, info) or info.shape for info in checkpoint.tensors.values()]
+    return sum(4 * _DIRECTIONS * math.prod(s[:-2]) * sum(s[-2:]) for s in shapes if len(s) > 1)
+
+
+def _decoded_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...] | None:
+    """The shape that a tensor of an MXFP4 pair decodes to (``(0,)`` for its scales), or None for any other tensor."""
+    stem = info.name.removesuffix("_blocks").removesuffix("_scales")
+    if not {f"{stem}_blocks", f"{stem}_scales"} <= checkpoint.tensors.keys() or stem == info.name:
+        return None
+    return mxfp4_shape(info.shape) if info.name.endswith("_blocks") else (0,)
 
 
 def write_checkpoint(
@@ -56,7 +102,7 @@ def write_checkpoint(
     folder: Path,
     *,
     settings: EditSettings | None,
-    out_dtype: str = "bf16",
+    out_dtype: str = "auto",
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> AppliedEdit:
@@ -64,13 +110,21 @@ def write_checkpoint(
 
     Raises:
         ForgeError: no room, a damaged source, or a write that fails; ``folder`` is then as it was.
+        UsageError: unknown ``out_dtype``, or ``folder`` is the model or holds something else.
     """
+    rule = OutDtype.parse(out_dtype)
     check_output(folder, output_size(checkpoint, out_dtype))
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
     described = to_json(settings) if settings else {}
+    others = left_out(checkpoint.tensors)
+    if others:
+        listed = ", ".join(others[:_LISTED]) + (f" and {len(others) - _LISTED} more" if len(others) > _LISTED else "")
+        say(f"note: not copied to the edited checkpoint: {listed}")
     with folder_in_one_piece(folder) as partial:
-        applied = apply_plan(checkpoint, model, plan, partial, out_dtype, described)
+        applied = apply_plan(checkpoint, model, plan, partial, rule, described)
+        with disk_errors(folder):
+            copy_companions(checkpoint, partial, applied)
         record = {
             "tool": "ollama-forge",
             "version": __version__,
@@ -80,14 +134,16 @@ def write_checkpoint(
                 "revision": checkpoint.revision,
                 "fingerprint": checkpoint.fingerprint,
                 "model_type": model.model_type,
+                "license": read_license(checkpoint.folder),
             },
             "factors": plan.factors,
             "settings": described,
-            "out_dtype": out_dtype,
+            "out_dtype": rule.value,
             "direction": _describe_direction(direction),
             "changed": describe_changes(applied.record),
             "changed_biases": sorted(applied.record.bias_shifts),
             "skipped": plan.skipped,
+            "left_out": others,
             "verified": None,
             "measurements": None,
             **(provenance or {}),
@@ -96,6 +152,40 @@ def write_checkpoint(
         write_text(partial / CARD, model_card(record))
     applied.record.save(edit_file(folder))
     return applied
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path, applied: AppliedEdit) -> None:
+    """Copy config, tokenizer, templates, remote code and licences.
+
+    They are copied as they are but for ``config.json``, which is written anew where its ``dtype`` is not that of most
+    bytes any more, or where it tells of a quantisation that the written weights do not have.
+    """
+    for name in companions(checkpoint.folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint.folder / name, folder / name)
+    config = written_config(checkpoint.config, applied)
+    if config != read_json(checkpoint.folder / CONFIG):
+        write_json(folder / CONFIG, config)
+
+
+def written_config(config: Mapping[str, Any], applied: AppliedEdit) -> dict[str, Any]:
+    """The source's config with the storage types of the edited checkpoint.
+
+    A ``dtype`` (or ``torch_dtype``) that the config, or its ``text_config``, states becomes that of most bytes. None is
+    added. A quantisation that was undone is no longer told of.
+    """
+    written = dict(config)
+    floats = {name: size for name, size in applied.stored.items() if name in FLOAT_NAMES}
+    for key in ("dtype", "torch_dtype"):
+        stated = written.get(key)
+        if floats and isinstance(stated, str):
+            dtype = FLOAT_NAMES[max(floats, key=lambda name: floats[name])]
+            written[key] = stated if stated.removeprefix("torch.") == dtype else dtype
+    if applied.unpacked:
+        written = {key: value for key, value in written.items() if key not in QUANTISATION_KEYS}
+    if isinstance(written.get("text_config"), dict):
+        written["text_config"] = written_config(written["text_config"], applied)
+    return written
 
 
 def stamp(folder: Path, **entries: Any) -> None:
@@ -116,49 +206,3 @@ def _describe_direction(direction: RefusalDirection | None) -> dict[str, Any] | 
         "per_layer": direction.per_layer,
         **direction.details,
     }
-
-
-def model_card(record: Mapping[str, Any]) -> str:
-    """The README.md of an edited checkpoint, from its provenance."""
-    source, rows = record["source"], record.get("measurements") or {}
-    hub = source["kind"] == "hub"
-    lines = [
-        "---",
-        *([f"base_model: {source['model']}"] if hub else []),
-        "tags: [abliteration, ollama-forge]",
-        "---",
-        "",
-    ]
-    lines += [
-        f"# {source['model']}, edited",
-        "",
-        f"The refusal direction of `{source['model']}` was edited in the weights by ollama-forge {record['version']} "
-        f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` has every setting, "
-        "the change of each tensor and the hashes of the lists.",
-        "",
-        _verified_line(record.get("verified")),
-        "",
-    ]
-    if rows:
-        lines += ["| model | harmful refused | harmless refused | first-token KL |", "|---|---|---|---|"]
-        for name, row in rows.items():
-            bad, good, kl = row["harmful"], row["harmless"], row["first_token_kl"]
-            lines.append(
-                f"| {name} | {bad['refusal']}/{bad['total']} | {good['refusal']}/{good['total']} "
-                f"| {kl['value']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) |"
-            )
-        lines += ["", "Measured on prompts that took no part in computing or choosing the edit.", ""]
-    lines += [
-        "This is a research artefact. The licence of the base model applies to it, and whoever uses it answers for "
-        "what is done with it.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _verified_line(verified: object) -> str:
-    if verified is None:
-        return "The edit was not verified on the written weights."
-    return (
-        "The edit was verified on the written weights." if verified else "**Unverified: a check of the edit failed.**"
-    )

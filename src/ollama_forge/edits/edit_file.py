@@ -1,15 +1,16 @@
-"""``<dir>.edit.safetensors``: the edit itself, from which it can be applied again, undone, or turned into an adapter.
+"""``<dir>.edit.safetensors``: the edit itself. From it the edit can be applied again, undone or made an adapter.
 
-Per changed matrix the float32 tensors ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]`` at strength 1 (stacked
-experts: ``[experts, ...]``), per changed bias ``<name>.delta``, what was added. The metadata's ``edit`` is JSON:
-format, method, model fingerprint, settings, and per matrix its strength, norm rule and the SHA-256 of its bytes.
+Each changed matrix has two float32 tensors, ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]`` at strength 1
+(stacked experts: ``[experts, ...]``). Each changed bias has ``<name>.delta``, the values added to it. The metadata's
+key ``edit`` is JSON: format, method, model fingerprint, settings, and for each matrix its strength, its norm rule and
+the SHA-256 of its bytes before and after.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """One matrix's factors at strength 1, its strength and norm rule, and hashes of its bytes (None: not known yet)."""
+    """One matrix's edit.
+
+    Attributes:
+        L, K: factors at strength 1, float32 ``[out, k]`` and ``[in, k]``, with a first axis for experts.
+        rescale: the norm rule.
+        source_sha256, result_sha256: of the matrix's bytes in their storage types; None before the edit is applied.
+        relative_change: ``|W' - W| / |W|`` in Frobenius norms, before rounding; None before the edit is applied.
+    """
 
     L: Tensor
     K: Tensor
@@ -42,7 +50,15 @@ class MatrixRecord:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """A whole edit: tensor name -> record, bias name -> shift, and where it comes from."""
+    """A whole edit.
+
+    Attributes:
+        factors: the method that made it.
+        fingerprint: that of the model it was made from.
+        matrices: name of each changed matrix -> its record.
+        bias_shifts: name of each changed bias -> the float32 vector added to it.
+        settings: the settings of the edit, as JSON values.
+    """
 
     factors: str
     fingerprint: str
@@ -110,7 +126,7 @@ class EditRecord:
             ) from None
 
     def plan(self, model: ModelMap, fingerprint: str) -> EditPlan:
-        """The plan that does this edit again.
+        """The plan that makes this edit again; a second copy of an edited matrix is edited with it.
 
         Raises:
             ForgeError: the record was made from another model.
@@ -126,6 +142,9 @@ class EditRecord:
             bias = None if shift is None else GivenBias(shift)
             rule = Given(record.L, record.K)
             edits[name] = MatrixEdit(matrix, rule, record.strength, record.rescale, bias)
+        for copy, original in model.copies.items():
+            if original in edits:
+                edits[copy] = replace(edits[original], matrix=known[copy])
         skipped = {name: "not part of the edit" for name in known if name not in edits}
         return EditPlan(self.factors, edits, skipped, projects=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +13,20 @@ from torch import Tensor
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
-from ollama_forge.edits.factors import EditedMatrix, Rescale, Rule
+from ollama_forge.edits.factors import Factors, Rescale, Rule
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 
 ReadVector = Callable[[str], Tensor]
+
+
+class ScaledFactors(Protocol):
+    """What a bias needs of its matrix's edit: the factors, and the scale of the norm rule (None: no rule)."""
+
+    @property
+    def factors(self) -> Factors: ...
+    @property
+    def scale(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class BiasEdit:
     basis: Tensor
     norm_bias: Tensor | None
 
-    def shift(self, bias: Tensor, edited: EditedMatrix | None, strength: float, expert: int | None = None) -> Tensor:
+    def shift(self, bias: Tensor, edited: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
         """What is added to ``bias`` (float32 ``[out]``)."""
         if self.norm_bias is None:
             return -strength * (self.basis @ (self.basis.T @ bias))
@@ -45,7 +55,7 @@ class GivenBias:
 
     delta: Tensor
 
-    def shift(self, bias: Tensor, edited: EditedMatrix | None, strength: float, expert: int | None = None) -> Tensor:
+    def shift(self, bias: Tensor, edited: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
         return self.delta if expert is None else self.delta[expert]
 
 
@@ -94,19 +104,15 @@ def vector_reader(tensors: CheckpointTensors) -> ReadVector:
 
 
 def select_matrices(model: ModelMap, settings: EditSettings) -> tuple[list[Matrix], dict[str, str]]:
-    """The matrices that the settings name, and why each other one is left alone.
+    """The matrices that the settings name and second copies of them, and why each other one is left alone.
 
     Raises:
         ForgeError: nothing is left to edit.
     """
-    chosen: list[Matrix] = []
-    skipped: dict[str, str] = {}
-    for matrix in model.matrices:
-        reason = settings.reason_to_skip(matrix, model.n_layers)
-        if reason is None:
-            chosen.append(matrix)
-        else:
-            skipped[matrix.tensor] = reason
+    reasons = {matrix.tensor: settings.reason_to_skip(matrix, model.n_layers) for matrix in model.matrices}
+    reasons |= {copy: reasons[original] for copy, original in model.copies.items()}
+    chosen = [matrix for matrix in model.matrices if reasons[matrix.tensor] is None]
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     if not chosen:
         raise ForgeError(
             f"these settings leave none of the model's {model.n_layers} layers to edit",

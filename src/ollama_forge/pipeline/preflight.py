@@ -11,9 +11,9 @@ from typing import Any
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
 from ollama_forge.checkpoints.resolve import resolve
-from ollama_forge.edits.apply import companions_of
-from ollama_forge.edits.checkpoint_folder import CARD, PROVENANCE, check_output, output_size
+from ollama_forge.edits.checkpoint_folder import check_output, output_size
 from ollama_forge.edits.registry import most_pairs
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
@@ -68,7 +68,7 @@ class Preflight:
     @cached_property
     def companions(self) -> dict[str, str]:
         """Hash of each file that belongs to the model beside its weights: config, tokenizer, chat template."""
-        return {path.name: sha256_file(path) for path in companions_of(self.source.folder)}
+        return {name: sha256_file(self.source.folder / name) for name in companions(self.source.folder)}
 
     @cached_property
     def model_needs(self) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ollama_forge.directions.settings import DirectionSettings
+from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.registry import check_8bit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
@@ -38,7 +39,7 @@ class RunSettings:
     escalate: bool = True
     max_kl: float = 0.2
     allow_few_refusals: bool = False
-    out_dtype: str = "bf16"
+    out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True
     export: ExportSettings = field(default_factory=ExportSettings)
@@ -62,9 +63,11 @@ class RunSettings:
         """Refuse what can never work, before anything is fetched or loaded.
 
         Raises:
-            UsageError: a name that Ollama refuses, an unknown device or type, or options that exclude each other.
+            UsageError: a name that Ollama refuses, an unknown device, type or ``--out-dtype``, or options that exclude
+                each other.
         """
         check_ollama_name(self.name)
+        OutDtype.parse(self.out_dtype)
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
             raise UsageError(

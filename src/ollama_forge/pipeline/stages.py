@@ -124,7 +124,11 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                 provenance={"lists": ready.split.hashes(), "choice": choice.reason},
             )
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
-        stamps = {path.name: stamp_of(path) for path in sorted(folder.iterdir()) if path.name not in cache.ignored}
+        stamps = {
+            path.relative_to(folder).as_posix(): stamp_of(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in cache.ignored
+        }
         return Written(hashes, stamps)
 
     return Stage("checkpoint", Written, needs, do, [folder, edit_file(folder)], ("safetensors",))

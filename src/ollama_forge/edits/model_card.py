@@ -1,0 +1,81 @@
+"""The model card (README.md) of an edited checkpoint, made from its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def read_license(folder: Path) -> dict[str, str]:
+    """What the metadata of a checkpoint's own card says of its licence; empty where it says nothing or cannot be read.
+
+    Returns:
+        The keys ``license``, ``license_name`` and ``license_link``, as far as they are stated.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        stated = ModelCard((folder / CARD).read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
+    except Exception:  # no card, or one whose YAML is damaged in any way
+        return {}
+    return {key: value for key in _LICENSE_KEYS if isinstance(value := getattr(stated, key, None), str)}
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        record: the content of ``abliteration.json``.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = record["source"]
+    data = ModelCardData(
+        base_model=source["model"] if source["kind"] == "hub" else None,
+        library_name="transformers",
+        tags=["abliteration", "ollama-forge"],
+        **(source.get("license") or {}),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(record)}"))
+
+
+def _body(record: Mapping[str, Any]) -> str:
+    source, rows = record["source"], record.get("measurements") or {}
+    lines = [
+        f"# {source['model']}, edited",
+        "",
+        f"The refusal direction of `{source['model']}` was edited in the weights by ollama-forge {record['version']} "
+        f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` holds every "
+        "setting, the change of each tensor and the hashes of the lists.",
+        "",
+        _verified_line(record.get("verified")),
+        "",
+    ]
+    if rows:
+        lines += ["| model | harmful refused | harmless refused | first-token KL |", "|---|---|---|---|"]
+        for name, row in rows.items():
+            bad, good, kl = row["harmful"], row["harmless"], row["first_token_kl"]
+            lines.append(
+                f"| {name} | {bad['refusal']}/{bad['total']} | {good['refusal']}/{good['total']} "
+                f"| {kl['value']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) |"
+            )
+        lines += ["", "Measured on prompts that took no part in computing or choosing the edit.", ""]
+    lines += [
+        "This is a research artefact. The licence of the base model applies to it. Whoever uses it answers for what is "
+        "done with it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verified_line(verified: object) -> str:
+    if verified is None:
+        return "The edit was not verified on the written weights."
+    return (
+        "The edit was verified on the written weights." if verified else "**Unverified: a check of the edit failed.**"
+    )
