@@ -20,12 +20,25 @@ _MXFP4_BLOCK = 32
 
 
 def decode_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Bytes of a float tensor as float32, ``shape`` as given (a copy, or the bytes themselves for F32)."""
+    """Read a float tensor's bytes as float32 of ``shape`` (a copy; for F32 the bytes themselves).
+
+    Raises:
+        ForgeError: ``dtype`` is no float type.
+    """
+    return stored_tensor(data, dtype, shape).float()
+
+
+def stored_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """View a float tensor's bytes as a tensor of their own type; writing to it writes to ``data``.
+
+    Raises:
+        ForgeError: ``dtype`` is no float type.
+    """
     if dtype not in _FLOATS:
         raise ForgeError(f"a tensor stored as {dtype} cannot be edited", "use the bf16 release of this model")
     if not data:
-        return torch.empty(shape)
-    return torch.frombuffer(data, dtype=_FLOATS[dtype]).reshape(shape).float()
+        return torch.empty(shape, dtype=_FLOATS[dtype])
+    return torch.frombuffer(data, dtype=_FLOATS[dtype]).reshape(shape)
 
 
 def encode_tensor(values: Tensor, dtype: str) -> memoryview:
