@@ -161,7 +161,7 @@ def _compare(written: Tensor, exact: Tensor, error: Tensor, worst: Worst, place:
 
 
 def _half_spacing(magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours of a storage type at positive float64 values: what rounding moves at most."""
+    """Half the distance to the next value of a storage type at positive float64 values: what rounding moves at most."""
     kind = torch.finfo(dtype)
     powers = (magnitudes.view(torch.int64) & _EXPONENT).view(torch.float64)  # the power of 2 at or below
     return powers.clamp_min(kind.smallest_normal) * (kind.eps / 2)

@@ -9,7 +9,7 @@ import torch
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.architectures.read_matrix import experts_of, read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, stored_tensor
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, mxfp4_shape, stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check
@@ -50,8 +50,8 @@ def _fault(
     """What is wrong with a tensor that should be the source's, or None."""
     after = written[name]
     if name in unpacked:
-        if after.dtype != "BF16":
-            return f"stored as {after.dtype}"
+        if (after.dtype, after.shape) != ("BF16", mxfp4_shape(source[f"{name}_blocks"].shape)):
+            return f"stored as {after.dtype} {after.shape}"
         return _experts_fault(source, written, unpacked[name])
     before = source[name]
     if before.shape != after.shape:
