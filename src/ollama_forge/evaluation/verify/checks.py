@@ -54,7 +54,7 @@ class Worst:
         share = values / bounds.clamp_min(_SMALLEST)
         index = int(share.argmax())  # of the first NaN, where there is one
         value, bound = float(values.flatten()[index]), float(bounds.flatten()[index])
-        if not math.isfinite(value) or math.isnan(bound):
+        if not (math.isfinite(value) and math.isfinite(bound)):
             self.fail(f"{place(index)}: {bound if math.isfinite(value) else value}")
         elif float(share.flatten()[index]) > self._share:
             self._share = float(share.flatten()[index])

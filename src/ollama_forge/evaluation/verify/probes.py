@@ -21,7 +21,6 @@ from ollama_forge.models.chat_model import ChatModel
 
 # The relative error of a direction in float32 after a gain, centring and normalising: some tens of roundings at most.
 _DIRECTION_ERROR = 64 * UNIT_ROUNDOFF
-_SMALLEST = torch.finfo(torch.float64).tiny
 Checkpoints = tuple[Checkpoint, Checkpoint]
 
 
@@ -76,7 +75,7 @@ class WriterProbe:
         along = torch.linalg.vector_norm(added @ self.vectors.T, dim=-1)
         rounding = torch.linalg.vector_norm((added - planned) @ self.vectors.T, dim=-1)
         arithmetic = _DIRECTION_ERROR * (slope * torch.linalg.vector_norm(products.before, dim=-1) + size)
-        size = size.clamp_min(_SMALLEST)
+        size = torch.where(size > 0, size, 1.0)
         worst.see(along / size, (rounding + arithmetic) / size, lambda _: place)
 
 
@@ -100,7 +99,7 @@ class ReaderProbe:
         written, planned = products.written[self.count :], products.planned[: self.count]
         left, rounding = torch.linalg.vector_norm(written), torch.linalg.vector_norm(written - planned)
         bound = rounding + _DIRECTION_ERROR * self.count**0.5 * products.norm_before
-        unit = self.inputs.shape[1] ** 0.5 / max(products.norm, _SMALLEST)
+        unit = self.inputs.shape[1] ** 0.5 / (products.norm or 1.0)
         worst.see(left * unit, bound * unit, lambda _: place)
 
 
