@@ -419,6 +419,27 @@ def with_another(tensors: Tensors, name: str) -> None:
     tensors[f"{name}.extra"] = torch.zeros(3)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_second_copy_of_a_tied_head_must_stay_one(strength: float, tmp_path: Path) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "source")
+    tensors = load_file(source.folder / "model.safetensors")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    save_file({**tensors, head: tensors[embedding].clone()}, source.folder / "model.safetensors", {"format": "pt"})
+    source = Checkpoint(source.folder, "source", "folder")
+    described, settings = map_checkpoint(source), replace(ALL, strength=strength)
+    plan = plan_orthogonal(described, R, settings, vector_reader(source.tensors))
+    second = next(matrix for matrix in described.matrices if matrix.tensor == head)
+    plan = replace(plan, edits={**plan.edits, head: replace(plan.edits[embedding], matrix=second)})
+    write_checkpoint(source, described, plan, tmp_path / "edited", settings=settings, out_dtype="keep", direction=R)
+    result = Checkpoint(tmp_path / "edited", "edited", "folder")
+    made = Written(source, result, plan, R, ChatModel.load(result, LoadSettings(dtype="float32", device="cpu")))
+    assert not failed(made.checks())
+    stale = damage(made, tmp_path / "stale", lambda written: written.update({head: tensors[embedding]}))
+    assert {EDITED} <= failed(stale.checks())
+    apart = damage(made, tmp_path / "apart", lambda written: off_by_one_unit(written, head))
+    assert [check.where for check in apart.checks() if not check.passed] == [f"{head} is not {embedding} any more"]
+
+
 UNEDITED = {
     "llama": ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"],
     "gemma2": ["model.layers.3.self_attn.o_proj.weight"],

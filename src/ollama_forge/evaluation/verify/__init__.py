@@ -5,7 +5,7 @@ Every bound follows from the storage type, the size of the model and the values 
 
 from __future__ import annotations
 
-from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
@@ -14,9 +14,9 @@ from ollama_forge.evaluation.verify.checks import Check, Worst
 from ollama_forge.evaluation.verify.edited import adds_to_stream, compare_edit
 from ollama_forge.evaluation.verify.probes import NoProbe, Probe, ReaderProbe, WriterProbe
 from ollama_forge.evaluation.verify.running import observe
-from ollama_forge.evaluation.verify.unedited import compare_unedited
-from ollama_forge.files import return_freed_memory
+from ollama_forge.evaluation.verify.unedited import compare_unedited, same_bytes
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.system import return_freed_memory
 
 __all__ = ["Check", "verify"]
 
@@ -60,6 +60,8 @@ def verify(
             place = matrix.tensor if expert is None else f"{matrix.tensor}[{expert}]"
             probe.judge(products, place, added if adds_to_stream(matrix) else read)
         return_freed_memory()
+    if (copy := _differing_copy(source, written, plan)) is not None:
+        edited.fail(copy)
     checks = [finite, edited.check("edited matrices and biases are the planned edit, rounded once")]
     if writers:
         checks.append(added.check("writers add nothing along the direction"))
@@ -78,4 +80,19 @@ def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | Non
         found = written.tensors[name]
         if found.shape != shape or found.dtype not in (dtype, "BF16"):
             return f"{name} is stored as {found.dtype} {found.shape}"
+    return None
+
+
+def _differing_copy(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> str | None:
+    """What is wrong with an edited unembedding that repeats the embedding in the source, or None.
+
+    The two are tied: a loader unties them where they differ in a single bit.
+    """
+    matrices = [edit.matrix for edit in plan.edits.values()]
+    embedding = next((matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING), None)
+    for head in (matrix.tensor for matrix in matrices if matrix.role is Role.UNEMBEDDING):
+        if embedding is None or head not in written.tensors or embedding not in written.tensors:
+            continue
+        if same_bytes(source.tensors, embedding, head) and not same_bytes(written.tensors, embedding, head):
+            return f"{head} is not {embedding} any more"
     return None

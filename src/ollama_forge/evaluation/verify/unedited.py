@@ -13,7 +13,7 @@ from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, mxfp4_s
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check
-from ollama_forge.files import return_freed_memory
+from ollama_forge.system import return_freed_memory
 
 _PIECE = 8 << 20  # values compared at a time
 _SHOWN = 4
@@ -86,3 +86,13 @@ def _experts_fault(source: CheckpointTensors, written: CheckpointTensors, matrix
         if torch.isnan(after).any():
             return f"expert {expert} holds NaN"
     return None
+
+
+def same_bytes(tensors: CheckpointTensors, first: str, second: str) -> bool:
+    """Whether two tensors of a checkpoint have the same type, shape and bytes."""
+    one, other = tensors[first], tensors[second]
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+        tensors.read_bytes(first, start, min(_PIECE, one.size - start))
+        == tensors.read_bytes(second, start, min(_PIECE, one.size - start))
+        for start in range(0, one.size, _PIECE)
+    )
