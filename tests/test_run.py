@@ -21,7 +21,6 @@ from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation import verify as verification
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
@@ -124,17 +123,6 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path, capsys: pytest.Capture
     assert {**first.to_json(), "seconds": 0} == {**second.to_json(), "seconds": 0}
     run(settings(tmp_path, edit=EditSettings(strength=0.9)))
     assert (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns != stamp
-
-
-def test_a_failed_verification_fails_the_run_and_marks_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verification, "WRITER_BOUND", -1.0)
-    with pytest.raises(ForgeError, match="verification failed: writers add nothing"):
-        run(settings(tmp_path))
-    assert read_json(tmp_path / "out" / "checkpoint" / PROVENANCE)["verified"] is False
-    assert "Unverified" in (tmp_path / "out" / "checkpoint" / "README.md").read_text(encoding="utf-8")
-    assert read_json(tmp_path / "out" / "report.json")["verification"]["passed"] is False
 
 
 def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Proof, on the written checkpoint, that the edit is in the weights: exactly as planned, and nowhere else.
+
+Every bound follows from the storage type, the size of the model and the values at hand.
+"""
+
+from __future__ import annotations
+
+from ollama_forge.architectures.model_map import Matrix, Role
+from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.plan import EditPlan
+from ollama_forge.evaluation.verify.checks import Check, Worst
+from ollama_forge.evaluation.verify.edited import adds_to_stream, compare_edit
+from ollama_forge.evaluation.verify.probes import NoProbe, Probe, ReaderProbe, WriterProbe
+from ollama_forge.evaluation.verify.running import observe
+from ollama_forge.evaluation.verify.unedited import compare_unedited, same_bytes
+from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.system import return_freed_memory
+
+__all__ = ["Check", "verify"]
+
+
+def verify(
+    source: Checkpoint,
+    written: Checkpoint,
+    model: ChatModel,
+    plan: EditPlan,
+    direction: RefusalDirection | None,
+) -> list[Check]:
+    """Check a written checkpoint against its source and plan. Each tensor is read once, a block at a time.
+
+    Args:
+        model: the written checkpoint, loaded.
+        direction: what the plan removes; None for factors that were given.
+    """
+    projects = plan.projects and direction is not None
+    whole = {name: edit.matrix for name, edit in plan.edits.items() if projects and edit.strength == 1.0}
+    writers = [matrix for matrix in whole.values() if adds_to_stream(matrix)]
+    finite, inputs = observe(model, writers)
+
+    def probe_of(matrix: Matrix) -> Probe:
+        if direction is None or matrix.tensor not in whole:
+            return NoProbe(matrix)
+        vectors = direction.for_layer(matrix.layer or 0).double()
+        if adds_to_stream(matrix):
+            return WriterProbe(model, (source, written), matrix, vectors, inputs)
+        return ReaderProbe(model, (source, written), matrix, vectors)
+
+    edited, added, read = Worst(), Worst(), Worst()
+    for edit in plan.edits.values():
+        matrix = edit.matrix
+        fault = _fault(source, written, matrix)
+        if fault is not None:
+            edited.fail(fault)
+            continue
+        probe = probe_of(matrix)
+        for expert in experts_of(matrix):
+            products = compare_edit(source, written, edit, expert, probe.inputs, edited)
+            place = matrix.tensor if expert is None else f"{matrix.tensor}[{expert}]"
+            probe.judge(products, place, added if adds_to_stream(matrix) else read)
+        return_freed_memory()
+    if (copy := _differing_copy(source, written, plan)) is not None:
+        edited.fail(copy)
+    checks = [finite, edited.check("edited matrices and biases are the planned edit, rounded once")]
+    if writers:
+        checks.append(added.check("writers add nothing along the direction"))
+    if len(whole) > len(writers):
+        checks.append(read.check("readers are blind to the direction"))
+    return [*checks, compare_unedited(source, written, model.model_map, plan)]
+
+
+def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | None:
+    """Why the tensors of an edited matrix cannot be compared with the plan, or None."""
+    for name in [matrix.tensor] if matrix.bias is None else [matrix.tensor, matrix.bias]:
+        if name not in written.tensors:
+            return f"{name} is missing"
+        packed = name not in source.tensors
+        dtype, shape = ("BF16", matrix.shape) if packed else (source.tensors[name].dtype, source.tensors[name].shape)
+        found = written.tensors[name]
+        if found.shape != shape or found.dtype not in (dtype, "BF16"):
+            return f"{name} is stored as {found.dtype} {found.shape}"
+    return None
+
+
+def _differing_copy(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> str | None:
+    """What is wrong with an edited unembedding that repeats the embedding in the source, or None.
+
+    The two are tied: a loader unties them where they differ in a single bit.
+    """
+    matrices = [edit.matrix for edit in plan.edits.values()]
+    embedding = next((matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING), None)
+    for head in (matrix.tensor for matrix in matrices if matrix.role is Role.UNEMBEDDING):
+        if embedding is None or head not in written.tensors or embedding not in written.tensors:
+            continue
+        if same_bytes(source.tensors, embedding, head) and not same_bytes(written.tensors, embedding, head):
+            return f"{head} is not {embedding} any more"
+    return None

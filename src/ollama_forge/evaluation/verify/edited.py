@@ -1,0 +1,291 @@
+"""The edit of one matrix and its bias, computed again in float64, with bounds on what float32 and rounding may change.
+
+The written value is the planned edit, computed in float32 and rounded once to the storage type. Float32 stays within a
+bound ``a`` of the exact edit ``E``, and rounding moves a value by at most half the distance to its neighbour, so the
+written value is at most ``a + ulp(|E| + a) / 2`` from ``E``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.architectures.read_matrix import read_matrix
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.storage import stored_tensor
+from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.edits.factors import (
+    EditedMatrix,
+    Factors,
+    Given,
+    RemoveFromInput,
+    RemoveFromOutput,
+    Rescale,
+    Rule,
+    edit_matrix,
+)
+from ollama_forge.edits.plan import GivenBias, MatrixEdit
+from ollama_forge.evaluation.verify.checks import Worst
+
+UNIT_ROUNDOFF = 2.0**-24  # of float32
+_EXPONENT = 0x7FF << 52  # of a float64
+_UNDERFLOW = torch.finfo(torch.float32).tiny
+_BLOCK = 1 << 20  # values of a matrix that are compared at a time, each held in some ten float64 tensors
+_ROWS, _COLUMNS = 0, 1
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products ``[n, out]`` (float64) of a matrix with the inputs ``[n, in]`` of a probe; a writer's bias is added.
+
+    Attributes:
+        written: of the written matrix.
+        planned: of the exact edit; equal to ``written`` where the matrix or its bias is not the planned edit, so that
+            the difference of the two is what honest rounding does.
+        before: of the source's matrix, rescaled as the edited one.
+        norm, norm_before: Frobenius norms of the written matrix, and of the source's as rescaled.
+    """
+
+    written: Tensor
+    planned: Tensor
+    before: Tensor
+    norm: float
+    norm_before: float
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The exact edit of some rows or columns, float64.
+
+    Attributes:
+        weight: ``E``.
+        error: ``a``: how far float32 arithmetic may be from it.
+        scale: of the norm rule, shaped to be multiplied with ``weight``; 1 without a norm rule.
+        scale_error: its relative error in float32.
+        factors: at strength 1.
+        magnitudes: the factors of ``|W|`` by the rule's absolute values: ``|L| |K|^T`` without any cancellation.
+    """
+
+    weight: Tensor
+    error: Tensor
+    scale: Tensor
+    scale_error: Tensor
+    factors: Factors
+    magnitudes: Factors
+
+
+def _reference(weight: Tensor, rule: Rule, edit: MatrixEdit, expert: int | None) -> _Reference:
+    """The exact edit of float64 ``weight`` ``[out, in]``, and the error of the same edit in float32.
+
+    A sum of n products has the error ``n u sum |x||y|``, whatever its order (Higham, Accuracy and Stability, 3.5).
+    """
+    strength, contracted = abs(edit.strength), 0
+    if isinstance(rule, RemoveFromOutput):
+        contracted = weight.shape[0]
+    elif isinstance(rule, RemoveFromInput):
+        contracted = weight.shape[1]
+    exact = edit_matrix(weight, _mapped(rule, Tensor.double), edit.strength, Rescale.NONE, expert)
+    magnitudes = _mapped(rule, lambda t: t.double().abs()).factors(weight.abs(), expert)
+    removed = strength * magnitudes.L @ magnitudes.K.T
+    terms = magnitudes.L.shape[1] + 4  # products over the directions, the strength, the difference
+    error = UNIT_ROUNDOFF * (terms * (weight.abs() + removed) + contracted * removed) + _UNDERFLOW
+    one = torch.ones(1, 1, dtype=torch.float64)
+    if edit.rescale is Rescale.NONE:
+        return _Reference(exact.weight, error, one, torch.zeros_like(one), exact.factors, magnitudes)
+    axis = 0 if edit.rescale is Rescale.COLUMNS else 1
+    count = weight.shape[axis]
+    before = torch.linalg.vector_norm(weight, dim=axis, keepdim=True)
+    after = torch.linalg.vector_norm(exact.weight, dim=axis, keepdim=True)
+    drift = torch.linalg.vector_norm(error, dim=axis, keepdim=True) + count * _UNDERFLOW**0.5
+    scale = torch.where(after > 0, before / after.clamp_min(1e-300), 1.0)
+    scale_error = (count + 6) * UNIT_ROUNDOFF + 2 * drift / after.clamp_min(1e-300)
+    edited = exact.weight * scale
+    error = scale * error * (1 + scale_error) + edited.abs() * scale_error
+    # A row or column wholly along the direction: float32 leaves noise, and the norm rule makes it as long as before.
+    error = torch.where(drift >= after / 2, 2 * before, error)
+    return _Reference(edited, error, scale, scale_error, exact.factors, magnitudes)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A rule (of a matrix or a bias) with all its tensors changed."""
+    tensors = {f.name: getattr(value, f.name) for f in fields(value) if isinstance(getattr(value, f.name), Tensor)}
+    return replace(value, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+def compare_edit(
+    source: Checkpoint, written: Checkpoint, edit: MatrixEdit, expert: int | None, probe: Tensor, worst: Worst
+) -> Products:
+    """Hold one edited matrix (of one expert) and its bias against the plan.
+
+    Args:
+        probe: inputs ``[n, in]`` whose products are wanted, float64; n may be 0.
+        worst: takes in the error with the largest share of its bound.
+    """
+    matrix, own = edit.matrix, Worst()
+    products = torch.zeros(3, len(probe), matrix.out_features, dtype=torch.float64)
+    squares = torch.zeros(2, dtype=torch.float64)
+    parts: list[_Reference] = []
+    for before, after, rows, columns in _blocks(source.tensors, written.tensors, edit, expert):
+        rule, index = _rule_of(edit.rule, expert, rows, columns)
+        exact = _reference(before.double(), rule, edit, index)
+        _compare(after, exact.weight, exact.error, own, _stored_index(matrix, expert, rows, columns))
+        rescaled = before.double() * exact.scale
+        for place, values in enumerate((after.double(), exact.weight, rescaled)):
+            products[place, :, rows] += probe[:, columns] @ values.T
+        squares += torch.stack([after.double().square().sum(), rescaled.square().sum()])
+        nothing = exact.weight.new_empty(0)
+        parts.append(replace(exact, weight=nothing, error=nothing))
+    if matrix.bias is not None and (edit.bias_edit is not None or adds_to_stream(matrix)):
+        biases = _compare_bias(source, written, edit, expert, parts, own)
+        products += biases.unsqueeze(1) if adds_to_stream(matrix) else 0
+    planned = products[1] if own.passed else products[0]
+    worst.include(own)
+    norm, norm_before = squares.sqrt().tolist()
+    return Products(products[0], planned, products[2], norm, norm_before)
+
+
+def adds_to_stream(matrix: Matrix) -> bool:
+    """Whether a matrix is a writer of a layer; an embedding is looked up, and edited as readers are."""
+    return matrix.writes and matrix.layer is not None
+
+
+def _compare(written: Tensor, exact: Tensor, error: Tensor, worst: Worst, place: Callable[[int], str]) -> None:
+    """Hold written values, in their storage type, against exact ones and the error of float32."""
+    bound = error + _half_spacing(exact.abs() + error, written.dtype)
+    worst.see((written.double() - exact).abs(), bound, place)
+
+
+def _half_spacing(magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance to the next value of a storage type at positive float64 values: what rounding moves at most."""
+    kind = torch.finfo(dtype)
+    powers = (magnitudes.view(torch.int64) & _EXPONENT).view(torch.float64)  # the power of 2 at or below
+    return powers.clamp_min(kind.smallest_normal) * (kind.eps / 2)
+
+
+def _compare_bias(
+    source: Checkpoint,
+    written: Checkpoint,
+    edit: MatrixEdit,
+    expert: int | None,
+    parts: list[_Reference],
+    worst: Worst,
+) -> Tensor:
+    """Hold the bias of a matrix against the plan.
+
+    Args:
+        parts: the exact edits of all blocks of the matrix.
+
+    Returns:
+        The bias ``[3, out]`` as written, as planned and before, float64.
+    """
+    name = edit.matrix.bias
+    assert name is not None
+    stored = _bias(written.tensors, name, expert)
+    before, after = _bias(source.tensors, name, expert).double(), stored.double()
+    if edit.bias_edit is None:
+        return torch.stack([after, after, before])
+    exact, magnitudes = (_joined(parts, edit, factors) for factors in ("factors", "magnitudes"))
+    shift = _mapped(edit.bias_edit, Tensor.double).shift(before, exact, edit.strength, expert)
+    moved = _mapped(edit.bias_edit, lambda t: t.double().abs()).shift(before.abs(), magnitudes, edit.strength, expert)
+    terms = 8
+    if not isinstance(edit.bias_edit, GivenBias):  # two sums over the stream: a factor, and its product with a bias
+        terms += 2 * (len(before) if adds_to_stream(edit.matrix) else edit.matrix.in_features)
+    error = UNIT_ROUNDOFF * (terms * moved.abs() + 4 * before.abs()) + _UNDERFLOW
+    if edit.rescale is Rescale.ROWS:
+        error += torch.cat([part.scale_error for part in parts]).flatten() * shift.abs()
+    place = [] if expert is None else [expert]
+    _compare(stored, before + shift, error, worst, lambda index: f"{name}{[*place, index]}")
+    return torch.stack([after, before + shift, before])
+
+
+def _joined(parts: list[_Reference], edit: MatrixEdit, factors: str) -> EditedMatrix:
+    """What a bias needs of a whole matrix's edit: ``L``, and the scale of the rows."""
+    made: list[Factors] = [getattr(part, factors) for part in parts]
+    by_rows = _axis(edit) == _ROWS
+    left = torch.cat([each.L for each in made]) if by_rows else made[0].L
+    scale = torch.cat([part.scale for part in parts]).flatten() if edit.rescale is Rescale.ROWS else None
+    return EditedMatrix(left.new_empty(0), Factors(left, made[0].K), scale)
+
+
+def _bias(tensors: CheckpointTensors, name: str, expert: int | None) -> Tensor:
+    info = tensors[name]
+    size = info.size if expert is None else info.size // info.shape[0]
+    return stored_tensor(tensors.read_bytes(name, (expert or 0) * size, size), info.dtype, info.shape[-1:])
+
+
+def _axis(edit: MatrixEdit) -> int:
+    """The axis of ``W`` ``[out, in]`` along which the edit acts on each row, or each column, by itself."""
+    if isinstance(edit.rule, RemoveFromOutput) or (isinstance(edit.rule, Given) and edit.rescale is Rescale.COLUMNS):
+        return _COLUMNS
+    return _ROWS
+
+
+def _rule_of(rule: Rule, expert: int | None, rows: slice, columns: slice) -> tuple[Rule, int | None]:
+    """The rule for a block, and the expert to give it: given factors that were cut to a block are one expert's."""
+    if not isinstance(rule, Given):
+        return rule, expert
+    whole = rule.factors(torch.empty(0), expert)
+    return Given(whole.L[rows], whole.K[columns]), None
+
+
+def _stored_index(matrix: Matrix, expert: int | None, rows: slice, columns: slice) -> Callable[[int], str]:
+    """Says where the value of a block with a given flattened index is stored: ``name[expert, row, column]``."""
+
+    def place(index: int) -> str:
+        row, column = divmod(index, columns.stop - columns.start)
+        at = [rows.start + row, columns.start + column]
+        return f"{matrix.tensor}{([] if expert is None else [expert]) + (at[::-1] if matrix.transposed else at)}"
+
+    return place
+
+
+def _blocks(
+    source: CheckpointTensors, written: CheckpointTensors, edit: MatrixEdit, expert: int | None
+) -> Iterator[tuple[Tensor, Tensor, slice, slice]]:
+    """Blocks of a matrix ``[out, in]``, as in the source and as written, in their storage types; rows and columns."""
+    axis = _axis(edit)
+    sizes = (edit.matrix.out_features, edit.matrix.in_features)
+    step = max(1, _BLOCK // sizes[1 - axis])
+    readers = [_StoredMatrix(tensors, edit.matrix, expert, axis) for tensors in (source, written)]
+    for start in range(0, sizes[axis], step):
+        part = slice(start, min(start + step, sizes[axis]))
+        before, after = (reader.part(part) for reader in readers)
+        spans = (part, slice(0, sizes[1])) if axis == _ROWS else (slice(0, sizes[0]), part)
+        yield before, after, *spans
+
+
+class _StoredMatrix:
+    """One matrix (of one expert) on disk, read row by row or column by column in its storage type.
+
+    Parts that do not lie one after another on disk are cut from the whole, which is then held in memory.
+    """
+
+    def __init__(self, tensors: CheckpointTensors, matrix: Matrix, expert: int | None, axis: int) -> None:
+        self.tensors, self.matrix, self.axis = tensors, matrix, axis
+        self.whole: Tensor | None = None
+        if matrix.tensor not in tensors:
+            self.whole = read_matrix(tensors, matrix, expert)[0]
+            return
+        info = tensors[matrix.tensor]
+        self.shape = info.shape if expert is None else info.shape[1:]
+        self.size = info.size if expert is None else info.size // info.shape[0]
+        self.offset = (expert or 0) * self.size
+        if (axis == _ROWS) == matrix.transposed:
+            self.whole = self.stored(0, self.shape[0])
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Rows of the disk, as ``[out, in]``."""
+        width = self.size // max(self.shape[0], 1)
+        data = self.tensors.read_bytes(self.matrix.tensor, self.offset + start * width, (stop - start) * width)
+        values = stored_tensor(data, self.tensors[self.matrix.tensor].dtype, (stop - start, self.shape[1]))
+        return values.T if self.matrix.transposed else values
+
+    def part(self, part: slice) -> Tensor:
+        if self.whole is None:
+            return self.stored(part.start, part.stop)
+        return self.whole[part] if self.axis == _ROWS else self.whole[:, part]

@@ -1,0 +1,109 @@
+"""What verification takes from the running model: inputs of writers, finite activations, and its norms."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollama_forge.architectures.model_map import Matrix, Norm
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.edits.plan import vector_reader
+from ollama_forge.evaluation.verify.checks import Check
+from ollama_forge.models.chat_model import ChatModel
+
+SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide."
+_KEPT_TOKENS = 16
+_DRAWN_INPUTS = 4
+
+
+def observe(model: ChatModel, writers: Iterable[Matrix]) -> tuple[Check, dict[str, Tensor]]:
+    """Run a sentence through the model.
+
+    Args:
+        writers: matrices whose inputs are wanted; stacks of experts are left out, as their inputs never leave the
+            module that holds them.
+
+    Returns:
+        The check that the loss and the output of every layer are finite, and, by tensor name, the inputs
+        ``[tokens, in]`` (float64) that each writer got. A writer whose module did not run is not among them.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs_finite: dict[int, bool] = {}
+
+    def keep_inputs(tensor: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            inputs[tensor] = args[0].detach().flatten(0, -2)[-_KEPT_TOKENS:].to("cpu", torch.float64)
+
+        return hook
+
+    def note_finite(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            values = output[0] if isinstance(output, tuple) else output
+            outputs_finite[layer] = bool(torch.isfinite(values).all())
+
+        return hook
+
+    layers = range(model.model_map.n_layers)
+    handles = [model.layer(index).register_forward_hook(note_finite(index)) for index in layers]
+    for matrix in writers:
+        if not matrix.experts:
+            handles.append(model.submodule(matrix).register_forward_pre_hook(keep_inputs(matrix.tensor)))
+    with _removed_afterwards(handles):
+        for batch in model.batches([model.tokenizer.instruction_ids(SENTENCE)]):
+            model.run_to_layer(batch, layers[-1])
+    loss = model.loss(SENTENCE)
+    faults = [f"layer {index} did not run" for index in layers if index not in outputs_finite]
+    faults += [f"output of layer {index}" for index in layers if not outputs_finite.get(index, True)]
+    faults += [] if math.isfinite(loss) else ["loss"]
+    worst = loss if math.isfinite(loss) else None
+    return Check("activations and loss are finite", not faults, worst, None, ", ".join(faults[:4])), inputs
+
+
+@contextmanager
+def _removed_afterwards(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drawn_inputs(matrix: Matrix) -> Tensor:
+    """Random inputs ``[n, in]`` (float64, seeded) that stand for the routed ones of an expert."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_DRAWN_INPUTS, matrix.in_features, generator=generator, dtype=torch.float64)
+
+
+class RunningNorm:
+    """A norm of the running model, less the constant that it adds: ``norm(x) - norm(0)``, computed in float64.
+
+    Args:
+        checkpoint: whose gain it has; the model in memory may hold the gain rounded.
+    """
+
+    def __init__(self, model: ChatModel, layer: int, norm: Norm, checkpoint: Checkpoint) -> None:
+        path, parameter = norm.weight.rsplit(".", 1)
+        module = model.layer(layer).get_submodule(path.split(f".{layer}.", 1)[1])
+        self.module = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
+        gain = vector_reader(checkpoint.tensors)(norm.weight)
+        self.module.get_parameter(parameter).copy_(gain)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x) - self.module(torch.zeros_like(x))
+        return out
+
+    def slope(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """How fast ``v . norm(x)`` can grow with ``x``: gradient norms ``[n]`` at ``x`` ``[n, d]``, over all ``v``."""
+        squares = torch.zeros(len(x), dtype=torch.float64)
+        for vector in vectors:
+            with torch.enable_grad():
+                at = x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad((self(at) @ vector).sum(), at)
+            squares += gradient.square().sum(-1)
+        return squares.sqrt()
