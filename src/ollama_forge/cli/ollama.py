@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.options import json_option
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, install_hint
 
 if TYPE_CHECKING:
     from ollama_forge.ollama.register import Registered
@@ -80,7 +80,7 @@ def refresh_template(name: str, base: str, template_only: bool, output_name: str
 
 def _require_client(command: str) -> None:
     if importlib.util.find_spec("ollama") is None:
-        raise ForgeError(f"{command} needs the package 'ollama'", "pip install 'ollama-forge[abliterate]'")
+        raise ForgeError(f"{command} needs the package 'ollama', which is not installed", install_hint("abliterate"))
 
 
 def _tell(made: Registered, as_json: bool) -> None:
