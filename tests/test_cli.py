@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ollama_forge.cli.doctor import doctor
 from ollama_forge.cli.main import main
 from ollama_forge.errors import ForgeError, UsageError, install_hint, require_abliterate
 from ollama_forge.pipeline.run_toml import read_config, write_config
+from tests.processes import run
 
 COMMANDS = [
     (),
@@ -37,17 +37,8 @@ RUN = ("abliterate", "run", "--name", "x", "--model")
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(folder),
-        "OLLAMA_HOST": "127.0.0.1:9",
-    }
-    environment.pop("HF_HOME", None)
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=folder, env=environment
-    )
+    home = {"HOME": str(folder), "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OLLAMA_HOST": "127.0.0.1:9"}
+    return run(*arguments, cwd=folder, environment=home)
 
 
 def forge(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
