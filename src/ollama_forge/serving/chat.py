@@ -66,9 +66,8 @@ def chat(
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
     talker = _server_for(name, load, server) or _load(name, checkpoint, revision, load)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a byte or letter that its encoding lacks ends no conversation
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none, and edits lines by itself
             import readline  # noqa: F401 -- line editing for input()
