@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import re
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,26 @@ from ollama_forge.serving.asks import Message
 from ollama_forge.serving.chat import Chat, read_format, read_images
 from ollama_forge.serving.engines.base import Request, Sampling
 from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.talkers import LocalTalker, RemoteTalker, Wishes, running_server
+from ollama_forge.serving.http.native.options import options_of
+from ollama_forge.serving.loops import LoopWatch
+from ollama_forge.serving.talkers import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
 from tests import planted
+from tests.loopback import loopback, scripted
+from tests.processes import default_sigint, run
 from tests.scripted import serve
 
 THINKS = "{% for m in messages %}{{ m.role }} {{ m.content }};{% endfor %}{{ '</think>' if false }}<think>"
 
 
-def talk(*answers: str, lines: tuple[str, ...], template: str | None = None, **options: Any) -> tuple[Chat, str]:
+def talk(
+    *answers: str,
+    lines: tuple[str, ...],
+    template: str | None = None,
+    context_length: int = 4096,
+    **options: Any,
+) -> tuple[Chat, str]:
     out = io.StringIO()
-    chat = Chat(LocalTalker(serve(*answers, template=template)), out, **options)
+    chat = Chat(LocalTalker(serve(*answers, template=template, context_length=context_length)), out, **options)
     chat.loop(lines)
     return chat, out.getvalue()
 
@@ -59,9 +70,9 @@ def test_clear_system_and_set(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ("hi", "/clear", "/set top_k 5", "/set parameter temperature 0", "/set seed x", "/set nonsense 1", "/what")
     chat, _ = talk("a", lines=(*lines, "/help", "/set num_predict 2", "/set num_ctx 128", "/set think off", "/set"))
     assert chat.messages == []
-    assert chat.wishes == Wishes(Sampling(top_k=5, temperature=0), num_predict=2, num_ctx=128, think=False)
+    assert chat.wishes == Wishes(replace(CHAT_SAMPLING, top_k=5, temperature=0), 2, num_ctx=128, think=False)
     shown = capsys.readouterr().err
-    for words in ("x is not a number", "/set NAME VALUE", "unknown command /what", "/system TEXT", "top_k 5"):
+    for words in ("/set NAME VALUE", "unknown command /what", "/system TEXT", "top_k 5", "x is not a whole number"):
         assert words in shown
     chat.command("/system Be brief.")
     assert chat.system == "Be brief."
@@ -72,6 +83,118 @@ def test_clear_system_and_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert requests(chat)[-1].sampling.top_k == 5
     chat.command("/system")
     assert chat.system is None
+
+
+def test_settings_are_spelled_as_in_ollama_and_kept_in_their_range(capsys: pytest.CaptureFixture[str]) -> None:
+    chat, _ = talk("a", lines=("/set repeat_penalty 0", "/set temperature nan", "/set top_p -1", "/set seed 3"))
+    assert chat.wishes.sampling == replace(CHAT_SAMPLING, repeat_penalty=1.0, top_p=0.0, seed=3)
+    for line in ("/set repeat_penalty default", "/set seed default", "/set top_p default", "/set nothink"):
+        chat.command(line)
+    assert chat.wishes == Wishes(think=False)
+    chat.loop(["/set think", "/set system Be brief.", "/set think wild"])
+    assert (chat.wishes.think, chat.system) == (True, "Be brief.")
+    assert "nan is not a number\n" in capsys.readouterr().err
+    chat.command("/set num_predict")
+    chat.command("/set num_ctx")
+    assert capsys.readouterr().err == "num_predict 4096\nnum_ctx default\n"
+
+
+def test_a_message_of_several_lines() -> None:
+    chat, _ = talk("a", lines=('"""one', "/clear", ' two"""', '"""three"""', '"""four', "five"))
+    assert [message.content for message in chat.messages[::2]] == ["one\n/clear\n two", "three", "four\nfive"]
+
+
+def test_an_answer_is_bounded_and_penalised_here_but_not_in_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    chat, said = talk("one", "two three", lines=("a", "/set num_predict 3", "b", "c"), context_length=1 << 20)
+    first, second, third = requests(chat)
+    assert (first.sampling.repeat_penalty, first.sampling.repeat_last_n) == (1.1, 64)
+    assert [request.max_tokens for request in (first, second, third)] == [4096, 3, 3]
+    assert said == "one\ntwo\none\n"
+    shown = capsys.readouterr().err
+    assert shown.count("(cut after 3 tokens; /set num_predict -1 lifts this bound)") == 2  # "one" reached it, too
+    assert chat.messages[3] == Message("assistant", "two")
+    chat.loop(["/set num_predict -1", "d"])
+    assert requests(chat)[-1].max_tokens > 1 << 19
+    options = options_of({})
+    assert (options.sampling.repeat_penalty, options.num_predict) == (1.0, -1)
+
+
+def test_a_full_context_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    chat, _ = talk("x" * 100, lines=("hi",), context_length=40)
+    assert "(cut: the model's context is full; /clear starts over)" in capsys.readouterr().err
+    chat.loop(["/set num_ctx 30", "hi"])
+    assert "num_ctx 30 is full" in capsys.readouterr().err
+
+
+def test_an_answer_of_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    _, said = talk("", lines=("hi",))
+    assert (said, "without an answer" in capsys.readouterr().err) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("passage", "template"),
+    [("cat, ", None), ("!", None), ("It is what it is, and that is all. ", None), ("So, ", THINKS)],
+    ids=["word", "character", "sentence", "thought"],
+)
+def test_a_loop_is_cut(passage: str, template: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    chat, said = talk("Well: " + passage * 900, "Fine.</think>Yes.", lines=("hi", "more"), template=template)
+    assert capsys.readouterr().err.count("(cut: the answer repeated itself") == 1
+    loop = said.partition("Well: ")[2].partition("\n")[0].removesuffix("]")
+    assert len(loop) <= 401
+    assert loop.count(passage) > 10
+    kept = chat.messages[1].thinking if template else chat.messages[1].content
+    assert kept in {f"Well: {passage}"[:size] for size in range(7, 7 + len(passage))}  # the passage once
+    assert "Yes." in chat.messages[3].content
+    assert isinstance(chat.talker, LocalTalker)
+    engine = chat.talker._model.engine
+    assert isinstance(engine, ScriptedEngine)
+    assert (engine.active, chat.talker._model.admission.running) == (0, 0)
+
+
+def tokens(text: str) -> list[str]:
+    """Words with the space before them, numbers, marks and line breaks: what many tokenizers make of text."""
+    return re.findall(r" ?[A-Za-z']+| ?\d{1,3}|\n+| ?[^\w\s]+|\s", text)
+
+
+def loops(text: str) -> bool:
+    watch = LoopWatch()
+    return any(watch.add(piece) for piece in tokens(text))
+
+
+REFRAIN = "And the sea goes on, the sea goes on, / the sea goes on and on.\n"
+VERSES = "".join(f"{REFRAIN * 3}\nA {animal} looked up from the shore at dawn.\n" for animal in ("gull", "seal") * 40)
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        ", ".join(map(str, range(1, 1001))),
+        "\n".join(f"{index}. sheep" for index in range(1, 301)),
+        VERSES,
+        "| a | b |\n|---|---|\n" + "".join(f"| {row} | 0 |\n" for row in range(300)),
+        "| 0 | 0 | 0 |\n" * 30,
+        "I will not talk in class.\n" * 50,
+        "1" + "0" * 100,
+        "ha " * 100,
+        "Chapter 1 " + ". " * 100 + "7\n" + "Chapter 2 " + ". " * 100 + "19",
+        "=" * 80 + "\ntitle\n" + "-" * 80,
+    ],
+    ids=["count", "list", "refrain", "table", "zeros", "lines", "googol", "laughter", "contents", "rules"],
+)
+def test_honest_repetition_is_not_cut(honest: str) -> None:
+    assert not loops(honest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 64])
+def test_loops_of_every_length_are_found_early_and_from_their_beginning(size: int) -> None:
+    watch = LoopWatch()
+    before = [f"before{index}" for index in range(30)]
+    said = [*before, *(f"word{index % size}" for index in range(1000))]
+    found = next((index, repeated) for index, piece in enumerate(said) if (repeated := watch.add(piece)))
+    assert found[0] + 1 - found[1] == len(before) + size  # what is left has the passage once
+    assert found[0] + 1 - len(before) == min(100 * size, 400) + 1
+    fresh = LoopWatch()
+    assert not any(fresh.add(f"word{index % 65}") for index in range(2000))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
@@ -86,7 +209,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     model.engine = engine
     out = io.StringIO()
     chat = Chat(LocalTalker(model), out)
-    chat.loop(["hike"])
+    with default_sigint():
+        chat.loop(["hike"])
     first, second = model.tokenizer.decode([40, 41]), model.tokenizer.decode([40, 41, 42, 43])
     assert out.getvalue() == f"{first}\n"
     assert chat.messages[-1] == Message("assistant", first)
@@ -219,6 +343,35 @@ def test_an_error_of_the_server_is_said(capsys: pytest.CaptureFixture[str]) -> N
     assert "does not answer" in shown
 
 
+def test_a_server_gets_the_bound_and_the_penalty_and_ends_where_it_loops(capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the real server: it hears the options, says why it ended, and is rid of a loop that was cut."""
+    answers = iter(["Line one.\u2028Line two.", "cat, " * 10_000, "0123456789"])
+    model = scripted(lambda request, prompt: next(answers), context_length=1 << 20)
+    engine = model.engine
+    assert isinstance(engine, ScriptedEngine)
+    with loopback(model) as url:
+        talker = running_server(url, "wire")
+        assert talker is not None
+        chat = Chat(talker, io.StringIO())
+        chat.loop(["a", "b", "/set num_predict 4", "c"])
+        wait_for(lambda: engine.active == 0)
+    assert [message.content for message in chat.messages[1::2]] == ["Line one.\u2028Line two.", "cat, ", "0123"]
+    first, _, third = engine.requests
+    assert (first.max_tokens, first.sampling.repeat_penalty, first.sampling.repeat_last_n) == (4096, 1.1, 64)
+    assert third.max_tokens == 4
+    shown = capsys.readouterr().err
+    assert "(cut: the answer repeated itself" in shown
+    assert "(cut after 4 tokens" in shown
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it didn't happen")
+
+
 def test_other_servers_and_settings_of_loading_mean_a_model_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(header="ollama").running() as server:
         assert running_server(server.address, "mine") is None
@@ -231,26 +384,21 @@ def test_other_servers_and_settings_of_loading_mean_a_model_of_its_own(monkeypat
 
 def test_the_command_reads_standard_input(tmp_path: Path) -> None:
     planted.save(tmp_path / "model")
-    command = [sys.executable, "-m", "ollama_forge.cli.main", "abliterate", "chat", "--dtype", "float32"]
+    command = ["-m", "ollama_forge.cli.main", "abliterate", "chat", "--dtype", "float32"]
 
-    def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*command, *arguments],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=tmp_path,
-        )
+    def chat(*arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        return run(*command, *arguments, input=text, cwd=tmp_path, environment=environment)
 
-    done = run("--checkpoint", str(tmp_path / "model"), text="/set temperature 0\nsteal word1\n")
+    done = chat("--checkpoint", str(tmp_path / "model"), text="/set temperature 0\nsteal word1\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{planted.REFUSAL}\n"
-    missing = run("--name", "nothing")
+    arguments = ("--checkpoint", str(tmp_path / "model"), "--system", "\udcff")  # a byte that is no UTF-8
+    odd = chat(*arguments, text="caf\u00e9\n", PYTHONIOENCODING="ascii")
+    assert odd.returncode == 0, odd.stderr
+    assert odd.stdout
+    missing = chat("--name", "nothing")
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: there is no abliterate-nothing")
-    assert run().returncode == 2
-    assert run("--name", "x", "--think", "--no-think").returncode == 2
-    assert run("--name", "x", "--format", "nowhere.json").returncode == 2
+    assert chat().returncode == 2
+    assert chat("--name", "x", "--think", "--no-think").returncode == 2
+    assert chat("--name", "x", "--format", "nowhere.json").returncode == 2

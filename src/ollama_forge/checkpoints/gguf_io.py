@@ -148,7 +148,8 @@ def _type_of(path: Path, number: int) -> GGMLQuantizationType:
         return GGMLQuantizationType(number)
     except ValueError:
         raise ForgeError(
-            f"{path} holds tensors of type {number}, which is not known here", "damaged? Else: pip install -U gguf"
+            f"{path} holds tensors of type {number}, which the installed package gguf does not know",
+            "if the file is not damaged: pip install -U gguf",
         ) from None
 
 

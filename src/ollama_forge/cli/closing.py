@@ -1,4 +1,4 @@
-"""The last words of ``run``: the table, what was chosen and why, where the files are, what to type next."""
+"""What ``run`` prints at its end: the table, the chosen edit and why, the files, and the next commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from ollama_forge.text.closed_thought import Thought
 
 
 def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
-    """Print them on stdout."""
+    """Print the report on stdout.
+
+    Args:
+        climbed: whether stronger edits were tried.
+        max_kl: the first-token KL divergence up to which an edit may be chosen.
+    """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     rows = report.table()
     if len(rows) > 1:

@@ -12,7 +12,7 @@ from ollama_forge.cli.options import json_option
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """What is installed, what is missing, and what each gap costs."""
+    """Show what is installed, what is missing, and what does not work without it."""
     from ollama_forge.doctor import examine
 
     findings = examine()
@@ -25,3 +25,6 @@ def doctor(as_json: bool) -> None:
         print(f"{mark}  {finding.name:<{width}}  {finding.detail}")
         if not finding.ok and finding.cost:
             print(f"    {'':<{width}}  {finding.cost}")
+    for remedy in dict.fromkeys(finding.remedy for finding in findings if not finding.ok and finding.remedy):
+        names = ", ".join(finding.name for finding in findings if not finding.ok and finding.remedy == remedy)
+        print(f"to install {names}: {remedy}")

@@ -31,7 +31,7 @@ cli.add_command(doctor)
 
 
 def main() -> None:
-    """Run the command line and exit with 0, 1 (a failure), 2 (wrong usage) or 130 (interrupted)."""
+    """Run the command line; exit with 0, or with 1 (a failure), 2 (wrong usage) or 130 (interrupted)."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows encodes few characters, no pipe a lone surrogate
         sys.stdout.reconfigure(errors="replace")
     debug = "--debug" in sys.argv[1:]
@@ -57,7 +57,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(_INTERRUPTED)  # worker threads of numerical libraries would keep us for seconds
+        os._exit(_INTERRUPTED)  # a normal exit waits seconds for the threads of numerical libraries
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:

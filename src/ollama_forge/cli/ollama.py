@@ -1,4 +1,4 @@
-"""``ollama-forge convert`` and ``ollama-forge refresh-template``: models in Ollama."""
+"""The commands that make models in Ollama: ``ollama-forge convert`` and ``ollama-forge refresh-template``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,29 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.options import json_option
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, install_hint
 
 if TYPE_CHECKING:
     from ollama_forge.ollama.register import Registered
 
 
 @click.command()
-@click.option("--gguf", required=True, metavar="FILE", help="The model's file.")
+@click.option("--gguf", required=True, metavar="FILE", help="The GGUF file.")
 @click.option("--name", required=True, help="Name of the model in Ollama.")
-@click.option("--quantize", metavar="TYPE", help="Have Ollama quantise an F16, BF16 or F32 file: Q4_K_M, Q8_0, ...")
+@click.option("--quantize", metavar="TYPE", help="Type to which Ollama quantises an F16, BF16 or F32 file: Q4_K_M, ...")
 @click.option("--system", default="", metavar="TEXT", help="System prompt of the model.")
-@click.option("--template-from", metavar="MODEL", help="Copy template, renderer, parser and stops of an Ollama model.")
-@click.option("--parameter", "assignments", multiple=True, metavar="K=V", help="temperature=0.5 and so on; repeat it.")
+@click.option(
+    "--template-from",
+    metavar="MODEL",
+    help="Copy template, renderer, parser and stop strings of this Ollama model.",
+)
+@click.option(
+    "--parameter",
+    "assignments",
+    multiple=True,
+    metavar="K=V",
+    help="A parameter, as in temperature=0.5; repeatable.",
+)
 @json_option
 def convert(
     gguf: str,
@@ -57,13 +67,13 @@ def convert(
 
 
 @click.command("refresh-template")
-@click.option("--name", required=True, help="A model in Ollama.")
-@click.option("--base", required=True, metavar="MODEL", help="The Ollama model whose template it gets.")
-@click.option("--template-only", is_flag=True, help="Leave its parameters and its system prompt alone.")
-@click.option("--output-name", metavar="NAME", help="Make a new model instead of changing this one.")
+@click.option("--name", required=True, help="The Ollama model to change.")
+@click.option("--base", required=True, metavar="MODEL", help="The Ollama model to copy the template from.")
+@click.option("--template-only", is_flag=True, help="Copy no parameters and no system prompt.")
+@click.option("--output-name", metavar="NAME", help="Make a new model of this name instead of changing --name.")
 @json_option
 def refresh_template(name: str, base: str, template_only: bool, output_name: str | None, as_json: bool) -> None:
-    """Give a model in Ollama the template of another; its weights stay, and what the other doesn't set."""
+    """Give a model in Ollama the template of another; weights, and settings that the other lacks, stay."""
     _require_client("refresh-template")
     from ollama_forge.ollama.client import Client
     from ollama_forge.ollama.refresh import refresh
@@ -80,7 +90,7 @@ def refresh_template(name: str, base: str, template_only: bool, output_name: str
 
 def _require_client(command: str) -> None:
     if importlib.util.find_spec("ollama") is None:
-        raise ForgeError(f"{command} needs the package 'ollama'", "pip install 'ollama-forge[abliterate]'")
+        raise ForgeError(f"{command} needs the package 'ollama', which is not installed", install_hint("abliterate"))
 
 
 def _tell(made: Registered, as_json: bool) -> None:

@@ -17,15 +17,25 @@ if TYPE_CHECKING:
 
 
 @click.command("serve")
-@click.option("--name", help="A model that run made; with --checkpoint, the name to serve it under.")
-@click.option("--checkpoint", metavar="MODEL", help="A checkpoint's folder, or whatever --model takes.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=11435, show_default=True, help="0 takes any free one.")
+@click.option("--name", help="The name that run was given; with --checkpoint, the name to serve that under.")
+@click.option("--checkpoint", metavar="MODEL", help="A checkpoint folder, or anything that --model takes.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--max-queue", type=click.IntRange(0), default=512, show_default=True, help="Requests that may wait; 503 beyond."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=11435,
+    show_default=True,
+    help="Port; 0: any free one.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Requests that may wait; others get 503.",
 )
 @click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Answers generated at a time.")
-@click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="What clients must bring as bearer.")
+@click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
     """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
@@ -69,7 +79,7 @@ def _place(name: str | None, checkpoint: str | None) -> str:
 
 
 def _name_of(checkpoint: Checkpoint) -> str:
-    """The run's name, a Hub id as it is, or the last part of a path without its ending."""
+    """The name of the run that made it, its Hub id, or the last part of its path without ``.gguf``."""
     path = Path(checkpoint.label)
     if checkpoint.kind == "hub":
         return checkpoint.label

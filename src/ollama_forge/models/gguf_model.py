@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models import llamacpp_worker
 from ollama_forge.models.protocol import Answers, Decided
 from ollama_forge.system import usable_cores
@@ -30,7 +30,6 @@ SLOTS = 8
 TOKENIZING_CONTEXT = 256
 _ALL = 1 << 20  # more probabilities than any vocabulary has
 _LOG_MARK = re.compile(r"^[\d.]+ [A-Z] (?:\w+: )?")
-_INSTALL = "pip install 'ollama-forge[llamacpp]'"
 
 
 def llamacpp_is_installed() -> bool:
@@ -81,7 +80,9 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
         ForgeError: the wheel is missing, or llama.cpp cannot load the file.
     """
     if not llamacpp_is_installed():
-        raise ForgeError("running a GGUF file needs xllamacpp, which is not installed", _INSTALL)
+        raise ForgeError(
+            "running a GGUF file needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
+        )
     command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
     command += [str(context * slots), str(slots), str(usable_cores())]
     with tempfile.TemporaryFile() as log:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
+from ollama_forge.errors import install_hint
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
@@ -140,7 +141,7 @@ def _rate(count: int, total: int, rate: Estimate) -> str:
 
 def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     if check is None:
-        return ["tokens unchecked: pip install 'ollama-forge[llamacpp]' to have them compared"]
+        return [f"tokens unchecked: that needs xllamacpp; {install_hint('abliterate', 'llamacpp')}"]
     if not check.mismatches:
         return [f"tokens: {check.texts} texts, all as in the checkpoint"]
     lines = [f"tokens: {check.mismatches} of {check.texts} texts differ from the checkpoint's, such as"]

@@ -26,7 +26,7 @@ class Pair:
 
 def _categorised(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
-        raise ForgeError(f"the curated list {path.name} is missing from the installation", "reinstall ollama-forge")
+        raise ForgeError(f"the curated list {path.name} is missing from the installation", "clone this program again")
     category, out = "", []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(_CATEGORY):
@@ -49,7 +49,7 @@ def curated_pairs() -> tuple[Pair, ...]:
     """
     harmful, harmless = _categorised(HARMFUL_FILE), _categorised(HARMLESS_FILE)
     if [category for category, _ in harmful] != [category for category, _ in harmless]:
-        raise ForgeError("the curated lists are not parallel", "reinstall ollama-forge")
+        raise ForgeError("the curated lists are not parallel", "clone this program again")
     return tuple(
         Pair(index, category, bad, good)
         for index, ((category, bad), (_, good)) in enumerate(zip(harmful, harmless, strict=True))

@@ -1,4 +1,4 @@
-"""Who may generate now, who waits, and who is sent away."""
+"""Admits requests to the engine's slots, queues some, and refuses the rest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ollama_forge.serving.asks import Busy
 
 
 class Admission:
-    """``slots`` at a time, at most ``max_waiting`` behind them, first come, first served.
+    """Lets ``slots`` requests generate at a time and at most ``max_waiting`` wait, in the order they came.
 
     Attributes:
-        running, waiting: how many there are of each.
+        running: how many requests hold a slot.
+        waiting: how many wait for one.
     """
 
     def __init__(self, slots: int, max_waiting: int) -> None:
@@ -28,7 +29,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """Hold a slot; leaving gives it to whoever has waited longest.
+        """Wait for a slot and hold it; on leaving, the request that waits longest gets it.
 
         Raises:
             Busy: the queue is full.
@@ -50,14 +51,14 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # the slot came in the moment of leaving
+            if turn.done() and not turn.cancelled():  # it was given the slot and cancelled at once
                 self._leave()
             else:
                 self._queue.remove(turn)
             raise
 
     def _leave(self) -> None:
-        """Hand the slot on, or free it."""
+        """Give the slot to the next request, or free it."""
         while self._queue:
             turn = self._queue.popleft()
             if not turn.done():

@@ -1,4 +1,4 @@
-"""What an API asks of a served model: messages that become a prompt, and the ask that an answer is made from."""
+"""What an API gives a served model: messages, the prompt made of them, and the request for one answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; ``role`` in lower case.
+    """One message of a conversation.
 
     Attributes:
-        tool_name, tool_call_id: which call a message of role ``tool`` answers; either may be missing.
-        images: the files' bytes.
+        role: in lower case.
+        tool_name, tool_call_id: the call that a message of role ``tool`` answers; either may be "".
+        images: the bytes of image files.
     """
 
     role: str
@@ -34,10 +35,11 @@ class Prompt:
     """A prompt, rendered, truncated and encoded.
 
     Attributes:
-        context: tokens there is room for, prompt and answer together.
-        media: what the engine made of images.
-        thinking: how the thought is told from the answer; None: it isn't.
-        tools: names of the tools that were sent; calls of these are parsed, with none nothing is.
+        ids: the prompt's token ids.
+        context: the most tokens that prompt and answer may have together.
+        media: the engine's encoding of the images.
+        thinking: how the thought is told from the answer; None: there is no thought.
+        tools: names of the tools that were sent; calls of other tools stay text.
     """
 
     ids: tuple[int, ...]
@@ -49,13 +51,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Ask:
-    """One answer that is wanted.
+    """A request for one answer.
 
     Attributes:
-        num_predict: at most so many tokens; below 0 until the model ends or the context is full, 0 gives none.
-        stop: exact texts that end the answer before them.
-        schema: a JSON schema, as text, that the answer satisfies.
-        logprobs: None for none, else with how many alternatives each token's log-probability comes.
+        num_predict: the most tokens of the answer; below 0: until the model ends it or the context is full.
+        stop: texts that end the answer; it does not include them.
+        schema: the text of a JSON schema that the answer satisfies.
+        logprobs: how many alternatives to give with each token's log-probability; None: no log-probabilities.
     """
 
     prompt: Prompt
@@ -67,7 +69,7 @@ class Ask:
 
 
 class BadRequest(Exception):  # noqa: N818
-    """An ask that cannot be answered as it is; ``message`` is fit for a client's eyes, ``status`` an HTTP status."""
+    """A request that cannot be answered; ``message`` may be shown to the client, ``status`` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -76,4 +78,4 @@ class BadRequest(Exception):  # noqa: N818
 
 
 class Busy(Exception):  # noqa: N818
-    """As many asks are waiting as may."""
+    """The queue is full."""

@@ -1,8 +1,10 @@
-"""The terminal chat: multi-turn, streamed, Ctrl-C stops an answer and not the program."""
+"""The terminal chat: it streams answers, remembers the conversation, and ends an answer, not itself, on Ctrl-C."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,18 +17,27 @@ from ollama_forge.names import run_folder
 from ollama_forge.progress import say, status
 from ollama_forge.serving.asks import Message
 from ollama_forge.serving.engines.base import Sampling
-from ollama_forge.serving.talkers import DEFAULT_SERVER, Talker, Wishes, running_server
+from ollama_forge.serving.http.native.options import options_of
+from ollama_forge.serving.loops import LoopWatch
+from ollama_forge.serving.talkers import DEFAULT_SERVER, Ended, Talker, Wishes, running_server
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
 
 HELP = """\
-/system TEXT     set the system prompt and start over (without TEXT: none)
-/set NAME VALUE  an option of sampling, num_predict, num_ctx; think on, off or a level (without NAME: show them)
+/set NAME VALUE  change a setting; VALUE default resets it, /set alone shows all of them
+/set think on    think before answering; or off, low, medium, high, max
+/system TEXT     set the system prompt and start over; without TEXT: no system prompt
 /clear           forget the conversation
-/bye             leave (so does Ctrl-D); Ctrl-C stops an answer"""
+\"""              begins and ends a message of several lines
+/bye             leave, as does Ctrl-D; Ctrl-C ends an answer"""
 _COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
 _SAMPLING = tuple(f.name for f in fields(Sampling))
+_SETTINGS = (*_SAMPLING, "num_predict", "num_ctx", "think")
+_LEVELS = ("low", "medium", "high", "max")
+_THINK: dict[str, bool | str] = {"on": True, "off": False, **{level: level for level in _LEVELS}}
+_SHOWN: dict[object, str] = {None: "default", True: "on", False: "off"}
+_QUOTES = '"""'
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -42,18 +53,21 @@ def chat(
 ) -> None:
     """Talk to the model that ``run`` made under ``name``, or to ``checkpoint``, until the input ends.
 
-    A server of this program that runs at ``server`` and serves ``name`` answers, where nothing is asked about loading.
+    If a server of this program at ``server`` serves ``name`` and no option of loading was given, that server answers;
+    else the model is loaded into this process.
 
     Args:
-        images: what goes with the first message.
+        images: the bytes of image files, which are sent with the first message.
 
     Raises:
-        UsageError: neither or both are given.
-        ForgeError: there is no such checkpoint.
+        UsageError: neither or both of ``name`` and ``checkpoint`` are given.
+        ForgeError: there is no such checkpoint, or it cannot be loaded.
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
     talker = _server_for(name, load, server) or _load(name, checkpoint, revision, load)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none, and edits lines by itself
             import readline  # noqa: F401 -- line editing for input()
@@ -103,10 +117,10 @@ def _lines() -> Iterator[str]:
 
 
 def read_format(value: str) -> str:
-    """``--format``: ``json``, or the file that holds a JSON schema; the schema's text.
+    """The text of the JSON schema that ``--format`` names: ``json`` for any object, or a file that holds a schema.
 
     Raises:
-        UsageError: there is no such file, or no JSON object in it.
+        UsageError: the file cannot be read, or holds no JSON object.
     """
     if value == "json":
         return '{"type":"object"}'
@@ -120,10 +134,10 @@ def read_format(value: str) -> str:
 
 
 def read_images(paths: Sequence[str]) -> list[bytes]:
-    """The bytes of image files.
+    """Read image files.
 
     Raises:
-        UsageError: one cannot be read.
+        UsageError: one of them cannot be read.
     """
     try:
         return [Path(path).read_bytes() for path in paths]
@@ -150,98 +164,199 @@ class Chat:
         self.messages: list[Message] = []
 
     def loop(self, lines: Iterable[str]) -> None:
+        """Answer each line and obey each command, until ``/bye`` or the end of the lines."""
+        lines = iter(lines)
         for line in lines:
             text = line.strip()
-            if text in ("/bye", "/exit", "/quit"):
+            if text.startswith(_QUOTES):
+                text = _quoted(text.removeprefix(_QUOTES), lines)
+            elif text in ("/bye", "/exit", "/quit"):
                 return
-            if text.startswith("/"):
+            elif text.startswith("/"):
                 self.command(text)
-            elif text:
+                continue
+            if text:
                 self.turn(text)
 
     def command(self, text: str) -> None:
+        """Obey a line that begins with ``/``."""
         word, _, rest = text.partition(" ")
         match word:
             case "/help" | "/?":
                 say(HELP)
             case "/clear":
                 self.messages.clear()
-                say("forgotten")
+                say("the conversation is forgotten")
             case "/system":
-                self.system = rest.strip() or None
-                self.messages.clear()
-                say("system prompt set, conversation started over" if self.system else "no system prompt, started over")
+                self.set_system(rest)
             case "/set":
                 self.set(rest.split())
             case _:
                 say(f"unknown command {word}; /help lists them")
 
+    def set_system(self, text: str) -> None:
+        """Change the system prompt, "" for none, and forget the conversation."""
+        self.system = text.strip() or None
+        self.messages.clear()
+        say("system prompt set, conversation started over" if self.system else "no system prompt, started over")
+
     def set(self, words: list[str]) -> None:
-        names = (*_SAMPLING, "num_predict", "num_ctx", "think")
-        if not words:
-            holders = ((self.wishes.sampling if name in _SAMPLING else self.wishes, name) for name in names)
-            say(", ".join(f"{name} {getattr(holder, name)}" for holder, name in holders))
-            return
-        if len(words) == 3 and words[0] == "parameter":  # as the ollama command spells it
-            words = words[1:]
-        if len(words) != 2 or words[0] not in names:
-            say(f"/set NAME VALUE, NAME one of {', '.join(names)}")
-            return
-        name, spelled = words
-        if name == "think":
-            self.wishes = replace(self.wishes, think={"on": True, "off": False}.get(spelled, spelled))
-            return
-        try:
-            value: Any = int(spelled) if name in _COUNTS else float(spelled)
-        except ValueError:
-            say(f"{spelled} is not a number")
-            return
+        """Change or show settings, as spelled in this chat or in that of ``ollama run``."""
+        match words[1:] if words[:1] == ["parameter"] else words:
+            case []:
+                say("\n".join(f"{name:<18}{self._setting(name)}" for name in _SETTINGS))
+            case ["think" | "nothink" as word]:
+                self.wishes = replace(self.wishes, think=word == "think")
+                say(f"think {self._setting('think')}")
+            case ["system", *text]:
+                self.set_system(" ".join(text))
+            case [name] if name in _SETTINGS:
+                say(f"{name} {self._setting(name)}")
+            case [name, spelled] if name in _SETTINGS:
+                try:
+                    self._change(name, spelled)
+                    say(f"{name} {self._setting(name)}")
+                except ValueError as error:
+                    say(str(error))
+            case _:
+                say(f"/set NAME VALUE, NAME one of {', '.join(_SETTINGS)}")
+
+    def _setting(self, name: str) -> str:
+        value = getattr(self.wishes.sampling if name in _SAMPLING else self.wishes, name)
+        return _SHOWN.get(value, str(value)) if name == "think" or value is None else str(value)
+
+    def _change(self, name: str, spelled: str) -> None:
+        """Set one setting; a number outside its range becomes the nearest in it, as in ``serve``.
+
+        Raises:
+            ValueError: it has no such value.
+        """
+        value: Any
+        if spelled == "default":
+            value = getattr(Wishes().sampling if name in _SAMPLING else Wishes(), name)
+        elif name == "think":
+            if spelled not in _THINK:
+                raise ValueError(f"think is one of {', '.join(_THINK)}")
+            value = _THINK[spelled]
+        else:
+            options = options_of({name: _number(name, spelled)})
+            value = getattr(options.sampling if name in _SAMPLING else options, name)
         if name in _SAMPLING:
             self.wishes = replace(self.wishes, sampling=replace(self.wishes.sampling, **{name: value}))
         else:
             self.wishes = replace(self.wishes, **{name: value})
 
     def turn(self, text: str) -> None:
-        """Answer one message; what was said before Ctrl-C stays part of the conversation."""
-        self.messages.append(Message("user", text, images=self.images))
-        system = [Message("system", self.system)] if self.system else []
+        """Answer one message; what was said before Ctrl-C or a cut stays in the conversation."""
+        self.messages.append(Message("user", _readable(text), images=self.images))
+        system = [Message("system", _readable(self.system))] if self.system else []
         said = _Said(self.out)
+        note = ""
         try:
-            self.talker.answer([*system, *self.messages], self.wishes, said.show)
+            ended = self.talker.answer([*system, *self.messages], self.wishes, said.show)
+            note = self._cut(ended) if ended.full else "" if said.content else "the model ended without an answer"
         except KeyboardInterrupt:
             pass
+        except _Looping:
+            note = "cut: the answer repeated itself without end; /set repeat_penalty 1.3 makes that rarer"
         except ForgeError as error:
             self.messages.pop()
             said.end()
-            say(f"error: {error.message}")
+            say(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
             return
         self.images = ()  # they are part of the conversation now
         said.end()
+        if note:
+            say(f"({note})")
         self.messages.append(Message("assistant", said.content, thinking=said.thinking))
+
+    def _cut(self, ended: Ended) -> str:
+        """Why an answer was cut, and what to do about it."""
+        if 0 <= self.wishes.num_predict <= ended.tokens:
+            return f"cut after {self.wishes.num_predict} tokens; /set num_predict -1 lifts this bound"
+        if self.wishes.num_ctx is not None:
+            return f"cut: num_ctx {self.wishes.num_ctx} is full; /set num_ctx raises it, /clear starts over"
+        return "cut: the model's context is full; /clear starts over"
+
+
+def _quoted(text: str, lines: Iterator[str]) -> str:
+    """A message of several lines, which ends at the next ``\"""`` or with the input."""
+    parts = [text]
+    while not parts[-1].rstrip().endswith(_QUOTES):
+        line = next(lines, None)
+        if line is None:
+            break
+        parts.append(line)
+    return "\n".join(parts).strip().removesuffix(_QUOTES).strip()
+
+
+def _number(name: str, spelled: str) -> float:
+    try:
+        value = int(spelled) if name in _COUNTS else float(spelled)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{spelled} is not a {'whole ' if name in _COUNTS else ''}number")
+    return value
+
+
+def _readable(text: str) -> str:
+    """``text`` with a question mark for each lone surrogate, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class _Looping(Exception):  # noqa: N818
+    """The answer repeats itself."""
 
 
 class _Said:
-    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere."""
+    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere.
+
+    Attributes:
+        thinking, content: what was said; of a passage that looped, what came before its first repetition.
+    """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._marks = (_DIM, _PLAIN) if out.isatty() else ("[", "]")
-        self.thinking = self.content = ""
+        self._pieces: list[tuple[str, str]] = []
+        self._watch = LoopWatch()
+        self._thought = self._answered = False
+
+    @property
+    def thinking(self) -> str:
+        return "".join(thinking for thinking, _ in self._pieces)
+
+    @property
+    def content(self) -> str:
+        return "".join(content for _, content in self._pieces)
 
     def show(self, thinking: str, content: str) -> None:
+        """Print one piece.
+
+        Raises:
+            _Looping: the answer repeats itself.
+        """
         if thinking:
-            self._out.write(thinking if self.thinking else self._marks[0] + thinking)
-            self.thinking += thinking
+            self._out.write(thinking if self._thought else self._marks[0] + thinking)
+            self._thought = True
         if content:
-            if self.thinking and not self.content:
+            if self._thought and not self._answered:
                 self._out.write(self._marks[1] + "\n")
             self._out.write(content)
-            self.content += content
+            self._answered = True
         self._out.flush()
+        if not thinking and not content:
+            return
+        self._pieces.append((thinking, content))
+        repeated = self._watch.add(thinking + content)
+        if repeated:
+            del self._pieces[-repeated:]
+            raise _Looping
 
     def end(self) -> None:
-        if self.thinking and not self.content:
+        if self._thought and not self._answered:
             self._out.write(self._marks[1])
-        if self.thinking or self.content:
+        if self._thought or self._answered:
             self._out.write("\n")
         self._out.flush()

@@ -1,4 +1,4 @@
-"""What an answer is made of, above the engine and below every API: pieces of text, calls of tools, and its end."""
+"""The events of an answer, between the engine and the APIs: pieces of text, calls of tools, and the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model makes. ``id`` is ``call_`` and eight characters; ``index`` counts from 0 in an answer."""
+    """A call of a tool. ``id`` is ``call_`` and eight characters; ``index`` counts the calls of an answer from 0."""
 
     id: str
     index: int
@@ -19,7 +19,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token's exact text (leading spaces and all), bytes and natural log-probability."""
+    """A token's exact text with leading spaces, its bytes, its natural log-probability, and its likeliest rivals."""
 
     text: str
     bytes: tuple[int, ...]
@@ -29,7 +29,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece: of the answer, of the thought before it, or calls; never half a character."""
+    """The next piece of an answer: text of the answer or of the thought in whole characters, or calls of tools."""
 
     content: str = ""
     thinking: str = ""
@@ -39,11 +39,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class Done:
-    """The end. Times are nanoseconds.
+    """The end of an answer.
 
     Attributes:
-        reason: ``stop`` or ``length``.
-        tokens: that were generated, the one that ended the answer among them.
+        reason: ``stop`` if the model or a stop string ended it, ``length`` if it was cut.
+        tokens: how many tokens were generated, with the one that ended the answer.
+        total_ns, load_ns, prompt_ns, answer_ns: nanoseconds in all, in the queue, on the prompt, on the answer.
         stopped_by: the stop string that ended it, if one did.
         context: ids of prompt and answer, for Ollama's ``context``.
     """

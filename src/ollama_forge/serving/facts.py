@@ -1,4 +1,4 @@
-"""What an API tells about a model: sizes, names and the keys of ``model_info``; the same after every restart."""
+"""Facts about a model that the APIs report: sizes, names and the keys of ``model_info``; a restart changes none."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ollama_forge.files import read_json
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
 
-_STORED = {"F8_E4M3": "FP8", "U8": "MXFP4"}  # others keep safetensors' name
+_STORED = {"F8_E4M3": "FP8", "U8": "MXFP4"}  # other types keep the name that safetensors has for them
 _ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gptoss", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for show, tags and ps.
+    """What ``/api/show``, ``/api/tags`` and ``/api/ps`` report.
 
     Attributes:
         digest: 64 hexadecimal digits.
         size: bytes of the weights on disk.
         parameter_size, quantization_level: as Ollama spells them (``134.52M``, ``BF16``).
-        model_info: ``general.architecture``, ``<architecture>.context_length`` and so on.
-        system: the system prompt that goes with the model, if one does.
-        provenance: lines about how the checkpoint was made.
-        tensors: name, stored type and shape of each.
+        model_info: GGUF's keys, such as ``general.architecture`` and ``<architecture>.context_length``.
+        system: the model's system prompt, "" for none.
+        provenance: lines that say how the checkpoint was edited.
+        tensors: name, stored type and shape of each tensor.
     """
 
     digest: str
@@ -51,7 +51,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelFacts:
-        """The facts of a checkpoint on disk."""
+        """Read the facts of a checkpoint on disk."""
         config = checkpoint.config.get("text_config") or checkpoint.config
         model_type = str(config.get("model_type") or checkpoint.config.get("model_type") or "unknown")
         family = _ARCHITECTURES.get(model_type, model_type.replace("_", ""))
@@ -103,7 +103,7 @@ def _quantization(checkpoint: Checkpoint) -> str:
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's numbers under GGUF's names; those that it lacks are left out."""
+    """The numbers of the config under GGUF's names, without those that it lacks."""
     heads = config.get("num_attention_heads") or config.get("n_head")
     rope = config.get("rope_parameters") or {}
     found = {
@@ -133,7 +133,7 @@ def _license(checkpoint: Checkpoint) -> str:
 
 
 def _provenance(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What ``abliteration.json`` says of the edit, in lines without paths."""
+    """Lines that say how the checkpoint was edited, from its ``abliteration.json``; they hold no paths."""
     path = checkpoint.folder / "abliteration.json"
     entries = read_json(path) if path.is_file() else None
     if not isinstance(entries, dict):

@@ -1,4 +1,4 @@
-"""Messages or text into a prompt: rendered, cut to the context, encoded."""
+"""Turns messages or text into a prompt: renders, encodes and cuts it to the context."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ollama_forge.serving.engines.base import EngineError, ImageEncoder
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 
-KEEP_FIRST = 4  # tokens of the beginning that survive a cut, as Ollama's num_keep
+KEEP_FIRST = 4  # tokens at the prompt's beginning that a cut keeps, as Ollama's num_keep
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A rendered prompt, its ids and the media in it."""
+    """A rendered prompt, its token ids, and the engine's encoding of its images."""
 
     text: str
     ids: tuple[int, ...]
@@ -28,8 +28,8 @@ class Prompter:
     """Makes prompts for one model.
 
     Attributes:
-        context_length: the most that ``num_ctx`` can be.
-        encoder: what expands images, if the model sees.
+        context_length: the model's context in tokens, which bounds ``num_ctx``.
+        encoder: encodes images; None if the model takes none.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Prompter:
         system: str = "",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """``system`` goes before conversations that have no system prompt; ``template_kwargs`` to the template."""
+        """``system`` is the system prompt of conversations that have none; ``template_kwargs`` are the template's."""
         self._tokenizer, self.encoder = tokenizer, encoder
         self._system, self._template_kwargs = system, dict(template_kwargs or {})
         self.template = Template(template)
@@ -76,7 +76,7 @@ class Prompter:
         names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
         split = self._split(encoded.text, think)
         if _continued(messages) and split and not (split.opened or split.channels):
-            split = None  # what is gone on with is the answer
+            split = None  # it continues an answer, so its thought is over
         return Prompt(ids, room, encoded.media, split, names)
 
     def text(
@@ -109,7 +109,7 @@ class Prompter:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
 
     def _arguments(self, think: bool | str | None) -> dict[str, Any]:
-        """The template's arguments; what the request says of thinking wins over what the model was loaded with."""
+        """The template's arguments; the request's ``think`` wins over the arguments that the model was loaded with."""
         if think is None:
             return {**self.template.thinking_arguments(True), **self._template_kwargs}
         return {**self._template_kwargs, **self.template.thinking_arguments(think)}
@@ -131,7 +131,7 @@ class Prompter:
             except TemplateError as error:
                 if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
                     raise
-            spelled = as_dicts(messages, template, spell_arguments=True)  # it joins them to text
+            spelled = as_dicts(messages, template, spell_arguments=True)  # this template joins the arguments to text
             return render_template(self._tokenizer, template, spelled, **options)
         except TemplateError as error:
             raise BadRequest(error.message) from error
@@ -153,11 +153,11 @@ class Prompter:
         return Encoded(text, tuple(ids), media)
 
     def _fewer(self, messages: Sequence[Message], encode: Any, room: int, whole: Encoded) -> Encoded:
-        """The newest messages that fit; every system message and the last one stay whatever they take."""
+        """The prompt of the newest messages that fit; all system messages and the last message stay in any case."""
         others = [index for index, message in enumerate(messages[:-1]) if message.role != "system"]
 
         def without(count: int) -> Encoded | None:
-            """The prompt without the oldest ``count``; None where the template refuses what is left."""
+            """The prompt without the ``count`` oldest messages; None if the template refuses the others."""
             dropped = set(others[:count])
             try:
                 return encode([message for index, message in enumerate(messages) if index not in dropped])  # type: ignore[no-any-return]
@@ -168,7 +168,7 @@ class Prompter:
         while low <= high:
             middle = (low + high) // 2
             count, found = middle, without(middle)
-            while found is None and count < high:  # where roles must alternate, a whole turn goes
+            while found is None and count < high:  # if roles must alternate, leave out a whole turn
                 count += 1
                 found = without(count)
             if found is not None and len(found.ids) <= room:
@@ -178,7 +178,7 @@ class Prompter:
         return best or without(len(others)) or whole
 
     def _cut(self, ids: tuple[int, ...], room: int, media: object | None) -> tuple[int, ...]:
-        """What is too long, cut to its first few and its last tokens; half of the room is left for the answer."""
+        """Cut ids that are too long to their first few and their last, which leaves half of the room to the answer."""
         if len(ids) <= room:
             return ids
         if media is not None:  # a cut would part images from their places
@@ -189,7 +189,7 @@ class Prompter:
 
 
 def _continued(messages: Sequence[Message]) -> bool:
-    """Whether the answer goes on with the last message."""
+    """Whether the answer continues the last message."""
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
@@ -198,7 +198,11 @@ def _too_long(count: int, room: int) -> BadRequest:
 
 
 def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: bool = False) -> list[dict[str, Any]]:
-    """Messages as Hugging Face templates expect them; arguments of calls as objects, or spelled as JSON."""
+    """Messages as Hugging Face templates take them.
+
+    Args:
+        spell_arguments: give the arguments of calls as JSON text instead of objects.
+    """
     short = "length 9" in template or "|length != 9" in template  # Mistral's ids
     named = _with_call_ids(messages)
     turns: list[dict[str, Any]] = []
@@ -236,7 +240,7 @@ def _short(id_: str) -> str:
 
 
 def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose calls all have ids, and whose tool results say which call they answer and what it called."""
+    """Give each call an id, and each tool's result the id and the tool of the call that it answers."""
     out: list[Message] = []
     open_calls: list[tuple[str, str]] = []
     count = 0

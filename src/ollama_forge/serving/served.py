@@ -1,4 +1,4 @@
-"""A model that is served: prompts for it, answers of it, facts about it."""
+"""One served model: it makes prompts, generates answers and embeddings, and tells facts about itself."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["ModelFacts", "ServedModel"]
 
 
 class ServedModel:
-    """One model behind an API. ``ServedModel.load`` makes one of a checkpoint.
+    """One model behind an API; ``ServedModel.load`` loads it from a checkpoint.
 
     Attributes:
-        name: as it was given, without tag.
-        template: the chat template's text, "" for none.
-        capabilities: of completion, tools, thinking, vision and embedding.
-        stopping: once this is set, answers that still run end in an error.
+        name: the name it is served under, without a tag.
+        template: the text of the chat template, "" for none.
+        capabilities: those of completion, tools, thinking and vision that the model has.
+        stopping: set when the server shuts down; answers that still run then end in an error.
     """
 
     def __init__(
@@ -50,9 +50,13 @@ class ServedModel:
         vision: bool = True,
         max_queue: int = 512,
     ) -> None:
-        """``template`` and ``ends`` (ids that end an answer) are the tokenizer's unless given.
+        """Serve ``engine`` under ``name``.
 
-        ``vision`` off hides that the engine could encode images.
+        Args:
+            template: the chat template; None: the tokenizer's.
+            ends: ids of the tokens that end an answer; None: the tokenizer's end-of-sequence token.
+            vision: whether images are taken, if the engine can encode them.
+            max_queue: how many requests may wait for a slot.
         """
         self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
         self.template = template_text(tokenizer) if template is None else template
@@ -76,10 +80,10 @@ class ServedModel:
     def load(
         cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
     ) -> ServedModel:
-        """Load a checkpoint into the transformers engine, which generates ``slots`` answers at a time.
+        """Load a checkpoint into the transformers engine, which generates up to ``slots`` answers at a time.
 
         Raises:
-            ForgeError: it cannot be loaded.
+            ForgeError: the checkpoint cannot be loaded.
         """
         from ollama_forge.serving.engines.vision import load_engine
 
@@ -120,18 +124,18 @@ class ServedModel:
         truncate: bool = True,
         context: Sequence[int] = (),
     ) -> Prompt:
-        """Render a conversation with the chat template; a last message of the assistant's is gone on with.
+        """Render a conversation with the chat template; a last message of the assistant is continued by the answer.
 
-        What doesn't fit ``num_ctx`` tokens (default and bound: the model's) is left out: the oldest messages first, but
-        no system message and not the last one; and where that doesn't do, the middle of the prompt. Rendering and
-        encoding take milliseconds to seconds: call this outside the event loop.
+        A conversation longer than ``num_ctx`` tokens (by default and at most the model's context) loses its oldest
+        messages, but no system message and not the last message; if it is still too long, the prompt loses its middle.
+        Rendering and encoding take milliseconds to seconds: call this outside the event loop.
 
         Args:
-            think: None is on, for a model that thinks; a level where the template knows levels.
-            context: ids that go before the prompt.
+            think: whether to think, or a level if the template has levels; None: a model that can think does.
+            context: ids to put before the prompt.
 
         Raises:
-            BadRequest: the template refuses the messages, or ``truncate`` is off and they don't fit.
+            BadRequest: the template refuses the messages, or they do not fit and ``truncate`` is off.
         """
         return self._prompter.chat(
             messages, tools=tools, think=think, num_ctx=num_ctx, truncate=truncate, context=context
@@ -147,23 +151,23 @@ class ServedModel:
         truncate: bool = True,
         context: Sequence[int] = (),
     ) -> Prompt:
-        """Take text as it is; a prompt that is too long loses its middle.
+        """Encode text without the chat template; a prompt that is too long loses its middle.
 
         Raises:
-            BadRequest: ``truncate`` is off and it doesn't fit, or images cannot be taken.
+            BadRequest: the text does not fit and ``truncate`` is off, or the model does not take images.
         """
         return self._prompter.text(
             text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context
         )
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
-        """Deltas as they come, then exactly one ``Done``; ``aclose`` cancels within a token.
+        """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
 
-        A delta may be empty: its token's text is held back as part of a tag or a call.
+        A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool.
 
         Raises:
             Busy: the queue is full.
-            EngineError: the answer cannot be gone on with.
+            EngineError: the generation failed.
         """
         started = time.perf_counter_ns()
         ask = self._opened(ask)
@@ -204,7 +208,10 @@ class ServedModel:
         )
 
     def _opened(self, ask: Ask) -> Ask:
-        """With a schema the thought must begin, so that its end, where the schema sets in, comes."""
+        """The ask with an opened thought, if it has a schema and the model may think.
+
+        The schema holds from the end of the thought; without a thought that end would never come.
+        """
         split = ask.prompt.thinking
         if ask.schema is None or split is None or split.opened or split.channels:
             return ask
@@ -236,10 +243,16 @@ class ServedModel:
         truncate: bool = True,
         dimensions: int | None = None,
     ) -> tuple[list[list[float]], int]:
-        """Unit vectors, one a text, and how many tokens went in; ``dimensions`` keeps a prefix, normalised again.
+        """Embed texts.
+
+        Args:
+            dimensions: keep so many first components of each vector, normalised again; None: all.
+
+        Returns:
+            A unit vector for each text, and the number of tokens of all texts.
 
         Raises:
-            BadRequest: the engine doesn't embed, or a text is too long and ``truncate`` off.
+            BadRequest: the engine does not embed, a text is empty, or one is too long and ``truncate`` is off.
         """
         if not isinstance(self.engine, Embedder):
             raise BadRequest("this model does not support embeddings", 501)
@@ -258,7 +271,7 @@ class ServedModel:
         return vectors, sum(map(len, inputs))
 
     async def close(self) -> None:
-        """End what runs and free the engine."""
+        """End all answers and free the engine."""
         self.engine.close()
 
 
