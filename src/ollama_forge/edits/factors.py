@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_NOTHING_LEFT = 64 * torch.finfo(torch.float32).eps  # a share of a norm that the edit took away whole
+
 
 class Rescale(StrEnum):
     """Which vectors of the matrix get their old norms back."""
@@ -97,6 +99,7 @@ def edit_matrix(
         axis = 0 if rescale is Rescale.COLUMNS else 1
         before = torch.linalg.vector_norm(weight, dim=axis)
         after = torch.linalg.vector_norm(edited, dim=axis)
-        scale = torch.where(after > 0, before / after.clamp_min(torch.finfo(after.dtype).tiny), 1.0)
+        something = after > _NOTHING_LEFT * before  # rounding noise is not scaled up to the norm of before
+        scale = torch.where(something, before / torch.where(something, after, 1.0), 1.0)
         edited.mul_(scale.unsqueeze(axis))
     return EditedMatrix(edited, factors, scale)
