@@ -41,8 +41,9 @@ def from_csv(name: str, text: str, column: str | None, delimiter: str) -> list[s
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
+        kind = "TSV" if delimiter == TAB else "CSV"
         raise ForgeError(
-            f"{name} is not a well-formed {'TSV' if delimiter == TAB else 'CSV'} file (line {reader.line_num}: {error})",
+            f"{name} is not a well-formed {kind} file (line {reader.line_num}: {error})",
             f"is a quote left open? a field ends at {csv.field_size_limit():,} characters",
         ) from None
     if not rows:
