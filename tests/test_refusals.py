@@ -133,7 +133,8 @@ DEGENERATE = [
 
 _PIECES = st.sampled_from(
     [
-        *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE, "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
+        *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE,
+        "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
         " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
         "Here is how", "\n1. ", "Sure", "As an AI, ", " illegal", " and unethical", "This is", " Please seek help",
         "\u3002", "\u03a3", "\u0130", "\r", "\u2028",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ollama_forge.errors import UsageError
 from ollama_forge.prompts.curated import curated_are_installed
+from ollama_forge.prompts.language import count_not_english
 from ollama_forge.prompts.sources import read_folder, read_instructions
 from ollama_forge.prompts.split import PromptSplit, curated_fit_pairs, split_prompts
 from ollama_forge.prompts.upstream import cached_lists
@@ -59,6 +60,13 @@ class PromptSettings:
         curated = curated_are_installed()
         large, told = (None, ()) if own or (curated and wanted <= curated_fit_pairs()) else cached_lists()
         harmful, harmless = self._side(self.harmful, self.harmful_dir), self._side(self.harmless, self.harmless_dir)
+        for side, lines in (("harmful", harmful), ("harmless", harmless)):
+            foreign = count_not_english(lines or ())
+            if lines and 2 * foreign > len(lines):
+                told += (
+                    f"{foreign:,} of your {len(lines):,} {side} lines are not English: "
+                    "refusals in other languages count as answers",
+                )
         if large is not None and not curated:
             harmful, harmless, large = list(large.harmful), list(large.harmless), None
             told += ("the curated lists are not installed: the downloaded ones stand alone",)

@@ -65,9 +65,9 @@ def read_instructions(path: Path, column: str | None = None) -> list[str]:
 
 def read_folder(folder: Path) -> list[str]:
     """All instructions of all ``.txt`` files of a folder, files in order of their names."""
-    if not folder.is_dir():
-        raise ForgeError(f"{folder} is not a folder", "give a folder that holds .txt files")
     try:
+        if not folder.is_dir():
+            raise ForgeError(f"{folder} is not a folder", "give a folder that holds .txt files")
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
     except OSError as error:
         raise ForgeError(
@@ -89,12 +89,12 @@ def _text(path: Path) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise ForgeError(
-            f"cannot read the list {path}: it is a folder",
-            "--harmful-dir and --harmless-dir take folders of .txt files",
-        )
     try:
+        if path.is_dir():
+            raise ForgeError(
+                f"cannot read the list {path}: it is a folder",
+                "--harmful-dir and --harmless-dir take folders of .txt files",
+            )
         with path.open("rb") as file:
             data = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
