@@ -65,7 +65,7 @@ def test_jsonl_column(tmp_path: Path) -> None:
         read_instructions(path)
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", "3", "null", '{"prompt": "a"} trailing'])
+@pytest.mark.parametrize("line", ["{broken", "[1]", "3", "null", '{"prompt": "a"} trailing', "[" * 100_000])
 def test_jsonl_rows_that_are_no_objects(tmp_path: Path, line: str) -> None:
     with pytest.raises(ForgeError, match="line 2: not a JSON object") as caught:
         read_instructions(put(tmp_path, "list.jsonl", '{"prompt": "a"}\n' + line))
