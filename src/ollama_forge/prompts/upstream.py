@@ -16,8 +16,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import httpx
-
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json, sha256_bytes, write_json, write_text
@@ -228,26 +226,31 @@ def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], d
 
 
 def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
+    import httpx  # here: its import takes 0.1 s, which commands that fetch nothing need not spend
+
     deadline = time.monotonic() + timeout
     data = bytearray()
     headers = {"User-Agent": f"ollama-forge/{__version__}"}
-    with httpx.stream("GET", source.url(base), headers=headers, timeout=timeout, follow_redirects=True) as answer:
-        if not answer.is_success:
-            raise ForgeError(f"HTTP {answer.status_code}")
-        for block in answer.iter_bytes():
-            data += block
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            if len(data) > _MOST_BYTES:
-                raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
+    try:
+        with httpx.stream("GET", source.url(base), headers=headers, timeout=timeout, follow_redirects=True) as answer:
+            if not answer.is_success:
+                raise ForgeError(f"HTTP {answer.status_code}")
+            for block in answer.iter_bytes():
+                data += block
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(data) > _MOST_BYTES:
+                    raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
+    except httpx.TimeoutException:
+        raise TimeoutError from None
+    except httpx.RemoteProtocolError as error:
+        raise ForgeError("the connection broke off" if "closed" in str(error) else str(error)) from error
     return source.read(bytes(data))
 
 
 def _reason(error: Exception, late: str) -> str:
-    if isinstance(error, TimeoutError | httpx.TimeoutException):
+    if isinstance(error, TimeoutError):
         return late
-    if isinstance(error, httpx.RemoteProtocolError) and "closed" in str(error):
-        return "the connection broke off"
     return one_line(str(error))[:200] or type(error).__name__
 
 
