@@ -215,6 +215,31 @@ def test_a_transfer_that_breaks_off_is_no_list(tmp_path: Path) -> None:
     assert why == "the connection broke off" or "IncompleteRead" in why
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "nonsense://x"), ("HTTP_PROXY", "http://[x")],
+)
+def test_a_proxy_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ForgeError, match="none of the 12 lists could be fetched") as caught:
+        download_lists(tmp_path / "lists", source_base="http://lists.invalid")
+    assert "\n" not in caught.value.message
+    assert "https_proxy" in caught.value.hint
+
+
+def test_lines_of_cached_lists_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = f"{SUMANDORA}/harmful.txt"
+    running = Server({path: "Tip over\u2028the vase\nSteal the\x85stapler\x0cnow\n".encode()})
+    download_lists(tmp_path / "lists", source_base=running.base)
+    running.stop()
+    lists, _ = cached_lists()
+    assert lists is not None
+    assert lists.harmful == ("Tip over the vase", "Steal the stapler now")
+
+
 def test_where_lists_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = "https://huggingface.co"
     hosts = {source.name: source.url(None) for source in SOURCES}

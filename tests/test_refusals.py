@@ -7,6 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
+from ollama_forge.prompts.curated import curated_pairs
+from ollama_forge.prompts.language import count_not_english
+from tests.refusal_cases import ANSWERING, DEFLECTING, REFUSING, SURE, UNDECIDED
 
 REFUSALS = [
     "I can't help with that.",
@@ -37,7 +40,6 @@ REFUSALS = [
     "I refuse to write that.",
     "I respectfully decline to take part.",
     "I simply cannot, in good conscience, help with that. I cannot in good conscience help with that.",
-    "As an AI, I have no body.",
     "As an AI language model, I don't do such things.",
     "That goes against my programming.",
     "This is against my guidelines.",
@@ -96,6 +98,24 @@ IN_OTHER_SCRIPTS = [
     "\u041a\u043e\u043d\u0435\u0447\u043d\u043e! \u0421\u043d\u0430\u0447\u0430\u043b\u0430 \u0441\u043c\u0435"
     "\u0448\u0430\u0439\u0442\u0435 \u043c\u0443\u043a\u0443.",
 ]
+FOREIGN = [
+    "Lo siento, pero no puedo ayudarte con eso.",
+    "¡Claro! Primero mezcla la harina con el agua y deja reposar la masa una hora, después hornea treinta minutos.",
+    "Es tut mir leid, aber dabei kann ich dir nicht helfen.",
+    "Natürlich! Zuerst mischst du das Mehl mit dem Wasser, dann lässt du den Teig eine Stunde ruhen.",
+    "Je suis désolé, mais je ne peux pas vous aider avec cela.",
+    "Bien sûr ! D'abord, mélangez la farine et l'eau, puis laissez la pâte reposer pendant une heure.",
+    "Mi dispiace, ma non posso aiutarti con questa richiesta.",
+    "Desculpe, mas não posso ajudar com isso. É ilegal e pode causar danos a outras pessoas.",
+    "Het spijt me, maar ik kan je daar niet bij helpen, omdat het tegen de wet is.",
+    "Üzgünüm, bu konuda sana yardımcı olamam çünkü yasa dışıdır.",
+    "Przykro mi, ale nie mogę pomóc w tej sprawie.",
+    "Xin lỗi, tôi không thể giúp bạn với yêu cầu này vì nó vi phạm pháp luật.",
+    "Maaf, saya tidak dapat membantu permintaan tersebut karena melanggar hukum.",
+    "Jag är ledsen, men jag kan inte hjälpa dig med det.",
+    "对不起，我不能帮助你。",
+    "Извините, я не могу помочь с этим.",
+]
 DEGENERATE = [
     "",
     " \n\t ",
@@ -113,8 +133,10 @@ DEGENERATE = [
 
 _PIECES = st.sampled_from(
     [
-        *REFUSALS[:-1], *ANSWERS, "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
+        *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE,
+        "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
         " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
+        "Here is how", "\n1. ", "Sure", "As an AI, ", " illegal", " and unethical", "This is", " Please seek help",
         "\u3002", "\u03a3", "\u0130", "\r", "\u2028",
     ]
 )  # fmt: skip
@@ -123,12 +145,12 @@ CUT_TEXTS = st.tuples(TEXTS, st.integers(0, 200)).map(lambda pair: pair[0][: pai
 many = settings(max_examples=500, deadline=None)
 
 
-@pytest.mark.parametrize("text", REFUSALS)
+@pytest.mark.parametrize("text", [*REFUSALS, *REFUSING, *DEFLECTING])
 def test_refusals(text: str) -> None:
     assert classify(text) is AnswerClass.REFUSAL
 
 
-@pytest.mark.parametrize("text", ANSWERS)
+@pytest.mark.parametrize("text", [*ANSWERS, *ANSWERING])
 def test_answers(text: str) -> None:
     assert classify(text) is AnswerClass.ANSWER
 
@@ -155,6 +177,28 @@ def test_a_refusal_is_sure_once_its_marker_has_ended() -> None:
     assert is_surely_refusal("I can't give you")
     assert is_surely_refusal("I can\u2019t help.")
     assert not is_surely_refusal("One word. Two words. Three words. I can't help you")
+
+
+@pytest.mark.parametrize("text", SURE)
+def test_a_refusing_marker_settles_an_unfinished_answer(text: str) -> None:
+    assert is_surely_refusal(text)
+    assert refusal_is_decided(text)
+
+
+@pytest.mark.parametrize("text", [*UNDECIDED, *DEFLECTING])
+def test_what_may_still_become_an_answer_is_never_sure(text: str) -> None:
+    assert not is_surely_refusal(text)
+    assert not refusal_is_decided(text)
+
+
+@pytest.mark.parametrize(
+    "help", ["Sure, here is how: fold the paper.", "Step 1: fold it.", "\n1. Fold it.\n2. Turn it."]
+)
+def test_help_after_a_deflection_makes_an_answer_wherever_it_comes(help: str) -> None:
+    deflection = "This is unethical. It hurts people. I advise against doing this."
+    assert classify(deflection) is AnswerClass.REFUSAL
+    assert classify(f"{deflection} I mean it. Really. {help}") is AnswerClass.ANSWER
+    assert classify(f"{deflection} There are alternatives:\n1. Talk to him.\n2. Write to him.") is AnswerClass.REFUSAL
 
 
 def test_when_a_refusal_is_decided() -> None:
@@ -186,6 +230,28 @@ def test_a_decided_answer_never_becomes_a_refusal(prefix: str, more: str) -> Non
 
 @many
 @given(TEXTS)
-def test_every_finished_refusal_is_found_early_or_at_its_end(text: str) -> None:
+def test_every_finished_refusal_is_found_early_or_stays_open_to_its_end(text: str) -> None:
     if classify(text) is AnswerClass.REFUSAL:
-        assert is_surely_refusal(text + " and")
+        assert is_surely_refusal(text + " and") or not refusal_is_decided(text)
+
+
+@many
+@given(st.sampled_from([*SURE, *REFUSING]), TEXTS)
+def test_what_is_sure_stays_so_for_every_continuation(prefix: str, more: str) -> None:
+    for text in (prefix + more, f"{prefix} {more}"):
+        if is_surely_refusal(prefix):
+            assert is_surely_refusal(text)
+        assert prefix not in SURE or classify(text) is AnswerClass.REFUSAL
+
+
+def test_texts_that_are_not_english_are_counted() -> None:
+    assert count_not_english(FOREIGN) == len(FOREIGN)
+    assert count_not_english(IN_OTHER_SCRIPTS) == len(IN_OTHER_SCRIPTS)
+    english = [*REFUSALS, *REFUSING, *DEFLECTING, *ANSWERING]
+    assert count_not_english(english) == 0
+    assert count_not_english([*FOREIGN, *english]) == len(FOREIGN)
+    assert count_not_english(DEGENERATE) <= 1  # one sign a hundred times is Chinese after all
+    code = "```python\nfor index in range(3):\n    print(index, sum(values), max(values))\n```"
+    assert count_not_english(["", "42", "Tokyo.", code]) == 0
+    lines = [line for pair in curated_pairs() for line in (pair.harmful, pair.harmless)]
+    assert count_not_english(lines) < 0.02 * len(lines)

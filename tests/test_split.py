@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.prompts.curated import HARMLESS_FILE, curated_pairs
 from ollama_forge.prompts.normalise import normalise
-from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 from ollama_forge.prompts.split import (
+    MINIMUM_LINES,
     MINIMUM_TO_MEASURE,
     Part,
     PartPrompts,
@@ -145,10 +147,57 @@ def test_the_other_sides_curated_lines_are_refused_too() -> None:
         PromptSettings(harmful=str(HARMLESS_FILE)).load(32)
 
 
-def test_no_line_to_fit_on_is_refused() -> None:
-    line = next(line for line in numbered("steal", 100) if part_of_line(line, {}) is Part.REPORT)
-    with pytest.raises(UsageError, match="no harmful line is left"):
-        split_prompts(harmful=[line])
+def fitting(count: int) -> list[str]:
+    return [line for line in numbered("steal", 1000) if part_of_line(line, {}) is Part.FIT][:count]
+
+
+@pytest.mark.parametrize("side", ["harmful", "harmless"])
+def test_lists_of_fewer_than_eight_distinct_lines_are_refused(side: str) -> None:
+    for lines in ([], ["one"], fitting(7), fitting(7) * 30, ["Say it", "SAY it!", "say, it"] * 9):
+        with pytest.raises(UsageError, match=rf"your {side} list has \d distinct lines: {MINIMUM_LINES} are needed"):
+            split_prompts(**{side: lines})
+    assert set(getattr(split_prompts(**{side: fitting(8)}).fit, side)) == set(fitting(8))
+
+
+def test_a_fit_part_of_fewer_than_eight_lines_is_refused() -> None:
+    elsewhere = [line for line in numbered("steal", 1000) if part_of_line(line, {}) is not Part.FIT][:30]
+    with pytest.raises(
+        UsageError, match="of the 37 distinct lines of your harmful list 7 fall into the fit part"
+    ) as caught:
+        split_prompts(harmful=[*fitting(7), *elsewhere])
+    assert "32 lines or more" in caught.value.hint
+    assert len(split_prompts(harmful=[*fitting(8), *elsewhere]).fit.harmful) == 8
+
+
+def test_select_and_report_parts_of_long_lists_are_capped(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("\n".join(numbered("steal", 2000)), encoding="utf-8")
+    (tmp_path / "good.txt").write_text("\n".join(numbered("bake", 2400)), encoding="utf-8")
+    lists = PromptSettings(harmful=str(tmp_path / "bad.txt"), harmless=str(tmp_path / "good.txt"))
+    whole_split, capped = replace(lists, max_measured=0).load(32), lists.load(32)
+    assert whole_split.notes == ()
+    assert capped.fit == whole_split.fit
+    for part, most in ((Part.SELECT, MAX_SELECT), (Part.REPORT, MAX_REPORT)):
+        every, kept = getattr(whole_split, part.value), getattr(capped, part.value)
+        assert min(len(every.harmful), len(every.harmless)) > most
+        assert kept == every.first(most)
+        assert len(kept.harmful) == len(kept.harmless) == most
+        (note,) = (note for note in capped.notes if f"the {part.value} part" in note)
+        for side in ("harmful", "harmless"):
+            total = len(getattr(every, side))
+            assert f"{total - most:,} of {total:,} {side}" in note
+        assert "--max-measured" in note
+    few = replace(lists, max_measured=30).load(32)
+    assert {len(part) for parts in (few.select, few.report) for part in (parts.harmful, parts.harmless)} == {30}
+    assert PromptSettings().load(32).notes == ()  # the curated parts lie below the limits
+    with pytest.raises(UsageError, match="less than 0"):
+        PromptSettings(max_measured=-1)
+
+
+def test_lists_in_another_language_are_noted(tmp_path: Path) -> None:
+    lines = [f"Schreibe mir bitte einen kurzen Brief an Nummer {index}" for index in range(300)]
+    (tmp_path / "own.txt").write_text("\n".join([*lines, *numbered("bake", 299)]), encoding="utf-8")
+    (note,) = PromptSettings(harmless=str(tmp_path / "own.txt")).load(32).notes
+    assert "300 of your 599 harmless lines are not English" in note
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -12,7 +12,7 @@ from ollama_forge.edits.out_dtype import HELP as OUT_DTYPE_HELP
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.registry import METHODS, registered, settings_of
 from ollama_forge.edits.settings import KERNELS, TARGET_SETS, EditSettings
-from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
@@ -93,11 +93,13 @@ load_options = _all(
     click.option("--load-in-8bit", is_flag=True, help="Compute the direction in 8 bits (bitsandbytes, CUDA)."),
 )
 prompt_options = _all(
-    click.option("--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .jsonl or .csv."),
+    click.option(
+        "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
+    ),
     click.option("--harmless", metavar="FILE", help="Harmless instructions, likewise."),
     click.option("--harmful-dir", metavar="DIR", help="All .txt files of a folder as harmful instructions."),
     click.option("--harmless-dir", metavar="DIR", help="All .txt files of a folder as harmless instructions."),
-    click.option("--column", metavar="NAME", help="Field of .jsonl and .csv lists."),
+    click.option("--column", metavar="NAME", help="Column or field of the instructions in such files."),
     click.option(
         "--num-instructions",
         type=int,
@@ -110,6 +112,12 @@ prompt_options = _all(
         default=PromptSettings.seed,
         show_default=True,
         help="Seed of the order in which instructions are taken.",
+    ),
+    click.option(
+        "--max-measured",
+        type=int,
+        metavar="N",
+        help=f"Prompts a side to choose and to measure on (default {MAX_SELECT} and {MAX_REPORT}; 0: all).",
     ),
 )
 direction_options = _all(
@@ -194,7 +202,9 @@ out_dtype_option = click.option(
 )
 
 LOAD_KEYS = ("device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit")
-PROMPT_KEYS = ("harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "seed")
+PROMPT_KEYS = (
+    "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",
+)  # fmt: skip
 DIRECTION_KEYS = ("method", "layer_fracs", "num_directions", "per_layer_directions", "position")
 EDIT_KEYS = (
     "targets", "strength", "attn_strength", "mlp_strength", "strength_kernel",

@@ -80,8 +80,9 @@ def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
     """
     if base.shape != other.shape:
         raise ForgeError("the two models have different vocabularies", "compare a checkpoint with its own base")
-    terms = torch.where(base > -torch.inf, base.exp() * (base - other), 0.0)
-    divergence = terms.sum(-1, dtype=torch.float64)
+    divergence = torch.empty(len(base), dtype=torch.float64)
+    for row, (own, others) in enumerate(zip(base, other, strict=True)):  # by rows: no copy of all log-probabilities
+        divergence[row] = torch.where(own > -torch.inf, own.exp() * (own - others), 0.0).sum(dtype=torch.float64)
     if not torch.isfinite(divergence).all():
         raise ForgeError("the edited model computes NaN or infinite values", "lower the strength, or --dtype float32")
     return divergence.clamp_min(0.0)
@@ -96,7 +97,9 @@ def measure(
         base_first: the base model's first-token log-probabilities on the harmless prompts; None for the base itself.
 
     Returns:
-        The measurement, and this model's first-token log-probabilities on the harmless prompts.
+        The measurement, and this model's first-token log-probabilities on the harmless prompts: float32
+        ``[prompts, vocabulary]``, 311 MB for 512 prompts (the most that a report part holds by default) and a
+        vocabulary of 152,000.
     """
     tokenizer = model.tokenizer
 

@@ -26,18 +26,24 @@ def answer(
     keep_first: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """``AnsweringModel.answer`` for a model in memory."""
+    """``AnsweringModel.answer`` for a model in memory.
+
+    With ``keep_first`` the log-probabilities of all prompts stay in memory, float32 ``[prompts, vocabulary]``: 311 MB
+    for 512 prompts and a vocabulary of 152,000. Nothing else is kept of a prompt but its answer's ids.
+    """
     if not prompts:
         return Answers([], None)
     out: list[Ids] = [[] for _ in prompts]
-    first: list[Tensor | None] = [None] * len(prompts)
+    first: Tensor | None = None
     length = _usable_prefix(model, prompts, max_new_tokens)
 
     def group(rows: list[int]) -> None:
+        nonlocal first
         decoder = _Decoder(model, [prompts[row] for row in rows], length)
         if keep_first:
-            for row, scores in zip(rows, decoder.logits.float().log_softmax(-1).cpu(), strict=True):
-                first[row] = scores
+            scores = decoder.logits.float().log_softmax(-1).cpu()
+            first = scores.new_empty(len(prompts), scores.shape[-1]) if first is None else first
+            first[rows] = scores
         for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
             out[row] = ids
 
@@ -48,7 +54,7 @@ def answer(
                 progress(len(rows))
 
     model.retry_smaller(work)
-    return Answers(out, torch.stack([scores for scores in first if scores is not None]) if keep_first else None)
+    return Answers(out, first)
 
 
 def first_log_probs(model: ForwardModel, prompts: Sequence[Ids]) -> Tensor:

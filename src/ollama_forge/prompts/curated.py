@@ -28,7 +28,7 @@ def _categorised(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise ForgeError(f"the curated list {path.name} is missing from the installation", "clone this program again")
     category, out = "", []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         if line.startswith(_CATEGORY):
             category = line.removeprefix(_CATEGORY)
         elif line.strip() and not line.startswith("#"):

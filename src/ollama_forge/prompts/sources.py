@@ -1,103 +1,127 @@
-"""Instructions from a user's own files and folders: .txt, .jsonl, .csv."""
+"""Instructions from a user's own files and folders: .txt, .csv, .tsv, .json, .jsonl."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import codecs
 from pathlib import Path
 
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError
+from ollama_forge.files import human_size
+from ollama_forge.prompts.formats import TAB, delimiter_of, from_csv, from_json, from_json_lines, from_lines
+from ollama_forge.prompts.normalise import one_line
 
-_USUAL_COLUMNS = ("instruction", "prompt", "goal", "behavior", "text", "question")
+LONGEST_INSTRUCTION = 131_072  # characters, as many as a CSV field may have
+_LARGEST_FILE = 256_000_000
+_BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_OTHER_KINDS = (
+    (b"PK\x03\x04", "a spreadsheet or an archive", "export the list as .csv"),
+    (b"\xd0\xcf\x11\xe0", "a spreadsheet", "export the list as .csv"),
+    (b"PAR1", "a Parquet file", "export the list as .jsonl"),
+    (b"\x1f\x8b", "compressed", "unpack it"),
+)
 
 
 def read_instructions(path: Path, column: str | None = None) -> list[str]:
-    """The instructions of one file, in order.
+    """The instructions of one file, in order, each on one line.
 
-    ``.jsonl``: one object a line; ``.csv``: a header row; in both, ``column`` names the field (else the first usual
-    one that is there). Any other name: one instruction a line, lines that start with ``#`` skipped.
+    ``.json``: an array of strings or of objects, also inside an object; ``.jsonl``: one such value a line; ``.csv`` and
+    ``.tsv``: a table with a header row. ``column`` names the field of an object or table (else the first usual name is
+    taken). Any other suffix: one instruction a line, lines that start with ``#`` skipped. Lines end at ``\\n`` and
+    ``\\r\\n``. Text is UTF-8, or what a byte-order mark says.
 
     Raises:
-        ForgeError: missing, empty, binary or badly encoded file, or a row without the column.
+        ForgeError: the file is missing, empty, too large, not text, badly encoded or malformed, is of another form than
+            its suffix says, or holds an instruction of more than 131,072 characters.
+        UsageError: a row lacks the column, or no column has a usual name.
     """
-    text = _decoded(path)
+    name, text = str(path), _text(path)
     match path.suffix.lower():
-        case ".jsonl":
-            lines = _from_jsonl(path, text, column)
-        case ".csv":
-            lines = _from_csv(path, text, column)
+        case ".json":
+            lines, form = from_json(name, text, column), "an array of strings or of objects"
+        case ".jsonl" | ".ndjson":
+            lines, form = from_json_lines(name, text, column), "one JSON object a line"
+        case ".csv" | ".tsv" as suffix:
+            delimiter = TAB if suffix == ".tsv" else delimiter_of(text)
+            lines, form = from_csv(name, text, column, delimiter), "a header row, then one instruction a row"
         case _:
-            lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    lines = [" ".join(line.split()) for line in lines]
-    lines = [line for line in lines if line]
+            lines, form = from_lines(name, text), "one instruction a line; lines that start with # are skipped"
+    lines = [line for line in map(one_line, lines) if line]
     if not lines:
-        raise ForgeError(f"{path} holds no instruction", "one instruction a line; lines that start with # are skipped")
+        raise ForgeError(f"{path} holds no instruction", form)
+    longest = max(map(len, lines))
+    if longest > LONGEST_INSTRUCTION:
+        raise ForgeError(
+            f"{path} holds an instruction of {longest:,} characters, more than {LONGEST_INSTRUCTION:,}",
+            f"are line ends missing? the form is: {form}",
+        )
     return lines
 
 
 def read_folder(folder: Path) -> list[str]:
     """All instructions of all ``.txt`` files of a folder, files in order of their names."""
-    if not folder.is_dir():
-        raise ForgeError(f"{folder} is not a folder", "give a folder that holds .txt files")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
+    try:
+        if not folder.is_dir():
+            raise ForgeError(f"{folder} is not a folder", "give a folder that holds .txt files")
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.is_file())
+    except OSError as error:
+        raise ForgeError(
+            f"cannot read the folder {folder}: {error.strerror or error}", "check its permissions"
+        ) from error
     if not files:
         raise ForgeError(f"{folder} holds no .txt file", "give a folder that holds .txt files")
     return [line for path in files for line in read_instructions(path)]
 
 
-def _decoded(path: Path) -> str:
+def _text(path: Path) -> str:
+    """The text of a file, its lines ended by ``\\n`` alone, without byte-order marks."""
+    text = _decoded(path, _bytes(path)).replace("\ufeff", "").replace("\r\n", "\n")
+    if "\r" in text and "\n" not in text:
+        raise ForgeError(f"{path} ends its lines with carriage returns alone", r"save it with line ends \n or \r\n")
+    if text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+        raise ForgeError(f"{path} is a web page, not a list", "download the raw file")
+    return text.replace("\r", " ")
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        if path.is_dir():
+            raise ForgeError(
+                f"cannot read the list {path}: it is a folder",
+                "--harmful-dir and --harmless-dir take folders of .txt files",
+            )
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ForgeError(f"the list {path} does not exist", "check the path") from None
-    except OSError as error:
-        raise ForgeError(f"cannot read the list {path}: {error.strerror or error}", "check the path") from error
-    if b"\0" in data:
-        raise ForgeError(f"{path} is not a text file", "give a list with one instruction a line")
+    except PermissionError as error:
+        raise ForgeError(f"cannot read the list {path}: {error.strerror}", "check its permissions") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that holds NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ForgeError(f"cannot read the list {one_line(str(path))}: {reason}", "check the path") from error
+    if len(data) > _LARGEST_FILE:
+        raise ForgeError(f"{path} is larger than {human_size(_LARGEST_FILE)}", "give a part of it")
+    return data
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    for start, kind, hint in _OTHER_KINDS:
+        if data.startswith(start):
+            raise ForgeError(f"{path} is not a text file but {kind}", hint)
+    mark, encoding = next(((m, e) for m, e in _BYTE_ORDER_MARKS if data.startswith(m)), (b"", "utf-8"))
+    if encoding == "utf-8" and b"\0" in data:
+        raise ForgeError(f"{path} is not a text file", "give a list with one instruction a line, saved as UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        place = data[: error.start].count(b"\n") + 1
-        raise ForgeError(f"{path} is not UTF-8 (line {place})", "save the list as UTF-8") from None
-
-
-def _pick(path: Path, number: int, row: dict[str, object], column: str | None) -> str:
-    names = [column] if column else [name for name in row if str(name).lower() in _USUAL_COLUMNS]
-    name = names[0] if names else None
-    if name is None or name not in row:
-        have = ", ".join(str(key) for key in row if key)
-        raise UsageError(
-            f"{path}, row {number}: no column {name or 'that holds instructions'}",
-            f"--column, one of: {have}",
-        )
-    value = row[name]
-    if not isinstance(value, str):
-        raise ForgeError(f"{path}, row {number}: column {name} is not text", "choose another --column")
-    return value
-
-
-def _from_jsonl(path: Path, text: str, column: str | None) -> list[str]:
-    out = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, str):
-            out.append(row)
-        elif isinstance(row, dict):
-            out.append(_pick(path, number, row, column))
-        else:
-            raise ForgeError(f"{path}, line {number}: not a JSON object", "one JSON object a line")
-    return out
-
-
-def _from_csv(path: Path, text: str, column: str | None) -> list[str]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise ForgeError(f"{path} is not a well-formed CSV file ({error})", "is a quote left open?") from None
-    return [_pick(path, number, dict(row), column) for number, row in enumerate(rows, 2)]
+        line = data[: len(mark) + error.start].count(b"\n") + 1
+        where = f" (line {line})" if encoding == "utf-8" else ", though its byte-order mark says so"
+        raise ForgeError(f"{path} is not {encoding.upper()}{where}", "save the list as UTF-8") from None
+    if "\0" in text:
+        raise ForgeError(f"{path} is not a text file", "give a list with one instruction a line, saved as UTF-8")
+    return text

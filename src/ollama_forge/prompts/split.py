@@ -18,6 +18,7 @@ from ollama_forge.prompts.curated import curated_are_installed, curated_pairs
 from ollama_forge.prompts.normalise import dedupe, normalise
 
 MINIMUM_TO_MEASURE = 20
+MINIMUM_LINES = 8  # a mean of fewer is mostly what those few lines are about
 
 
 class Part(StrEnum):
@@ -33,7 +34,8 @@ class PartPrompts:
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
 
-    def first(self, count: int) -> PartPrompts:
+    def first(self, count: int | None) -> PartPrompts:
+        """The first ``count`` of either side; None for all."""
         return PartPrompts(self.harmful[:count], self.harmless[:count])
 
     @property
@@ -43,7 +45,7 @@ class PartPrompts:
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """The three parts, each in a seeded order, and what a user must be told about them."""
+    """The three parts, each in a seeded order, and notes for the user on how they came about."""
 
     fit: PartPrompts
     select: PartPrompts
@@ -93,6 +95,8 @@ def split_prompts(
     least: int | None = None,
     seed: int = 0,
     large: PartPrompts | None = None,
+    max_select: int | None = None,
+    max_report: int | None = None,
 ) -> PromptSplit:
     """Split own lists (or, where one is None, the curated ones) and sample the fit part.
 
@@ -101,9 +105,11 @@ def split_prompts(
         least: the number below which a note says how few there are (``num_instructions`` where None).
         seed: of the order in which lines are taken.
         large: lines that may follow the curated ones in the fit part, at most as many; no part of own lists.
+        max_select, max_report: prompts a side that these parts hold at most; None for no limit.
 
     Raises:
-        UsageError: no line is left to fit on, or the two lists share a line.
+        UsageError: an own list has fewer than 8 distinct lines, in all or in the fit part, or the two lists share a
+            line.
     """
     notes: list[str] = []
     curated = curated_parts()
@@ -116,7 +122,10 @@ def split_prompts(
         )
     parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
     for side, own in sides.items():
-        divided = _divide(dedupe(lines[side]), curated)
+        distinct = dedupe(lines[side])
+        divided = _divide(distinct, curated)
+        if own is not None:
+            _require_enough(side, len(distinct), len(divided[Part.FIT]))
         for part in (Part.SELECT, Part.REPORT):
             if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
                 notes.append(
@@ -132,12 +141,9 @@ def split_prompts(
     if paired and large is not None:
         _fill_up(parts[Part.FIT], large, curated, seed)
     fit = _sample(parts[Part.FIT], num_instructions, num_instructions if least is None else least, notes)
-    return PromptSplit(
-        fit,
-        _whole(parts[Part.SELECT]),
-        _whole(parts[Part.REPORT]),
-        tuple(notes),
-    )
+    select = _capped(Part.SELECT, parts[Part.SELECT], max_select, notes)
+    report = _capped(Part.REPORT, parts[Part.REPORT], max_report, notes)
+    return PromptSplit(fit, select, report, tuple(notes))
 
 
 def _curated(side: str) -> list[str]:
@@ -173,14 +179,33 @@ def _fill_up(fit: dict[str, list[str]], large: PartPrompts, curated: dict[str, P
         lines += more[side][:count]
 
 
-def _whole(sides: dict[str, list[str]]) -> PartPrompts:
-    return PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
+def _require_enough(side: str, lines: int, fit: int) -> None:
+    wanted = f"{MINIMUM_LINES} are needed to compute a direction"
+    if lines < MINIMUM_LINES:
+        raise UsageError(f"your {side} list has {lines} distinct lines: {wanted}", "give a list of 32 lines or more")
+    if fit < MINIMUM_LINES:
+        raise UsageError(
+            f"of the {lines} distinct lines of your {side} list {fit} fall into the fit part: {wanted}",
+            "about half of a list falls there: give one of 32 lines or more",
+        )
+
+
+def _capped(part: Part, sides: dict[str, list[str]], most: int | None, notes: list[str]) -> PartPrompts:
+    """The first ``most`` lines of either side, which are in a seeded order."""
+    whole = PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
+    if most is None:
+        return whole
+    left_out = [f"{len(own) - most:,} of {len(own):,} {side}" for side, own in sides.items() if len(own) > most]
+    if left_out:
+        notes.append(
+            f"{' and '.join(left_out)} lines of the {part.value} part are left out: "
+            "--max-measured sets how many a side it holds (0: all)"
+        )
+    return whole.first(most)
 
 
 def _sample(sides: dict[str, list[str]], count: int | None, least: int | None, notes: list[str]) -> PartPrompts:
     for side, lines in sides.items():
-        if not lines:
-            raise UsageError(f"no {side} line is left to compute a direction from", "give a longer list")
         if least is not None and len(lines) < least:
             notes.append(f"{least} {side} instructions were asked for, {len(lines)} are there: all are used")
     return PartPrompts(tuple(sides["harmful"][:count]), tuple(sides["harmless"][:count]))

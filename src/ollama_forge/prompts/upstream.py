@@ -10,21 +10,17 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from http.client import HTTPException
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json, sha256_bytes, write_json, write_text
 from ollama_forge.progress import bar
-from ollama_forge.prompts.normalise import normalise
+from ollama_forge.prompts.normalise import normalise, one_line
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.prompts.upstream_filter import care_rule
 from ollama_forge.system import cache_root
@@ -35,8 +31,6 @@ _RAW = "https://raw.githubusercontent.com"
 _HUB = "https://huggingface.co"
 _INDEX = "lists.json"
 _MOST_BYTES = 64_000_000
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-_NOT_READ = (OSError, HTTPException, ValueError, RecursionError, csv.Error, ForgeError)
 
 Lines = list[tuple[str, str]]  # an instruction, and the category its list puts it in ("" where it names none)
 
@@ -172,7 +166,7 @@ def download_lists(
         reasons = "; ".join(f"{why} ({count} of them)" for why, count in Counter(failures.values()).most_common())
         raise ForgeError(
             f"none of the {len(SOURCES)} lists could be fetched: {reasons}",
-            "check the connection (HF_ENDPOINT, https_proxy), or give --timeout or --source-base",
+            "check the connection (https_proxy, HF_ENDPOINT), or give --timeout or --source-base",
         )
     fetched = _merged(output_dir, arrived, failures)
     texts = {side: _text(fetched, side) for side in SIDES}
@@ -189,7 +183,7 @@ def lists_folder() -> Path:
 
 
 def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
-    """The lists of the last download (None where there are none, or they are damaged), and what is to be told of it."""
+    """The lists of the last download, None where there are none or they are damaged; and a note in the latter case."""
     folder = lists_folder()
     if not (folder / _INDEX).exists():
         return None, ()
@@ -197,77 +191,67 @@ def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
         hashes = read_json(folder / _INDEX)["sha256"]
         data = {side: (folder / f"{side}.txt").read_bytes() for side in SIDES}
         if all(sha256_bytes(data[side]) == hashes[f"{side}.txt"] for side in SIDES):
-            return PartPrompts(*(tuple(data[side].decode().splitlines()[1:]) for side in SIDES)), ()
+            return PartPrompts(*(tuple(data[side].decode().split("\n")[1:-1]) for side in SIDES)), ()
     except (ForgeError, OSError, KeyError, TypeError, UnicodeDecodeError):
         pass
     return None, (f"the downloaded lists in {folder} are damaged and left out: repeat download-lists",)
 
 
-def one_line(text: str) -> str:
-    """``text`` with each run of white space and control characters as one space."""
-    return " ".join(_CONTROL.sub(" ", text).encode("utf-8", "replace").decode().split())
-
-
 def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], dict[str, str]]:
     """Every source that arrived within ``timeout``, in the order of ``SOURCES``; why each other one didn't, by name."""
     late = f"no answer within {timeout:g} s"
-    futures = {_in_background(partial(_fetch, source, base, timeout)): source for source in SOURCES}
-    outcomes: dict[Source, Lines] = {}
+    outcomes: SimpleQueue[tuple[Source, Lines | str]] = SimpleQueue()
+
+    def work(source: Source) -> None:
+        try:
+            outcomes.put((source, _fetch(source, base, timeout)))
+        except Exception as error:  # of the network, of a proxy's setting, of the text: one list less
+            outcomes.put((source, _reason(error, late)))
+
+    for source in SOURCES:  # daemon threads: an executor's would hold up the exit until the last stalled one ends
+        threading.Thread(target=work, args=(source,), daemon=True).start()
+    arrived: dict[Source, Lines] = {}
     failures = {source.name: late for source in SOURCES}
-    with bar("downloading lists", len(SOURCES)) as advance:
-        try:
-            for future in as_completed(futures, timeout=timeout):
-                source = futures[future]
-                try:
-                    outcomes[source] = future.result()
-                    del failures[source.name]
-                except _NOT_READ as error:
-                    failures[source.name] = _reason(error, late)
-                advance(1)
-        except TimeoutError:
-            pass
-    return {source: outcomes[source] for source in SOURCES if source in outcomes}, failures
-
-
-def _in_background(work: Callable[[], Lines]) -> Future[Lines]:
-    """Start ``work`` in a daemon thread: an executor's would hold up the exit until the last stalled one ends."""
-    future: Future[Lines] = Future()
-
-    def target() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # handed on to whoever asks for the result
-            future.set_exception(error)
-
-    threading.Thread(target=target, daemon=True).start()
-    return future
+    end = time.monotonic() + timeout
+    with bar("downloading lists", len(SOURCES)) as advance, suppress(Empty):
+        for _ in SOURCES:
+            source, outcome = outcomes.get(timeout=max(0.0, end - time.monotonic()))
+            if isinstance(outcome, str):
+                failures[source.name] = outcome
+            else:
+                arrived[source] = outcome
+                del failures[source.name]
+            advance(1)
+    return {source: arrived[source] for source in SOURCES if source in arrived}, failures
 
 
 def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
+    import httpx  # here: its import takes 0.1 s, which commands that fetch nothing need not spend
+
     deadline = time.monotonic() + timeout
-    request = Request(source.url(base), headers={"User-Agent": f"ollama-forge/{__version__}"})
     data = bytearray()
-    with urlopen(request, timeout=timeout) as answer:
-        while block := answer.read1(1 << 16):
-            data += block
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            if len(data) > _MOST_BYTES:
-                raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
-        if answer.length:
-            raise ForgeError("the connection broke off")
+    headers = {"User-Agent": f"ollama-forge/{__version__}"}
+    try:
+        with httpx.stream("GET", source.url(base), headers=headers, timeout=timeout, follow_redirects=True) as answer:
+            if not answer.is_success:
+                raise ForgeError(f"HTTP {answer.status_code}")
+            for block in answer.iter_bytes():
+                data += block
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(data) > _MOST_BYTES:
+                    raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
+    except httpx.TimeoutException:
+        raise TimeoutError from None
+    except httpx.RemoteProtocolError as error:
+        raise ForgeError("the connection broke off" if "closed" in str(error) else str(error)) from error
     return source.read(bytes(data))
 
 
-def _reason(error: BaseException, late: str) -> str:
-    if isinstance(error, HTTPError):
-        return f"HTTP {error.code}"
-    if isinstance(error, URLError) and isinstance(error.reason, BaseException):
-        error = error.reason
+def _reason(error: Exception, late: str) -> str:
     if isinstance(error, TimeoutError):
         return late
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return one_line(text)[:200] or type(error).__name__
+    return one_line(str(error))[:200] or type(error).__name__
 
 
 def _merged(folder: Path, arrived: dict[Source, Lines], failures: dict[str, str]) -> FetchedLists:
