@@ -49,7 +49,7 @@ EDIT = ("--targets", "writers", "--skip-begin-layers", "0", "--skip-end-layers",
 STEPS = (
     ("compute-dir", *LOAD, *LISTS, "--output", "refusal.pt"),
     ("apply", "--model", "model", "--refusal-pt", "refusal.pt", *EDIT, "--output-dir", "edited"),
-    ("run", *LOAD, *LISTS, *EDIT, "--out-dtype", "keep", "--name", "tiny", "--output-dir", "out", "--no-requantize"),
+    ("run", *LOAD, *LISTS, *EDIT, "--name", "tiny", "--output-dir", "out", "--no-requantize", "--allow-few-refusals"),
     ("serve", "--checkpoint", "edited", "--name", "tiny", "--port", "0"),
 )
 

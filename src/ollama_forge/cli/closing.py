@@ -12,7 +12,6 @@ from ollama_forge.edits.checkpoint_folder import edit_file
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
 from ollama_forge.search.ladder import ENOUGH
-from ollama_forge.text.closed_thought import Thought
 
 
 def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
@@ -31,8 +30,8 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(table)
     for note in report.split.notes:
         console.print(f"note: {note}", markup=False)
-    for thought in sorted({row.thought.value for row in report.rows.values() if row.thought is not Thought.NONE}):
-        console.print(f"note: {thought}", markup=False)
+    for note in dict.fromkeys(note for row in report.rows.values() for note in row.notes):
+        console.print(f"note: {note}", markup=False)
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
     final = report.rows.get("edited")

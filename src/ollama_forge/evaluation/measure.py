@@ -18,6 +18,7 @@ from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.protocol import AnsweringModel
 from ollama_forge.models.thoughts import answer_behind_thoughts
 from ollama_forge.progress import bar
+from ollama_forge.prompts.language import count_not_english
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.closed_thought import Thought
 from ollama_forge.text.tokenizer import Ids
@@ -61,12 +62,26 @@ class Measurement:
     Attributes:
         first_token_kl: mean KL divergence from the base model on harmless prompts, nats; 0 for the base model itself.
         thought: what was done about thoughts before the answers.
+        not_english: answers that are clearly not English; the markers of refusals know English alone.
     """
 
     harmful: Counts
     harmless: Counts
     first_token_kl: Estimate
     thought: Thought = Thought.NONE
+    not_english: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know to read the counts right."""
+        answers = self.harmful.total + self.harmless.total
+        language = (
+            f"{self.not_english} of {answers} answers are not English: refusals in other languages count as answers"
+        )
+        return (
+            *([] if self.thought is Thought.NONE else [self.thought.value]),
+            *([language] if self.not_english > answers / 2 else []),
+        )
 
 
 def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
@@ -118,8 +133,11 @@ def measure(
             first, answered = both.first, both.ids
     assert first is not None
     divergence = kl_per_prompt(first if base_first is None else base_first, first)
-    counts = [Counts.of([classify(tokenizer.decode(ids)) for ids in answers]) for answers in (refused, answered)]
-    return Measurement(counts[0], counts[1], bootstrap_mean(divergence.tolist()), tokenizer.thought), first
+    texts = [[tokenizer.decode(ids) for ids in answers] for answers in (refused, answered)]
+    counts = [Counts.of([classify(text) for text in side]) for side in texts]
+    not_english = sum(map(count_not_english, texts))
+    kl = bootstrap_mean(divergence.tolist())
+    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english), first
 
 
 def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_first: Tensor) -> float:
