@@ -1,1 +1,1 @@
-"""Engines: token ids in, a stream of token ids and log-probabilities out. Text is none of their business."""
+"""Engines generate: prompt token ids in, a stream of token ids and log-probabilities out. They handle no text."""

@@ -1,4 +1,4 @@
-"""Models whose state fits no slots (linear attention, state spaces) answer one at a time, on their own cache."""
+"""The runner for models whose state cannot be batched (linear attention, state spaces): one sequence at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ollama_forge.serving.engines.runner import Forward, Media, on_device
 
 
 class AlonePrefill:
+    """Prefills one prompt in a single forward pass; ``cache`` already covers its first ``known`` tokens."""
+
     def __init__(self, forward: Forward, prompt: Sequence[int], cache: Any, known: int, media: Media) -> None:
         self.forward, self.prompt, self.cache, self.known = forward, prompt, cache, known
         self.media = on_device(media, forward.model)
@@ -25,7 +27,7 @@ class AlonePrefill:
 
 
 class AloneRunner:
-    """One slot. The last answer's state is gone on with where the next prompt begins with all of it."""
+    """Decodes one sequence. The next prompt reuses its state if the prompt begins with the whole sequence."""
 
     slots = 1
 
@@ -36,12 +38,12 @@ class AloneRunner:
         self.length = 0
 
     def unknown(self, prompt: Sequence[int]) -> int:
-        return len(prompt)  # there is no other to be prefilled beside
+        return len(prompt)  # with one slot, no two prompts are prefilled together
 
     def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> AlonePrefill:
         (prompt,) = prompts
         found = self.prefixes.longest(prompt, whole=True) if media is None else None
-        self.prefixes.clear()  # it is going to change
+        self.prefixes.clear()  # the forward pass changes the state in place
         cache, known = found if found is not None else (None, 0)
         return AlonePrefill(self.forward, prompt, cache, known, media)
 

@@ -1,4 +1,4 @@
-"""What every engine takes and gives. A new engine is one file beside this one."""
+"""The interface of every engine: requests, sampling settings, generated tokens. A new engine is a file beside this."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; the defaults are Ollama's. Temperature 0 is greedy.
+    """Sampling settings; the defaults are Ollama's.
 
     Attributes:
-        top_k: keep the k likeliest tokens (0: all).
-        top_p, min_p, typical_p: keep the nucleus, what has at least this share of the likeliest, the typical set.
-        repeat_penalty, presence_penalty, frequency_penalty: against the last ``repeat_last_n`` tokens, prompt included
-            (-1: all of them, 0: none).
-        seed: None draws one.
+        temperature: divides the logits; 0 decodes greedily.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together reach this probability.
+        min_p: keep the tokens that are at least this fraction as likely as the likeliest.
+        typical_p: keep the locally typical set of this probability; 1 keeps all.
+        repeat_penalty, presence_penalty, frequency_penalty: penalties for recent tokens; 1, 0 and 0 turn them off.
+        repeat_last_n: number of recent tokens, prompt included, that are penalised; -1: all, 0: none.
+        seed: seed of the random numbers; None draws a seed.
     """
 
     temperature: float = 0.8
@@ -33,8 +36,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A JSON schema, as text, that the answer satisfies; with ``after``, from behind the first place where it says that
-    (the end of a thought).
+    """Constrains an answer to a JSON schema.
+
+    Attributes:
+        schema: the schema as JSON text.
+        after: the constraint begins behind the first occurrence of this text (the closing tag of a thought); None
+            constrains the whole answer.
     """
 
     schema: str
@@ -43,14 +50,14 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to generate.
+    """A request for one answer.
 
     Attributes:
-        ids: the prompt.
-        max_tokens: at most so many tokens; 0 gives none.
-        ends: ids that end the answer; they are not handed out.
-        top_logprobs: None for no log-probabilities, else how many alternatives each token comes with.
-        media: what the engine's own encoder made of images, opaque to all others.
+        ids: token ids of the prompt.
+        max_tokens: maximum number of generated tokens; 0 generates nothing.
+        ends: end-of-sequence ids; they end the answer and are not yielded.
+        top_logprobs: number of alternatives for each token; None: no log-probabilities.
+        media: the images as the engine's ``encode`` returned them; no other code reads them.
     """
 
     ids: tuple[int, ...]
@@ -64,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token and its natural log-probability, before temperature and everything else that shapes the draw."""
+    """A token and its natural log-probability by the raw logits, before temperature, penalties, filters and masks."""
 
     id: int
     value: float
@@ -72,7 +79,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of an answer; ``logprob`` and ``top`` (likeliest first) only where they were asked for."""
+    """One generated token; ``logprob`` and ``top`` (likeliest first) are set only if the request asks for them."""
 
     id: int
     logprob: float | None = None
@@ -80,13 +87,13 @@ class Step:
 
 
 class EngineError(Exception):
-    """An answer that cannot be gone on with; the message is fit for a client's eyes."""
+    """Generation failed; the message may be shown to the client."""
 
 
 class Engine(Protocol):
-    """Generates. ``slots`` answers run at the same time; whoever calls waits for one of them.
+    """Generates up to ``slots`` answers at the same time; further requests wait for a free slot.
 
-    An answer of fewer than ``max_tokens`` steps ended by itself.
+    An answer of fewer than ``max_tokens`` steps met an end-of-sequence id, completed its schema or filled the context.
     """
 
     @property
@@ -96,35 +103,38 @@ class Engine(Protocol):
     def context_length(self) -> int: ...
 
     def generate(self, request: Request) -> AsyncIterator[Step]:
-        """Stream an answer; closing the iterator (``aclose``) cancels it within a token.
+        """Stream the answer to a request; closing the iterator (``aclose``) cancels it within a token.
 
         Raises:
-            EngineError: while being iterated.
+            EngineError: generation failed; raised while the stream is iterated.
         """
         ...
 
     def close(self) -> None:
-        """End all answers and free what the engine holds."""
+        """End all answers and free the engine's resources."""
         ...
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """An engine that embeds, too."""
+    """An engine that also computes embeddings."""
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Mean-pooled last hidden states, one L2-normalised vector ``[d_model]`` an input."""
+        """Embed each input as its mean last hidden state, an L2-normalised vector ``[d_model]``."""
         ...
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """An engine that sees, too."""
+    """An engine that also takes images."""
 
     def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
-        """Ids of a rendered prompt whose image placeholders are expanded, and the media to hand back in the request.
+        """Encode a rendered prompt and its images.
+
+        Returns:
+            The prompt's token ids with expanded image placeholders, and the value for ``Request.media``.
 
         Raises:
-            EngineError: an image that cannot be read, or as many placeholders as images are not there.
+            EngineError: an image cannot be decoded, or the numbers of placeholders and images differ.
         """
         ...

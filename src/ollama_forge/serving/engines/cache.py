@@ -1,4 +1,4 @@
-"""Keys and values of many sequences in one growing buffer a layer: a step writes one column and copies nothing else."""
+"""A KV cache for many sequences: one growing buffer per layer, to which a decode step writes one column."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers.cache_utils import (
 
 @dataclass
 class Span:
-    """What of the buffers is in use: rows ``0..rows``, columns ``start..end``; all rows end at ``end``.
+    """The part of the buffers in use: rows ``0..rows`` and columns ``start..end``. Every row ends at column ``end``.
 
-    ``row_room`` and ``column_room`` are the sizes of the buffers.
+    ``row_room`` and ``column_room`` are the allocated numbers of rows and columns.
     """
 
     row_room: int
@@ -32,9 +32,9 @@ class Span:
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's keys and values, ``[row_room, heads, column_room, dim]`` each."""
+    """Keys and values of one layer, each ``[row_room, heads, column_room, dim]``."""
 
-    is_sliding = False  # a window is kept whole and cut by the mask
+    is_sliding = False  # sliding windows are stored whole; the attention mask cuts them
     is_croppable = True
 
     def __init__(self, span: Span) -> None:
@@ -46,7 +46,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def _zeros(self, like: Tensor) -> Tensor:
-        # zeros, as what a mask hides is still multiplied by nought, and a stray NaN would survive that
+        # zeros, because attention multiplies masked values by 0, and a leftover NaN would stay NaN
         return like.new_zeros(self.span.row_room, like.shape[1], self.span.column_room, like.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def relocate(self, start: int, end: int, to: int) -> None:
-        """Move columns ``start..end`` to ``to``, into buffers of the span's sizes."""
+        """Move columns ``start..end`` to column ``to``; allocate new buffers if the span's sizes have changed."""
         self.keys, self.values = (self._moved(old, start, end, to) for old in (self.keys, self.values))
 
     def _moved(self, old: Tensor | None, start: int, end: int, to: int) -> Tensor | None:
@@ -86,7 +86,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache(Cache):
-    """A transformers cache over ``SlotLayer``; layers that keep nothing of their own stay as they are."""
+    """A transformers ``Cache`` of one ``SlotLayer`` per layer that stores keys and values of its own.
+
+    Args:
+        keeps: for each layer, whether it stores keys and values (``kept_layers``).
+        rows, columns: initial sizes of the buffers.
+    """
 
     def __init__(self, keeps: Sequence[bool], rows: int, columns: int) -> None:
         self.span = Span(rows, columns, rows)
@@ -104,7 +109,7 @@ class SlotCache(Cache):
         )
 
     def relocate(self, to: int, rows: int, columns: int) -> None:
-        """Make the buffers ``rows`` by ``columns``; what is in use moves so that it starts at column ``to``."""
+        """Resize the buffers to ``rows`` by ``columns``, and move the used columns so that they start at ``to``."""
         span = self.span
         start, end = span.start, span.end
         span.row_room, span.column_room = rows, columns
@@ -115,8 +120,11 @@ class SlotCache(Cache):
     def copy_row(
         self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int
     ) -> None:
-        """Copy ``length`` columns of a row of another cache (or of this one) to ``start`` of a row."""
-        here, there = slice(start, start + length), slice(source_start, source_start + length)
+        """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.
+
+        ``source`` may be this cache.
+        """
+        columns, source_columns = slice(start, start + length), slice(source_start, source_start + length)
         for mine, theirs in zip(self._own, source._own, strict=True):
             if mine is None or theirs is None or theirs.keys is None or theirs.values is None:
                 continue
@@ -124,13 +132,13 @@ class SlotCache(Cache):
                 mine.lazy_initialization(theirs.keys, theirs.values)
             for target, origin in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                 assert target is not None
-                target[row, :, here] = origin[source_row, :, there]
+                target[row, :, columns] = origin[source_row, :, source_columns]
 
 
 def kept_layers(config: Any) -> tuple[bool, ...] | None:
-    """Which layers keep keys and values of their own; None where some layer keeps another kind of state.
+    """For each layer, whether it stores keys and values of its own; None if a layer stores another kind of state.
 
-    Such models (linear attention, state spaces, compressed or indexed attention) cannot be put into slots.
+    Models with such layers (linear attention, state spaces, compressed or indexed attention) cannot be batched here.
     """
     try:
         layers = DynamicCache(config=config).layers

@@ -1,4 +1,4 @@
-"""Answers that satisfy a JSON schema: at each step a mask of the tokens that can still lead to one (llguidance)."""
+"""Structured outputs: at each step, llguidance masks the tokens that cannot lead to JSON that satisfies the schema."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ollama_forge.serving.engines.schema import grammar_of, one_line
 
 
 class Grammars:
-    """Schemas over one tokenizer.
+    """Compiles JSON schemas to grammars over one tokenizer's tokens.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        vocabulary: how many logits the model gives.
-        ends: the ids that end answers.
+        vocabulary: number of logits of the model.
+        ends: the end-of-sequence ids.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: list[int]) -> None:
@@ -37,15 +37,15 @@ class Grammars:
                 self.tokenizer, n_vocab=max(self.vocabulary, len(self.tokenizer)), eos_token=self.ends
             )
         except ValueError as error:
-            raise EngineError("this model's tokenizer cannot be constrained to a format") from error
+            raise EngineError("this model's tokenizer does not support structured outputs (format)") from error
 
     @cached_property
     def texts(self) -> list[tuple[bytes, int]]:
-        """Every token's bytes and id, in the bytes' order."""
+        """``(bytes, id)`` of every token, sorted by bytes."""
         return sorted((self.tokens.decode_bytes([token]), token) for token in range(self.vocabulary))
 
     def starting_with(self, start: bytes) -> Iterator[tuple[bytes, int]]:
-        """Tokens that begin with some bytes and go on."""
+        """``(bytes, id)`` of the tokens that are longer than ``start`` and begin with it."""
         for text, token in self.texts[bisect_left(self.texts, (start, -1)) :]:
             if not text.startswith(start):
                 return
@@ -53,9 +53,10 @@ class Grammars:
                 yield text, token
 
     def enforce(self, constraint: Constraint) -> Enforced:
-        """
+        """Start to constrain one answer.
+
         Raises:
-            EngineError: a schema that cannot be enforced (``check_schema`` says so beforehand).
+            EngineError: the schema cannot be enforced (``check_schema`` finds out beforehand).
         """
         try:
             matcher = LLMatcher(self.tokens, grammar_of(constraint.schema), log_level=0)
@@ -67,20 +68,20 @@ class Grammars:
 
 
 class Enforced:
-    """One answer's constraint and how far the answer got in it."""
+    """The constraint of one answer and its progress."""
 
     def __init__(self, grammars: Grammars, matcher: LLMatcher, after: bytes) -> None:
         self.grammars, self.matcher, self.after = grammars, matcher, after
         self.free = bool(after)
-        self._tail = b""  # of the free text: as much as may be the beginning of ``after``
+        self._tail = b""  # the last bytes of the free text, which may be the beginning of ``after``
 
     @property
     def finished(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the JSON is complete, so that no token can follow."""
         return not self.free and self.matcher.is_stopped()
 
     def allowed(self, ends: frozenset[int]) -> Tensor:
-        """Bool ``[vocabulary]``: what may come next; ends where the schema is satisfied."""
+        """Mask of the tokens that may come next, bool ``[vocabulary]``; complete JSON also allows ``ends``."""
         vocabulary = self.grammars.vocabulary
         if self.free:
             mask = torch.ones(vocabulary, dtype=torch.bool)
@@ -96,13 +97,14 @@ class Enforced:
         return mask
 
     def add(self, token: int) -> None:
-        """
+        """Advance by a generated token.
+
         Raises:
-            EngineError: the matcher's own limits were hit.
+            EngineError: the matcher rejects the token, because it reached one of its own limits.
         """
         if not self.free:
             if not self.matcher.consume_token(token):
-                raise EngineError(f"the format can't be gone on with: {one_line(self.matcher.get_error())}")
+                raise EngineError(f"the structured output cannot be continued: {one_line(self.matcher.get_error())}")
             return
         text = self._tail + self.grammars.tokens.decode_bytes([token])
         place = text.find(self.after)
@@ -113,12 +115,12 @@ class Enforced:
         self._begin(self.matcher, text[place + len(self.after) :])
 
     def _begin(self, matcher: LLMatcher, rest: bytes) -> bool:
-        """Feed what a token says behind the free text's end; whether the schema allows that."""
+        """Feed the bytes of a token that follow ``after``; return whether the schema allows them."""
         rest = rest.lstrip()
         return not rest or matcher.consume_tokens(self.grammars.tokens.tokenize_bytes(rest))
 
     def _straddling(self) -> list[int]:
-        """Tokens that would end the free text and go on with something that the schema doesn't allow."""
+        """Ids of the tokens that complete ``after`` and continue with bytes that the schema does not allow."""
         out = []
         for length in range(1, len(self.after)):
             if self._tail.endswith(self.after[:length]):

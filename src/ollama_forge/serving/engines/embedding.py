@@ -1,4 +1,4 @@
-"""Embeddings: the mean of a text's last hidden states, at length one."""
+"""Embeddings: the mean of a text's last hidden states, L2-normalised."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 from ollama_forge.models.chat_model import ChatModel
 
 _ROWS = 16
-_TOKENS = 4096  # of a piece, padding included; answers wait for it
+_TOKENS = 4096  # of a batch, padding included; decode steps wait while a batch is computed
 
 Work = Callable[[], list[list[float]]]
 
 
 def embed_batches(model: ChatModel, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Work]]:
-    """Pieces of work, each with the places of the inputs whose vectors it gives."""
+    """Split inputs into batches: the indices of a batch's inputs, and a function that returns their vectors."""
     order = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
     while order:
         count = max(1, min(_ROWS, _TOKENS // len(inputs[order[0]])))
@@ -31,7 +31,7 @@ def _work(model: ChatModel, texts: list[list[int]]) -> Work:
 
 @torch.inference_mode()
 def _embed(model: ChatModel, texts: list[list[int]]) -> list[list[float]]:
-    # on the right, unlike everywhere else: there positions need no correcting, and nothing looks back from padding
+    # padding on the right, unlike elsewhere: positions need no correction, and no token attends to the padding after it
     width = max(map(len, texts))
     ids = torch.tensor([text + [model.tokenizer.pad_id] * (width - len(text)) for text in texts], device=model.device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)

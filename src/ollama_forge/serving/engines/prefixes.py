@@ -1,4 +1,4 @@
-"""Prompts' beginnings that were computed before: what a conversation said so far is not computed again."""
+"""The prefix cache: states of earlier sequences, so that the beginning of a conversation is not prefilled again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Kept(Generic[State]):
-    """Ids and the state that the model was in behind them."""
+    """Token ids and the model's state after them."""
 
     ids: tuple[int, ...]
     state: State
@@ -19,11 +19,11 @@ class Kept(Generic[State]):
 
 
 class Prefixes(Generic[State]):
-    """The last few answers' states, the least recently used thrown away first.
+    """Keeps the states of the latest sequences and evicts the least recently used.
 
     Args:
-        count: at most so many.
-        nbytes: at most so much memory.
+        count: maximum number of states.
+        nbytes: maximum size of all states together.
     """
 
     def __init__(self, count: int, nbytes: int) -> None:
@@ -34,6 +34,7 @@ class Prefixes(Generic[State]):
         return len(self._kept)
 
     def add(self, ids: Sequence[int], state: State, nbytes: int) -> None:
+        """Keep a state of ``nbytes``; it replaces states whose ids are a prefix of ``ids``."""
         new = Kept(tuple(ids), state, nbytes)
         self._kept = [old for old in self._kept if shared_length(old.ids, new.ids) < len(old.ids)]
         self._kept.append(new)
@@ -41,10 +42,12 @@ class Prefixes(Generic[State]):
             self._kept.pop(0)
 
     def longest(self, ids: Sequence[int], *, whole: bool = False) -> tuple[State, int] | None:
-        """The state that shares most with a prompt, and how much; one token of the prompt is always left to compute.
+        """The state that shares the longest prefix with a prompt, and the prefix's length; None if no state shares any.
+
+        The prefix never includes the prompt's last token: its logits have to be computed.
 
         Args:
-            whole: only states that the prompt begins with as a whole will do (they cannot be shortened).
+            whole: take only states all of whose ids are a prefix of the prompt, because they cannot be shortened.
         """
         wanted = tuple(ids[:-1])
         best, length = None, 0
@@ -63,9 +66,9 @@ class Prefixes(Generic[State]):
 
 
 def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the longest common start."""
+    """Length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
-    while low < high:  # slices compare many times faster than a loop over ids
+    while low < high:  # binary search: slices compare many times faster than a loop over ids
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

@@ -1,4 +1,4 @@
-"""How a scheduler sees a model: prompts are prefilled in pieces, join what is being decoded, and leave it."""
+"""The model as the scheduler sees it: prompts are prefilled in chunks, join the decode batch and leave it."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ Media = Mapping[str, Tensor] | None
 
 
 class Prefill(Protocol):
-    """Prompts on their way. ``tokens`` is how many are computed, padding not counted."""
+    """The prefill of some prompts. ``tokens`` is the number of tokens that it computes, without padding."""
 
     @property
     def tokens(self) -> int: ...
 
     def advance(self) -> Tensor | None:
-        """Run the next piece; logits ``[prompts, vocabulary]`` of the last positions after the last one."""
+        """Run the next chunk; the last chunk returns the logits ``[prompts, vocabulary]`` of the last positions."""
         ...
 
 
 class Runner(Protocol):
-    """The sequences being decoded, numbered from 0 without gaps."""
+    """The decode batch: its sequences are rows, numbered from 0 without gaps."""
 
     @property
     def slots(self) -> int: ...
 
     def unknown(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt have to be computed."""
+        """Number of tokens of a prompt that the prefix cache does not cover."""
         ...
 
     def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> Prefill:
-        """``media`` go with a single prompt, of which nothing is known then."""
+        """Start to prefill prompts; with ``media``, one prompt, which does not use the prefix cache."""
         ...
 
     def join(self, prefill: Any, place: int) -> None:
-        """Make a prefilled prompt the last sequence."""
+        """Append the prefilled prompt number ``place`` to the batch as its last row."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed every sequence a token; logits ``[sequences, vocabulary]``."""
+        """Decode: feed each row its token, return the logits ``[rows, vocabulary]``."""
         ...
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
-        """Drop a sequence; the last one takes its number. Its state is kept under ``ids``, where given."""
+        """Remove a row; the last row takes its number. If ``ids`` are given, the prefix cache keeps its state."""
         ...
 
     def reset(self) -> None:
-        """Drop everything."""
+        """Remove all rows and empty the prefix cache."""
         ...
 
 
 class Forward:
-    """The model's forward pass with those inputs alone that it takes, counted."""
+    """The model's forward pass; it leaves out inputs that the model does not take, and counts the passes."""
 
     def __init__(self, model: ChatModel) -> None:
         self.model = model
@@ -73,7 +73,7 @@ class Forward:
         return self.model.device
 
     def __call__(self, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:
-        """Logits ``[rows, vocabulary]`` of the last position, and the cache."""
+        """Logits ``[rows, vocabulary]`` of the last position, and the updated cache."""
         if not self.takes_positions:
             inputs.pop("position_ids", None)
         inputs[self.cache_name] = cache
@@ -83,7 +83,7 @@ class Forward:
 
 
 def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:
-    """Media where the model is, pictures in its type."""
+    """Media on the model's device; floating-point tensors also get the model's dtype."""
     dtype = next(model.module.parameters()).dtype
     return {
         name: tensor.to(model.device, dtype if tensor.is_floating_point() else None)

@@ -1,6 +1,6 @@
-"""Drawing the next token of many rows at once.
+"""Samples the next token of many rows at once.
 
-The order is that of llama.cpp's default chain: penalties, top_k, typical_p, top_p, min_p, temperature, draw.
+The steps have the order of llama.cpp's default chain: penalties, top_k, typical_p, top_p, min_p, temperature, draw.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ollama_forge.models.device import float64_device
 from ollama_forge.serving.engines.base import Logprob, Sampling, Step
 
 _UNIFORMS = 32
-_COLDEST = 1e-6  # below, logits divided by it overflow; the likeliest has all the share long before
-_WIDEST = 1024  # beyond, sorting all costs as much
+_COLDEST = 1e-6  # dividing logits by less overflows; the likeliest token has probability 1 long before
+_WIDEST = 1024  # above this top_k, sorting the whole vocabulary costs as much
 
 
 class Row:
-    """One answer's settings, random numbers and recent tokens.
+    """The sampling state of one sequence: its settings, random numbers and recent tokens.
 
     Attributes:
-        allowed: bool ``[vocabulary]``, on the CPU, of what may come next; None for everything.
+        allowed: mask of the tokens that may come next, bool ``[vocabulary]`` on the CPU; None allows all.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], top_logprobs: int | None = None) -> None:
@@ -54,11 +54,11 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Whether its next token is the likeliest as the model has it."""
+        """Whether the next token is the argmax of the raw logits."""
         return self.greedy and not self.penalised and self.allowed is None
 
     def add(self, token: int) -> None:
-        """A token that was said."""
+        """Count a token for the penalties."""
         if not self.penalised:
             return
         if len(self._recent) == self._recent.maxlen:
@@ -70,7 +70,7 @@ class Row:
         self.counts[token] += 1
 
     def uniform(self) -> float:
-        """The row's next random number in [0, 1); as many for it alone as beside others."""
+        """The row's next random number in [0, 1); other rows of the batch do not influence it."""
         if not self._uniforms:
             drawn = torch.rand(_UNIFORMS, generator=self._generator)
             self._uniforms = drawn.tolist()[::-1]
@@ -79,11 +79,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is left to draw from, likeliest first.
+    """The tokens to draw from, likeliest first.
 
     Attributes:
-        ids: ``[rows, candidates]``.
-        scores: float32 logits of the same shape, ``-inf`` for what is filtered out.
+        ids: token ids ``[rows, candidates]``.
+        scores: float32 logits of the same shape, ``-inf`` for tokens that a filter removed.
     """
 
     ids: Tensor
@@ -91,7 +91,7 @@ class Candidates:
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Step]:
-    """The next token of each row of ``[rows, vocabulary]`` logits, with log-probabilities where asked for."""
+    """Sample each row's next token from logits ``[rows, vocabulary]``; rows that ask for log-probabilities get them."""
     chosen = logits.argmax(-1).tolist() if all(row.plain for row in rows) else _draw_shaped(logits, rows)
     steps = [Step(token) for token in chosen]
     for place, logprob, top in _logprobs(logits, rows, chosen):
@@ -124,7 +124,7 @@ def _draw_shaped(logits: Tensor, rows: Sequence[Row]) -> list[int]:
 
 
 def _masked(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """What is not allowed becomes ``-inf``, in place."""
+    """Set the logits of tokens that are not allowed to ``-inf``, in place."""
     places = [place for place, row in enumerate(rows) if row.allowed is not None]
     if places:
         allowed = torch.stack([row.allowed for row in rows if row.allowed is not None]).to(scores.device)
@@ -133,8 +133,10 @@ def _masked(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _penalised(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties against recent tokens, in place: the repeat penalty divides a positive logit and multiplies a negative
-    one, presence is taken off once, frequency as often as a token was there.
+    """Penalise recent tokens, in place.
+
+    The repeat penalty divides a positive logit and multiplies a negative one. The presence penalty is subtracted once
+    for each token, the frequency penalty once for each occurrence.
     """
     places, ids, values = [], [], []
     for place, row in enumerate(rows):
@@ -155,7 +157,7 @@ def _penalised(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def shape(logits: Tensor, settings: Sequence[Sampling]) -> Candidates:
-    """Filter ``[rows, vocabulary]`` logits by top_k, typical_p, top_p and min_p, each over what the last one left."""
+    """Filter logits ``[rows, vocabulary]`` by top_k, typical_p, top_p and min_p, each among the tokens left so far."""
     vocabulary, device = logits.shape[-1], logits.device
     counts = [min(setting.top_k, vocabulary) if setting.top_k > 0 else vocabulary for setting in settings]
     scores, ids = logits.topk(max(counts), dim=-1)
@@ -168,7 +170,7 @@ def shape(logits: Tensor, settings: Sequence[Sampling]) -> Candidates:
         scores = scores.masked_fill(_untypical(scores, _column(settings, "typical_p", device)), lowest)
     if any(setting.top_p < 1 for setting in settings):
         shares = scores.softmax(-1)
-        outside = shares.cumsum(-1) - shares >= _column(settings, "top_p", device)  # what crosses top_p stays in
+        outside = shares.cumsum(-1) - shares >= _column(settings, "top_p", device)  # the token that crosses top_p stays
         scores = scores.masked_fill(outside & _not_the_first(scores), lowest)
     if any(setting.min_p > 0 for setting in settings):
         least = scores.amax(-1, keepdim=True) + _column(settings, "min_p", device).clamp(0, 1).log()
@@ -181,13 +183,17 @@ def _column(settings: Sequence[Sampling], name: str, device: torch.device) -> Te
 
 
 def _not_the_first(scores: Tensor) -> Tensor:
-    """Everything but the likeliest of what is left."""
+    """Mask of all tokens but each row's likeliest."""
     best = scores.argmax(-1, keepdim=True)
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, best, False)
 
 
 def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
-    """Outside the smallest set of share ``typical_p`` whose surprise is nearest to the expected one."""
+    """Mask of the tokens outside the typical set.
+
+    The set takes tokens in the order of how close their surprisal is to the entropy, until it reaches the probability
+    ``typical_p``.
+    """
     logs = scores.log_softmax(-1)
     shares = logs.exp()
     entropy = -(shares * logs.masked_fill(shares == 0, 0.0)).sum(-1, keepdim=True)
@@ -200,7 +206,7 @@ def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
 
 
 def pick(candidates: Candidates, settings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
-    """Draw one id a row from the candidates at each row's temperature, given a number in [0, 1) a row."""
+    """Draw one token id per row at the row's temperature; ``uniforms`` has a random number in [0, 1) per row."""
     scores = candidates.scores / _column(settings, "temperature", candidates.scores.device)
     scores = scores.to(float64_device(scores.device))
     heights = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
@@ -212,7 +218,7 @@ def pick(candidates: Candidates, settings: Sequence[Sampling], uniforms: Sequenc
 def _logprobs(
     logits: Tensor, rows: Sequence[Row], chosen: Sequence[int]
 ) -> list[tuple[int, float, tuple[Logprob, ...]]]:
-    """Log-softmax of the logits as they came, of the rows that ask for it."""
+    """Row, log-probability and alternatives for each row that asks for them, from the raw logits."""
     asked = [(place, row.top_logprobs) for place, row in enumerate(rows) if row.top_logprobs is not None]
     if not asked:
         return []

@@ -1,4 +1,4 @@
-"""The decode loop: prompts are prefilled piece by piece between steps, every running answer gets a token a step."""
+"""The scheduler: it prefills prompts in chunks between decode steps; a step gives each running request one token."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ollama_forge.serving.engines.constraint import Enforced, Grammars
 from ollama_forge.serving.engines.runner import Prefill, Runner
 from ollama_forge.serving.engines.sampling import Row, draw
 
-GROUP_TOKENS = 512  # that a group of prompts is fed at once, padding included
+GROUP_TOKENS = 512  # maximum for prompts that are prefilled together, padding included
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts since the engine began, and how many answers are running.
+    """Counters since the engine started.
 
     Attributes:
-        prefills: groups of prompts that were prefilled.
-        prefilled_tokens: prompts' tokens that were computed, not taken from what was kept.
+        prefills: number of groups of prompts that were prefilled.
+        prefilled_tokens: number of prompt tokens that were computed instead of taken from the prefix cache.
+        active: number of requests that are being prefilled or decoded now.
     """
 
     forward_passes: int
@@ -36,7 +37,13 @@ class Stats:
 
 @dataclass(eq=False)
 class Answer:
-    """A request that waits or runs, and where its tokens go."""
+    """A request that waits or runs.
+
+    Attributes:
+        sink: where ``deliver`` sends the tokens.
+        row: the sampling state, once the prefill has begun.
+        said: ids of the tokens generated so far.
+    """
 
     request: Request
     sink: Any
@@ -54,10 +61,10 @@ Deliver = Callable[[Answer, Step | EngineError | None], None]
 
 
 class Scheduler:
-    """Single-threaded; ``tick`` does a bounded piece of work.
+    """Schedules requests on one thread; each ``tick`` does a bounded amount of work.
 
     Args:
-        deliver: takes each token, an error, and None at an answer's end.
+        deliver: called with each token of a request, and at its end with None or an error.
     """
 
     def __init__(self, runner: Runner, grammars: Grammars, deliver: Deliver) -> None:
@@ -81,7 +88,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def tick(self) -> None:
-        """Drop what was cancelled; run a piece of a prefill and a step of all that run."""
+        """Drop cancelled requests, then run one chunk of a prefill and one decode step of the running requests."""
         self._drop_cancelled()
         if not self._joining:
             self._begin_prefill()
@@ -89,10 +96,10 @@ class Scheduler:
             self._advance_prefill()
         if self.running:
             logits = self.runner.step([answer.said[-1] for answer in self.running])
-            self._hand_out(logits)
+            self._sample(logits)
 
     def fail(self, error: EngineError) -> None:
-        """End all that runs or is being prefilled; what waits goes on waiting."""
+        """End all requests that are being prefilled or decoded with ``error``; waiting requests keep waiting."""
         failed = [*self.running, *self._joining]
         self.running, self._joining, self._prefill = [], [], None
         self.runner.reset()
@@ -116,7 +123,7 @@ class Scheduler:
             if group and not self._fits(group, self.waiting[0]):
                 break
             answer = self.waiting.popleft()
-            group.append(answer)  # before anything can go wrong, so that an error reaches its reader
+            group.append(answer)  # first of all, so that any later error reaches this request
             try:
                 self._prepare(answer)
             except EngineError as error:
@@ -127,7 +134,7 @@ class Scheduler:
             self._prefill = self.runner.prefill([answer.request.ids for answer in group], media)
 
     def _fits(self, group: Sequence[Answer], answer: Answer) -> bool:
-        """Whether a prompt is of a kind with a group's: little is computed only because another needs it."""
+        """Whether a prompt can be prefilled with a group: no images, and at most half of the computed tokens wasted."""
         if answer.request.media is not None or group[0].request.media is not None:
             return False
         needed = [self.runner.unknown(other.request.ids) for other in (*group, answer)]
@@ -152,12 +159,12 @@ class Scheduler:
         for place in range(len(self._joining)):
             self.runner.join(prefill, place)
             self.running.append(self._joining.pop(0))
-        self._hand_out(logits, first)
+        self._sample(logits, first)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
-    def _hand_out(self, logits: Tensor, first: int = 0) -> None:
-        """Draw a token for each of the running answers from ``first`` on, and drop those that end."""
+    def _sample(self, logits: Tensor, first: int = 0) -> None:
+        """Sample and deliver a token for each running request from number ``first`` on; remove requests that end."""
         answers = self.running[first:]
         errors: Mapping[int, EngineError] = self._constrain(answers)
         steps = draw(logits, [answer.row for answer in answers if answer.row is not None])
@@ -166,7 +173,7 @@ class Scheduler:
             try:
                 if place in errors:
                     raise errors[place]
-                ended = answer.cancelled or self._say(answer, steps[place])
+                ended = answer.cancelled or self._deliver_token(answer, steps[place])
             except EngineError as error:
                 self.deliver(answer, error)
                 self._leave(first + place)
@@ -182,11 +189,11 @@ class Scheduler:
                 try:
                     answer.row.allowed = answer.enforced.allowed(answer.request.ends)
                 except (ValueError, RuntimeError) as error:
-                    errors[place] = EngineError(f"the format can't be gone on with: {error}")
+                    errors[place] = EngineError(f"the structured output cannot be continued: {error}")
         return errors
 
-    def _say(self, answer: Answer, step: Step) -> bool:
-        """Hand a token out; whether the answer is at its end."""
+    def _deliver_token(self, answer: Answer, step: Step) -> bool:
+        """Deliver a token; return whether the answer is complete."""
         request = answer.request
         assert answer.row is not None
         if step.id in request.ends:

@@ -1,4 +1,4 @@
-"""JSON schemas as llguidance's grammars, and what is wrong with those that are none. No torch."""
+"""Translates JSON schemas to llguidance grammars, and finds schemas that cannot be enforced. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-# as llama.cpp's grammars have it: room for one blank or an indented line, none to ramble in
+# whitespace as in llama.cpp's grammars: one space or an indented line, so that a model cannot write blanks forever
 _WHITESPACE = r"[ ]|\n{1,2}[ \t]{0,20}"
 _OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
@@ -15,7 +15,7 @@ _NESTED = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf")
 
 
 def check_schema(schema: str) -> str | None:
-    """What is wrong with a JSON schema, in one line; None where it can be enforced."""
+    """Why a JSON schema cannot be enforced, in one line; None if it can."""
     try:
         _, problems = LLMatcher.validate_grammar_with_warnings(grammar_of(schema))
     except ValueError as error:
@@ -24,19 +24,19 @@ def check_schema(schema: str) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """A message of llguidance's, fit for a client."""
+    """A message of llguidance as one line of at most 300 characters."""
     return " ".join(text.split())[:300]
 
 
 def grammar_of(schema: str) -> str:
-    """llguidance's grammar of a schema.
+    """Translate a JSON schema to an llguidance grammar.
 
     Raises:
-        ValueError: not JSON, or not an object (the only schemas that say something are).
+        ValueError: the schema is not JSON, not an object, or nested too deeply.
     """
     try:
         parsed = json.loads(schema)
-        closed = parsed if _adds_up(parsed) else _closed(parsed)
+        closed = parsed if _spreads_properties(parsed) else _closed(parsed)
     except json.JSONDecodeError as error:
         raise ValueError(f"the schema is not valid JSON: {error}") from None
     except RecursionError:
@@ -48,9 +48,9 @@ def grammar_of(schema: str) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with objects that list their properties closed to others, as llama.cpp reads them.
+    """The schema with ``additionalProperties: false`` in objects that list their properties, as llama.cpp reads them.
 
-    What satisfies it satisfies the schema.
+    JSON that satisfies the result also satisfies the schema.
     """
     if isinstance(schema, list):
         return [_closed(part) for part in schema]
@@ -69,12 +69,12 @@ def _closed(schema: Any) -> Any:
     return out
 
 
-def _adds_up(schema: Any) -> bool:
-    """Whether some part says of an object what another part goes on with, so that neither may be closed."""
+def _spreads_properties(schema: Any) -> bool:
+    """Whether the properties of an object are spread over several subschemas, so that none of them may be closed."""
     if isinstance(schema, list):
-        return any(map(_adds_up, schema))
+        return any(map(_spreads_properties, schema))
     if not isinstance(schema, dict):
         return False
     if "allOf" in schema or ("properties" in schema and any(key in schema for key in ("$ref", "anyOf", "oneOf"))):
         return True
-    return any(map(_adds_up, schema.values()))
+    return any(map(_spreads_properties, schema.values()))

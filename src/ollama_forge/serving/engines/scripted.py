@@ -1,4 +1,4 @@
-"""An engine that answers from a script, for tests of everything above engines; it needs no torch."""
+"""An engine that yields token ids from a script, for tests of the layers above engines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Script = Callable[[Request], Sequence[int]] | Sequence[Sequence[int]]
 
 
 class ScriptedEngine:
-    """Answers ids from a script: a function of the request, or answers that take turns.
+    """Yields the ids of a script: a function of the request, or a list of answers that take turns.
 
-    An id that ends the request ends the answer. Log-probabilities are made up from the id alone; the alternatives are
-    the ids that follow it.
+    An id in ``request.ends`` ends the answer. Log-probabilities are a function of the id; the alternatives are the next
+    higher ids.
 
     Attributes:
-        active: answers that are being generated now.
-        served: answers that were begun.
-        requests: every request, in the order they came.
+        active: number of requests that are running now.
+        served: number of requests that were started.
+        requests: all requests, in the order of arrival.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ScriptedEngine:
         return Step(token, value, (Logprob(token, value), *ranked) if top else ())
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Unit vectors ``[width]`` that depend on the ids alone."""
+        """A unit vector ``[width]`` for each input, computed from its ids."""
         vectors = []
         for ids in inputs:
             raw = [sum(math.sin((place + 1) * (token + 1)) for token in ids) + 1e-3 for place in range(self.width)]

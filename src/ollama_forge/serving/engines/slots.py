@@ -1,7 +1,7 @@
-"""Continuous batching: sequences of all lengths, right-aligned in one cache, joining and leaving between steps.
+"""Continuous batching: sequences of different lengths share one KV cache, and join and leave between decode steps.
 
-Right-aligned rows are what transformers' models take from ``generate`` (padding on the left), so each model's own
-masks, windows and position biases hold as they are.
+The rows are right-aligned. Models of transformers support this layout, because ``generate`` pads on the left: their
+masks, sliding windows and position biases work unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHUNK_ON_DEVICE = 2048
 
 
 class SlotPrefill:
-    """Prompts in a cache of their own, right-aligned.
+    """Prefills prompts in a cache of their own, right-aligned.
 
-    A single one runs in chunks behind what is known of it. Several run at once: of each the last ``fresh`` tokens,
-    which is what the least known of them needs.
+    A single prompt runs in chunks after its cached prefix. Several prompts run in one pass, which computes the last
+    ``fresh`` tokens of each: the largest number of uncached tokens among them.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class SlotRunner:
     """Decodes up to ``slots`` sequences at once.
 
     Args:
-        keeps: which layers keep keys and values (``cache.kept_layers``).
-        nbytes: memory for the beginnings of later prompts.
+        keeps: for each layer, whether it stores keys and values (``cache.kept_layers``).
+        nbytes: maximum size of the prefix cache.
     """
 
     def __init__(self, forward: Forward, keeps: Sequence[bool], slots: int, nbytes: int) -> None:
@@ -106,10 +106,10 @@ class SlotRunner:
         self.cache.copy_row(prefill.cache, place, prefill.starts[place], row, end - length, length)
         self.starts.append(end - length)
         self.cache.span.rows = row + 1
-        self._settle()
+        self._update_start()
 
     def _make_room(self, rows: int, length: int) -> None:
-        """See to ``rows`` rows, ``length`` columns in front of the common end, and one behind it."""
+        """Ensure room for ``rows`` rows, for ``length`` columns before the common end, and for one column after it."""
         assert self.cache is not None
         span = self.cache.span
         row_room, room = span.row_room, span.column_room
@@ -119,14 +119,15 @@ class SlotRunner:
             row_room = min(2 * row_room, self.slots)
         width = span.end - span.start
         needed = max(width, length)
-        if 4 * needed > 3 * room:  # moving to the front would buy few steps
+        if 4 * needed > 3 * room:  # moving the rows to the front would make room for few steps
             room = needed + max(_SPARE_COLUMNS, needed // 2)
         shift = needed - width - span.start
         self.cache.relocate(needed - width, row_room, room)
         self.starts = [start + shift for start in self.starts]
         self._changed = True
 
-    def _settle(self) -> None:
+    def _update_start(self) -> None:
+        """Set the first used column after a row joined or left."""
         assert self.cache is not None
         self.cache.span.start = min(self.starts)
         self._changed = True
@@ -137,7 +138,7 @@ class SlotRunner:
         assert self.cache is not None
         self._make_room(len(self.starts), 0)
         if self._changed:
-            self._prepare()
+            self._build_inputs()
         span = self.cache.span
         inputs = {}
         if self._mask is not None:
@@ -148,8 +149,8 @@ class SlotRunner:
         self._positions = self._positions + 1
         return logits
 
-    def _prepare(self) -> None:
-        """The mask of all columns there is room for, and the next positions; they hold until rows come, go or move."""
+    def _build_inputs(self) -> None:
+        """Build the mask of all allocated columns, and the next positions; valid until rows join, leave or move."""
         assert self.cache is not None
         device, span = self.forward.device, self.cache.span
         starts = torch.tensor(self.starts, device=device).unsqueeze(1)
@@ -177,8 +178,8 @@ class SlotRunner:
         self.starts.pop()
         span.rows = last
         if self.starts:
-            self._settle()
-        else:  # memory that one long prompt or many rows took goes back
+            self._update_start()
+        else:  # frees the memory that a long prompt or many rows took
             self.cache = None
 
     def reset(self) -> None:

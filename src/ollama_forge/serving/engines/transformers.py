@@ -1,4 +1,4 @@
-"""A transformers model as an engine: one thread decodes for all who ask, over a key-value cache of its own."""
+"""The engine for transformers models: one thread decodes all requests as a batch with its own KV cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ollama_forge.serving.engines.slots import SlotRunner
 from ollama_forge.serving.engines.threads import release_openmp_team
 
 _LOG = logging.getLogger(__name__)
-_SHARE_FOR_PREFIXES = 8  # an eighth of the memory that is free
+_SHARE_FOR_PREFIXES = 8  # the prefix cache takes up to an eighth of the free memory
 _MEMORY_IF_UNKNOWN = 1 << 33
 _UNBOUNDED = 1 << 20
 _CLOSED = "the model was unloaded"
@@ -32,7 +32,7 @@ Item = Step | EngineError | None
 
 
 class _Reader:
-    """Where an answer's tokens go: a queue of the event loop that asked."""
+    """Receives the tokens of one request: a queue in the event loop of the caller."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -40,12 +40,12 @@ class _Reader:
 
 
 class TransformersEngine:
-    """Generates and embeds.
+    """Generates text and computes embeddings.
 
     Args:
-        model: from now on the engine's alone; its weights must not change any more.
-        slots: answers that run at the same time. One, whatever is asked for, for a model whose state cannot be put into
-            slots.
+        model: only the engine may use it from now on; its weights must not change.
+        slots: maximum number of requests that run at the same time. A model whose state cannot be batched always runs
+            one.
     """
 
     def __init__(self, model: ChatModel, *, slots: int = 16) -> None:
@@ -61,14 +61,14 @@ class TransformersEngine:
         self._inbox: deque[Answer] = deque()
         self._jobs: deque[tuple[Callable[[], list[list[float]]], Future[list[list[float]]]]] = deque()
         self._closed = False
-        release_openmp_team()  # which loading and packing left
+        release_openmp_team()  # loading and packing started one
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
     def _runner(self, slots: int) -> Runner:
         module = self.model.module
-        turns = any(hasattr(part, "rope_deltas") for part in module.modules())  # positions kept in the module itself
-        keeps = None if turns else kept_layers(module.config)
+        stateful = any(hasattr(part, "rope_deltas") for part in module.modules())  # the module keeps positions
+        keeps = None if stateful else kept_layers(module.config)
         if keeps is None:
             return AloneRunner(self._forward)
         free = memory_available(self.model.device)
@@ -93,21 +93,21 @@ class TransformersEngine:
             scheduler.active,
         )
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- requests -------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> AsyncIterator[Step]:
-        """Stream an answer; closing the iterator (``aclose``) cancels it within a token.
+        """Stream the answer to a request; closing the iterator (``aclose``) cancels it within a token.
 
-        It ends with the model's context at the latest.
+        The answer ends when the model's context is full, at the latest.
 
         Raises:
-            EngineError: a prompt that doesn't fit, a failing model, a closed engine.
+            EngineError: the prompt is not valid or too long, the model failed, or the engine is closed.
         """
         self._check(request.ids)
         if request.max_tokens <= 0:
             return
         reader = _Reader()
-        room = self._context_length + 1 - len(request.ids)  # the last token needs no place
+        room = self._context_length + 1 - len(request.ids)  # the last token is not fed back, so it takes no position
         answer = Answer(replace(request, max_tokens=min(request.max_tokens, room)), reader)
         with self._wake:
             if self._closed:
@@ -126,15 +126,15 @@ class TransformersEngine:
         if not ids:
             raise EngineError("the prompt is empty")
         if len(ids) > self._context_length:
-            raise EngineError(f"the prompt has {len(ids)} tokens, the model takes {self._context_length}")
+            raise EngineError(f"the prompt has {len(ids)} tokens, more than the context length {self._context_length}")
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise EngineError("the prompt has tokens that the model doesn't know")
+            raise EngineError("the prompt contains token ids that are not in the model's vocabulary")
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Mean-pooled last hidden states (behind the final norm), one L2-normalised vector ``[d_model]`` an input.
+        """Embed each input as its mean last hidden state (after the final norm), an L2-normalised vector ``[d_model]``.
 
         Raises:
-            EngineError: an empty or too long input, a failing model, a closed engine.
+            EngineError: an input is empty or too long, the model failed, or the engine is closed.
         """
         for ids in inputs:
             self._check(ids)
@@ -152,14 +152,14 @@ class TransformersEngine:
         return vectors
 
     def close(self) -> None:
-        """End all answers (their readers get an error) and the thread."""
+        """End all requests with an error, and stop the decode thread."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    # -- the thread -----------------------------------------------------------------------------------------------
+    # -- the decode thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
@@ -172,15 +172,15 @@ class TransformersEngine:
                     self._scheduler.submit(self._inbox.popleft())
                 job = self._jobs.popleft() if self._jobs else None
             if job is not None:
-                self._do(*job)
+                self._run_job(*job)
             try:
                 self._scheduler.tick()
             except Exception as error:
                 self._scheduler.fail(_failure(error))
             self._send()
-        self._end()
+        self._fail_pending()
 
-    def _do(self, work: Callable[[], list[list[float]]], future: Future[list[list[float]]]) -> None:
+    def _run_job(self, work: Callable[[], list[list[float]]], future: Future[list[list[float]]]) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
@@ -188,7 +188,7 @@ class TransformersEngine:
         except Exception as error:
             future.set_exception(_failure(error))
 
-    def _end(self) -> None:
+    def _fail_pending(self) -> None:
         error = EngineError(_CLOSED)
         self._scheduler.fail(error)
         for answer in [*self._scheduler.waiting, *self._inbox]:
@@ -202,7 +202,7 @@ class TransformersEngine:
         self._outbox.append((answer.sink, item))
 
     def _send(self) -> None:
-        """Hand what a tick brought to the event loops, each woken once."""
+        """Send the tokens of a tick to the event loops; wake each loop once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, Item]]] = {}
         for reader, item in self._outbox:
             by_loop.setdefault(reader.loop, []).append((reader, item))
@@ -210,7 +210,7 @@ class TransformersEngine:
         for loop, items in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put, items)
-            except RuntimeError:  # that loop is closed, and so are its readers
+            except RuntimeError:  # the loop is closed, so nobody reads its queues
                 continue
 
 
@@ -220,11 +220,11 @@ def _put(items: list[tuple[_Reader, Item]]) -> None:
 
 
 def _failure(error: Exception) -> EngineError:
-    """What a client may know of an error; the rest goes to the log."""
+    """The error that the client gets; the details go to the log."""
     if isinstance(error, EngineError):
         return error
     if is_out_of_memory(error):
         release_memory()
-        return EngineError("the model has run out of memory; ask for less context or fewer answers at a time")
+        return EngineError("the model ran out of memory; use shorter prompts or fewer requests at a time")
     _LOG.error("the model failed", exc_info=error)
-    return EngineError(f"the model failed while answering ({type(error).__name__})")
+    return EngineError(f"the model failed while generating ({type(error).__name__})")

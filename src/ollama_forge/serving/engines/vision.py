@@ -1,4 +1,4 @@
-"""The engine of a checkpoint that sees: images become what its processor makes of them, and go in with the prompt."""
+"""The engine for vision-language checkpoints: the checkpoint's processor encodes images for the prompt."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ _TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 class VisionEngine(TransformersEngine):
-    """Generates, embeds and sees."""
+    """Generates from text and images, and computes embeddings."""
 
     def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16) -> None:
         super().__init__(model, slots=slots)
         self._processor = processor
 
     def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
-        """Ids of a rendered prompt whose image placeholders are expanded, and the media to hand back in the request.
+        """Encode a rendered prompt and its images.
+
+        Returns:
+            The prompt's token ids with expanded image placeholders, and the value for ``Request.media``.
 
         Raises:
-            EngineError: an image that cannot be read, or as many placeholders as images are not there.
+            EngineError: an image cannot be decoded, or the numbers of placeholders and images differ.
         """
         pictures = [_picture(image) for image in images]
         try:
@@ -41,7 +44,7 @@ class VisionEngine(TransformersEngine):
                 return_tensors="pt",
             )
         except (ValueError, IndexError, StopIteration, RuntimeError) as error:
-            raise EngineError(f"the prompt does not go with {len(images)} images: {error}") from error
+            raise EngineError(f"the processor cannot encode the prompt with {len(images)} images: {error}") from error
         ids = tuple(encoded["input_ids"][0].tolist())
         media = {name: value for name, value in encoded.items() if name not in _TEXT_INPUTS}
         return ids, media if pictures else None
@@ -53,11 +56,11 @@ def _picture(image: bytes) -> Any:
     try:
         return Image.open(io.BytesIO(image)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EngineError("an image cannot be read: it is neither PNG, JPEG nor another known kind") from error
+        raise EngineError("an image cannot be read: it is damaged or not PNG, JPEG or the like") from error
 
 
 def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16) -> TransformersEngine:
-    """Load a checkpoint as an engine, a ``VisionEngine`` where it has a vision processor.
+    """Load a checkpoint as a ``VisionEngine`` if it has an image processor, else as a ``TransformersEngine``.
 
     Raises:
         ForgeError: as ``ChatModel.load``.
@@ -68,7 +71,7 @@ def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 
 
 
 def _processor(folder: Path) -> Any:
-    """The checkpoint's processor of texts and images; None where there is none that works here."""
+    """The checkpoint's processor of texts and images; None if it has none or it cannot be loaded."""
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         return None
     from transformers import AutoProcessor
@@ -77,6 +80,6 @@ def _processor(folder: Path) -> Any:
         try:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            _LOG.warning("no images: the processor cannot be loaded (%s)", type(error).__name__)
+            _LOG.warning("images are not supported: the processor cannot be loaded (%s)", type(error).__name__)
             return None
     return processor if getattr(processor, "image_processor", None) is not None else None
