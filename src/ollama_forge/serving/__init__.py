@@ -1,1 +1,1 @@
-"""Talking to a model: sampling, and the terminal chat."""
+"""Serving a model: engines, the HTTP APIs and the terminal chat."""

@@ -1,1 +1,1 @@
-"""Text of prompts and answers: chat templates, tokens and their bytes, where a thought ends, stop strings."""
+"""The text of prompts and answers: chat templates, tokenizers, detokenisation, thinking and stop strings."""

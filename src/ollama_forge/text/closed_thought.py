@@ -1,6 +1,6 @@
-"""Prompts that a model answers without thinking first: its thought is switched off, or closed before it begins.
+"""Prompts that a model answers without thinking first: they switch thinking off, or close the thought.
 
-What is computed and measured is the answer. 64 tokens of a thought say nothing about it.
+Directions and measurements are about the answer, and the first 64 tokens of a thought say nothing about the answer.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from ollama_forge.text.thinking import ThinkingSplit
 
 
 class Thought(StrEnum):
-    """What is done about the thought before an answer; the value is what a reader is told."""
+    """How prompts deal with the thought before an answer; the value is the note that the program prints."""
 
-    NONE = "this model marks no thoughts"
-    SWITCHED_OFF = "the chat template switches thoughts off"
-    EMPTY = "an empty thought stands in each prompt"
-    CLOSED = "the thought that the chat template opens is closed in each prompt"
+    NONE = "this model has no tags for thoughts"
+    SWITCHED_OFF = "the chat template switches thinking off"
+    EMPTY = "each prompt ends with an empty thought"
+    CLOSED = "each prompt closes the thought that the chat template opens"
     FINAL_CHANNEL = "each prompt ends with the header of the final channel"
-    LEFT_OPEN = "thoughts were asked for: each runs for at most 512 tokens, then it is closed"
-    RUNS = "the model thinks all the same: each thought runs for at most 512 tokens, then it is closed"
+    LEFT_OPEN = "--template-kwargs switch thinking on: a thought is closed after at most 512 tokens"
+    RUNS = "the model thinks even after a closed thought: its new thought is closed after at most 512 tokens"
 
     @property
     def must_run(self) -> bool:
-        """Whether answers begin behind a thought that the model writes itself."""
+        """Whether the model writes a thought before each answer."""
         return self in (Thought.LEFT_OPEN, Thought.RUNS)
 
 
 def thought_of(template: Template, off: str, on: str, template_kwargs: Mapping[str, Any]) -> Thought:
-    """What is to be done about the thought of a model with this chat template.
+    """How prompts with this chat template deal with the thought.
 
     Args:
         off, on: a prompt rendered with the template's thinking switches off and on.
@@ -52,7 +52,7 @@ def thought_of(template: Template, off: str, on: str, template_kwargs: Mapping[s
 
 
 def closing_text(split: ThinkingSplit, prompt: str) -> str:
-    """What closes the thought at the end of a rendered prompt, or stands for an empty one; "" where it is closed."""
+    """The text that closes the thought at the end of a rendered prompt, or adds an empty one; "" if it is closed."""
     end = prompt.rstrip()
     if split.channels:
         return "" if end.endswith(split.closing) else split.closing
@@ -64,7 +64,7 @@ def closing_text(split: ThinkingSplit, prompt: str) -> str:
 
 
 def cutting_text(split: ThinkingSplit) -> str:
-    """What closes a thought that has run for long enough."""
+    """The text that closes a thought which has reached its maximum length."""
     if split.channels:
         return f"<|end|><|start|>assistant{split.closing}"
     return f"\n{split.closing}\n\n"

@@ -1,4 +1,4 @@
-"""The exact bytes of each token, and text out of them a token at a time."""
+"""The exact bytes of each token, and incremental detokenisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level BPE: printable ones for themselves, the others from U+0100 on."""
+    """The byte of each letter in byte-level BPE: printable bytes are their own letters, the others begin at U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {chr(byte): byte for byte in plain}
     others = (byte for byte in range(256) if byte not in set(plain))
@@ -21,10 +21,10 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """What each id of a tokenizer adds to a text, in bytes; leading spaces are part of it.
+    """The bytes that each token id adds to a text, leading spaces included.
 
-    Byte-level BPE and byte-fallback vocabularies are read as bytes, so that half a character is half a character;
-    of any other tokenizer a token's text is what decoding it behind another one adds.
+    Byte-level BPE and byte-fallback vocabularies are read as bytes, because a token may hold part of a character. For
+    any other tokenizer, a token's text is what the decoded text gains if the token follows another one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,14 +39,14 @@ class TokenBytes:
         self._anchor: tuple[int, str] | None = None
 
     def of(self, id_: int) -> bytes:
-        """The bytes of a token that is not an answer's first (see ``first``); none of an id beyond the vocabulary."""
+        """The bytes of a token that is not an answer's first (see ``first``); empty for ids outside the vocabulary."""
         known = self._cache.get(id_)
         if known is None:
             known = self._cache[id_] = self._find(id_)
         return known
 
     def first(self, id_: int) -> bytes:
-        """The bytes of an answer's first token: without the space that a word-level tokenizer joins words with."""
+        """The bytes of an answer's first token, without the space that word-level tokenizers put between words."""
         if self._kind == "words" and id_ not in self._added:
             return str(self._tokenizer.decode([id_])).encode()
         return self.of(id_)
@@ -55,18 +55,18 @@ class TokenBytes:
         return self.of(id_).decode("utf-8", errors="replace")
 
     def ids_within(self, markers: str) -> frozenset[int]:
-        """Special tokens whose text stands somewhere in ``markers``."""
+        """Ids of the special tokens whose text occurs in ``markers``."""
         return frozenset(id_ for id_ in self.special if (text := self._added.get(id_)) and text in markers)
 
     def specials(self, texts: Collection[str]) -> frozenset[int]:
-        """Special tokens whose text is one of ``texts``."""
+        """Ids of the special tokens whose text is one of ``texts``."""
         return frozenset(id_ for id_ in self.special if self._added.get(id_) in texts)
 
     def _find(self, id_: int) -> bytes:
         if id_ in self._added:
             return self._added[id_].encode()
         if self._kind == "words":
-            return self._behind_another(id_)
+            return self._decode_after_anchor(id_)
         try:
             token = self._tokenizer.convert_ids_to_tokens(int(id_))
         except (IndexError, OverflowError, ValueError):
@@ -76,12 +76,12 @@ class TokenBytes:
         if self._kind == "bytes":
             try:
                 return bytes(self._letters[letter] for letter in token)
-            except KeyError:  # not spelt in the alphabet: it stands for itself
+            except KeyError:  # a token outside the byte alphabet is its own text
                 return token.encode()
         single = _BYTE.fullmatch(token)
         return bytes([int(single[1], 16)]) if single else token.replace("\u2581", " ").encode()
 
-    def _behind_another(self, id_: int) -> bytes:
+    def _decode_after_anchor(self, id_: int) -> bytes:
         if self._anchor is None:
             anchor = next((i for i in range(len(self._tokenizer)) if i not in self.special), 0)
             self._anchor = anchor, str(self._tokenizer.decode([anchor]))
@@ -93,7 +93,7 @@ class TokenBytes:
 
 
 def _kind(tokenizer: Any) -> str:
-    """``bytes`` (byte-level BPE), ``pieces`` (sentencepiece and its like) or ``words`` (whatever else)."""
+    """The kind of vocabulary: ``bytes`` (byte-level BPE), ``pieces`` (SentencePiece and similar) or ``words``."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return "pieces" if hasattr(tokenizer, "sp_model") else "words"
@@ -110,9 +110,9 @@ def _kind(tokenizer: Any) -> str:
 
 
 class Detokeniser:
-    """Text of an answer as its ids arrive; half a character waits for its other half.
+    """Turns the ids of an answer into text as they arrive; an incomplete character waits for its remaining bytes.
 
-    Special tokens have no text but those in ``keep``.
+    Special tokens give no text, except those in ``keep``.
     """
 
     def __init__(self, tokens: TokenBytes, keep: frozenset[int] = frozenset()) -> None:
@@ -128,5 +128,5 @@ class Detokeniser:
         return self._decoder.decode(data)
 
     def end(self) -> str:
-        """What was waiting (the U+FFFD of half a character)."""
+        """U+FFFD if the answer ends within a character, else ""."""
         return self._decoder.decode(b"", final=True)

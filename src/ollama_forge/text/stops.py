@@ -1,4 +1,4 @@
-"""Stop strings: exact text, across the borders of pieces."""
+"""Stop strings, also across the borders of streamed pieces of text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on up to the first place where a stop string begins, holding back what might yet become one.
+    """Passes text on up to the first stop string, and holds back text that may begin one.
 
     Attributes:
-        stopped_by: the stop string that was met.
+        stopped_by: the stop string that was found, or None.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -18,7 +18,7 @@ class StopStrings:
         self.stopped_by: str | None = None
 
     def feed(self, text: str) -> str:
-        """The text that is certain; after a stop string nothing more is."""
+        """Add text; return what cannot belong to a stop string, and "" after a stop string was found."""
         if not self._stops:
             return text
         if self.stopped_by is not None:
@@ -32,7 +32,7 @@ class StopStrings:
         return text[:begun]
 
     def end(self) -> str:
-        """What was held back, up to a stop string in it."""
+        """The text that was held back, up to a stop string in it."""
         text, self._held = self._held, ""
         place, stop = self._first(text)
         return text if stop is None else self._cut(text, place, stop)
@@ -50,7 +50,7 @@ class StopStrings:
 
 
 def held_back(text: str, marker: str) -> int:
-    """How many characters at the end of ``text`` begin ``marker`` without completing it."""
+    """Length of the longest end of ``text`` that is an incomplete beginning of ``marker``."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if marker.startswith(text[len(text) - length :]):
             return length

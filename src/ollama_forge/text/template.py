@@ -1,4 +1,4 @@
-"""What a chat template knows (tools, thoughts, levels), read off its text; and rendering it within bounds."""
+"""Chat templates: the features that one supports (tools, thinking, effort levels), and rendering with a time limit."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ RENDER_SECONDS = 10.0
 SWITCHES = ("enable_thinking", "thinking")  # boolean arguments of templates
 _LEVELS = ("low", "medium", "high")
 _PROBE = "Seven green birds sing."
-_PARTS_ONLY: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # tokenizer -> template -> what was found
+_PARTS_ONLY: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # tokenizer -> template -> parts only
 
 
 class TemplateError(ForgeError):
-    """A chat template that refuses a conversation, or takes too long on it."""
+    """A chat template refuses a conversation, or takes too long to render it."""
 
 
 class _OutOfTime(SystemExit):
-    """Raised inside a rendering that takes too long (templates and threads let this kind through)."""
+    """Interrupts a slow rendering. Jinja does not catch ``SystemExit``, and it ends a thread silently."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Template:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """Names that it takes from outside."""
+        """Names of the arguments that the template reads."""
         import jinja2
         from jinja2 import meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -63,7 +63,7 @@ class Template:
         return "tools" in self.variables
 
     def thinking_arguments(self, think: bool | str) -> dict[str, Any]:
-        """Template arguments for ``think``: its switch, or its levels, as far as it has them."""
+        """The template's arguments for ``think``: its switches and its effort level, if it has them."""
         arguments: dict[str, Any] = {}
         if not self.thinks:
             return arguments
@@ -73,19 +73,19 @@ class Template:
         if "reasoning_effort" in self.variables:
             if isinstance(think, str):
                 arguments["reasoning_effort"] = think if think in _LEVELS else "high"
-            elif think is False:  # it cannot be turned off
+            elif think is False:  # thinking cannot be switched off
                 arguments["reasoning_effort"] = "low"
         return arguments
 
 
 def within_time(render: Callable[[], T], seconds: float) -> T:
-    """Call ``render`` in a thread of its own and interrupt it there when its time is over.
+    """Call ``render`` in a thread of its own, and interrupt it after ``seconds``.
 
-    A compiled template is Python bytecode, so an exception set on its thread ends any loop of it, however it is built;
-    a limit on ``range`` alone would not stop loops within loops.
+    A compiled template is Python bytecode, so an exception set on its thread ends any loop. A limit on ``range`` would
+    not stop nested loops.
 
     Raises:
-        TemplateError: the time was over.
+        TemplateError: ``render`` took too long.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
@@ -118,13 +118,15 @@ def render_template(
     continued: bool = False,
     arguments: Mapping[str, Any],
 ) -> str:
-    """Render a conversation, ready for the next answer, or for continuing the last message.
+    """Render a conversation up to the beginning of the next answer.
 
-    Contents that are text are given as lists of parts to a template that takes lists only.
+    A template that takes contents only as lists of parts gets text contents as lists.
 
     Args:
-        backend: the tokenizer of transformers.
-        arguments: names of the template's own, and their values.
+        backend: the transformers tokenizer.
+        tools: tools in OpenAI's format.
+        continued: end with the last message, so that the answer continues it.
+        arguments: further arguments of the template.
 
     Raises:
         TemplateError: the template refuses the messages, or takes too long.
@@ -150,7 +152,7 @@ def _apply(backend: Any, template: str, turns: Sequence[Mapping[str, Any]], opti
 
 
 def _takes_parts_only(backend: Any, template: str) -> bool:
-    """Whether a template leaves text out unless it comes as a list of parts; tried once for every template."""
+    """Whether a template leaves contents out unless they are lists of parts; each template is tried once."""
     known = _PARTS_ONLY.setdefault(backend, {})
     if template not in known:
         probe = {"role": "user", "content": _PROBE}

@@ -1,4 +1,4 @@
-"""The thought before an answer: which tags a template knows, and splitting it off as text arrives."""
+"""The thought before an answer: the tags around it, and splitting it from the answer as text arrives."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _TAGS = (
 
 @dataclass(frozen=True)
 class ThinkingSplit:
-    """Between which texts a thought stands.
+    """The tags around a thought.
 
     Attributes:
-        opened: the prompt already holds the opening one.
-        channels: thought, calls and answer are channels of gpt-oss's harmony format.
+        opening, closing: the tags before and after the thought.
+        opened: the prompt already ends with the opening tag.
+        channels: thinking, tool calls and content are channels of gpt-oss's harmony format.
     """
 
     opening: str = "<think>"
@@ -32,13 +33,13 @@ class ThinkingSplit:
 
     @property
     def markers(self) -> str:
-        """All texts of the form that may be special tokens of a vocabulary."""
+        """All tags of the format that may be special tokens of a vocabulary, joined."""
         if self.channels:
             return "<|start|><|channel|><|message|><|constrain|><|end|><|call|><|return|>"
         return self.opening + self.closing
 
     def after(self, prompt: str) -> ThinkingSplit | None:
-        """The split of an answer to ``prompt``; None where the thought ended there."""
+        """The split for the answer to ``prompt``; None if the prompt ends with a closed thought."""
         end = prompt.rstrip()
         return None if end.endswith(self.closing) else replace(self, opened=end.endswith(self.opening))
 
@@ -47,19 +48,19 @@ HARMONY = ThinkingSplit("<|channel|>analysis<|message|>", "<|channel|>final<|mes
 
 
 def thinking_of_vocabulary(tokens: Collection[str]) -> ThinkingSplit | None:
-    """How thoughts are marked in a vocabulary that has tokens for it; None: it has none."""
+    """The tags for thoughts that a vocabulary has as tokens, or None."""
     return next((ThinkingSplit(*tags) for tags in _TAGS if tags[0] in tokens and tags[1] in tokens), None)
 
 
 def thinking_of(template: str) -> ThinkingSplit | None:
-    """How a chat template marks thoughts; None: it knows none."""
+    """The tags for thoughts in a chat template, or None."""
     if "<|channel|>analysis" in template:
         return HARMONY
     return next((ThinkingSplit(*tags) for tags in _TAGS if tags[1] in template), None)
 
 
 class ThoughtSplitter:
-    """Splits ``(thinking, content)`` off a text as it arrives, without the tags and the white space around them."""
+    """Splits text into ``(thinking, content)`` as it arrives, and removes the tags and the white space around them."""
 
     def __init__(self, split: ThinkingSplit) -> None:
         self._split = split
@@ -81,12 +82,12 @@ class ThoughtSplitter:
         return thinking, self._begin_answer() if self._state == "answer begins" else ""
 
     def end(self) -> tuple[str, str]:
-        """What was held back."""
+        """The text that was held back, as ``(thinking, content)``."""
         held = self._release()
         return (held, "") if self._state == "thought" else ("", held if self._state == "before" else "")
 
     def _look_for_opening(self) -> bool:
-        """Whether the thought has begun; where none can begin any more, what there is is the answer."""
+        """Whether the thought has begun; if none can begin any more, the text is the answer."""
         text, opening = self._held.lstrip(), self._split.opening
         if text.startswith(opening):
             self._held, self._state = text[len(opening) :], "thought begins"

@@ -1,4 +1,4 @@
-"""The one tokenizer of a checkpoint: renders its chat template, encodes, decodes, and knows which ids end an answer."""
+"""The tokenizer of a checkpoint: renders its chat template, encodes, decodes, and knows its end-of-sequence ids."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ollama_forge.text.closed_thought import Thought, closing_text, thought_of
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of_vocabulary
 
-_SHOWN = 60  # characters of an instruction in a message
+_EXCERPT = 60  # characters of an instruction in a message
 Ids = list[int]
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer with its chat template; ``Tokenizer.load`` makes one.
+    """A checkpoint's tokenizer with its chat template; ``Tokenizer.load`` loads it.
 
     Args:
-        backend: the tokenizer that transformers loads.
-        end_ids: the ids that end an answer, besides the backend's own.
-        system: system prompt of every conversation that brings none.
-        template_kwargs: arguments that the chat template always gets.
-        vocabulary: rows of the model's embedding, where a model is known.
-        positions: the most tokens that a model with learned positions takes; None for any other.
+        backend: the transformers tokenizer.
+        end_ids: end-of-sequence ids in addition to the backend's.
+        system: system prompt of conversations that have none.
+        template_kwargs: arguments of the chat template in every rendering.
+        vocabulary: number of rows of the model's embedding; None: unknown.
+        positions: number of learned positions of the model; None: it has none.
 
     Attributes:
         template: the chat template; its text is empty for a base model.
@@ -42,7 +42,7 @@ class Tokenizer:
         *,
         end_ids: Sequence[int] = (),
         system: str | None = None,
-        template_kwargs: Mapping[str, Any] = _NOTHING,
+        template_kwargs: Mapping[str, Any] = _NO_ARGUMENTS,
         vocabulary: int | None = None,
         positions: int | None = None,
     ) -> None:
@@ -58,14 +58,14 @@ class Tokenizer:
         folder: Path,
         *,
         system: str | None = None,
-        template_kwargs: Mapping[str, Any] = _NOTHING,
+        template_kwargs: Mapping[str, Any] = _NO_ARGUMENTS,
         vocabulary: int | None = None,
         positions: int | None = None,
     ) -> Tokenizer:
         """Load the tokenizer of a checkpoint folder. The other arguments are those of the class.
 
         Raises:
-            ForgeError: it cannot be read.
+            ForgeError: the tokenizer cannot be loaded.
         """
         from transformers import AutoTokenizer
 
@@ -74,7 +74,7 @@ class Tokenizer:
                 backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:  # tokenizers raises bare Exceptions
                 raise ForgeError(
-                    f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "is it complete?"
+                    f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "check that it is complete"
                 ) from error
         if not getattr(backend, "chat_template", None):
             backend.chat_template = _processor_template(folder)
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; attention masks it out, so any will do that the model can embed."""
+        """The id for padding; the attention mask hides it, so it can be any id that the model can embed."""
         candidates = [self.backend.pad_token_id, *self.end_ids, 0]
         return next(int(pad) for pad in candidates if pad is not None and self._is_embedded(pad))
 
@@ -97,10 +97,10 @@ class Tokenizer:
         return self.vocabulary is None or token < self.vocabulary
 
     def render(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
-        """The templated prompt, generation prompt included; bare text where there is no template.
+        """Render messages with the chat template and the generation prompt; without a template, join their contents.
 
         Args:
-            kwargs: arguments for the template; those of ``template_kwargs`` win.
+            kwargs: arguments for the template; ``template_kwargs`` win over them.
 
         Raises:
             ForgeError: the template refuses the messages.
@@ -113,30 +113,30 @@ class Tokenizer:
         return render_template(self.backend, self.template.text, turns, arguments={**kwargs, **self.template_kwargs})
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text: templates write their own special tokens, a base model's bare text gets them here."""
+        """Encode a text. Special tokens are added only without a chat template, because templates contain them."""
         ids: Ids = self.backend(text, add_special_tokens=not self.template.text).input_ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, special tokens left out."""
+        """Decode an answer without its special tokens."""
         text: str = self.backend.decode(ids, skip_special_tokens=True)
         return text
 
     @cached_property
     def thinking(self) -> ThinkingSplit | None:
-        """Between which texts the model's thoughts stand, by its template or its vocabulary; None: it has no marks."""
+        """The tags around the model's thoughts, by its template or its vocabulary; None if it has none."""
         added: dict[str, int] = self.backend.get_added_vocab()
         return self.template.thinking or thinking_of_vocabulary(added)
 
     @cached_property
     def thought(self) -> Thought:
-        """What is done about the thought before an answer to an instruction."""
+        """How prompts of instructions deal with the thought before the answer."""
         turn = [{"role": "user", "content": "Hello."}]
         off, on = (self.render(turn, **self.template.thinking_arguments(think)) for think in (False, True))
         return thought_of(self.template, off, on, self.template_kwargs)
 
     def instruction_ids(self, instruction: str) -> Ids:
-        """The templated prompt of one instruction, as models are computed on and measured: its thought is closed.
+        """Encode the prompt of one instruction for computing directions and for measuring: its thought is closed.
 
         Raises:
             ForgeError: the template leaves the instruction out, or the model cannot take the prompt.
@@ -144,16 +144,16 @@ class Tokenizer:
         return self._fitting_ids(instruction, closed=not self.thought.must_run)
 
     def closed_ids(self, instruction: str) -> Ids:
-        """The same with its thought closed in any case: where the first token of the answer stands."""
+        """Encode the prompt with its thought always closed, so that the first token of the answer comes next."""
         return self._fitting_ids(instruction, closed=True)
 
     def _fitting_ids(self, instruction: str, *, closed: bool) -> Ids:
         text = self._instruction_text(instruction, closed=closed)
-        start = repr(instruction[:_SHOWN] + ("…" if len(instruction) > _SHOWN else ""))
+        start = repr(instruction[:_EXCERPT] + ("…" if len(instruction) > _EXCERPT else ""))
         if "".join(instruction.split()) not in "".join(text.split()):
             raise TemplateError(
                 f"the chat template leaves the instruction out: {start} is not in the rendered prompt",
-                "take a release of the model with a working chat template",
+                "use a release of the model with a working chat template",
             )
         ids = self.encode(text)
         beyond = next((token for token in ids if not self._is_embedded(token)), None)
@@ -161,13 +161,13 @@ class Tokenizer:
             raise ForgeError(
                 f"the prompt of {start} holds token {beyond} ({self.backend.convert_ids_to_tokens(beyond)}), "
                 f"but the model's embedding has {self.vocabulary} rows",
-                "the tokenizer knows tokens that the model lacks: take the tokenizer of this very model",
+                "the tokenizer has more tokens than the model: use the tokenizer of this model",
             )
         if self.positions is not None and len(ids) > self.positions:
             raise ForgeError(
                 f"the instruction {start} is {len(ids)} tokens long in the chat template, "
                 f"and the model has {self.positions} learned positions",
-                "shorten it, or take it out of the list",
+                "shorten the instruction, or remove it from the list",
             )
         return ids
 
@@ -179,7 +179,7 @@ class Tokenizer:
         return text + closing_text(self.thinking, text)
 
     def marked_text(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included: the marks of a thought may be such."""
+        """Decode with special tokens, because the tags of a thought may be special tokens."""
         text: str = self.backend.decode(ids, skip_special_tokens=False)
         return text
 
@@ -188,7 +188,7 @@ class Tokenizer:
 
 
 def template_text(backend: Any) -> str:
-    """The chat template of a transformers tokenizer; of several named ones that for tools, "" for none."""
+    """The chat template of a transformers tokenizer; if it has several, the one for tools; "" if it has none."""
     found = getattr(backend, "chat_template", None) or ""
     if isinstance(found, Mapping):
         found = found.get("tool_use") or found.get("default") or ""
@@ -196,7 +196,7 @@ def template_text(backend: Any) -> str:
 
 
 def _processor_template(folder: Path) -> str | None:
-    """The template in ``chat_template.json``, where processors of text and images keep it; None without one."""
+    """The template in ``chat_template.json``, where processors of images and text keep it; None without the file."""
     if not (folder / "chat_template.json").is_file():
         return None
     content = read_json(folder / "chat_template.json")
@@ -205,7 +205,7 @@ def _processor_template(folder: Path) -> str | None:
 
 
 def stored_end_ids(folder: Path) -> list[int]:
-    """Ids that end an answer by a folder's generation config and config."""
+    """The end-of-sequence ids in a folder's ``generation_config.json`` and ``config.json``."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         try:

@@ -1,1 +1,1 @@
-"""From the ids of an answer to its text, thought and tool calls; the same above every engine."""
+"""Turns the tokens of an answer into text, thinking and tool calls; the same for every engine."""

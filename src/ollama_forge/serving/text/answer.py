@@ -1,4 +1,4 @@
-"""One answer above the engine: ids in, deltas out, with their log-probabilities."""
+"""Turns the tokens that an engine generates into the deltas of an answer, with log-probabilities."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ollama_forge.text.stops import StopStrings
 
 
 class AnswerText:
-    """Detokenises, cuts at stop strings, splits thoughts and calls off.
+    """Detokenises one answer, cuts it at stop strings, and splits off thinking and tool calls.
 
     Attributes:
-        said: the raw text so far, up to a stop string.
+        said: the raw text so far, without a stop string.
+        stopped_by: the stop string that ended the answer, or None.
     """
 
     def __init__(self, tokens: TokenBytes, ask: Ask, family: ToolFamily) -> None:
@@ -39,7 +40,11 @@ class AnswerText:
         return self._stops.stopped_by
 
     def feed(self, step: Step) -> list[Delta]:
-        """What a token brings: nothing while its text is held back, one empty delta while the reader holds it."""
+        """The deltas of a generated token.
+
+        There are none while its text is incomplete or may begin a stop string, and there is one empty delta while its
+        text may belong to a tag or a tool call.
+        """
         if step.logprob is not None:
             self._logprobs.append(self._logprob(step))
         text = self._stops.feed(self._detokeniser.feed(step.id))
@@ -49,7 +54,7 @@ class AnswerText:
         return self._with_logprobs(self._reader.feed(text)) or [Delta()]
 
     def end(self) -> list[Delta]:
-        """What was held back."""
+        """The deltas of the text that was held back."""
         text = ""
         if self.stopped_by is None:
             text = self._stops.feed(self._detokeniser.end()) + self._stops.end()

@@ -1,4 +1,4 @@
-"""gpt-oss: an answer in channels (analysis, commentary, final), with calls addressed to ``functions.name``."""
+"""The harmony format of gpt-oss: messages in channels (analysis, commentary, final); calls go to ``functions.name``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.\-]+)")
 
 
 class HarmonyReader:
-    """Thought, content and calls of messages that each begin with a header; text without headers is content."""
+    """Reads thinking, content and tool calls from messages with headers; text without a header is content."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
@@ -47,10 +47,10 @@ class HarmonyReader:
         return out
 
     def _read_header(self) -> bool:
-        """Whether a message's body begins."""
+        """Read the header of a message; return whether it is complete."""
         begins = ("<|channel|>", _START, _MESSAGE)
         if not any(self._held.startswith(mark) or mark.startswith(self._held) for mark in begins):
-            self._in_header = self._thought = False  # no header: an answer that was begun in the prompt
+            self._in_header = self._thought = False  # no header: the prompt began the message
             return True
         place = self._held.find(_MESSAGE)
         if place < 0:
@@ -63,7 +63,7 @@ class HarmonyReader:
         return True
 
     def _read_body(self, out: list[Delta]) -> bool:
-        """Whether a message has ended."""
+        """Read the body of a message; return whether it is complete."""
         met = [(place, mark) for mark in _ENDS if (place := self._held.find(mark)) >= 0]
         if met:
             place, mark = min(met)
@@ -88,5 +88,5 @@ class HarmonyReader:
         arguments = loads(body.strip() or "{}")
         if isinstance(arguments, dict) and self._callee is not None:
             out.append(Delta(tool_calls=self._number([Call(self._callee, arguments)])))
-        else:  # a broken one stays as it was
+        else:  # a call without valid arguments stays text
             out.append(Delta(content=self._header + body))

@@ -1,4 +1,4 @@
-"""From the text of an answer to its thought, content and calls."""
+"""Splits the text of an answer into thinking, content and tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ollama_forge.text.thinking import ThinkingSplit, ThoughtSplitter
 
 
 class Reader(Protocol):
-    """Reads text as it arrives."""
+    """Splits text as it arrives: ``feed`` takes the next piece, ``end`` returns the text that was held back."""
 
     def feed(self, text: str) -> list[Delta]: ...
 
@@ -20,7 +20,7 @@ class Reader(Protocol):
 
 
 class TaggedReader:
-    """A thought between tags, then content with calls in it."""
+    """Reads thinking between tags, then content with tool calls."""
 
     def __init__(self, thinking: ThinkingSplit | None, family: ToolFamily | None, names: Sequence[str]) -> None:
         self._thoughts = ThoughtSplitter(thinking) if thinking else None
@@ -47,7 +47,7 @@ class TaggedReader:
 
 
 def reader_for(thinking: ThinkingSplit | None, family: ToolFamily, names: Sequence[str]) -> Reader:
-    """The reader of an answer; calls are read only where tools were sent."""
+    """The reader for an answer; it looks for tool calls only if the request has tools (``names``)."""
     if thinking is not None and thinking.channels:
         return HarmonyReader(names)
     return TaggedReader(thinking, family if names else None, names)

@@ -1,1 +1,1 @@
-"""How families of models write tool calls: one file a family."""
+"""The tool call formats of model families, one file for each."""

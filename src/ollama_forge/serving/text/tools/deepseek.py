@@ -1,4 +1,4 @@
-"""DeepSeek: calls between markers, the arguments bare (V3.1) or in a code block behind the name (V3, R1)."""
+"""DeepSeek: calls between markers; the arguments are bare JSON (V3.1) or a code block after the name (V3, R1)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DeepSeek:
 
 
 def _call(inner: str) -> tuple[Call, ...]:
-    """What stands between the markers of one call; none where it is broken."""
+    """The call between the markers; empty if it is malformed."""
     head, separator, rest = inner.partition(_SEP)
     block = _BLOCK.fullmatch(rest)
     name, spelled = (block[1], block[2]) if block else (head.strip(), rest)

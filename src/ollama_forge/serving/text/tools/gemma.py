@@ -1,4 +1,4 @@
-"""Gemma: Python in a ``tool_code`` block, JSON in a block or bare, or ``call:name{…}`` between markers."""
+"""Gemma: Python in a ``tool_code`` block, JSON with or without a code block, or ``call:name{…}`` between markers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ollama_forge.serving.text.tools.plain import Plain
 from ollama_forge.serving.text.tools.python_calls import python_calls
 
 _CODE = "```tool_code"
-# opening, closing, and what stands around strings
+# opening marker, closing marker, quotation mark of strings
 _MARKED = (
     ("<start_function_call>", "<end_function_call>", "<escape>"),
     ("<|tool_call>", "<tool_call|>", '<|"|>'),
@@ -52,7 +52,7 @@ class Gemma:
 
 
 def _marked_call(inner: str, quote: str) -> tuple[Call, ...]:
-    """``call:name{key:value}`` with bare keys and strings between ``quote``; none where it is broken."""
+    """The call ``call:name{key:value}`` with bare keys and strings between ``quote``; empty if it is malformed."""
     pieces = inner.split(quote)
     plain = [_KEY.sub(r'\1"\2"\3', piece) for piece in pieces[::2]]
     strings = [json.dumps(piece) for piece in pieces[1::2]]

@@ -1,4 +1,4 @@
-"""Hermes and Qwen: ``<tool_call>{…}</tool_call>``, one call a block."""
+"""Hermes and Qwen: ``<tool_call>{…}</tool_call>``, one call per block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BEGIN = re.compile(rf"{_OPEN}\s*")
 
 
 class Hermes:
-    """A JSON object between tags; where the answer ends behind the object, the closing tag may be missing."""
+    """A JSON object between tags; at the end of an answer the closing tag may be missing."""
 
     name = "hermes"
     openers = (_OPEN,)
@@ -42,6 +42,6 @@ class Hermes:
 
 
 def _text(broken: str) -> Found:
-    """A broken block is text up to its end, if it has one."""
+    """A malformed block is content up to its closing tag; without a closing tag, all of it is."""
     place = broken.find(_CLOSE)
     return Found(place + len(_CLOSE) if place >= 0 else len(broken))

@@ -1,4 +1,4 @@
-"""Calls as JSON objects: where a value ends, and what in it is name and arguments."""
+"""Tool calls as JSON objects: finds the end of a JSON value, and reads name and arguments from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}<"]', re.DOTALL)
 
 
 class BrokenValueError(ValueError):
-    """What is no JSON; ``place`` is where that showed."""
+    """The text is not JSON; ``place`` is the index of the first wrong character."""
 
     def __init__(self, place: int) -> None:
         super().__init__(place)
@@ -20,10 +20,10 @@ class BrokenValueError(ValueError):
 
 
 def value_end(text: str, start: int = 0) -> int | None:
-    """Where the object or list that begins at ``start`` ends; None: not yet.
+    """The end index of the object or list that begins at ``start``; None if it is incomplete.
 
     Raises:
-        BrokenValueError: a tag stands where no tag can.
+        BrokenValueError: a tag stands outside a string.
     """
     depth = 0
     for token in _TOKENS.finditer(text, start):
@@ -36,13 +36,13 @@ def value_end(text: str, start: int = 0) -> int | None:
                     return token.end()
             case "<":
                 raise BrokenValueError(token.start())
-            case '"':  # a string that has not ended
+            case '"':  # an incomplete string
                 return None
     return None
 
 
 def loads(text: str) -> Any:
-    """The value, or None where it is not JSON; line breaks inside strings are let through."""
+    """Parse JSON, with line breaks allowed inside strings; None if the text is not JSON."""
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def loads(text: str) -> Any:
 
 
 def call_of(value: Any) -> Call | None:
-    """A call: ``name`` with ``arguments`` or ``parameters``, or that under ``function``; None: it isn't one."""
+    """The call in an object with ``name`` and ``arguments`` or ``parameters``, perhaps in ``function``; or None."""
     if not isinstance(value, dict):
         return None
     function = value.get("function")
@@ -68,7 +68,7 @@ def call_of(value: Any) -> Call | None:
 
 
 def calls_of(value: Any) -> tuple[Call, ...]:
-    """The calls of an object or of a list of them; none if any of it isn't one."""
+    """The calls in an object or a list of objects; empty if one of them is not a call."""
     entries = value if isinstance(value, list) else [value]
     calls = [call for entry in entries if (call := call_of(entry)) is not None]
     return tuple(calls) if len(calls) == len(entries) else ()

@@ -1,4 +1,4 @@
-"""Llama 3: a JSON object with ``parameters``, bare or behind ``<|python_tag|>``, or ``name.call(…)`` behind that."""
+"""Llama 3: a JSON object with ``parameters``, with or without ``<|python_tag|>`` before it, or Python after the tag."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ class Llama:
             return Found(start) if ended else None
         if text[start] in "{[":
             return read_value(text, start, ended)
-        return Found(len(text), python_calls(text[start:])) if ended else None  # code goes on to the end
+        return Found(len(text), python_calls(text[start:])) if ended else None  # Python runs to the end of the answer

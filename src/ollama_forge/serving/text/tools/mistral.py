@@ -1,4 +1,4 @@
-"""Mistral: ``[TOOL_CALLS]`` before a list of calls, or before ``name[ARGS]{…}`` for each of them."""
+"""Mistral: ``[TOOL_CALLS]`` before a JSON list of calls, or before each call ``name[ARGS]{…}``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain JSON, alone, in a list or in a code block; the form of whatever is not known otherwise."""
+"""Plain JSON calls, alone, in a list or in a code block; the format for templates of no other family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VALUE_BEGUN = re.compile(r"\{\s*|\[\s*(\{\s*)?")
 
 
 class Plain:
-    """``{"name": …, "arguments": {…}}``."""
+    """Calls of the form ``{"name": …, "arguments": {…}}``."""
 
     name = "plain"
     openers = ("```", "{", "[")
@@ -29,7 +29,7 @@ class Plain:
         return read_value(text, 0, ended)
 
     def _fenced(self, text: str, ended: bool) -> Found | None:
-        """Calls in a code block, which goes with them."""
+        """Read calls in a code block; the fences belong to the calls."""
         fence = _FENCE.match(text)
         start = fence.end() if fence else 0
         if not text.startswith(("{", "["), start):
@@ -44,7 +44,7 @@ class Plain:
 
 
 def read_value(text: str, start: int, ended: bool) -> Found | None:
-    """Read the object or list at ``start``: calls, or text up to its end (one character where none begins)."""
+    """Read the object or list at ``start``: calls, or content up to its end; one character if none begins."""
     if not _VALUE.match(text, start):
         return None if not ended and _VALUE_BEGUN.fullmatch(text, start) else Found(start + 1)
     try:
@@ -57,6 +57,6 @@ def read_value(text: str, start: int, ended: bool) -> Found | None:
 
 
 def _line_end(text: str) -> int:
-    """Broken JSON is text for a line; what follows may be a call again."""
+    """The end of the line: malformed JSON is content up to there, and a call may follow."""
     place = text.find("\n")
     return place + 1 if place >= 0 else len(text)

@@ -1,4 +1,4 @@
-"""Calls as Python: ``name(key="value")``, alone, in a list, or one a line."""
+"""Tool calls as Python: ``name(key="value")``, alone, in a list, or one per line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ollama_forge.serving.text.tools.base import Call
 
 
 def python_calls(code: str) -> tuple[Call, ...]:
-    """The calls of a piece of code that has nothing but calls with literal keyword arguments; else none.
+    """The calls in code that consists only of calls with literal keyword arguments; empty for any other code.
 
-    ``print(…)`` around a call and ``.call`` behind a name are seen through, as some models write them.
+    Some models write ``print(…)`` around a call or ``.call`` after a name; both are ignored.
     """
     try:
         body = ast.parse(code.strip()).body

@@ -14,7 +14,7 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", r
 
 
 class QwenCoder:
-    """A value that reads as JSON is that, any other a string."""
+    """A parameter that is valid JSON has that value; any other is a string."""
 
     name = "qwen-coder"
     openers = (_OPEN,)

@@ -1,4 +1,4 @@
-"""The families, most particular first. A new one is one file and one line here."""
+"""All tool call formats, the most specific first. A new format is one file, and one line here."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ FAMILIES: tuple[ToolFamily, ...] = (QwenCoder(), Mistral(), DeepSeek(), Gemma(),
 
 
 def family_of(template: str) -> ToolFamily:
-    """The family that a chat template teaches; plain JSON where it teaches none."""
+    """The tool call format of a chat template; plain JSON if it has no other."""
     return next(family for family in FAMILIES if family.detect(template))
