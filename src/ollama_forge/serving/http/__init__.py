@@ -1,1 +1,1 @@
-"""The HTTP API: Ollama's own routes, OpenAI's and Anthropic's."""
+"""The HTTP server: the APIs of Ollama, OpenAI and Anthropic."""

@@ -1,4 +1,4 @@
-"""A whole answer, put together from its events."""
+"""Collects the events of an answer into one object, for requests that do not stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCa
 
 @dataclass(frozen=True)
 class Answer:
-    """All pieces of an answer put together."""
+    """A complete answer."""
 
     content: str
     thinking: str
@@ -21,10 +21,10 @@ class Answer:
 
 
 async def whole(events: AsyncIterator[Event]) -> Answer:
-    """Wait for the end of an answer.
+    """Collect the events of an answer until its end.
 
     Raises:
-        EngineError: as the events do.
+        EngineError: generation failed.
     """
     content: list[str] = []
     thinking: list[str] = []
@@ -37,8 +37,9 @@ async def whole(events: AsyncIterator[Event]) -> Answer:
         thinking.append(event.thinking)
         calls.extend(event.tool_calls)
         logprobs.extend(event.logprobs)
-    raise EngineError("the answer broke off")
+    raise EngineError("the answer ended unexpectedly")
 
 
 def empty(piece: Delta) -> bool:
+    """Whether a delta has nothing to send."""
     return not (piece.content or piece.thinking or piece.tool_calls or piece.logprobs)

@@ -1,4 +1,4 @@
-"""The route of the Anthropic API."""
+"""The route of the Anthropic API, ``/v1/messages``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ollama_forge.serving.served import ServedModel
 
 
 def routes(model: ServedModel) -> APIRouter:
-    """``/v1/messages``."""
+    """The router for ``/v1/messages``."""
     router = APIRouter(tags=["Anthropic"])
     answer = anthropic(partial(_respond, model))
     about = described.takes(described.MESSAGES, anthropic=True)
@@ -32,7 +32,7 @@ async def _respond(model: ServedModel, request: Request) -> Response:
     turn = message_request(await read_fields(request, NAME))
     require(model, turn.model, f"model '{turn.model}' not found")
     if "thinking" not in model.capabilities:
-        turn = replace(turn, think=None)  # clients ask every model to think
+        turn = replace(turn, think=None)  # clients ask any model to think
     return await exchange(
         request,
         model,

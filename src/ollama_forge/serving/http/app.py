@@ -1,4 +1,4 @@
-"""The application: all routes around one model, and the guard around all routes."""
+"""The ASGI application: the routes of all APIs for one model, behind the guard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ollama_forge.serving.served import ServedModel
 
 
 def build_app(model: ServedModel, settings: ServeSettings | None = None) -> FastAPI:
-    """Serve ``model``; the application closes it when it ends."""
+    """Build the application that serves ``model``, and that closes ``model`` when it shuts down."""
     serving = Serving(model)
 
     @asynccontextmanager
@@ -37,7 +37,7 @@ def build_app(model: ServedModel, settings: ServeSettings | None = None) -> Fast
         title="ollama-forge",
         description="The APIs of Ollama, OpenAI and Anthropic on one model.",
         version=__version__,
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url=None,  # the page of the docs would load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,

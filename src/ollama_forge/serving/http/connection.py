@@ -1,4 +1,4 @@
-"""Clients that leave: whatever was begun for them ends."""
+"""Clients that disconnect: the work for their requests is cancelled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes away.
+    """The result of ``work``, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnect: it went.
+        ClientDisconnect: the client disconnected first.
     """
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request.receive))
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_until_disconnect(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -32,13 +32,13 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class Stream(StreamingResponse):
-    """A streamed body; whatever ends the response closes the generators that it is made from."""
+    """A streamed response that closes its body and the ``sources`` of the body when it ends in any way."""
 
     def __init__(self, body: AsyncGenerator[bytes], *sources: AsyncGenerator[Any], media_type: str) -> None:
         self._open = (body, *sources)

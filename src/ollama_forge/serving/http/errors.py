@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape of the API that was asked."""
+"""Error responses, in the format of each API."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PLAIN = {404: "404 page not found", 405: "405 method not allowed"}
 
 
 def native_error(status: int, message: str) -> Response:
-    """An error of ``/api/…``."""
+    """An error response of Ollama's API, ``/api/…``."""
     return JSONResponse({"error": message}, status, media_type=JSON)
 
 
 def error_for(path: str, status: int, message: str) -> Response:
-    """An error in the shape that clients of ``path`` expect."""
+    """An error response in the format of the API that ``path`` belongs to."""
     if path.startswith("/v1/messages"):
         return JSONResponse(anthropic_error(status, message), status)
     if path.startswith("/v1/"):
@@ -27,7 +27,7 @@ def error_for(path: str, status: int, message: str) -> Response:
 
 
 def no_route(status: int, headers: Mapping[str, str] | None) -> Response:
-    """No such path, or not with this method."""
+    """The response for a path or method that has no route."""
     response = PlainTextResponse(_PLAIN.get(status, str(status)), status, headers=dict(headers or {}))
     response.headers["content-type"] = "text/plain"
     return response

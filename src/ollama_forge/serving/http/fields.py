@@ -1,4 +1,4 @@
-"""Reading the JSON of a request as strictly as Go does: null is "not given", another type is refused."""
+"""Reads the JSON fields of a request as Go does: null means absent, and a value of the wrong type is an error."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 
 @dataclass(frozen=True)
 class Fields:
-    """One object of a request; ``name`` is where it stands, for the sentence that refuses a field of it.
+    """One JSON object of a request; ``name`` is its path in the request, for error messages.
 
-    Fields that nobody asks for are passed over; names match in any case, as in Go.
+    Unknown fields are ignored. The names of fields match in any case, as in Go. A value of the wrong type raises
+    ``BadRequest``.
     """
 
     values: Mapping[str, Any]
@@ -31,7 +32,11 @@ class Fields:
 
     @classmethod
     def of(cls, value: object, name: str) -> Fields:
-        """Raises: BadRequest: ``value`` isn't an object."""
+        """Wrap a JSON value; null becomes an empty object.
+
+        Raises:
+            BadRequest: ``value`` is not an object.
+        """
         if value is None:
             return cls({}, name)
         if not isinstance(value, dict):
@@ -40,12 +45,13 @@ class Fields:
         return cls(value, name)
 
     def any(self, key: str) -> Any:
+        """The value of a field of any type, or None."""
         if key in self.values:
             return self.values[key]
         return next((value for name, value in self.values.items() if name.lower() == key), None)
 
     def text(self, key: str) -> str:
-        """ "" where it isn't given."""
+        """A string, or "" if the field is absent."""
         value = self.any(key)
         if value is None:
             return ""
@@ -70,7 +76,7 @@ class Fields:
         return number if math.isfinite(number) else self.refuse(key, value, "float64")
 
     def integer(self, key: str) -> int | None:
-        """A whole number of 64 bits; 40.0 is one."""
+        """A 64-bit integer, or None if the field is absent; 40.0 counts as 40."""
         value = self.any(key)
         if value is None:
             return None
@@ -81,7 +87,7 @@ class Fields:
         return value
 
     def items(self, key: str, of: str = "array") -> list[Any]:
-        """[] where it isn't given."""
+        """A list, or [] if the field is absent."""
         value = self.any(key)
         if value is None:
             return []
@@ -99,12 +105,12 @@ class Fields:
         return tuple(Fields({key: item}, self.name).integer(key) or 0 for item in items)
 
     def files(self, key: str) -> tuple[bytes, ...]:
-        """Bytes, each given as base64.
+        """A list of base64 strings, decoded.
 
         Raises:
-            BadRequest: they aren't.
+            BadRequest: an item is not base64.
         """
-        return tuple(_of_base64(text) for text in self.texts(key))
+        return tuple(_decode_base64(text) for text in self.texts(key))
 
     def objects(self, key: str) -> list[Fields]:
         return [Fields.of(item, f"{self.name}.{key}") for item in self.items(key)]
@@ -114,12 +120,13 @@ class Fields:
         return None if value is None else Fields.of(value, f"{self.name}.{key}")
 
     def refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
+        """Raise the ``BadRequest`` for a field that is not of the Go type ``wanted``."""
         where = f"{self.name}.{key} of type {wanted}"
         raise BadRequest(f"json: cannot unmarshal {json_type(value)} into Go struct field {where}")
 
 
 def json_type(value: object) -> str:
-    """The word that JSON has for the type of ``value``."""
+    """The name of the JSON type of ``value``."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -132,15 +139,15 @@ def json_type(value: object) -> str:
 
 
 async def read_fields(request: Request, name: str) -> Fields:
-    """The body of a request, read as JSON whatever its content type says.
+    """Read the body of a request as JSON, whatever its content type is.
 
     Raises:
-        BadRequest: it isn't an object in JSON.
+        BadRequest: the body is not a JSON object.
     """
     return Fields.of(decode(await request.body()), name)
 
 
-def _of_base64(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     text = text.replace("\n", "").replace("\r", "")
     try:
         return base64.b64decode(text, validate=True)

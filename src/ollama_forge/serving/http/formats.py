@@ -1,4 +1,4 @@
-"""``format``: what an answer is held to."""
+"""The ``format`` field: the JSON schema of an answer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ ANY_OBJECT = '{"type":"object"}'
 
 
 def schema_of(value: Any) -> str | None:
-    """The schema, as text, that Ollama's ``format`` stands for; properties stay in the order given.
+    """The JSON schema, as text, for a value of Ollama's ``format``; the order of properties is kept.
 
     Raises:
-        BadRequest: status 500 where it is neither "json" nor an object, 400 where it is no schema.
+        BadRequest: the value is neither "json" nor an object (status 500), or not a valid schema (status 400).
     """
     if value is None or value == "":
         return None
@@ -26,13 +26,17 @@ def schema_of(value: Any) -> str | None:
     try:
         schema = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (RecursionError, ValueError):
-        raise BadRequest("invalid format: the schema is nested too deeply or holds a number that is none") from None
+        raise BadRequest("invalid format: the schema is nested too deeply or contains NaN or Infinity") from None
     check(schema)
     return schema
 
 
 def check(schema: str) -> None:
-    """Raises: BadRequest: answers cannot be held to ``schema``."""
+    """Check a schema.
+
+    Raises:
+        BadRequest: ``schema`` cannot be enforced.
+    """
     from ollama_forge.serving.engines.schema import check_schema
 
     wrong = check_schema(schema)

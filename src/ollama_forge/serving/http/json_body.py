@@ -1,4 +1,4 @@
-"""JSON as Go's decoder takes it: what it lets pass or refuses is let pass or refused here, at any depth it allows."""
+"""Decodes JSON as Go's ``encoding/json`` does: it accepts and rejects the same input, up to the same depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ollama_forge.serving.asks import BadRequest
 
 MAX_DEPTH = 10_000
-_SHALLOW = 200  # so deep the standard library's own decoder goes, whatever stands above it on the stack
+_SHALLOW = 200  # a depth that the recursive decoder of the standard library can always take
 _PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _ESCAPE = re.compile(rf"\\(?:{_PAIR}|(u[dD][89a-fA-F][0-9a-fA-F]{{2}})|.)", re.S)
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.S)
@@ -18,14 +18,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _scanstring = json.decoder.scanstring  # type: ignore[attr-defined]
 _WORDS = {"true": True, "false": False, "null": None}
-_LONGEST_INTEGER = 400  # digits; no type of any field holds more
+_LONGEST_INTEGER = 400  # digits; longer integers do not fit the type of any field
 
 
 def decode(body: bytes) -> Any:
-    """The first JSON value of ``body``; bytes that are no UTF-8 and lone surrogates become U+FFFD.
+    """Decode the first JSON value of ``body``; invalid UTF-8 and lone surrogates become U+FFFD.
 
     Raises:
-        BadRequest: there is none, it is broken off, or it is nested deeper than ``MAX_DEPTH``.
+        BadRequest: the body is empty, malformed, incomplete, or nested deeper than ``MAX_DEPTH``.
     """
     text = body.decode("utf-8", "replace")
     if "\\u" in text:
@@ -37,7 +37,7 @@ def decode(body: bytes) -> Any:
     if depth > MAX_DEPTH:
         raise BadRequest("exceeded max depth")
     try:
-        return _deep(text, start) if depth > _SHALLOW else _DECODER.raw_decode(text, start)[0]
+        return _decode_deep(text, start) if depth > _SHALLOW else _DECODER.raw_decode(text, start)[0]
     except json.JSONDecodeError as error:
         if error.pos >= len(text) or error.msg.startswith("Unterminated"):
             raise BadRequest("unexpected EOF") from None
@@ -68,15 +68,15 @@ def _depth(text: str) -> int:
             deepest = max(deepest, depth)
         elif token in "]}":
             depth -= 1
-            if depth <= 0:  # what comes after the first value is not read
+            if depth <= 0:  # text after the first value is ignored
                 break
     return deepest
 
 
-def _deep(text: str, at: int) -> Any:
+def _decode_deep(text: str, at: int) -> Any:
     """Decode without recursion."""
     root: list[Any] = []
-    stack: list[tuple[Any, str | None]] = [(root, None)]  # containers that are open, and the key that waits in each
+    stack: list[tuple[Any, str | None]] = [(root, None)]  # the open containers, and the next key of each
     while True:
         container, key = stack[-1]
         at = _skip(text, at)
@@ -92,7 +92,7 @@ def _deep(text: str, at: int) -> Any:
         else:
             value, at = _scalar(text, at)
             _put(container, key, value)
-        while True:  # after a value: close, or go on with the next
+        while True:  # after a value: close containers, or go to the next value
             container, _ = stack[-1]
             if container is root:
                 return root[0]

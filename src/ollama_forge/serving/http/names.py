@@ -1,4 +1,4 @@
-"""Names of models as Ollama reads them: ``[host/][namespace/]model[:tag]``, in any case."""
+"""Model names as Ollama reads them: ``[host/][namespace/]model[:tag]``, in any case."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODEL = _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 
 @dataclass(frozen=True)
 class Name:
-    """A whole name."""
+    """A model name with all of its parts."""
 
     model: str
     namespace: str = NAMESPACE
@@ -25,7 +25,7 @@ class Name:
 
     @classmethod
     def parse(cls, text: str) -> Name | None:
-        """None where it is no name."""
+        """Parse a name; None if ``text`` is not a valid name."""
         parts = text.partition("://")[2].split("/") if "://" in text else text.split("/")
         model, colon, tag = parts[-1].partition(":")
         namespace = parts[-2] if len(parts) > 1 else NAMESPACE
@@ -46,7 +46,7 @@ class Name:
 
     @property
     def short(self) -> str:
-        """What lists show: the tag always, host and namespace where they aren't the usual ones."""
+        """The name in lists: always with the tag, with host and namespace only if they are not the default."""
         host = "" if self.host.lower() == HOST else f"{self.host}/"
         namespace = "" if not host and self.namespace.lower() == NAMESPACE else f"{self.namespace}/"
         return f"{host}{namespace}{self.model}:{self.tag}"
@@ -56,7 +56,7 @@ class Name:
 
 
 def name_of(model: ServedModel) -> Name:
-    """The name that a model is served under."""
+    """The parsed name that a model is served under."""
     return Name.parse(model.name) or Name(model.name)
 
 
@@ -67,13 +67,17 @@ def serves(model: ServedModel, text: str) -> bool:
 
 
 def require(model: ServedModel, text: str, refusal: str) -> None:
-    """Raises: BadRequest: 404 with ``refusal``, where ``text`` doesn't name this model."""
+    """Check that ``text`` names this model.
+
+    Raises:
+        BadRequest: it does not (status 404, with ``refusal`` as the message).
+    """
     if not serves(model, text):
         raise BadRequest(refusal, 404)
 
 
 def servable(text: str) -> str:
-    """A name made of any label: what a name cannot hold becomes ``-``."""
+    """A valid model name from any label; characters that a name cannot contain become ``-``."""
     if Name.parse(text):
         return text
     last = re.sub(r"[^A-Za-z0-9_.-]+", "-", text.rstrip("/").rsplit("/", 1)[-1]).lstrip(".-")[:80]

@@ -1,4 +1,4 @@
-"""Routes of the OpenAI API."""
+"""The routes of the OpenAI API, except ``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ollama_forge.serving.served import ServedModel
 
 
 def routes(model: ServedModel) -> APIRouter:
-    """``/v1/models[/name]``, ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/embeddings``."""
+    """The router for ``/v1/models[/name]``, ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/embeddings``."""
     router = APIRouter(tags=["OpenAI"])
 
     def get(path: str, name: str, answer: Any) -> None:
@@ -46,16 +46,16 @@ def routes(model: ServedModel) -> APIRouter:
 
 
 async def _models(model: ServedModel, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_listed(model, name_of(model).short)]})
+    return JSONResponse({"object": "list", "data": [_model_object(model, name_of(model).short)]})
 
 
 async def _model(model: ServedModel, request: Request) -> Response:
     name = str(request.path_params["name"])
     require(model, name, f"model '{name if ':' in name else name + ':latest'}' not found")
-    return JSONResponse(_listed(model, name))
+    return JSONResponse(_model_object(model, name))
 
 
-def _listed(model: ServedModel, name: str) -> dict[str, Any]:
+def _model_object(model: ServedModel, name: str) -> dict[str, Any]:
     created = int(model.facts.modified_at.timestamp())
     return {"id": name, "object": "model", "created": created, "owned_by": "library"}
 

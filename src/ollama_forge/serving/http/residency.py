@@ -1,4 +1,4 @@
-"""Loaded or not, as clients see it: the weights stay, but a model is listed as running only until it is unloaded."""
+"""Whether clients see the model as loaded. Its weights stay in memory; ``keep_alive`` changes only what is listed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ollama_forge.serving.asks import BadRequest
 
 _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_FAR = 292 * 365 * 86400.0  # seconds, as far as Go's durations go
+_LONGEST = 292 * 365 * 86400.0  # seconds; the longest duration of Go
 
 
 def keep_alive(value: Any) -> float | None:
-    """Seconds that a request's ``keep_alive`` asks for: a number of them or a Go duration; infinite below 0.
+    """The seconds of a request's ``keep_alive``, a number of seconds or a Go duration; infinite if it is negative.
 
     Raises:
-        BadRequest: it is neither.
+        BadRequest: the value is neither.
     """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise BadRequest("keep_alive is neither a number of seconds nor a duration")
+        raise BadRequest("keep_alive must be a number of seconds or a duration")
     seconds = _duration(value) if isinstance(value, str) else value
-    return math.inf if seconds < 0 or seconds > _FAR else float(seconds)
+    return math.inf if seconds < 0 or seconds > _LONGEST else float(seconds)
 
 
 def _duration(text: str) -> float:
@@ -43,7 +43,7 @@ def _duration(text: str) -> float:
 
 @dataclass
 class Residency:
-    """Until when the model counts as loaded; from the start, and for good unless a request says how long."""
+    """The time until which the model counts as loaded: without end, unless a request sets ``keep_alive``."""
 
     until: float = math.inf
 
@@ -53,8 +53,8 @@ class Residency:
 
     @property
     def expires_at(self) -> datetime:
-        return datetime.fromtimestamp(min(self.until, time.time() + _FAR), UTC)
+        return datetime.fromtimestamp(min(self.until, time.time() + _LONGEST), UTC)
 
     def use(self, seconds: float | None = None) -> None:
-        """A request begins or ends: loaded for ``seconds`` more, for good where it doesn't say; 0 unloads."""
+        """Note a request's begin or end: the model counts as loaded for ``seconds``; None: without end, 0: unloaded."""
         self.until = math.inf if seconds is None else time.time() + seconds

@@ -1,4 +1,4 @@
-"""The route of OpenAI's responses."""
+"""The route of OpenAI's Responses API, ``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ollama_forge.serving.served import ServedModel
 
 
 def routes(model: ServedModel) -> APIRouter:
-    """``/v1/responses``."""
+    """The router for ``/v1/responses``."""
     router = APIRouter(tags=["OpenAI"])
     answer = openai(partial(_respond, model))
     about = described.takes(described.RESPONSE)

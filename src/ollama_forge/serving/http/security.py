@@ -1,4 +1,4 @@
-"""Who may call: hosts, origins of pages, keys, sizes. It stands around the whole application."""
+"""Access control for all routes: the Host header, the Origin of web pages, the API key and the size of bodies."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _MAX_AGE = str(12 * 3600)
 
 
 class _TooLargeError(Exception):
-    """A body goes on beyond what is read of one."""
+    """The body of a request is larger than ``max_body``."""
 
 
 class Origins:
-    """Pages that may call: those of this machine, of desktop applications, and ``more``."""
+    """The origins that may call: pages of this machine, desktop applications, and the patterns ``more``."""
 
     def __init__(self, more: Iterable[str] = ()) -> None:
         local = [f"{scheme}://{host}{port}" for scheme in ("http", "https") for host in _LOCAL for port in ("", ":*")]
@@ -55,7 +55,7 @@ class Origins:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to ``host`` is for this machine alone."""
+    """Whether only this machine can reach a server that is bound to ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
 
 
 def allow_host(header: str) -> bool:
-    """Whether a Host header is one that means a server on loopback; others come from pages that rebind names."""
+    """Whether a Host header can mean a server on loopback; any other may come from a DNS rebinding attack."""
     host = _without_port(header)
     try:
         address = ipaddress.ip_address(host)
@@ -82,7 +82,7 @@ def _without_port(header: str) -> str:
 
 
 class Guard:
-    """Refuses what may not pass, and answers what goes wrong without a word about this machine."""
+    """Rejects requests that are not allowed, and answers unexpected errors without details of this machine."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self.app, self.settings = app, settings
@@ -119,8 +119,8 @@ class Guard:
         except _TooLargeError:
             status, text = 413, f"the request is larger than {self.settings.max_body} bytes"
         except Exception as error:
-            where = "".join(traceback.format_tb(error.__traceback__))  # its message may hold what was asked
-            log.error("an answer failed: %s\n%s", type(error).__name__, where)
+            where = "".join(traceback.format_tb(error.__traceback__))  # the error's message may contain the prompt
+            log.error("a request failed: %s\n%s", type(error).__name__, where)
             if begun:
                 raise
             status, text = 500, "internal server error"
@@ -150,7 +150,7 @@ class Guard:
         return any(hmac.compare_digest(key.encode(), self.settings.api_key.encode()) for key in brought)
 
     def _is_bounded(self, scope: Scope) -> bool:
-        return not scope["path"].startswith("/api/blobs/")  # hashed as it comes, never held
+        return not scope["path"].startswith("/api/blobs/")  # blobs are hashed as they arrive, and not kept in memory
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         if not self._is_bounded(scope):

@@ -1,4 +1,4 @@
-"""Running the application: the socket first, then the model, and an end in which streams end cleanly."""
+"""Runs the application: binds the socket before the model loads, and ends running streams before it stops."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ollama_forge.serving.http.security import is_loopback
 from ollama_forge.serving.http.settings import ServeSettings
 from ollama_forge.serving.served import ServedModel
 
-GRACE = 3.0  # seconds in which answers may end by themselves
-_LAST = 5  # seconds more in which they are told to
+GRACE = 3.0  # seconds in which running answers may finish
+_MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
 _BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that the port is ours while the model loads; clients wait meanwhile.
+    """Open a listening socket before the model loads, so that clients can connect and wait.
 
     Raises:
-        ForgeError: the port is in use, or there is no such address.
+        ForgeError: the port is in use, or ``host`` is not an address of this machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -38,34 +38,34 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise ForgeError(f"cannot listen at {host}: {error}", "give an address of this machine, or 0.0.0.0") from None
     try:
-        if sys.platform != "win32":  # there the option lets two servers share a port
+        if sys.platform != "win32":  # on Windows the option lets two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
         why = f"port {port} of {host} cannot be used: {error.strerror or error}"
-        raise ForgeError(why, "another server runs there? choose another --port") from None
+        raise ForgeError(why, "stop the server that uses the port, or choose another --port") from None
     return listening
 
 
 def announce(name: str, settings: ServeSettings, listening: socket.socket) -> None:
-    """Say where the model is served and how clients get there."""
+    """Print the address of the server and how clients connect to it."""
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reached = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     key = "any key" if settings.api_key is None else "with the API key"
     say(f"{name} is served at http://{reached}:{port}")
-    say(f"  ollama:           OLLAMA_HOST={reached}:{port} ollama run {name}")
-    say(f"  OpenAI clients:   OPENAI_BASE_URL=http://{reached}:{port}/v1 ({key})")
-    say(f"  Anthropic's:      ANTHROPIC_BASE_URL=http://{reached}:{port}")
+    say(f"  ollama:             OLLAMA_HOST={reached}:{port} ollama run {name}")
+    say(f"  OpenAI clients:     OPENAI_BASE_URL=http://{reached}:{port}/v1 ({key})")
+    say(f"  Anthropic clients:  ANTHROPIC_BASE_URL=http://{reached}:{port}")
     if not is_loopback(settings.host):
-        keyless = "" if settings.api_key else " and nobody is asked for a key (--api-key)"
+        keyless = "" if settings.api_key else ", and it needs no API key; set one with --api-key"
         say(f"warning: {settings.host} is reached from other machines{keyless}")
 
 
 def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM; returns when what ran has ended."""
+    """Serve until Ctrl-C or SIGTERM; return when all requests have ended."""
     server_of(model, settings).run(sockets=[listening])
 
 
@@ -77,13 +77,13 @@ def server_of(model: ServedModel, settings: ServeSettings) -> Server:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(GRACE) + _LAST,
+        timeout_graceful_shutdown=int(GRACE) + _MORE_GRACE,
     )
     return Server(config, model)
 
 
 class Server(uvicorn.Server):
-    """Ends answers before it ends connections, and takes a signal as the wish to end, not as a failure."""
+    """Ends running answers before it closes connections, and treats SIGINT and SIGTERM as a normal end."""
 
     def __init__(self, config: uvicorn.Config, model: ServedModel) -> None:
         super().__init__(config)
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         try:
             before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever started us ends us
+        except ValueError:  # outside the main thread, the caller stops the server
             yield
             return
         try:
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """Says who answers also where a request is no HTTP."""
+    """Sends the Server header also in the response to a request that is not valid HTTP."""
 
     def send_400_response(self, msg: str) -> None:
         body = msg.encode("ascii", "replace")

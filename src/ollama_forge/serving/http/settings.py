@@ -1,4 +1,4 @@
-"""What a server is told besides its model."""
+"""The settings of the HTTP server."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ MAX_BODY = 128 << 20
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Where and for whom.
+    """Where the server listens, and which requests it accepts.
 
     Attributes:
-        api_key: what clients must bring as a bearer token; None: nothing.
-        origins: more of the pages that may call, beside local ones; one ``*`` in each stands for anything.
-        max_body: bytes that a request may have.
+        host, port: the address to bind.
+        api_key: the key that clients must send; None: no key.
+        origins: origins of web pages that may call, in addition to local ones; one ``*`` in each matches any text.
+        max_body: maximum size of a request's body in bytes.
     """
 
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The state that the routes of one server share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ollama_forge.serving.served import ServedModel
 
 @dataclass
 class Serving:
-    """One model, and whether it counts as loaded."""
+    """The served model, and whether clients see it as loaded."""
 
     model: ServedModel
     residency: Residency = field(default_factory=Residency)

@@ -1,1 +1,1 @@
-"""Ollama's own routes, ``/api/…``."""
+"""The routes of Ollama's API, ``/api/…``."""

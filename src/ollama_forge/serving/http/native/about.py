@@ -1,4 +1,4 @@
-"""What is here: the version, the model, what is known of it, and whether it is loaded."""
+"""The routes that describe the server: its version, its model, and whether the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ollama_forge.serving.http.native.lines import timestamp
 from ollama_forge.serving.http.state import Serving
 from ollama_forge.serving.served import ServedModel
 
-# Clients switch features on by Ollama's version, so this is that of the API that is spoken, not the program's own.
+# Clients switch features on by this version, so it is the version of Ollama whose API this server implements.
 OLLAMA_VERSION = "0.33.0"
 
 
 async def root(serving: Serving, request: Request) -> Response:
-    """``GET /``: clients look for these words."""
+    """``GET /``: clients look for this text."""
     return PlainTextResponse("Ollama is running")
 
 
@@ -142,7 +142,7 @@ def _modelfile(model: ServedModel, parameters: list[tuple[str, str]]) -> str:
 
 
 def _vocabulary(model: ServedModel, verbose: bool) -> dict[str, Any]:
-    """The token lists; null where they weren't asked for."""
+    """The list of the vocabulary's tokens; null unless the request is ``verbose``."""
     tokens = None
     if verbose:
         tokens = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))

@@ -1,4 +1,4 @@
-"""What requests for answers have in common: the fields of both, and what the model must be able to do."""
+"""The fields that ``/api/generate`` and ``/api/chat`` share, and the check that the model has what they ask for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _THINK = '"high", "medium", "low", "max", true, or false'
 
 @dataclass(frozen=True)
 class Asked:
-    """Fields of ``/api/generate`` and ``/api/chat`` alike.
+    """The fields that requests to ``/api/generate`` and ``/api/chat`` share.
 
     Attributes:
-        model: as the request spells it.
-        options: not read yet; Ollama looks at them after the model.
-        keep_alive: seconds, None where it isn't given.
-        shift: Ollama goes on by forgetting where this isn't off; here an answer ends where the context does.
+        model: the name as the request spells it.
+        options: the raw options; like Ollama, the routes validate them after the model's name.
+        keep_alive: seconds; None if the request does not set it.
+        shift: accepted but without effect: Ollama drops the oldest tokens of a full context, here the answer ends.
     """
 
     model: str
@@ -42,7 +42,11 @@ class Asked:
 
     @classmethod
     def of(cls, body: Fields) -> Asked:
-        """Raises: BadRequest: a field of another type."""
+        """Read the fields.
+
+        Raises:
+            BadRequest: a field has the wrong type.
+        """
         options = body.any("options")
         if options is not None and not isinstance(options, dict):
             body.refuse("options", options, "map[string]interface {}")
@@ -60,12 +64,20 @@ class Asked:
         )
 
     def check_logprobs(self) -> None:
-        """Raises: BadRequest: more alternatives than there are, or fewer than none."""
+        """Check the number of alternatives.
+
+        Raises:
+            BadRequest: it is below 0 or above 20.
+        """
         if not 0 <= self.top_logprobs <= 20:
             raise BadRequest("top_logprobs must be between 0 and 20")
 
     def ask(self, prompt: Prompt, options: Options) -> Ask:
-        """Raises: BadRequest: ``format`` is none."""
+        """The request for an answer to ``prompt``.
+
+        Raises:
+            BadRequest: ``format`` is not valid.
+        """
         return Ask(
             prompt,
             sampling=options.sampling,
@@ -77,7 +89,11 @@ class Asked:
 
 
 def think_of(value: Any) -> bool | str | None:
-    """Raises: BadRequest: neither a boolean nor a level."""
+    """The value of ``think``: a boolean, a level, or None.
+
+    Raises:
+        BadRequest: it is none of these.
+    """
     if value is None or isinstance(value, bool):
         return value
     if not isinstance(value, str):
@@ -88,10 +104,10 @@ def think_of(value: Any) -> bool | str | None:
 
 
 def gate(model: ServedModel, asked: Asked, *, tools: bool = False, suffix: bool = False, images: bool = False) -> None:
-    """Refuse what the model cannot do, in Ollama's words and order.
+    """Reject a request that needs a capability which the model lacks, in Ollama's words and order.
 
     Raises:
-        BadRequest: insertion, tools, thinking or images that it doesn't know.
+        BadRequest: the model does not support a suffix, tools, thinking or images, but the request needs it.
     """
     full = name_of(model).full
     if suffix:

@@ -1,4 +1,4 @@
-"""``POST /api/chat``"""
+"""The route ``POST /api/chat``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ollama_forge.serving.http.state import Serving
 
 
 async def chat(serving: Serving, request: Request) -> Response:
-    """The next message of a conversation, or loading and unloading where there is none."""
+    """Answer a conversation; without messages, load or unload the model."""
     body = await read_fields(request, "ChatRequest")
     asked = Asked.of(body)
     messages = [_message(turn) for turn in _objects(body, "messages", "[]api.Message")]
@@ -87,7 +87,7 @@ def _call(call: Fields, place: int) -> ToolCall:
 
 
 def _tool(tool: Fields) -> dict[str, Any]:
-    """The tool as it was given, with what templates count on filled in."""
+    """The tool of the request, completed with the fields that chat templates require."""
     function = tool.object("function") or Fields({}, tool.name)
     parameters = function.object("parameters")
     filled = {

@@ -1,4 +1,4 @@
-"""The requests and answers of Ollama's routes as the OpenAPI description shows them."""
+"""The OpenAPI schemas of the requests and responses of Ollama's API."""
 
 from __future__ import annotations
 
@@ -129,21 +129,27 @@ STATUS = _object("status", status=TEXT)
 VERSION = _object("version", version=TEXT)
 
 _ERROR = {"application/json": {"schema": _object("error", error=TEXT)}}
-# 500 is Ollama's status for options and formats of a wrong type.
+# Ollama's status for options and formats of the wrong type is 500.
 _STATUSES = {
-    400: "What was asked for cannot be done",
+    400: "The request is invalid, or the model does not support it",
     401: "The API key is missing or wrong",
-    403: "Not from this host or page",
+    403: "The Host or Origin header is not allowed",
     404: "No such model",
     413: "The request is too large",
-    500: "An option or a format of a wrong type, or the answer failed",
-    501: "The model does not embed",
+    500: "An option or the format has the wrong type, or generation failed",
+    501: "The model does not support embeddings",
     503: "Too many requests are waiting",
 }
 
 
 def route(answer: Schema | None, takes: Schema | None = None, *, streams: bool = False) -> dict[str, Any]:
-    """Arguments of a route that answers with ``answer`` (None: nothing) to a body of ``takes``."""
+    """Arguments of ``add_api_route`` that describe a route.
+
+    Args:
+        answer: schema of the response; None: it is empty.
+        takes: schema of the request's body; None: it has none.
+        streams: whether the route can stream its response.
+    """
     content: dict[str, Any] = {} if answer is None else {"application/json": {"schema": answer}}
     if streams:
         content["application/x-ndjson"] = {"schema": answer}

@@ -1,4 +1,4 @@
-"""``POST /api/embed`` and its elder, ``/api/embeddings``"""
+"""The routes ``POST /api/embed`` and ``POST /api/embeddings``, its older form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ollama_forge.serving.http.state import Serving
 
 
 async def embed(serving: Serving, request: Request) -> Response:
-    """Vectors of one text or of many."""
+    """Embed one text or a list of texts."""
     came = time.perf_counter_ns()
     body = await read_fields(request, "EmbedRequest")
     name, kept = body.text("model"), keep_alive(body.any("keep_alive"))
@@ -44,7 +44,7 @@ async def embed(serving: Serving, request: Request) -> Response:
 
 
 async def embeddings(serving: Serving, request: Request) -> Response:
-    """The vector of one text."""
+    """Embed one text."""
     body = await read_fields(request, "EmbeddingRequest")
     name, kept = body.text("model"), keep_alive(body.any("keep_alive"))
     prompt, given = body.text("prompt"), _options(body)

@@ -1,4 +1,4 @@
-"""From an ask to the response that answers it, whole or streamed; and the shape of what goes wrong."""
+"""Turns the answer to a request into a response of Ollama's API, streamed or not, and errors into error responses."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Answering = Callable[[Serving, Request], Awaitable[Response]]
 
 
 def native(serving: Serving, answer: Answering) -> Callable[[Request], Awaitable[Response]]:
-    """A route out of ``answer``, with Ollama's shape for what goes wrong."""
+    """The endpoint that calls ``answer`` and turns its errors into responses of Ollama's format."""
 
     async def guarded(request: Request) -> Response:
         try:
             return await answer(serving, request)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # nobody reads this response
         except BadRequest as error:
             return native_error(error.status, error.message)
         except Busy:
@@ -55,15 +55,21 @@ async def answered(
     body: Callable[[Answer], dict[str, Any]],
     silent: bool = False,
 ) -> Response:
-    """Answer the ask that ``make`` makes (in a thread: rendering and encoding take their time).
+    """Generate an answer, and respond with it.
+
+    Args:
+        make: makes the request for the answer; it runs in a thread, because it renders and encodes the prompt.
+        write: makes a line of a streamed response from an event.
+        body: makes the body of a response that is not streamed.
+        silent: stream a line also for a token whose text is held back.
 
     Raises:
-        BadRequest, Busy, EngineError: before the first piece of the answer.
-        ClientDisconnect: nobody waits for it any more; it was cancelled.
+        BadRequest, Busy, EngineError: there is no answer; a failure after its first event ends the stream instead.
+        ClientDisconnect: the client disconnected; the answer was cancelled.
     """
     ask = await asyncio.to_thread(make)
     serving.residency.use()
-    events = _kept(serving, asked, serving.model.answer(ask))
+    events = _then_keep_alive(serving, asked, serving.model.answer(ask))
     if not asked.stream:
         async with aclosing(events):
             return json(body(await while_connected(request, whole(events))))
@@ -79,8 +85,8 @@ async def _first(events: AsyncGenerator[Event]) -> Event:
     return await anext(events)
 
 
-async def _kept(serving: Serving, asked: Asked, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
-    """The events; when they are over, ``keep_alive`` begins."""
+async def _then_keep_alive(serving: Serving, asked: Asked, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """Pass the events on; at their end, the time of ``keep_alive`` begins."""
     async with aclosing(events):
         try:
             async for event in events:
@@ -90,7 +96,7 @@ async def _kept(serving: Serving, asked: Asked, events: AsyncGenerator[Event]) -
 
 
 def loaded(serving: Serving, asked: Asked) -> Done:
-    """The end of a request that asks for nothing but loading, or unloading."""
+    """The end of a request without a prompt, which only loads or unloads the model."""
     serving.residency.use(asked.keep_alive)
     reason = "unload" if asked.keep_alive == 0 else "load"
     return Done(reason, prompt_tokens=0, tokens=0, total_ns=0, load_ns=0, prompt_ns=0, answer_ns=0)

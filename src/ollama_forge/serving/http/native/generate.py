@@ -1,4 +1,4 @@
-"""``POST /api/generate``"""
+"""The route ``POST /api/generate``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ollama_forge.serving.served import ServedModel
 
 @dataclass(frozen=True)
 class Wanted:
-    """The fields of ``/api/generate`` alone; ``context``: ids of what was said before."""
+    """The fields that only ``/api/generate`` has; ``context`` has the token ids of the conversation so far."""
 
     prompt: str
     suffix: str
@@ -34,7 +34,11 @@ class Wanted:
 
     @classmethod
     def of(cls, body: Fields) -> Wanted:
-        """Raises: BadRequest: a field of another type."""
+        """Read the fields.
+
+        Raises:
+            BadRequest: a field has the wrong type.
+        """
         return cls(
             prompt=body.text("prompt"),
             suffix=body.text("suffix"),
@@ -47,7 +51,7 @@ class Wanted:
 
 
 async def generate(serving: Serving, request: Request) -> Response:
-    """An answer to a prompt, or loading and unloading where there is none."""
+    """Answer a prompt; without a prompt, load or unload the model."""
     body = await read_fields(request, "GenerateRequest")
     asked, wanted = Asked.of(body), Wanted.of(body)
     model = serving.model
@@ -62,7 +66,7 @@ async def generate(serving: Serving, request: Request) -> Response:
     if not wanted.prompt:
         return json(generated(asked.model, done=loaded(serving, asked)))
     if wanted.template:
-        raise BadRequest("template: this model renders with its own Jinja chat template; use raw to render yourself")
+        raise BadRequest("template: this model has its own Jinja chat template; set raw to send a rendered prompt")
 
     def make() -> Ask:
         return asked.ask(_prompt(model, asked, wanted, options), options)
@@ -76,7 +80,7 @@ async def generate(serving: Serving, request: Request) -> Response:
         name, text, thought = asked.model, answer.content, answer.thinking
         return generated(name, text, thought, logprobs=answer.logprobs, done=answer.done, context=not wanted.raw)
 
-    silent = asked.think is not False and "thinking" in model.capabilities  # as Ollama, here and not in chat
+    silent = asked.think is not False and "thinking" in model.capabilities  # as Ollama does here, but not in chat
     return await answered(serving, request, asked, make, write=write, body=whole, silent=silent)
 
 
@@ -90,7 +94,7 @@ def _prompt(model: ServedModel, asked: Asked, wanted: Wanted, options: Options) 
             truncate=asked.truncate,
         )
     if not all(0 <= id_ < len(model.tokenizer) for id_ in wanted.context):
-        raise BadRequest("context holds ids that the model's vocabulary doesn't have")
+        raise BadRequest("context contains token ids that are not in the model's vocabulary")
     system = [Message("system", wanted.system)] if wanted.system else []
     return model.chat_prompt(
         [*system, Message("user", wanted.prompt, images=wanted.images)],

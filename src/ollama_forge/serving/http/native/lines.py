@@ -1,4 +1,4 @@
-"""The objects that answers of Ollama's API are made of, one a line where they are streamed."""
+"""The JSON objects of Ollama's responses; a streamed response has one object per line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCa
 from ollama_forge.serving.http.answers import empty
 
 NDJSON = "application/x-ndjson"
-UNLIKELY = -9999.0  # stands for less: JSON has no infinity
+UNLIKELY = -9999.0  # the least log-probability in a response, because JSON has no infinity
 Line = dict[str, Any]
 WriteLine = Callable[[Event], Line]
 
 
 def line(value: Mapping[str, Any]) -> bytes:
+    """A line of a streamed response."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def now() -> str:
-    """The time with nanoseconds, as Go prints it."""
+    """The current time with nanoseconds, as Go prints it."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
 
@@ -41,7 +42,7 @@ def generated(
     done: Done | None = None,
     context: bool = True,
 ) -> Line:
-    """An object of ``/api/generate``; ``context``: with the ids of prompt and answer at the end."""
+    """An object of ``/api/generate``; with ``context``, the last one has the token ids of prompt and answer."""
     out: Line = {"model": model, "created_at": now(), "response": content}
     if thinking:
         out["thinking"] = thinking
@@ -76,10 +77,10 @@ def chatted(
 async def written(
     first: Event, rest: AsyncIterator[Event], write: WriteLine, *, silent: bool = False
 ) -> AsyncGenerator[bytes]:
-    """The body of a stream; an answer that cannot be gone on with ends it in an error.
+    """The body of a streamed response; if generation fails, its last line is an error.
 
     Args:
-        silent: also a token whose text is held back gets its line.
+        silent: write a line also for a token whose text is held back.
     """
     try:
         if silent or not _is_silent(first):
@@ -110,7 +111,7 @@ def _counts(done: Done | None) -> Line:
         "eval_count": done.tokens,
         "eval_duration": done.answer_ns,
     }
-    return {name: count for name, count in counts.items() if count}  # absent, never 0
+    return {name: count for name, count in counts.items() if count}  # Ollama leaves out counts that are 0
 
 
 def _logprobs(logprobs: Sequence[TokenLogprob]) -> Line:

@@ -1,4 +1,4 @@
-"""Managing models: there is one and it stays, so these answer with success and change nothing."""
+"""The routes that manage models. The server has one fixed model, so they report success and change nothing."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 async def pull(serving: Serving, request: Request) -> Response:
     """``POST /api/pull``"""
     body = await read_fields(request, "PullRequest")
-    if Name.parse(_named(body)) is None:
+    if Name.parse(_model_name(body)) is None:
         raise BadRequest("invalid model name")
-    return _told(body, ["pulling manifest", "verifying sha256 digest", "writing manifest", "success"])
+    return _statuses(body, ["pulling manifest", "verifying sha256 digest", "writing manifest", "success"])
 
 
 async def push(serving: Serving, request: Request) -> Response:
     """``POST /api/push``"""
     body = await read_fields(request, "PushRequest")
-    name = _named(body)
+    name = _model_name(body)
     if not name:
         raise BadRequest("model is required")
     if Name.parse(name) is None:
         raise BadRequest("invalid model name")
-    return _told(body, ["retrieving manifest", "pushing manifest", "success"])
+    return _statuses(body, ["retrieving manifest", "pushing manifest", "success"])
 
 
 async def create(serving: Serving, request: Request) -> Response:
@@ -48,12 +48,12 @@ async def create(serving: Serving, request: Request) -> Response:
     for key in ("files", "adapters", "parameters"):
         body.object(key)
     body.objects("messages")
-    if Name.parse(_named(body)) is None:
+    if Name.parse(_model_name(body)) is None:
         raise BadRequest("invalid model name")
     if not body.text("from") and not body.any("files"):
         raise BadRequest("neither 'from' or 'files' was specified")
     layer = f"using existing layer sha256:{serving.model.facts.digest}"
-    return _told(body, [layer, "writing manifest", "success"])
+    return _statuses(body, [layer, "writing manifest", "success"])
 
 
 async def copy(serving: Serving, request: Request) -> Response:
@@ -67,7 +67,7 @@ async def copy(serving: Serving, request: Request) -> Response:
 
 async def delete(serving: Serving, request: Request) -> Response:
     """``DELETE /api/delete``"""
-    name = _named(await read_fields(request, "DeleteRequest"))
+    name = _model_name(await read_fields(request, "DeleteRequest"))
     if not name:
         raise BadRequest("model is required")
     if Name.parse(name) is None:
@@ -76,13 +76,13 @@ async def delete(serving: Serving, request: Request) -> Response:
 
 
 async def blob_is_there(serving: Serving, request: Request) -> Response:
-    """``HEAD /api/blobs/:digest``: none is kept."""
+    """``HEAD /api/blobs/:digest``: the server keeps no blobs."""
     known = _DIGEST.fullmatch(request.path_params["digest"])
     return Response(status_code=404 if known else 400, media_type=JSON)
 
 
 async def blob(serving: Serving, request: Request) -> Response:
-    """``POST /api/blobs/:digest``: hashed as it comes, and let go."""
+    """``POST /api/blobs/:digest``: the blob is hashed as it arrives, and discarded."""
     match = _DIGEST.fullmatch(request.path_params["digest"])
     if match is None:
         raise BadRequest("invalid digest format")
@@ -94,12 +94,13 @@ async def blob(serving: Serving, request: Request) -> Response:
     return Response(status_code=201)
 
 
-def _named(body: Fields) -> str:
-    """The model of a request; an empty one is not given, and ``name`` is its elder spelling."""
+def _model_name(body: Fields) -> str:
+    """The model's name in a request; older clients send it as ``name``."""
     return body.text("model") or body.text("name")
 
 
-def _told(body: Fields, statuses: Sequence[str]) -> Response:
+def _statuses(body: Fields, statuses: Sequence[str]) -> Response:
+    """A response that reports progress: all statuses if it is streamed, else the last."""
     if not body.flag("stream", True):
         return json({"status": statuses[-1]})
 

@@ -1,4 +1,4 @@
-"""``options``: as Ollama reads them, other names passed over, null skipped, a wrong type refused with status 500."""
+"""Reads ``options`` as Ollama does: it ignores unknown names and null; a value of the wrong type gives status 500."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBERS = {
     "presence_penalty",
     "frequency_penalty",
 }
-# How Ollama's runner is set up; there is no such runner here, but a wrong type is refused all the same.
+# Settings of Ollama's runner have no effect here, but a value of the wrong type is rejected as Ollama does.
 _RUNNER = {"num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread"}
 _RUNNER_FLAGS = {"use_mmap"}
 _UNIT = ("top_p", "min_p", "typical_p")
@@ -30,7 +30,7 @@ _INT64 = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Options:
-    """``num_ctx`` is None where it isn't given."""
+    """The options of a request; ``num_ctx`` is None if the request does not set it."""
 
     sampling: Sampling = field(default_factory=Sampling)
     num_predict: int = -1
@@ -42,7 +42,7 @@ def options_of(values: Mapping[str, Any]) -> Options:
     """Read ``options``.
 
     Raises:
-        BadRequest: status 500, a value of another type.
+        BadRequest: a value has the wrong type (status 500).
     """
     given: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""All routes of Ollama's own API."""
+"""The router of Ollama's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ollama_forge.serving.http.state import Serving
 
 
 def routes(serving: Serving) -> APIRouter:
-    """``/`` and ``/api/…``."""
+    """The router for ``/`` and ``/api/…``."""
     router = APIRouter(tags=["Ollama"])
 
     def add(method: str, path: str, answer: Answering, about: dict[str, Any], name: str | None = None) -> None:
@@ -24,7 +24,7 @@ def routes(serving: Serving) -> APIRouter:
 
     def get(path: str, answer: Answering, shape: dict[str, Any]) -> None:
         add("GET", path, answer, route(shape))
-        if path != "/api/ps":  # Ollama doesn't answer HEAD there
+        if path != "/api/ps":  # Ollama has no HEAD route for it
             router.add_api_route(path, native(serving, answer), methods=["HEAD"], include_in_schema=False)
 
     get("/", about.root, described.TEXT)

@@ -1,1 +1,1 @@
-"""The OpenAI and Anthropic APIs: what requests mean, and how answers are written. The routes are beside this folder."""
+"""Reads requests and writes responses of the OpenAI and Anthropic APIs. Their routes are in the parent package."""

@@ -1,4 +1,4 @@
-"""Server-sent events out of a stream of an answer's."""
+"""Writes the events of an answer as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ollama_forge.serving.events import Event
 
 @dataclass(frozen=True)
 class Sse:
-    """One server-sent event; ``data`` is sent as JSON unless it is text."""
+    """A server-sent event; ``data`` is sent as JSON, or unchanged if it is text."""
 
     data: Mapping[str, Any] | str
     event: str | None = None
@@ -26,17 +26,17 @@ class Sse:
 
 
 class Writer(Protocol):
-    """Turns the events of one answer into the server-sent events of one API."""
+    """Writes the events of one answer as the server-sent events of one API."""
 
     def write(self, event: Event) -> Iterator[Sse]: ...
 
     def failed(self, message: str) -> Iterator[Sse]:
-        """What ends the stream when the answer cannot be gone on with."""
+        """The last events of the stream if generation fails."""
         ...
 
 
 async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> AsyncGenerator[bytes]:
-    """The body of a stream; an answer that cannot be gone on with ends it in an error."""
+    """The body of a streamed response; if generation fails, it ends with an error."""
     try:
         for item in writer.write(first):
             yield item.encode()
@@ -49,10 +49,10 @@ async def streamed(first: Event, rest: AsyncIterator[Event], writer: Writer) -> 
 
 
 def compact(value: object) -> str:
-    """JSON without spaces, as text that is not escaped beyond need."""
+    """JSON without spaces, with unescaped Unicode."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def new_id(prefix: str) -> str:
-    """An id that is not used again: the prefix and 24 hex digits."""
+    """A new id: ``prefix`` and 24 random hex digits."""
     return prefix + secrets.token_hex(12)

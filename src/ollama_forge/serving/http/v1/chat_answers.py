@@ -1,4 +1,4 @@
-"""Answers of OpenAI's chat completions and text completions, whole and in chunks."""
+"""Responses of OpenAI's chat completions and text completions, streamed and not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import openai_error
 
 FINGERPRINT = "fp_ollama"
-UNLIKELY = -9999.0  # OpenAI's word for less: JSON has no infinity
+UNLIKELY = -9999.0  # OpenAI's value for unlikely tokens; JSON has no infinity
 
 
 def chat_completion(model: str, answer: Answer) -> dict[str, Any]:
-    """The body that answers ``/v1/chat/completions``."""
+    """The body of a response to ``/v1/chat/completions``."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
     if answer.thinking:
         message["reasoning"] = answer.thinking
@@ -34,7 +34,7 @@ def chat_completion(model: str, answer: Answer) -> dict[str, Any]:
 
 
 class ChatChunks:
-    """The chunks of a streamed chat completion; the role comes with the first, the reason of ending alone."""
+    """The chunks of a streamed chat completion. The first has the role; one without content has the finish reason."""
 
     def __init__(self, model: str, *, usage: bool) -> None:
         self._head = {"id": new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(time.time())}
@@ -79,7 +79,7 @@ class ChatChunks:
 
 
 def text_completion(model: str, answer: Answer) -> dict[str, Any]:
-    """The body that answers ``/v1/completions``; a thought is no part of the text."""
+    """The body of a response to ``/v1/completions``; its text does not include thinking."""
     choice: dict[str, Any] = {"text": answer.content, "index": 0, "finish_reason": answer.done.reason}
     if answer.logprobs:
         choice["logprobs"] = _text_logprobs(answer.logprobs, 0)
@@ -88,7 +88,7 @@ def text_completion(model: str, answer: Answer) -> dict[str, Any]:
 
 
 class TextChunks:
-    """The chunks of a streamed text completion; the last has the reason of ending and no text."""
+    """The chunks of a streamed text completion. One without text has the finish reason."""
 
     def __init__(self, model: str, *, usage: bool) -> None:
         self._head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time())}
@@ -118,7 +118,7 @@ class TextChunks:
 
 
 def tool_call(call: ToolCall) -> dict[str, Any]:
-    """A call as OpenAI writes it: the arguments are JSON in a string."""
+    """A tool call in OpenAI's format: the arguments are a string of JSON."""
     function = {"name": call.name, "arguments": compact(call.arguments)}
     return {"id": call.id, "index": call.index, "type": "function", "function": function}
 
@@ -145,7 +145,7 @@ def _alternative(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The older form that text completions have; ``offset`` is where the first token begins in the text."""
+    """Log-probabilities in the format of text completions; ``offset`` is the first token's place in the text."""
     offsets = []
     for token in tokens:
         offsets.append(offset)

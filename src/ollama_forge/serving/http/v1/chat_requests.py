@@ -1,4 +1,4 @@
-"""Requests of OpenAI's chat completions and text completions."""
+"""Reads requests for OpenAI's chat completions and text completions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ CHAT, TEXT = "ChatCompletionRequest", "CompletionRequest"
 
 @dataclass(frozen=True)
 class Completion:
-    """A turn of OpenAI's; ``usage``: the stream ends with one; ``suffix``: what a text completion is to lead up to."""
+    """A request for a completion.
+
+    Attributes:
+        usage: whether the stream ends with a chunk of token counts.
+        suffix: the text that should follow a text completion.
+    """
 
     turn: Turn
     usage: bool = False
@@ -35,10 +40,10 @@ class Completion:
 
 
 def chat_request(body: Fields) -> Completion:
-    """Read the body of ``/v1/chat/completions``.
+    """Read the body of a request to ``/v1/chat/completions``.
 
     Raises:
-        BadRequest: a field of another type, or one that means nothing.
+        BadRequest: a field has the wrong type or an invalid value.
     """
     messages = body.objects("messages")
     if not messages:
@@ -65,10 +70,10 @@ def chat_request(body: Fields) -> Completion:
 
 
 def text_request(body: Fields) -> Completion:
-    """Read the body of ``/v1/completions``: its prompt is one turn of a chat, as in Ollama.
+    """Read the body of a request to ``/v1/completions``; as in Ollama, the prompt becomes a user message.
 
     Raises:
-        BadRequest: a field of another type.
+        BadRequest: a field has the wrong type or an invalid value.
     """
     prompt, limit, logprobs = body.text("prompt"), body.integer("max_tokens"), body.integer("logprobs") or 0
     if not 0 <= logprobs <= 20:
@@ -86,7 +91,7 @@ def text_request(body: Fields) -> Completion:
 
 
 def role_of(text: str) -> str:
-    """A role in lower case; ``developer`` is OpenAI's newer word for ``system``."""
+    """A role in lower case; OpenAI's role ``developer`` means ``system``."""
     role = text.lower()
     return "system" if role == "developer" else role
 

@@ -1,4 +1,4 @@
-"""The requests of these APIs as the OpenAPI description shows them."""
+"""The OpenAPI schemas of the requests and responses of the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 
@@ -115,25 +115,25 @@ _ANTHROPIC_ERROR = _object(
     "type", "error", "request_id", type=TEXT, error=_object("type", "message", type=TEXT, message=TEXT), request_id=TEXT
 )
 _STATUSES = {
-    400: "What was asked for cannot be done",
+    400: "The request is invalid, or the model does not support it",
     401: "The API key is missing or wrong",
-    403: "Not from this host or page",
+    403: "The Host or Origin header is not allowed",
     404: "No such model",
     413: "The request is too large",
-    500: "The answer failed",
-    501: "The model does not embed",
+    500: "Generation failed",
+    501: "The model does not support embeddings",
     503: "Too many requests are waiting",
 }
 
 
 def takes(schema: Schema, *, streams: bool = True, anthropic: bool = False) -> dict[str, Any]:
-    """Arguments of a route that takes a body of ``schema``, and perhaps answers as a stream."""
+    """Arguments of ``add_api_route`` that describe a route whose body has ``schema``; ``streams``: it can stream."""
     extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
     return {"openapi_extra": extra, "responses": answers(streams=streams, anthropic=anthropic)}
 
 
 def answers(*, streams: bool = False, anthropic: bool = False) -> dict[int | str, dict[str, Any]]:
-    """What a route answers, errors included."""
+    """The ``responses`` argument of ``add_api_route``, with the error responses."""
     content: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
     if streams:
         content["text/event-stream"] = {"schema": TEXT}

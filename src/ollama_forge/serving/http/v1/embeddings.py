@@ -1,4 +1,4 @@
-"""OpenAI's embeddings: what a request means, and how vectors are written."""
+"""Reads requests and writes responses of OpenAI's embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _FORMATS = ("float", "base64")
 
 @dataclass(frozen=True)
 class EmbeddingsRequest:
-    """``dimensions``: so many of each vector, None for all; ``encoded``: as base64 of little-endian float32."""
+    """A request for embeddings.
+
+    Attributes:
+        dimensions: number of leading components to keep of each vector; None keeps all.
+        encoded: whether to send each vector as base64 of little-endian float32.
+    """
 
     model: str
     texts: tuple[str, ...]
@@ -26,10 +31,10 @@ class EmbeddingsRequest:
 
 
 def embeddings_request(body: Fields) -> EmbeddingsRequest:
-    """Read the body of ``/v1/embeddings``.
+    """Read the body of a request to ``/v1/embeddings``.
 
     Raises:
-        BadRequest: no input, an input that isn't text, an encoding that there isn't.
+        BadRequest: the input is missing or not text, or the encoding format is unknown.
     """
     form = body.text("encoding_format").lower() or "float"
     if form not in _FORMATS:
@@ -45,7 +50,7 @@ def embeddings_request(body: Fields) -> EmbeddingsRequest:
 
 
 def embeddings(request: EmbeddingsRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
-    """The body that answers ``/v1/embeddings``; ``tokens`` of all inputs together."""
+    """The body of a response to ``/v1/embeddings``; ``tokens`` is the number of tokens of all inputs."""
     data = [
         {"object": "embedding", "embedding": _base64(vector) if request.encoded else list(vector), "index": index}
         for index, vector in enumerate(vectors)

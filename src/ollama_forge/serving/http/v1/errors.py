@@ -1,4 +1,4 @@
-"""The shapes in which the OpenAI and Anthropic APIs tell what went wrong."""
+"""The formats of errors in the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ANTHROPIC = {
 
 
 def openai_error(status: int, message: str) -> dict[str, Any]:
-    """The body of an error of ``/v1/…``."""
+    """The body of an error response of OpenAI's API."""
     kind = _OPENAI.get(status, "api_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def anthropic_error(status: int, message: str) -> dict[str, Any]:
-    """The body of an error of ``/v1/messages``."""
+    """The body of an error response of Anthropic's API."""
     error = {"type": _ANTHROPIC.get(status, "api_error"), "message": message}
     return {"type": "error", "error": error, "request_id": new_id("req_")}

@@ -1,4 +1,4 @@
-"""From a turn to the response that answers it, whole or streamed; clients that leave end the answer."""
+"""Turns the answer to a request into a response, streamed or not; a client that disconnects cancels the answer."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ async def exchange(
     body: Callable[[Answer], dict[str, Any]],
     writer: Callable[[int], Writer],
 ) -> Response:
-    """Answer ``turn``: with ``body`` of the answer, or a stream by the writer for a prompt of so many tokens.
+    """Generate the answer to ``turn``, and respond with it; without messages, nothing is generated.
 
-    Nothing is generated where there are no messages.
+    Args:
+        body: makes the body of a response that is not streamed.
+        writer: makes the writer of a streamed response from the prompt's number of tokens.
 
     Raises:
-        BadRequest, Busy, EngineError: before the first piece of the answer.
-        ClientDisconnect: nobody waits for it any more; it was cancelled.
+        BadRequest, Busy, EngineError: there is no answer; a failure after its first event ends the stream instead.
+        ClientDisconnect: the client disconnected; the answer was cancelled.
     """
     gate(model, turn)
     events: AsyncGenerator[Event]
@@ -43,7 +45,7 @@ async def exchange(
         ask = await asyncio.to_thread(_ask, model, turn)
         events, tokens = model.answer(ask), len(ask.prompt.ids)
     else:
-        events, tokens = _loaded(), 0
+        events, tokens = _load_only(), 0
     if not turn.stream:
         async with aclosing(events):
             return JSONResponse(body(await while_connected(request, whole(events))))
@@ -53,10 +55,10 @@ async def exchange(
 
 
 def gate(model: ServedModel, turn: Turn) -> None:
-    """Refuse what the model cannot do, in Ollama's words and order.
+    """Reject a request that needs a capability which the model lacks, in Ollama's words and order.
 
     Raises:
-        BadRequest: thinking, tools or images that it doesn't know.
+        BadRequest: the model does not support thinking, tools or images, but the request needs it.
     """
     if turn.think and "thinking" not in model.capabilities:
         raise BadRequest(f'"{turn.model}" does not support thinking')
@@ -82,5 +84,6 @@ async def _first(events: AsyncGenerator[Event]) -> Event:
     return await anext(events)
 
 
-async def _loaded() -> AsyncGenerator[Event]:
+async def _load_only() -> AsyncGenerator[Event]:
+    """The events of a request without messages."""
     yield Done("load", prompt_tokens=0, tokens=0, total_ns=0, load_ns=0, prompt_ns=0, answer_ns=0)

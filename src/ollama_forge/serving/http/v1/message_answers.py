@@ -1,4 +1,4 @@
-"""Answers of Anthropic's messages, whole and as the events of a stream."""
+"""Responses of Anthropic's Messages API, streamed and not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
 def message(model: str, answer: Answer) -> dict[str, Any]:
-    """The body that answers ``/v1/messages``."""
+    """The body of a response to ``/v1/messages``."""
     content: list[dict[str, Any]] = []
     if answer.thinking:
         content.append({"type": "thinking", "thinking": answer.thinking})
@@ -26,7 +26,7 @@ def message(model: str, answer: Answer) -> dict[str, Any]:
 
 
 class MessageEvents:
-    """The events of a streamed message: blocks of thought, text and calls, one open at a time."""
+    """The events of a streamed message: content blocks of thinking, text and tool calls, one after another."""
 
     def __init__(self, model: str, *, prompt_tokens: int) -> None:
         self._model = model

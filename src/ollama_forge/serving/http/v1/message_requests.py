@@ -1,4 +1,4 @@
-"""Requests of Anthropic's messages."""
+"""Reads requests of Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NAME = "MessagesRequest"
 
 
 def message_request(body: Fields) -> Turn:
-    """Read the body of ``/v1/messages``.
+    """Read the body of a request to ``/v1/messages``.
 
     Raises:
-        BadRequest: a field that is missing or of another type, or one that means nothing.
+        BadRequest: a field is missing, has the wrong type or an invalid value.
     """
     model, limit = body.text("model"), body.integer("max_tokens") or 0
     if not model:
@@ -27,7 +27,7 @@ def message_request(body: Fields) -> Turn:
     messages = [Message("system", system)] if (system := _text_of(body, "system")) else []
     for fields in turns:
         messages += _messages(fields)
-    # A tool with a type of its own (web search, computer use) runs at Anthropic; the model here isn't told of it.
+    # Tools with another type (web search, computer use) run on Anthropic's servers, so the model does not get them.
     tools = [tool(one, "input_schema") for one in body.objects("tools") if one.text("type") in ("", "custom")]
     return Turn(
         model=model,
@@ -42,7 +42,7 @@ def message_request(body: Fields) -> Turn:
 
 
 def _messages(fields: Fields) -> list[Message]:
-    """One turn: results of tools are messages of their own, before what a user says beside them."""
+    """The messages of one turn: each tool result is a message, before the user's text of the same turn."""
     texts: list[str] = []
     images: list[bytes] = []
     calls: list[ToolCall] = []
@@ -67,7 +67,7 @@ def _messages(fields: Fields) -> list[Message]:
 
 
 def _blocks(fields: Fields, key: str) -> list[Fields]:
-    """The blocks of a content; a text alone is one of them."""
+    """The content blocks of a field; a string is one text block."""
     value = fields.any(key)
     return [Fields({"type": "text", "text": value}, key)] if isinstance(value, str) else fields.objects(key)
 

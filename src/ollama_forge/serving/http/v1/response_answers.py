@@ -1,4 +1,4 @@
-"""Answers of OpenAI's responses, whole and as the events of a stream."""
+"""Responses of OpenAI's Responses API, streamed and not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 
 
 def response(model: str, echo: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
-    """The body that answers ``/v1/responses``; ``echo`` is what of the request it repeats."""
+    """The body of a response to ``/v1/responses``; ``echo`` has the fields of the request that it repeats."""
     output: list[dict[str, Any]] = []
     if answer.thinking:
         output.append(_reasoning(new_id("rs_"), answer.thinking))
@@ -24,7 +24,7 @@ def response(model: str, echo: Mapping[str, Any], answer: Answer) -> dict[str, A
 
 
 class ResponseEvents:
-    """The events of a streamed response: items of thought, text and calls, one open at a time, numbered through."""
+    """The numbered events of a streamed response: output items of thinking, text and tool calls, one after another."""
 
     def __init__(self, model: str, echo: Mapping[str, Any]) -> None:
         self._id, self._model, self._echo = new_id("resp_"), model, echo

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's responses."""
+"""Reads requests of OpenAI's Responses API."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _TEXTS = ("input_text", "output_text")
 
 @dataclass(frozen=True)
 class ResponseRequest:
-    """A turn, and what of the request its answer repeats."""
+    """A request for a response; ``echo`` has the fields that the response repeats."""
 
     turn: Turn
     echo: Mapping[str, Any]
 
 
 def response_request(body: Fields) -> ResponseRequest:
-    """Read the body of ``/v1/responses``.
+    """Read the body of a request to ``/v1/responses``.
 
     Raises:
-        BadRequest: a field of another type, or one that means nothing; a conversation that is kept elsewhere.
+        BadRequest: a field has the wrong type or an invalid value, or it refers to a conversation stored by OpenAI.
     """
     for key in ("previous_response_id", "conversation"):
         if body.any(key) is not None:
@@ -106,7 +106,7 @@ def _message(fields: Fields) -> Message:
 
 
 def _add_call(messages: list[Message], fields: Fields, thought: str) -> None:
-    """Put a call into the message of the assistant that made it: the last one, or one of its own."""
+    """Add a tool call to the last message if it is the assistant's, else to a new message of the assistant."""
     values = arguments(fields.text("arguments"), "failed to parse function call arguments")
     if not messages or messages[-1].role != "assistant":
         messages.append(Message("assistant"))
@@ -134,7 +134,7 @@ def _content(fields: Fields, key: str) -> tuple[str, tuple[bytes, ...]]:
 
 
 def _tool(fields: Fields) -> dict[str, Any] | None:
-    """A function; the tools that run at OpenAI aren't here, so the model isn't told of them."""
+    """A function tool; None for tools that run on OpenAI's servers, so the model does not get them."""
     return tool(fields) if fields.text("type") in ("", "function") else None
 
 
@@ -152,8 +152,8 @@ def _echo(body: Fields, turn: Turn, reasoning: Fields, form: Fields) -> dict[str
         "tools": [_echo_tool(fields) for fields in body.objects("tools")],
         "truncation": body.text("truncation") or "disabled",
         "text": {"format": dict(form.values)},
-        "top_p": _plain(turn.sampling.top_p),
-        "temperature": _plain(turn.sampling.temperature),
+        "top_p": _go_number(turn.sampling.top_p),
+        "temperature": _go_number(turn.sampling.temperature),
         "reasoning": thought if any(thought.values()) else None,
         "max_output_tokens": body.integer("max_output_tokens"),
     }
@@ -163,6 +163,6 @@ def _echo_tool(fields: Fields) -> dict[str, Any]:
     return {key: fields.any(key) for key in ("type", "name", "description", "strict", "parameters")}
 
 
-def _plain(number: float) -> float | int:
-    """A number as Go writes it: 1, not 1.0."""
+def _go_number(number: float) -> float | int:
+    """A number as Go writes it: 1 instead of 1.0."""
     return int(number) if number.is_integer() else number

@@ -1,4 +1,4 @@
-"""The shape of what goes wrong in the routes of the OpenAI and Anthropic APIs."""
+"""Turns errors in the routes of the OpenAI and Anthropic APIs into error responses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Answering = Callable[[Request], Awaitable[Response]]
 
 
 def openai(answer: Answering) -> Answering:
-    """``answer`` with OpenAI's shape for what goes wrong."""
+    """The endpoint that calls ``answer`` and turns its errors into OpenAI's format."""
     return _guarded(answer, openai_error)
 
 
 def anthropic(answer: Answering) -> Answering:
-    """``answer`` with Anthropic's shape for what goes wrong."""
+    """The endpoint that calls ``answer`` and turns its errors into Anthropic's format."""
     return _guarded(answer, anthropic_error)
 
 
@@ -30,7 +30,7 @@ def _guarded(answer: Answering, shape: Callable[[int, str], dict[str, Any]]) -> 
         try:
             return await answer(request)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # nobody reads this response
         except BadRequest as error:
             status, message = error.status, error.message
         except Busy:

@@ -1,4 +1,4 @@
-"""What a request of any of these APIs comes down to."""
+"""The common form of requests to the OpenAI and Anthropic APIs, and readers for the fields that they share."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ _DATA_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp))?;base64,")
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer that a client wants.
+    """A request for one answer.
 
     Attributes:
-        tools: in OpenAI's form, for the chat template.
-        think: None where the request says nothing.
-        format: a JSON schema for the answer, or "json" for any object.
-        logprobs: None for none, else with how many alternatives.
+        num_predict: maximum number of generated tokens; -1: no maximum.
+        stop: stop strings.
+        tools: the tools in OpenAI's format, for the chat template.
+        think: whether to think, or a level; None if the request does not say.
+        format: the JSON schema of the answer, or "json" for any object.
+        logprobs: number of alternatives for each token; None: no log-probabilities.
     """
 
     model: str
@@ -51,10 +53,10 @@ class Turn:
 
 
 def effort(word: str) -> bool | str | None:
-    """What OpenAI's reasoning effort means for ``think``; its scale goes beyond Ollama's at both ends.
+    """The value of ``think`` for OpenAI's reasoning effort, whose scale is wider than Ollama's; "" gives None.
 
     Raises:
-        BadRequest: no such effort.
+        BadRequest: the effort is unknown.
     """
     if not word:
         return None
@@ -65,10 +67,10 @@ def effort(word: str) -> bool | str | None:
 
 
 def sampling(body: Fields, *, default: float | None = None) -> Sampling:
-    """The draw that a request describes; ``default`` is temperature and top_p where it says nothing."""
+    """The sampling settings of a request; ``default`` is the temperature and top_p if the request does not set them."""
     given = {
-        "temperature": _or(body.number("temperature"), default),
-        "top_p": _or(body.number("top_p"), default),
+        "temperature": _or_default(body.number("temperature"), default),
+        "top_p": _or_default(body.number("top_p"), default),
         "top_k": body.integer("top_k"),
         "presence_penalty": body.number("presence_penalty"),
         "frequency_penalty": body.number("frequency_penalty"),
@@ -80,16 +82,16 @@ def sampling(body: Fields, *, default: float | None = None) -> Sampling:
 
 
 def stops(body: Fields, key: str = "stop") -> tuple[str, ...]:
-    """A text, or a list of texts."""
+    """The stop strings of a request: the field is a string or a list of strings."""
     value = body.any(key)
     return ((value,) if value else ()) if isinstance(value, str) else tuple(text for text in body.texts(key) if text)
 
 
 def json_schema(schema: object) -> Mapping[str, Any] | None:
-    """The schema that an answer is held to, if one was given.
+    """The JSON schema of an answer, or None if the request has none.
 
     Raises:
-        BadRequest: it isn't an object.
+        BadRequest: the schema is not an object.
     """
     if schema is None or schema == "":
         return None
@@ -99,10 +101,10 @@ def json_schema(schema: object) -> Mapping[str, Any] | None:
 
 
 def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[str, Any]:
-    """The arguments of a call in a conversation, from the JSON that clients send them back as; "" is none.
+    """The arguments of an earlier tool call, from the JSON text that the client sends; "" means no arguments.
 
     Raises:
-        BadRequest: with ``refusal``, where ``text`` isn't an object in JSON.
+        BadRequest: ``text`` is not a JSON object; ``refusal`` is the message.
     """
     try:
         value = json.loads(text) if text else {}
@@ -114,7 +116,12 @@ def arguments(text: str, refusal: str = "invalid tool call arguments") -> dict[s
 
 
 def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
-    """A tool in OpenAI's form, with what templates count on filled in; its schema stands under ``parameters``."""
+    """A tool in OpenAI's format, completed with the fields that chat templates require.
+
+    Args:
+        fields: the name, the description and the schema of a function.
+        parameters: the key of the schema in ``fields``.
+    """
     schema = fields.object(parameters)
     function = {
         "name": fields.text("name"),
@@ -125,7 +132,7 @@ def tool(fields: Fields, parameters: str = "parameters") -> dict[str, Any]:
 
 
 def chosen(tools: Sequence[dict[str, Any]], choice: object) -> tuple[dict[str, Any], ...]:
-    """The tools that may be called: ``choice`` can rule out all, or all but the one it names."""
+    """The tools that ``tool_choice`` allows: all of them, none, or the one that it names."""
     name = None
     if isinstance(choice, dict):
         inner = choice.get("function")
@@ -137,10 +144,10 @@ def chosen(tools: Sequence[dict[str, Any]], choice: object) -> tuple[dict[str, A
 
 
 def image_of_url(url: str) -> bytes:
-    """The image in a ``data:`` URL.
+    """Decode the image in a ``data:`` URL.
 
     Raises:
-        BadRequest: another kind of URL, or no base64.
+        BadRequest: the URL is of another kind, or its data is not base64.
     """
     if url.startswith(("http://", "https://")):
         raise BadRequest("image URLs are not currently supported, please use base64 encoded data instead")
@@ -151,7 +158,11 @@ def image_of_url(url: str) -> bytes:
 
 
 def image_of_base64(text: str, refusal: str) -> bytes:
-    """Raises: BadRequest: with ``refusal``, where ``text`` isn't base64."""
+    """Decode an image.
+
+    Raises:
+        BadRequest: ``text`` is not base64; ``refusal`` is the message.
+    """
     try:
         return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
     except (binascii.Error, ValueError):
@@ -159,7 +170,10 @@ def image_of_base64(text: str, refusal: str) -> bytes:
 
 
 def with_tool_names(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The conversation with the tool's name in each result that only has its call's id; the last such call counts."""
+    """The messages, with the tool's name added to tool results that only have the id of their call.
+
+    If several calls have the same id, the last one counts.
+    """
     names = {call.id: call.name for message in messages for call in message.tool_calls if call.id}
     return tuple(
         replace(message, tool_name=names.get(message.tool_call_id, ""))
@@ -169,5 +183,5 @@ def with_tool_names(messages: Sequence[Message]) -> tuple[Message, ...]:
     )
 
 
-def _or(value: float | None, default: float | None) -> float | None:
+def _or_default(value: float | None, default: float | None) -> float | None:
     return default if value is None else value
