@@ -1,4 +1,4 @@
-"""Bytes as tokens, with a chat template; no torch."""
+"""A tokenizer whose tokens are bytes, with a chat template; it needs no torch."""
 
 from __future__ import annotations
 

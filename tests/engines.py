@@ -1,4 +1,4 @@
-"""Tiny models as engines, and what tests do with them."""
+"""Tiny models as engines, and helpers for tests of engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand-in for Ollama on loopback: answers as `wire/create.jsonl` records, and keeps what it is given."""
+"""A fake Ollama server on loopback: it answers as recorded in `wire/create.jsonl`, and keeps the requests it gets."""
 
 from __future__ import annotations
 

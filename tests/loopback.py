@@ -1,4 +1,4 @@
-"""A server on loopback, in a thread, for clients that know nothing of tests; and models that say what a script says."""
+"""Runs the server on loopback in a thread, for real clients; and models that answer from a script."""
 
 from __future__ import annotations
 

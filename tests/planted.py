@@ -1,7 +1,7 @@
-"""A tiny Llama whose refusals hang on one planted direction, so that whole runs take a second.
+"""A tiny Llama with one planted refusal direction, so that whole runs take a second.
 
 Words of harmful prompts carry a feature that the attention of one layer moves into direction ``R`` at the last
-position; the unembedding answers a refusal where ``R`` is present and something friendly where it isn't.
+position; the unembedding gives a refusal if the state has ``R``, and a friendly answer if it has not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A served model that says what a test tells it to, a byte at a time."""
+"""A served model that answers from a script, one byte per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``apply`` on disk: storage types, MXFP4 experts, shards, damage."""
+"""``apply`` on files: storage types, MXFP4 experts, shards, and damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family's tensors by role, held against tables written by hand from the models' own code."""
+"""The roles of every family's tensors, compared with tables written by hand from the models' code."""
 
 from __future__ import annotations
 

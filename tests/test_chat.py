@@ -1,4 +1,4 @@
-"""The terminal chat: on a scripted model, on a tiny one, and through a server."""
+"""The terminal chat with a scripted model, with a tiny model, and through a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, and run.toml."""
+"""The command line as users call it, and run.toml."""
 
 from __future__ import annotations
 

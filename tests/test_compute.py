@@ -1,4 +1,4 @@
-"""Activations and directions: against one prompt at a time through transformers."""
+"""Activations and directions, compared with transformers on one prompt at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model: pinned, merged as its adapter says, and refusing as promised on prompts it never saw."""
+"""The demo model: it is pinned, equals its base plus its adapter, and refuses unseen harmful prompts as promised."""
 
 from __future__ import annotations
 

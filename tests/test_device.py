@@ -1,4 +1,4 @@
-"""Devices: what a CPU says of itself, and what is done where memory runs out."""
+"""Devices: what the CPU reports, and what happens if memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""refusal.pt: written the same every time, read in every form in use, refused when it is another model's."""
+"""refusal.pt: writing is deterministic, every common form is read, and the file of another model is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``download-lists`` against made-up files on loopback, and what ``PromptSettings.load`` makes of its cache."""
+"""``download-lists`` from a fake host on loopback, and how ``PromptSettings.load`` uses its cache."""
 
 from __future__ import annotations
 

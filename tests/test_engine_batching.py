@@ -1,4 +1,4 @@
-"""Answers beside others are those alone; who joins, leaves, cancels or fails disturbs nobody."""
+"""Batched answers equal answers alone; requests that join, leave, cancel or fail do not disturb others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schemas: which can be enforced, and that answers of a model that knows nothing satisfy them."""
+"""JSON schemas: which can be enforced, and that a random model's answers satisfy them."""
 
 from __future__ import annotations
 

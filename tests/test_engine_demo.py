@@ -1,4 +1,4 @@
-"""The engine on the demo model: eight at once as alone, the next turn, and a hundred answers bound to schemas."""
+"""The engine on the demo model: batches of eight, second turns, and a hundred answers with schemas."""
 
 from __future__ import annotations
 

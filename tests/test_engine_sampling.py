@@ -1,4 +1,4 @@
-"""Filters, penalties, draws and log-probabilities against small cases worked out by hand."""
+"""Filters, penalties, draws and log-probabilities, compared with small cases worked out by hand."""
 
 from __future__ import annotations
 

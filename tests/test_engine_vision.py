@@ -1,4 +1,4 @@
-"""Images, on a tiny random vision-language model."""
+"""Images with a tiny random vision-language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits are exact on every family: seen from the loaded model's own modules, not from the architecture data."""
+"""Edits are exact in every family, judged by the loaded model's modules and not by the architecture data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's converter as a guest: what it knows, what stands in where it doesn't, how its failures are told."""
+"""llama.cpp's converter: the models it supports, the replacements for what it lacks, and messages of its failures."""
 
 from __future__ import annotations
 

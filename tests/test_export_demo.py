@@ -1,4 +1,4 @@
-"""The demo model as a Q4_K_M file, made once: its types, its tokens, what it answers, who loads it."""
+"""The demo model as a Q4_K_M file: its types, its tokens, its answers, and the programs that load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files read and laid out: what goes in comes out, gguf-py reads the same, damage is one error."""
+"""Reading and writing GGUF files: round trips, agreement with gguf-py, and one error for damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded quantiser against what llama.cpp's own made: rows, types; and that no failure leaves a broken file."""
+"""The embedded quantiser: rows and types equal llama.cpp's, and a failure leaves no partial file."""
 
 from __future__ import annotations
 

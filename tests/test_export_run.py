@@ -1,4 +1,4 @@
-"""``run`` behind the checkpoint: the GGUF file, its row, its tokens; and what happens where it cannot be made."""
+"""The export stage of ``run``: the GGUF file, its measurements, its tokens, and failures to make it."""
 
 from __future__ import annotations
 

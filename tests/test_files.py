@@ -1,4 +1,4 @@
-"""Atomic writing, hashes and sizes."""
+"""Atomic writes, hashes and sizes of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file as source: unpacked once into a bf16 checkpoint, with the values and the template of the file."""
+"""A GGUF file as the source: it is unpacked once to a bf16 checkpoint with its values and its template."""
 
 from __future__ import annotations
 

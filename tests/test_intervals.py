@@ -1,4 +1,4 @@
-"""Intervals of rates and means."""
+"""Confidence intervals of rates and means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Least-squares ablation: its closed form, its dual, its inputs, and its effect."""
+"""Least-squares ablation: its closed form, its dual form, its inputs, and its effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curated lists keep the promises of data/README.md."""
+"""The curated lists satisfy the claims in data/README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a model: nothing is missing or made up, and what cannot be loaded is told in one line."""
+"""Loading models: no tensor is missing or made up, and a model that cannot be loaded gives a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modelfiles and parameters: texts come back as they went in."""
+"""Modelfiles and parameters: texts survive a round trip."""
 
 from __future__ import annotations
 

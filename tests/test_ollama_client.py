@@ -1,4 +1,4 @@
-"""The client's side of Ollama: where it is, who it is, names, blobs, create, and what goes wrong on the way."""
+"""The client of Ollama: its address, its version, names, blobs, create, and connection errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``convert``: what it sends, what it refuses before sending anything, where templates come from."""
+"""``convert``: the requests it sends, the inputs it refuses before it sends any, and the sources of templates."""
 
 from __future__ import annotations
 

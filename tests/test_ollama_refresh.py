@@ -1,4 +1,4 @@
-"""``refresh-template``: template, renderer and parser change; all else of a model stays."""
+"""``refresh-template`` changes template, renderer and parser of a model, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: the file in Ollama, once, or the commands that put it there."""
+"""The registration at the end of ``run``: the model is in Ollama, or the commands that register it are printed."""
 
 from __future__ import annotations
 

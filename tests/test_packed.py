@@ -1,4 +1,4 @@
-"""Packed linear layers give the same bits, and leave models alone that they are not for."""
+"""Packed linear layers give identical bits, and models that they do not support stay unchanged."""
 
 from __future__ import annotations
 

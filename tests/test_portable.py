@@ -1,4 +1,4 @@
-"""The program works where Linux's own calls are missing: an imitation of macOS and Windows in a process of its own."""
+"""The program works without Linux's system calls, in a process that imitates macOS and Windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress lines where stderr is no terminal, and the silence of other libraries' bars."""
+"""Progress lines if stderr is not a terminal, and hidden progress bars of other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an instruction reaches the model: its template, the embedding's rows and learned positions."""
+"""Prompts that a model cannot take: dropped by the template, ids beyond the embedding, too many tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Telling refusals, answers and degenerate output apart."""
+"""Classifying answers as refusals, as answers or as degenerate output."""
 
 from __future__ import annotations
 

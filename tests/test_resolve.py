@@ -1,4 +1,4 @@
-"""What --model may name: folders, files, and Hub ids, these against a stand-in of the Hub on the loopback interface."""
+"""Values of --model: folders, files, and Hub ids, with a fake Hub on loopback."""
 
 from __future__ import annotations
 

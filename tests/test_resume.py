@@ -1,4 +1,4 @@
-"""A run goes on where it was: each stage is done again exactly when something that it depends on has changed."""
+"""Resuming a run: a stage runs again exactly if something that it depends on has changed."""
 
 from __future__ import annotations
 

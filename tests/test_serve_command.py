@@ -1,4 +1,4 @@
-"""The ``serve`` command: what it says, what it refuses before it loads, and how it ends."""
+"""The ``serve`` command: its output, the options it refuses before it loads a model, and how it stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many clients at once, careless and gone ones among them: each gets its own answer, and nothing goes on for nobody."""
+"""Many clients at once: each gets its own answer, and disconnected clients leave nothing running."""
 
 from __future__ import annotations
 

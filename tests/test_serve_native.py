@@ -1,4 +1,4 @@
-"""Ollama's routes: names, loading, options, formats, what is refused and how."""
+"""Ollama's routes: names, loading, options, formats, and error responses."""
 
 from __future__ import annotations
 

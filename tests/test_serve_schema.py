@@ -1,4 +1,4 @@
-"""The server's own OpenAPI description, tried by schemathesis; and JSON read without recursion."""
+"""The server's OpenAPI description, tested by schemathesis; and decoding JSON without recursion."""
 
 from __future__ import annotations
 

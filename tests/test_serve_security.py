@@ -1,4 +1,4 @@
-"""Who may call: hosts, pages, keys, sizes; and that no answer says more than it should."""
+"""Access control: hosts, origins, keys, sizes; and that responses reveal nothing about the machine."""
 
 from __future__ import annotations
 

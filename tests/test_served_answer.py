@@ -1,4 +1,4 @@
-"""Answers of a served model on a scripted engine: text, thoughts, calls, ends, log-probabilities, many at a time."""
+"""Answers of a served model with a scripted engine: text, thinking, tool calls, ends, logprobs, concurrency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of a checkpoint, as show and tags tell them."""
+"""Facts about a checkpoint, as show and tags report them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of a served model: what templates are given, and what goes when the context is full."""
+"""Prompts of a served model: the arguments of templates, and what is cut if the context is full."""
 
 from __future__ import annotations
 

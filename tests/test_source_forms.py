@@ -1,4 +1,4 @@
-"""Forms in which models come: quantised, pickled, of unknown types, adapters, and what is said of each."""
+"""Forms of model sources: quantised, pickled, of unknown types, adapters; and the message for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splitting instruction lists into fit, select and report."""
+"""Splitting instruction lists into the parts fit, select and report."""
 
 from __future__ import annotations
 

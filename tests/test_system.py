@@ -1,4 +1,4 @@
-"""What the system offers: disks, memory, cores, the folder for caches."""
+"""The system's disks, memory, cores and cache folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors by byte ranges, and the storage types."""
+"""Reading and writing safetensors by byte ranges, and storage types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings: whatever the split, what the naive cut of the whole text gives."""
+"""Stop strings: for every split of the text, the result equals a cut of the whole text."""
 
 from __future__ import annotations
 

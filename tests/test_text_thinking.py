@@ -1,4 +1,4 @@
-"""Thoughts, as a real Ollama splits them, at every split of the text."""
+"""Thinking is split off as a real Ollama does, for every split of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text out of ids, a token at a time: exact for every kind of tokenizer, never half a character."""
+"""Incremental detokenisation: exact for every kind of tokenizer, and only whole characters."""
 
 from __future__ import annotations
 

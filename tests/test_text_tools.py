@@ -1,4 +1,4 @@
-"""Tool calls of every family, at every split of the text."""
+"""Tool calls in every format, for every split of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thinking models are computed on and measured behind their thoughts."""
+"""Directions and measurements of thinking models use the answer after the thought."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How answers are written for the OpenAI and Anthropic APIs."""
+"""Responses of the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests of the OpenAI and Anthropic APIs mean."""
+"""Requests to the OpenAI and Anthropic APIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that leave, engines that fail, queues that are full: the OpenAI and Anthropic routes over a socket."""
+"""The OpenAI and Anthropic routes over a socket: disconnecting clients, failing engines, full queues."""
 
 from __future__ import annotations
 

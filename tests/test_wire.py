@@ -1,4 +1,4 @@
-"""Every route beside a real Ollama's recorded answers. What may differ is listed by id, with its reason."""
+"""Every route compared with recorded responses of a real Ollama. Allowed differences are listed by id with a reason."""
 
 from __future__ import annotations
 

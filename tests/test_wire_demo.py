@@ -1,4 +1,4 @@
-"""The demo model beside a real Ollama's recorded answers."""
+"""The demo model compared with recorded responses of a real Ollama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, built from their configs in memory, with a byte tokenizer and a chat template."""
+"""Tiny random models of each family, built in memory from configs, with a byte tokenizer and a chat template."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Imitates macOS and Windows for the modules of one package; Python runs this file where its folder is on PYTHONPATH.
+"""Imitates macOS and Windows for the modules of one package; Python runs this file if its folder is on PYTHONPATH.
 
-The package's modules, those that child processes run as scripts too, get an ``os`` without what those systems lack, in
-which folders can be neither opened nor flushed, and read-only files not flushed. Modules that Windows lacks cannot be
-imported. The standard library and other packages see everything.
+The package's modules, also those that run as scripts in child processes, get an ``os`` without the functions that these
+systems lack. In it, folders cannot be opened or flushed, and read-only files cannot be flushed. Modules that Windows
+lacks cannot be imported. The standard library and other packages get the real ``os``.
 
-``IMITATION_PACKAGE`` is the package's folder. ``IMITATION_LOG`` takes a line for each process and module that got such
-an ``os``, and for each thing it then missed.
+``IMITATION_PACKAGE`` is the package's folder. ``IMITATION_LOG`` is a file; it gets a line for each process and module
+that got such an ``os``, and for each missing function that a module tried to use.
 """
 
 from __future__ import annotations
