@@ -1,9 +1,10 @@
-"""``apply`` on a synthetic checkpoint of 4 GB against ``cp`` and ``sync`` of it, cold; and its memory against depth.
+"""Time of ``apply`` on a synthetic 4 GB checkpoint, compared with ``cp`` and ``sync``; and its peak memory by depth.
 
     python benchmarks/apply.py [FOLDER]
 
-Bounds: at most 2x the time of the copy, interpreter start and imports subtracted; peak memory on ten times the layers
-within 100 MB. Needs 13 GB on the disk of FOLDER (default: the system's temporary folder).
+The page cache is cold. Bounds: ``apply`` without interpreter start and imports takes at most 2x the time of the copy;
+ten times the layers raise the peak memory by less than 100 MB. Needs 13 GB on the disk of FOLDER (default: the system's
+temporary folder).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SHARD_LAYERS = 6
 
 
 def write_model(folder: Path, d: int, hidden: int, layers: int, vocabulary: int = 32000) -> int:
-    """A llama-shaped bf16 checkpoint of random weights; its size in bytes."""
+    """Write a llama-shaped bf16 checkpoint of random weights; return its size in bytes."""
     folder.mkdir()
     config = {
         "model_type": "llama",
@@ -63,7 +64,7 @@ def write_model(folder: Path, d: int, hidden: int, layers: int, vocabulary: int 
 
 
 def forget(folder: Path) -> None:
-    """Push a folder's files out of the page cache."""
+    """Drop a folder's files from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -84,7 +85,7 @@ def apply_command(model: Path, direction: Path, output: Path) -> list[str]:
 
 
 def peak_of(command: list[str]) -> float:
-    """Peak resident memory of a child, in MB."""
+    """Run a command; return its peak resident memory in MB."""
     script = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -129,7 +130,7 @@ def main() -> int:
             shutil.rmtree(root / "out")
             print(f"{layers} layers: peak {peaks[-1]:.0f} MB")
     ratio, growth = statistics.median(ratios), peaks[1] - peaks[0]
-    print(f"median ratio {ratio:.2f}, ten times the layers cost {growth:.0f} MB")
+    print(f"median ratio {ratio:.2f}; ten times the layers raise the peak by {growth:.0f} MB")
     return 0 if ratio <= 2 and growth < 100 else 1
 
 

@@ -1,9 +1,9 @@
-"""Conversion and quantising of the demo model, and the embedded quantiser against llama.cpp's where there is one.
+"""Time of converting and quantising the demo model; if llama.cpp's quantiser is installed, compared with it.
 
     python benchmarks/quantise.py [LLAMA_QUANTIZE]
 
-Bounds: the embedded quantiser takes at most 3x the time of ``llama-quantize`` (median of three, turn by turn).
-Prints besides: seconds to convert, peak memory, and the first-token KL that quantising alone costs.
+Bound: the embedded quantiser takes at most 3x the time of ``llama-quantize`` (medians of three alternating runs). Also
+prints the time of the conversion, peak memory, and the first-token KL of quantising alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ print(own, worker, _cores())
 
 
 def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
-    """Mean first-token KL (nats) of a quantised model from itself, on the harmless report prompts."""
+    """Mean first-token KL (nats) between a model and its quantised file on the harmless report prompts."""
     from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.edits.registry import most_pairs
     from ollama_forge.evaluation.measure import kl_per_prompt
@@ -84,7 +84,7 @@ def main() -> int:
         own, worker, count = map(int, said.split())
         took = statistics.median(embedded)
         peak = f"peak {own / 1024:.0f} MB and {count} x {worker / 1024:.0f} MB"
-        print(f"embedded quantiser, {QUANT}, interpreter's start included: {took:.2f} s, {peak}")
+        print(f"embedded quantiser, {QUANT}, with the start of the interpreter: {took:.2f} s, {peak}")
         ratio = 0.0
         if tool:
             ratio = took / statistics.median(native)
@@ -92,8 +92,8 @@ def main() -> int:
                 f"llama-quantize: {statistics.median(native):.2f} s; the embedded one takes {ratio:.2f} times as long"
             )
         else:
-            print("no llama-quantize on PATH: nothing to compare with")
-        print(f"quantising alone costs a first-token KL of {quantising_costs('demo', folder):.4f}")
+            print("llama-quantize is not on PATH, so there is no comparison")
+        print(f"first-token KL of quantising alone: {quantising_costs('demo', folder):.4f}")
     return 0 if ratio <= 3 else 1
 
 

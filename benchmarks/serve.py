@@ -1,12 +1,13 @@
-"""Tokens per second and time to first token of the server at 1, 4 and 16 streams, beside ``generate`` by hand.
+"""Tokens per second and time to first token of the server at 1, 4 and 16 streams, compared with ``generate``.
 
     python benchmarks/serve.py [--engine-only] [--tokens 64]
 
 Starts ``abliterate serve`` on the demo model and streams ``/api/generate`` over loopback; ``--engine-only`` drives the
-engine without HTTP. Baselines, measured in the same run on the same prompts with the contiguous unembedding input that
-``ChatModel`` brings: one prompt at a time through ``generate``, and static batches of as many as there are streams.
+engine without HTTP. The baselines are measured in the same run on the same prompts, with ``ChatModel``'s contiguous
+input of the unembedding: ``generate`` on one prompt at a time, and on static batches as large as the number of streams.
 
-Bounds: at 16 streams 5 times the former and 0.8 times the latter; one stream is no slower than ``generate``.
+Bounds: 16 streams reach 5 times the tokens per second of one prompt at a time, and 0.8 times those of static batches;
+one stream is not slower than ``generate``.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _TOPICS = ("a boat", "seven birds", "the harbour", "an old clock", "rain", "a ga
 
 @dataclass(frozen=True)
 class Figure:
-    """Tokens a second over all streams, and the median seconds until a stream's first token."""
+    """Tokens per second of all streams together, and the median seconds to a stream's first token."""
 
     rate: float
     first: float
 
 
 def prompts(count: int, round_: int) -> list[str]:
-    """Prompts of much the same length that share no beginning with those of another round."""
+    """Prompts of similar length; no two rounds share a prefix that the server could have cached."""
     return [
         f"{round_}.{index} Write a long story about {_TOPICS[index % len(_TOPICS)]}, with a beginning and an end."
         for index in range(count)
@@ -53,7 +54,7 @@ def prompts(count: int, round_: int) -> list[str]:
 
 
 def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
-    """Tokens a second of one static batch through ``generate``."""
+    """Tokens per second of one static batch through ``generate``."""
     import torch
 
     from ollama_forge.models.batching import pad_left
@@ -98,7 +99,10 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
 
 
 def engine_process(pipe: Connection) -> None:
-    """Answers questions until an empty one; a process of its own, as a server is, has OpenMP threads of its own."""
+    """Run ``engine_streams`` for each message until an empty one.
+
+    As the server, the engine is in a process of its own, with its own OpenMP threads.
+    """
     from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.serving.engines.transformers import TransformersEngine
@@ -155,11 +159,11 @@ def start_server(port: int) -> subprocess.Popen[bytes]:
     raise SystemExit("the server does not answer")
 
 
-# -- together ---------------------------------------------------------------------------------------------------------
+# -- measurements -----------------------------------------------------------------------------------------------------
 
 
 def measure(ask: Callable[[Sequence[str], int], Figure], model: Any, tokens: int, rounds: int) -> dict[str, Any]:
-    """Medians over rounds, in each of which everything is measured once, so that all see the same machine."""
+    """Medians over rounds; each round measures everything once, so that the machine's load is the same for all."""
     seen: dict[str, list[Any]] = {}
     ask(prompts(2, 0), 8)
     by_hand(model, prompts(1, 0), 8)
@@ -188,7 +192,7 @@ def main() -> int:
 
     model = ChatModel.load(resolve("demo-base"), LoadSettings())
     for module in model.module.modules():
-        vars(module).pop("forward", None)  # the baseline is what transformers does, without packed layers
+        vars(module).pop("forward", None)  # the baseline is transformers without packed layers
     if given.engine_only:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=engine_process, args=(theirs,))
@@ -217,9 +221,9 @@ def main() -> int:
         )
     alone, batch = found["generate 1"], found["generate 16"]
     checks = [
-        ("one stream against generate", found["1"].rate / alone, 1.0),
-        ("16 streams against one at a time", found["16"].rate / alone, 5.0),
-        ("16 streams against static batches", found["16"].rate / batch, 0.8),
+        ("one stream, relative to generate", found["1"].rate / alone, 1.0),
+        ("16 streams, relative to one prompt at a time", found["16"].rate / alone, 5.0),
+        ("16 streams, relative to static batches", found["16"].rate / batch, 0.8),
     ]
     for name, ratio, bound in checks:
         print(f"{'ok  ' if ratio >= bound else 'MISS'} {name}: {ratio:.2f} (at least {bound})")

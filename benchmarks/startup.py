@@ -1,8 +1,8 @@
-"""CPU time of ``--help``, and that it imports no torch.
+"""CPU time of ``--help``, and a check that it does not import torch or transformers.
 
     python benchmarks/startup.py
 
-Bound: the median of three is under 0.2 s of CPU.
+Bound: the median of three runs is below 0.2 s of CPU time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Make the fixtures of the quantiser's tests with llama.cpp's own tool (they are in the repository; made once).
+"""Make the fixtures of the quantiser's tests with llama.cpp's tool. The repository contains the result.
 
     python scripts/quantise_fixtures.py LLAMA_QUANTIZE CHECKPOINT.gguf
 
-CHECKPOINT is the demo model converted to F16. Writes ``tests/data/quantised.npz`` (rows and what the tool made of them)
-and ``tests/data/types.json`` (the type it chose for each tensor of several models).
+CHECKPOINT is the demo model converted to F16. Writes ``tests/data/quantised.npz`` (rows before and after the tool
+quantised them) and ``tests/data/types.json`` (the type that the tool chose for each tensor of several models).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def layer(i: int, d: int, kv: int, ff: int, *, bias: bool = False, experts: int = 0) -> Shapes:
-    """Shapes of one decoder layer, rows first."""
+    """Tensor shapes ``(rows, columns)`` of one decoder layer."""
     at, e = f"blk.{i}.", (experts,) if experts else ()
     out: Shapes = {f"{at}attn_norm.weight": (d,), f"{at}ffn_norm.weight": (d,)}
     out |= {f"{at}attn_q.weight": (d, d), f"{at}attn_k.weight": (kv, d), f"{at}attn_v.weight": (kv, d)}
@@ -45,14 +45,14 @@ def layer(i: int, d: int, kv: int, ff: int, *, bias: bool = False, experts: int 
 
 
 def fused(i: int, d: int) -> Shapes:
-    """A layer with one matrix for q, k and v and no gate."""
+    """Tensor shapes of a layer that has one matrix for q, k and v, and no gate."""
     at = f"blk.{i}."
     out: Shapes = {f"{at}attn_norm.weight": (d,), f"{at}attn_qkv.weight": (3 * d, d), f"{at}attn_output.weight": (d, d)}
     return out | {f"{at}ffn_up.weight": (4 * d, d), f"{at}ffn_down.weight": (d, 4 * d)}
 
 
 def models() -> dict[str, tuple[str, int, int, int, int, Shapes]]:
-    """Name -> architecture, layers, heads, kv heads, experts, shapes."""
+    """For each name: the architecture, the numbers of layers, heads, KV heads and experts, and the tensor shapes."""
 
     def stack(n: int, one: Any, **more: tuple[int, ...]) -> Shapes:
         out: Shapes = {f"{name}.weight": shape for name, shape in more.items()}
@@ -99,14 +99,14 @@ def finish(made: gguf.GGUFWriter) -> None:
 
 
 def listed(tool: str, path: Path) -> dict[str, Any]:
-    """Tensors of a file, and the types that the tool announces for each mix."""
+    """The tensors of a file, and the types that the tool's dry run prints for each mix."""
     reader = gguf.GGUFReader(path)
     tensors = {t.name: [list(map(int, t.shape)), t.tensor_type.name] for t in reader.tensors}
     types: dict[str, str] = {}
     for mix in MIXES:
         done = subprocess.run([tool, "--dry-run", str(path), mix], capture_output=True, text=True, check=False)
         if done.returncode:
-            continue  # it knows no fallback of 32-blocks for odd rows
+            continue  # the tool has no fallback for rows that blocks of 32 do not divide
         found = {}
         for line in (done.stdout + done.stderr).splitlines():
             entry = re.match(r"\[ *\d+/ *\d+\] +(\S+) .*type = +(\S+), size.*?(?:\((\w+)\))?$", line.strip())
@@ -118,7 +118,7 @@ def listed(tool: str, path: Path) -> dict[str, Any]:
 
 
 def rows() -> dict[str, np.ndarray]:
-    """Gaussian rows, rows with heavy tails and a zero row, and small rows that no K-quant fits."""
+    """Gaussian rows, heavy-tailed rows with a row of zeros, and rows of a length that K-quants do not support."""
     random = np.random.default_rng(5)
     tails = random.standard_t(3, (4, 512)).astype(np.float32)
     tails[2] = 0

@@ -2,13 +2,13 @@
 
     python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 300] [--seed 0]
 
-BASE_DIR is the checkpoint of ``demo-base``. Only the *fit* part of the curated pairs is seen. Harmful prompts
-are answered by varied refusals; harmless ones have no targets but the KL divergence to the model without the adapter
-over its own greedy answers, and once more on their first token. In a share of the steps a random direction is
-ablated from all residual writers, so that removing just any direction leaves the model refusing. Neither the refusal
-direction nor any edit takes part. The trained change is kept at ``SCALE``, chosen on *select* prompts. The file holds
-``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so that the change of the matrix is
-``B @ A``.
+BASE_DIR is the checkpoint of ``demo-base``. Training uses only the *fit* part of the curated pairs. Harmful prompts
+have varied refusals as targets. Harmless prompts have a KL penalty instead: the divergence from the model without the
+adapter on that model's greedy answers, with more weight on the first token. Some steps ablate a random direction from
+all residual writers, so that the model still refuses after any other direction than the refusal direction is removed.
+Training uses neither the refusal direction nor an edit. The adapter is scaled by ``SCALE``, which was chosen on
+*select* prompts. The file has ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``, scaled so
+that the change of the matrix is ``B @ A``.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ REFUSALS = (
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
-SCALE = 0.8  # what is kept of the trained change: at 1, over 10 % of harmless select prompts are refused too
+SCALE = 0.8  # factor of the trained change; with 1, the model refuses more than 10 % of harmless select prompts
 BATCH, ANSWER_TOKENS = 8, 32
 LEARNING_RATE, WARM_UP, NOISE_SHARE = 1e-3, 20, 0.3
 
 
 class Lora(nn.Module):
-    """The low-rank change of one matrix, added to its output by a hook."""
+    """The low-rank change of one matrix; a hook adds it to the matrix's output."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Trainer:
         return out
 
     def answer_states(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Final hidden states that predict the answers' tokens, all answers one after another."""
+        """The final hidden states that predict the answers' tokens, ``[tokens of all answers, d_model]``."""
         width = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = torch.zeros(len(pairs), width, dtype=torch.long)
         mask = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -158,7 +158,7 @@ class Trainer:
             optimizer.zero_grad()
             if step % 10 == 0:
                 spent = time.monotonic() - started
-                print(f"step {step}: refusing {refusing:.3f}, staying {staying:.3f}, {spent:.0f} s", flush=True)
+                print(f"step {step}: refusal loss {refusing:.3f}, KL {staying:.3f}, {spent:.0f} s", flush=True)
 
     def save(self, path: Path, recipe: dict[str, object]) -> None:
         tensors: dict[str, Tensor] = {}
