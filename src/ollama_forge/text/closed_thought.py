@@ -31,7 +31,7 @@ class Thought(StrEnum):
 
 
 def thought_of(template: Template, off: str, on: str, template_kwargs: Mapping[str, Any]) -> Thought:
-    """How prompts with this chat template deal with the thought.
+    """Choose how prompts with this chat template deal with the thought.
 
     Args:
         off, on: a prompt rendered with the template's thinking switches off and on.

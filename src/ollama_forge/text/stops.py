@@ -18,7 +18,7 @@ class StopStrings:
         self.stopped_by: str | None = None
 
     def feed(self, text: str) -> str:
-        """Add text; return what cannot belong to a stop string, and "" after a stop string was found."""
+        """Add text; return the part that cannot belong to a stop string, and "" once one was found."""
         if not self._stops:
             return text
         if self.stopped_by is not None:
@@ -50,7 +50,7 @@ class StopStrings:
 
 
 def held_back(text: str, marker: str) -> int:
-    """Length of the longest end of ``text`` that is an incomplete beginning of ``marker``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``marker``."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if marker.startswith(text[len(text) - length :]):
             return length

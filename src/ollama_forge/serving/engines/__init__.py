@@ -1,1 +1,1 @@
-"""Engines generate: prompt token ids in, a stream of token ids and log-probabilities out. They handle no text."""
+"""Engines turn the token ids of a prompt into a stream of generated tokens and log-probabilities, without text."""

@@ -1,4 +1,4 @@
-"""The interface of every engine: requests, sampling settings, generated tokens. A new engine is a file beside this."""
+"""The interface of every engine: requests, sampling settings, generated tokens. A new engine is a file here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Constraint:
 
     Attributes:
         schema: the schema as JSON text.
-        after: the constraint begins behind the first occurrence of this text (the closing tag of a thought); None
+        after: the constraint begins after the first occurrence of this text (the closing tag of a thought); None
             constrains the whole answer.
     """
 

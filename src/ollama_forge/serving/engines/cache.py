@@ -86,7 +86,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SlotCache(Cache):
-    """A transformers ``Cache`` of one ``SlotLayer`` per layer that stores keys and values of its own.
+    """A transformers ``Cache`` with a ``SlotLayer`` for each layer that stores keys and values of its own.
 
     Args:
         keeps: for each layer, whether it stores keys and values (``kept_layers``).

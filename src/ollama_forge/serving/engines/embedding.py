@@ -11,7 +11,7 @@ from torch import nn
 from ollama_forge.models.chat_model import ChatModel
 
 _ROWS = 16
-_TOKENS = 4096  # of a batch, padding included; decode steps wait while a batch is computed
+_TOKENS = 4096  # maximum of a batch, padding included; decode steps wait while a batch is computed
 
 Work = Callable[[], list[list[float]]]
 

@@ -17,7 +17,7 @@ from ollama_forge.models.device import float64_device
 from ollama_forge.serving.engines.base import Logprob, Sampling, Step
 
 _UNIFORMS = 32
-_COLDEST = 1e-6  # dividing logits by less overflows; the likeliest token has probability 1 long before
+_COLDEST = 1e-6  # lower temperatures decode greedily: logits divided by less would overflow
 _WIDEST = 1024  # above this top_k, sorting the whole vocabulary costs as much
 
 

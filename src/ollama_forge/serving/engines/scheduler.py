@@ -99,7 +99,7 @@ class Scheduler:
             self._sample(logits)
 
     def fail(self, error: EngineError) -> None:
-        """End all requests that are being prefilled or decoded with ``error``; waiting requests keep waiting."""
+        """Deliver ``error`` to all requests that are being prefilled or decoded; waiting requests keep waiting."""
         failed = [*self.running, *self._joining]
         self.running, self._joining, self._prefill = [], [], None
         self.runner.reset()
@@ -123,7 +123,7 @@ class Scheduler:
             if group and not self._fits(group, self.waiting[0]):
                 break
             answer = self.waiting.popleft()
-            group.append(answer)  # first of all, so that any later error reaches this request
+            group.append(answer)  # before anything can fail, so that an error reaches this request
             try:
                 self._prepare(answer)
             except EngineError as error:

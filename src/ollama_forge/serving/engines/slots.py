@@ -1,6 +1,6 @@
 """Continuous batching: sequences of different lengths share one KV cache, and join and leave between decode steps.
 
-The rows are right-aligned. Models of transformers support this layout, because ``generate`` pads on the left: their
+The rows are right-aligned. Transformers models support this layout, because ``generate`` pads on the left: their
 masks, sliding windows and position biases work unchanged.
 """
 
@@ -24,7 +24,7 @@ class SlotPrefill:
     """Prefills prompts in a cache of their own, right-aligned.
 
     A single prompt runs in chunks after its cached prefix. Several prompts run in one pass, which computes the last
-    ``fresh`` tokens of each: the largest number of uncached tokens among them.
+    ``fresh`` tokens of each; ``fresh`` is the largest number of uncached tokens among them.
     """
 
     def __init__(

@@ -128,7 +128,7 @@ class TransformersEngine:
         if len(ids) > self._context_length:
             raise EngineError(f"the prompt has {len(ids)} tokens, more than the context length {self._context_length}")
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise EngineError("the prompt contains token ids that are not in the model's vocabulary")
+            raise EngineError("the prompt contains token ids that the model does not know")
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
         """Embed each input as its mean last hidden state (after the final norm), an L2-normalised vector ``[d_model]``.

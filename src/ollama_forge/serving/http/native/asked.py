@@ -67,7 +67,7 @@ class Asked:
         """Check the number of alternatives.
 
         Raises:
-            BadRequest: it is below 0 or above 20.
+            BadRequest: the number is below 0 or above 20.
         """
         if not 0 <= self.top_logprobs <= 20:
             raise BadRequest("top_logprobs must be between 0 and 20")
