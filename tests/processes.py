@@ -1,4 +1,4 @@
-"""Child processes of tests: Python with one thread, and with SIGINT as a terminal gives it.
+"""Runs Python in child processes of tests, with one thread and with the default handler of SIGINT.
 
 A shell starts its background jobs with SIGINT ignored; their children inherit that, and Python then ignores Ctrl-C.
 """

@@ -1,4 +1,4 @@
-"""Openings in the manners of many model families, written for these tests; none holds operational detail."""
+"""First sentences of answers in the style of many model families, written for tests; none has operational detail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits by blocks give what the edit of the whole matrix gives, and never hold more than a block in float32."""
+"""Edits in blocks equal the edit of the whole matrix, and hold at most one block in float32."""
 
 from __future__ import annotations
 

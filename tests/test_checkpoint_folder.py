@@ -1,4 +1,4 @@
-"""The edited checkpoint agrees with itself: tied copies, templates and licences are there, other weights are not."""
+"""The edited checkpoint is consistent: it has equal tied copies, templates and licences, and no unedited weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage types of the edited checkpoint, its size as promised, and what its config says of them."""
+"""Storage types of the edited checkpoint, the estimate of its size, and the ``dtype`` in its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification of written checkpoints: every honest edit passes, whatever the storage type, and no wrong one does."""
+"""Verification of written checkpoints: correct edits pass in every storage type, and wrong edits fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A third method, in one file: it halves what attention writes along the direction, by factors fitted to the model."""
+"""A third edit method in one file: it halves the attention output along the direction, with fitted factors."""
 
 from __future__ import annotations
 
