@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
-import json
 import re
 import subprocess
 import sys
 import tempfile
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from torch import Tensor
 
@@ -38,33 +36,28 @@ def llamacpp_is_installed() -> bool:
 
 @dataclass(frozen=True)
 class LlamaServer:
-    """A running llama.cpp server."""
+    """A running llama.cpp server, and the client that talks to it."""
 
     path: Path
-    host: str
-    port: int
+    client: httpx.Client
 
     def post(self, route: str, body: dict[str, Any]) -> Any:
-        """The answer to a request, parsed.
+        """The parsed response to a request.
 
         Raises:
-            ForgeError: it refuses, or is gone.
+            ForgeError: the server refuses the request, or has died.
         """
-        connection = http.client.HTTPConnection(self.host, self.port)
         try:
-            connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            content = json.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer = self.client.post(route, json=body)
+            content = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
             raise ForgeError(f"llama.cpp stopped running {self.path.name} ({error})", "is memory short?") from error
-        finally:
-            connection.close()
-        if answer.status != http.client.OK:
+        if answer.is_error:
             raise ForgeError(f"llama.cpp refuses: {content.get('error', content)}", "please report this")
         return content
 
     def tokenize(self, text: str) -> Ids:
-        """Ids of a text in which special tokens are read as such, none added."""
+        """Ids of a text; special tokens in it are recognised, and none are added."""
         ids: Ids = self.post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
         return ids
 
@@ -89,8 +82,8 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:
             assert process.stdout is not None
-            address = urllib.parse.urlsplit(process.stdout.readline().decode().strip())
-            if address.hostname is None or address.port is None:
+            address = process.stdout.readline().decode().strip()
+            if not address.startswith("http://"):
                 process.wait()
                 log.seek(0)
                 reason = _reason(log.read().decode("utf-8", "replace"), process.returncode)
@@ -98,7 +91,8 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
                     f"llama.cpp cannot load {path}: {reason}",
                     "is the file whole, and memory enough?",
                 )
-            yield LlamaServer(path, address.hostname, address.port)
+            with httpx.Client(base_url=address, timeout=None, trust_env=False) as client:
+                yield LlamaServer(path, client)
         finally:
             process.kill()
             process.communicate()
