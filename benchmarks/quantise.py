@@ -40,15 +40,15 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     from ollama_forge.models.greedy import first_log_probs
     from ollama_forge.prompts.settings import PromptSettings
 
-    source, settings = resolve(model), LoadSettings()
+    source = resolve(model)
     if not (folder / "converted.gguf").exists():
         convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
     quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
-    chat = ChatModel.load(source, settings)
+    chat = ChatModel.load(source, LoadSettings())
     prompts = chat.tokenizer.instructions_ids(PromptSettings().load(most_pairs()).report.harmless)
     base = first_log_probs(chat, prompts)
     with serving(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
-        file = GgufModel(server, chat.tokenizer, settings, ends=chat.tokenizer.end_ids, vocabulary=base.shape[1])
+        file = GgufModel(server, chat.tokenizer, vocabulary=base.shape[1])
         first = file.answer(prompts, 0, keep_first=True).first
     assert first is not None
     return float(kl_per_prompt(base, first).mean())

@@ -15,16 +15,19 @@ from ollama_forge.cli.options import _default
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.factors import Given
 from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.registry import METHODS, RegisteredMethod, check_edit, method, settings_of
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.models import chat_model
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import CANDIDATES, LADDER, LATE, Candidate
+from ollama_forge.search.ladder import ASKED, CANDIDATES, LADDER, LATE, Candidate
 from ollama_forge.search.trials import Trials
 from tests import planted
 
@@ -75,6 +78,19 @@ def same_edit(one: EditPlan, other: EditPlan) -> bool:
         for name in one.edits
         for attribute in (("L", "K") if isinstance(one.edits[name].rule, Given) else ("basis",))
     )
+
+
+def test_a_trial_compares_with_the_unedited_model(make: Any, loaded: tuple[ChatModel, PromptSplit, Checkpoint]) -> None:
+    model, split, _ = loaded
+    ids = model.tokenizer.instructions_ids(split.select.harmless)
+    trials, everywhere = make(), EditSettings(targets=("writers", "embedding"), strength=2.0, norm_preserving=False)
+    candidate = trials.control(Candidate("everywhere", ASKED, everywhere))  # the refusal direction alone does no damage
+    trial = trials.try_on_select(candidate)  # the first of these trials: nothing of the base model is known before it
+    base = first_log_probs(model, ids)
+    with hooked(model, trials.plan(candidate)):
+        wanted = float(kl_per_prompt(base, first_log_probs(model, ids)).mean())
+    assert wanted > 1e-3
+    assert trial.first_token_kl == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("direction", [{}, {"num_directions": 2}, {"per_layer": True}], ids=["one", "two", "per layer"])

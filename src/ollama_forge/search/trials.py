@@ -128,8 +128,9 @@ class Trials:
 
     def try_on_select(self, candidate: Candidate, bound: float | None = None) -> Trial:
         """Measure a candidate on the select prompts; above ``bound`` on the first-token KL no answers are counted."""
+        base_first = self._base_first  # computed on the unedited model, so before the hooks
         with hooked(self.model, self.plan(candidate)):
-            kl = mean_kl(self.model, self._closed, self._base_first)
+            kl = mean_kl(self.model, self._closed, base_first)
             counts = None if bound is not None and kl > bound else self._count(candidate.name, self._harmful)
         return Trial.of(candidate, kl, counts, len(self._harmful))
 
