@@ -34,6 +34,7 @@ def write_model(folder: Path, d: int, hidden: int, layers: int, vocabulary: int 
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": d,
         "num_hidden_layers": layers,
+        "tie_word_embeddings": True,  # no head is stored
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weight_map: dict[str, str] = {}

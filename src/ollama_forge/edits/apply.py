@@ -77,12 +77,12 @@ class _Tally:
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def watch(self, edit: MatrixEdit, edited: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
-        """Hand on the blocks of one matrix (of one expert), and note their factors and norms."""
+        """Hand on the blocks of one matrix (of one expert), and note their factors and norms; ``before`` is used up."""
         parts: list[JoinedFactors] = []
         for block in edited:
             parts.append(JoinedFactors(block.after.factors, block.after.scale))
             self.size += float(torch.linalg.vector_norm(block.before)) ** 2
-            self.change += float(torch.linalg.vector_norm(block.before - block.after.weight)) ** 2
+            self.change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
             yield block
         joined = join_blocks(edit, parts).factors
         self.factors.append((joined.L, joined.K))

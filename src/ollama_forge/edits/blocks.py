@@ -27,9 +27,8 @@ from ollama_forge.edits.factors import (
     edit_matrix,
 )
 from ollama_forge.edits.plan import MatrixEdit, check_finite
-from ollama_forge.system import return_freed_memory
 
-BLOCK = 4 << 20  # values of a block: 16 MB in float32, of which an edit holds about five copies at a time
+BLOCK = 16 << 20  # values of a block: 64 MB in float32, of which an edit holds about five copies at a time
 ROWS, COLUMNS = 0, 1
 
 
@@ -112,8 +111,6 @@ class BlockwiseEdit:
             after = edit_matrix(before, rule, self.edit.strength, self.edit.rescale, expert)
             yield EditedBlock(start, stop, before, after)
             del before, after, values
-            if not self.whole:
-                return_freed_memory()
 
     def factors(self) -> JoinedFactors:
         """The factors and scale of the whole matrix, without the matrix."""
