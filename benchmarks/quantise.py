@@ -31,7 +31,7 @@ print(own, worker, _cores())
 def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     """Mean first-token KL (nats) between a model and its quantised file on the harmless report prompts."""
     from ollama_forge.checkpoints.resolve import resolve
-    from ollama_forge.edits.registry import most_pairs
+    from ollama_forge.edits.registry import max_pairs
     from ollama_forge.evaluation.measure import kl_per_prompt
     from ollama_forge.export.convert import convert, find_converter
     from ollama_forge.export.quantise import quantise
@@ -45,7 +45,7 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
         convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
     quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
     chat = ChatModel.load(source, LoadSettings())
-    prompts = chat.tokenizer.instructions_ids(PromptSettings().load(most_pairs()).report.harmless)
+    prompts = chat.tokenizer.instructions_ids(PromptSettings().load(max_pairs()).report.harmless)
     base = first_log_probs(chat, prompts)
     with serving(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
         file = GgufModel(server, chat.tokenizer, vocabulary=base.shape[1])

@@ -15,7 +15,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.storage import decode_mxfp4
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import checkpoint_folder
-from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file
+from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
@@ -60,7 +60,7 @@ def test_provenance_card_and_factors(tmp_path: Path, refusal: Path) -> None:
     assert str(tmp_path) not in json.dumps(record)
     assert all(entry["relative_change"] > 0 for entry in record["changed"].values())
     assert "licence of the base model" in (tmp_path / "edited" / "README.md").read_text(encoding="utf-8")
-    edit = EditRecord.load(edit_file(tmp_path / "edited"))
+    edit = EditRecord.load(edit_file_path(tmp_path / "edited"))
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "edited"))
     for name, made in edit.matrices.items():
         plain = before[name] - made.strength * made.L @ made.K.T
@@ -193,7 +193,7 @@ def test_kernels_and_own_strengths(tmp_path: Path, refusal: Path) -> None:
             targets=("writers",), strength_kernel=kernel, skip_begin_layers=0, skip_end_layers=0, mlp_strength=0.5
         )
         apply(str(source.folder), tmp_path / kernel, refusal_pt=refusal, settings=settings)
-        made = EditRecord.load(edit_file(tmp_path / kernel)).matrices
+        made = EditRecord.load(edit_file_path(tmp_path / kernel)).matrices
         strengths[kernel] = [made[f"model.layers.{layer}.self_attn.o_proj.weight"].strength for layer in range(4)]
         assert made["model.layers.2.mlp.down_proj.weight"].strength == 0.5
     assert strengths["constant"] == [1.0] * 4

@@ -17,9 +17,9 @@ from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
 from ollama_forge.edits.blocks import BlockwiseEdit
-from ollama_forge.edits.checkpoint_folder import edit_file
+from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
-from ollama_forge.edits.factors import Given, RemoveFromInput, RemoveFromOutput, Rescale, Rule
+from ollama_forge.edits.factors import FixedFactors, RemoveFromInput, RemoveFromOutput, Rescale, Rule
 from ollama_forge.edits.plan import MatrixEdit
 from ollama_forge.edits.settings import EditSettings
 from tests import tiny
@@ -40,9 +40,9 @@ def basis(size: int) -> Tensor:
     return vector
 
 
-def given(stacked: bool) -> Given:
+def given(stacked: bool) -> FixedFactors:
     experts = (EXPERTS,) if stacked else ()
-    return Given(eighths(*experts, OUT, 2), eighths(*experts, IN, 2))
+    return FixedFactors(eighths(*experts, OUT, 2), eighths(*experts, IN, 2))
 
 
 CASES = {
@@ -68,7 +68,7 @@ def edit_by_blocks(folder: Path, rule: Rule, rescale: Rescale, layout: str, dtyp
         blockwise = BlockwiseEdit(CheckpointTensors(folder), MatrixEdit(matrix, rule, 0.5, rescale), expert, "model")
         edited = list(blockwise.blocks())
         found["largest"] = max(found["largest"], *(block.before.numel() for block in edited))
-        data = b"".join(bytes(piece) for piece in blockwise.encoded(blockwise.blocks(digest), out))
+        data = b"".join(bytes(piece) for piece in blockwise.stored_bytes(blockwise.blocks(digest), out))
         joined = blockwise.factors()
         tensors = (joined.factors.L, joined.factors.K, torch.ones(1) if joined.scale is None else joined.scale)
         found[str(expert)] = (data, digest.hexdigest(), [tensor.tolist() for tensor in tensors])
@@ -102,7 +102,7 @@ def test_apply_by_blocks(
         monkeypatch.setattr(blocks, "BLOCK", size)
         settings = EditSettings(targets=targets)
         apply(str(tmp_path / "model"), tmp_path / name, refusal_pt=tmp_path / "refusal.pt", settings=settings)
-        records.append(EditRecord.load(edit_file(tmp_path / name)))
+        records.append(EditRecord.load(edit_file_path(tmp_path / name)))
     torch.testing.assert_close(*(load_file(tmp_path / name / "model.safetensors") for name in ("apart", "whole")))
     whole, apart = records
     assert list(apart.matrices) == list(whole.matrices)

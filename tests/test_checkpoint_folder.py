@@ -15,7 +15,7 @@ from ollama_forge.api import apply
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.checkpoint_folder import edit_file, write_checkpoint
+from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.orthogonal import plan_orthogonal
@@ -79,7 +79,7 @@ def test_a_tied_head_stored_a_second_time_is_edited_with_the_embedding(
 def test_an_edit_file_edits_the_second_copy_too(tmp_path: Path, refusal: Path) -> None:
     source = with_second_head(tmp_path / "model", "gemma2", tied=True)
     apply(str(source.folder), tmp_path / "once", refusal_pt=refusal, settings=WITH_EMBEDDING)
-    record = EditRecord.load(edit_file(tmp_path / "once"))
+    record = EditRecord.load(edit_file_path(tmp_path / "once"))
     assert HEAD in record.matrices
     alone = {name: matrix for name, matrix in record.matrices.items() if name != HEAD}
     replace(record, matrices=alone).save(tmp_path / "alone.edit.safetensors")  # as versions before wrote it

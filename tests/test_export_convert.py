@@ -21,7 +21,7 @@ from ollama_forge.export import convert as converting
 from ollama_forge.export.convert import (
     convert,
     error_line,
-    fallback_for,
+    fallback_pre_tokenizer,
     find_converter,
     supported_architectures,
     unsupported_reason,
@@ -175,8 +175,12 @@ def test_preflight_of_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_which_pre_tokenizer_stands_in() -> None:
-    assert fallback_for({"model_type": "llama"}) == "default"
-    assert fallback_for({"model_type": "gemma3"}) == fallback_for({"model_type": "gemma3_text"}) == "llama-bpe"
+    assert fallback_pre_tokenizer({"model_type": "llama"}) == "default"
+    assert (
+        fallback_pre_tokenizer({"model_type": "gemma3"})
+        == fallback_pre_tokenizer({"model_type": "gemma3_text"})
+        == "llama-bpe"
+    )
 
 
 # failures, with a converter of our own

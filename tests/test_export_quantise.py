@@ -64,7 +64,7 @@ def test_rows_are_as_near_as_those_of_the_real_tool(tmp_path: Path, case: str) -
     assert 0 < ours <= 1.05 * error_of(ROWS[case], kind, rows)
 
 
-def shape_of(model: dict[str, Any], folder: Path) -> mix.Shape:
+def properties_of(model: dict[str, Any], folder: Path) -> mix.ModelProperties:
     """The shape as read from a file's metadata."""
     arch = model["arch"]
     metadata = {
@@ -74,7 +74,7 @@ def shape_of(model: dict[str, Any], folder: Path) -> mix.Shape:
         f"{arch}.attention.head_count_kv": value_of(model["kv"]),
         f"{arch}.expert_count": value_of(model["experts"]),
     }
-    return mix.Shape.of(Gguf(folder, metadata, ()))
+    return mix.ModelProperties.of(Gguf(folder, metadata, ()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,7 +83,7 @@ def test_types_are_those_that_the_real_tool_printed(tmp_path: Path, name: str) -
     tensors = [Tensor(tensor, tuple(shape), Type[kind]) for tensor, (shape, kind) in model["tensors"].items()]
     assert len(model["types"]) >= 9
     for quant, real in model["types"].items():
-        ours = mix.tensor_types(quant, shape_of(model, tmp_path), tensors)
+        ours = mix.tensor_types(quant, properties_of(model, tmp_path), tensors)
         assert " ".join(ours[tensor.name].name for tensor in tensors) == real, quant
 
 
@@ -192,7 +192,7 @@ def test_where_the_tool_fails_the_embedded_one_takes_over(
     source, target = model(tmp_path), tmp_path / "out.gguf"
     tool = fake_tool(tmp_path, body)
     assert quantise.quantise(source, target, "Q4_0", NOTHING, tool) == quantise.EMBEDDED
-    assert "the embedded quantiser takes over" in capsys.readouterr().err
+    assert "using the embedded quantiser" in capsys.readouterr().err
     assert read_gguf(target).get("general.file_type") == mix.file_type("Q4_0")
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.gguf"]
 

@@ -18,11 +18,11 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.tokens import Mismatch, TokenCheck
 from ollama_forge.export import gguf_file, quantise
-from ollama_forge.export.gguf_file import ShippedFile, tokenizer_of
+from ollama_forge.export.gguf_file import QuantisedFile, tokenizer_metadata
 from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.pipeline import RunSettings, exporting, room, run, stages
+from ollama_forge.pipeline import RunSettings, disk_space, exporting, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
@@ -125,8 +125,8 @@ def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], caps
     for path in ("checkpoint", "checkpoint.edit.safetensors", "refusal.pt", "org-tiny-x.gguf", "report.json"):
         assert f"{made.folder / path} (" in out
     assert "GGUF (Q8_0)" in out
-    assert "all as in the checkpoint" in out
-    assert "'default' stands in" in out
+    assert "texts agree with the checkpoint's tokenizer" in out
+    assert "uses those of 'default' instead" in out
     assert "abliterate chat --checkpoint" in out.splitlines()[-1]
 
 
@@ -143,7 +143,7 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
         patched.setattr(gguf_file, "quantise", full)
         with pytest.raises(ForgeError, match="No space left") as caught:
             run(elsewhere)
-    assert "goes on from there" in caught.value.hint
+    assert "resumes at this one" in caught.value.hint
     stored = read_json(elsewhere.folder / "report.json")
     assert stored["verification"]["passed"]
     assert "edited" in stored["measurements"]
@@ -160,7 +160,7 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     report = run(elsewhere)
     assert report.file is not None
     assert report.tokens is None
-    assert "tokens unchecked" in report.file_lines()[-1]
+    assert "tokens not checked" in report.file_lines()[-1]
     assert "GGUF (Q4_K_M)" not in report.rows
     assert not converted.exists()
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_converted_is_said_and_the_rest_done(tmp_path: Path, caps
     assert "WordLevel" in report.to_json()["gguf"]["problem"]
     assert report.file_lines() == ["no GGUF file: llama.cpp has no WordLevel tokenizers"]
     for asked in (ExportSettings("Q6_K"), ExportSettings(requantize=False)):
-        with pytest.raises(ForgeError, match="no GGUF file can be made"):
+        with pytest.raises(ForgeError, match="cannot be converted to GGUF"):
             run(replace(made, export=asked, output_dir=str(tmp_path / "asked")))
     assert not (tmp_path / "asked").exists()
 
@@ -220,7 +220,7 @@ def test_options_that_cannot_work() -> None:
     with pytest.raises(UsageError, match="contradict"):
         ExportSettings("Q8_0", requantize=False)
     assert ExportSettings("q4_k").quant == "Q4_K_M"
-    assert not ExportSettings().asked_for
+    assert not ExportSettings().customised
 
 
 def test_room_is_asked_for_before_the_work(
@@ -230,7 +230,7 @@ def test_room_is_asked_for_before_the_work(
     size = checkpoint.parameters * 2
     needed = output_size(checkpoint, "keep") + int(size * (1 + 8.5 * 1.2 / 16))
     made = settings(tmp_path, tmp_path / "model")
-    monkeypatch.setattr(room, "free_space", lambda _: needed - 2)
+    monkeypatch.setattr(disk_space, "free_space", lambda _: needed - 2)
     with pytest.raises(ForgeError, match=r"this run needs .*Q8_0") as caught:
         run(made)
     assert "--output-dir" in caught.value.hint
@@ -278,9 +278,9 @@ def test_a_gguf_source_keeps_its_type_tokenizer_and_template(tmp_path: Path, mon
 def test_a_file_that_garbles_text_is_not_passed_over() -> None:
     mismatch = Mismatch("the sea", ("theĠ", "s"), ("the", "Ġs"))
     check = TokenCheck(220, 3, 2, (mismatch,))
-    file = ShippedFile(Path("x.gguf"), "Q4_K_M", 1, "embedded", "default")
+    file = QuantisedFile(Path("x.gguf"), "Q4_K_M", 1, "embedded", "default")
     told = " ".join(_token_lines(check, file.tokenizer_of_source))
-    for words in ("3 of 220", "'the sea'", "garbles text (2 of 220", "chat and serve", "and don't"):
+    for words in ("3 of 220", "'the sea'", "garbles text: 2 of 220", "chat and serve", "not affected"):
         assert words in told
     spaces = " ".join(_token_lines(replace(check, garbled=0), False))
     assert "3 of 220" in spaces
@@ -306,6 +306,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = typed(tmp_path / "source.gguf", 7)
     file = read_gguf(path)
     other = replace(file, metadata={**file.metadata, "tokenizer.ggml.tokens": value_of(["a", "b"])})
-    assert set(tokenizer_of(file, file)) == {key for key in file.metadata if key.startswith("tokenizer.")}
+    assert set(tokenizer_metadata(file, file)) == {key for key in file.metadata if key.startswith("tokenizer.")}
     with pytest.raises(ForgeError, match="has 2 tokens and 262 embeddings"):
-        tokenizer_of(other, file)
+        tokenizer_metadata(other, file)

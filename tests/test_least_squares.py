@@ -15,7 +15,7 @@ from ollama_forge.activations import writer_inputs
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
 from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.factors import Given
+from ollama_forge.edits.factors import FixedFactors
 from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.least_squares import (
     fit_keys,
@@ -191,7 +191,7 @@ def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
     torch.testing.assert_close(fitted[writer.tensor].L[:, 0], wanted, rtol=1e-5, atol=1e-6)
 
 
-def fitted_to(model: ChatModel, direction: RefusalDirection) -> dict[str, Given]:
+def fitted_to(model: ChatModel, direction: RefusalDirection) -> dict[str, FixedFactors]:
     weight = lambda matrix: weight_of(model, matrix)  # noqa: E731
     return fit_least_squares(model.model_map, {"r": direction}, gathered(model), weight, vector_reader_of(model))["r"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.gguf_file import ShippedFile
+from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import sha256_file
 from ollama_forge.names import check_ollama_name
 from ollama_forge.ollama.registration import OllamaSettings, Registration, plan_registration
@@ -39,7 +39,7 @@ def finish(folder: Path, settings: OllamaSettings | None = None, *, name: str = 
     """What a run does once its file is there; a later run in the same folder finds what this one left."""
     registration = plan(folder, settings, name=name)
     gguf = folder / "made.gguf"
-    file = ShippedFile(gguf, "Q8_0", gguf.stat().st_size, "embedded", None)
+    file = QuantisedFile(gguf, "Q8_0", gguf.stat().st_size, "embedded", None)
     return register_file(registration, StageCache(folder), Exported(file), None)
 
 

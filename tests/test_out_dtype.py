@@ -15,7 +15,7 @@ from ollama_forge.api import apply
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.storage import stored_tensor
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.checkpoint_folder import edit_file, output_size, weights_size
+from ollama_forge.edits.checkpoint_folder import edit_file_path, output_size, weights_size
 from ollama_forge.edits.out_dtype import HELP, OutDtype
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
@@ -89,7 +89,7 @@ def test_the_size_promised_is_an_upper_bound(tmp_path: Path, refusal: Path, rule
     promised = weights_size(source, rule)
     assert shards + index <= promised <= shards + index + 512 * len(source.tensors)
     everything = sum(path.stat().st_size for path in (tmp_path / "edited").rglob("*"))
-    assert everything + edit_file(tmp_path / "edited").stat().st_size <= output_size(source, rule)
+    assert everything + edit_file_path(tmp_path / "edited").stat().st_size <= output_size(source, rule)
 
 
 def test_the_size_of_packed_experts_that_are_kept_is_bounded_too(tmp_path: Path, refusal: Path) -> None:

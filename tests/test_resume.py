@@ -17,7 +17,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.convert import SCRIPT, converter_fingerprint
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.pipeline import preflight, resume, room, run, stages
+from ollama_forge.pipeline import disk_space, preflight, resume, run, stages
 from ollama_forge.pipeline.resume import Stage, StageCache
 from ollama_forge.prompts.settings import PromptSettings
 from tests.test_run import settings
@@ -40,7 +40,7 @@ def stage(folder: Path, calls: list[str], **changes: Any) -> Stage[int]:
         return 7
 
     return Stage(
-        **{"name": "s", "result": int, "needs": {"a": 1}, "do": do, "leaves": [folder / "left.bin"], **changes}
+        **{"name": "s", "result": int, "needs": {"a": 1}, "do": do, "outputs": [folder / "left.bin"], **changes}
     )
 
 
@@ -73,7 +73,7 @@ def test_a_folder_left_behind_is_looked_into(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("shard-1", "shard-2", "card.md"):
         (folder / name).write_bytes(name.encode())
-    kept = stage(tmp_path, calls, leaves=[folder])
+    kept = stage(tmp_path, calls, outputs=[folder])
     StageCache(tmp_path, ignored=["card.md"]).do(kept)
     (folder / "card.md").write_text("stamped later", encoding="utf-8")
     assert StageCache(tmp_path, ignored=["card.md"]).is_done(kept)
@@ -85,17 +85,17 @@ def test_the_middle_of_a_large_file_counts(tmp_path: Path) -> None:
     file = tmp_path / "large"
     data = bytearray(8 << 20)
     file.write_bytes(data)
-    before = resume.stamp(file)
+    before = resume.file_digest(file)
     data[4 << 20] = 1
     file.write_bytes(data)
-    assert resume.stamp(file) != before
+    assert resume.file_digest(file) != before
 
 
 def test_two_runs_in_one_folder_exclude_each_other(tmp_path: Path) -> None:
     made = settings(tmp_path)
     with (
         StageCache(made.folder).locked(),
-        pytest.raises(ForgeError, match=f"another run works in {made.folder}") as caught,
+        pytest.raises(ForgeError, match=f"another run uses {made.folder}") as caught,
     ):
         run(made)
     assert "--output-dir" in caught.value.hint
@@ -150,13 +150,13 @@ def test_a_foreign_direction_in_the_run_folder_is_not_taken_for_the_chosen_one(t
 
 def test_what_is_done_asks_for_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = settings(tmp_path, edit=ONE_EDIT)
-    monkeypatch.setattr(room, "free_space", lambda _: 10)
+    monkeypatch.setattr(disk_space, "free_space", lambda _: 10)
     with pytest.raises(ForgeError, match="this run needs"):
         run(made)
     assert not made.folder.exists()
     monkeypatch.undo()
     run(made)
-    monkeypatch.setattr(room, "free_space", lambda _: 10)
+    monkeypatch.setattr(disk_space, "free_space", lambda _: 10)
     run(made)
 
 

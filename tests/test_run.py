@@ -17,7 +17,7 @@ import torch
 from ollama_forge.api import apply, compute_dir
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file
+from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file_path
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json
@@ -155,11 +155,11 @@ def test_the_edit_beside_a_checkpoint_makes_it_again(tmp_path: Path) -> None:
     made = settings(tmp_path)
     run(made)
     folder = tmp_path / "out" / "checkpoint"
-    apply(made.model, tmp_path / "again", edit_file=edit_file(folder))
+    apply(made.model, tmp_path / "again", edit_file=edit_file_path(folder))
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     planted.save(tmp_path / "other", planted_layer=2)
     with pytest.raises(ForgeError, match="another model"):
-        apply(str(tmp_path / "other"), tmp_path / "wrong", edit_file=edit_file(folder))
+        apply(str(tmp_path / "other"), tmp_path / "wrong", edit_file=edit_file_path(folder))
     assert not (tmp_path / "wrong").exists()
 
 

@@ -13,7 +13,7 @@ from ollama_forge.api import apply, compute_dir
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.options import _default
 from ollama_forge.directions.settings import DirectionSettings
-from ollama_forge.edits.factors import Given
+from ollama_forge.edits.factors import FixedFactors
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.plan import EditPlan, vector_reader
@@ -76,7 +76,7 @@ def same_edit(one: EditPlan, other: EditPlan) -> bool:
     return one.edits.keys() == other.edits.keys() and all(
         torch.equal(getattr(one.edits[name].rule, attribute), getattr(other.edits[name].rule, attribute))
         for name in one.edits
-        for attribute in (("L", "K") if isinstance(one.edits[name].rule, Given) else ("basis",))
+        for attribute in (("L", "K") if isinstance(one.edits[name].rule, FixedFactors) else ("basis",))
     )
 
 
@@ -144,17 +144,17 @@ def test_a_group_that_the_model_rules_out_is_left_out(
     monkeypatch.setattr(type(method("least-squares")), "fit", refuse)
     trials: Trials = make()
     assert list(trials._groups()) == list(LADDER[:2])
-    assert "left out, least squares is not available here" in capsys.readouterr().err
+    assert "skipped, least squares is not available here" in capsys.readouterr().err
 
 
 def test_degenerate_answers_are_counted(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trials: Trials = make()
     model = trials.model
-    untouched = trials.try_on_select(Candidate("nothing", "asked", EditSettings(strength=0.0)))
+    untouched = trials.try_on_select(Candidate("nothing", "configured", EditSettings(strength=0.0)))
     assert (untouched.refused, untouched.degenerate) == (untouched.total, 0)
     real = model.tokenizer.decode
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "the " * 60 if real(ids) else "")
-    looping = trials.try_on_select(Candidate("nothing", "asked", EditSettings(strength=0.0)))
+    looping = trials.try_on_select(Candidate("nothing", "configured", EditSettings(strength=0.0)))
     assert (looping.refused, looping.degenerate) == (0, looping.total)
 
 
@@ -236,7 +236,7 @@ def test_a_method_that_fits_factors_is_not_for_a_model_in_8_bits(
 @pytest.mark.usefixtures("toy")
 def test_a_third_method_is_one_file_and_one_line(make: Any, folder: Path, tmp_path: Path) -> None:
     trials: Trials = make()
-    candidate = Candidate("toy", "asked", TOY)
+    candidate = Candidate("toy", "configured", TOY)
     assert trials.plan(candidate).factors == "halve"
     assert trials.try_on_select(candidate).refused == 0  # at strength 2 all of the direction goes
     assert trials.try_on_select(trials.control(candidate)).refused == trials.base_harmful.refusal

@@ -19,7 +19,7 @@ from ollama_forge.architectures.model_map import Role
 from ollama_forge.architectures.read_matrix import read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.checkpoint_folder import edit_file, write_checkpoint
+from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.factors import Rescale, edit_matrix
 from ollama_forge.edits.orthogonal import plan_orthogonal
@@ -157,7 +157,7 @@ def test_an_honest_edit_passes(family: str, d: int, dtype: torch.dtype, tmp_path
 
 def test_an_edit_from_a_file_is_held_to_its_factors_and_bias_shifts(tmp_path: Path) -> None:
     made = write(tiny.save(tiny.build("gpt2"), tmp_path / "source"), tmp_path / "edited", ALL)
-    record = EditRecord.load(edit_file(made.result.folder))
+    record = EditRecord.load(edit_file_path(made.result.folder))
     given = record.plan(map_checkpoint(made.source), made.source.fingerprint)
     again = replace(made, plan=given)
     assert not failed(verify(made.source, made.result, made.model, given, None))

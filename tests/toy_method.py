@@ -8,7 +8,7 @@ import torch
 
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.factors import Given, Rescale
+from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.method import EditMethod, FitContext
@@ -34,7 +34,7 @@ class Halve(EditMethod):
             for matrix in model.model_map.matrices:
                 if matrix.role is Role.O:
                     left = direction.for_layer(matrix.layer or 0).T.contiguous()
-                    factors[matrix.tensor] = Given(left, torch.mm(weight_of(model, matrix).T, left) / 2)
+                    factors[matrix.tensor] = FixedFactors(left, torch.mm(weight_of(model, matrix).T, left) / 2)
             fitted[name] = FittedFactors(factors)
         return fitted
 

@@ -1,4 +1,4 @@
-"""The single steps as functions: ``compute_dir`` and ``apply``, named like their commands."""
+"""``compute_dir`` and ``apply``: the functions behind the commands of the same names."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import vector_reader
-from ollama_forge.edits.registry import check_8bit, check_edit, method, registered
+from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
-from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.progress import say, status
+from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.models.holder import load_chat_model
+from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
 
 
 @dataclass(frozen=True)
 class ComputedDirection:
-    """What ``compute_dir`` wrote: the direction, its file, and the file of fitted factors (None where none are)."""
+    """The direction, its file, and the edit file with fitted factors (None if the method has no fit)."""
 
     direction: RefusalDirection
     path: Path
     edit_path: Path | None
 
 
-def edit_beside(path: Path) -> Path:
+def edit_file_beside(path: Path) -> Path:
     """``refusal.pt`` -> ``refusal.edit.safetensors``."""
     return path.with_suffix(".edit.safetensors")
 
@@ -54,12 +55,12 @@ def compute_dir(
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
     Args:
-        edit: the edit to be made of the direction. Its method says from how many pairs the direction is computed;
-            where the method fits factors to the model, they are written beside ``output``.
+        edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
+            model, they are written to an edit file beside ``output``.
 
     Raises:
-        UsageError: a setting is unknown or has no meaning here; nothing has been fetched then.
-        ForgeError: there is no such model or list, or the model cannot be loaded.
+        UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
+        ForgeError: the model or a list is missing, or the model cannot be loaded.
     """
     prompts, load, direction = (
         prompts or PromptSettings(),
@@ -73,26 +74,25 @@ def compute_dir(
     load.check()
     if load.load_in_8bit:
         check_8bit(edit)
-    split = prompts.load(registered(edit.factors).pairs)
+    split = prompts.load(registered_method(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
     source = resolve(model, revision)
-    with status(f"loading {source.label}"):
-        chat = ChatModel.load(source, load)
-    found = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
+    chat = load_chat_model(source, load)
+    computed = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
     context = FitContext(chat, split.fit, read, prompts.seed)
-    fitted = method(edit.factors).fit(context, edit, {"direction": found})["direction"]
-    found.save(output)
+    fitted = method(edit.factors).fit(context, edit, {"direction": computed})["direction"]
+    computed.save(output)
     if not fitted:
-        return ComputedDirection(found, output, None)
-    plan = method(edit.factors).plan(chat.model_map, found, fitted, edit, read)
+        return ComputedDirection(computed, output, None)
+    plan = method(edit.factors).plan(chat.model_map, computed, fitted, edit, read)
     matrices = {
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
     }
-    EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit)).save(edit_beside(output))
-    return ComputedDirection(found, output, edit_beside(output))
+    EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit)).save(edit_file_beside(output))
+    return ComputedDirection(computed, output, edit_file_beside(output))
 
 
 def apply(
@@ -106,26 +106,29 @@ def apply(
     settings: EditSettings | None = None,
     out_dtype: str = "auto",
 ) -> tuple[Checkpoint, AppliedEdit]:
-    """Write the edited checkpoint, shard by shard; the model is never built.
+    """Write the edited checkpoint tensor by tensor, without loading the model.
 
     Args:
-        refusal_pt: the direction to edit out, with ``settings`` (None: the documented default).
-        edit_file: an edit as ``compute_dir --factors`` or an earlier ``apply`` wrote it; exactly one of the two is
-            given.
-        per_layer: whether the rows of ``refusal_pt`` are one direction for each layer (True) or joint directions
-            (False), where the file does not say so itself.
-        out_dtype: the storage types of the result, ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
+        refusal_pt: the file of the direction to edit out; exactly one of ``refusal_pt`` and ``edit_file`` is given.
+        edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
+        per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
+            the file says so.
+        settings: settings of the edit with ``refusal_pt``; None for the documented default.
+        out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
+
+    Returns:
+        The edited checkpoint, and the record of the edit.
 
     Raises:
-        UsageError: neither or both are given, a setting has no meaning for the edit, or its method needs fitted
-            factors, which an edit file holds.
-        ForgeError: the direction is another model's, the architecture is not described, weights are damaged, or the
+        UsageError: both or none of the files are given, the method does not support a setting, or the method needs
+            fitted factors, which only an edit file holds.
+        ForgeError: the direction is of another model, the architecture is not supported, weights are damaged, or the
             disk is full.
     """
     if (refusal_pt is None) == (edit_file is None):
-        raise UsageError("give either --refusal-pt or --edit", "compute-dir writes them")
+        raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
-        raise UsageError("an edit file holds its own settings", "leave out the options of the edit")
+        raise UsageError("an edit file has its own settings", "leave out the options of the edit, or --edit")
     if edit_file is None:
         settings = settings or EditSettings()
         check_edit(settings)
@@ -138,9 +141,8 @@ def apply(
         assert refusal_pt is not None
         assert settings is not None
         direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers, per_layer=per_layer)
-        made_from = direction.details.get("model_fingerprint")
-        if made_from not in (None, source.fingerprint):
-            say(f"note: {refusal_pt} was computed from another model of the same shape")
+        if direction.details.get("model_fingerprint") not in (None, source.fingerprint):
+            say(f"note: {refusal_pt} was computed from another model of the same dimensions")
         read = vector_reader(source.tensors)
         plan = method(settings.factors).plan(model_map, direction, FittedFactors(), settings, read)
     applied = write_checkpoint(
@@ -148,5 +150,5 @@ def apply(
     )
     shared = model_map.tied or model_map.copies
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
-        say("note: the embedding is tied, so the unembedding was edited with it")
+        say("note: the unembedding is tied to the embedding, so it was edited too")
     return Checkpoint(output_dir, str(output_dir), "folder"), applied

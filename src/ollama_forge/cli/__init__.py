@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. No logic, and nothing heavy imported before a command runs."""
+"""The command line: parse options, call the package, print results. Heavy modules are imported when a command runs."""

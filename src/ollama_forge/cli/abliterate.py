@@ -1,4 +1,4 @@
-"""``ollama-forge abliterate …``"""
+"""The command group ``ollama-forge abliterate``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ollama_forge.errors import UsageError, require_abliterate
 
 @click.group()
 def abliterate() -> None:
-    """Find, edit, measure and talk: the refusal direction of a chat model."""
+    """Compute a chat model's refusal direction, edit it out of the weights, measure the result, and talk to it."""
 
 
 abliterate.add_command(serve)
@@ -23,7 +23,9 @@ abliterate.add_command(serve)
 
 @abliterate.command("compute-dir")
 @opt.model_option
-@click.option("--output", required=True, metavar="FILE.pt", help="Where the direction goes; a .json lies beside it.")
+@click.option(
+    "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
+)
 @opt.load_options
 @opt.prompt_options
 @opt.direction_options
@@ -43,26 +45,27 @@ def compute_dir(**options: Any) -> None:
         direction=opt.direction_settings(options),
         edit=opt.edit_settings(options),
     )
-    found = computed.direction
+    direction = computed.direction
     if options["as_json"]:
-        print(json.dumps({"path": str(computed.path), "layer": found.layer, "method": found.method, **found.details}))
+        values = {"path": str(computed.path), "layer": direction.layer, "method": direction.method}
+        print(json.dumps({**values, **direction.details}))
         return
-    where = "every layer" if found.per_layer else f"layer {found.layer}"
-    print(f"{found.method}, {where}, position {found.position}: {computed.path}")
+    layers = "every layer" if direction.per_layer else f"layer {direction.layer}"
+    print(f"direction ({direction.method}, {layers}, position {direction.position}): {computed.path}")
     if computed.edit_path:
-        print(f"factors: {computed.edit_path}")
+        print(f"edit file: {computed.edit_path}")
 
 
 @abliterate.command("apply")
 @opt.model_option
-@click.option("--output-dir", required=True, metavar="DIR", help="Where the edited checkpoint goes.")
-@click.option("--refusal-pt", metavar="FILE", help="The direction to edit out.")
-@click.option("--edit", "edit_file", metavar="FILE", help="Factors of compute-dir --factors, or of an earlier apply.")
+@click.option("--output-dir", required=True, metavar="DIR", help="Folder to write the edited checkpoint to.")
+@click.option("--refusal-pt", metavar="FILE", help="Direction to edit out, as compute-dir writes it.")
+@click.option("--edit", "edit_file", metavar="FILE", help="Edit file of compute-dir --factors or of an earlier apply.")
 @click.option(
     "--per-layer/--joint",
     "per_layer",
     default=None,
-    help="Whether the rows of a --refusal-pt file that does not say so are one for each layer, or joint directions.",
+    help="Whether --refusal-pt holds one direction for each layer or joint directions, if the file does not say so.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @opt.factors_option
@@ -70,10 +73,10 @@ def compute_dir(**options: Any) -> None:
 @opt.out_dtype_option
 @opt.json_option
 def apply(**options: Any) -> None:
-    """Edit a direction out of (or into) a model's weights, on disk."""
+    """Edit a direction out of a model's weights on disk (or amplify it), without loading the model."""
     require_abliterate("apply")
     from ollama_forge.api import apply
-    from ollama_forge.edits.checkpoint_folder import edit_file
+    from ollama_forge.edits.checkpoint_folder import edit_file_path
 
     folder = Path(options["output_dir"])
     _, applied = apply(
@@ -91,14 +94,14 @@ def apply(**options: Any) -> None:
             json.dumps(
                 {
                     "checkpoint": str(folder),
-                    "edit": str(edit_file(folder)),
+                    "edit": str(edit_file_path(folder)),
                     "changed": sorted(applied.changed),
                 }
             )
         )
         return
     print(f"{len(applied.changed)} tensors changed: {folder}")
-    print(f"factors: {edit_file(folder)}")
+    print(f"edit file: {edit_file_path(folder)}")
 
 
 def _path(value: str | None) -> Path | None:
@@ -120,13 +123,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     expose_value=False,
     callback=_read_config,
     metavar="FILE",
-    help="Options from a run.toml; given ones win.",
+    help="Read options from a run.toml; options on the command line take precedence.",
 )
 @opt.model_option
-@click.option("--name", required=True, help="Name of the result, as Ollama will know it.")
-@click.option("--output-dir", metavar="DIR", help="Default: ./abliterate-<name>.")
+@click.option("--name", required=True, help="Name of the edited model in Ollama.")
+@click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
 @opt.load_options
 @opt.prompt_options
+@opt.max_measured_option
 @opt.direction_options
 @opt.factors_option
 @opt.edit_options
@@ -136,17 +140,21 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     type=float,
     default=0.2,
     show_default=True,
-    help="First-token KL up to which an edit may be chosen.",
+    help="Largest first-token KL divergence of an edit that may be chosen.",
 )
-@click.option("--pick", metavar="NAME", help="Make one of the edits that run tries, by the name that run prints.")
+@click.option("--pick", metavar="NAME", help="Use one of the edits that run tries, by the name that run prints.")
 @click.option(
-    "--allow-few-refusals", is_flag=True, help="Go on where the base model refuses under 20 % of harmful prompts."
+    "--allow-few-refusals",
+    is_flag=True,
+    help="Continue even if the base model refuses less than 20 % of harmful prompts.",
 )
-@click.option("--no-escalate", is_flag=True, help="Keep the documented default, whatever it leaves.")
-@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or a .gguf source's own).")
+@click.option("--no-escalate", is_flag=True, help="Use the documented default edit, and try no others.")
+@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or that of a .gguf source).")
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
-@click.option("--llama-cpp-dir", metavar="DIR", help="A llama.cpp checkout to convert with.")
-@click.option("--template-from", metavar="MODEL", help="Copy template, renderer, parser and stops of an Ollama model.")
+@click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
+@click.option(
+    "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
+)
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
 @click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
@@ -154,7 +162,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.json_option
 @click.pass_context
 def run(ctx: click.Context, /, **options: Any) -> None:
-    """Everything in one command: direction, edit, proof, numbers, GGUF, Ollama. Finished stages are not done again."""
+    """Do all stages: direction, edit, verification, measurements, GGUF file, Ollama. Finished stages are skipped."""
     require_abliterate("run")
     from ollama_forge.cli.closing import closing_lines
     from ollama_forge.export.plan import ExportSettings
@@ -180,8 +188,8 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
         ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
     )
-    told = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
-    report = run(settings, force=options["force"], options=told)
+    recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
+    report = run(settings, force=options["force"], options=recorded)
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:
@@ -189,25 +197,27 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
 
 @abliterate.command("chat")
-@click.option("--name", help="A model that run made, or that a server of this program serves.")
-@click.option("--checkpoint", metavar="MODEL", help="A checkpoint's folder, or whatever --model takes.")
+@click.option("--name", help="Name of a model that run made, or that ollama-forge serves.")
+@click.option("--checkpoint", metavar="MODEL", help="A checkpoint folder, or anything that --model takes.")
 @click.option(
     "--server",
     default="127.0.0.1:11435",
     show_default=True,
     metavar="HOST:PORT",
-    help="Asked first for --name, unless an option is about loading.",
+    help="Server to ask for --name first, unless a loading option is given.",
 )
 @click.option(
     "--think",
     is_flag=False,
     flag_value="on",
     type=click.Choice(["on", "low", "medium", "high", "max"]),
-    help="Think first; --think LEVEL: so hard.",
+    help="Think before answering; a LEVEL says how much.",
 )
-@click.option("--no-think", is_flag=True, help="Answer without thinking first.")
-@click.option("--format", "schema", metavar="json|FILE", help="Answer in JSON, or by the JSON schema in a file.")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Goes with the first message; may be repeated.")
+@click.option("--no-think", is_flag=True, help="Answer without thinking.")
+@click.option(
+    "--format", "schema", metavar="json|FILE", help="Answer in JSON, or according to the JSON schema in FILE."
+)
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Image sent with the first message; repeatable.")
 @opt.talk_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
@@ -230,12 +240,12 @@ def chat(**options: Any) -> None:
 
 
 @abliterate.command("download-lists")
-@click.option("--output-dir", required=True, metavar="DIR", help="Where harmful.txt and harmless.txt go.")
-@click.option("--source-base", metavar="URL", help="A mirror in place of both hosts, with the same paths.")
+@click.option("--output-dir", required=True, metavar="DIR", help="Folder to write the lists to.")
+@click.option("--source-base", metavar="URL", help="Mirror to use instead of the original hosts, with the same paths.")
 @click.option("--timeout", type=float, default=30, show_default=True, metavar="S", help="Seconds to wait for a list.")
 @opt.json_option
 def download_lists(output_dir: str, source_base: str | None, timeout: float, as_json: bool) -> None:
-    """Fetch large public lists; run and compute-dir use them where the curated pairs don't suffice."""
+    """Download large public lists, which run and compute-dir use if the curated pairs do not suffice."""
     from ollama_forge.prompts.upstream import SIDES, download_lists
 
     fetched = download_lists(Path(output_dir), source_base=source_base, timeout=timeout)
@@ -246,7 +256,7 @@ def download_lists(output_dir: str, source_base: str | None, timeout: float, as_
         print(f"{side}: {len(getattr(fetched, side))} lines, {fetched.path(side)}")
     rules = ", ".join(f"{rule} {count}" for rule, count in fetched.dropped.items())
     print(f"dropped by care rules: {sum(fetched.dropped.values())}" + (f" ({rules})" if rules else ""))
-    print(f"dropped besides: {fetched.duplicates} duplicates, {fetched.in_both} harmless lines that are harmful too")
-    for name, why in fetched.failures.items():
-        print(f"not fetched: {name} ({why})")
-    print("the licences of the lists go on applying")
+    print(f"dropped: {fetched.duplicates} duplicates, {fetched.in_both} harmless lines that are in a harmful list too")
+    for name, reason in fetched.failures.items():
+        print(f"not fetched: {name} ({reason})")
+    print("the licences of the lists still apply")

@@ -1,4 +1,4 @@
-"""What ``run`` prints at its end: the table, the chosen edit and why, the files, and the next commands."""
+"""The summary that ``run`` prints: measurements, the chosen edit, the files, and the next commands."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ollama_forge.edits.checkpoint_folder import edit_file
+from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
-from ollama_forge.search.ladder import ENOUGH
+from ollama_forge.search.ladder import MAX_FAILURE_RATE
 
 
 def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     """Print the report on stdout.
 
     Args:
-        climbed: whether stronger edits were tried.
-        max_kl: the first-token KL divergence up to which an edit may be chosen.
+        climbed: whether the ladder could be tried.
+        max_kl: the largest first-token KL divergence of an edit that may be chosen.
     """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     rows = report.table()
@@ -35,10 +35,10 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
     final = report.rows.get("edited")
-    if final is not None and final.harmful.refusal_rate.value > ENOUGH and not climbed:
-        console.print("refusals are left; try --skip-begin-layers 0 --skip-end-layers 0, or run without --no-escalate")
+    if final is not None and final.harmful.refusal_rate.value > MAX_FAILURE_RATE and not climbed:
+        console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
     if final is not None and final.first_token_kl.value > max_kl:
-        console.print(f"first-token KL is above {max_kl:g}: ordinary answers change too")
+        console.print(f"the first-token KL is above {max_kl:g}: answers to harmless prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
     for line in report.file_lines():
@@ -46,7 +46,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     folder = report.folder
     outputs = {
         "checkpoint": folder / "checkpoint",
-        "its edit": edit_file(folder / "checkpoint"),
+        "edit file": edit_file_path(folder / "checkpoint"),
         "direction": folder / "refusal.pt",
         **({} if report.file is None else {f"GGUF, {report.file.quant}": report.file.path}),
         **({} if report.modelfile is None else {"Modelfile": report.modelfile}),

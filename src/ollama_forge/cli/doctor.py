@@ -1,4 +1,4 @@
-"""``ollama-forge doctor``"""
+"""The command ``ollama-forge doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ollama_forge.cli.options import json_option
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show what is installed, what is missing, and what does not work without it."""
+    """Show what is installed, what is missing, and what needs the missing parts."""
     from ollama_forge.doctor import examine
 
     findings = examine()

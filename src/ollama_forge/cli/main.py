@@ -1,4 +1,4 @@
-"""The entry point: every failure becomes one line and a hint, unless ``--debug`` asks for the traceback."""
+"""The entry point. A failure is printed as one line and a hint; ``--debug`` shows its traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTERRUPTED = 130
 @click.version_option(__version__, prog_name="ollama-forge")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def cli(debug: bool) -> None:
-    """Find a chat model's refusal direction, edit it out of (or into) the weights, and measure what that did."""
+    """Compute a chat model's refusal direction, edit it out of the weights (or amplify it), and measure the result."""
 
 
 cli.add_command(abliterate)
@@ -31,8 +31,8 @@ cli.add_command(doctor)
 
 
 def main() -> None:
-    """Run the command line; exit with 0, or with 1 (a failure), 2 (wrong usage) or 130 (interrupted)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows encodes few characters, no pipe a lone surrogate
+    """Run the command line; exit with 0, 1 (failure), 2 (wrong usage) or 130 (interrupted)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Windows pipes encode few characters, and none a lone surrogate
         sys.stdout.reconfigure(errors="replace")
     debug = "--debug" in sys.argv[1:]
     try:
@@ -40,7 +40,7 @@ def main() -> None:
     except ForgeError as error:
         if debug:
             raise
-        _complain(error.message, error.hint)
+        _print_error(error.message, error.hint)
         sys.exit(error.exit_status)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -49,29 +49,29 @@ def main() -> None:
         sys.exit(2)
     except click.UsageError as error:
         hint = error.ctx.command_path + " --help" if error.ctx else "ollama-forge --help"
-        _complain(error.format_message(), hint)
+        _print_error(error.format_message(), hint)
         sys.exit(2)
     except click.ClickException as error:
-        _complain(error.format_message(), "")
+        _print_error(error.format_message(), "")
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(_INTERRUPTED)  # a normal exit waits seconds for the threads of numerical libraries
+        os._exit(_INTERRUPTED)  # a normal exit waits seconds for threads of numerical libraries
     except BrokenPipeError:
         os._exit(1)
     except Exception as error:
         if debug:
             raise
         text = (str(error).strip().splitlines() or [""])[0][:300]
-        _complain(
+        _print_error(
             f"internal error: {type(error).__name__}{f': {text}' if text else ''}",
-            "repeat the command as ollama-forge --debug … and report what it shows",
+            "run the command again as ollama-forge --debug …, and report the traceback as a bug",
         )
         sys.exit(1)
 
 
-def _complain(message: str, hint: str) -> None:
+def _print_error(message: str, hint: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)

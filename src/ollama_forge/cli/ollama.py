@@ -1,4 +1,4 @@
-"""The commands that make models in Ollama: ``ollama-forge convert`` and ``ollama-forge refresh-template``."""
+"""The commands that change models in Ollama: ``ollama-forge convert`` and ``ollama-forge refresh-template``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--gguf", required=True, metavar="FILE", help="The GGUF file.")
 @click.option("--name", required=True, help="Name of the model in Ollama.")
-@click.option("--quantize", metavar="TYPE", help="Type to which Ollama quantises an F16, BF16 or F32 file: Q4_K_M, ...")
+@click.option("--quantize", metavar="TYPE", help="Type to quantise an F16, BF16 or F32 file to, such as Q4_K_M.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt of the model.")
 @click.option(
     "--template-from",
     metavar="MODEL",
-    help="Copy template, renderer, parser and stop strings of this Ollama model.",
+    help="Ollama model to copy template, renderer, parser and stop strings from.",
 )
 @click.option(
     "--parameter",
     "assignments",
     multiple=True,
     metavar="K=V",
-    help="A parameter, as in temperature=0.5; repeatable.",
+    help="Parameter of the model, such as temperature=0.5; repeatable.",
 )
 @json_option
 def convert(
@@ -63,17 +63,17 @@ def convert(
         for warning in state.warnings(renderer=bool(plan.renderer or plan.parser)):
             say(f"warning: {warning}")
         made = register(client, Path(gguf), name, plan=plan, system=system, parameters=parameters, quantize=kind)
-    _tell(made, as_json)
+    _print_registered(made, as_json)
 
 
 @click.command("refresh-template")
-@click.option("--name", required=True, help="The Ollama model to change.")
-@click.option("--base", required=True, metavar="MODEL", help="The Ollama model to copy the template from.")
+@click.option("--name", required=True, help="Ollama model to change.")
+@click.option("--base", required=True, metavar="MODEL", help="Ollama model to copy the template from.")
 @click.option("--template-only", is_flag=True, help="Copy no parameters and no system prompt.")
-@click.option("--output-name", metavar="NAME", help="Make a new model of this name instead of changing --name.")
+@click.option("--output-name", metavar="NAME", help="Create a new model with this name instead of changing --name.")
 @json_option
 def refresh_template(name: str, base: str, template_only: bool, output_name: str | None, as_json: bool) -> None:
-    """Give a model in Ollama the template of another; weights, and settings that the other lacks, stay."""
+    """Copy the template of one Ollama model to another, with its parameters and system prompt; the weights stay."""
     _require_client("refresh-template")
     from ollama_forge.ollama.client import Client
     from ollama_forge.ollama.refresh import refresh
@@ -85,7 +85,7 @@ def refresh_template(name: str, base: str, template_only: bool, output_name: str
         for warning in state.warnings():
             say(f"warning: {warning}")
         made = refresh(client, name, base, template_only=template_only, output_name=output_name)
-    _tell(made, as_json)
+    _print_registered(made, as_json)
 
 
 def _require_client(command: str) -> None:
@@ -93,7 +93,7 @@ def _require_client(command: str) -> None:
         raise ForgeError(f"{command} needs the package 'ollama', which is not installed", install_hint("abliterate"))
 
 
-def _tell(made: Registered, as_json: bool) -> None:
+def _print_registered(made: Registered, as_json: bool) -> None:
     made.require_as_intended()
     if as_json:
         print(json.dumps(made.described()))

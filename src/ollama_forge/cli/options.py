@@ -1,4 +1,4 @@
-"""Options that several commands share, and the frozen settings they turn into."""
+"""Options that several commands share, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import HELP as OUT_DTYPE_HELP
 from ollama_forge.edits.out_dtype import OutDtype
-from ollama_forge.edits.registry import METHODS, registered, settings_of
+from ollama_forge.edits.registry import METHODS, registered_method, settings_of
 from ollama_forge.edits.settings import KERNELS, TARGET_SETS, EditSettings
 from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 
@@ -21,41 +21,42 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CommaSeparated(click.ParamType[tuple[Any, ...]]):
-    """``a,b`` (or ``a+b``) as a tuple of one type."""
+    """A comma-separated list ``a,b`` (or ``a+b``) as a tuple; ``item_type`` converts each item."""
 
-    def __init__(self, kind: Callable[[str], Any], name: str) -> None:
-        self.kind, self.name = kind, name
+    def __init__(self, item_type: Callable[[str], Any], name: str) -> None:
+        self.item_type, self.name = item_type, name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             if isinstance(value, str):
-                return tuple(self.kind(part.strip()) for part in value.replace("+", ",").split(",") if part.strip())
-            if any(isinstance(part, str) != (self.kind is str) for part in value):
+                parts = [part.strip() for part in value.replace("+", ",").split(",")]
+                return tuple(self.item_type(part) for part in parts if part)
+            if any(isinstance(part, str) != (self.item_type is str) for part in value):
                 raise ValueError
-            return tuple(self.kind(part) for part in value)  # a list of a config file
+            return tuple(self.item_type(part) for part in value)  # a list in a config file
         except (TypeError, ValueError):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}s", param, ctx)
 
 
 def _default(field: str) -> str:
-    """``default 1; least squares 2``: the documented default, and each other method's where it differs."""
+    """The help text on a default, such as ``default 1; least squares 2``: other methods are named if they differ."""
     values = {
         name: getattr(entry if hasattr(entry, field) else entry.settings, field) for name, entry in METHODS.items()
     }
     usual = values[EditSettings.factors]
-    others = [f"{name.replace('-', ' ')} {_text(value)}" for name, value in values.items() if value != usual]
-    return "; ".join([f"default {_text(usual)}", *others])
+    others = [f"{name.replace('-', ' ')} {_format_default(value)}" for name, value in values.items() if value != usual]
+    return "; ".join([f"default {_format_default(usual)}", *others])
 
 
-def _text(value: Any) -> str:
+def _format_default(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(_text(part) for part in value)
+        return ",".join(_format_default(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -69,63 +70,70 @@ model_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-talk_options = _all(
+talk_options = _combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",
         default="auto",
         show_default=True,
-        help="Type of computing: auto, float32, bfloat16, float16.",
+        help="Type to compute in: auto, float32, bfloat16 or float16.",
     ),
-    click.option("--system", metavar="TEXT", help="System prompt, in computing, measuring and talking alike."),
+    click.option("--system", metavar="TEXT", help="System prompt for every conversation."),
     click.option("--template-kwargs", metavar="JSON", default="{}", help="Arguments for the chat template."),
-    click.option("--allow-base-model", is_flag=True, help="Accept a model without chat template; it gets bare text."),
+    click.option(
+        "--allow-base-model",
+        is_flag=True,
+        help="Accept a model without a chat template; it gets the bare text.",
+    ),
 )
-load_options = _all(
+load_options = _combined(
     talk_options,
     click.option(
         "--batch-size",
         default="auto",
         show_default=True,
-        help="Prompts at a time; auto halves on lack of memory.",
+        help="Prompts per batch; auto halves it when memory runs out.",
     ),
-    click.option("--load-in-8bit", is_flag=True, help="Compute the direction in 8 bits (bitsandbytes, CUDA)."),
+    click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
 )
-prompt_options = _all(
+prompt_options = _combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
     ),
-    click.option("--harmless", metavar="FILE", help="Harmless instructions, likewise."),
-    click.option("--harmful-dir", metavar="DIR", help="All .txt files of a folder as harmful instructions."),
-    click.option("--harmless-dir", metavar="DIR", help="All .txt files of a folder as harmless instructions."),
-    click.option("--column", metavar="NAME", help="Column or field of the instructions in such files."),
+    click.option("--harmless", metavar="FILE", help="Harmless instructions, in the same formats."),
+    click.option("--harmful-dir", metavar="DIR", help="Folder whose .txt files hold harmful instructions."),
+    click.option("--harmless-dir", metavar="DIR", help="Folder whose .txt files hold harmless instructions."),
+    click.option(
+        "--column", metavar="NAME", help="Column or field with the instructions in .csv, .tsv, .json and .jsonl."
+    ),
     click.option(
         "--num-instructions",
         type=int,
         metavar="N",
-        help=f"Pairs of instructions to compute from ({_default('pairs')}).",
+        help=f"Number of harmful-harmless pairs to compute from ({_default('pairs')}).",
     ),
     click.option(
         "--seed",
         type=int,
         default=PromptSettings.seed,
         show_default=True,
-        help="Seed of the order in which instructions are taken.",
-    ),
-    click.option(
-        "--max-measured",
-        type=int,
-        metavar="N",
-        help=f"Prompts a side to choose and to measure on (default {MAX_SELECT} and {MAX_REPORT}; 0: all).",
+        help="Seed for shuffling the instructions.",
     ),
 )
-direction_options = _all(
+max_measured_option = click.option(
+    "--max-measured",
+    type=int,
+    metavar="N",
+    help="Harmful and harmless prompts, each, for choosing and for measuring "
+    f"(default {MAX_SELECT} for choosing and {MAX_REPORT} for measuring; 0: all).",
+)
+direction_options = _combined(
     click.option(
         "--method",
         default=DirectionSettings.method,
         show_default=True,
-        help="How the direction is found: difference-of-means or projected.",
+        help="Method that computes the direction: difference-of-means or projected.",
     ),
     click.option(
         "--layer-fracs",
@@ -138,29 +146,29 @@ direction_options = _all(
         type=int,
         default=DirectionSettings.num_directions,
         show_default=True,
-        help="How many directions are edited out: 1, or 2 or 3 by singular vectors.",
+        help="Number of directions to edit out: 1, or 2 or 3 (singular vectors).",
     ),
-    click.option("--per-layer-directions", is_flag=True, help="Compute a direction for each layer."),
+    click.option("--per-layer-directions", is_flag=True, help="Compute one direction for each layer."),
     click.option(
         "--position",
         type=int,
         default=DirectionSettings.position,
         show_default=True,
-        help="Token position, counted from the end of the prompt.",
+        help="Token position to compute from, counted from the end of the prompt.",
     ),
 )
 factors_option = click.option(
     "--factors",
     type=click.Choice(tuple(METHODS)),
     default=None,
-    help=f"Method that turns the direction into an edit of each matrix (default {EditSettings.factors}).",
+    help=f"How the edit is computed from the direction (default {EditSettings.factors}).",
 )
-edit_options = _all(
+edit_options = _combined(
     click.option(
         "--targets",
         type=CommaSeparated(str, "name"),
         metavar="SETS",
-        help=f"Sets of matrices to edit, of {', '.join(TARGET_SETS)} ({_default('targets')}).",
+        help=f"Matrices to edit: any of {', '.join(TARGET_SETS)} ({_default('targets')}).",
     ),
     click.option(
         "--strength",
@@ -168,29 +176,29 @@ edit_options = _all(
         help="1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the component along the direction "
         f"(with least squares: strengthens refusal) ({_default('strength')}).",
     ),
-    click.option("--attn-strength", type=float, help="Strength of attention's matrices (default: --strength)."),
-    click.option("--mlp-strength", type=float, help="Strength of the MLP's matrices (default: --strength)."),
+    click.option("--attn-strength", type=float, help="Strength for attention matrices (default: --strength)."),
+    click.option("--mlp-strength", type=float, help="Strength for MLP matrices (default: --strength)."),
     click.option(
         "--strength-kernel",
         metavar="NAME",
-        help=f"How strength falls off over depth: {', '.join(KERNELS)} ({_default('strength_kernel')}).",
+        help=f"How the strength varies over depth: {', '.join(KERNELS)} ({_default('strength_kernel')}).",
     ),
     click.option(
         "--skip-begin-layers",
         type=int,
         metavar="N",
-        help=f"First layers left alone ({_default('skip_begin_layers')}).",
+        help=f"Number of first layers not to edit ({_default('skip_begin_layers')}).",
     ),
     click.option(
         "--skip-end-layers",
         type=int,
         metavar="N",
-        help=f"Last layers left alone ({_default('skip_end_layers')}).",
+        help=f"Number of last layers not to edit ({_default('skip_end_layers')}).",
     ),
     click.option(
         "--norm-preserving/--no-norm-preserving",
         default=None,
-        help=f"Scale each matrix's columns or rows back to the norms that they had ({_default('norm_preserving')}).",
+        help=f"Restore the norms of columns or rows after the edit ({_default('norm_preserving')}).",
     ),
 )
 out_dtype_option = click.option(
@@ -226,13 +234,13 @@ def load_settings(options: dict[str, Any]) -> LoadSettings:
 
 
 def prompt_settings(options: dict[str, Any]) -> PromptSettings:
-    return PromptSettings(**{key: options[key] for key in PROMPT_KEYS})
+    return PromptSettings(**{key: options[key] for key in PROMPT_KEYS if key in options})
 
 
 def direction_settings(options: dict[str, Any]) -> DirectionSettings:
     fractions = options["layer_fracs"]
     if fractions is None:
-        fractions = registered(options.get("factors") or EditSettings.factors).layer_fracs
+        fractions = registered_method(options.get("factors") or EditSettings.factors).layer_fracs
     return DirectionSettings(
         method=options["method"],
         layer_fracs=fractions,
@@ -243,10 +251,10 @@ def direction_settings(options: dict[str, Any]) -> DirectionSettings:
 
 
 def edit_settings(options: dict[str, Any]) -> EditSettings | None:
-    """The edit asked for, or None where no option of an edit was given.
+    """The settings of the edit; None if no option of an edit was given.
 
     Raises:
-        UsageError: a value is unknown, or has no meaning for the method.
+        UsageError: a value is unknown, or the method does not support it.
     """
     given = {key: options[key] for key in EDIT_KEYS if options.get(key) is not None}
     factors = options.get("factors")

@@ -1,4 +1,4 @@
-"""``ollama-forge abliterate serve``"""
+"""The command ``ollama-forge abliterate serve``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("serve")
-@click.option("--name", help="The name that run was given; with --checkpoint, the name to serve that under.")
+@click.option("--name", help="Name of a model that run made; with --checkpoint, the name to serve it under.")
 @click.option("--checkpoint", metavar="MODEL", help="A checkpoint folder, or anything that --model takes.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -25,23 +25,29 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 65535),
     default=11435,
     show_default=True,
-    help="Port; 0: any free one.",
+    help="Port to listen on; 0: any free port.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(0),
     default=512,
     show_default=True,
-    help="Requests that may wait; others get 503.",
+    help="Largest number of waiting requests; further requests get 503.",
 )
-@click.option("--slots", type=click.IntRange(1), default=16, show_default=True, help="Answers generated at a time.")
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Largest number of answers generated at a time.",
+)
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
     """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
     if options["name"] is None and options["checkpoint"] is None:
-        raise UsageError("give --name or --checkpoint", "--name is what run was given")
+        raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
     load = opt.load_settings(options)
     from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.progress import status
@@ -58,8 +64,8 @@ def serve(**options: Any) -> None:
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:
-        checkpoint = resolve(_place(options["name"], options["checkpoint"]), options["revision"])
-        name = servable(options["name"] or _name_of(checkpoint))
+        checkpoint = resolve(_model_of(options["name"], options["checkpoint"]), options["revision"])
+        name = servable(options["name"] or _default_name(checkpoint))
         with status(f"loading {name}"):
             model = ServedModel.load(
                 checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
@@ -68,18 +74,20 @@ def serve(**options: Any) -> None:
         run(model, settings, listening)
 
 
-def _place(name: str | None, checkpoint: str | None) -> str:
+def _model_of(name: str | None, checkpoint: str | None) -> str:
     if checkpoint is not None:
         return checkpoint
     assert name is not None
     folder = run_folder(name) / "checkpoint"
     if not folder.is_dir():
-        raise ForgeError(f"there is no {folder}", f"ollama-forge abliterate run --model … --name {name} makes it")
+        raise ForgeError(
+            f"{folder} does not exist", f"make it with ollama-forge abliterate run --model … --name {name}"
+        )
     return str(folder)
 
 
-def _name_of(checkpoint: Checkpoint) -> str:
-    """The name of the run that made it, its Hub id, or the last part of its path without ``.gguf``."""
+def _default_name(checkpoint: Checkpoint) -> str:
+    """The name to serve a checkpoint under: that of its run, its Hub id, or the last part of its path without .gguf."""
     path = Path(checkpoint.label)
     if checkpoint.kind == "hub":
         return checkpoint.label

@@ -1,1 +1,1 @@
-"""Statistics -> refusal directions: methods, selection of the layer, and the ``.pt`` file with its sidecar."""
+"""Refusal directions from activation statistics: the methods, the choice of a layer, and the ``.pt`` file."""

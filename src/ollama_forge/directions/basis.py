@@ -1,4 +1,4 @@
-"""An orthonormal basis of the span of some directions."""
+"""Orthonormal bases of spans of directions."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def independent_rows(vectors: Tensor, tolerance: float = RELATIVE_TOLERANCE) -> list[int]:
-    """The rows of ``[k, d]`` vectors that are not in the span of the rows before them.
+    """Indices of the rows of ``vectors`` ``[k, d]`` that are linearly independent of the rows before them.
 
     Args:
-        tolerance: a row counts as lying in that span where this share of its length, or less, is left outside.
+        tolerance: a row is dependent if its component outside the span is at most this fraction of its length.
     """
-    kept: list[int] = []
+    independent: list[int] = []
     basis = vectors.new_zeros((0, vectors.shape[-1]), dtype=torch.float64)
-    for place, vector in enumerate(vectors.double()):
-        rest = vector
+    for index, vector in enumerate(vectors.double()):
+        residual = vector
         for _ in range(2):  # projecting once leaves rounding errors along the basis
-            rest = rest - (rest @ basis.T) @ basis
-        length = torch.linalg.vector_norm(rest)
+            residual = residual - (residual @ basis.T) @ basis
+        length = torch.linalg.vector_norm(residual)
         if length > tolerance * torch.linalg.vector_norm(vector):
-            kept.append(place)
-            basis = torch.cat([basis, (rest / length).unsqueeze(0)])
-    return kept
+            independent.append(index)
+            basis = torch.cat([basis, (residual / length).unsqueeze(0)])
+    return independent
 
 
 def orthonormal(vectors: Tensor, tolerance: float = RELATIVE_TOLERANCE) -> Tensor:
-    """An orthonormal basis of the span of ``vectors`` ``[k, d]``, the first vector's direction kept.
+    """An orthonormal basis of the span of ``vectors`` ``[k, d]``; its first axis points along the first vector.
 
-    A row that repeats the rows before it is left out: QR would return an arbitrary axis in its place.
+    Linearly dependent rows are dropped, because QR would return an arbitrary axis for each of them.
 
     Returns:
         float32 ``[d, rank]``.
     """
-    kept = vectors[independent_rows(vectors, tolerance)]
-    basis, triangle = torch.linalg.qr(kept.double().T)
+    independent = vectors[independent_rows(vectors, tolerance)]
+    basis, triangle = torch.linalg.qr(independent.double().T)
     oriented: Tensor = basis * triangle.diagonal().sign()
     return oriented.float()

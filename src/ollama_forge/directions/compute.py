@@ -1,4 +1,4 @@
-"""``compute-dir``: from fit prompts to a refusal direction."""
+"""Compute a refusal direction from the fit prompts."""
 
 from __future__ import annotations
 
@@ -34,28 +34,30 @@ class FitStats:
 def gather_fit_stats(
     model: ChatModel, fit: PartPrompts, layers: Sequence[int], position: int, *, keep_samples: bool = False
 ) -> FitStats:
-    """Run all fit prompts and keep the statistics of some layers at one position.
+    """Run all fit prompts and gather statistics of the residual stream.
 
     Args:
-        keep_samples: keep the harmful prompts' vectors too, which singular vectors need.
+        layers: indices of the layers to gather.
+        position: token position, counted from the end of the templated prompt (-1: the last).
+        keep_samples: also keep the vector of each harmful prompt, which singular vectors need.
     """
     with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
 
-        def side(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
+        def gather(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
             ids = behind_thoughts(model, model.tokenizer.instructions_ids(prompts))
             return gather_residuals(model, ids, layers, position=position, keep_samples=samples, progress=advance)
 
-        return FitStats(side(fit.harmful, keep_samples), side(fit.harmless, False))
+        return FitStats(gather(fit.harmful, keep_samples), gather(fit.harmless, False))
 
 
 def compute_direction(
     model: ChatModel, fit: PartPrompts, settings: DirectionSettings, *, fingerprint: str, seed: int = 0
 ) -> RefusalDirection:
-    """Compute the direction from the fit prompts alone.
+    """Compute the direction from the fit prompts.
 
     Args:
-        fingerprint: fingerprint of the model's checkpoint, kept in the sidecar.
-        seed: seed that the prompts were sampled with, kept in the sidecar.
+        fingerprint: fingerprint of the model's checkpoint, written to the sidecar.
+        seed: seed that the prompts were sampled with, written to the sidecar.
     """
     stats = gather_fit_stats(
         model,
@@ -64,15 +66,16 @@ def compute_direction(
         settings.position,
         keep_samples=settings.num_directions > 1,
     )
-    return direction_from_stats(stats, settings, model.model_map.n_layers, provenance(fit, fingerprint, seed))
+    return direction_from_stats(stats, settings, model.model_map.n_layers, provenance(model, fit, fingerprint, seed))
 
 
-def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
-    """The details of a direction's sidecar: model, lists, number of prompts, seed, and this program's version."""
+def provenance(model: ChatModel, fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
+    """The origin of a direction, for its sidecar: model, lists, prompts, handling of thoughts, seed and version."""
     return {
         "model_fingerprint": fingerprint,
         "lists": fit.hashes,
         "prompts": {"harmful": len(fit.harmful), "harmless": len(fit.harmless)},
+        "thought": model.tokenizer.thought.value,
         "seed": seed,
         "version": __version__,
     }
@@ -81,40 +84,42 @@ def provenance(fit: PartPrompts, fingerprint: str, seed: int) -> dict[str, Any]:
 def direction_from_stats(
     stats: FitStats, settings: DirectionSettings, n_layers: int, details: dict[str, Any]
 ) -> RefusalDirection:
-    """The direction that the settings ask for.
+    """Compute the direction that the settings describe.
 
     Args:
-        stats: statistics of the layers that the settings name, or of more.
-        details: what the sidecar says of the direction's origin.
+        stats: statistics of at least the layers that the settings name.
+        details: the direction's origin, for the sidecar.
     """
-    find: Callable[[Tensor, Tensor], Tensor] = method(settings.method)
-    bad, good = stats.harmful, stats.harmless
+    compute: Callable[[Tensor, Tensor], Tensor] = method(settings.method)
+    harmful, harmless = stats.harmful, stats.harmless
+    position = settings.position
     if settings.per_layer:
-        return RefusalDirection(find(bad.mean, good.mean), True, None, settings.position, settings.method, details)
-    means = [
+        vectors = compute(harmful.mean, harmless.mean)
+        return RefusalDirection(vectors, True, None, position, settings.method, details)
+    mean_harmful, mean_harmless = (
         torch.stack(
             [s.of_layer(layer) if layer in s.layers else torch.zeros_like(s.mean[0]) for layer in range(n_layers)]
         )
-        for s in (bad, good)
-    ]
-    best, candidates = largest_gap(means[0], means[1], settings.layer_fracs)
-    details = {**details, "candidates": [candidate.to_json() for candidate in candidates]}
+        for s in (harmful, harmless)
+    )
+    best, scores = largest_gap(mean_harmful, mean_harmless, settings.layer_fracs)
+    details = {**details, "candidates": [score.to_json() for score in scores]}
     if settings.num_directions > 1:
-        assert bad.samples is not None
-        samples = bad.samples[:, bad.layers.index(best.layer)]
-        vectors = singular_vectors(samples, good.of_layer(best.layer), settings.num_directions)
-        return RefusalDirection(vectors, False, best.layer, settings.position, "singular-vectors", details)
-    vectors = find(bad.of_layer(best.layer), good.of_layer(best.layer)).unsqueeze(0)
-    return RefusalDirection(vectors, False, best.layer, settings.position, settings.method, details)
+        assert harmful.samples is not None
+        samples = harmful.samples[:, harmful.layers.index(best.layer)]
+        vectors = singular_vectors(samples, harmless.of_layer(best.layer), settings.num_directions)
+        return RefusalDirection(vectors, False, best.layer, position, "singular-vectors", details)
+    vectors = compute(harmful.of_layer(best.layer), harmless.of_layer(best.layer)).unsqueeze(0)
+    return RefusalDirection(vectors, False, best.layer, position, settings.method, details)
 
 
 def random_direction(like: RefusalDirection, seed: int = 0) -> RefusalDirection:
-    """A control for an edit with ``like``: random directions, as many and of the same kind.
+    """Random directions with the shape of ``like``, as the control for an edit with it.
 
-    Joint directions are orthonormal; where each layer has its own direction, the rows are independent unit vectors.
+    Joint directions are orthonormal. Directions per layer are independent unit vectors.
 
     Args:
-        seed: the same seed and shape give the same directions.
+        seed: seed of the generator; the same seed and shape give the same directions.
     """
     generator = torch.Generator().manual_seed(seed + 0x5EED)
     vectors = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64)

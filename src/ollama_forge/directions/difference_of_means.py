@@ -1,4 +1,4 @@
-"""Difference of means (Arditi et al. 2024, arXiv 2406.11717): ``r`` is mean harmful - mean harmless, at length 1."""
+"""Difference of means (Arditi et al. 2024, arXiv 2406.11717): mean harmful - mean harmless, scaled to length 1."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def difference_of_means(mean_harmful: Tensor, mean_harmless: Tensor) -> Tensor:
         float32 ``[..., d_model]``.
 
     Raises:
-        ForgeError: the means don't differ.
+        ForgeError: the two means are equal.
     """
     return unit(mean_harmful - mean_harmless)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows scaled to length 1, float32; the arithmetic is float64.
+    """Scale each row to length 1 in float64, and return float32.
 
     Raises:
         ForgeError: a row is zero or not finite.
@@ -32,5 +32,7 @@ def unit(vectors: Tensor) -> Tensor:
     vectors = vectors.double()
     lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     if not torch.isfinite(lengths).all() or (lengths == 0).any():
-        raise ForgeError("harmful and harmless prompts leave the same residual stream", "are the two lists the same?")
+        raise ForgeError(
+            "harmful and harmless prompts give the same residual stream", "check that the two lists differ"
+        )
     return (vectors / lengths).float()

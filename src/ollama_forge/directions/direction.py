@@ -1,4 +1,4 @@
-"""The refusal direction as a value, and as ``refusal.pt`` beside ``refusal.json``."""
+"""The refusal direction, and its files ``refusal.pt`` and ``refusal.json`` (the sidecar)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ollama_forge.directions.basis import RELATIVE_TOLERANCE, orthonormal
+from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import write_bytes, write_json
 from ollama_forge.progress import say
 
 FORMAT = 1
-MOST_JOINT = 3  # compute-dir finds no more joint directions than that
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class RefusalDirection:
     """One or more unit directions of the residual stream.
 
     Attributes:
-        vectors: float32; ``[k, d_model]``, orthonormal, or ``[n_layers, d_model]``, unit rows, if ``per_layer``.
-        per_layer: each layer has its own direction.
-        layer: the layer whose output gave the direction (fractional where two were mixed); None if that is unknown
-            or each layer has its own.
+        vectors: float32 ``[k, d_model]`` with orthonormal rows; if ``per_layer``, ``[n_layers, d_model]`` with unit
+            rows.
+        per_layer: whether there is one direction for each layer, instead of joint directions for all layers.
+        layer: the layer whose output gave the direction (fractional if two layers were mixed); None if it is unknown
+            or ``per_layer``.
         position: the token position, counted from the end of the templated prompt (-1: the last).
-        method: name of the method that found the direction.
-        details: what else the sidecar holds: scores of the candidate layers, fingerprint of the model, hashes of the
-            lists, seed.
+        method: name of the method that computed the direction.
+        details: the other fields of the sidecar, such as scores of the candidate layers, fingerprint of the model,
+            hashes of the lists, and seed.
     """
 
     vectors: Tensor
@@ -48,12 +49,12 @@ class RefusalDirection:
         return self.vectors.shape[-1]
 
     def for_layer(self, layer: int) -> Tensor:
-        """The directions ``[k, d_model]`` that a layer's matrices are edited with."""
+        """The directions ``[k, d_model]`` for the matrices of one layer."""
         return self.vectors[layer : layer + 1] if self.per_layer else self.vectors
 
     def save(self, path: Path) -> None:
-        """Write ``path`` and the JSON sidecar of the same name; the bytes depend on the content alone."""
-        buffer = io.BytesIO()  # torch.save names the archive's root after a file it is given
+        """Write ``path`` and its JSON sidecar; equal content gives equal bytes."""
+        buffer = io.BytesIO()  # given a file, torch.save would write the file's name into the archive
         torch.save(self.vectors.detach().float().clone(memory_format=torch.contiguous_format), buffer)
         sidecar = {
             "format": FORMAT,
@@ -69,47 +70,49 @@ class RefusalDirection:
 
     @classmethod
     def load(cls, path: Path, d_model: int, n_layers: int, *, per_layer: bool | None = None) -> RefusalDirection:
-        """Read the directions of a model with ``d_model`` and ``n_layers``, in any of the forms in use.
+        """Read the directions of a model with ``d_model`` and ``n_layers``. These forms are accepted:
 
         - ``(d,)``, ``(1, d)``, ``(d, 1)``: one direction.
-        - ``(k, d)``, ``(d, k)``: several joint directions, or one for each layer. The sidecar says which. Without one,
-          two or three rows are joint directions, unless the model has as many layers.
+        - ``(k, d)``, ``(d, k)``: joint directions, or one for each layer, as the sidecar says. Without a sidecar, two
+          or three rows are joint directions, unless the model has as many layers.
         - ``{"per_layer": True, "directions": (n_layers, d)}``: one direction for each layer.
-        - ``mean_diffs.pt`` ``(positions, n_layers, d)``: the last position gives one direction for each layer. The
-          first layers' differences are zero where every prompt ends in the same token; the next layer's stands in.
+        - ``mean_diffs.pt`` ``(positions, n_layers, d)``: the last position gives one direction for each layer. If the
+          first layers' differences are zero (every prompt ends in the same token), the next layer's is used for them.
 
-        Any float type will do. Vectors are scaled to length 1. Joint directions are made orthonormal, and one that
-        repeats the others is left out, with a note.
+        Any float type is accepted. Vectors are scaled to length 1. Joint directions are made orthonormal; linearly
+        dependent ones are dropped with a note.
 
         Args:
-            per_layer: True if the rows are one direction for each layer, False if they are joint directions; None if
-                the file itself has to say so.
+            per_layer: True for one direction per layer, False for joint directions, None to read it from the file.
 
         Raises:
-            ForgeError: there is no such file, it is no tensor file, it belongs to another model, it holds NaN or zero
-                vectors, or nothing says of what kind its rows are (or the file says otherwise than ``per_layer``).
+            ForgeError: the file is missing or holds no tensor, belongs to another model, or holds NaN or zero vectors;
+                neither file nor ``per_layer`` tells per-layer from joint directions, or they contradict each other.
         """
         loaded = _load_tensor_file(path)
         sidecar = _Sidecar.beside(path, loaded)
-        stored, layered = _rows(loaded, path, d_model, n_layers)
-        layered = sidecar.per_layer if layered is None else layered
-        if None not in (layered, per_layer) and layered != per_layer:
-            holds = "one direction for each layer" if layered else "joint directions"
+        stored, stated = _rows(loaded, path, d_model, n_layers)
+        stated = sidecar.per_layer if stated is None else stated
+        if None not in (stated, per_layer) and stated != per_layer:
+            holds = "one direction for each layer" if stated else "joint directions"
             raise ForgeError(f"{path} says that it holds {holds}", "leave out --per-layer and --joint")
-        layered = _settle(layered if per_layer is None else per_layer, len(stored), path, n_layers)
+        per_layer = _rows_are_per_layer(stated if per_layer is None else per_layer, len(stored), path, n_layers)
         vectors = stored.float()
         lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         if not torch.isfinite(vectors).all() or (lengths == 0).any():
             raise ForgeError(f"{path} holds NaN, infinite or zero directions", "compute it again")
         vectors = vectors / lengths
-        if not layered and len(vectors) > 1:
+        if not per_layer and len(vectors) > 1:
             tolerance = max(RELATIVE_TOLERANCE, torch.finfo(stored.dtype).eps)
             vectors = orthonormal(vectors, tolerance).T.contiguous()
             if len(vectors) < len(stored):
-                repeated = len(stored) - len(vectors)
-                say(f"note: {repeated} of the {len(stored)} directions in {path} repeat the others and are left out")
+                dropped = len(stored) - len(vectors)
+                say(
+                    f"note: {dropped} of the {len(stored)} directions in {path} depend linearly on the others "
+                    "and are left out"
+                )
         details = sidecar.model_extra or {}
-        return cls(vectors, layered, sidecar.layer, sidecar.position, sidecar.method, details)
+        return cls(vectors, per_layer, sidecar.layer, sidecar.position, sidecar.method, details)
 
 
 def _load_tensor_file(path: Path) -> Any:
@@ -122,7 +125,7 @@ def _load_tensor_file(path: Path) -> Any:
 
 
 class _Sidecar(BaseModel, extra="allow", frozen=True):
-    """What ``refusal.json`` says of the file beside it; fields that are not listed are details."""
+    """The content of ``refusal.json``; fields that are not listed here are details."""
 
     format: int = FORMAT
     method: str = "unknown"
@@ -137,19 +140,19 @@ class _Sidecar(BaseModel, extra="allow", frozen=True):
 
     @classmethod
     def beside(cls, path: Path, loaded: Any) -> _Sidecar:
-        """Read the sidecar of ``path``: an empty one where there is none that can be read or that fits the file."""
+        """Read the sidecar of ``path``; all defaults if it is missing, unreadable, or states another shape."""
         try:
-            found = cls.model_validate_json(path.with_suffix(".json").read_bytes())
+            sidecar = cls.model_validate_json(path.with_suffix(".json").read_bytes())
         except (OSError, ValueError):
             return cls()
-        if isinstance(loaded, Tensor) and found.shape not in (None, list(loaded.shape)):
+        if isinstance(loaded, Tensor) and sidecar.shape not in (None, list(loaded.shape)):
             say(f"note: {path.with_suffix('.json')} describes another file than {path.name}, so it is not used")
             return cls()
-        return found
+        return sidecar
 
 
 def _rows(loaded: Any, path: Path, d_model: int, n_layers: int) -> tuple[Tensor, bool | None]:
-    """The vectors ``[n, d_model]`` as stored, and whether each layer has its own (None: the file itself is silent)."""
+    """The stored vectors ``[n, d_model]``, and whether they are one for each layer (None if the tensor doesn't say)."""
     per_layer: bool | None = None
     if isinstance(loaded, dict):
         flag, loaded = loaded.get("per_layer"), loaded.get("directions")
@@ -160,7 +163,7 @@ def _rows(loaded: Any, path: Path, d_model: int, n_layers: int) -> tuple[Tensor,
     if not tensor.numel():
         raise ForgeError(f"{path} holds no direction", "compute it again")
     if tensor.ndim == 3 and tensor.shape[1:] == (n_layers, d_model):
-        return _without_empty_start(tensor[-1]), True
+        return _fill_zero_layers(tensor[-1]), True
     if tensor.ndim == 1:
         tensor = tensor.unsqueeze(0)
     if tensor.ndim == 2 and tensor.shape[-1] != d_model and tensor.shape[0] == d_model:
@@ -173,23 +176,23 @@ def _rows(loaded: Any, path: Path, d_model: int, n_layers: int) -> tuple[Tensor,
     return tensor, per_layer
 
 
-def _without_empty_start(differences: Tensor) -> Tensor:
-    """Differences ``[n_layers, d]``; the first rows, while they are zero but for rounding, become the next one."""
+def _fill_zero_layers(differences: Tensor) -> Tensor:
+    """Replace the leading rows of ``differences`` ``[n_layers, d]`` that are zero by the first row that is not."""
     lengths = torch.linalg.vector_norm(differences.float(), dim=-1)
     first = int((lengths > RELATIVE_TOLERANCE * lengths.median()).int().argmax())
     return torch.cat([differences[first].expand(first, -1), differences[first:]])
 
 
-def _settle(per_layer: bool | None, count: int, path: Path, n_layers: int) -> bool:
-    """Whether ``count`` rows are one direction for each layer, where neither file nor caller may have said so."""
+def _rows_are_per_layer(per_layer: bool | None, count: int, path: Path, n_layers: int) -> bool:
+    """Whether ``count`` rows are one direction for each layer; ``per_layer`` is None if neither file nor caller say."""
     if per_layer and count != n_layers:
         raise ForgeError(
             f"{path} is of another model: it has directions for {count} layers, this model has {n_layers}",
             "compute the direction from this model",
         )
-    if per_layer is None and count > 1 and (count > MOST_JOINT or count == n_layers):
+    if per_layer is None and count > 1 and (count > MAX_DIRECTIONS or count == n_layers):
         raise ForgeError(
             f"{path} holds {count} directions, and nothing says whether they are joint or one for each layer",
-            f"--per-layer: one for each of the model's {n_layers} layers; --joint: all of them, for every layer",
+            f"give --per-layer (one for each of the {n_layers} layers) or --joint (every layer uses all of them)",
         )
     return bool(per_layer)

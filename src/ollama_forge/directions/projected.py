@@ -1,4 +1,4 @@
-"""Projected difference of means (Lai 2025): without the component along the harmless mean."""
+"""Projected difference of means (Lai 2025): the difference of means without its component along the harmless mean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ollama_forge.directions.difference_of_means import unit
 
 
 def projected(mean_harmful: Tensor, mean_harmless: Tensor) -> Tensor:
-    """Unit directions orthogonal to the harmless mean of their own layer, one per row.
+    """Unit directions, one per row, each orthogonal to the harmless mean of the same row.
 
     Args:
         mean_harmful, mean_harmless: float64 ``[..., d_model]`` means of the residual stream.

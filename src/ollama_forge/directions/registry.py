@@ -1,4 +1,4 @@
-"""The methods that find a direction from the means of the residual stream, by name."""
+"""The methods that compute a direction from the means of the residual stream, by name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def method(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no method of that name.
     """
     try:
         return METHODS[name]
     except KeyError:
-        raise UsageError(f"unknown method {name!r}", f"one of {', '.join(METHODS)}") from None
+        raise UsageError(f"unknown --method {name!r}", f"one of {', '.join(METHODS)}") from None

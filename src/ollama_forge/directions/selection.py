@@ -1,4 +1,4 @@
-"""Choosing the layer: by the gap between the means, or by how well a direction separates held-out prompts."""
+"""Choose the layer: by the gap between the means, or by how well its direction separates held-out prompts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class LayerScore:
     """Scores of one layer.
 
     Attributes:
-        fraction: the fraction of depth that named the layer.
-        gap: distance of the harmful from the harmless mean.
-        relative_gap: the same as a share of the mean length of the two means.
+        fraction: the fraction of the depth that selected the layer.
+        gap: distance between the harmful and the harmless mean.
+        relative_gap: ``gap`` divided by the average norm of the two means.
     """
 
     fraction: float
@@ -36,7 +36,7 @@ class LayerScore:
 
 
 def layer_of_fraction(fraction: float, n_layers: int) -> int:
-    """``int(f * n_layers)``, the documented rule; 1.0 means the last layer.
+    """``int(fraction * n_layers)``; 1.0 gives the last layer.
 
     Raises:
         UsageError: the fraction is not within 0 to 1.
@@ -49,19 +49,19 @@ def layer_of_fraction(fraction: float, n_layers: int) -> int:
 def largest_gap(
     mean_harmful: Tensor, mean_harmless: Tensor, fractions: Sequence[float]
 ) -> tuple[LayerScore, list[LayerScore]]:
-    """The layer with the largest distance between harmful and harmless means, and the scores of all layers tried.
+    """The layer with the largest distance between harmful and harmless means, and the scores of all candidates.
 
     Args:
         mean_harmful, mean_harmless: ``[n_layers, d_model]`` means of the residual stream at one position.
     """
     n_layers = len(mean_harmful)
-    candidates = []
+    scores = []
     for fraction in fractions:
         layer = layer_of_fraction(fraction, n_layers)
         gap = torch.linalg.vector_norm(mean_harmful[layer] - mean_harmless[layer]).item()
         size = (mean_harmful[layer].norm() + mean_harmless[layer].norm()).item() / 2
-        candidates.append(LayerScore(fraction, layer, gap, gap / size if size else 0.0))
-    return max(candidates, key=lambda candidate: candidate.gap), candidates
+        scores.append(LayerScore(fraction, layer, gap, gap / size if size else 0.0))
+    return max(scores, key=lambda score: score.gap), scores
 
 
 def d_prime(positive: Tensor, negative: Tensor) -> float:
@@ -71,12 +71,11 @@ def d_prime(positive: Tensor, negative: Tensor) -> float:
 
 
 def best_separating_layer(directions: Tensor, harmful: Tensor, harmless: Tensor) -> tuple[int, float]:
-    """The layer whose direction separates held-out prompts best by d'. The last fifth of the layers is not considered.
+    """The layer whose direction separates held-out prompts best by d', among the first four fifths of the layers.
 
     Args:
         directions: ``[n_layers, d_model]`` unit vectors.
-        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of prompts that no direction was computed
-            from.
+        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of the held-out prompts.
 
     Returns:
         The layer and its d'.

@@ -9,11 +9,11 @@ from ollama_forge.errors import UsageError
 
 
 def singular_vectors(harmful: Tensor, mean_harmless: Tensor, count: int) -> Tensor:
-    """The ``count`` strongest directions, orthonormal rows; signs such that harmful prompts lie on the positive side.
+    """The ``count`` leading singular vectors as orthonormal rows, oriented so that the mean harmful prompt is positive.
 
     Args:
         harmful: ``[prompts, d_model]`` residual stream at one layer and position.
-        mean_harmless: float64 ``[d_model]`` at the same place.
+        mean_harmless: float64 ``[d_model]``, the mean at the same layer and position.
 
     Returns:
         float32 ``[count, d_model]``.
@@ -25,5 +25,5 @@ def singular_vectors(harmful: Tensor, mean_harmless: Tensor, count: int) -> Tens
         raise UsageError(f"{count} directions need at least as many harmful prompts", "raise --num-instructions")
     centred = harmful.double() - mean_harmless
     _, _, rows = torch.linalg.svd(centred, full_matrices=False)
-    strongest: Tensor = rows[:count]
-    return (strongest * (centred.mean(0) @ strongest.T).sign().unsqueeze(-1)).float()
+    leading: Tensor = rows[:count]
+    return (leading * (centred.mean(0) @ leading.T).sign().unsqueeze(-1)).float()

@@ -1,4 +1,4 @@
-"""Apply an edit plan to the tensors of a checkpoint on disk, one at a time; what is not edited is copied as bytes."""
+"""Apply an edit plan to the tensors of a checkpoint on disk, one at a time; tensors without an edit are copied."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from ollama_forge.system import return_freed_memory
 
 @dataclass(frozen=True)
 class AppliedEdit:
-    """What ``apply_plan`` did.
+    """The result of ``apply_plan``.
 
     Attributes:
-        record: the edit, with hashes and the change of each matrix.
+        record: the edit, with hashes and the relative change of each matrix.
         changed: names of the tensors whose bytes differ from the source's.
-        stored: storage type -> bytes written in it.
-        unpacked: packed tensors (MXFP4) were decoded.
+        stored: storage type -> number of bytes written in this type.
+        unpacked: whether packed tensors (MXFP4) were decoded.
     """
 
     record: EditRecord
@@ -53,36 +53,36 @@ def apply_plan(
     out_dtype: OutDtype,
     settings: dict[str, Any],
 ) -> AppliedEdit:
-    """Write the weights of the edited checkpoint, and their index where they are sharded, into ``folder``.
+    """Write the edited weights into ``folder``, with an index if they are sharded.
 
     Args:
-        folder: exists and is empty.
-        settings: of the edit, for its record.
+        folder: an existing, empty folder.
+        settings: the settings of the edit, for its record.
 
     Raises:
-        ForgeError: an edited tensor holds NaN or a value too large for its type, a source is cut short, or the disk is
-            full.
+        ForgeError: an edited tensor holds NaN or a value too large for its type, a source file is cut short, or the
+            disk is full.
     """
-    return _Application(checkpoint, model, plan, folder, out_dtype).run(settings)
+    return _EditWriter(checkpoint, model, plan, folder, out_dtype).run(settings)
 
 
 @dataclass
-class _Tally:
-    """What is summed up over the blocks and experts of one matrix."""
+class _MatrixSums:
+    """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
 
     source: Any = field(default_factory=hashlib.sha256)
     result: Any = field(default_factory=hashlib.sha256)
-    size: float = 0.0
-    change: float = 0.0
+    squared_norm: float = 0.0
+    squared_change: float = 0.0
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def watch(self, edit: MatrixEdit, edited: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
-        """Hand on the blocks of one matrix (of one expert), and note their factors and norms; ``before`` is used up."""
+    def add_blocks(self, edit: MatrixEdit, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
+        """Yield the blocks of one matrix (of one expert) after adding their norms and factors; overwrites ``before``."""
         parts: list[JoinedFactors] = []
-        for block in edited:
+        for block in edited_blocks:
             parts.append(JoinedFactors(block.after.factors, block.after.scale))
-            self.size += float(torch.linalg.vector_norm(block.before)) ** 2
-            self.change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
+            self.squared_norm += float(torch.linalg.vector_norm(block.before)) ** 2
+            self.squared_change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
             yield block
         joined = join_blocks(edit, parts).factors
         self.factors.append((joined.L, joined.K))
@@ -96,11 +96,11 @@ class _Tally:
             edit.rescale,
             self.source.hexdigest(),
             self.result.hexdigest(),
-            (self.change / self.size) ** 0.5 if self.size else 0.0,
+            (self.squared_change / self.squared_norm) ** 0.5 if self.squared_norm else 0.0,
         )
 
 
-class _Application:
+class _EditWriter:
     def __init__(
         self, checkpoint: Checkpoint, model: ModelMap, plan: EditPlan, folder: Path, out_dtype: OutDtype
     ) -> None:
@@ -145,7 +145,7 @@ class _Application:
         return AppliedEdit(record, frozenset(self.changed), stored, self.unpack)
 
     def output_tensor(self, info: TensorInfo) -> OutputTensor | None:
-        """What is written for one tensor of the source; None for the scales of an MXFP4 pair that is decoded."""
+        """The output tensor for one tensor of the source; None for the scales of an MXFP4 pair that is decoded."""
         matrix = self.packed.get(info.name.removesuffix("_blocks").removesuffix("_scales"))
         if self.unpack and matrix is not None:
             return OutputTensor(matrix.tensor, UNPACKED, matrix.shape) if info.name.endswith("_blocks") else None
@@ -176,14 +176,14 @@ class _Application:
             yield encode_tensor(weight.T if matrix.transposed else weight, out.dtype, out.name)
 
     def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        tally = _Tally()
+        sums = _MatrixSums()
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
-            watched = tally.watch(edit, blockwise.blocks(tally.source))
-            for data in blockwise.encoded(watched, out.dtype):
-                tally.result.update(data)
+            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
+            for data in blockwise.stored_bytes(counted, out.dtype):
+                sums.result.update(data)
                 yield data
-        record = tally.record(edit)
+        record = sums.record(edit)
         if record.source_sha256 != record.result_sha256:
             self.changed.add(out.name)
         self.records[out.name] = record
@@ -203,15 +203,15 @@ class _Application:
         yield data
 
     def bias_shift(self, edit: MatrixEdit, bias: Tensor, expert: int | None) -> Tensor:
-        edited: ScaledFactors | None = None
+        factors: ScaledFactors | None = None
         if isinstance(edit.bias_edit, BiasEdit) and edit.bias_edit.norm_bias is not None:
-            edited = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label).factors()
+            factors = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label).factors()
         assert edit.bias_edit is not None
-        return edit.bias_edit.shift(bias, edited, edit.strength, expert)
+        return edit.bias_edit.shift(bias, factors, edit.strength, expert)
 
 
 def describe_changes(record: EditRecord) -> dict[str, dict[str, Any]]:
-    """What provenance keeps of each changed matrix: strength, norm rule, relative change."""
+    """Strength, norm rule and relative change of each edited matrix, for the provenance file."""
     return {
         name: {
             "strength": m.strength,

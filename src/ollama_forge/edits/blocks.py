@@ -1,7 +1,7 @@
-"""Edits of matrices too large to be held in float32: block by block, along the axis on which the edit acts by itself.
+"""Blockwise edits of matrices that are too large for a float32 copy.
 
-An edit that leaves each row of ``W`` ``[out, in]`` independent of all other rows (a reader's, an embedding's) goes by
-blocks of rows; one that leaves columns independent (a writer's) by blocks of columns.
+Where each row of ``W'`` depends on the same row of ``W`` ``[out, in]`` alone (readers, embeddings), blocks are rows.
+Where each column depends on the same column alone (writers), blocks are columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import (
     EditedMatrix,
     Factors,
-    Given,
+    FixedFactors,
     RemoveFromInput,
     RemoveFromOutput,
     Rescale,
@@ -28,7 +28,7 @@ from ollama_forge.edits.factors import (
 )
 from ollama_forge.edits.plan import MatrixEdit, check_finite
 
-BLOCK = 16 << 20  # values of a block: 64 MB in float32, of which an edit holds about five copies at a time
+BLOCK = 16 << 20  # values per block: 64 MB in float32; an edit holds about five copies at a time
 ROWS, COLUMNS = 0, 1
 
 
@@ -49,44 +49,44 @@ class EditedBlock:
 
 
 def independent_axis(rule: Rule, rescale: Rescale) -> int | None:
-    """The axis of ``W`` ``[out, in]`` along which blocks can be edited one by one, or None where there is none."""
-    if isinstance(rule, (RemoveFromInput, Given)) and rescale is not Rescale.COLUMNS:
+    """The axis of ``W`` ``[out, in]`` along which blocks can be edited one by one; None if there is none."""
+    if isinstance(rule, (RemoveFromInput, FixedFactors)) and rescale is not Rescale.COLUMNS:
         return ROWS
-    if isinstance(rule, (RemoveFromOutput, Given)) and rescale is not Rescale.ROWS:
+    if isinstance(rule, (RemoveFromOutput, FixedFactors)) and rescale is not Rescale.ROWS:
         return COLUMNS
     return None
 
 
 @dataclass(frozen=True)
 class JoinedFactors:
-    """The factors of a whole matrix, and the scale of its rows or columns (None: no norm rule)."""
+    """The factors of a matrix, and the scale of its rows or columns (None without a norm rule)."""
 
     factors: Factors
     scale: Tensor | None
 
 
-def join_blocks(edit: MatrixEdit, edited: Sequence[JoinedFactors]) -> JoinedFactors:
-    """Join the factors and scales of a matrix's blocks, in order."""
-    if len(edited) == 1:
-        return edited[0]
-    first, lefts, rights = edited[0].factors, [e.factors.L for e in edited], [e.factors.K for e in edited]
+def join_blocks(edit: MatrixEdit, blocks: Sequence[JoinedFactors]) -> JoinedFactors:
+    """Concatenate the factors and scales of a matrix's blocks, which come in order."""
+    if len(blocks) == 1:
+        return blocks[0]
+    first, lefts, rights = blocks[0].factors, [b.factors.L for b in blocks], [b.factors.K for b in blocks]
     rows = independent_axis(edit.rule, edit.rescale) == ROWS
     factors = Factors(torch.cat(lefts), first.K) if rows else Factors(first.L, torch.cat(rights))
-    scales = [e.scale for e in edited if e.scale is not None]
+    scales = [b.scale for b in blocks if b.scale is not None]
     return JoinedFactors(factors, torch.cat(scales) if scales else None)
 
 
 class BlockwiseEdit:
-    """One matrix's edit (of one expert of a stack), read, done and encoded block by block.
+    """The edit of one matrix (of one expert of a stack): each block is read, edited and encoded in turn.
 
-    Float32 copies are made of a block alone. Where the blocks lie one after the other on disk they are also read and
-    written one by one; else the matrix is held in its storage type.
+    Only one block at a time is copied to float32. If blocks are contiguous on disk, they are also read and written one
+    by one; otherwise the matrix is held in memory in its storage type.
 
     Args:
-        label: the checkpoint, for messages.
+        label: name of the checkpoint, for messages.
 
     Raises:
-        ForgeError: (while going through the blocks) the matrix holds NaN or infinite values.
+        ForgeError: (while iterating over the blocks) the matrix holds NaN or infinite values.
     """
 
     def __init__(self, tensors: CheckpointTensors, edit: MatrixEdit, expert: int | None, label: str) -> None:
@@ -94,30 +94,30 @@ class BlockwiseEdit:
         matrix = edit.matrix
         self.shape = matrix.shape if expert is None else matrix.shape[1:]
         axis = independent_axis(edit.rule, edit.rescale)
-        self.whole = axis is None or matrix.mxfp4 or self.shape[0] * self.shape[1] <= BLOCK
+        self.one_block = axis is None or matrix.mxfp4 or self.shape[0] * self.shape[1] <= BLOCK
         self.disk_axis = 0 if axis is None else axis ^ matrix.transposed
-        self.length = self.shape[self.disk_axis]
+        self.axis_length = self.shape[self.disk_axis]
         other = self.shape[1 - self.disk_axis]
-        self.step = self.length if self.whole else max(1, BLOCK // other)
-        self._held: Tensor | None = None  # the matrix in its storage type, where blocks are not apart on disk
+        self.block_length = self.axis_length if self.one_block else max(1, BLOCK // other)
+        self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
 
     def blocks(self, source: Digest | None = None) -> Iterator[EditedBlock]:
-        """The blocks in order; ``source`` is fed the bytes they were read from."""
+        """Yield the edited blocks in order; ``source`` is updated with the bytes that are read."""
         for start, values in self._stored_blocks(source):
             before = values.T if self.edit.matrix.transposed else values
             check_finite(before, self.edit.matrix.tensor, self.label)
-            stop = min(start + self.step, self.length)
-            rule, expert = self._rule_of(start, stop)
+            stop = min(start + self.block_length, self.axis_length)
+            rule, expert = self._rule_for(start, stop)
             after = edit_matrix(before, rule, self.edit.strength, self.edit.rescale, expert)
             yield EditedBlock(start, stop, before, after)
             del before, after, values
 
     def factors(self) -> JoinedFactors:
-        """The factors and scale of the whole matrix, without the matrix."""
+        """The factors and the scale of the whole matrix; the edited blocks are dropped."""
         return join_blocks(self.edit, [JoinedFactors(b.after.factors, b.after.scale) for b in self.blocks()])
 
-    def encoded(self, blocks: Iterable[EditedBlock], dtype: str) -> Iterator[memoryview]:
-        """The edited matrix in the storage type ``dtype``, in the order of the disk.
+    def stored_bytes(self, blocks: Iterable[EditedBlock], dtype: str) -> Iterator[memoryview]:
+        """Yield the bytes of the edited matrix in the storage type ``dtype``, in disk order.
 
         Raises:
             ForgeError: a value is too large for ``dtype``.
@@ -127,24 +127,24 @@ class BlockwiseEdit:
         for block in blocks:
             values = block.after.weight.T if matrix.transposed else block.after.weight
             stored = round_tensor(values, dtype, matrix.tensor)
-            if self.whole or self.disk_axis == 0:
+            if self.one_block or self.disk_axis == 0:
                 yield tensor_bytes(stored)
                 continue
-            assert self._held is not None
+            assert self._stored is not None
             if written is None:
                 written = (
-                    self._held if self._held.dtype == stored.dtype else torch.empty(self.shape, dtype=stored.dtype)
+                    self._stored if self._stored.dtype == stored.dtype else torch.empty(self.shape, dtype=stored.dtype)
                 )
-            written[:, block.start : block.stop] = stored  # that part of ``_held`` is not read again
+            written[:, block.start : block.stop] = stored  # these columns of ``_stored`` are not read again
         if written is not None:
             rows = max(1, BLOCK // self.shape[1])
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 
     def _stored_blocks(self, source: Digest | None) -> Iterator[tuple[int, Tensor]]:
-        """Start and float32 values, in the layout of the disk, of each block."""
+        """Yield the start of each block and its float32 values, in the layout on disk."""
         matrix = self.edit.matrix
-        if self.whole:
+        if self.one_block:
             values, data = read_matrix(self.tensors, matrix, self.expert)
             if source is not None:
                 source.update(data)
@@ -154,9 +154,9 @@ class BlockwiseEdit:
         size = info.size // (1 if self.expert is None else matrix.shape[0])
         offset = size * (self.expert or 0)
         if self.disk_axis == 0:
-            width = size // self.length
-            for start in range(0, self.length, self.step):
-                count = min(self.step, self.length - start)
+            width = size // self.axis_length
+            for start in range(0, self.axis_length, self.block_length):
+                count = min(self.block_length, self.axis_length - start)
                 data = self.tensors.read_bytes(info.name, offset + start * width, count * width)
                 if source is not None:
                     source.update(data)
@@ -165,16 +165,16 @@ class BlockwiseEdit:
         data = self.tensors.read_bytes(info.name, offset, size)
         if source is not None:
             source.update(data)
-        self._held = stored_tensor(data, info.dtype, self.shape)
-        for start in range(0, self.length, self.step):
-            yield start, self._held[:, start : start + self.step].to(torch.float32, copy=True)
+        self._stored = stored_tensor(data, info.dtype, self.shape)
+        for start in range(0, self.axis_length, self.block_length):
+            yield start, self._stored[:, start : start + self.block_length].to(torch.float32, copy=True)
 
-    def _rule_of(self, start: int, stop: int) -> tuple[Rule, int | None]:
-        """The rule for one block, and the expert to give it: factors that were cut to a block are one expert's."""
+    def _rule_for(self, start: int, stop: int) -> tuple[Rule, int | None]:
+        """The rule for one block, and its expert index; None if the rule's factors are already those of the expert."""
         rule = self.edit.rule
-        if self.whole or not isinstance(rule, Given):
+        if self.one_block or not isinstance(rule, FixedFactors):
             return rule, self.expert
         left, right = (rule.L, rule.K) if self.expert is None else (rule.L[self.expert], rule.K[self.expert])
         if independent_axis(rule, self.edit.rescale) == ROWS:
-            return Given(left[start:stop], right), None
-        return Given(left, right[start:stop]), None
+            return FixedFactors(left[start:stop], right), None
+        return FixedFactors(left, right[start:stop]), None

@@ -1,4 +1,4 @@
-"""An edited checkpoint as a whole folder: weights, the files beside them, provenance and model card."""
+"""Write the folder of an edited checkpoint: weights, companion files, provenance and model card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.storage import mxfp4_shape
 from ollama_forge.checkpoints.tensors import TensorInfo, item_size
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes
 from ollama_forge.edits.model_card import model_card, read_license
 from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
@@ -29,37 +30,40 @@ from ollama_forge.records import to_json
 from ollama_forge.system import free_space
 
 CONFIG = "config.json"
-_TENSOR_HEADER = 320  # bytes of a tensor's entries in its shard's header and in the index, beside its name, at most
-_SHARD_HEADER = 128
-_RECORDS = 1 << 20  # provenance, card and the like
-_DIRECTIONS = 3  # that compute-dir removes together, at most
-_LISTED = 8  # files that a note names
+_TENSOR_HEADER = 320  # upper bound in bytes: a tensor's entries in the shard's header and the index, without its name
+_SHARD_HEADER = 128  # upper bound in bytes
+_RECORDS = 1 << 20  # upper bound in bytes: provenance and model card
+_LISTED_FILES = 8  # in a note
 
 
-def edit_file(folder: Path) -> Path:
-    """Where the factors of the checkpoint in ``folder`` lie: beside it, as loaders glob inside."""
+def edit_file_path(folder: Path) -> Path:
+    """The path of the edit file of the checkpoint in ``folder``: beside the folder, because loaders glob inside it."""
     return folder.with_name(folder.name + ".edit.safetensors")
 
 
 def check_output(folder: Path, needed: int) -> None:
-    """Raise where ``folder`` must not be replaced, or its disk has no room for ``needed`` bytes.
+    """Check that ``folder`` may be replaced, and that ``needed`` bytes are free on its disk.
 
-    Only a folder that this program wrote (or an empty one) is ever replaced.
+    Only an empty folder and a checkpoint that this program wrote are replaced.
+
+    Raises:
+        UsageError: ``folder`` is a file or holds other files.
+        ForgeError: too little disk space is free.
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "give a folder for the edited checkpoint")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROVENANCE).is_file():
-        raise UsageError(f"{folder} holds something else than an edited checkpoint", "give a new folder")
+        raise UsageError(f"{folder} holds something else than an edited checkpoint", "give a new or empty folder")
     free = free_space(folder)
     if needed > free:
         raise ForgeError(
-            f"the edited checkpoint needs {human_size(needed)}, {human_size(free)} are free at {folder}",
-            "free some room or choose another folder",
+            f"the edited checkpoint needs {human_size(needed)}, but only {human_size(free)} are free at {folder}",
+            "free disk space or choose another folder",
         )
 
 
 def output_size(checkpoint: Checkpoint, out_dtype: str) -> int:
-    """Bytes that the edited checkpoint and its factors take at most, whatever is edited.
+    """Upper bound in bytes on the size of the edited checkpoint and its edit file, whatever the edit.
 
     Raises:
         UsageError: unknown ``out_dtype``.
@@ -69,11 +73,11 @@ def output_size(checkpoint: Checkpoint, out_dtype: str) -> int:
 
 
 def weights_size(checkpoint: Checkpoint, out_dtype: OutDtype) -> int:
-    """Bytes of the shards that ``out_dtype`` makes of a checkpoint, at most."""
+    """Upper bound in bytes on the size of the shards under ``out_dtype``."""
     tensors, total = checkpoint.tensors, _SHARD_HEADER * len(checkpoint.tensors.shards)
     for info in tensors.values():
         total += _TENSOR_HEADER + len(json.dumps(info.name))
-        decoded = _decoded_shape(checkpoint, info)  # larger than what it is decoded from: a bound for ``keep``, too
+        decoded = _decoded_shape(checkpoint, info)  # decoding only enlarges: this bounds ``keep`` too
         if decoded is not None:
             total += math.prod(decoded) * item_size(UNPACKED)
         else:
@@ -82,13 +86,13 @@ def weights_size(checkpoint: Checkpoint, out_dtype: OutDtype) -> int:
 
 
 def _factors_size(checkpoint: Checkpoint) -> int:
-    """Bytes of the float32 factors of an edit of every matrix, at the largest number of directions."""
+    """Bytes of the float32 factors if every matrix is edited with the largest number of directions."""
     shapes = [_decoded_shape(checkpoint, info) or info.shape for info in checkpoint.tensors.values()]
-    return sum(4 * _DIRECTIONS * math.prod(s[:-2]) * sum(s[-2:]) for s in shapes if len(s) > 1)
+    return sum(4 * MAX_DIRECTIONS * math.prod(s[:-2]) * sum(s[-2:]) for s in shapes if len(s) > 1)
 
 
 def _decoded_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...] | None:
-    """The shape that a tensor of an MXFP4 pair decodes to (``(0,)`` for its scales), or None for any other tensor."""
+    """The decoded shape of a tensor of an MXFP4 pair (``(0,)`` for its scales); None for any other tensor."""
     stem = info.name.removesuffix("_blocks").removesuffix("_scales")
     if not {f"{stem}_blocks", f"{stem}_scales"} <= checkpoint.tensors.keys() or stem == info.name:
         return None
@@ -106,11 +110,11 @@ def write_checkpoint(
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> AppliedEdit:
-    """Apply ``plan`` and write the result to ``folder`` in one piece, the edit's factors beside it.
+    """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
 
     Raises:
-        ForgeError: no room, a damaged source, or a write that fails; ``folder`` is then as it was.
-        UsageError: unknown ``out_dtype``, or ``folder`` is the model or holds something else.
+        ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
+        UsageError: unknown ``out_dtype``, or ``folder`` is the source model or holds other files.
     """
     rule = OutDtype.parse(out_dtype)
     check_output(folder, output_size(checkpoint, out_dtype))
@@ -119,8 +123,8 @@ def write_checkpoint(
     described = to_json(settings) if settings else {}
     others = left_out(checkpoint.tensors)
     if others:
-        listed = ", ".join(others[:_LISTED]) + (f" and {len(others) - _LISTED} more" if len(others) > _LISTED else "")
-        say(f"note: not copied to the edited checkpoint: {listed}")
+        more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
+        say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
     with folder_in_one_piece(folder) as partial:
         applied = apply_plan(checkpoint, model, plan, partial, rule, described)
         with disk_errors(folder):
@@ -150,15 +154,14 @@ def write_checkpoint(
         }
         write_json(partial / PROVENANCE, record)
         write_text(partial / CARD, model_card(record))
-    applied.record.save(edit_file(folder))
+    applied.record.save(edit_file_path(folder))
     return applied
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, applied: AppliedEdit) -> None:
-    """Copy config, tokenizer, templates, remote code and licences.
+    """Copy config, tokenizer, templates, remote code and licences to ``folder``.
 
-    They are copied as they are but for ``config.json``, which is written anew where its ``dtype`` is not that of most
-    bytes any more, or where it tells of a quantisation that the written weights do not have.
+    ``config.json`` is rewritten if ``written_config`` changes it; all other files are copied unchanged.
     """
     for name in companions(checkpoint.folder):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -169,10 +172,10 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, applied: AppliedEdit) 
 
 
 def written_config(config: Mapping[str, Any], applied: AppliedEdit) -> dict[str, Any]:
-    """The source's config with the storage types of the edited checkpoint.
+    """The source's config, adapted to the storage types of the edited checkpoint.
 
-    A ``dtype`` (or ``torch_dtype``) that the config, or its ``text_config``, states becomes that of most bytes. None is
-    added. A quantisation that was undone is no longer told of.
+    An existing ``dtype`` or ``torch_dtype`` of the config and of its ``text_config`` is set to the float type that
+    holds most bytes. If packed tensors were decoded, the quantisation config is removed.
     """
     written = dict(config)
     floats = {name: size for name, size in applied.stored.items() if name in FLOAT_NAMES}
@@ -188,8 +191,8 @@ def written_config(config: Mapping[str, Any], applied: AppliedEdit) -> dict[str,
     return written
 
 
-def stamp(folder: Path, **entries: Any) -> None:
-    """Add what was found out after writing (``verified``, ``measurements``) to a checkpoint's provenance and card."""
+def update_provenance(folder: Path, **entries: Any) -> None:
+    """Set ``entries`` (``verified``, ``measurements``) in a checkpoint's provenance, and rewrite its model card."""
     record = {**read_json(folder / PROVENANCE), **entries}
     write_json(folder / PROVENANCE, record)
     write_text(folder / CARD, model_card(record))

@@ -1,9 +1,9 @@
-"""``<dir>.edit.safetensors``: the edit itself. From it the edit can be applied again, undone or made an adapter.
+"""The edit file ``<dir>.edit.safetensors``: all that is needed to apply an edit again, undo it, or build an adapter.
 
-Each changed matrix has two float32 tensors, ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]`` at strength 1
-(stacked experts: ``[experts, ...]``). Each changed bias has ``<name>.delta``, the values added to it. The metadata's
-key ``edit`` is JSON: format, method, model fingerprint, settings, and for each matrix its strength, its norm rule and
-the SHA-256 of its bytes before and after.
+Each edited matrix has two float32 tensors at strength 1, ``<name>.L`` ``[out, k]`` and ``<name>.K`` ``[in, k]``
+(stacked experts: ``[experts, ...]``). Each edited bias has ``<name>.delta``, the values added to it. The metadata entry
+``edit`` is JSON: format, method, model fingerprint, settings, and for each matrix its strength, its norm rule and the
+SHA-256 of its bytes before and after the edit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ollama_forge.architectures.model_map import ModelMap
-from ollama_forge.edits.factors import Given, Rescale
-from ollama_forge.edits.plan import EditPlan, GivenBias, MatrixEdit
+from ollama_forge.edits.factors import FixedFactors, Rescale
+from ollama_forge.edits.plan import EditPlan, FixedBiasShift, MatrixEdit
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import write_bytes
 
@@ -30,12 +30,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """One matrix's edit.
+    """The edit of one matrix.
 
     Attributes:
-        L, K: factors at strength 1, float32 ``[out, k]`` and ``[in, k]``, with a first axis for experts.
+        L, K: factors at strength 1, float32 ``[out, k]`` and ``[in, k]``; stacked experts have a leading expert axis.
         rescale: the norm rule.
-        source_sha256, result_sha256: of the matrix's bytes in their storage types; None before the edit is applied.
+        source_sha256, result_sha256: hashes of the matrix's bytes before and after the edit; None before it is applied.
         relative_change: ``|W' - W| / |W|`` in Frobenius norms, before rounding; None before the edit is applied.
     """
 
@@ -50,13 +50,13 @@ class MatrixRecord:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """A whole edit.
+    """An edit of a model.
 
     Attributes:
-        factors: the method that made it.
-        fingerprint: that of the model it was made from.
-        matrices: name of each changed matrix -> its record.
-        bias_shifts: name of each changed bias -> the float32 vector added to it.
+        factors: name of the method that computed the factors.
+        fingerprint: fingerprint of the model that the edit was computed from.
+        matrices: tensor name of each edited matrix -> its record.
+        bias_shifts: tensor name of each edited bias -> the float32 values added to it.
         settings: the settings of the edit, as JSON values.
     """
 
@@ -67,6 +67,7 @@ class EditRecord:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
+        """Write the edit file."""
         tensors: dict[str, Tensor] = {}
         described: dict[str, dict[str, Any]] = {}
         for name, record in self.matrices.items():
@@ -90,18 +91,18 @@ class EditRecord:
             "settings": dict(self.settings),
             "matrices": described,
         }
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # shared storage is refused
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared storage
         write_bytes(path, save_safetensors(tensors, metadata={"edit": json.dumps(header, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> EditRecord:
-        """Read a record.
+        """Read an edit file.
 
         Raises:
-            ForgeError: no such file, or not an edit.
+            ForgeError: the file does not exist, or is not an edit file.
         """
         if not path.is_file():
-            raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write such files")
+            raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write edit files")
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {})["edit"])
@@ -122,14 +123,14 @@ class EditRecord:
             return cls(header["factors"], header["fingerprint"], matrices, shifts, header["settings"])
         except (SafetensorError, KeyError, ValueError, TypeError):
             raise ForgeError(
-                f"{path} is not an edit of ollama-forge", "give a file ending in .edit.safetensors"
+                f"{path} is not an edit file of ollama-forge", "give a file ending in .edit.safetensors"
             ) from None
 
     def plan(self, model: ModelMap, fingerprint: str) -> EditPlan:
-        """The plan that makes this edit again; a second copy of an edited matrix is edited with it.
+        """The plan of this edit; a second copy of an edited matrix gets the same edit.
 
         Raises:
-            ForgeError: the record was made from another model.
+            ForgeError: the edit was computed from another model.
         """
         known = {matrix.tensor: matrix for matrix in model.matrices}
         edits: dict[str, MatrixEdit] = {}
@@ -137,10 +138,12 @@ class EditRecord:
             matrix = known.get(name)
             shapes = (record.L.shape[-2], record.K.shape[-2])
             if matrix is None or shapes != (matrix.out_features, matrix.in_features) or self.fingerprint != fingerprint:
-                raise ForgeError("the edit was made from another model", "apply it to the model it was computed from")
+                raise ForgeError(
+                    "the edit was computed from another model", "apply it to the model it was computed from"
+                )
             shift = self.bias_shifts.get(matrix.bias or "")
-            bias = None if shift is None else GivenBias(shift)
-            rule = Given(record.L, record.K)
+            bias = None if shift is None else FixedBiasShift(shift)
+            rule = FixedFactors(record.L, record.K)
             edits[name] = MatrixEdit(matrix, rule, record.strength, record.rescale, bias)
         for copy, original in model.copies.items():
             if original in edits:
@@ -150,5 +153,5 @@ class EditRecord:
 
 
 def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Factors of the experts of one stack, stacked likewise."""
+    """Stack the factors ``(L, K)`` of experts along a new leading axis."""
     return torch.stack([left for left, _ in factors]), torch.stack([right for _, right in factors])

@@ -1,6 +1,6 @@
-"""The one form of every edit: ``W' = W - s L K^T``, optionally followed by a rescaling of columns or rows.
+"""The form of every edit: ``W' = W - s L K^T``, optionally followed by a rescaling of columns or rows.
 
-All arithmetic is on float32 ``[out, in]`` matrices, whatever the layout on disk or in the model.
+Matrices are float32 ``[out, in]``, whatever their layout on disk or in the model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_NOTHING_LEFT = 64 * torch.finfo(torch.float32).eps  # a share of a norm that the edit took away whole
+_ROUNDING_NOISE = 64 * torch.finfo(torch.float32).eps  # relative norm of a column or row that the edit removed
 
 
 class Rescale(StrEnum):
-    """Which vectors of the matrix get their old norms back."""
+    """The norm rule: which vectors of the edited matrix are scaled back to their norms before the edit."""
 
     NONE, COLUMNS, ROWS = "none", "columns", "rows"
 
@@ -30,7 +30,7 @@ class Factors:
 
 
 class Rule(Protocol):
-    """Gives a matrix its factors."""
+    """Computes the factors of a matrix."""
 
     def factors(self, weight: Tensor, expert: int | None) -> Factors: ...
 
@@ -56,8 +56,8 @@ class RemoveFromInput:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Factors that were computed before: ``L`` ``[out, k]``, ``K`` ``[in, k]``, each with a first axis for experts."""
+class FixedFactors:
+    """Precomputed factors ``L`` ``[out, k]`` and ``K`` ``[in, k]``; stacked experts have a leading expert axis."""
 
     L: Tensor
     K: Tensor
@@ -71,9 +71,9 @@ class EditedMatrix:
     """An edited matrix.
 
     Attributes:
-        weight: the result, float32 ``[out, in]``.
-        factors: the factors that were subtracted, at strength 1.
-        scale: what columns ``[in]`` or rows ``[out]`` were multiplied with afterwards; None without a norm rule.
+        weight: the edited matrix, float32 ``[out, in]``.
+        factors: the factors at strength 1.
+        scale: the norm rule's factor of each column ``[in]`` or row ``[out]``; None without a norm rule.
     """
 
     weight: Tensor
@@ -84,13 +84,13 @@ class EditedMatrix:
 def edit_matrix(
     weight: Tensor, rule: Rule, strength: float, rescale: Rescale, expert: int | None = None
 ) -> EditedMatrix:
-    """Apply a rule to a float32 ``[out, in]`` matrix, which is not changed itself.
+    """Apply a rule to a float32 ``[out, in]`` matrix and return a new matrix.
 
-    Under ``RemoveFromOutput`` the component of the output along the basis is multiplied by ``1 - strength``, whatever
-    its sign: strength 1 removes the component, a negative strength amplifies it.
+    ``RemoveFromOutput`` multiplies the component of the output along the basis by ``1 - strength``, whatever the
+    component's sign: strength 1 removes it, a negative strength amplifies it.
 
     Args:
-        expert: which expert of a stack the matrix belongs to, or None where it is no stack.
+        expert: index of the expert if the matrix is one of a stack, else None.
     """
     factors = rule.factors(weight, expert)
     edited = torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
@@ -99,7 +99,7 @@ def edit_matrix(
         axis = 0 if rescale is Rescale.COLUMNS else 1
         before = torch.linalg.vector_norm(weight, dim=axis)
         after = torch.linalg.vector_norm(edited, dim=axis)
-        something = after > _NOTHING_LEFT * before  # rounding noise is not scaled up to the norm of before
-        scale = torch.where(something, before / torch.where(something, after, 1.0), 1.0)
+        scalable = after > _ROUNDING_NOISE * before  # rounding noise must not be scaled up to the old norm
+        scale = torch.where(scalable, before / torch.where(scalable, after, 1.0), 1.0)
         edited.mul_(scale.unsqueeze(axis))
     return EditedMatrix(edited, factors, scale)

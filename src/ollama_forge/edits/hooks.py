@@ -1,9 +1,9 @@
-"""An edit plan put on a loaded model as hooks, exactly as the weights will be, and taken off again without a trace.
+"""Try an edit plan on a loaded model with hooks that compute what the edited weights would compute.
 
-A norm rule is a scaling of a writer's input columns beforehand, or of a reader's output rows (less its bias) after.
-Stacked experts have no low-rank form over routed tokens. Without a norm rule, one projection of the experts' common
-input or summed output does the same. Else their parameter is exchanged for an edited copy while the block lasts. The
-copies take as much memory as the edited stacks (gpt-oss-20b, bf16, each layer: ``down`` 0.53 GB, ``gate_up`` 1.06 GB).
+The norm rule scales a writer's input before the matrix, or a reader's output (without its bias) after it. Routed tokens
+have no low-rank form for stacked experts. Without a norm rule, one projection of the experts' common input or summed
+output is equivalent; with one, the stacked parameter is exchanged for an edited copy inside the block. The copies take
+as much memory as the edited stacks (gpt-oss-20b in bf16, per layer: ``down`` 0.53 GB, ``gate_up`` 1.06 GB).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.edits.factors import EditedMatrix, RemoveFromInput, RemoveFromOutput, Rescale, edit_matrix
-from ollama_forge.edits.plan import BiasEdit, EditPlan, GivenBias, MatrixEdit
+from ollama_forge.edits.plan import BiasEdit, EditPlan, FixedBiasShift, MatrixEdit
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import human_size
 from ollama_forge.models.chat_model import ChatModel
@@ -32,7 +32,7 @@ _SHARE_OF_FREE_MEMORY = 0.75
 
 @contextmanager
 def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
-    """The model as ``plan`` would make it, inside the block; the model's own weights afterwards, exactly."""
+    """Inside the block the model computes as edited by ``plan``; afterwards its weights and hooks are as before."""
     edits = list(to_device(plan, model.device).edits.values())
     with ExitStack() as stack:
         copied: list[_ExpertCopies] = []
@@ -47,7 +47,11 @@ def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
 
 
 def weight_of(model: ChatModel, matrix: Matrix) -> Tensor:
-    """A loaded matrix as float32 ``[out, in]``."""
+    """A matrix of a loaded model as float32 ``[out, in]``.
+
+    Raises:
+        ForgeError: the model was loaded in 8 bits.
+    """
     parameter: Tensor = model.submodule(matrix).get_parameter("weight")
     if not parameter.is_floating_point():
         raise ForgeError("a model loaded in 8 bits cannot be edited", "leave out --load-in-8bit")
@@ -77,7 +81,7 @@ def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
 
 
 class _LinearHook:
-    """``y = W x + b`` -> ``y'`` of the edited matrix and bias, in the output's type."""
+    """Turns the output ``y = W x + b`` into that of the edited matrix and bias, in the type of ``y``."""
 
     def __init__(self, result: EditedMatrix, edit: MatrixEdit, bias: Tensor | None, shift: Tensor | None) -> None:
         self.left, self.right = result.factors.L, result.factors.K
@@ -101,7 +105,7 @@ class _LinearHook:
 
 
 class _EmbeddingHook:
-    """Each row looked up becomes the edited one; a scale that the module applies commutes with that."""
+    """Edits the looked-up rows of an embedding; a scale that the module applies to them commutes with the edit."""
 
     def __init__(self, result: EditedMatrix, strength: float) -> None:
         self.basis, self.scale, self.strength = result.factors.K, result.scale, strength
@@ -115,15 +119,15 @@ class _EmbeddingHook:
 
 
 def _is_one_projection(model: ChatModel, edit: MatrixEdit) -> bool:
-    """Whether editing every expert of a stack equals one projection of the experts' summed output, or of their input.
+    """Whether one projection of the experts' input or summed output is equivalent to editing each expert of a stack.
 
-    It does if all experts lose the same directions and no norm rule follows. With ``W' = W - s V V^T W`` and
-    ``b' = b - s V V^T b`` the sum ``o = sum_e g_e (W_e x_e + b_e)`` becomes ``o - s V V^T o``. With
+    That takes the same directions for all experts, and no norm rule. Writers: with ``W' = W - s V V^T W`` and
+    ``b' = b - s V V^T b`` the sum ``o = sum_e g_e (W_e x_e + b_e)`` becomes ``o - s V V^T o``. Readers: with
     ``W' = W - s W U U^T`` and ``b' = b + s W U U^T beta`` each expert computes ``W x' + b`` of
     ``x' = x - s U U^T (x - beta)``, provided that no other matrix of the module reads ``x``.
     """
     bias = edit.bias_edit
-    if edit.rescale is not Rescale.NONE or isinstance(bias, GivenBias):
+    if edit.rescale is not Rescale.NONE or isinstance(bias, FixedBiasShift):
         return False
     if isinstance(edit.rule, RemoveFromOutput):
         return torch.equal(bias.basis, edit.rule.basis) if bias is not None else edit.matrix.bias is None
@@ -133,7 +137,7 @@ def _is_one_projection(model: ChatModel, edit: MatrixEdit) -> bool:
 
 
 def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
-    """The one projection that equals the edit of all experts (see ``_is_one_projection``)."""
+    """The projection that is equivalent to the edit of all experts (see ``_is_one_projection``)."""
     assert isinstance(edit.rule, (RemoveFromOutput, RemoveFromInput))
     basis, strength = edit.rule.basis, edit.strength
     norm_bias = edit.bias_edit.norm_bias if isinstance(edit.bias_edit, BiasEdit) else None
@@ -150,7 +154,7 @@ def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandl
 
 
 class _ExpertCopies:
-    """A stacked parameter of a module (and its bias, where that changes), exchanged for edited copies and put back."""
+    """Exchanges a stacked parameter of a module (and its bias, if it is edited) for edited copies, and restores it."""
 
     def __init__(self, module: nn.Module, edit: MatrixEdit) -> None:
         self.module, self.edit = module, edit
@@ -165,7 +169,7 @@ class _ExpertCopies:
         return sum(p.nbytes for p in (self.weight, self.bias) if p is not None)
 
     @torch.no_grad()
-    def put_on(self, *_: Any) -> None:
+    def exchange(self, *_: Any) -> None:
         edit, transposed = self.edit, self.edit.matrix.transposed
         weights = torch.empty_like(self.weight)
         biases = None if self.bias is None else torch.empty_like(self.bias)
@@ -181,41 +185,44 @@ class _ExpertCopies:
                 self.originals.append((parameter, parameter.data))
                 parameter.data = copy
 
-    def take_off(self, *_: Any) -> None:
+    def restore(self, *_: Any) -> None:
         while self.originals:
             parameter, original = self.originals.pop()
             parameter.data = original
 
 
 def _exchange_experts(copied: list[_ExpertCopies], free: int | None, stack: ExitStack) -> None:
-    """Edit stacks of experts once, until ``stack`` closes; those that memory cannot hold, while their module runs.
+    """Exchange stacks of experts for edited copies until ``stack`` closes.
+
+    A stack whose copy does not fit into memory is edited at every forward pass, and only while its module runs.
 
     Args:
-        free: bytes free on the device, None if unknown. Copies take at most three quarters, as activations need room.
+        free: bytes free on the device; None if unknown. Copies take at most three quarters of it, the rest is left for
+            activations.
     """
     sizes = [copies.size for copies in copied]
-    room = math.inf if free is None else _SHARE_OF_FREE_MEMORY * free
-    if sum(sizes) > room:
-        room -= max(sizes)  # a stack that is edited while its module runs
-    again = 0
+    budget = math.inf if free is None else _SHARE_OF_FREE_MEMORY * free
+    if sum(sizes) > budget:
+        budget -= max(sizes)  # reserved for a stack that is edited while its module runs
+    per_forward = 0
     for copies, size in zip(copied, sizes, strict=True):
-        if size <= room:
-            room -= size
-            stack.callback(copies.take_off)
-            copies.put_on()
+        if size <= budget:
+            budget -= size
+            stack.callback(copies.restore)
+            copies.exchange()
         else:
-            again += 1
-            stack.callback(copies.module.register_forward_pre_hook(copies.put_on).remove)
-            stack.callback(copies.module.register_forward_hook(copies.take_off, always_call=True).remove)
-    if again:
+            per_forward += 1
+            stack.callback(copies.module.register_forward_pre_hook(copies.exchange).remove)
+            stack.callback(copies.module.register_forward_hook(copies.restore, always_call=True).remove)
+    if per_forward:
         say(
-            f"note: edited copies of the experts need {human_size(sum(sizes))}, {human_size(free or 0)} are free: "
-            f"{again} of {len(copied)} stacks are edited anew at every forward pass, which is slow"
+            f"note: edited copies of the experts need {human_size(sum(sizes))}, but {human_size(free or 0)} are free: "
+            f"{per_forward} of {len(copied)} stacks are edited at every forward pass, which is slow"
         )
 
 
 def to_device(plan: EditPlan, device: torch.device) -> EditPlan:
-    """The plan with its tensors on a device, so that hooks compute there."""
+    """The plan with its tensors moved to a device."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,16 +1,17 @@
 """Least-squares ablation, in the spirit of closed-form model editing (ROME 2202.05262, MEMIT 2210.07229).
 
-Each writer changes by ``-s r k^T``. Its key ``k`` is the ridge regression, over its own inputs ``x``, of
-``r.Wx - mean_harmless(r.Wx)`` on harmful prompts and of 0 on harmless ones:
+Each writer changes by ``-s r k^T``. The key ``k`` is the ridge regression, over the writer's inputs ``x``, of the
+target ``r.Wx - mean_harmless(r.Wx)`` on harmful prompts and the target 0 on harmless ones:
 
     k = (C_harmful + C_harmless + rho I)^-1 c,   c = mean_harmful x (r.Wx - mean_harmless(r.Wx))
 
-with second moments ``C`` and ``rho`` a share of their mean diagonal. Where a writer has more inputs than there are
-samples the same ``k`` is found in the dual, over samples. Behind a post-norm, ``gamma * r`` stands for ``r``.
+with second moments ``C``, and ``rho`` a fraction of their mean diagonal. A writer with more input features than samples
+is solved in the dual form, over samples, which gives the same ``k``. For a writer with a post-norm, ``gamma * r``
+replaces ``r``.
 
-Several directions make an edit of their rank: the basis is orthonormal, so the errors along its axes add up, and each
-axis has the key that fits it alone. One Cholesky factorisation serves all directions of a writer. A negative strength
-strengthens what the key answers to: the key hardly responds to harmless prompts, so those change little.
+Several directions give an edit of the same rank: the basis is orthonormal, so that the squared errors along its axes
+add up, and each axis has an independent key. One Cholesky factorisation serves all directions of a writer. A negative
+strength strengthens refusal: the key responds to harmful prompts, and little to harmless ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.edits.factors import Given, Rescale
+from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.method import EditMethod, FitContext
@@ -41,14 +42,14 @@ def least_squares_writers(model: ModelMap, settings: EditSettings) -> list[Matri
     """The writers that these settings edit.
 
     Raises:
-        UsageError: settings that have no meaning here.
-        ForgeError: no writer is left, or experts' inputs would have to be told apart.
+        UsageError: least squares does not support a setting.
+        ForgeError: the settings leave no writer to edit, or a writer is a stack of experts.
     """
     _check(settings)
     chosen = [writer for writer in model.writers if settings.reason_to_skip(writer, model.n_layers) is None]
     if any(writer.experts for writer in chosen):
         raise ForgeError(
-            f"least squares is not available for the experts of {model.model_type}", "--factors orthogonal"
+            f"least squares does not support the experts of {model.model_type}", "use --factors orthogonal"
         )
     if not chosen:
         raise ForgeError("these settings leave no layer to edit", "lower --skip-begin-layers and --skip-end-layers")
@@ -57,21 +58,21 @@ def least_squares_writers(model: ModelMap, settings: EditSettings) -> list[Matri
 
 def _check(settings: EditSettings) -> None:
     if settings.roles - {Role.O, Role.DOWN}:
-        raise UsageError("least squares edits residual writers alone", "--targets writers")
+        raise UsageError("least squares edits residual writers alone", "use --targets writers")
     if settings.norm_preserving:
         raise UsageError("least squares has no norm rule", "leave out --norm-preserving")
 
 
 def fit_keys(inputs: WriterInputs, projections: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The keys of one writer, computed on the device of the harmless moment.
+    """The keys of one writer, computed on the device of the harmless statistics.
 
     Args:
         projections: ``r^T W`` ``[k, in]`` of k directions, so that ``r.Wx`` is ``projection @ x``.
-        ridge: ``rho`` as a share of the mean diagonal of the second moments.
+        ridge: ``rho`` as a fraction of the mean diagonal of the second moments.
 
     Returns:
-        ``[k, in]``, a key for each direction; NaN where the second moment is not positive definite (all inputs are
-        zero, or some are not finite).
+        ``[k, in]``, one key per direction; NaN if the second moment is not positive definite (all inputs are zero, or
+        some are not finite).
     """
     statistics = inputs.harmless_rows if inputs.harmless_moment is None else inputs.harmless_moment
     assert statistics is not None
@@ -92,7 +93,7 @@ def fit_keys(inputs: WriterInputs, projections: Tensor, ridge: float = RIDGE) ->
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve for a symmetric matrix ``[n, n]`` and right-hand sides ``[n, k]``; NaN if it is not positive definite."""
+    """Solve ``matrix @ x = right`` for symmetric ``[n, n]`` and ``[n, k]``; NaN if it is not positive definite."""
     triangle, failed = torch.linalg.cholesky_ex(matrix)
     return torch.where(failed == 0, torch.cholesky_solve(right, triangle), torch.nan)
 
@@ -103,15 +104,13 @@ def fit_least_squares(
     groups: Iterable[Mapping[str, WriterInputs]],
     weight: Weight,
     read: ReadVector,
-) -> dict[str, dict[str, Given]]:
-    """Factors of every writer for several directions (each of one vector, several joint ones, or one for each layer).
-
-    The gathered inputs are gone through once for all directions.
+) -> dict[str, dict[str, FixedFactors]]:
+    """Fit the factors of every writer for several directions, in one pass over the inputs.
 
     Args:
-        directions: name -> direction.
-        groups: writers' inputs, as ``gather_writer_inputs`` yields them; each group is dropped before the next is made.
-        weight: gives a writer's matrix as float32 ``[out, in]``.
+        directions: directions by name; each is one vector, several joint vectors, or one vector per layer.
+        groups: inputs by writer, as ``gather_writer_inputs`` yields them; each group is freed before the next is made.
+        weight: returns a writer's matrix as float32 ``[out, in]``.
 
     Returns:
         name of the direction -> tensor name -> factors ``L`` ``[out, k]``, ``K`` ``[in, k]``.
@@ -120,12 +119,12 @@ def fit_least_squares(
         ForgeError: a writer's inputs are all zero, or its fit is not finite.
     """
     matrices = {matrix.tensor: matrix for matrix in model.matrices}
-    out: dict[str, dict[str, Given]] = {name: {} for name in directions}
+    out: dict[str, dict[str, FixedFactors]] = {name: {} for name in directions}
     for group in groups:
         for tensor, inputs in group.items():
             matrix = matrices[tensor]
             values = weight(matrix).cpu()
-            bases = [output_basis(matrix, each.for_layer(matrix.layer or 0), read) for each in directions.values()]
+            bases = [output_basis(matrix, d.for_layer(matrix.layer or 0), read) for d in directions.values()]
             keys = fit_keys(inputs, torch.cat(bases, dim=1).T @ values).cpu()
             if not torch.isfinite(keys).all():
                 raise ForgeError(
@@ -133,19 +132,19 @@ def fit_least_squares(
                     "give more instructions, or --factors orthogonal",
                 )
             ranks = [basis.shape[1] for basis in bases]
-            for name, basis, own in zip(directions, bases, torch.split(keys, ranks), strict=True):
-                out[name][tensor] = Given(basis.contiguous(), own.T.contiguous())
-        del group, inputs  # the loop's variables would keep this group in memory while the next one is gathered
+            for name, basis, basis_keys in zip(directions, bases, torch.split(keys, ranks), strict=True):
+                out[name][tensor] = FixedFactors(basis.contiguous(), basis_keys.T.contiguous())
+        del group, inputs  # else the loop's variables keep this group in memory while the next one is gathered
     return out
 
 
 def plan_least_squares(
-    model: ModelMap, factors: Mapping[str, Given], settings: EditSettings, layer: float | None
+    model: ModelMap, factors: Mapping[str, FixedFactors], settings: EditSettings, layer: float | None
 ) -> EditPlan:
-    """The plan of fitted factors at the settings' strengths, without a norm rule.
+    """The plan that applies fitted factors at the strengths of the settings, without a norm rule.
 
     Args:
-        layer: the direction's layer, where a strength kernel peaks.
+        layer: the direction's layer, at which a strength kernel peaks.
     """
     writers: Sequence[Matrix] = least_squares_writers(model, settings)
     edits = {
@@ -163,7 +162,7 @@ def plan_least_squares(
 
 
 class LeastSquares(EditMethod):
-    """Least-squares ablation: factors are fitted to the fit prompts, and strengths are free afterwards."""
+    """Least-squares ablation: the factors are fitted at strength 1, and then applied at any strength."""
 
     fits = True
 
@@ -194,8 +193,8 @@ class LeastSquares(EditMethod):
     ) -> EditPlan:
         if not fitted:
             raise UsageError(
-                "least squares needs factors that were fitted to the model, and a direction alone has none",
-                "compute-dir --factors least-squares writes them; give that file to apply --edit",
+                "least squares needs factors that are fitted to the model, and a direction file has none",
+                "write them with compute-dir --factors least-squares, and give that file to apply --edit",
             )
         return plan_least_squares(model, fitted.by_tensor, settings, direction.layer)
 

@@ -1,4 +1,4 @@
-"""What a method of making an edit has to offer, and what it is given."""
+"""The interface of an edit method, and the context that it is fitted in."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ollama_forge.text.tokenizer import Ids
 
 @dataclass(frozen=True)
 class FitContext:
-    """What factors are fitted to.
+    """The model and the prompts that factors are fitted to.
 
     Attributes:
-        model: the loaded model, unedited, its weights in floats.
+        model: the loaded, unedited model with floating-point weights.
         prompts: the fit part.
-        read: gives a gain or bias of the model by its tensor name.
-        seed: of every random draw.
-        harmful, harmless: the prompts' ids, each up to where its answer begins.
+        read: reads a gain or bias of the model by its tensor name.
+        seed: seed of all random draws.
+        harmful, harmless: token ids of each prompt, up to the position where its answer begins.
     """
 
     model: ChatModel
@@ -49,23 +49,23 @@ class FitContext:
 
 
 class EditMethod(ABC):
-    """Turns a direction and settings into an edit plan, in two steps: fit factors to a loaded model, then plan.
+    """Turns a direction and settings into an edit plan: ``fit`` fits factors to a loaded model, ``plan`` uses them.
 
-    A method that needs no model in memory leaves ``fit`` as it is; ``apply`` can then plan it from a checkpoint alone.
+    A method without a fit inherits ``fit``; ``apply`` can then plan the edit from a checkpoint without loading a model.
 
     Attributes:
-        fits: whether ``fit`` computes factors, which takes the loaded weights in floats.
+        fits: whether the method has a fit, which needs a loaded model with floating-point weights.
     """
 
     fits: ClassVar[bool] = False
 
     def check(self, settings: EditSettings) -> None:  # noqa: B027 - a method may take every setting
-        """Raise UsageError where a setting has no meaning for this method."""
+        """Raise UsageError if the method does not support a setting."""
 
     def fit(
         self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]
     ) -> Mapping[str, FittedFactors]:
-        """Factors for each of the named directions, at strength 1; strengths take no part in the fit.
+        """Factors at strength 1 by the name of the direction; the fit ignores the strengths.
 
         Raises:
             ForgeError: the settings leave no matrix to edit, or the model's matrices cannot be fitted.
@@ -81,13 +81,13 @@ class EditMethod(ABC):
         settings: EditSettings,
         read: ReadVector,
     ) -> EditPlan:
-        """The edit of every matrix that the settings name.
+        """Plan the edit of every matrix that the settings select.
 
         Args:
-            fitted: what ``fit`` returned for this direction; empty where the method fits nothing.
-            read: gives a gain or bias of the model by its tensor name.
+            fitted: the result of ``fit`` for this direction; empty if the method has no fit.
+            read: reads a gain or bias of the model by its tensor name.
 
         Raises:
-            UsageError: the method needs fitted factors, and there are none.
-            ForgeError: no matrix is left to edit, or the direction vanishes behind a norm.
+            UsageError: the method needs fitted factors, and ``fitted`` is empty.
+            ForgeError: the settings select no matrix, or a norm maps the direction to zero.
         """

@@ -12,22 +12,22 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def read_license(folder: Path) -> dict[str, str]:
-    """What the metadata of a checkpoint's own card says of its licence; empty where it says nothing or cannot be read.
+    """The licence in the metadata of the model card in ``folder``.
 
     Returns:
-        The keys ``license``, ``license_name`` and ``license_link``, as far as they are stated.
+        Those of ``license``, ``license_name`` and ``license_link`` that the card states; empty without a readable card.
     """
     from huggingface_hub import ModelCard
 
     try:
         stated = ModelCard((folder / CARD).read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
-    except Exception:  # no card, or one whose YAML is damaged in any way
+    except Exception:  # no card, or damaged YAML
         return {}
     return {key: value for key in _LICENSE_KEYS if isinstance(value := getattr(stated, key, None), str)}
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """The text of README.md.
+    """The text of the model card.
 
     Args:
         record: the content of ``abliteration.json``.
@@ -49,9 +49,9 @@ def _body(record: Mapping[str, Any]) -> str:
     lines = [
         f"# {source['model']}, edited",
         "",
-        f"The refusal direction of `{source['model']}` was edited in the weights by ollama-forge {record['version']} "
-        f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` holds every "
-        "setting, the change of each tensor and the hashes of the lists.",
+        f"ollama-forge {record['version']} edited the weights of `{source['model']}` along its refusal direction "
+        f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` holds the "
+        "settings, the change of each tensor and the hashes of the lists.",
         "",
         _verified_line(record.get("verified")),
         "",
@@ -66,8 +66,8 @@ def _body(record: Mapping[str, Any]) -> str:
             )
         lines += ["", "Measured on prompts that took no part in computing or choosing the edit.", ""]
     lines += [
-        "This is a research artefact. The licence of the base model applies to it. Whoever uses it answers for what is "
-        "done with it.",
+        "This is a research artefact. The licence of the base model applies to it. Its users are responsible for how "
+        "they use it.",
         "",
     ]
     return "\n".join(lines)

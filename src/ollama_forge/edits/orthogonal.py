@@ -1,8 +1,9 @@
 """Directional ablation in the weights (Arditi et al. 2024, arXiv 2406.11717, section 4), exact for readers too.
 
-A writer loses what it adds along ``r``: ``W' = W - s r (r^T W)``. A reader behind a norm with gain ``D`` and centring
-``P`` sees ``D P h``, so it is made blind to ``u = D P r``: ``W' = W - s (W u) u^T``. A writer in front of a post-norm
-with gain ``gamma`` is orthogonalised against ``gamma * r``. Several directions are mapped first, then orthonormalised.
+A writer is orthogonalised against ``r``: ``W' = W - s r (r^T W)``. A reader behind a norm with gain ``D`` and centring
+``P`` reads ``D P h``, so the component along ``u = D P r`` is removed from its input: ``W' = W - s (W u) u^T``. A
+writer before a post-norm with gain ``gamma`` is orthogonalised against ``gamma * r``. Several directions are
+transformed by the norm first, and orthonormalised afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ollama_forge.errors import ForgeError
 
 
 def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor:
-    """Map ``[k, d]`` vectors of the residual stream to what stands behind a norm: ``D P r``."""
+    """Transform vectors ``[k, d]`` of the residual stream by a norm's gain and centring: ``D P r``."""
     if norm is None:
         return vectors
     if norm.centred:
@@ -31,9 +32,9 @@ def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor
 
 
 def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
-    """The basis ``[d, k]`` a writer's output is freed of, its post-norm accounted for.
+    """The basis ``[d, k]`` that a writer's output is orthogonalised against, taking its post-norm into account.
 
-    Behind a centring post-norm ``r . D P y`` is ``(P D r) . y``.
+    With a centring post-norm, ``r . D P y = (P D r) . y``.
     """
     if matrix.post_norm is not None:
         vectors = vectors * (read(matrix.post_norm.weight) + matrix.post_norm.offset)
@@ -43,13 +44,13 @@ def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
 
 
 def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: EditSettings, read: ReadVector) -> EditPlan:
-    """Plan the ablation of ``direction`` from every matrix that the settings name.
+    """Plan the ablation of ``direction`` from every matrix that the settings select.
 
     Args:
-        read: gives a gain or bias of the model by its tensor name, as float32.
+        read: reads a gain or bias of the model by its tensor name, as float32.
 
     Raises:
-        ForgeError: no matrix is left to edit, or the direction vanishes behind a norm.
+        ForgeError: the settings select no matrix, or a norm maps the direction to zero.
     """
     chosen, skipped = select_matrices(model, settings)
     edits: dict[str, MatrixEdit] = {}
@@ -61,7 +62,7 @@ def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: Edit
 
 
 class Orthogonal(EditMethod):
-    """Directional ablation: a method that fits nothing."""
+    """Directional ablation: a method without a fit."""
 
     def plan(
         self,
@@ -78,7 +79,7 @@ METHOD: EditMethod = Orthogonal()
 
 
 def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:
-    if matrix.role is Role.EMBEDDING:  # [vocabulary, d]: each row is a vector of the stream
+    if matrix.role is Role.EMBEDDING:  # [vocabulary, d]: each row is a vector of the residual stream
         return MatrixEdit(matrix, RemoveFromInput(_basis(vectors, matrix)), strength, _rule(preserve, Rescale.ROWS))
     if matrix.writes:
         basis = output_basis(matrix, vectors, read)
@@ -98,5 +99,7 @@ def _rule(preserve: bool, rescale: Rescale) -> Rescale:
 def _basis(vectors: Tensor, matrix: Matrix) -> Tensor:
     lengths = torch.linalg.vector_norm(vectors, dim=-1)
     if not torch.isfinite(lengths).all() or (lengths < 1e-8).any():
-        raise ForgeError(f"the direction vanishes at {matrix.tensor}", "is it a direction of this model?")
+        raise ForgeError(
+            f"the norm at {matrix.tensor} maps the direction to zero", "check that the direction is this model's"
+        )
     return orthonormal(vectors)

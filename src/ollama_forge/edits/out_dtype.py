@@ -1,4 +1,4 @@
-"""``--out-dtype``: the storage type of each tensor of the edited checkpoint. Imports no torch: ``--help`` reads it."""
+"""``--out-dtype``: the storage type of each tensor of the edited checkpoint. Imports no torch, for ``--help``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from enum import StrEnum
 
 from ollama_forge.errors import UsageError
 
-FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as config.json writes them
-UNPACKED = "BF16"  # what a packed tensor is decoded to
+FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> config.json
+UNPACKED = "BF16"  # the type that a packed tensor is decoded to
 
 
 class OutDtype(StrEnum):
-    """The rules. A packed tensor is one whose values share a scale by blocks (MXFP4; a GGUF file's types).
+    """The rules for storage types. A packed tensor stores blocks of values with a shared scale (MXFP4, GGUF types).
 
-    A GGUF source is decoded to bf16 before anything else reads it, so its packed tensors are bf16 under every rule.
+    A GGUF source is decoded to bf16 before it is edited, so that its tensors are bf16 under every rule.
     """
 
     AUTO = "auto"
@@ -22,10 +22,10 @@ class OutDtype(StrEnum):
 
     @classmethod
     def parse(cls, name: str) -> OutDtype:
-        """The rule of that name.
+        """The rule with this name.
 
         Raises:
-            UsageError: there is no such rule.
+            UsageError: the name is unknown.
         """
         try:
             return cls(name)
@@ -34,15 +34,15 @@ class OutDtype(StrEnum):
 
     @property
     def keeps_packed(self) -> bool:
-        """Whether packed tensors stay packed where none of their kind is edited."""
+        """Whether packed tensors stay packed if the edit changes none of them."""
         return self is OutDtype.KEEP
 
     def storage_type(self, source: str) -> str:
-        """The storage type written for a tensor that is stored plainly (not packed) as ``source``."""
+        """The output storage type of a tensor that is not packed and has the storage type ``source``."""
         return "BF16" if self is OutDtype.BF16 and source in FLOAT_NAMES else source
 
 
 HELP = (
-    "auto: float tensors keep their own type, packed ones (GGUF, MXFP4) become bf16. "
-    "keep: packed tensors that are not edited stay packed too. bf16: all floats become bf16."
+    "Storage types of the edited checkpoint. auto: float tensors keep their type, packed tensors (GGUF, MXFP4) become "
+    "bf16. keep: like auto, but packed tensors stay packed if none is edited. bf16: all float tensors become bf16."
 )

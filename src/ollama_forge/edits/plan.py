@@ -1,4 +1,4 @@
-"""The edit plan: one entry per matrix that changes, and the reason for each that doesn't."""
+"""The edit plan: one entry per edited matrix, and a reason for each skipped one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ReadVector = Callable[[str], Tensor]
 
 
 class ScaledFactors(Protocol):
-    """What a bias needs of its matrix's edit: the factors, and the scale of the norm rule (None: no rule)."""
+    """The factors of a matrix's edit, and the scale of its norm rule (None without one)."""
 
     @property
     def factors(self) -> Factors: ...
@@ -31,54 +31,63 @@ class ScaledFactors(Protocol):
 
 @dataclass(frozen=True)
 class BiasEdit:
-    """How a matrix's bias follows.
+    """The edit of a matrix's bias.
 
-    A writer's bias is projected: ``b' = b - s V V^T b``. A reader's gets back the constant that its norm's own bias
-    ``beta`` sent through the part removed: ``b' = b + s (W U)(U^T beta)``, on the rows as rescaled.
+    A writer's bias is orthogonalised: ``b' = b - s V V^T b``. A reader's bias compensates for the norm's bias ``beta``,
+    whose constant contribution along ``U`` the matrix no longer passes on: ``b' = b + s (W U)(U^T beta)``, rescaled
+    like the rows.
+
+    Attributes:
+        basis: ``V`` ``[out, k]`` or ``U`` ``[in, k]``.
+        norm_bias: ``beta`` ``[in]`` of a reader's norm; None for a writer.
     """
 
     basis: Tensor
     norm_bias: Tensor | None
 
-    def shift(self, bias: Tensor, edited: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
-        """What is added to ``bias`` (float32 ``[out]``)."""
+    def shift(self, bias: Tensor, matrix: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
+        """The values to add to ``bias`` (float32 ``[out]``).
+
+        Args:
+            matrix: the edit of the matrix; None for a writer, whose bias does not depend on it.
+        """
         if self.norm_bias is None:
             return -strength * (self.basis @ (self.basis.T @ bias))
-        assert edited is not None
-        constant = edited.factors.L @ (self.basis.T @ self.norm_bias)
-        return strength * (constant if edited.scale is None else constant * edited.scale)
+        assert matrix is not None
+        constant = matrix.factors.L @ (self.basis.T @ self.norm_bias)
+        return strength * (constant if matrix.scale is None else constant * matrix.scale)
 
 
 @dataclass(frozen=True)
-class GivenBias:
-    """A shift that was computed before: ``[out]``, with a first axis for experts."""
+class FixedBiasShift:
+    """A precomputed shift of a bias: ``[out]``; stacked experts have a leading expert axis."""
 
     delta: Tensor
 
-    def shift(self, bias: Tensor, edited: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
+    def shift(self, bias: Tensor, matrix: ScaledFactors | None, strength: float, expert: int | None = None) -> Tensor:
         return self.delta if expert is None else self.delta[expert]
 
 
 @dataclass(frozen=True)
 class MatrixEdit:
-    """One matrix's edit. ``bias_edit`` is None where the bias (if any) stays as it is."""
+    """The edit of one matrix; ``bias_edit`` is None if the matrix has no bias or the bias is not edited."""
 
     matrix: Matrix
     rule: Rule
     strength: float
     rescale: Rescale
-    bias_edit: BiasEdit | GivenBias | None = None
+    bias_edit: BiasEdit | FixedBiasShift | None = None
 
 
 @dataclass(frozen=True)
 class EditPlan:
-    """All of an edit.
+    """The edit of a model.
 
     Attributes:
-        factors: the method that made it.
-        edits: tensor name -> its edit.
-        skipped: tensor name -> why it stays.
-        projects: the edits remove a direction (so that verifying can ask for a zero), at full strength or not.
+        factors: name of the edit method.
+        edits: edits by tensor name.
+        skipped: reasons by tensor name of the matrices that are not edited.
+        projects: whether the rules are projections, so that at strength 1 the component along the direction is zero.
     """
 
     factors: str
@@ -94,7 +103,7 @@ class EditPlan:
 
 
 def vector_reader(tensors: CheckpointTensors) -> ReadVector:
-    """Read small tensors (gains, biases) of a checkpoint as float32."""
+    """A function that reads a tensor (a gain or bias) of a checkpoint as float32."""
 
     def read(name: str) -> Tensor:
         info = tensors[name]
@@ -104,10 +113,10 @@ def vector_reader(tensors: CheckpointTensors) -> ReadVector:
 
 
 def select_matrices(model: ModelMap, settings: EditSettings) -> tuple[list[Matrix], dict[str, str]]:
-    """The matrices that the settings name and second copies of them, and why each other one is left alone.
+    """The matrices that the settings select, with their second copies; and the reason for each other matrix.
 
     Raises:
-        ForgeError: nothing is left to edit.
+        ForgeError: the settings select no matrix.
     """
     reasons = {matrix.tensor: settings.reason_to_skip(matrix, model.n_layers) for matrix in model.matrices}
     reasons |= {copy: reasons[original] for copy, original in model.copies.items()}
@@ -122,8 +131,6 @@ def select_matrices(model: ModelMap, settings: EditSettings) -> tuple[list[Matri
 
 
 def check_finite(values: Tensor, name: str, folder: Path | str) -> None:
-    """Raise where a tensor holds NaN or infinite values."""
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a sum costs a tenth of looking at each
-        raise ForgeError(
-            f"{name} of {folder} holds NaN or infinite values", "the checkpoint is damaged: download it again"
-        )
+    """Raise ForgeError if a tensor of ``folder`` holds NaN or infinite values."""
+    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # the sum costs a tenth of isfinite
+        raise ForgeError(f"{name} of {folder} holds NaN or infinite values", "use an undamaged copy of the checkpoint")

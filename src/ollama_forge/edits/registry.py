@@ -1,7 +1,7 @@
-"""The methods that turn a refusal direction into an edit, by name.
+"""The edit methods, by name.
 
-A new method is a file that defines ``METHOD`` (see ``method.py``), and a line here. ``--help`` reads the defaults of
-this table, so a method's own file, which may import torch, is imported only where the method is used.
+A new method is a module that defines ``METHOD`` (see ``method.py``), and an entry here. ``--help`` reads the defaults
+of this table, so the module of a method, which may import torch, is imported only to use the method.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegisteredMethod:
-    """Where a method's code is, and the defaults of the options that depend on the method.
+    """The module of a method, and the defaults of the options that depend on the method.
 
     Attributes:
-        module: the module that defines ``METHOD``.
-        settings: the edit's defaults.
-        layer_fracs: candidate layers of the direction, as fractions of the depth.
-        pairs: how many pairs of instructions the method is computed from.
+        module: name of the module that defines ``METHOD``.
+        settings: default settings of the edit.
+        layer_fracs: default candidate layers of the direction, as fractions of the depth.
+        pairs: default number of harmful-harmless pairs to compute from.
     """
 
     module: str
@@ -48,11 +48,11 @@ METHODS: dict[str, RegisteredMethod] = {
 }
 
 
-def registered(name: str) -> RegisteredMethod:
-    """The table's line for a method.
+def registered_method(name: str) -> RegisteredMethod:
+    """The registry's entry for a method.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: the name is unknown.
     """
     try:
         return METHODS[name]
@@ -61,40 +61,44 @@ def registered(name: str) -> RegisteredMethod:
 
 
 def method(name: str) -> EditMethod:
-    """The method itself.
+    """The method with this name.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: the name is unknown.
     """
-    found: EditMethod = import_module(registered(name).module).METHOD
-    return found
+    edit_method: EditMethod = import_module(registered_method(name).module).METHOD
+    return edit_method
 
 
 def settings_of(name: str | None, given: Mapping[str, Any]) -> EditSettings:
-    """A method's default settings with the ``given`` ones in place of its own; the documented default where None.
+    """A method's default settings, overridden by ``given``.
+
+    Args:
+        name: the method; None for that of the documented default.
+        given: fields of ``EditSettings`` and their values.
 
     Raises:
-        UsageError: there is no such method, or a setting has no meaning for it.
+        UsageError: the name is unknown, or the method does not support a setting.
     """
-    settings = replace(registered(name or EditSettings.factors).settings, **given)
+    settings = replace(registered_method(name or EditSettings.factors).settings, **given)
     check_edit(settings)
     return settings
 
 
 def check_edit(settings: EditSettings) -> None:
-    """Raise UsageError where there is no such method, or a setting has no meaning for it."""
+    """Raise UsageError if the method is unknown or does not support a setting."""
     method(settings.factors).check(settings)
 
 
 def check_8bit(settings: EditSettings) -> None:
-    """Raise UsageError where the edit's method cannot work on a model that is loaded in 8 bits."""
+    """Raise UsageError if the edit's method does not support a model that is loaded in 8 bits."""
     if method(settings.factors).fits:
         raise UsageError(
-            f"--factors {settings.factors} is fitted to the model's own weights, which --load-in-8bit rounds",
+            f"--factors {settings.factors} is fitted to the model's own weights, which --load-in-8bit would round",
             "leave out --load-in-8bit",
         )
 
 
-def most_pairs() -> int:
-    """How many pairs suffice for every method by default."""
+def max_pairs() -> int:
+    """The largest default number of pairs of all methods."""
     return max(entry.pairs for entry in METHODS.values())

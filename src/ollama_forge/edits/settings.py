@@ -1,4 +1,4 @@
-"""What an edit touches and how strongly, as one frozen record."""
+"""Settings of an edit: which matrices it changes, and how strongly."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _MLP_ROLES = frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN})
 class EditSettings:
     """Which matrices an edit changes, how strongly, and under which norm rule.
 
-    The defaults are the documented default; other methods have other ones, in ``registry.METHODS``.
+    These defaults are the documented default edit; ``registry.METHODS`` has the defaults of each method.
 
     Attributes:
-        factors: name of the method that turns a direction into factors (see ``registry.py``).
-        targets: names of target sets; the matrices of all of them are edited.
-        strength: 1 removes the direction, between 0 and 1 weakens it, above 1 overshoots. Below 0 orthogonal edits
+        factors: name of the edit method (see ``registry.py``).
+        targets: names of target sets; the edit changes the matrices of all of them.
+        strength: 1 removes the direction, between 0 and 1 weakens it, above 1 overshoots. Below 0, orthogonal edits
             amplify the component along the direction, and least squares strengthens refusal.
-        attn_strength, mlp_strength: strengths of attention's and of the MLP's matrices; None for ``strength``.
-        skip_begin_layers, skip_end_layers: how many decoder layers at either end are left alone.
-        norm_preserving: scale a writer's columns and a reader's rows back to the norms that they had.
-        strength_kernel: how strength falls off over depth, away from the direction's layer.
+        attn_strength, mlp_strength: strengths of attention and MLP matrices; None for ``strength``.
+        skip_begin_layers, skip_end_layers: number of first and last decoder layers that are not edited.
+        norm_preserving: scale a writer's columns and a reader's rows back to their norms before the edit.
+        strength_kernel: how the strength falls off with the distance from the direction's layer.
 
     Raises:
         UsageError: a value is unknown or out of range.
@@ -51,14 +51,14 @@ class EditSettings:
     def __post_init__(self) -> None:
         unknown = [name for name in self.targets if name not in TARGET_SETS]
         if unknown or not self.targets:
-            raise UsageError(f"unknown target set {', '.join(unknown) or '(none)'}", f"one of {', '.join(TARGET_SETS)}")
+            raise UsageError(f"unknown target set {', '.join(unknown) or '(none)'}", f"use {', '.join(TARGET_SETS)}")
         if self.strength_kernel not in KERNELS:
-            raise UsageError(f"unknown strength kernel {self.strength_kernel!r}", f"one of {', '.join(KERNELS)}")
+            raise UsageError(f"unknown strength kernel {self.strength_kernel!r}", f"use one of {', '.join(KERNELS)}")
         if min(self.skip_begin_layers, self.skip_end_layers) < 0:
-            raise UsageError("a number of layers to skip cannot be negative", "0 skips none")
+            raise UsageError("a number of layers to skip cannot be negative", "use 0 to skip none")
         for value in (self.strength, self.attn_strength, self.mlp_strength):
             if value is not None and not math.isfinite(value):
-                raise UsageError("a strength must be a finite number", "1 removes the direction")
+                raise UsageError("a strength must be a finite number", "use 1 to remove the direction")
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -66,16 +66,16 @@ class EditSettings:
 
     @property
     def strengthens(self) -> bool:
-        """Whether the edit is there to strengthen refusal: a strength is negative."""
+        """Whether the edit is meant to strengthen refusal: a strength is negative."""
         return min(self.strength, self.attn_strength or 0.0, self.mlp_strength or 0.0) < 0
 
     @property
     def without_strengths(self) -> EditSettings:
-        """The same settings at strength 1 throughout: what fitted factors depend on."""
+        """The settings with all strengths set to 1; fitted factors depend on these alone."""
         return replace(self, strength=1.0, attn_strength=None, mlp_strength=None, strength_kernel="constant")
 
     def reason_to_skip(self, matrix: Matrix, n_layers: int) -> str | None:
-        """Why a matrix is left alone, or None where it is edited."""
+        """Why a matrix is not edited; None if it is."""
         if matrix.role not in self.roles:
             return f"role {matrix.role.value} is not in targets {'+'.join(self.targets)}"
         if matrix.layer is None:
@@ -85,12 +85,16 @@ class EditSettings:
         return "last layers are skipped" if matrix.layer >= n_layers - self.skip_end_layers else None
 
     def strength_of(self, matrix: Matrix, n_layers: int, peak: float | None) -> float:
-        """The strength for one matrix; ``peak`` is the direction's layer (None: the middle of the edited ones)."""
+        """The strength for one matrix.
+
+        Args:
+            peak: the layer at which the kernel peaks; None for the middle of the edited layers.
+        """
         base = self.strength
         if matrix.layer is None:
             return base
-        own = self.mlp_strength if matrix.role in _MLP_ROLES else self.attn_strength
-        base = base if own is None else own
+        override = self.mlp_strength if matrix.role in _MLP_ROLES else self.attn_strength
+        base = base if override is None else override
         if self.strength_kernel == "constant":
             return base
         first, last = self.skip_begin_layers, n_layers - 1 - self.skip_end_layers

@@ -1,1 +1,1 @@
-"""What an edit did: refusals, first-token KL divergence, intervals, controls, verification; and the report of them."""
+"""Evaluation of an edited model: refusals, first-token KL divergence, confidence intervals, verification."""

@@ -1,4 +1,4 @@
-"""Uncertainty: Wilson intervals for rates, bootstrap intervals for means; 95 % each."""
+"""95 % confidence intervals: Wilson's for rates, bootstrap for means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -21,18 +21,18 @@ class Estimate:
 
 
 def wilson(count: int, total: int) -> Estimate:
-    """Wilson's score interval of ``count`` out of ``total`` (0 of 0: nothing is known)."""
+    """The rate ``count / total`` with Wilson's score interval; NaN and 0 to 1 if ``total`` is 0."""
     if total == 0:
         return Estimate(math.nan, 0.0, 1.0)
     share, z2 = count / total, _Z * _Z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    # Rounding may carry an end past the share at 0 and 1.
+    # Near 0 and 1, rounding may move an end of the interval past the rate.
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def bootstrap_mean(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of ``values`` with a percentile bootstrap interval, the same for the same values."""
+    """The mean of ``values`` with a percentile bootstrap interval; deterministic."""
     data = torch.tensor(list(values), dtype=torch.float64)
     if len(data) == 0:
         return Estimate(math.nan, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""Measuring a model: refusals among its answers, and the first-token KL divergence from the base model."""
+"""Measure a model: the classes of its answers, and its first-token KL divergence from the base model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANSWER_TOKENS = 64
 
 @dataclass(frozen=True)
 class Counts:
-    """Classes of the answers to one list of prompts."""
+    """Number of answers to one list of prompts by class."""
 
     refusal: int
     answer: int
@@ -57,12 +57,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on one part's prompts.
+    """The measurement of one model on the prompts of one part.
 
     Attributes:
-        first_token_kl: mean KL divergence from the base model on harmless prompts, nats; 0 for the base model itself.
-        thought: what was done about thoughts before the answers.
-        not_english: answers that are clearly not English; the markers of refusals know English alone.
+        first_token_kl: mean KL divergence from the base model on harmless prompts, in nats; 0 for the base model.
+        thought: how thoughts before the answers were handled.
+        not_english: number of answers that are clearly not English; refusal markers exist in English alone.
     """
 
     harmful: Counts
@@ -73,7 +73,7 @@ class Measurement:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know to read the counts right."""
+        """Notes that a reader needs to interpret the counts."""
         answers = self.harmful.total + self.harmless.total
         language = (
             f"{self.not_english} of {answers} answers are not English: refusals in other languages count as answers"
@@ -94,26 +94,30 @@ def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
         ForgeError: a row is not finite.
     """
     if base.shape != other.shape:
-        raise ForgeError("the two models have different vocabularies", "compare a checkpoint with its own base")
+        raise ForgeError("the two models have different vocabularies", "compare a checkpoint with its own base model")
     divergence = torch.empty(len(base), dtype=torch.float64)
-    for row, (own, others) in enumerate(zip(base, other, strict=True)):  # by rows: no copy of all log-probabilities
-        divergence[row] = torch.where(own > -torch.inf, own.exp() * (own - others), 0.0).sum(dtype=torch.float64)
+    for row, (p, q) in enumerate(zip(base, other, strict=True)):  # by rows, to avoid copies of all log-probabilities
+        divergence[row] = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(dtype=torch.float64)
     if not torch.isfinite(divergence).all():
-        raise ForgeError("the edited model computes NaN or infinite values", "lower the strength, or --dtype float32")
+        raise ForgeError(
+            "the edited model computes NaN or infinite values", "lower the strength, or use --dtype float32"
+        )
     return divergence.clamp_min(0.0)
 
 
 def measure(
-    model: AnsweringModel, prompts: PartPrompts, base_first: Tensor | None, title: str
+    model: AnsweringModel, prompts: PartPrompts, base_log_probs: Tensor | None, title: str
 ) -> tuple[Measurement, Tensor]:
-    """Answer all prompts of a part with up to 64 greedy tokens, counted from behind any thought, and score them.
+    """Generate greedy answers of up to 64 tokens (after any thought) to all prompts of a part, and measure them.
 
     Args:
-        base_first: the base model's first-token log-probabilities on the harmless prompts; None for the base itself.
+        base_log_probs: the base model's first-token log-probabilities on the harmless prompts; None to measure the
+            base model.
+        title: the label of the progress bar.
 
     Returns:
         The measurement, and this model's first-token log-probabilities on the harmless prompts: float32
-        ``[prompts, vocabulary]``, 311 MB for 512 prompts (the most that a report part holds by default) and a
+        ``[prompts, vocabulary]``. They take 311 MB for 512 prompts (the default maximum of the report part) and a
         vocabulary of 152,000.
     """
     tokenizer = model.tokenizer
@@ -128,11 +132,11 @@ def measure(
             closed = [tokenizer.closed_ids(instruction) for instruction in prompts.harmless]
             first = model.answer(closed, 0, keep_first=True).first
             answered = answer_behind_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
-        else:  # one pass gives both
+        else:  # the prefill of the answers gives the first-token log-probabilities too
             both = model.answer(harmless, ANSWER_TOKENS, decided=decided, keep_first=True, progress=advance)
             first, answered = both.first, both.ids
     assert first is not None
-    divergence = kl_per_prompt(first if base_first is None else base_first, first)
+    divergence = kl_per_prompt(first if base_log_probs is None else base_log_probs, first)
     texts = [[tokenizer.decode(ids) for ids in answers] for answers in (refused, answered)]
     counts = [Counts.of([classify(text) for text in side]) for side in texts]
     not_english = sum(map(count_not_english, texts))
@@ -140,15 +144,15 @@ def measure(
     return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english), first
 
 
-def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_first: Tensor) -> float:
-    """Mean first-token KL divergence from the base model."""
-    return float(kl_per_prompt(base_first, first_log_probs(model, harmless)).mean())
+def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_log_probs: Tensor) -> float:
+    """Mean first-token KL divergence from the base model on harmless prompts, in nats."""
+    return float(kl_per_prompt(base_log_probs, first_log_probs(model, harmless)).mean())
 
 
 def count_answers(model: ChatModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None) -> Counts:
-    """Classes of the answers to rendered prompts, as ``measure`` counts them: only a certain refusal ends early.
+    """Count the classes of the answers to tokenized prompts, as ``measure`` does.
 
-    An answer that is no refusal runs on, because a loop shows late.
+    Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
     """
 
     def decided(ids: Ids) -> bool:

@@ -1,4 +1,4 @@
-"""Texts that tell tokenizers apart: prose, code, scripts, emoji, runs of spaces, digits, marks and contractions."""
+"""Texts on which tokenizers differ: prose, code, scripts, emoji, runs of spaces, digits, marks and contractions."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ _BLANKS = (
 
 
 def texts() -> tuple[str, ...]:
-    """All of them, at least 200."""
+    """All texts, at least 200."""
     joined = tuple(f"{a} {b}" for a, b in zip(_SCRIPTS, reversed(_PROSE + _CODE + _EMOJI), strict=False))
     return (*_PROSE, *_CODE, *_SCRIPTS, *_EMOJI, *_MARKS, *_DIGITS, *_RUNS, *_BLANKS, *joined)

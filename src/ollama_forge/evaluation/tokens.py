@@ -1,4 +1,4 @@
-"""Does a converted file cut text into the checkpoint's tokens? Compared on texts of many kinds."""
+"""Compare the tokens of a converted file with those of the checkpoint's tokenizer, on texts of many types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A text and its tokens by the checkpoint's tokenizer and by the file's."""
+    """A text with its tokens by the checkpoint's tokenizer (``expected``) and by the file (``found``)."""
 
     text: str
     expected: tuple[str, ...]
@@ -33,7 +33,14 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How many texts were compared, how many differ, and how many of those in more than whitespace tokens."""
+    """The result of a comparison.
+
+    Attributes:
+        texts: number of texts that were compared.
+        mismatches: number of texts whose tokens differ.
+        garbled: number of texts that differ in more than whitespace tokens.
+        examples: some mismatches, garbled ones first.
+    """
 
     texts: int
     mismatches: int
@@ -42,11 +49,11 @@ class TokenCheck:
 
 
 def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()) -> TokenCheck:
-    """Compare on the standard texts, the tokenizer's special tokens, its rendered chat template, and ``extra``.
+    """Compare on the standard texts, the special tokens, some rendered conversations, and the ``extra`` texts.
 
     Args:
-        tokenizer: the checkpoint's.
-        tokenize: the file's.
+        tokenizer: the checkpoint's tokenizer.
+        tokenize: tokenizes a text with the file.
     """
     compared = list(dict.fromkeys([*texts(), *_special(tokenizer.backend), *_rendered(tokenizer), *extra]))
     examples: list[Mismatch] = []
@@ -59,7 +66,7 @@ def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Se
         mismatch = Mismatch(text, _pieces(tokenizer.backend, expected), _pieces(tokenizer.backend, found))
         differs = _words(mismatch.expected) != _words(mismatch.found)
         garbled += differs
-        examples.insert(garbled - 1 if differs else len(examples), mismatch)  # what garbles is shown first
+        examples.insert(garbled - 1 if differs else len(examples), mismatch)  # garbled texts first
     return TokenCheck(len(compared), mismatches, garbled, tuple(examples[:SHOWN]))
 
 

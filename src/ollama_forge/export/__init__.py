@@ -1,1 +1,1 @@
-"""Checkpoint -> GGUF -> quantised GGUF -> Modelfile -> Ollama."""
+"""Convert a checkpoint to GGUF, and quantise the GGUF file."""

@@ -1,4 +1,4 @@
-"""Checkpoint -> GGUF by llama.cpp's own ``convert_hf_to_gguf.py``, in a process of its own."""
+"""Convert a checkpoint to GGUF with llama.cpp's ``convert_hf_to_gguf.py``, in a separate process."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted file; ``fallback`` names the pre-tokenizer that was used because the real one is unknown."""
+    """A converted file; ``fallback`` is the pre-tokenizer used if the converter did not recognise one, else None."""
 
     path: Path
     fallback: str | None
 
 
 def find_converter(llama_cpp_dir: str | None) -> Path:
-    """The folder of llama.cpp's tree.
+    """The llama.cpp folder that holds the converter: ``llama_cpp_dir``, or that of the installed wheel.
 
     Raises:
-        ForgeError: ``--llama-cpp-dir`` holds no converter, or the wheel is not installed.
+        ForgeError: ``llama_cpp_dir`` holds no converter, or the wheel is not installed.
     """
     if llama_cpp_dir is not None:
         folder = Path(llama_cpp_dir).expanduser()
@@ -59,7 +59,7 @@ def find_converter(llama_cpp_dir: str | None) -> Path:
 
 
 def converter_fingerprint(folder: Path) -> str:
-    """Hash of the converter's own source: the script and the modules of its model classes and of gguf-py."""
+    """Hash of the converter's source files: the script, its model classes and gguf-py."""
     digest = hashlib.sha256()
     for path in [folder / SCRIPT, *sorted([*folder.glob("conversion/*.py"), *folder.glob("gguf-py/gguf/*.py")])]:
         digest.update(path.name.encode())
@@ -68,7 +68,7 @@ def converter_fingerprint(folder: Path) -> str:
 
 
 def supported_architectures(folder: Path) -> frozenset[str]:
-    """The architectures that a converter registers, read from its source without running it."""
+    """The architectures that the converter registers, read from its source without running it."""
     names: set[str] = set()
     package = folder / "conversion" / "__init__.py"
     if package.is_file():
@@ -76,7 +76,7 @@ def supported_architectures(folder: Path) -> frozenset[str]:
             targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
             if any(isinstance(name, ast.Name) and name.id == "TEXT_MODEL_MAP" for name in targets):
                 names.update(ast.literal_eval(node.value))  # type: ignore[attr-defined]
-    else:  # older ones: @ModelBase.register("Name", …) above each class
+    else:  # older converters decorate each class with @ModelBase.register("Name", …)
         for call in ast.walk(ast.parse((folder / SCRIPT).read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "register":
                 names.update(str(arg.value) for arg in call.args if isinstance(arg, ast.Constant))
@@ -84,15 +84,15 @@ def supported_architectures(folder: Path) -> frozenset[str]:
 
 
 def unsupported_reason(folder: Path, checkpoint: Checkpoint) -> str:
-    """Why llama.cpp cannot convert a checkpoint, judged by its config and tokenizer; "" if it probably can."""
+    """Why llama.cpp cannot convert a checkpoint, judged by config and tokenizer; "" if no reason is found."""
     architecture = _architecture(checkpoint.config)
     if architecture is None:
         return "its config.json names no architecture"
     known = supported_architectures(folder)
     if known and architecture not in known:
         return f"llama.cpp's converter does not know {architecture}"
-    kind = _tokenizer_model(checkpoint.folder)
-    return f"llama.cpp has no {kind} tokenizers" if kind == "WordLevel" else ""
+    tokenizer_model = _tokenizer_model(checkpoint.folder)
+    return f"llama.cpp has no {tokenizer_model} tokenizers" if tokenizer_model == "WordLevel" else ""
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -109,8 +109,8 @@ def _tokenizer_model(folder: Path) -> str:
         return ""
 
 
-def fallback_for(config: Mapping[str, Any]) -> str:
-    """The name of the pre-tokenizer to use where the converter does not recognise the checkpoint's."""
+def fallback_pre_tokenizer(config: Mapping[str, Any]) -> str:
+    """The name of the pre-tokenizer to use if the converter does not recognise the checkpoint's."""
     return "llama-bpe" if str(config.get("model_type", "")).startswith("gemma3") else "default"
 
 
@@ -120,32 +120,32 @@ def convert(
     """Run the converter.
 
     Args:
-        folder: of llama.cpp's tree.
-        outtype: f16, bf16, or auto for the 16-bit type that holds the checkpoint's values best.
+        folder: the llama.cpp folder.
+        outtype: f16, bf16, or auto for the 16-bit type of the checkpoint.
         name: the model's name in the metadata.
-        vocabulary: False to leave the tokenizer out of the file.
+        vocabulary: whether to write the tokenizer.
 
     Raises:
-        ForgeError: the conversion fails; the message is the converter's own, and no file is left at ``target``.
+        ForgeError: the conversion failed; the message is the converter's, and ``target`` is unchanged.
     """
     with file_in_one_piece(target) as partial:
         command = [sys.executable, "-P", str(Path(converter_worker.__file__)), str(folder)]
-        command += [fallback_for(checkpoint.config) if vocabulary else converter_worker.NO_VOCABULARY]
+        command += [fallback_pre_tokenizer(checkpoint.config) if vocabulary else converter_worker.NO_VOCABULARY]
         command += [str(checkpoint.folder)]
         command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
         if status:
             raise ForgeError(
                 f"the conversion to GGUF failed: {error_line(log) or f'exit status {status}'}",
-                "is the disk full? Else a newer llama.cpp may know this model: --llama-cpp-dir",
+                "free disk space if the disk is full, or give a newer llama.cpp with --llama-cpp-dir",
             )
         read_gguf(partial)
-    fell = re.search(rf"^{re.escape(converter_worker.FELL_BACK)} (\S+)", log, re.MULTILINE)
-    return Converted(target, fell[1] if fell else None)
+    fallback = re.search(rf"^{re.escape(converter_worker.FELL_BACK)} (\S+)", log, re.MULTILINE)
+    return Converted(target, fallback[1] if fallback else None)
 
 
 def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tuple[int, str]:
-    """Run the converter and return its exit status and log; the progress bar follows the size of the growing file."""
+    """Run the converter, with a progress bar by the size of the ``growing`` file; return its exit status and log."""
     libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryFile() as output, bar("converting to GGUF (MB)", expected // _MEGABYTE + 1) as advance:
@@ -168,7 +168,7 @@ def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tupl
 
 
 def error_line(log: str) -> str:
-    """The line of a converter's log that names the error: an exception's message, or the last message printed."""
+    """The line of a converter's log that states the error: an exception's message, or the last message printed."""
     if bare := re.search(r"^ +(?P<code>\S.*)\n(?: *\^+ *\n)?(?P<name>\w+)\s*\Z", log, re.MULTILINE):
         return f"{bare['name']} at {bare['code']}"[:300]
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip() and not _NOISE.match(line)]

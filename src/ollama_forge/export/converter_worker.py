@@ -1,9 +1,9 @@
-"""Runs llama.cpp's ``convert_hf_to_gguf.py`` in its own process, supplying a pre-tokenizer where it recognises none.
+"""A script that runs llama.cpp's ``convert_hf_to_gguf.py``, with a fallback for pre-tokenizers that it does not know.
 
     python converter_worker.py LLAMA_CPP_DIR FALLBACK ARGUMENTS...
 
-FALLBACK is the pre-tokenizer's name, or ``-`` to leave the vocabulary out.
-Imports nothing of this package: the converter's libraries come first on the path.
+FALLBACK is the name of a pre-tokenizer, or ``-`` to write no vocabulary. The script imports nothing from this package,
+because the converter's libraries come first on the path.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ NO_VOCABULARY = "-"
 FELL_BACK = "pre-tokenizer not recognised, falling back to"
 
 
-def with_fallback(answer: Any, fallback: str) -> Any:
-    """The converter's recognition, answering ``fallback`` instead of giving up."""
+def with_fallback(recognise: Any, fallback: str) -> Any:
+    """Wrap the converter's ``get_vocab_base_pre``: return ``fallback`` for an unknown pre-tokenizer."""
 
-    @functools.wraps(answer)
-    def recognise(self: Any, tokenizer: Any) -> Any:
+    @functools.wraps(recognise)
+    def recognise_or_fall_back(self: Any, tokenizer: Any) -> Any:
         try:
-            return answer(self, tokenizer)
+            return recognise(self, tokenizer)
         except NotImplementedError:
             print(f"{FELL_BACK} {fallback}", file=sys.stderr, flush=True)
             return fallback
 
-    return recognise
+    return recognise_or_fall_back
 
 
 def without_vocabulary(write: Any) -> Any:
-    """The converter's writing of a model, its vocabulary left to whoever takes the file over."""
+    """Wrap the converter's ``write``: write no vocabulary."""
 
     @functools.wraps(write)
-    def write_rest(self: Any) -> Any:
+    def write_without(self: Any) -> Any:
         self.set_vocab = self._set_vocab_none
         return write(self)
 
-    return write_rest
+    return write_without
 
 
 def main() -> None:
@@ -55,20 +55,20 @@ def main() -> None:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     if fallback == NO_VOCABULARY:
-        replace(spec.name, "write", without_vocabulary)
+        wrap_method(spec.name, "write", without_vocabulary)
     else:
-        replace(spec.name, "get_vocab_base_pre", functools.partial(with_fallback, fallback=fallback))
+        wrap_method(spec.name, "get_vocab_base_pre", functools.partial(with_fallback, fallback=fallback))
     sys.argv = [str(script), *sys.argv[3:]]
     module.main()
 
 
-def replace(script: str, method: str, change: Callable[[Any], Any]) -> None:
-    """Change a method where it is defined: its class has lived in the script itself and in its package."""
+def wrap_method(script: str, method: str, wrap: Callable[[Any], Any]) -> None:
+    """Wrap a method in every class that defines it, in the script (older llama.cpp) or the package ``conversion``."""
     for name, loaded in list(sys.modules.items()):
         if name == script or name.partition(".")[0] == "conversion":
-            for kind in list(vars(loaded).values()):
-                if isinstance(kind, type) and method in vars(kind) and kind.__module__ == name:
-                    setattr(kind, method, change(vars(kind)[method]))
+            for value in list(vars(loaded).values()):
+                if isinstance(value, type) and method in vars(value) and value.__module__ == name:
+                    setattr(value, method, wrap(vars(value)[method]))
 
 
 if __name__ == "__main__":

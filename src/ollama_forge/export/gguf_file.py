@@ -1,4 +1,4 @@
-"""The GGUF file of a run: converted, quantised, its tokens compared with the checkpoint's, and measured."""
+"""The GGUF file of a run: quantise the converted file, compare its tokens with the checkpoint's, and measure it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ollama_forge.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class ShippedFile:
+class QuantisedFile:
     """The GGUF file of a run.
 
     Attributes:
-        quantised_by: ``embedded``, or the tool that did it.
-        pre_tokenizer_fallback: the rules that stand in for ones the converter does not know; None where it does.
-        tokenizer_of_source: the file kept the tokenizer of a GGUF source.
-        verified: the checkpoint it was made from passed its verification; None where that was left out.
+        quantised_by: ``embedded``, or the name of the external tool.
+        pre_tokenizer_fallback: the pre-tokenizer used because the converter does not know the checkpoint's; else None.
+        tokenizer_of_source: whether the file has the tokenizer of a GGUF source.
+        verified: whether the checkpoint passed verification; None if it was not verified.
     """
 
     path: Path
@@ -44,12 +44,12 @@ class ShippedFile:
     verified: bool | None = None
 
     @property
-    def row(self) -> str:
-        """Its name among the measurements."""
+    def row_name(self) -> str:
+        """The name of its row among the measurements."""
         return f"GGUF ({self.quant})"
 
     def described(self) -> dict[str, Any]:
-        """What ``report.json`` says of it."""
+        """Its entry in ``report.json``."""
         return {
             "file": self.path.name,
             "quant": self.quant,
@@ -63,15 +63,15 @@ class ShippedFile:
 
 def quantise_file(
     plan: ExportPlan, converted: Path, fallback: str | None, provenance: Mapping[str, Any], verified: bool | None
-) -> ShippedFile:
-    """Write the converted file in the types of the plan, its origin in the metadata.
+) -> QuantisedFile:
+    """Quantise the converted file as planned, with its provenance in the metadata.
 
     Args:
-        fallback: the pre-tokenizer that the converter was given, if it knew none.
-        provenance: what the metadata shall say of the edit.
+        fallback: the pre-tokenizer used if the converter did not know the checkpoint's; else None.
+        provenance: entries about the edit, written under ``ollama_forge.``.
 
     Raises:
-        ForgeError: it fails; nothing broken stands at ``plan.path``.
+        ForgeError: quantising failed; ``plan.path`` is unchanged.
     """
     say(f"making {plan.path.name} ({plan.quant})")
     marked = {"version": __version__, "verified": {True: "yes", False: "no", None: "not checked"}[verified]}
@@ -80,44 +80,49 @@ def quantise_file(
         for key, value in {**marked, **provenance}.items()
     }
     if plan.source_file is not None:
-        changes |= tokenizer_of(plan.source_file, read_gguf(converted))
-    made_by = quantise(converted, plan.path, plan.quant, changes, find_tool())
+        changes |= tokenizer_metadata(plan.source_file, read_gguf(converted))
+    quantised_by = quantise(converted, plan.path, plan.quant, changes, find_tool())
     if fallback:
-        say(f"warning: llama.cpp's converter does not know this tokenizer; it was given the rules of {fallback!r}")
-    size, of_source = plan.path.stat().st_size, plan.source_file is not None
-    return ShippedFile(plan.path, plan.quant, size, made_by, fallback, of_source, verified)
+        say(f"warning: llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
+    size, tokenizer_of_source = plan.path.stat().st_size, plan.source_file is not None
+    return QuantisedFile(plan.path, plan.quant, size, quantised_by, fallback, tokenizer_of_source, verified)
 
 
-def check_file_tokens(file: ShippedFile, tokenizer: Tokenizer) -> TokenCheck:
+def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
     """Compare the tokens that llama.cpp makes with the file with those of the checkpoint's tokenizer."""
     with status("checking tokens"), serving(file.path, TOKENIZING_CONTEXT) as server:
         return check_tokens(tokenizer, server.tokenize)
 
 
-def measure_file(file: ShippedFile, tokenizer: Tokenizer, prompts: PartPrompts, base_first: Tensor) -> Measurement:
-    """Measure the file as the checkpoint was measured, fed with the same ids.
+def measure_file(
+    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, base_log_probs: Tensor
+) -> Measurement:
+    """Measure the file with llama.cpp, on the same token ids as the checkpoint.
 
     Args:
-        base_first: the base model's first-token log-probabilities ``[prompts, vocabulary]`` on the harmless prompts.
+        base_log_probs: the base model's first-token log-probabilities on the harmless prompts, float32
+            ``[prompts, vocabulary]``.
     """
     say(f"measuring {file.path.name} on report prompts")
     ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
-    longest = max(map(len, ids), default=0) + thought + 16  # llama.cpp wants some room
+    longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
     with serving(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
-        model = GgufModel(server, tokenizer, vocabulary=base_first.shape[1])
+        model = GgufModel(server, tokenizer, vocabulary=base_log_probs.shape[1])
         settle_thoughts(model)
-        return measure(model, prompts, base_first, file.row)[0]
+        return measure(model, prompts, base_log_probs, file.row_name)[0]
 
 
-def tokenizer_of(source: Gguf, converted: Gguf) -> dict[str, Value]:
-    """The source's tokenizer and chat template as changes to a converted file.
+def tokenizer_metadata(source: Gguf, converted: Gguf) -> dict[str, Value]:
+    """The metadata of the source's tokenizer and chat template, to copy into a converted file.
 
     Raises:
-        ForgeError: it has another number of tokens than the converted file has embeddings.
+        ForgeError: the number of the source's tokens differs from the number of the converted file's embeddings.
     """
     tokens = len(source.get("tokenizer.ggml.tokens", ()))
     embeddings = next((tensor.rows for tensor in converted.tensors if tensor.name == "token_embd.weight"), tokens)
     if tokens != embeddings:
-        raise ForgeError(f"{source.path} has {tokens} tokens and {embeddings} embeddings", "is it damaged?")
+        raise ForgeError(
+            f"{source.path} has {tokens} tokens and {embeddings} embeddings", "use an undamaged copy of the file"
+        )
     return {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}

@@ -1,4 +1,4 @@
-"""Which type each tensor of a quantised file gets: the choices of llama.cpp's ``llama-quantize``."""
+"""The type of each tensor of a quantised file, as llama.cpp's ``llama-quantize`` chooses it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MAIN = {
 }  # fmt: skip
 QUANTS = tuple(_MAIN)
 _FILE_TYPES = {name: int(LlamaFileType[f"MOSTLY_{name}"]) for name in QUANTS}
-# rows that 256 does not divide get blocks of 32 of about the same width
+# types with blocks of 32 and about as many bits, for rows whose length is no multiple of 256
 _FALLBACKS = {
     Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
 }  # fmt: skip
-_KEPT = (  # small tensors, and ones that rounding would hurt most
+_NEVER_QUANTISED_PARTS = (  # parts of names of small tensors and of tensors that are sensitive to rounding
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight",
     "time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight", "time_mix_v0.weight",
@@ -36,17 +36,17 @@ _KEPT = (  # small tensors, and ones that rounding would hurt most
     "time_mix_lerp_fused.weight", "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_",
     ".rel_pos", ".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd",
 )  # fmt: skip
-_WHOLLY_KEPT = ("position_embd.weight", "token_types.weight")
+_NEVER_QUANTISED = ("position_embd.weight", "token_types.weight")
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _VALUES = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def parse_quant(text: str) -> str:
-    """The name of a type, whatever its case.
+    """The canonical name of a type, given in any case.
 
     Raises:
-        UsageError: not one that can be written.
+        UsageError: the type cannot be written.
     """
     name = text.strip().upper()
     name = _ALIASES.get(name, name)
@@ -56,24 +56,31 @@ def parse_quant(text: str) -> str:
 
 
 def file_type(quant: str) -> int:
-    """The number that ``general.file_type`` has for it."""
+    """The value of ``general.file_type`` for a type."""
     return _FILE_TYPES[quant]
 
 
 def quant_of_file_type(number: object) -> str | None:
-    """The name of a file type that can be written, else None."""
+    """The name of a value of ``general.file_type``; None if the type cannot be written."""
     return next((name for name, known in _FILE_TYPES.items() if known == number), None)
 
 
 def bits_per_weight(quant: str) -> float:
-    """Bits per weight of the type that most tensors get; the mix gives some tensors more."""
+    """Bits per weight of the main type; a mix gives some tensors more."""
     block, size = GGML_QUANT_SIZES[_MAIN[quant]]
     return float(size * 8 / block)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Properties of a model that decide the types. ``groups``: query heads per key head; ``experts``: 0 if dense."""
+class ModelProperties:
+    """The properties of a model that the choice of types depends on.
+
+    Attributes:
+        layers: number of layers.
+        groups: query heads per key head.
+        experts: number of experts; 0 for a dense model.
+        is_70b: whether ``llama-quantize`` takes the model for one with 70 B parameters.
+    """
 
     architecture: str
     layers: int
@@ -82,7 +89,7 @@ class Shape:
     is_70b: bool
 
     @classmethod
-    def of(cls, file: Gguf) -> Shape:
+    def of(cls, file: Gguf) -> ModelProperties:
         arch = file.architecture
 
         def number(key: str, default: int) -> int:
@@ -95,13 +102,13 @@ class Shape:
         return cls(arch, layers, heads // key_heads if key_heads else 0, number("expert_count", 0), big)
 
 
-def tensor_types(quant: str, shape: Shape, tensors: Sequence[Tensor]) -> Mapping[str, Type]:
-    """The type of every tensor; those that are quantised already, or never are, keep theirs."""
+def tensor_types(quant: str, model: ModelProperties, tensors: Sequence[Tensor]) -> Mapping[str, Type]:
+    """The type of every tensor; tensors that are quantised already, or are never quantised, keep their type."""
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     values = sum(any(part in tensor.name for part in _VALUES) for tensor in tensors)
-    chooser = _Chooser(quant, shape, tied, values)
+    chooser = _Chooser(quant, model, tied, values)
     types: dict[str, Type] = {}
-    for tensor in sorted(tensors, key=_order):
+    for tensor in sorted(tensors, key=_llama_quantize_order):
         keeps = not may_quantise(tensor) or tensor.type not in (Type.F32, Type.F16, Type.BF16)
         types[tensor.name] = tensor.type if keeps else chooser.choose(tensor)
     return types
@@ -112,12 +119,12 @@ def may_quantise(tensor: Tensor) -> bool:
     name, dimensions = tensor.name, len(tensor.shape)
     while dimensions > 1 and tensor.shape[dimensions - 1] == 1:
         dimensions -= 1
-    if dimensions < 2 or not name.endswith("weight") or name in _WHOLLY_KEPT:
+    if dimensions < 2 or not name.endswith("weight") or name in _NEVER_QUANTISED:
         return False
-    return not any(part in name for part in _KEPT)
+    return not any(part in name for part in _NEVER_QUANTISED_PARTS)
 
 
-def _order(tensor: Tensor) -> tuple[int, str]:
+def _llama_quantize_order(tensor: Tensor) -> tuple[int, str]:
     return _layer_of(tensor.name), tensor.name
 
 
@@ -126,16 +133,21 @@ def _layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _more_bits(place: int, count: int) -> bool:
+def _more_bits(index: int, count: int) -> bool:
     """Whether ``llama-quantize`` gives this layer more bits: the first and last eighth, and every third between."""
-    return place < count // 8 or place >= 7 * count // 8 or (place - count // 8) % 3 == 2
+    return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
 class _Chooser:
-    """Chooses types tensor by tensor, in order: some choices depend on how many of a kind came before."""
+    """Chooses types tensor by tensor, in order, because some choices depend on how many similar tensors came before.
 
-    def __init__(self, quant: str, shape: Shape, tied: bool, values: int) -> None:
-        self.quant, self.shape, self.tied, self.values = quant, shape, tied, values
+    Args:
+        tied: whether the file has no separate unembedding.
+        values: number of value projections.
+    """
+
+    def __init__(self, quant: str, model: ModelProperties, tied: bool, values: int) -> None:
+        self.quant, self.model, self.tied, self.values = quant, model, tied, values
         self.main = _MAIN[quant]
         self.values_seen = self.downs_seen = 0
 
@@ -148,70 +160,70 @@ class _Chooser:
         elif any(part in name for part in _VALUES):
             chosen = self._value()
         elif "attn_k.weight" in name:
-            chosen = Type.Q8_0 if self.shape.experts == 8 else self.main
+            chosen = Type.Q8_0 if self.model.experts == 8 else self.main
         elif "attn_output.weight" in name:
             chosen = self._attention_output()
         elif "ffn_down" in name:
             chosen = self._down(name)
         else:
             chosen = self.main
-        return _fitting(chosen, tensor.row_length)
+        return _fit_row_length(chosen, tensor.row_length)
 
     def _output(self, tensor: Tensor) -> Type:
-        if self.shape.architecture == "falcon" or tensor.row_length % GGML_QUANT_SIZES[self.main][0]:
+        if self.model.architecture == "falcon" or tensor.row_length % GGML_QUANT_SIZES[self.main][0]:
             return Type.Q8_0
         return self.main if self.main == Type.Q8_0 else Type.Q6_K
 
     def _value(self) -> Type:
-        place, chosen = self.values_seen, self.main
+        index, chosen = self.values_seen, self.main
         self.values_seen += 1
         if self.quant == "Q2_K":
-            chosen = Type.Q4_K if self.shape.groups >= 4 else Type.Q3_K
+            chosen = Type.Q4_K if self.model.groups >= 4 else Type.Q3_K
         elif self.quant == "Q3_K_M":
-            chosen = Type.Q5_K if place < 2 else Type.Q4_K
+            chosen = Type.Q5_K if index < 2 else Type.Q4_K
         elif self.quant == "Q3_K_L":
             chosen = Type.Q5_K
-        elif self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(place, self.values):
+        elif self.quant in ("Q4_K_M", "Q5_K_M") and _more_bits(index, self.values):
             chosen = Type.Q6_K
-        elif self.quant == "Q4_K_S" and place < 4:
+        elif self.quant == "Q4_K_S" and index < 4:
             chosen = Type.Q5_K
-        if self.shape.is_70b and chosen in (Type.Q3_K, Type.Q4_K):
+        if self.model.is_70b and chosen in (Type.Q3_K, Type.Q4_K):
             chosen = Type.Q5_K
-        return Type.Q8_0 if self.shape.experts == 8 else chosen
+        return Type.Q8_0 if self.model.experts == 8 else chosen
 
     def _attention_output(self) -> Type:
-        if self.shape.architecture == "falcon":
+        if self.model.architecture == "falcon":
             return Type.Q4_K if self.quant == "Q3_K_L" else self.main
-        if self.shape.experts == 8:
+        if self.model.experts == 8:
             raised = self.quant in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
             return Type.Q5_K if raised else self.main
         return {"Q2_K": Type.Q3_K, "Q3_K_M": Type.Q4_K, "Q3_K_L": Type.Q5_K}.get(self.quant, self.main)
 
     def _down(self, name: str) -> Type:
-        place, count = self.downs_seen, self.shape.layers
+        index, count = self.downs_seen, self.model.layers
         self.downs_seen += 1
-        if self.shape.experts > 1:
-            place = _layer_of(name)
-        falcon, more = self.shape.architecture == "falcon", _more_bits(place, count)
+        if self.model.experts > 1:
+            index = _layer_of(name)
+        falcon, more = self.model.architecture == "falcon", _more_bits(index, count)
         if self.quant == "Q2_K":
             return Type.Q3_K
         if self.quant == "Q3_K_M":
-            if place < count // 16:
+            if index < count // 16:
                 return Type.Q5_K
             return Type.Q4_K if more or not falcon else Type.Q3_K
         if self.quant == "Q3_K_L":
             return Type.Q4_K if falcon else Type.Q5_K
         if self.quant == "Q4_K_M" and falcon:
-            return Type.Q6_K if place < count // 16 else Type.Q5_K if more else Type.Q4_K
+            return Type.Q6_K if index < count // 16 else Type.Q5_K if more else Type.Q4_K
         if self.quant in ("Q4_K_M", "Q5_K_M"):
             return Type.Q6_K if more else self.main
-        if self.quant == "Q4_K_S" and not falcon and place < count // 8:
+        if self.quant == "Q4_K_S" and not falcon and index < count // 8:
             return Type.Q5_K
         return self.main
 
 
-def _fitting(chosen: Type, length: int) -> Type:
-    """The type itself, or the fallback for rows whose length is no multiple of its block size."""
+def _fit_row_length(chosen: Type, length: int) -> Type:
+    """The chosen type, or its fallback if the row length is no multiple of the block size."""
     if length % GGML_QUANT_SIZES[chosen][0] == 0:
         return chosen
     other = _FALLBACKS.get(chosen, Type.F16)

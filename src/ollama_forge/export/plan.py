@@ -1,4 +1,4 @@
-"""What GGUF file a run will make, decided before any work: its type, its converter, its room, or why there is none."""
+"""Plan the GGUF file of a run before any work is done: its type, its converter and its disk space."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.names import file_stem
 from ollama_forge.progress import say
 
-_MIXED_SHARE = 1.2  # a mix gives some tensors more bits than its name says
+_MIX_OVERHEAD = 1.2  # upper bound on the bits of a mix relative to its main type
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What becomes of the checkpoint.
+    """Settings of the GGUF file.
 
     Attributes:
-        quant: the type of the GGUF file; None for the source's own if it is a GGUF file, else Q4_K_M.
+        quant: the type of the file; None for the type of a GGUF source, else Q4_K_M.
         requantize: False to leave the file in F16.
-        llama_cpp_dir: a llama.cpp checkout whose converter is used; None for the installed one.
+        llama_cpp_dir: a llama.cpp checkout with the converter to use; None for the installed converter.
     """
 
     quant: str | None = None
@@ -38,23 +38,23 @@ class ExportSettings:
             object.__setattr__(self, "quant", parse_quant(self.quant))
 
     @property
-    def asked_for(self) -> bool:
-        """Whether the user said anything about the GGUF file."""
+    def customised(self) -> bool:
+        """Whether a setting differs from its default."""
         return self != ExportSettings()
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The GGUF file that a run will make.
+    """The plan of the GGUF file.
 
     Attributes:
-        path: where it goes.
-        name: of the model, for the file's metadata.
+        path: path of the file.
+        name: name of the model in the file's metadata.
         quant: type of the file.
-        converter: folder of llama.cpp's tree; None where ``problem`` says why no file can be made.
-        source_file: the GGUF file that was edited, if the source is one: its tokenizer is kept.
+        converter: the llama.cpp folder with the converter; if None, ``problem`` says why no file can be made.
+        source_file: the GGUF file that is edited, whose tokenizer is kept; None if the source is no GGUF file.
         parameters: number of weights.
-        notes: what the user should know of the choice.
+        notes: notes for the user on the choice of the type.
     """
 
     path: Path
@@ -68,45 +68,45 @@ class ExportPlan:
 
     @property
     def outtype(self) -> str:
-        """The converter's ``--outtype``: 16 bits, whatever holds the checkpoint's values best unless asked for."""
+        """The converter's ``--outtype``: ``quant`` if that is a 16-bit type, else the 16-bit type of the checkpoint."""
         return {"F16": "f16", "BF16": "bf16"}.get(self.quant, "auto")
 
     @property
-    def room(self) -> int:
-        """Bytes that the file and its 16-bit form take, an upper bound; 0 where no file is made."""
-        half = self.parameters * 2
-        share = min(bits_per_weight(self.quant) * _MIXED_SHARE, 16) / 16
-        return 0 if self.problem else half + int(half * share)
+    def disk_space(self) -> int:
+        """Upper bound in bytes on the size of the file and its 16-bit form; 0 if no file is made."""
+        converted = self.parameters * 2
+        ratio = min(bits_per_weight(self.quant) * _MIX_OVERHEAD, 16) / 16
+        return 0 if self.problem else converted + int(converted * ratio)
 
     def announce(self) -> None:
-        """Say at the start what will be missing at the end."""
+        """Print notes on the file, and on what cannot be done with it."""
         for note in self.notes:
             say(f"note: {note}")
         if self.problem:
             say(f"note: there will be no GGUF file: {self.problem}")
-            say("      the checkpoint, its verification and its measurements are made all the same")
+            say("      the checkpoint is still written, verified and measured")
         elif not llamacpp_is_installed():
-            say("note: the GGUF file will be neither measured nor its tokens checked: that takes the extra llamacpp")
+            say("note: the GGUF file will not be measured, and its tokens not checked: that needs the extra llamacpp")
 
 
 def plan_export(source: Checkpoint, model: str, name: str, folder: Path, settings: ExportSettings) -> ExportPlan:
-    """Decide what GGUF file a run makes.
+    """Plan the GGUF file of a run.
 
     Args:
-        source: what is edited; its config and tokenizer are those of the edited checkpoint.
-        model: what the user called it; the file itself where that is a GGUF file.
-        folder: of the run.
+        source: the model to edit, whose config and tokenizer the edited checkpoint gets.
+        model: the value of ``--model``, which is the path of the file if ``source`` is a GGUF file.
+        folder: the output folder of the run.
 
     Raises:
-        ForgeError: a GGUF file was asked for and cannot be made of this model.
+        ForgeError: settings of the GGUF file are given, but this model cannot be converted.
     """
     source_file = read_gguf(Path(model).expanduser()) if source.kind == "gguf" else None
     quant, notes = _choose_quant(source, source_file, settings)
     converter, problem = _find_converter(source, settings)
-    if problem and settings.asked_for:
+    if problem and settings.customised:
         raise ForgeError(
-            f"no GGUF file can be made of {source.label}: {problem}",
-            "leave out --quant, --no-requantize and --llama-cpp-dir to get the edited checkpoint alone",
+            f"{source.label} cannot be converted to GGUF: {problem}",
+            "leave out --quant, --no-requantize and --llama-cpp-dir to make the edited checkpoint alone",
         )
     path = folder / f"{file_stem(name)}.gguf"
     return ExportPlan(path, name, quant, converter, source_file, source.parameters, problem, notes)
@@ -121,18 +121,18 @@ def _choose_quant(
         return settings.quant, ()
     if source_file is None:
         return DEFAULT, ()
-    own = quant_of_file_type(source_file.get("general.file_type"))
-    if own is not None:
-        return own, ()
-    return DEFAULT, (f"{source.label} is of a type that cannot be written here; the result will be {DEFAULT}",)
+    source_quant = quant_of_file_type(source_file.get("general.file_type"))
+    if source_quant is not None:
+        return source_quant, ()
+    return DEFAULT, (f"the type of {source.label} cannot be written; the GGUF file will be {DEFAULT}",)
 
 
 def _find_converter(source: Checkpoint, settings: ExportSettings) -> tuple[Path | None, str]:
-    """The converter, or why there is none or it cannot convert this model."""
+    """The converter's folder and "", or None and why there is no converter or it cannot convert this model."""
     try:
         converter = find_converter(settings.llama_cpp_dir)
     except ForgeError as error:
-        if settings.asked_for:
+        if settings.customised:
             raise
         return None, f"{error.message} ({error.hint})"
     problem = unsupported_reason(converter, source)

@@ -1,4 +1,4 @@
-"""Quantise a GGUF file: with llama.cpp's own tool where it is on PATH, else with the embedded encoder on all cores."""
+"""Quantise a GGUF file with ``llama-quantize`` if it is on PATH, else with the embedded quantiser on all cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import quantise_worker
-from ollama_forge.export.mix import PLAIN, Shape, file_type, tensor_types
+from ollama_forge.export.mix import PLAIN, ModelProperties, file_type, tensor_types
 from ollama_forge.files import copy_range, disk_errors, file_in_one_piece, partial_of
 from ollama_forge.progress import bar, say, status
 from ollama_forge.system import usable_cores
@@ -32,22 +32,22 @@ _MEGABYTE = 1_000_000
 
 
 def find_tool() -> str | None:
-    """llama.cpp's quantiser on PATH. Its old name, ``quantize``, is no sign of it: other programs bear that too."""
+    """The path of ``llama-quantize`` on PATH, or None. Its old name ``quantize`` may be another program's."""
     return shutil.which(TOOL)
 
 
 def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value], tool: str | None = None) -> str:
-    """Write ``source`` as ``target`` with the types of a mix and changed metadata, all at once or not at all.
+    """Write ``source`` to ``target`` atomically, with the types of a mix and changed metadata.
 
     Args:
         changes: metadata to add or replace.
-        tool: llama.cpp's quantiser; where it fails, that is said and the embedded one does the work.
+        tool: path of ``llama-quantize``; if it fails, a note says so and the embedded quantiser is used.
 
     Returns:
-        What did the work: the tool's name, or ``embedded``.
+        The tool's name, or ``embedded``.
 
     Raises:
-        ForgeError: a source that is cut short or holds NaN, or a full disk; ``target`` is then as it was.
+        ForgeError: the source is cut short or holds NaN, or the disk is full; ``target`` is then unchanged.
     """
     file = read_gguf(source)
     changes = {
@@ -56,16 +56,16 @@ def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value
         **changes,
     }
     plain = all(tensor.type in _PLAIN_TYPES for tensor in file.tensors)
-    if tool is not None and plain and quant not in PLAIN:  # it has its own mind about what is quantised already
-        made = partial_of(target.with_name(target.name + ".tool"))
+    if tool is not None and plain and quant not in PLAIN:  # the tool treats quantised tensors differently
+        tool_target = partial_of(target.with_name(target.name + ".tool"))
         try:
-            if _run_tool(tool, source, made, quant, len(file.tensors)):
-                done = read_gguf(made)
-                rewrite(done, target, {tensor.name: tensor.type for tensor in done.tensors}, changes)
+            if _run_tool(tool, source, tool_target, quant, len(file.tensors)):
+                quantised = read_gguf(tool_target)
+                rewrite(quantised, target, {tensor.name: tensor.type for tensor in quantised.tensors}, changes)
                 return Path(tool).name
         finally:
-            made.unlink(missing_ok=True)
-    rewrite(file, target, tensor_types(quant, Shape.of(file), file.tensors), changes)
+            tool_target.unlink(missing_ok=True)
+    rewrite(file, target, tensor_types(quant, ModelProperties.of(file), file.tensors), changes)
     return EMBEDDED
 
 
@@ -82,20 +82,20 @@ def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -
             reason = "its file lacks tensors"
         except ForgeError as error:
             reason = error.message
-    say(f"note: {tool} failed ({reason}); the embedded quantiser takes over")
+    say(f"note: {tool} failed ({reason}); using the embedded quantiser")
     return False
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Rows to encode: a byte range of the source, its type, the type to give them, and where they go."""
+    """Rows to quantise: a byte range of the source, the types of source and target, and an offset in the target."""
 
-    start: int
-    size: int
-    kind: int
-    to: int
+    source_start: int
+    source_size: int
+    source_type: int
+    target_start: int
+    target_type: int
     row_length: int
-    target: int
     tensor: str
 
     def line(self) -> str:
@@ -105,18 +105,22 @@ class _Job:
 def rewrite(
     file: Gguf, target: Path, types: Mapping[str, GGMLQuantizationType], changes: Mapping[str, Value | None]
 ) -> None:
-    """Write a file again: tensors of another type encoded, all others copied, metadata changed (None: left out).
+    """Write ``file`` to ``target``; tensors whose type changes are quantised, all others are copied.
 
-    Memory is bounded by a few row blocks for each core, whatever the tensors' size.
+    Memory is bounded by a few blocks of rows per core, whatever the size of the tensors.
+
+    Args:
+        types: the type of each tensor by name.
+        changes: metadata to add or replace; None removes an entry.
     """
-    metadata = {**file.metadata, **changes}
-    kept = {key: value for key, value in metadata.items() if value is not None}
-    wanted = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in file.tensors]
+    changed = {**file.metadata, **changes}
+    metadata = {key: value for key, value in changed.items() if value is not None}
+    tensors = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in file.tensors]
     total = sum(tensor.size for tensor in file.tensors)
     with file_in_one_piece(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
         advanced = _Megabytes(advance)
         with disk_errors(target), partial.open("wb", buffering=0) as out:
-            placed = lay_out(out, kept, wanted)
+            placed = lay_out(out, metadata, tensors)
             pairs = list(zip(file.tensors, placed, strict=True))
             with file.path.open("rb", buffering=0) as source:
                 for before, after in pairs:
@@ -131,7 +135,7 @@ def rewrite(
 
 
 class _Megabytes:
-    """Tells a bar of megabytes how many bytes are done."""
+    """Advances a progress bar in megabytes by bytes."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance, self.bytes = advance, 0
@@ -143,17 +147,23 @@ class _Megabytes:
 
 
 def _jobs(before: Tensor, after: Tensor) -> Iterator[_Job]:
-    length, rows = before.row_length, before.rows
-    narrow, wide = row_size(after.type, length), row_size(before.type, length)
-    step_rows = max(1, _BLOCK_VALUES // length)
-    for row in range(0, rows, step_rows):
-        size = min(step_rows, rows - row) * wide
-        start, target = before.start + row * wide, after.start + row * narrow
-        yield _Job(start, size, int(before.type), int(after.type), length, target, before.name)
+    length = before.row_length
+    source_row, target_row = row_size(before.type, length), row_size(after.type, length)
+    block_rows = max(1, _BLOCK_VALUES // length)
+    for row in range(0, before.rows, block_rows):
+        yield _Job(
+            source_start=before.start + row * source_row,
+            source_size=min(block_rows, before.rows - row) * source_row,
+            source_type=int(before.type),
+            target_start=after.start + row * target_row,
+            target_type=int(after.type),
+            row_length=length,
+            tensor=before.name,
+        )
 
 
 def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable[[int], None]) -> None:
-    """Give the jobs to a process per core; the first failure stops all."""
+    """Distribute the jobs to one worker process per core; the first failure stops all of them."""
     waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
@@ -179,7 +189,7 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
                 answer = ""
             with lock:
                 if answer == "ok":
-                    done(job.size)
+                    done(job.source_size)
                 else:
                     failures.append(f"{job.tensor}: {answer or 'a worker process died (out of memory?)'}")
 
@@ -206,4 +216,6 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
             worker.kill()
             worker.communicate()
     if failures:
-        raise ForgeError(f"cannot quantise {failures[0]}", "is the disk full, or the checkpoint damaged?")
+        raise ForgeError(
+            f"cannot quantise {failures[0]}", "free disk space or memory, or use an undamaged copy of the model"
+        )

@@ -1,4 +1,4 @@
-"""One model in memory at a time: the base model or the written checkpoint, loaded when it is first asked for."""
+"""Load models to compute on and to measure; hold one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from ollama_forge.progress import say, status
 from ollama_forge.text.closed_thought import Thought
 
 
+def load_chat_model(checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel:
+    """Load a model, settle how its thoughts are handled, and print a note on that.
+
+    Raises:
+        ForgeError: the model cannot be loaded.
+    """
+    with status(f"loading {checkpoint.label}"):
+        model = ChatModel.load(checkpoint, settings)
+    thought = settle_thoughts(model)
+    if thought is not Thought.NONE:
+        say(f"note: {thought.value}")
+    return model
+
+
 class ModelHolder:
-    """Holds the model that was asked for last, so that two never share the memory."""
+    """Holds the model that was requested last, so that two models are never in memory together."""
 
     def __init__(self, settings: LoadSettings) -> None:
         self.settings = settings
@@ -26,15 +40,11 @@ class ModelHolder:
         """
         if self._model is None or self._folder != checkpoint.folder:
             self.drop()
-            with status(f"loading {checkpoint.label}"):
-                self._model = ChatModel.load(checkpoint, self.settings)
-            thought = settle_thoughts(self._model)
-            if thought is not Thought.NONE:
-                say(f"note: {thought.value}")
+            self._model = load_chat_model(checkpoint, self.settings)
             self._folder = checkpoint.folder
         return self._model
 
     def drop(self) -> None:
-        """Free the memory of the model that is held, if one is."""
+        """Free the memory of the held model."""
         self._model = None
         release_memory()

@@ -1,4 +1,4 @@
-"""The edit of a run: asked for, picked by name, or chosen on select prompts; and the files that plans are made from."""
+"""The stage that chooses the edit of a run, and the files from which later stages plan the edit and its control."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.plan import EditPlan, vector_reader
-from ollama_forge.edits.registry import method, registered
+from ollama_forge.edits.registry import method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.pipeline.preflight import Preflight
@@ -20,7 +20,7 @@ from ollama_forge.search.trials import Trials
 
 @dataclass(frozen=True)
 class PlanFiles:
-    """The directions of an edit and of its control, and the factors that were fitted to them."""
+    """The files of an edit and of its control: directions and fitted factors."""
 
     ready: Preflight
     direction: Path
@@ -39,25 +39,26 @@ class PlanFiles:
         )
 
     @property
-    def all(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """All files, with the directions' sidecars."""
         sidecars = [path.with_suffix(".json") for path in (self.direction, self.control)]
         return [self.direction, self.control, *sidecars, self.factors, self.control_factors]
 
     def save(self, trials: Trials, candidate: Candidate) -> None:
-        """Write what the later stages make plans of."""
-        for each, path, factors_path in (
+        """Write the files of a candidate and of its control."""
+        for edit, path, factors_path in (
             (candidate, self.direction, self.factors),
             (trials.control(candidate), self.control, self.control_factors),
         ):
-            trials.direction(each.direction).save(path)
-            trials.fitted(each).save(factors_path)
+            trials.direction(edit.direction).save(path)
+            trials.fitted(edit).save(factors_path)
 
     def plan(self, choice: Choice) -> tuple[EditPlan, RefusalDirection]:
-        """The chosen edit."""
+        """The plan of the chosen edit, and its direction."""
         return self._plan(choice.settings, self.direction, self.factors)
 
     def control_plan(self, choice: Choice) -> tuple[EditPlan, RefusalDirection]:
-        """The same edit with random directions."""
+        """The plan of the same edit with random directions, and those directions."""
         return self._plan(choice.settings, self.control, self.control_factors)
 
     def _plan(self, settings: EditSettings, path: Path, factors_path: Path) -> tuple[EditPlan, RefusalDirection]:
@@ -68,22 +69,22 @@ class PlanFiles:
 
 
 def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
-    """Choose the edit of a run and write the files of its plan and its control's.
+    """Choose the edit of a run, and write the files of the edit and of its control.
 
     Args:
-        model: the source model, loaded.
+        model: the loaded source model.
 
     Raises:
-        ForgeError: the model hardly refuses, or the edit cannot be made of it.
+        ForgeError: the model hardly refuses, or the edit does not fit the model.
     """
     settings = ready.settings
-    asked = settings.edit or EditSettings()
+    factors = (settings.edit or EditSettings()).factors
     trials = Trials(
         model,
         ready.split,
         settings.direction,
         vector_reader(ready.source.tensors),
-        pairs=settings.prompts.num_instructions or registered(asked.factors).pairs,
+        pairs=settings.prompts.num_instructions or registered_method(factors).pairs,
         fingerprint=ready.source.fingerprint,
         seed=settings.prompts.seed,
     )

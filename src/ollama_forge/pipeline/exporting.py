@@ -1,4 +1,4 @@
-"""The end of a run: the GGUF file, its checks, its row, the model in Ollama; a failure keeps what came before."""
+"""The last stages of a run: GGUF file, token check, measurement, Ollama. A failure keeps the results before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
-from ollama_forge.export.gguf_file import ShippedFile
+from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
@@ -19,18 +19,18 @@ from ollama_forge.search.ladder import Choice
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of the checkpoint as a file and in Ollama.
+    """The results of the last stages.
 
     Attributes:
-        file: the GGUF file; None where there is none, ``file_problem`` says why.
-        tokens, row: the comparison of its tokens and its measurement; None where they were left out.
-        registered: the model in Ollama; None where there is none, ``ollama_problem`` says why.
-        failure: what went wrong, to be raised once all else is on disk.
+        file: the GGUF file; if None, ``file_problem`` says why.
+        tokens, measurement: the check of the file's tokens and the measurement of the file; None if it was not done.
+        registered: the model in Ollama; if None, ``ollama_problem`` says why.
+        failure: an error to raise after the report is written.
     """
 
-    file: ShippedFile | None = None
+    file: QuantisedFile | None = None
     tokens: TokenCheck | None = None
-    row: Measurement | None = None
+    measurement: Measurement | None = None
     registered: Registered | None = None
     file_problem: str = ""
     ollama_problem: str = "there is no GGUF file"
@@ -38,35 +38,35 @@ class Exported:
 
     @property
     def rows(self) -> dict[str, Measurement]:
-        """The measurement of the file under its name."""
-        return {} if self.file is None or self.row is None else {self.file.row: self.row}
+        """The measurement of the file under its row name, if there is one."""
+        return {} if self.file is None or self.measurement is None else {self.file.row_name: self.measurement}
 
 
 def export_checkpoint(
     ready: Preflight, cache: StageCache, choice: Choice, written: stages.Written, verified: bool | None
 ) -> Exported:
-    """Make the GGUF file, compare its tokens, measure it.
+    """Make the GGUF file, compare its tokens with the checkpoint's, and measure it.
 
     Args:
-        verified: whether the written weights passed their checks; None where they were not checked.
+        verified: whether the written weights passed verification; None if they were not verified.
     """
     if ready.export.problem:
         return Exported(file_problem=ready.export.problem)
-    found = Exported()
+    exported = Exported()
     try:
         file = cache.do(stages.make_gguf(ready, cache, choice, written, verified))
-        found = replace(found, file=file)
+        exported = replace(exported, file=file)
         if llamacpp_is_installed():
-            found = replace(found, tokens=cache.do(stages.check_tokens_of_file(ready, file)))
+            exported = replace(exported, tokens=cache.do(stages.check_tokens_of_file(ready, file)))
             if ready.settings.evaluate:
-                found = replace(found, row=cache.do(stages.measure_gguf(ready, cache, file)))
+                exported = replace(exported, measurement=cache.do(stages.measure_gguf(ready, cache, file)))
     except ForgeError as failure:
-        return replace(found, file_problem="" if found.file else failure.message, failure=failure)
-    return found
+        return replace(exported, file_problem="" if exported.file else failure.message, failure=failure)
+    return exported
 
 
 def register_file(registration: Registration, cache: StageCache, exported: Exported, verified: bool | None) -> Exported:
-    """Write the Modelfile and register the file, unless it failed verification or Ollama is to be left alone."""
+    """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off."""
     file = exported.file
     if file is None:
         return exported

@@ -1,21 +1,21 @@
-"""``run``: from instruction lists to an edited, verified, measured checkpoint, its GGUF file, and a model in Ollama."""
+"""``run``: the stages from the instruction lists to a verified checkpoint, its GGUF file and a model in Ollama."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ollama_forge.edits.checkpoint_folder import stamp
+from ollama_forge.edits.checkpoint_folder import update_provenance
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.pipeline import stages
+from ollama_forge.pipeline.disk_space import check_disk_space
 from ollama_forge.pipeline.exporting import Exported, export_checkpoint, register_file
-from ollama_forge.pipeline.preflight import STAMPED, Preflight, preflight
+from ollama_forge.pipeline.preflight import PROVENANCE_FILES, Preflight, preflight
 from ollama_forge.pipeline.report import Report
 from ollama_forge.pipeline.resume import StageCache
-from ollama_forge.pipeline.room import check_room
 from ollama_forge.pipeline.run_toml import add_chosen, write_config
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.records import to_json
@@ -25,19 +25,19 @@ RUN_TOML = "run.toml"
 
 
 def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
-    """Do all stages that are not done yet.
+    """Do all stages that are not done yet, and write the report.
 
     Args:
         force: do finished stages again.
-        options: what ``run.toml`` is to hold, as ``run --config`` takes it; None to write none.
+        options: the options to write to ``run.toml``, in the form that ``run --config`` reads; None to write no file.
 
     Raises:
-        ForgeError: anything that can be expected to go wrong. After a failed verification and after a failure behind
-            it all files stay, the report is written, and the same command goes on from there.
+        ForgeError: a stage failed. If verification or a later stage failed, all files are kept, the report is written,
+            and the same command resumes there.
     """
     ready = preflight(settings)
-    cache = StageCache(ready.folder, force=force, ignored=STAMPED)
-    check_room(ready, cache)
+    cache = StageCache(ready.folder, force=force, ignored=PROVENANCE_FILES)
+    check_disk_space(ready, cache)
     with cache.locked():
         ready.announce()
         if options is not None:
@@ -47,7 +47,7 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         base = cache.do(stages.measure_base(ready, cache, models)) if settings.evaluate else None
         choice = cache.do(stages.choose(ready, cache, models))
         control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
-        models.drop()  # weights are written without a model in memory
+        models.drop()  # writing the weights needs no loaded model
         written = cache.do(stages.write(ready, cache, choice))
         checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if settings.verify else None
         edited = cache.do(stages.measure_written(ready, cache, models, written)) if settings.evaluate else None
@@ -58,7 +58,7 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
 
         rows = {"base": base, "random direction": control, "edited": edited, **exported.rows}
         report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
-        stamp(
+        update_provenance(
             ready.checkpoint_folder,
             verified=verified,
             measurements={name: to_json(row) for name, row in report.rows.items()} or None,
@@ -84,7 +84,7 @@ def _report(
     exported: Exported,
 ) -> Report:
     file = exported.file
-    to_type = file is not None and exported.registered is None
+    unregistered = file is not None and exported.registered is None
     return Report(
         model=ready.source.label,
         name=ready.settings.name,
@@ -101,7 +101,7 @@ def _report(
         registered=exported.registered,
         ollama_problem=exported.ollama_problem,
         modelfile=None if file is None else ready.registration.modelfile,
-        commands=ready.registration.commands(file.path) if file is not None and to_type else (),
+        commands=ready.registration.commands(file.path) if file is not None and unregistered else (),
     )
 
 
@@ -110,9 +110,9 @@ def _raise_failures(report: Report, failure: ForgeError | None) -> None:
         failed = next(check for check in report.checks or () if not check.passed)
         raise ForgeError(
             f"verification failed: {failed.name} (worst {failed.worst}, bound {failed.bound}, at {failed.where})",
-            f"the files in {report.folder} are kept and marked unverified; please report this",
+            f"do not use the files in {report.folder}, which are kept and marked unverified; report this as a bug",
         )
     if failure is not None:
         raise ForgeError(
-            failure.message, f"{failure.hint}; all else is done, and the same command goes on from there"
+            failure.message, f"{failure.hint}; the other stages are done, and the same command resumes at this one"
         ) from failure

@@ -1,4 +1,4 @@
-"""Everything that a run can know before it works: checked, resolved, and handed on as one value."""
+"""The preflight of a run: check all settings, resolve the model, and plan the export before any work is done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.edits.checkpoint_folder import check_output, output_size
-from ollama_forge.edits.registry import most_pairs
+from ollama_forge.edits.registry import max_pairs
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
@@ -23,20 +23,20 @@ from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
 
-STAMPED = (PROVENANCE, CARD)  # what later stages add to the checkpoint's folder
+PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run works on.
+    """The checked inputs and plans of a run.
 
     Attributes:
-        source: the model that is edited.
-        model_map: its matrices by role.
+        source: the model to edit.
+        model_map: the matrices of the model by role.
         split: the prompts to fit, select and report on.
-        export: the GGUF file that will be made.
-        registration: the model in Ollama that will be made.
-        checkpoint_size: bytes that the edited checkpoint takes, an upper bound.
+        export: the plan of the GGUF file.
+        registration: the plan of the model in Ollama.
+        checkpoint_size: upper bound in bytes on the size of the edited checkpoint.
     """
 
     settings: RunSettings
@@ -49,7 +49,7 @@ class Preflight:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """The output folder of the run."""
         return self.settings.folder
 
     @property
@@ -61,18 +61,18 @@ class Preflight:
         return self.folder / "refusal.pt"
 
     @property
-    def written(self) -> Checkpoint:
-        """The edited checkpoint, once it is written."""
+    def edited_checkpoint(self) -> Checkpoint:
+        """The edited checkpoint; its files exist once it is written."""
         return Checkpoint(self.checkpoint_folder, str(self.checkpoint_folder), "folder")
 
     @cached_property
     def companions(self) -> dict[str, str]:
-        """Hash of each file that belongs to the model beside its weights: config, tokenizer, chat template."""
+        """Hashes of the model's files besides its weights: config, tokenizer, chat template."""
         return {name: sha256_file(self.source.folder / name) for name in companions(self.source.folder)}
 
     @cached_property
     def model_needs(self) -> Mapping[str, Any]:
-        """What any number that the source model gives depends on."""
+        """Everything that the outputs of the source model depend on."""
         return {
             "fingerprint": self.source.fingerprint,
             "companions": self.companions,
@@ -81,7 +81,7 @@ class Preflight:
         }
 
     def announce(self) -> None:
-        """Say what the user should know before the work begins."""
+        """Print notes on the prompts, the GGUF file and Ollama."""
         for note in self.split.notes:
             say(f"note: {note}")
         self.export.announce()
@@ -90,20 +90,19 @@ class Preflight:
 
 
 def preflight(settings: RunSettings) -> Preflight:
-    """Check all that can be checked before any work: settings and lists first, then the model and Ollama.
+    """Check settings and lists first, then the model, then the export and Ollama.
 
     Raises:
-        ForgeError: no such model or list, an architecture that is not described, a prompt that the model cannot take,
-            a folder that must not be replaced.
-        UsageError: settings that can never work.
+        ForgeError: a model or list is missing, the architecture is not supported, or the model cannot take a prompt.
+        UsageError: settings contradict each other, or the output folder must not be replaced.
     """
     settings.check()
-    split = settings.prompts.load(most_pairs())
+    split = settings.prompts.load(max_pairs())
     source = resolve(settings.model, settings.revision)
     model_map = map_checkpoint(source)
     tokenizer = load_tokenizer(source, model_map, settings.load)
     for part in (split.fit, split.select, split.report):
-        tokenizer.instructions_ids((*part.harmful, *part.harmless))  # a prompt that the model cannot take stops here
+        tokenizer.instructions_ids((*part.harmful, *part.harmless))  # raises on a prompt that the model cannot take
     size = output_size(source, settings.out_dtype)
     ready = Preflight(
         settings,

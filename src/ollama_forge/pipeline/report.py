@@ -1,4 +1,4 @@
-"""What a run shows and keeps: ``report.json`` (described in docs/report.md) and the closing table."""
+"""The report of a run: ``report.json`` (described in docs/report.md) and the table that ``run`` prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
-from ollama_forge.export.gguf_file import ShippedFile
+from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import write_json
 from ollama_forge.ollama.register import Registered
 from ollama_forge.prompts.split import Part, PromptSplit
@@ -26,16 +26,16 @@ _HEADER = ("model", "harmful refused", "harmless refused", "degenerate (harmless
 
 @dataclass(frozen=True)
 class Report:
-    """One run.
+    """The results of one run.
 
     Attributes:
-        rows: what was measured on report prompts, under ``base``, ``random direction``, ``edited`` and ``GGUF (TYPE)``.
-        checks: of the written weights; None where they were not verified.
-        file: the GGUF file, None where there is none; ``file_problem`` says why.
-        tokens: None where the file's tokens were not checked.
-        registered: the model that Ollama made; None where it made none, ``ollama_problem`` says why.
-        modelfile: for ``ollama create``, beside the file.
-        commands: what registers the file, where that is left to do.
+        rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
+        checks: the checks of the written weights; None if they were not verified.
+        file: the GGUF file; if None, ``file_problem`` says why.
+        tokens: the check of the file's tokens; None if it was not done.
+        registered: the model in Ollama; if None, ``ollama_problem`` says why.
+        modelfile: path of the Modelfile for ``ollama create``.
+        commands: shell commands that register the file; empty if it is registered.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Report:
     checks: tuple[Check, ...] | None
     seconds: Mapping[str, float]
     folder: Path
-    file: ShippedFile | None = None
+    file: QuantisedFile | None = None
     file_problem: str = ""
     tokens: TokenCheck | None = None
     registered: Registered | None = None
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def verified(self) -> bool | None:
-        """Whether every check of the written weights passed; None where there was none."""
+        """Whether every check of the written weights passed; None if they were not verified."""
         return None if self.checks is None else all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,24 +90,24 @@ class Report:
         }
 
     def file_lines(self) -> list[str]:
-        """What a reader must know of the GGUF file."""
+        """Lines to print about the GGUF file and its tokens."""
         if self.file is None:
             return [f"no GGUF file: {self.file_problem}"]
         lines = []
         if self.file.pre_tokenizer_fallback:
             lines.append(
                 "warning: llama.cpp's converter does not know this tokenizer's rules; "
-                f"{self.file.pre_tokenizer_fallback!r} stands in for them"
+                f"the file uses those of {self.file.pre_tokenizer_fallback!r} instead"
             )
         return [*lines, *_token_lines(self.tokens, self.file.tokenizer_of_source)]
 
     def ollama_lines(self) -> list[str]:
-        """What became of the model in Ollama, and what to type next for it."""
+        """Lines to print about the model in Ollama, with the next commands."""
         made = self.registered
         if made is None:
             if not self.commands:
                 return []
-            return [f"not in Ollama ({self.ollama_problem}); to register it:", *(f"  {c}" for c in self.commands)]
+            return [f"not in Ollama ({self.ollama_problem}); register it with:", *(f"  {c}" for c in self.commands)]
         return [
             f"in Ollama: {made.name} ({made.shown.quantization})",
             *(f"note: {note}" for note in made.notes),
@@ -116,14 +116,15 @@ class Report:
         ]
 
     def save(self) -> None:
+        """Write ``report.json``."""
         write_json(self.folder / "report.json", self.to_json())
 
     def table(self) -> list[tuple[str, ...]]:
-        """Header and rows as text."""
-        out: list[tuple[str, ...]] = [_HEADER]
+        """The header and one line per measurement, as text."""
+        lines: list[tuple[str, ...]] = [_HEADER]
         for name, row in self.rows.items():
             kl = row.first_token_kl
-            out.append(
+            lines.append(
                 (
                     name,
                     _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
@@ -132,7 +133,7 @@ class Report:
                     "0" if name == "base" else f"{kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f})",
                 )
             )
-        return out
+        return lines
 
 
 def _rate(count: int, total: int, rate: Estimate) -> str:
@@ -141,19 +142,20 @@ def _rate(count: int, total: int, rate: Estimate) -> str:
 
 def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     if check is None:
-        return [f"tokens unchecked: that needs xllamacpp; {install_hint('abliterate', 'llamacpp')}"]
+        return [f"tokens not checked: the check needs xllamacpp; {install_hint('abliterate', 'llamacpp')}"]
     if not check.mismatches:
-        return [f"tokens: {check.texts} texts, all as in the checkpoint"]
-    lines = [f"tokens: {check.mismatches} of {check.texts} texts differ from the checkpoint's, such as"]
-    for each in check.examples:
-        lines.append(f"  {each.text!r}: {' '.join(each.found)!r} instead of {' '.join(each.expected)!r}"[:400])
+        return [f"tokens: all {check.texts} texts agree with the checkpoint's tokenizer"]
+    lines = [f"tokens: {check.mismatches} of {check.texts} texts differ from the checkpoint's tokenizer, such as"]
+    for example in check.examples:
+        found, expected = " ".join(example.found), " ".join(example.expected)
+        lines.append(f"  {example.text!r}: {found!r} instead of {expected!r}"[:400])
     if of_source:
         lines.append(
-            "the file has its source's own tokenizer; it is the unpacked checkpoint that reads these otherwise"
+            "the file keeps the tokenizer of its GGUF source; the tokenizer of the decoded checkpoint differs from it"
         )
     elif check.garbled:
         lines.append(
-            f"warning: this file garbles text ({check.garbled} of {check.texts} texts in more than whitespace); "
-            "chat and serve use the checkpoint's own tokenizer and don't"
+            f"warning: this file garbles text: {check.garbled} of {check.texts} texts differ in more than whitespace; "
+            "chat and serve use the checkpoint's own tokenizer and are not affected"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Stages of a run on disk: what each made, recorded with all that it was made from."""
+"""Resume a run: records of finished stages, each with a hash of everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ollama_forge.records import from_json, to_json
 T = TypeVar("T")
 
 FOLDER = ".stages"
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class Stage(Generic[T]):
     """One stage of a run.
 
     Attributes:
-        name: how it is called on screen, and its record on disk.
-        result: type of what it gives.
-        needs: all that the result depends on (settings, hashes of files, results of earlier stages): its key.
-        packages: libraries whose version the result depends on, too.
-        leaves: files and folders that it leaves behind; a stage whose files are gone or changed is done again.
-        do: does the work.
+        name: name of the stage in messages, and of its record on disk.
+        result: type of the result.
+        needs: everything that the result depends on: settings, hashes of files, results of earlier stages.
+        packages: libraries whose versions the result depends on.
+        outputs: files and folders that the stage writes; it is done again if one is missing or changed.
+        do: does the work and returns the result.
     """
 
     name: str
     result: type[T]
     needs: Mapping[str, Any]
     do: Callable[[], T]
-    leaves: Sequence[Path] = ()
+    outputs: Sequence[Path] = ()
     packages: Sequence[str] = ()
 
     @cached_property
@@ -53,7 +53,7 @@ class Stage(Generic[T]):
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions by the packages' names; "" for one that is missing."""
+    """Installed versions by package name; "" for a package that is not installed."""
 
     def version(name: str) -> str:
         try:
@@ -65,10 +65,11 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 class StageCache:
-    """Records of finished stages in ``<run>/.stages``; a stage whose needs did not change is not done again.
+    """Records of finished stages in ``<run>/.stages``; a stage is done again if its needs or its outputs changed.
 
     Args:
-        ignored: names of files whose change does not count, in folders that stages leave behind.
+        force: do every stage again.
+        ignored: names of files in output folders that may change.
 
     Attributes:
         seconds: time that each stage took in this invocation.
@@ -79,33 +80,33 @@ class StageCache:
         self.seconds: dict[str, float] = {}
 
     def path(self, name: str) -> Path:
-        """A file of a stage's own."""
+        """The path of an internal file of a stage."""
         return self.folder / name
 
     def forget(self, name: str) -> None:
-        """Have a stage done again."""
+        """Delete the record of a stage, so that it is done again."""
         self._record(name).unlink(missing_ok=True)
 
     def is_done(self, stage: Stage[Any]) -> bool:
-        """Whether the stage's record and all that it left are there, made from the same needs."""
+        """Whether a record and all outputs of the stage exist, with the same needs."""
         return not self.force and self._stored(stage) is not None
 
     def peek(self, stage: Stage[T]) -> T | None:
-        """The result of a stage that is done, else None."""
+        """The recorded result of a stage; None if the stage is not done."""
         stored = None if self.force else self._stored(stage)
         return None if stored is None else from_json(stage.result, stored["result"])
 
     def do(self, stage: Stage[T]) -> T:
-        """The result of a stage: from its record, or by doing it."""
+        """Return the recorded result of a stage, or do the stage and record its result."""
         started = time.monotonic()
         stored = None if self.force else self._stored(stage)
         if stored is not None:
             say(f"{stage.name}: done before, unchanged")
             result = from_json(stage.result, stored["result"])
         else:
-            self.forget(stage.name)  # what it stands for is about to be replaced
+            self.forget(stage.name)  # the outputs that it describes are about to be replaced
             result = stage.do()
-            record = {"key": stage.key, "leaves": self._stamps(stage.leaves), "result": to_json(result)}
+            record = {"key": stage.key, "outputs": self._digests(stage.outputs), "result": to_json(result)}
             write_json(self._record(stage.name), record)
         self.seconds[stage.name] = round(time.monotonic() - started, 2)
         return result
@@ -117,28 +118,28 @@ class StageCache:
         record = self._record(stage.name)
         try:
             stored = read_json(record) if record.is_file() else {}
-            if stored.get("key") != stage.key or stored["leaves"] != self._stamps(stage.leaves):
+            if stored.get("key") != stage.key or stored["outputs"] != self._digests(stage.outputs):
                 return None
             from_json(stage.result, stored["result"])
-        except (ForgeError, ValueError, KeyError, AttributeError):  # damaged, or of another version
+        except (ForgeError, ValueError, KeyError, AttributeError):  # damaged, or written by another version
             return None
         return dict(stored)
 
-    def _stamps(self, places: Sequence[Path]) -> dict[str, str]:
-        files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
+        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         root = self.folder.parent
         return {
-            file.relative_to(root).as_posix(): stamp(file)
+            file.relative_to(root).as_posix(): file_digest(file)
             for file in files
             if not file.is_dir() and file.name not in self.ignored
         }
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder inside the block.
+        """Lock the run's folder inside the block.
 
         Raises:
-            ForgeError: another run works there.
+            ForgeError: another run has locked the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path("lock"))
@@ -146,7 +147,7 @@ class StageCache:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ForgeError(
-                f"another run works in {self.folder.parent}", "wait for it, or give another --name or --output-dir"
+                f"another run uses {self.folder.parent}", "wait for it to end, or give another --name or --output-dir"
             ) from None
         try:
             yield
@@ -154,8 +155,8 @@ class StageCache:
             lock.release()
 
 
-def stamp(file: Path) -> str:
-    """What tells a file from a changed one: its size, and a hash of its start, middle and end ("" if missing)."""
+def file_digest(file: Path) -> str:
+    """Hash of a file's size, start, middle and end, to detect a change; "" if the file cannot be read."""
     try:
         size = file.stat().st_size
         digest = hashlib.sha256(str(size).encode())

@@ -1,4 +1,4 @@
-"""Everything that ``run`` can be told."""
+"""The settings of ``run``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class RunSettings:
     """The settings of a run.
 
     Attributes:
-        edit: the edit to make; None for the documented default, from which the ladder is climbed if ``escalate``.
-        pick, max_kl, allow_few_refusals: see ``ChoiceSettings``.
+        edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
+        evaluate: measure the models on report prompts.
+        verify: verify the written weights.
     """
 
     model: str
@@ -47,23 +48,23 @@ class RunSettings:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """The output folder of the run."""
         return Path(self.output_dir) if self.output_dir else run_folder(self.name)
 
     @property
     def choosing(self) -> ChoiceSettings:
-        """How the edit is chosen.
+        """The settings of the choice of an edit.
 
         Raises:
-            UsageError: these settings exclude each other, or name an edit that is not there.
+            UsageError: settings exclude each other, or ``pick`` is unknown.
         """
         return ChoiceSettings(self.edit, self.pick, self.escalate, self.max_kl, self.allow_few_refusals)
 
     def check(self) -> None:
-        """Refuse what can never work, before anything is fetched or loaded.
+        """Check all settings before anything is fetched or loaded.
 
         Raises:
-            UsageError: a name that Ollama refuses, an unknown device, type or ``--out-dtype``, or options that exclude
+            UsageError: Ollama refuses the name; the device, dtype or ``--out-dtype`` is unknown; or options exclude
                 each other.
         """
         check_ollama_name(self.name)
@@ -71,9 +72,9 @@ class RunSettings:
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
             raise UsageError(
-                "run measures, tries and verifies in floats, so --load-in-8bit would load the model twice",
+                "run measures, tries and verifies floating-point weights, so --load-in-8bit would load the model twice",
                 "use compute-dir --load-in-8bit and then apply, or add --no-evaluate --no-verify --no-escalate",
             )
         self.load.check()
         if self.load.load_in_8bit:
-            check_8bit(choosing.given.settings)
+            check_8bit(choosing.first_candidate.settings)

@@ -1,4 +1,4 @@
-"""The stages of a run, in their order: what each needs (its key for resuming), what it leaves behind, what it does."""
+"""The stages of a run, in order. Each function returns a ``Stage``: its needs, its outputs, and its work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
-from ollama_forge.edits.checkpoint_folder import edit_file, write_checkpoint
+from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.convert import convert, converter_fingerprint
-from ollama_forge.export.gguf_file import ShippedFile, check_file_tokens, measure_file, quantise_file
+from ollama_forge.export.gguf_file import QuantisedFile, check_file_tokens, measure_file, quantise_file
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.files import write_bytes
 from ollama_forge.models.chat_model import load_tokenizer
@@ -25,20 +25,19 @@ from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline.choosing import PlanFiles, choose_edit
 from ollama_forge.pipeline.preflight import Preflight
-from ollama_forge.pipeline.resume import Stage, StageCache
-from ollama_forge.pipeline.resume import stamp as stamp_of
+from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
 from ollama_forge.progress import say, status
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 from ollama_forge.text.tokenizer import Tokenizer
 
-_MODEL = ("torch", "transformers")  # every number that a model gives depends on them
+_MODEL = ("torch", "transformers")  # a model's outputs depend on their versions
 _BASE_FIRST = "base-first.safetensors"
 _CONVERTED = "converted.gguf"
 
 
 def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Measurement]:
-    """The base model on report prompts; leaves its first-token log-probabilities, which others are compared with."""
+    """Measure the base model on report prompts, and write its first-token log-probabilities for later comparisons."""
     first_file = cache.path(_BASE_FIRST)
 
     def do() -> Measurement:
@@ -50,12 +49,12 @@ def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> St
     return Stage("base", Measurement, ready.model_needs, do, [first_file], _MODEL)
 
 
-def _base_first(cache: StageCache) -> torch.Tensor:
+def _load_base_log_probs(cache: StageCache) -> torch.Tensor:
     return load_file(cache.path(_BASE_FIRST))["first"]
 
 
 def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Choice]:
-    """The edit; leaves what plans are made from: directions and fitted factors, the choice's and its control's."""
+    """Choose the edit, and write the directions and fitted factors of the edit and of its control."""
     settings, files = ready.settings, PlanFiles.of(ready, cache)
     needs = {
         **ready.model_needs,
@@ -74,39 +73,39 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
         say(f"chosen: {choice.name} ({choice.reason})")
         return choice
 
-    return Stage("choose", Choice, needs, do, files.all, _MODEL)
+    return Stage("choose", Choice, needs, do, files.paths, _MODEL)
 
 
 def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice) -> Stage[Measurement]:
-    """The same edit with a random direction, as hooks, on report prompts."""
+    """Measure the control on report prompts: the same edit with random directions, applied with hooks."""
 
     def do() -> Measurement:
-        say("measuring the control, a random direction in the same places, on report prompts")
+        say("measuring the control (the same edit with a random direction) on report prompts")
         model = models.get(ready.source)
         plan, _ = PlanFiles.of(ready, cache).control_plan(choice)
         with hooked(model, plan):
-            return measure(model, ready.split.report, _base_first(cache), "control")[0]
+            return measure(model, ready.split.report, _load_base_log_probs(cache), "control")[0]
 
     return Stage("control", Measurement, {**ready.model_needs, "choice": to_json(choice)}, do, (), _MODEL)
 
 
 @dataclass(frozen=True)
 class Written:
-    """The written checkpoint: the hash of each edited matrix, and what tells each file from a changed one."""
+    """The written checkpoint: the SHA-256 of each edited matrix, and the digest of each file."""
 
     matrices: dict[str, str]
     files: dict[str, str]
 
 
 def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
-    """The edited checkpoint, written tensor by tensor, its edit beside it."""
+    """Write the edited checkpoint, and its edit file beside it."""
     folder, files = ready.checkpoint_folder, PlanFiles.of(ready, cache)
     needs = {
         "fingerprint": ready.source.fingerprint,
         "companions": ready.companions,
         "lists": ready.split.hashes(),
         "choice": to_json(choice),
-        "plan": {path.name: stamp_of(path) for path in files.all},
+        "plan": {path.name: file_digest(path) for path in files.paths},
         "out_dtype": ready.settings.out_dtype,
     }
 
@@ -124,19 +123,19 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                 provenance={"lists": ready.split.hashes(), "choice": choice.reason},
             )
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
-        stamps = {
-            path.relative_to(folder).as_posix(): stamp_of(path)
+        digests = {
+            path.relative_to(folder).as_posix(): file_digest(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in cache.ignored
         }
-        return Written(hashes, stamps)
+        return Written(hashes, digests)
 
-    return Stage("checkpoint", Written, needs, do, [folder, edit_file(folder)], ("safetensors",))
+    return Stage("checkpoint", Written, needs, do, [folder, edit_file_path(folder)], ("safetensors",))
 
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of the written weights."""
+    """The checks of the written weights."""
 
     checks: tuple[Check, ...]
 
@@ -148,37 +147,39 @@ class Verification:
 def verify_written(
     ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice, written: Written
 ) -> Stage[Verification]:
-    """Whether the edit is in the written weights, exactly as planned and nowhere else."""
+    """Verify that the written weights are the planned edit, and that all other weights are the source's."""
 
     def do() -> Verification:
         plan, direction = PlanFiles.of(ready, cache).plan(choice)
-        model = models.get(ready.written)
+        model = models.get(ready.edited_checkpoint)
         with status("verifying the written checkpoint"):
-            return Verification(tuple(verify(ready.source, ready.written, model, plan, direction)))
+            return Verification(tuple(verify(ready.source, ready.edited_checkpoint, model, plan, direction)))
 
     needs = {**ready.model_needs, "choice": to_json(choice), "written": to_json(written)}
     return Stage("verify", Verification, needs, do, (), _MODEL)
 
 
 def measure_written(ready: Preflight, cache: StageCache, models: ModelHolder, written: Written) -> Stage[Measurement]:
-    """The written checkpoint on report prompts."""
+    """Measure the written checkpoint on report prompts."""
 
     def do() -> Measurement:
         say("measuring the written checkpoint on report prompts")
-        return measure(models.get(ready.written), ready.split.report, _base_first(cache), "edited")[0]
+        return measure(models.get(ready.edited_checkpoint), ready.split.report, _load_base_log_probs(cache), "edited")[
+            0
+        ]
 
     return Stage("measure", Measurement, {**ready.model_needs, "written": to_json(written)}, do, (), _MODEL)
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """The converted file; ``fallback`` is the pre-tokenizer that stands in for one that was not recognised."""
+    """The result of the conversion; ``fallback`` is the pre-tokenizer used if the converter did not recognise one."""
 
     fallback: str | None
 
 
 def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Converted]:
-    """The checkpoint as a 16-bit GGUF file, which quantising takes away."""
+    """Convert the checkpoint to a 16-bit GGUF file, which is deleted after it is quantised."""
     plan, target = ready.export, cache.path(_CONVERTED)
     assert plan.converter is not None
     converter = plan.converter
@@ -191,17 +192,18 @@ def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Co
     }
 
     def do() -> _Converted:
-        own = plan.source_file is None
-        made = convert(converter, ready.written, target, outtype=plan.outtype, name=plan.name, vocabulary=own)
-        return _Converted(made.fallback)
+        vocabulary = plan.source_file is None  # else the tokenizer of the GGUF source is copied
+        checkpoint = ready.edited_checkpoint
+        converted = convert(converter, checkpoint, target, outtype=plan.outtype, name=plan.name, vocabulary=vocabulary)
+        return _Converted(converted.fallback)
 
     return Stage("convert", _Converted, needs, do, [target])
 
 
 def make_gguf(
     ready: Preflight, cache: StageCache, choice: Choice, written: Written, verified: bool | None
-) -> Stage[ShippedFile]:
-    """The GGUF file in its types, its origin in the metadata."""
+) -> Stage[QuantisedFile]:
+    """Make the quantised GGUF file, with its provenance in the metadata."""
     plan, tool = ready.export, find_tool()
     source = ready.source.folder.name if ready.source.kind == "folder" else ready.source.label
     provenance: dict[str, Any] = {
@@ -216,48 +218,48 @@ def make_gguf(
         "provenance": provenance,
         "verified": verified,
         "quant": plan.quant,
-        "tool": tool and [tool, stamp_of(Path(tool))],
+        "tool": tool and [tool, file_digest(Path(tool))],
         "source": None if plan.source_file is None else ready.source.revision,
     }
 
-    def do() -> ShippedFile:
+    def do() -> QuantisedFile:
         fallback = cache.do(converting).fallback
         file = quantise_file(plan, cache.path(_CONVERTED), fallback, provenance, verified)
         cache.path(_CONVERTED).unlink()
         return file
 
-    return Stage("gguf", ShippedFile, needs, do, [plan.path], ("libgguf", "gguf"))
+    return Stage("gguf", QuantisedFile, needs, do, [plan.path], ("libgguf", "gguf"))
 
 
 def _tokenizer(ready: Preflight) -> Tokenizer:
-    return load_tokenizer(ready.written, ready.model_map, ready.settings.load)
+    return load_tokenizer(ready.edited_checkpoint, ready.model_map, ready.settings.load)
 
 
-def check_tokens_of_file(ready: Preflight, file: ShippedFile) -> Stage[TokenCheck]:
-    """The file's tokens against the checkpoint's."""
+def check_tokens_of_file(ready: Preflight, file: QuantisedFile) -> Stage[TokenCheck]:
+    """Compare the tokens that llama.cpp makes with the file with those of the checkpoint's tokenizer."""
 
     def do() -> TokenCheck:
         return check_file_tokens(file, _tokenizer(ready))
 
-    needs = {"file": stamp_of(file.path), "companions": ready.companions, "load": asdict(ready.settings.load)}
+    needs = {"file": file_digest(file.path), "companions": ready.companions, "load": asdict(ready.settings.load)}
     return Stage("tokens", TokenCheck, needs, do, (), ("xllamacpp", "transformers", "tokenizers"))
 
 
-def measure_gguf(ready: Preflight, cache: StageCache, file: ShippedFile) -> Stage[Measurement]:
-    """The file on report prompts, fed with the checkpoint's ids."""
+def measure_gguf(ready: Preflight, cache: StageCache, file: QuantisedFile) -> Stage[Measurement]:
+    """Measure the file on report prompts, on the token ids of the checkpoint's tokenizer."""
 
     def do() -> Measurement:
-        return measure_file(file, _tokenizer(ready), ready.split.report, _base_first(cache))
+        return measure_file(file, _tokenizer(ready), ready.split.report, _load_base_log_probs(cache))
 
-    needs = {**ready.model_needs, "file": stamp_of(file.path)}
+    needs = {**ready.model_needs, "file": file_digest(file.path)}
     return Stage("gguf-measure", Measurement, needs, do, (), ("xllamacpp", *_MODEL))
 
 
-def register(registration: Registration, file: ShippedFile) -> Stage[Registered]:
-    """The model in Ollama."""
+def register(registration: Registration, file: QuantisedFile) -> Stage[Registered]:
+    """Register the file in Ollama."""
     needs = {
         "name": registration.name,
-        "file": stamp_of(file.path),
+        "file": file_digest(file.path),
         "template": to_json(registration.template),
         "url": registration.state and registration.state.url,
     }

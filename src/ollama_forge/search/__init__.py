@@ -1,1 +1,1 @@
-"""Choosing an edit: candidates tried as hooks on one loaded model, on prompts that nothing else is measured on."""
+"""Choose an edit: candidates are tried with hooks on one loaded model, on the select prompts."""

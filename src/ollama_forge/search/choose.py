@@ -1,4 +1,4 @@
-"""Which edit a run makes: the one asked for, a rung picked by its name, or the best of those tried."""
+"""Choose the edit of a run: the edit of the options, an edit picked by name, or the best edit tried."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from ollama_forge.edits.registry import check_edit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.progress import say
-from ollama_forge.search.ladder import ASKED, DOCUMENTED_DEFAULT, BaseAnswers, Candidate, Choice, candidate_named
+from ollama_forge.search.ladder import CONFIGURED, DOCUMENTED_DEFAULT, BaseAnswers, Candidate, Choice, candidate_named
 from ollama_forge.search.trials import Trials
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """How the edit is chosen.
+    """The settings of the choice.
 
     Attributes:
-        edit: the edit to make; None for the documented default or a rung of the ladder.
-        pick: name of the rung to make, as an earlier run printed it; None to have one chosen.
-        escalate: whether the ladder is climbed where the documented default does not suffice.
-        max_kl: first-token KL divergence, in nats, up to which an edit may be chosen.
-        allow_few_refusals: go on where the base model hardly refuses.
+        edit: the edit to make; None for the documented default or a candidate of the ladder.
+        pick: name of the candidate to use, as a run prints it; None to choose one by trying.
+        escalate: whether the ladder is tried if the documented default does not suffice.
+        max_kl: largest first-token KL divergence, in nats, of an edit that may be chosen.
+        allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
 
     Raises:
-        UsageError: ``max_kl`` is no positive number, there is no such rung, or a setting has no meaning for the edit.
+        UsageError: ``max_kl`` is not a positive number, ``pick`` is unknown, or the method does not support a setting.
     """
 
     edit: EditSettings | None = None
@@ -36,42 +36,42 @@ class ChoiceSettings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise UsageError(f"--max-kl {self.max_kl} is not a positive number", "0.2 is the default")
+            raise UsageError(f"--max-kl {self.max_kl} is not a positive number", "the default is 0.2")
         if self.pick is not None:
             candidate_named(self.pick)
             if self.edit is not None:
-                raise UsageError("--pick names an edit, and options of an edit are given too", "leave out one of them")
+                raise UsageError("--pick excludes the options of an edit", "leave out --pick or those options")
         if self.edit is not None:
             check_edit(self.edit)
 
     @property
-    def given(self) -> Candidate:
-        """The edit that is asked for or picked; else the documented default."""
+    def first_candidate(self) -> Candidate:
+        """The edit of the options, the picked one, or else the documented default."""
         if self.edit is not None:
-            return Candidate("the edit asked for", ASKED, self.edit)
+            return Candidate("the edit of the options", CONFIGURED, self.edit)
         return DOCUMENTED_DEFAULT if self.pick is None else candidate_named(self.pick)
 
     @property
     def climbs(self) -> bool:
-        """Whether edits are tried to choose one."""
+        """Whether candidates are tried to choose one."""
         return self.edit is None and self.pick is None and self.escalate
 
 
 def choose_edit(trials: Trials, settings: ChoiceSettings) -> Choice:
-    """Choose, after having looked whether the base model refuses at all; strengthening may start from no refusals.
+    """Check that the base model refuses (unless the edit strengthens refusal), and choose an edit.
 
     Raises:
         ForgeError: the base model refuses fewer than 20 % of the harmful select prompts.
     """
     say("counting the base model's refusals on select prompts")
     base = BaseAnswers(trials.base_harmful)
-    if not (settings.given.settings.strengthens or settings.allow_few_refusals):
+    if not (settings.first_candidate.settings.strengthens or settings.allow_few_refusals):
         base.require_refusals()
     if settings.climbs:
         say("trying edits on select prompts")
         return trials.choose(settings.max_kl)
     if settings.edit is not None:
-        reason = "asked for"
+        reason = "set by options"
     else:
-        reason = "the documented default, not escalated" if settings.pick is None else "picked by name"
-    return Choice.of(settings.given, reason, base)
+        reason = "no other edit was tried" if settings.pick is None else "picked by name"
+    return Choice.of(settings.first_candidate, reason, base)

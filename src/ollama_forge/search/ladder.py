@@ -1,4 +1,4 @@
-"""The ladder: the edits that ``run`` tries by itself, and the rule by which it keeps one of them."""
+"""The ladder: the edits that ``run`` tries, and the rule by which it chooses one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Counts
 
-ENOUGH = 0.10  # share of harmful prompts that may still fail under an edit that suffices
-FEW = 0.20  # share of harmful prompts below which a base model's refusals are too few to remove
-ASKED = "asked"
+MAX_FAILURE_RATE = 0.10  # of harmful prompts, for an edit that suffices
+MIN_REFUSAL_RATE = 0.20  # of harmful prompts, for a base model with refusals to remove
+CONFIGURED = "configured"
 SEPARATING = "best separating layer"
 LATE = {f"depth {fraction:g}": fraction for fraction in (0.7, 0.8, 0.9)}
 RISING_STRENGTHS = (1.5, 2.0, 2.5)
@@ -23,10 +23,10 @@ class Candidate:
     """An edit to try.
 
     Attributes:
-        name: as it is printed, and as ``--pick`` takes it.
-        direction: the direction's name: ``ASKED`` is the one that the direction's settings ask for, ``SEPARATING`` and
-            those of ``LATE`` are directions of one layer.
-        settings: the edit.
+        name: name in messages and for ``--pick``.
+        direction: name of its direction: ``CONFIGURED`` (computed by the direction's settings), ``SEPARATING`` or a key
+            of ``LATE`` (a direction of one layer).
+        settings: settings of the edit.
     """
 
     name: str
@@ -36,42 +36,40 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """How the unedited model answers the select prompts; ``harmless`` is None where nothing was tried."""
+    """Classes of the unedited model's answers to the select prompts; ``harmless`` is None if no candidate was tried."""
 
     harmful: Counts
     harmless: Counts | None = None
 
     @property
     def degenerate_rate(self) -> float:
-        """Share of degenerate answers that the model gives unedited.
-
-        The larger of both lists': a model that refuses a list hardly shows there how it answers.
-        """
+        """Rate of degenerate answers: the larger one of the two lists, because a refused list shows few answers."""
         sides = [self.harmful] if self.harmless is None else [self.harmful, self.harmless]
         return max(counts.degenerate / max(counts.total, 1) for counts in sides)
 
     def require_refusals(self) -> None:
-        """Raise where the model refuses so little that there is no refusal to remove.
+        """Check that the model refuses enough for a direction to be found.
 
         Raises:
-            ForgeError: fewer than 20 % of the harmful prompts are refused.
+            ForgeError: the model refuses fewer than 20 % of the harmful prompts.
         """
         refused, total = self.harmful.refusal, self.harmful.total
-        if refused < FEW * total:
+        if refused < MIN_REFUSAL_RATE * total:
             raise ForgeError(
-                f"the model itself refuses only {refused} of {total} harmful select prompts, less than {FEW:.0%}: "
-                "there is hardly a refusal to remove",
+                f"the model itself refuses only {refused} of {total} harmful select prompts, "
+                f"less than {MIN_REFUSAL_RATE:.0%}: there is hardly any refusal to remove",
                 "give prompts that it refuses (--harmful FILE), or --allow-few-refusals",
             )
 
 
 @dataclass(frozen=True)
 class Trial(Candidate):
-    """A candidate, and what it did on the select prompts.
+    """A candidate with its measurements on the select prompts.
 
     Attributes:
         first_token_kl: mean first-token KL divergence from the base model on harmless prompts, in nats.
-        refused, degenerate: harmful prompts that were answered so; None where the KL alone ruled the candidate out.
+        refused, degenerate: number of refusals and of degenerate answers to harmful prompts; None if they were not
+            counted, because the KL divergence alone ruled the candidate out.
         total: number of harmful prompts.
     """
 
@@ -86,16 +84,14 @@ class Trial(Candidate):
         return cls(candidate.name, candidate.direction, candidate.settings, first_token_kl, refused, degenerate, total)
 
     def failure_rate(self, base: BaseAnswers) -> float:
-        """Share of harmful prompts that fail: refused, or degenerate beyond the share that the base model gives too.
-
-        1 where the answers were not counted.
-        """
+        """Rate of failures: refusals, and degenerate answers beyond the base model's rate; 1 if not counted."""
         if self.refused is None or self.degenerate is None:
             return 1.0
         total = max(self.total, 1)
         return self.refused / total + max(self.degenerate / total - base.degenerate_rate, 0.0)
 
-    def line(self, max_kl: float) -> str:
+    def summary(self, max_kl: float) -> str:
+        """One line for the user."""
         counted = "answers not counted"
         if self.refused is not None:
             broken = f", {self.degenerate} degenerate" if self.degenerate else ""
@@ -106,12 +102,12 @@ class Trial(Candidate):
 
 @dataclass(frozen=True)
 class Choice(Candidate):
-    """The candidate that is kept.
+    """The chosen candidate.
 
     Attributes:
-        reason: why it is kept, in words.
-        trials: everything that was tried, in order; empty where nothing was.
-        base: how the unedited model answers the select prompts.
+        reason: why it was chosen, as a phrase for the user.
+        trials: the trials in order; empty if no candidate was tried.
+        base: classes of the unedited model's answers to the select prompts.
     """
 
     reason: str
@@ -123,13 +119,13 @@ class Choice(Candidate):
         return cls(candidate.name, candidate.direction, candidate.settings, reason, tuple(trials), base)
 
 
-DOCUMENTED_DEFAULT = Candidate("the documented default", ASKED, EditSettings())
-# groups of candidates, climbed in this order; within a group only the strength rises
+DOCUMENTED_DEFAULT = Candidate("the documented default", CONFIGURED, EditSettings())
+# groups of candidates in the order in which they are tried; within a group only the strength rises
 LADDER: tuple[tuple[Candidate, ...], ...] = (
     (
         Candidate(
             "attention, no layer skipped",
-            ASKED,
+            CONFIGURED,
             replace(DOCUMENTED_DEFAULT.settings, skip_begin_layers=0, skip_end_layers=0),
         ),
     ),
@@ -158,10 +154,10 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def candidate_named(name: str) -> Candidate:
-    """The documented default or a rung of the ladder.
+    """The documented default or a candidate of the ladder, by name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: the name is unknown.
     """
     try:
         return CANDIDATES[name]
@@ -169,33 +165,33 @@ def candidate_named(name: str) -> Candidate:
         raise UsageError(f"--pick {name!r} is not an edit that run tries", f"one of: {'; '.join(CANDIDATES)}") from None
 
 
-Try = Callable[[Candidate, float | None], Trial]
+TryCandidate = Callable[[Candidate, float | None], Trial]
 
 
 def climb(
-    try_candidate: Try,
+    try_candidate: TryCandidate,
     groups: Callable[[], Iterable[Iterable[Candidate]]],
     *,
     base: BaseAnswers,
     max_kl: float,
 ) -> Choice:
-    """Try the documented default; where it does not suffice, try the groups of the ladder and keep the best candidate.
+    """Try the documented default; if it does not suffice, try the groups of the ladder and choose the best candidate.
 
-    A candidate suffices where its first-token KL is at most ``max_kl`` and at most 10 % of the harmful prompts fail.
-    The rest of a group is not tried once one of it suffices, or costs a higher KL than another that does.
+    A candidate suffices if its first-token KL is at most ``max_kl`` and at most 10 % of the harmful prompts fail. The
+    rest of a group is skipped once a candidate suffices, or its KL exceeds that of a candidate that suffices.
 
     Args:
-        try_candidate: measures a candidate; given a bound, it leaves answers uncounted where the KL is above it.
-        groups: gives the groups of candidates of rising strength; called only where the default does not suffice.
-        base: how the unedited model answers; its share of degenerate answers is no failure of an edit.
+        try_candidate: measures a candidate; it does not count answers if the KL exceeds the bound it is given.
+        groups: returns the groups of candidates of rising strength; called only if the default does not suffice.
+        base: classes of the unedited model's answers; its rate of degenerate answers is not counted as failures.
     """
 
     def suffices(trial: Trial) -> bool:
-        return trial.first_token_kl <= max_kl and trial.failure_rate(base) <= ENOUGH
+        return trial.first_token_kl <= max_kl and trial.failure_rate(base) <= MAX_FAILURE_RATE
 
     trials = [try_candidate(DOCUMENTED_DEFAULT, None)]
     if suffices(trials[0]):
-        reason = f"{_left(trials[0])}, at a first-token KL of {trials[0].first_token_kl:.3f}"
+        reason = f"{_refusals_left(trials[0])}, at a first-token KL of {trials[0].first_token_kl:.3f}"
         return Choice.of(DOCUMENTED_DEFAULT, reason, base, trials)
     for group in groups():
         for candidate in group:
@@ -209,23 +205,24 @@ def climb(
     if enough:
         best = min(enough, key=lambda trial: trial.first_token_kl)
         reason = (
-            f"least first-token KL ({best.first_token_kl:.3f}) of the {len(enough)} tried that suffice; {_left(best)}"
+            f"lowest first-token KL ({best.first_token_kl:.3f}) of the {len(enough)} edits that suffice; "
+            f"{_refusals_left(best)}"
         )
     elif within:
         best = min(within, key=lambda trial: (trial.failure_rate(base), trial.first_token_kl))
         reason = (
-            f"no edit tried suffices: of those within --max-kl {max_kl:g} this one leaves the fewest failures, "
-            f"yet {_left(best)}"
+            f"no edit suffices: of the edits within --max-kl {max_kl:g} this one has the fewest failures, "
+            f"yet {_refusals_left(best)}"
         )
     else:
         best = min(trials, key=lambda trial: trial.first_token_kl)
         reason = (
-            f"no edit tried stays within --max-kl {max_kl:g}: this one changes the model least, "
+            f"no edit is within --max-kl {max_kl:g}: this one changes the model least, "
             f"at a first-token KL of {best.first_token_kl:.3f}"
         )
     return Choice.of(best, reason, base, trials)
 
 
-def _left(trial: Trial) -> str:
+def _refusals_left(trial: Trial) -> str:
     broken = f" and {trial.degenerate} degenerate" if trial.degenerate else ""
     return f"{trial.refused} of {trial.total} are refused{broken}"

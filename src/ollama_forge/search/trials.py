@@ -1,4 +1,4 @@
-"""Candidates as edit plans, tried as hooks on one loaded model; what they need is computed once and kept."""
+"""Plan candidates and try them with hooks on one loaded model; directions and fitted factors are computed once."""
 
 from __future__ import annotations
 
@@ -33,20 +33,30 @@ from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.thoughts import behind_thoughts
 from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import ASKED, LADDER, LATE, SEPARATING, BaseAnswers, Candidate, Choice, Trial, climb
+from ollama_forge.search.ladder import (
+    CONFIGURED,
+    LADDER,
+    LATE,
+    SEPARATING,
+    BaseAnswers,
+    Candidate,
+    Choice,
+    Trial,
+    climb,
+)
 from ollama_forge.text.tokenizer import Ids
 
 
 class Trials:
-    """One loaded model, and what candidates on it need: directions, fitted factors, the unedited model's answers.
+    """Directions, fitted factors and trials of candidates on one loaded model.
 
     Args:
         split: directions are computed from its fit part, and candidates are tried on its select part.
-        settings: how the direction named ``ASKED`` is found, and by which method and position all others.
-        read: gives a gain or bias of the model by its tensor name.
-        pairs: how many of the fit pairs give the directions; factors are fitted to all of them.
-        fingerprint: of the model's checkpoint, kept beside each direction.
-        seed: of every random draw.
+        settings: settings of the direction ``CONFIGURED``; the other directions use its method and position.
+        read: reads a gain or bias of the model by its tensor name.
+        pairs: number of fit pairs that directions are computed from; factors are fitted to all fit pairs.
+        fingerprint: fingerprint of the model's checkpoint, for the sidecars of directions.
+        seed: seed of all random draws.
     """
 
     def __init__(
@@ -65,30 +75,30 @@ class Trials:
         self._direction_prompts = split.fit.first(pairs)
         self._context = FitContext(model, split.fit, read, seed)
         self._select = split.select
-        self._details = provenance(self._direction_prompts, fingerprint, seed)
+        self._details = provenance(model, self._direction_prompts, fingerprint, seed)
         self._harmful = model.tokenizer.instructions_ids(split.select.harmful)
         self._harmless = model.tokenizer.instructions_ids(split.select.harmless)
         self._stats: FitStats | None = None
         self._directions: dict[str, RefusalDirection] = {}
         self._fitted: dict[tuple[str, EditSettings], FittedFactors] = {}
 
-    # -- what a candidate consists of -----------------------------------------------------------------------------
+    # -- parts of a candidate -------------------------------------------------------------------------------------
 
     def direction(self, name: str) -> RefusalDirection:
-        """The direction that a candidate names.
+        """The direction with this name.
 
         Raises:
-            KeyError: no candidate names such a direction.
+            KeyError: the name is unknown.
         """
         if name not in self._directions:
-            self._directions[name] = self._compute(name)
+            self._directions[name] = self._compute_direction(name)
         return self._directions[name]
 
     def fitted(self, candidate: Candidate) -> FittedFactors:
-        """The factors that the candidate's method fits to the model; empty where it fits nothing.
+        """The factors that the candidate's method fits to the model; empty if the method has no fit.
 
-        The ladder's late directions are always fitted together, over one pass through the prompts: a candidate that is
-        picked by name then has the same factors, bit for bit, as one that the ladder has reached.
+        The ladder's late directions are always fitted together, in one pass over the prompts. A candidate that is
+        picked by name therefore has bit for bit the same factors as one that the ladder reaches.
         """
         settings = candidate.settings.without_strengths
         if (candidate.direction, settings) not in self._fitted:
@@ -102,7 +112,7 @@ class Trials:
         """The candidate's edit plan.
 
         Raises:
-            ForgeError: its method cannot edit this model, or its settings leave nothing to edit.
+            ForgeError: the method does not support this model, or the settings select no matrix.
         """
         return method(candidate.settings.factors).plan(
             self.model.model_map,
@@ -113,7 +123,7 @@ class Trials:
         )
 
     def control(self, candidate: Candidate) -> Candidate:
-        """The candidate's edit with random directions: as many as its own, of the same kind, at the same settings."""
+        """The candidate's edit with random directions in place of its own, in the same shape and with its settings."""
         name = f"random, in place of {candidate.direction}"
         if name not in self._directions:
             self._directions[name] = random_direction(self.direction(candidate.direction), self.seed)
@@ -123,75 +133,75 @@ class Trials:
 
     @cached_property
     def base_harmful(self) -> Counts:
-        """How the unedited model answers the harmful select prompts."""
-        return self._count("base model, select prompts", self._harmful)
+        """Classes of the unedited model's answers to the harmful select prompts."""
+        return self._count_answers("base model, select prompts", self._harmful)
 
     def try_on_select(self, candidate: Candidate, bound: float | None = None) -> Trial:
-        """Measure a candidate on the select prompts; above ``bound`` on the first-token KL no answers are counted."""
-        base_first = self._base_first  # computed on the unedited model, so before the hooks
+        """Measure a candidate on the select prompts; answers are not counted if the KL divergence exceeds ``bound``."""
+        base_log_probs = self._base_log_probs  # of the unedited model, so computed before the hooks are registered
         with hooked(self.model, self.plan(candidate)):
-            kl = mean_kl(self.model, self._closed, base_first)
-            counts = None if bound is not None and kl > bound else self._count(candidate.name, self._harmful)
+            kl = mean_kl(self.model, self._harmless_closed, base_log_probs)
+            counts = None if bound is not None and kl > bound else self._count_answers(candidate.name, self._harmful)
         return Trial.of(candidate, kl, counts, len(self._harmful))
 
     def choose(self, max_kl: float) -> Choice:
-        """Try the documented default and, where it does not suffice, the ladder; see ``climb``."""
-        base = BaseAnswers(self.base_harmful, self._count("base model, select prompts", self._harmless))
+        """Try the documented default and, if it does not suffice, the ladder; see ``climb``."""
+        base = BaseAnswers(self.base_harmful, self._count_answers("base model, select prompts", self._harmless))
 
         def attempt(candidate: Candidate, bound: float | None) -> Trial:
             trial = self.try_on_select(candidate, bound)
-            say(f"  {trial.line(max_kl)}")
+            say(f"  {trial.summary(max_kl)}")
             return trial
 
         return climb(attempt, self._groups, base=base, max_kl=max_kl)
 
     def _groups(self) -> Iterator[tuple[Candidate, ...]]:
-        """The ladder's groups, without those that this model rules out or that repeat another one's edit."""
+        """The ladder's groups, without groups that do not fit this model and groups that repeat an earlier edit."""
         seen: set[tuple[float | None, EditSettings]] = set()
         for group in LADDER:
             first = group[0]
             try:
                 self.plan(first)
             except ForgeError as error:
-                say(f"  {first.name}: left out, {error.message}")
+                say(f"  {first.name}: skipped, {error.message}")
                 continue
             edit = (self.direction(first.direction).layer, first.settings)
-            if edit not in seen:  # a model with few layers has the same one at two depths
+            if edit not in seen:  # in a model with few layers, two depths may give the same layer
                 yield group
             seen.add(edit)
 
-    def _count(self, title: str, prompts: list[Ids]) -> Counts:
+    def _count_answers(self, title: str, prompts: list[Ids]) -> Counts:
         with bar(title, len(prompts)) as advance:
             return count_answers(self.model, prompts, advance)
 
     @cached_property
-    def _closed(self) -> list[Ids]:
-        """The harmless select prompts, each up to where the first token of its answer stands."""
+    def _harmless_closed(self) -> list[Ids]:
+        """Token ids of the harmless select prompts, up to the position where the answer begins."""
         return [self.model.tokenizer.closed_ids(instruction) for instruction in self._select.harmless]
 
     @cached_property
-    def _base_first(self) -> Tensor:
+    def _base_log_probs(self) -> Tensor:
         """The unedited model's first-token log-probabilities on the harmless select prompts."""
-        return first_log_probs(self.model, self._closed)
+        return first_log_probs(self.model, self._harmless_closed)
 
     # -- directions -----------------------------------------------------------------------------------------------
 
-    def _compute(self, name: str) -> RefusalDirection:
-        if name == ASKED:
-            stats = self._stats_of(self.settings.layers(self._n_layers))
+    def _compute_direction(self, name: str) -> RefusalDirection:
+        if name == CONFIGURED:
+            stats = self._fit_stats(self.settings.layers(self._n_layers))
             return direction_from_stats(stats, self.settings, self._n_layers, self._details)
         if name == SEPARATING:
-            return self._of_layer(self._separating_layer())
-        return self._of_layer(layer_of_fraction(LATE[name], self._n_layers))
+            return self._layer_direction(self._separating_layer())
+        return self._layer_direction(layer_of_fraction(LATE[name], self._n_layers))
 
-    def _of_layer(self, layer: int) -> RefusalDirection:
-        """The single direction of one layer, by the method asked for."""
+    def _layer_direction(self, layer: int) -> RefusalDirection:
+        """One direction of one layer, computed by the configured method."""
         middle = (layer + 0.5) / self._n_layers
         settings = replace(self.settings, layer_fracs=(middle,), num_directions=1, per_layer=False)
-        return direction_from_stats(self._stats_of(range(self._n_layers)), settings, self._n_layers, self._details)
+        return direction_from_stats(self._fit_stats(range(self._n_layers)), settings, self._n_layers, self._details)
 
-    def _stats_of(self, layers: Sequence[int]) -> FitStats:
-        """Statistics of the fit prompts at (at least) these layers."""
+    def _fit_stats(self, layers: Sequence[int]) -> FitStats:
+        """Statistics of the fit prompts at these layers, or at more."""
         if self._stats is None or not set(layers) <= set(self._stats.harmful.layers):
             several = self.settings.num_directions > 1
             self._stats = gather_fit_stats(
@@ -214,5 +224,5 @@ class Trials:
         )
         assert harmful is not None
         assert harmless is not None
-        vectors = torch.cat([self._of_layer(layer).vectors for layer in layers])
+        vectors = torch.cat([self._layer_direction(layer).vectors for layer in layers])
         return best_separating_layer(vectors, harmful, harmless)[0]

@@ -1,6 +1,6 @@
-"""Proof, on the written checkpoint, that the edit is in the weights: exactly as planned, and nowhere else.
+"""Verify that the weights of a written checkpoint are the planned edit, and that all other weights are unchanged.
 
-Every bound follows from the storage type, the size of the model and the values at hand.
+Every bound follows from the storage type, the dimensions of the model and the values that are compared.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def verify(
     plan: EditPlan,
     direction: RefusalDirection | None,
 ) -> list[Check]:
-    """Check a written checkpoint against its source and plan. Each tensor is read once, a block at a time.
+    """Check a written checkpoint against its source and the plan. Each tensor is read once, block by block.
 
     Args:
-        model: the written checkpoint, loaded.
-        direction: what the plan removes; None for factors that were given.
+        model: the loaded written checkpoint.
+        direction: the direction that the plan removes; None if it is unknown.
     """
     projects = plan.projects and direction is not None
     whole = {name: edit.matrix for name, edit in plan.edits.items() if projects and edit.strength == 1.0}
@@ -71,7 +71,7 @@ def verify(
 
 
 def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | None:
-    """Why the tensors of an edited matrix cannot be compared with the plan, or None."""
+    """Why the tensors of an edited matrix cannot be compared with the plan; None if they can."""
     for name in [matrix.tensor] if matrix.bias is None else [matrix.tensor, matrix.bias]:
         if name not in written.tensors:
             return f"{name} is missing"
@@ -84,9 +84,9 @@ def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | Non
 
 
 def _differing_copy(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> str | None:
-    """What is wrong with an edited unembedding that repeats the embedding in the source, or None.
+    """The fault of an edited unembedding that should equal the embedding, as it does in the source; None if it does.
 
-    The two are tied: a loader unties them where they differ in a single bit.
+    The two are tied, and a loader unties them if they differ in a single bit.
     """
     matrices = [edit.matrix for edit in plan.edits.values()]
     embedding = next((matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING), None)

@@ -1,4 +1,4 @@
-"""The result of one check, and the search for the worst of the values that it compares with their bounds."""
+"""The result of a check, and the search for the value that is worst relative to its bound."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-_SMALLEST = 1e-300  # stands for a bound of 0: whatever exceeds that exceeds the bound by a huge factor
+_SMALLEST_BOUND = 1e-300  # replaces a bound of 0, to which no value has a finite ratio
 
 
 @dataclass(frozen=True)
 class Check:
-    """One statement about a checkpoint.
+    """The result of one check of a checkpoint.
 
     Attributes:
-        worst: the value that comes closest to its bound or exceeds it most; None where it is not a finite number.
-        bound: the bound on that very value; None where the statement has none.
-        where: the place of that value.
+        worst: the value with the largest ratio to its bound; None if it is not a finite number.
+        bound: the bound on this value; None if the check has no bound.
+        where: the tensor, and the index in it, of this value.
     """
 
     name: str
@@ -33,26 +33,26 @@ class Check:
 
 
 class Worst:
-    """Keeps, of many values with a bound each, the one with the largest share of its bound.
+    """Keeps the value with the largest ratio to its bound.
 
-    A value that is NaN or infinite, and a failure that has no value, count as more than any other.
+    A value that is NaN or infinite, and a failure without a value, rank above all other values.
     """
 
     def __init__(self) -> None:
         self._share = -1.0
-        self._found = Check("", False, None, None, "nothing was compared")
+        self._found = Check("", False, None, None, "no values were compared")
 
-    def see(self, values: Tensor, bounds: Tensor, place: Callable[[int], str]) -> None:
-        """Take in values that are not negative, and the bound on each.
+    def update(self, values: Tensor, bounds: Tensor, place: Callable[[int], str]) -> None:
+        """Compare non-negative values with their bounds.
 
         Args:
-            values, bounds: float64, of one shape.
-            place: says where the value with a given index of the flattened tensor was found.
+            values, bounds: float64 tensors of the same shape.
+            place: describes the place of a value, given its index in the flattened tensor.
         """
         if not values.numel():
             return
-        share = values / bounds.clamp_min(_SMALLEST)
-        index = int(share.argmax())  # of the first NaN, where there is one
+        share = values / bounds.clamp_min(_SMALLEST_BOUND)
+        index = int(share.argmax())  # the first NaN, if there is one
         value, bound = float(values.flatten()[index]), float(bounds.flatten()[index])
         if not (math.isfinite(value) and math.isfinite(bound)):
             self.fail(f"{place(index)}: {bound if math.isfinite(value) else value}")
@@ -61,12 +61,12 @@ class Worst:
             self._found = Check("", self._share <= 1, value, bound, place(index))
 
     def fail(self, where: str) -> None:
-        """Take in a failure that has no value. The first one is kept."""
+        """Record a failure without a value; the first one is kept."""
         if self._found.worst is not None or self._share < 0:
             self._share, self._found = math.inf, Check("", False, None, None, where)
 
-    def include(self, other: Worst) -> None:
-        """Take in what another one found."""
+    def merge(self, other: Worst) -> None:
+        """Keep the worse of this and another worst value."""
         if other._share == math.inf and other._found.worst is None:
             self.fail(other._found.where)
         elif other._share > self._share:
@@ -74,7 +74,7 @@ class Worst:
 
     @property
     def passed(self) -> bool:
-        """Whether something was seen, and every value is within its bound."""
+        """Whether values were compared, and every value is within its bound."""
         return self._found.passed
 
     def check(self, name: str) -> Check:

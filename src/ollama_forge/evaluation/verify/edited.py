@@ -1,8 +1,8 @@
-"""The edit of one matrix and its bias, computed again in float64, with bounds on what float32 and rounding may change.
+"""Compare the written values of a matrix and its bias with the edit computed in float64.
 
-The written value is the planned edit, computed in float32 and rounded once to the storage type. Float32 stays within a
-bound ``a`` of the exact edit ``E``, and rounding moves a value by at most half the distance to its neighbour, so the
-written value is at most ``a + ulp(|E| + a) / 2`` from ``E``.
+A written value is the planned edit, computed in float32 and rounded once to the storage type. The float32 result is
+within a bound ``a`` of the exact edit ``E``, and rounding moves a value by at most half the distance to its neighbour.
+The written value is therefore at most ``a + ulp(|E| + a) / 2`` from ``E``.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import (
     EditedMatrix,
     Factors,
-    Given,
+    FixedFactors,
     RemoveFromInput,
     RemoveFromOutput,
     Rescale,
     Rule,
     edit_matrix,
 )
-from ollama_forge.edits.plan import GivenBias, MatrixEdit
+from ollama_forge.edits.plan import FixedBiasShift, MatrixEdit
 from ollama_forge.evaluation.verify.checks import Worst
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 _EXPONENT = 0x7FF << 52  # of a float64
 _UNDERFLOW = torch.finfo(torch.float32).tiny
-_BLOCK = 1 << 20  # values of a matrix that are compared at a time, each held in some ten float64 tensors
+_BLOCK = 1 << 20  # values of a matrix that are compared at a time, in about ten float64 tensors
 _ROWS, _COLUMNS = 0, 1
 
 
 @dataclass(frozen=True)
 class Products:
-    """Products ``[n, out]`` (float64) of a matrix with the inputs ``[n, in]`` of a probe; a writer's bias is added.
+    """Products ``[n, out]`` (float64) of a matrix with the inputs ``[n, in]`` of a probe; a writer's include its bias.
 
     Attributes:
-        written: of the written matrix.
-        planned: of the exact edit; equal to ``written`` where the matrix or its bias is not the planned edit, so that
-            the difference of the two is what honest rounding does.
-        before: of the source's matrix, rescaled as the edited one.
-        norm, norm_before: Frobenius norms of the written matrix, and of the source's as rescaled.
+        written: the products with the written matrix.
+        planned: the products with the exact edit; ``written`` if the matrix or its bias is not the planned edit, so
+            that ``written - planned`` holds the effect of rounding alone.
+        before: the products with the source's matrix, rescaled like the edited one.
+        norm, norm_before: Frobenius norms of the written matrix, and of the source's matrix rescaled like it.
     """
 
     written: Tensor
@@ -60,15 +60,15 @@ class Products:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The exact edit of some rows or columns, float64.
+    """The exact edit of some rows or columns, in float64.
 
     Attributes:
-        weight: ``E``.
-        error: ``a``: how far float32 arithmetic may be from it.
-        scale: of the norm rule, shaped to be multiplied with ``weight``; 1 without a norm rule.
-        scale_error: its relative error in float32.
-        factors: at strength 1.
-        magnitudes: the factors of ``|W|`` by the rule's absolute values: ``|L| |K|^T`` without any cancellation.
+        weight: the exact edit ``E``.
+        error: ``a``, the bound on the error of float32 arithmetic.
+        scale: the scale of the norm rule, broadcastable to ``weight``; 1 without a norm rule.
+        scale_error: the relative error of ``scale`` in float32.
+        factors: the factors at strength 1.
+        magnitudes: the factors computed from the absolute values of ``W`` and of the rule, without cancellation.
     """
 
     weight: Tensor
@@ -80,17 +80,18 @@ class _Reference:
 
 
 def _reference(weight: Tensor, rule: Rule, edit: MatrixEdit, expert: int | None) -> _Reference:
-    """The exact edit of float64 ``weight`` ``[out, in]``, and the error of the same edit in float32.
+    """The exact edit of float64 ``weight`` ``[out, in]``, and the error bound of the same edit in float32.
 
-    A sum of n products has the error ``n u sum |x||y|``, whatever its order (Higham, Accuracy and Stability, 3.5).
+    A sum of n products has an error of at most ``n u sum |x||y|`` in any order of summation (Higham, Accuracy and
+    Stability of Numerical Algorithms, 3.5).
     """
     strength, contracted = abs(edit.strength), 0
     if isinstance(rule, RemoveFromOutput):
         contracted = weight.shape[0]
     elif isinstance(rule, RemoveFromInput):
         contracted = weight.shape[1]
-    exact = edit_matrix(weight, _mapped(rule, Tensor.double), edit.strength, Rescale.NONE, expert)
-    magnitudes = _mapped(rule, lambda t: t.double().abs()).factors(weight.abs(), expert)
+    exact = edit_matrix(weight, _with_tensors(rule, Tensor.double), edit.strength, Rescale.NONE, expert)
+    magnitudes = _with_tensors(rule, lambda t: t.double().abs()).factors(weight.abs(), expert)
     removed = strength * magnitudes.L @ magnitudes.K.T
     terms = magnitudes.L.shape[1] + 4  # products over the directions, the strength, the difference
     error = UNIT_ROUNDOFF * (terms * (weight.abs() + removed) + contracted * removed) + _UNDERFLOW
@@ -106,13 +107,13 @@ def _reference(weight: Tensor, rule: Rule, edit: MatrixEdit, expert: int | None)
     scale_error = (count + 6) * UNIT_ROUNDOFF + 2 * drift / after.clamp_min(1e-300)
     edited = exact.weight * scale
     error = scale * error * (1 + scale_error) + edited.abs() * scale_error
-    # A row or column wholly along the direction: float32 leaves noise, and the norm rule makes it as long as before.
+    # A row or column along the direction becomes float32 noise, which the norm rule may scale up to the old norm.
     error = torch.where(drift >= after / 2, 2 * before, error)
     return _Reference(edited, error, scale, scale_error, exact.factors, magnitudes)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A rule (of a matrix or a bias) with all its tensors changed."""
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A rule (of a matrix or a bias) with ``change`` applied to all its tensors."""
     tensors = {f.name: getattr(value, f.name) for f in fields(value) if isinstance(getattr(value, f.name), Tensor)}
     return replace(value, **{name: change(tensor) for name, tensor in tensors.items()})
 
@@ -120,20 +121,23 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def compare_edit(
     source: Checkpoint, written: Checkpoint, edit: MatrixEdit, expert: int | None, probe: Tensor, worst: Worst
 ) -> Products:
-    """Hold one edited matrix (of one expert) and its bias against the plan.
+    """Compare one edited matrix (of one expert) and its bias with the plan.
 
     Args:
-        probe: inputs ``[n, in]`` whose products are wanted, float64; n may be 0.
-        worst: takes in the error with the largest share of its bound.
+        probe: float64 inputs ``[n, in]`` to multiply the matrix with; n may be 0.
+        worst: is updated with the largest error relative to its bound.
+
+    Returns:
+        The products of the matrix with the inputs.
     """
-    matrix, own = edit.matrix, Worst()
+    matrix, matrix_worst = edit.matrix, Worst()
     products = torch.zeros(3, len(probe), matrix.out_features, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
     parts: list[_Reference] = []
     for before, after, rows, columns in _blocks(source.tensors, written.tensors, edit, expert):
-        rule, index = _rule_of(edit.rule, expert, rows, columns)
+        rule, index = _rule_for(edit.rule, expert, rows, columns)
         exact = _reference(before.double(), rule, edit, index)
-        _compare(after, exact.weight, exact.error, own, _stored_index(matrix, expert, rows, columns))
+        _compare(after, exact.weight, exact.error, matrix_worst, _stored_index(matrix, expert, rows, columns))
         rescaled = before.double() * exact.scale
         for place, values in enumerate((after.double(), exact.weight, rescaled)):
             products[place, :, rows] += probe[:, columns] @ values.T
@@ -141,30 +145,30 @@ def compare_edit(
         nothing = exact.weight.new_empty(0)
         parts.append(replace(exact, weight=nothing, error=nothing))
     if matrix.bias is not None and (edit.bias_edit is not None or adds_to_stream(matrix)):
-        biases = _compare_bias(source, written, edit, expert, parts, own)
+        biases = _compare_bias(source, written, edit, expert, parts, matrix_worst)
         products += biases.unsqueeze(1) if adds_to_stream(matrix) else 0
-    planned = products[1] if own.passed else products[0]
-    worst.include(own)
+    planned = products[1] if matrix_worst.passed else products[0]
+    worst.merge(matrix_worst)
     norm, norm_before = squares.sqrt().tolist()
     return Products(products[0], planned, products[2], norm, norm_before)
 
 
 def adds_to_stream(matrix: Matrix) -> bool:
-    """Whether a matrix is a writer of a layer; an embedding is looked up, and edited as readers are."""
+    """Whether a matrix is a writer of a layer; an embedding is not, because its rows are edited like a reader's."""
     return matrix.writes and matrix.layer is not None
 
 
 def _compare(written: Tensor, exact: Tensor, error: Tensor, worst: Worst, place: Callable[[int], str]) -> None:
-    """Hold written values, in their storage type, against exact ones and the error of float32."""
+    """Compare written values, in their storage type, with exact ones, given the error of float32."""
     bound = error + _half_spacing(exact.abs() + error, written.dtype)
-    worst.see((written.double() - exact).abs(), bound, place)
+    worst.update((written.double() - exact).abs(), bound, place)
 
 
 def _half_spacing(magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance to the next value of a storage type at positive float64 values: what rounding moves at most."""
-    kind = torch.finfo(dtype)
+    """The largest rounding error of a storage type at positive float64 values: half the spacing of its values."""
+    info = torch.finfo(dtype)
     powers = (magnitudes.view(torch.int64) & _EXPONENT).view(torch.float64)  # the power of 2 at or below
-    return powers.clamp_min(kind.smallest_normal) * (kind.eps / 2)
+    return powers.clamp_min(info.smallest_normal) * (info.eps / 2)
 
 
 def _compare_bias(
@@ -175,13 +179,13 @@ def _compare_bias(
     parts: list[_Reference],
     worst: Worst,
 ) -> Tensor:
-    """Hold the bias of a matrix against the plan.
+    """Compare the bias of a matrix with the plan.
 
     Args:
         parts: the exact edits of all blocks of the matrix.
 
     Returns:
-        The bias ``[3, out]`` as written, as planned and before, float64.
+        The bias as written, as planned and before the edit: float64 ``[3, out]``.
     """
     name = edit.matrix.bias
     assert name is not None
@@ -190,10 +194,14 @@ def _compare_bias(
     if edit.bias_edit is None:
         return torch.stack([after, after, before])
     exact, magnitudes = (_joined(parts, edit, factors) for factors in ("factors", "magnitudes"))
-    shift = _mapped(edit.bias_edit, Tensor.double).shift(before, exact, edit.strength, expert)
-    moved = _mapped(edit.bias_edit, lambda t: t.double().abs()).shift(before.abs(), magnitudes, edit.strength, expert)
+    shift = _with_tensors(edit.bias_edit, Tensor.double).shift(before, exact, edit.strength, expert)
+    moved = _with_tensors(edit.bias_edit, lambda t: t.double().abs()).shift(
+        before.abs(), magnitudes, edit.strength, expert
+    )
     terms = 8
-    if not isinstance(edit.bias_edit, GivenBias):  # two sums over the stream: a factor, and its product with a bias
+    if not isinstance(
+        edit.bias_edit, FixedBiasShift
+    ):  # two sums over the stream: a factor, and its product with a bias
         terms += 2 * (len(before) if adds_to_stream(edit.matrix) else edit.matrix.in_features)
     error = UNIT_ROUNDOFF * (terms * moved.abs() + 4 * before.abs()) + _UNDERFLOW
     if edit.rescale is Rescale.ROWS:
@@ -204,12 +212,12 @@ def _compare_bias(
 
 
 def _joined(parts: list[_Reference], edit: MatrixEdit, factors: str) -> EditedMatrix:
-    """What a bias needs of a whole matrix's edit: ``L``, and the scale of the rows."""
-    made: list[Factors] = [getattr(part, factors) for part in parts]
+    """The parts of a matrix's edit that its bias depends on: ``L``, and the scale of the rows."""
+    blocks: list[Factors] = [getattr(part, factors) for part in parts]
     by_rows = _axis(edit) == _ROWS
-    left = torch.cat([each.L for each in made]) if by_rows else made[0].L
+    left = torch.cat([block.L for block in blocks]) if by_rows else blocks[0].L
     scale = torch.cat([part.scale for part in parts]).flatten() if edit.rescale is Rescale.ROWS else None
-    return EditedMatrix(left.new_empty(0), Factors(left, made[0].K), scale)
+    return EditedMatrix(left.new_empty(0), Factors(left, blocks[0].K), scale)
 
 
 def _bias(tensors: CheckpointTensors, name: str, expert: int | None) -> Tensor:
@@ -219,18 +227,20 @@ def _bias(tensors: CheckpointTensors, name: str, expert: int | None) -> Tensor:
 
 
 def _axis(edit: MatrixEdit) -> int:
-    """The axis of ``W`` ``[out, in]`` along which the edit acts on each row, or each column, by itself."""
-    if isinstance(edit.rule, RemoveFromOutput) or (isinstance(edit.rule, Given) and edit.rescale is Rescale.COLUMNS):
+    """The axis of ``W`` ``[out, in]`` along which rows, or columns, are edited independently."""
+    if isinstance(edit.rule, RemoveFromOutput) or (
+        isinstance(edit.rule, FixedFactors) and edit.rescale is Rescale.COLUMNS
+    ):
         return _COLUMNS
     return _ROWS
 
 
-def _rule_of(rule: Rule, expert: int | None, rows: slice, columns: slice) -> tuple[Rule, int | None]:
+def _rule_for(rule: Rule, expert: int | None, rows: slice, columns: slice) -> tuple[Rule, int | None]:
     """The rule for a block, and the expert to give it: given factors that were cut to a block are one expert's."""
-    if not isinstance(rule, Given):
+    if not isinstance(rule, FixedFactors):
         return rule, expert
     whole = rule.factors(torch.empty(0), expert)
-    return Given(whole.L[rows], whole.K[columns]), None
+    return FixedFactors(whole.L[rows], whole.K[columns]), None
 
 
 def _stored_index(matrix: Matrix, expert: int | None, rows: slice, columns: slice) -> Callable[[int], str]:
@@ -260,9 +270,9 @@ def _blocks(
 
 
 class _StoredMatrix:
-    """One matrix (of one expert) on disk, read row by row or column by column in its storage type.
+    """Reads rows or columns of one matrix (of one expert) from disk, in its storage type.
 
-    Parts that do not lie one after another on disk are cut from the whole, which is then held in memory.
+    If they are not contiguous on disk, the whole matrix is held in memory.
     """
 
     def __init__(self, tensors: CheckpointTensors, matrix: Matrix, expert: int | None, axis: int) -> None:
@@ -279,13 +289,14 @@ class _StoredMatrix:
             self.whole = self.stored(0, self.shape[0])
 
     def stored(self, start: int, stop: int) -> Tensor:
-        """Rows of the disk, as ``[out, in]``."""
+        """Rows ``start:stop`` on disk, as a part of ``W`` ``[out, in]``."""
         width = self.size // max(self.shape[0], 1)
         data = self.tensors.read_bytes(self.matrix.tensor, self.offset + start * width, (stop - start) * width)
         values = stored_tensor(data, self.tensors[self.matrix.tensor].dtype, (stop - start, self.shape[1]))
         return values.T if self.matrix.transposed else values
 
     def part(self, part: slice) -> Tensor:
+        """Rows or columns of ``W`` ``[out, in]``."""
         if self.whole is None:
             return self.stored(part.start, part.stop)
         return self.whole[part] if self.axis == _ROWS else self.whole[:, part]

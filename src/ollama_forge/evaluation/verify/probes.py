@@ -1,7 +1,7 @@
-"""Probes of edited matrices: do they write or read the direction, as the running model's own norms show it?
+"""Probes that test whether an edited matrix still writes or reads the direction, through the norms of the loaded model.
 
-What may be left is the difference that rounding makes to the very matrix and gain (measured, and granted only to a
-matrix that is the planned edit), and the rounding of the direction itself.
+A remainder is allowed for the rounding of the matrix and of the norm's gain (it is measured, and allowed only if the
+matrix is the planned edit), and for the rounding of the direction.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ollama_forge.evaluation.verify.edited import UNIT_ROUNDOFF, Products
 from ollama_forge.evaluation.verify.running import RunningNorm, drawn_inputs
 from ollama_forge.models.chat_model import ChatModel
 
-# The relative error of a direction in float32 after a gain, centring and normalising: some tens of roundings at most.
+# Relative error of a float32 direction after gain, centring and normalisation: at most some tens of roundings.
 _DIRECTION_ERROR = 64 * UNIT_ROUNDOFF
 Checkpoints = tuple[Checkpoint, Checkpoint]
 
 
 class Probe(Protocol):
-    """Inputs ``[n, in]`` (float64) for a matrix, and the judgement of its products with them."""
+    """Float64 inputs ``[n, in]`` for a matrix, and a test of its products with them."""
 
     inputs: Tensor
 
     def judge(self, products: Products, place: str, worst: Worst) -> None:
-        """Let ``worst`` take in what is left of the direction, and how much may be left."""
+        """Update ``worst`` with the remaining component along the direction, and the bound on it."""
 
 
 class NoProbe:
-    """For a matrix that keeps some of the direction, as planned."""
+    """No test: the plan does not remove the whole direction from this matrix."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.inputs = torch.empty(0, matrix.in_features, dtype=torch.float64)
@@ -44,14 +44,14 @@ class NoProbe:
 
 
 class WriterProbe:
-    """``|r . out| / |out|`` of what a writer adds to the residual stream, behind its post-norm where it has one.
+    """Tests ``|r . out| / |out|`` of a writer's contribution to the residual stream, after its post-norm if it has one.
 
-    The inputs are those that the writer got in the running model (for a stack of experts: random ones).
+    The inputs are the writer's inputs in the loaded model; for a stack of experts they are random.
 
     Args:
-        checkpoints: the source and the written one.
-        vectors: the directions ``[k, d]`` at the writer's layer, orthonormal, float64.
-        inputs: by tensor name, as ``observe`` returns them.
+        checkpoints: the source and the written checkpoint.
+        vectors: the directions at the writer's layer, orthonormal float64 ``[k, d]``.
+        inputs: inputs by tensor name, as ``observe`` returns them.
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class WriterProbe:
         rounding = torch.linalg.vector_norm((added - planned) @ self.vectors.T, dim=-1)
         arithmetic = _DIRECTION_ERROR * (slope * torch.linalg.vector_norm(products.before, dim=-1) + size)
         size = torch.where(size > 0, size, 1.0)
-        worst.see(along / size, (rounding + arithmetic) / size, lambda _: place)
+        worst.update(along / size, (rounding + arithmetic) / size, lambda _: place)
 
 
 class ReaderProbe:
-    """``|W u| sqrt(in) / |W|`` with the unit vector ``u`` that the reader's norm makes of the direction.
+    """Tests ``|W u| sqrt(in) / |W|``, where the unit vector ``u`` is the direction after the reader's norm.
 
-    A direction drawn at random gives about 1.
+    For a random direction this is about 1.
 
     Args:
-        checkpoints: the source and the written one.
-        vectors: the directions ``[k, d]`` at the reader's layer, float64.
+        checkpoints: the source and the written checkpoint.
+        vectors: the directions at the reader's layer, float64 ``[k, d]``.
     """
 
     def __init__(self, model: ChatModel, checkpoints: Checkpoints, matrix: Matrix, vectors: Tensor) -> None:
         norms = _norms(model, checkpoints, matrix.layer, matrix.reads)
         read = [vectors] if norms is None else [norm(vectors) for norm in norms]
-        units = [each / torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in read]
+        units = [rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in read]
         self.inputs, self.count = torch.cat([units[0], units[-1]]), len(vectors)
 
     def judge(self, products: Products, place: str, worst: Worst) -> None:
@@ -100,13 +100,13 @@ class ReaderProbe:
         left, rounding = torch.linalg.vector_norm(written), torch.linalg.vector_norm(written - planned)
         bound = rounding + _DIRECTION_ERROR * self.count**0.5 * products.norm_before
         unit = self.inputs.shape[1] ** 0.5 / (products.norm or 1.0)
-        worst.see(left * unit, bound * unit, lambda _: place)
+        worst.update(left * unit, bound * unit, lambda _: place)
 
 
 def _norms(
     model: ChatModel, checkpoints: Checkpoints, layer: int | None, norm: Norm | None
 ) -> list[RunningNorm] | None:
-    """A norm with the source's gain, from which the plan was made, and with the written one, which may be rounded."""
+    """A norm with the source's gain, which the plan uses, and with the written gain, which may be rounded."""
     if norm is None or layer is None:
         return None
     return [RunningNorm(model, layer, norm, checkpoint) for checkpoint in checkpoints]

@@ -1,4 +1,4 @@
-"""What verification takes from the running model: inputs of writers, finite activations, and its norms."""
+"""Observations of the loaded model for verification: inputs of writers, finite activations, and its norms."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ _DRAWN_INPUTS = 4
 
 
 def observe(model: ChatModel, writers: Iterable[Matrix]) -> tuple[Check, dict[str, Tensor]]:
-    """Run a sentence through the model.
+    """Run one sentence through the model.
 
     Args:
-        writers: matrices whose inputs are wanted; stacks of experts are left out, as their inputs never leave the
-            module that holds them.
+        writers: matrices whose inputs to record; stacks of experts are skipped, because no hook sees their inputs.
 
     Returns:
-        The check that the loss and the output of every layer are finite, and, by tensor name, the inputs
-        ``[tokens, in]`` (float64) that each writer got. A writer whose module did not run is not among them.
+        The check that the loss and the output of every layer are finite; and the inputs ``[tokens, in]`` (float64) of
+        each writer by tensor name. A writer whose module did not run is missing.
     """
     inputs: dict[str, Tensor] = {}
     outputs_finite: dict[int, bool] = {}
@@ -75,16 +74,16 @@ def _removed_afterwards(handles: list[torch.utils.hooks.RemovableHandle]) -> Ite
 
 
 def drawn_inputs(matrix: Matrix) -> Tensor:
-    """Random inputs ``[n, in]`` (float64, seeded) that stand for the routed ones of an expert."""
+    """Seeded random float64 inputs ``[n, in]``, in place of an expert's routed inputs."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(_DRAWN_INPUTS, matrix.in_features, generator=generator, dtype=torch.float64)
 
 
 class RunningNorm:
-    """A norm of the running model, less the constant that it adds: ``norm(x) - norm(0)``, computed in float64.
+    """A norm of the loaded model without its bias: ``norm(x) - norm(0)``, computed in float64.
 
     Args:
-        checkpoint: whose gain it has; the model in memory may hold the gain rounded.
+        checkpoint: the checkpoint to read the gain from; the loaded model may hold it rounded.
     """
 
     def __init__(self, model: ChatModel, layer: int, norm: Norm, checkpoint: Checkpoint) -> None:
@@ -99,7 +98,7 @@ class RunningNorm:
         return out
 
     def slope(self, x: Tensor, vectors: Tensor) -> Tensor:
-        """How fast ``v . norm(x)`` can grow with ``x``: gradient norms ``[n]`` at ``x`` ``[n, d]``, over all ``v``."""
+        """Norms ``[n]`` of the gradients of ``v . norm(x)`` at ``x`` ``[n, d]``, over all rows ``v`` of ``vectors``."""
         squares = torch.zeros(len(x), dtype=torch.float64)
         for vector in vectors:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The tensors that the plan leaves alone: copied byte by byte, or the same values in another storage type."""
+"""Check that unedited tensors were copied byte by byte, or hold the same values in another storage type."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ollama_forge.evaluation.verify.checks import Check
 from ollama_forge.system import return_freed_memory
 
 _PIECE = 8 << 20  # values compared at a time
-_SHOWN = 4
+_SHOWN_FAULTS = 4
 
 
 def compare_unedited(source: Checkpoint, written: Checkpoint, model: ModelMap, plan: EditPlan) -> Check:
-    """Check that the written tensors are those of the source, no more and no fewer, and that only edited ones differ.
+    """Check that source and written checkpoint have the same tensors, and that only edited tensors differ.
 
     Args:
-        model: the map of the written checkpoint.
+        model: the model map of the written checkpoint.
     """
     unpacked = {
         matrix.tensor: matrix
@@ -40,14 +40,14 @@ def compare_unedited(source: Checkpoint, written: Checkpoint, model: ModelMap, p
         if fault is not None:
             faults[name] = fault
         return_freed_memory()
-    where = ", ".join(f"{name} ({faults[name]})" for name in sorted(faults)[:_SHOWN])
+    where = ", ".join(f"{name} ({faults[name]})" for name in sorted(faults)[:_SHOWN_FAULTS])
     return Check("all other tensors are the source's", not faults, float(len(faults)), 0.0, where)
 
 
 def _fault(
     source: CheckpointTensors, written: CheckpointTensors, name: str, unpacked: Mapping[str, Matrix]
 ) -> str | None:
-    """What is wrong with a tensor that should be the source's, or None."""
+    """The difference between an unedited tensor and the source's; None if there is none."""
     after = written[name]
     if name in unpacked:
         if (after.dtype, after.shape) != ("BF16", mxfp4_shape(source[f"{name}_blocks"].shape)):

@@ -1,4 +1,4 @@
-"""Disk room for what a run will still write."""
+"""Check the disk space for the files that a run has yet to write."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from ollama_forge.pipeline.resume import StageCache
 from ollama_forge.system import free_space
 
 
-def check_room(ready: Preflight, cache: StageCache) -> None:
-    """Refuse a run whose remaining stages need more room than its disk has.
+def check_disk_space(ready: Preflight, cache: StageCache) -> None:
+    """Check that the disk has space for the remaining stages of a run.
 
     Raises:
-        ForgeError: with what is needed and what is free.
+        ForgeError: too little space is free.
     """
-    checkpoint, file = _is_left(ready, cache)
-    needed = ready.checkpoint_size * checkpoint + ready.export.room * file
+    checkpoint, file = _unfinished_outputs(ready, cache)
+    needed = ready.checkpoint_size * checkpoint + ready.export.disk_space * file
     free = free_space(ready.folder)
     if needed > free:
         parts = ["checkpoint"] * checkpoint + [f"16-bit GGUF and {ready.export.quant}"] * bool(
-            file and ready.export.room
+            file and ready.export.disk_space
         )
         raise ForgeError(
-            f"this run needs {human_size(needed)} ({', '.join(parts)}), {human_size(free)} are free at {ready.folder}",
-            "free some room or choose another --output-dir",
+            f"this run needs {human_size(needed)} ({', '.join(parts)}), "
+            f"but only {human_size(free)} are free at {ready.folder}",
+            "free disk space or choose another --output-dir",
         )
 
 
-def _is_left(ready: Preflight, cache: StageCache) -> tuple[bool, bool]:
-    """Whether the checkpoint and the GGUF file are still to be written."""
+def _unfinished_outputs(ready: Preflight, cache: StageCache) -> tuple[bool, bool]:
+    """Whether the checkpoint is yet to be written, and whether the GGUF file is."""
     choosing = stages.choose(ready, cache, ModelHolder(ready.settings.load))
     choice = cache.peek(choosing)
     if choice is None:
