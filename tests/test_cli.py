@@ -106,6 +106,11 @@ def test_an_unknown_option(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "--help" in hint
 
 
+def test_compute_dir_measures_nothing(tmp_path: Path) -> None:
+    assert "--max-measured" in complaint(forge(*COMPUTE, "demo", "--max-measured", "3", folder=tmp_path), 2)[0]
+    assert "--max-measured" in forge("abliterate", "run", "--help", folder=tmp_path).stdout
+
+
 @pytest.mark.parametrize("command", [("nonsense",), ("abliterate", "nonsense")], ids="-".join)
 def test_an_unknown_command(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "nonsense" in complaint(forge(*command, folder=tmp_path), 2)[0]
@@ -346,7 +351,8 @@ def test_config_with_an_unknown_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "does not exist"), (b"a =", "not a TOML file"), (b'a = "\xff"', "not a TOML file")]
+    ("content", "words"),
+    [(None, "does not exist"), (b"a =", "cannot be read as TOML"), (b'a = "\xff"', "cannot be read as TOML")],
 )
 def test_config_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:
@@ -366,7 +372,7 @@ def test_config_that_cannot_be_read(tmp_path: Path, content: bytes | None, words
         ("targets = [1]", 2, ""),
         ("layer_fracs = 0.5", 2, ""),
         ('layer_fracs = ["x"]', 2, ""),
-        ("broken", 1, "not a TOML file"),
+        ("broken", 1, "cannot be read as TOML"),
     ],
 )
 def test_config_on_the_command_line(tmp_path: Path, line: str, status: int, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from ollama_forge.edits.registry import METHODS, RegisteredMethod, check_edit, m
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import kl_per_prompt
+from ollama_forge.files import read_json
 from ollama_forge.models import chat_model
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import ASKED, CANDIDATES, LADDER, LATE, Candidate
+from ollama_forge.search.ladder import CANDIDATES, CONFIGURED, LADDER, LATE, Candidate
 from ollama_forge.search.trials import Trials
+from ollama_forge.text.closed_thought import Thought
 from tests import planted
 
 LEAST_SQUARES = LADDER[2][0]
@@ -84,7 +87,7 @@ def test_a_trial_compares_with_the_unedited_model(make: Any, loaded: tuple[ChatM
     model, split, _ = loaded
     ids = model.tokenizer.instructions_ids(split.select.harmless)
     trials, everywhere = make(), EditSettings(targets=("writers", "embedding"), strength=2.0, norm_preserving=False)
-    candidate = trials.control(Candidate("everywhere", ASKED, everywhere))  # the refusal direction alone does no damage
+    candidate = trials.control(Candidate("everywhere", CONFIGURED, everywhere))  # the refusal direction alone does no damage
     trial = trials.try_on_select(candidate)  # the first of these trials: nothing of the base model is known before it
     base = first_log_probs(model, ids)
     with hooked(model, trials.plan(candidate)):
@@ -203,6 +206,35 @@ def test_settings_without_meaning_are_refused_before_anything_is_fetched(tmp_pat
             compute_dir(nowhere, tmp_path / "r.pt", load=load)
         with pytest.raises(UsageError):
             run(RunSettings(nowhere, "x", output_dir=str(tmp_path / "run"), load=load))
+
+
+def test_compute_dir_says_and_records_how_thoughts_are_handled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + "{# strips up to </think> #}", encoding="utf-8")
+    monkeypatch.setattr("ollama_forge.prompts.settings.MAX_SELECT", 5)
+    for model, thought in ((folder / "model", Thought.NONE), (tmp_path / "model", Thought.EMPTY)):
+        output = tmp_path / "refusal.pt"
+        found = compute_dir(str(model), output, prompts=prompts(folder), load=LOAD).direction
+        assert found.details["thought"] == thought.value
+        assert read_json(output.with_suffix(".json"))["thought"] == thought.value
+        said = capsys.readouterr().err
+        assert (f"note: {thought.value}" in said) == (thought is not Thought.NONE)
+        assert "--max-measured" not in said
+
+
+def test_compute_dir_lets_a_model_think_that_thinks_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settle(model: ChatModel) -> Thought:
+        model.tokenizer.thought = Thought.RUNS
+        return Thought.RUNS
+
+    monkeypatch.setattr("ollama_forge.models.holder.settle_thoughts", settle)
+    found = compute_dir(str(folder / "model"), tmp_path / "refusal.pt", prompts=prompts(folder), load=LOAD).direction
+    assert found.details["thought"] == Thought.RUNS.value
 
 
 def test_a_direction_alone_is_no_least_squares_edit(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollama_forge.architectures.described import map_checkpoint
@@ -62,11 +62,7 @@ def compute_dir(
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
         ForgeError: the model or a list is missing, or the model cannot be loaded.
     """
-    prompts, load, direction = (
-        prompts or PromptSettings(),
-        load or LoadSettings(),
-        direction or DirectionSettings(),
-    )
+    prompts, load, direction = prompts or PromptSettings(), load or LoadSettings(), direction or DirectionSettings()
     if output.suffix != ".pt":
         raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
     edit = edit or EditSettings()
@@ -74,7 +70,8 @@ def compute_dir(
     load.check()
     if load.load_in_8bit:
         check_8bit(edit)
-    split = prompts.load(registered_method(edit.factors).pairs)
+    uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
+    split = uncapped.load(registered_method(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
     source = resolve(model, revision)
