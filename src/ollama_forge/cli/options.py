@@ -206,7 +206,7 @@ out_dtype_option = click.option(
     type=click.Choice([rule.value for rule in OutDtype]),
     default="auto",
     show_default=True,
-    help=OUT_DTYPE_HELP,
+    help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
 LOAD_KEYS = ("device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit")

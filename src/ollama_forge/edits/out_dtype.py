@@ -43,6 +43,6 @@ class OutDtype(StrEnum):
 
 
 HELP = (
-    "Storage types of the edited checkpoint. auto: float tensors keep their type, packed tensors (GGUF, MXFP4) become "
-    "bf16. keep: like auto, but packed tensors stay packed if none is edited. bf16: all float tensors become bf16."
+    "auto: float tensors keep their type, packed tensors (GGUF, MXFP4) become bf16. "
+    "keep: like auto, but packed tensors stay packed if none is edited. bf16: all float tensors become bf16."
 )
