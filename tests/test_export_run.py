@@ -297,7 +297,7 @@ def test_a_source_of_a_type_that_is_not_written_here(
     path = typed(tmp_path / "source.gguf", 19)  # IQ2_XXS
     made = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings())
     assert made.quant == "Q4_K_M"
-    assert "the result will be Q4_K_M" in made.notes[0]
+    assert "the GGUF file will be Q4_K_M" in made.notes[0]
     told = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings("Q5_K_S"))
     assert told.quant == "Q5_K_S"
 
