@@ -87,7 +87,9 @@ def test_a_trial_compares_with_the_unedited_model(make: Any, loaded: tuple[ChatM
     model, split, _ = loaded
     ids = model.tokenizer.instructions_ids(split.select.harmless)
     trials, everywhere = make(), EditSettings(targets=("writers", "embedding"), strength=2.0, norm_preserving=False)
-    candidate = trials.control(Candidate("everywhere", CONFIGURED, everywhere))  # the refusal direction alone does no damage
+    candidate = trials.control(
+        Candidate("everywhere", CONFIGURED, everywhere)
+    )  # the refusal direction alone does no damage
     trial = trials.try_on_select(candidate)  # the first of these trials: nothing of the base model is known before it
     base = first_log_probs(model, ids)
     with hooked(model, trials.plan(candidate)):
