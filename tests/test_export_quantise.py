@@ -222,7 +222,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_io, "reserve", full)
     with pytest.raises(ForgeError, match="No space left") as caught:
         quantise.quantise(source, target, "Q4_K_M", NOTHING)
-    assert "room" in caught.value.hint
+    assert "disk space" in caught.value.hint
     nothing_broken(tmp_path, b"earlier")
 
 

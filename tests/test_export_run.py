@@ -137,7 +137,7 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     elsewhere = replace(made, export=ExportSettings("Q4_K_M"), output_dir=str(tmp_path / "out"))
 
     def full(*_: object, **__: object) -> None:
-        raise ForgeError("cannot write: No space left on device", "free some room")
+        raise ForgeError("cannot write: No space left on device", "free disk space")
 
     with monkeypatch.context() as patched:
         patched.setattr(gguf_file, "quantise", full)

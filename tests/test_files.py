@@ -192,7 +192,7 @@ def test_reading_damaged_json(tmp_path: Path, content: bytes | None, words: str)
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.ENOSPC, "free some room"),
+        (errno.ENOSPC, "free disk space"),
         (errno.EDQUOT, "quota"),
         (errno.EACCES, "may write to"),
         (errno.EPERM, "may write to"),
@@ -206,7 +206,7 @@ def test_the_hint_fits_what_the_system_said(tmp_path: Path, number: int, words: 
         raise OSError(number, os.strerror(number))
     assert os.strerror(number) in caught.value.message
     assert words in caught.value.hint
-    assert ("room" in caught.value.hint) == (number in (errno.ENOSPC, errno.EDQUOT))
+    assert ("disk space" in caught.value.hint) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def test_a_failure_elsewhere_names_the_place(tmp_path: Path) -> None:

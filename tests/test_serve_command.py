@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.cli.serve import _name_of
+from ollama_forge.cli.serve import _default_name
 from ollama_forge.serving.http import server
 from ollama_forge.serving.http.server import announce, bind
 from ollama_forge.serving.http.settings import ServeSettings
@@ -177,7 +177,7 @@ def test_who_connects_while_the_model_loads_waits() -> None:
     ],
 )
 def test_names_of_checkpoints(label: str, kind: str, name: str) -> None:
-    assert _name_of(Checkpoint(Path(label), label, kind)) == name
+    assert _default_name(Checkpoint(Path(label), label, kind)) == name
 
 
 def test_help_imports_no_server() -> None:

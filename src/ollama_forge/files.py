@@ -18,8 +18,8 @@ from ollama_forge.errors import ForgeError
 PARTIAL = ".partial"
 _REPLACED = ".replaced"
 _HINTS = {
-    errno.ENOSPC: "free some room, or choose a folder on another disk",
-    errno.EDQUOT: "this user's quota is used up: free some room, or choose a folder on another disk",
+    errno.ENOSPC: "free disk space, or choose a folder on another disk",
+    errno.EDQUOT: "this user's quota is used up: free disk space, or choose a folder on another disk",
     errno.EACCES: "choose a place that this user may write to; on Windows: close programs that use the file",
     errno.EPERM: "choose a place that this user may write to",
     errno.EROFS: "the file system is mounted read-only: choose another folder",

@@ -72,7 +72,7 @@ def _check_room(path: Path, folder: Path) -> None:
         raise ForgeError(
             f"dequantising {path.name} needs about {human_size(needed)} in {folder.parent}, "
             f"{human_size(free)} are free",
-            "free some room, or set OLLAMA_FORGE_CACHE to a folder on another disk",
+            "free disk space, or set OLLAMA_FORGE_CACHE to a folder on another disk",
         )
     memory, available = 2 * sum(counts) + 6 * max(counts, default=0), available_memory()
     if memory > available:

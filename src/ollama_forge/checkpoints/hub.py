@@ -141,7 +141,7 @@ def _fetch_all(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Pat
     if needed > free:
         raise ForgeError(
             f"fetching {repo} needs {human_size(needed)}, {human_size(free)} are free in {HF_HUB_CACHE}",
-            "free some room, or set HF_HOME to a folder on another disk",
+            "free disk space, or set HF_HOME to a folder on another disk",
         )
     patterns = [glob.escape(name) for name in sizes]
     with bars_on_terminals_only():

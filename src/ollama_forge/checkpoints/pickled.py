@@ -67,7 +67,7 @@ def _check_room(folder: Path, names: Sequence[str], target: Path) -> None:
         raise ForgeError(
             f"converting {folder.name} to safetensors needs {human_size(needed)} in {target.parent}, "
             f"{human_size(free)} are free",
-            "free some room, or set OLLAMA_FORGE_CACHE to a folder on another disk",
+            "free disk space, or set OLLAMA_FORGE_CACHE to a folder on another disk",
         )
 
 

@@ -125,8 +125,8 @@ max_measured_option = click.option(
     "--max-measured",
     type=int,
     metavar="N",
-    help="Harmful and harmless prompts, each, for choosing and for measuring "
-    f"(default {MAX_SELECT} for choosing and {MAX_REPORT} for measuring; 0: all).",
+    help="Largest number of prompts of each list for choosing and for measuring "
+    f"(default {MAX_SELECT} and {MAX_REPORT}; 0: all).",
 )
 direction_options = _combined(
     click.option(
@@ -173,7 +173,8 @@ edit_options = _combined(
     click.option(
         "--strength",
         type=float,
-        help="1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the component along the direction "
+        help="Strength of the edit: 1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the component "
+        "along the direction "
         f"(with least squares: strengthens refusal) ({_default('strength')}).",
     ),
     click.option("--attn-strength", type=float, help="Strength for attention matrices (default: --strength)."),
