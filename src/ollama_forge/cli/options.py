@@ -173,9 +173,8 @@ edit_options = _combined(
     click.option(
         "--strength",
         type=float,
-        help="Strength of the edit: 1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the component "
-        "along the direction "
-        f"(with least squares: strengthens refusal) ({_default('strength')}).",
+        help="Strength of the edit: 1 removes the direction, between 0 and 1 weakens it, below 0 amplifies the "
+        f"component along it (with least squares: strengthens refusal) ({_default('strength')}).",
     ),
     click.option("--attn-strength", type=float, help="Strength for attention matrices (default: --strength)."),
     click.option("--mlp-strength", type=float, help="Strength for MLP matrices (default: --strength)."),
