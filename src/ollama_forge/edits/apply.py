@@ -77,7 +77,7 @@ class _MatrixSums:
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add_blocks(self, edit: MatrixEdit, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
-        """Yield the blocks of one matrix (of one expert) after adding their norms and factors; overwrites ``before``."""
+        """Yield the blocks of one matrix (of one expert), and add up their norms; overwrites ``before``."""
         parts: list[JoinedFactors] = []
         for block in edited_blocks:
             parts.append(JoinedFactors(block.after.factors, block.after.scale))
