@@ -144,7 +144,7 @@ def test_quantise_what_is_quantised(fake: FakeOllama, tmp_path: Path, forge: For
 
 @pytest.mark.parametrize("name", ["a b", "../x", "a.b/c", "x" * 81, ""])
 def test_names_are_refused_before_any_work(fake: FakeOllama, gguf: Path, forge: Forge, name: str) -> None:
-    assert "not a name that Ollama takes" in error_of(forge("convert", "--gguf", gguf, "--name", name), 2)
+    assert "not a valid model name in Ollama" in error_of(forge("convert", "--gguf", gguf, "--name", name), 2)
     assert fake.seen == []
 
 

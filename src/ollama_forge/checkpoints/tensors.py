@@ -145,10 +145,6 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    @property
-    def total_size(self) -> int:
-        return sum(info.size for info in self._infos.values())
-
     def of_shard(self, shard: Path) -> list[TensorInfo]:
         """The tensors of one shard, in the order of their bytes."""
         return [info for info in self._infos.values() if info.file == shard]

@@ -143,7 +143,7 @@ def write_checkpoint(
             "changed": describe_changes(applied.record),
             "changed_biases": sorted(applied.record.bias_shifts),
             "skipped": plan.skipped,
-            "not_copied": others,
+            "left_out": others,
             "verified": None,
             "measurements": None,
             **(provenance or {}),

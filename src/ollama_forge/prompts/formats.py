@@ -144,18 +144,18 @@ def _instruction(name: str, number: int, row: Any, column: str | None) -> str:
     return value
 
 
-def _find_column(where: str, names: list[str], column: str | None) -> str:
+def _find_column(location: str, names: list[str], column: str | None) -> str:
     """The name that equals ``column``; without ``column``, the first usual name, ignoring case."""
-    for wanted in (column,) if column else USUAL_COLUMNS:
-        found = [name for name in names if (name if column else name.strip().lower()) == wanted]
+    for target in (column,) if column else USUAL_COLUMNS:
+        found = [name for name in names if (name if column else name.strip().lower()) == target]
         if len(found) > 1:
-            raise UsageError(f"{where}: {len(found)} columns are called {_shortened(wanted)}", "rename all but one")
+            raise UsageError(f"{location}: {len(found)} columns are called {_shortened(target)}", "rename all but one")
         if found:
             return found[0]
     have = [_shortened(name) for name in names if name.strip()]
     more = ", …" if len(have) > _MOST_NAMES else ""
     raise UsageError(
-        f"{where}: no column {_shortened(column) if column else 'that holds instructions'}",
+        f"{location}: no column {_shortened(column) if column else 'that holds instructions'}",
         f"--column, one of: {', '.join(have[:_MOST_NAMES])}{more}" if have else "give names to the columns",
     )
 

@@ -56,10 +56,10 @@ class PromptSettings:
             UsageError: one of the user's lists has fewer than 8 distinct lines, in total or in the fit part, or both
                 lists contain the same line.
         """
-        wanted = self.num_instructions or default_pairs
-        own = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
+        pairs = self.num_instructions or default_pairs
+        has_lists = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
         curated = curated_are_installed()
-        downloaded, notes = (None, ()) if own or (curated and wanted <= curated_fit_pairs()) else cached_lists()
+        downloaded, notes = (None, ()) if has_lists or (curated and pairs <= curated_fit_pairs()) else cached_lists()
         harmful, harmless = self._side(self.harmful, self.harmful_dir), self._side(self.harmless, self.harmless_dir)
         for side, lines in (("harmful", harmful), ("harmless", harmless)):
             foreign = count_not_english(lines or ())
@@ -74,7 +74,7 @@ class PromptSettings:
         split = split_prompts(
             harmful,
             harmless,
-            num_instructions=wanted,
+            num_instructions=pairs,
             note_below=self.num_instructions or DEFAULT_PAIRS,
             seed=self.seed,
             downloaded=downloaded,

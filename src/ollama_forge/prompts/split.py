@@ -1,7 +1,7 @@
 """Split instructions into three disjoint parts: *fit* for the direction, *select* for choices, *report* for results.
 
 A curated pair is assigned by a stable hash of its index, so that both of its lines lie in one part. Any other line is
-assigned by a hash of its normalised text, unless it is also a curated line: then it goes where its pair goes.
+assigned by a hash of its normalised text, unless it is also a curated line: then it goes to the part of its pair.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def split_prompts(
     notes: list[str] = []
     curated = curated_parts()
     sides = {"harmful": harmful, "harmless": harmless}
-    lines = {side: _curated_lines(side) if own is None else list(own) for side, own in sides.items()}
+    lines = {side: _curated_lines(side) if given is None else list(given) for side, given in sides.items()}
     both = set.intersection(*({normalise(line) for line in lines[side]} for side in sides))
     if both:
         raise UsageError(
@@ -122,13 +122,13 @@ def split_prompts(
             "remove each of them from one of the lists",
         )
     parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
-    for side, own in sides.items():
+    for side, given in sides.items():
         distinct = dedupe(lines[side])
         divided = _divide(distinct, curated)
-        if own is not None:
+        if given is not None:
             _require_enough(side, len(distinct), len(divided[Part.FIT]))
         for part in (Part.SELECT, Part.REPORT):
-            if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
+            if given is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
                 notes.append(
                     f"only {len(divided[part])} of your {side} lines fall into the {part.value} part: "
                     "it uses the curated lines instead"
@@ -196,7 +196,7 @@ def _limited(part: Part, sides: dict[str, list[str]], most: int | None, notes: l
     whole = PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
     if most is None:
         return whole
-    left_out = [f"{len(own) - most:,} of {len(own):,} {side}" for side, own in sides.items() if len(own) > most]
+    left_out = [f"{len(lines) - most:,} of {len(lines):,} {side}" for side, lines in sides.items() if len(lines) > most]
     if left_out:
         notes.append(
             f"{' and '.join(left_out)} lines of the {part.value} part are left out: "
