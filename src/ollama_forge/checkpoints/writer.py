@@ -62,6 +62,7 @@ class ShardWriter:
         self._submit(self._append, memoryview(_header(tensors)))
 
     def write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Append computed data. A chunk must not change until the writer is closed."""
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
             self._bytes_left -= len(view)
