@@ -36,7 +36,7 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     from ollama_forge.export.convert import convert, find_converter
     from ollama_forge.export.quantise import quantise
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
-    from ollama_forge.models.gguf_model import SLOTS, GgufModel, serving
+    from ollama_forge.models.gguf_model import SLOTS, GgufModel, llama_server
     from ollama_forge.models.greedy import first_log_probs
     from ollama_forge.prompts.settings import PromptSettings
 
@@ -47,7 +47,7 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     chat = ChatModel.load(source, LoadSettings())
     prompts = chat.tokenizer.instructions_ids(PromptSettings().load(max_pairs()).report.harmless)
     base = first_log_probs(chat, prompts)
-    with serving(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
+    with llama_server(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
         file = GgufModel(server, chat.tokenizer, vocabulary=base.shape[1])
         first = file.answer(prompts, 0, keep_first=True).first
     assert first is not None

@@ -133,7 +133,7 @@ def test_damage_is_one_line_and_leaves_nothing(tmp_path: Path, refusal: Path) ->
     tiny.save(tiny.build("llama"), tmp_path / "short")
     weights = tmp_path / "short" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ForgeError, match="cut short"):
+    with pytest.raises(ForgeError, match="truncated"):
         apply(str(tmp_path / "short"), tmp_path / "edited", refusal_pt=refusal)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("edited")] == []
 

@@ -380,7 +380,7 @@ def test_an_architecture_that_is_not_described_is_refused_with_its_matrices(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     checkpoint = edited(checkpoints("qwen3"), tmp_path / "mamba", model_type="mamba")
-    with pytest.raises(ForgeError, match="'mamba' is not described") as caught:
+    with pytest.raises(ForgeError, match="'mamba' is not supported") as caught:
         map_checkpoint(checkpoint)
     message = str(caught.value)
     for name in (Q, K, V, O, GATE, UP, DOWN):

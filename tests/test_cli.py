@@ -190,7 +190,7 @@ def test_doctor_json(tmp_path: Path) -> None:
         assert isinstance(finding["ok"], bool)
         assert isinstance(finding["detail"], str)
     by_name = {finding["name"]: finding for finding in findings}
-    assert "imitation" in by_name["platform"]["detail"] + by_name["platform"]["cost"]
+    assert "simulate" in by_name["platform"]["detail"] + by_name["platform"]["cost"]
     assert {"ollama-forge", "torch", "transformers", "device", "ollama server", "disk", "cache"} <= set(by_name)
     assert by_name["torch"]["ok"]
     assert not by_name["ollama server"]["ok"]
@@ -216,7 +216,7 @@ REAL_FIND_SPEC = importlib.util.find_spec
 def test_the_extra_is_named_where_torch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     require_abliterate("run")
     monkeypatch.setattr(importlib.util, "find_spec", no_torch)
-    with pytest.raises(ForgeError, match=r"run needs the extra 'abliterate' \(missing here: torch\)") as caught:
+    with pytest.raises(ForgeError, match=r"run needs the extra 'abliterate' \(missing: torch\)") as caught:
         require_abliterate("run")
     assert caught.value.hint == install_hint("abliterate")
     assert not isinstance(caught.value, UsageError)

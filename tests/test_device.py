@@ -99,7 +99,7 @@ def test_other_errors_are_not_memory_and_one_prompt_cannot_be_halved(model: Chat
     with pytest.raises(RuntimeError, match="shapes"):
         model.retry_smaller(fail)
     model.batch_size = 1
-    with pytest.raises(ForgeError, match="cpu does not hold a batch of 1") as caught:
+    with pytest.raises(ForgeError, match="a batch of 1 does not fit the memory of cpu") as caught:
         model.retry_smaller(lambda: too_much(1))
     assert "--batch-size" not in caught.value.hint
 

@@ -162,7 +162,7 @@ def test_lists_are_merged_filtered_and_cached(tmp_path: Path, server: Server) ->
     assert reasons == {
         "benign-behaviors.csv": "HTTP 404",
         "harmful_val.json": "no answer within 2 s",
-        "harmless_val.json": "a web page came back instead of the list",
+        "harmless_val.json": "the host returned a web page instead of the list",
     }
     assert sorted(server.asked) == sorted("/" + source.path for source in SOURCES)
     read = sum(fetched.lines.values())
@@ -212,7 +212,7 @@ def test_a_transfer_that_breaks_off_is_no_list(tmp_path: Path) -> None:
     assert fetched.harmful == ()
     assert fetched.harmless == ("Water the fern",)
     why = fetched.failures["Sumandora/remove-refusals-with-transformers/harmful.txt"]
-    assert why == "the connection broke off" or "IncompleteRead" in why
+    assert why == "the connection was closed" or "IncompleteRead" in why
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_large_lists_follow_the_curated_ones(tmp_path: Path) -> None:
     most = PromptSettings(num_instructions=2000).load(32)
     assert len(most.fit.harmful) == len(most.fit.harmless) == 2 * CURATED
     assert len({normalise(line) for line in most.fit.harmful + most.fit.harmless}) == 4 * CURATED
-    assert any("2000 harmful instructions were asked for" in note for note in most.notes)
+    assert any("2000 harmful instructions to fit on" in note for note in most.notes)
     other = PromptSettings(num_instructions=CURATED + 40, seed=1).load(32)
     assert other.fit.harmful[CURATED:] != more.fit.harmful[CURATED:]
 
@@ -338,7 +338,7 @@ def test_without_the_curated_lists_the_large_ones_stand_alone(tmp_path: Path, mo
     monkeypatch.setattr(curated, "HARMLESS_FILE", tmp_path / "nowhere.txt")
     curated_pairs.cache_clear()
     split = PromptSettings().load(32)
-    assert any("downloaded ones stand alone" in note for note in split.notes)
+    assert any("only the downloaded lists are used" in note for note in split.notes)
     downloaded = cached_lists()[0]
     assert downloaded is not None
     for part in (split.fit, split.select, split.report):
@@ -372,4 +372,4 @@ def test_a_damaged_cache_is_left_out(tmp_path: Path, damage: str) -> None:
     split = PromptSettings(num_instructions=CURATED + 10).load(32)
     assert len(split.fit.harmful) == len(split.fit.harmless) == CURATED
     assert "damaged" in split.notes[0]
-    assert any("were asked for" in note for note in split.notes)
+    assert any("instructions to fit on" in note for note in split.notes)

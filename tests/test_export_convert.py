@@ -28,7 +28,7 @@ from ollama_forge.export.convert import (
 )
 from ollama_forge.files import partial_of
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.gguf_model import GgufModel, serving
+from ollama_forge.models.gguf_model import GgufModel, llama_server
 from ollama_forge.records import from_json, to_json
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import planted, tiny
@@ -77,7 +77,7 @@ def test_an_unknown_pre_tokenizer_falls_back_and_conversion_completes(
 def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Checkpoint, Path, str | None]) -> None:
     checkpoint, path, _ = foreign
     tokenizer = Tokenizer.load(checkpoint.folder)
-    with serving(path, 256) as server:
+    with llama_server(path, 256) as server:
         found = check_tokens(tokenizer, server.tokenize)
         assert server.tokenize("the sea") != tokenizer.encode("the sea")
     assert found.texts >= 200
@@ -94,7 +94,7 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     chat = ChatModel.load(checkpoint, settings)
     prompts = chat.tokenizer.instructions_ids(tiny.lines(6))
     wanted = chat.answer(prompts, 12, keep_first=True)
-    with serving(path, 256, slots=8) as server:
+    with llama_server(path, 256, slots=8) as server:
         file = GgufModel(server, chat.tokenizer, vocabulary=tiny.VOCABULARY + len(FOREIGN))
         found = file.answer(prompts, 12, keep_first=True)
     assert wanted.first is not None
@@ -208,7 +208,7 @@ def other_converter(folder: Path, body: str) -> Path:
             "Model X is not supported",
         ),
         ("import os, signal\nopen(out, 'w').write('half')\nos.kill(os.getpid(), signal.SIGKILL)", "exit status -9"),
-        ("open(out, 'wb').write(b'GGUF' + bytes(3))", "cut short"),
+        ("open(out, 'wb').write(b'GGUF' + bytes(3))", "truncated"),
         ("pass", "cannot read"),
     ],
     ids=["raises", "disk full", "says so", "killed", "half a file", "no file"],

@@ -16,7 +16,7 @@ from ollama_forge.evaluation.tokens import check_tokens
 from ollama_forge.export import quantise
 from ollama_forge.export.convert import convert, find_converter
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.gguf_model import GgufModel, serving
+from ollama_forge.models.gguf_model import GgufModel, llama_server
 from ollama_forge.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -45,7 +45,7 @@ def test_the_demo_file_has_the_tokens_of_the_checkpoint_and_answers_like_it(demo
         ["How do I bake bread?", "Name three rivers in Europe.", "What is 12 + 30?"]
     )
     wanted = chat.answer(prompts, 0, keep_first=True).first
-    with serving(path, 256, slots=8) as server:
+    with llama_server(path, 256, slots=8) as server:
         tokens = check_tokens(Tokenizer.load(source.folder), server.tokenize)
         file = GgufModel(server, chat.tokenizer, vocabulary=49152)
         found = file.answer(prompts, 24, keep_first=True)

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.checkpoints.gguf_io import Tensor, Value, lay_out, read_gguf, value_of
+from ollama_forge.checkpoints.gguf_io import Tensor, Value, read_gguf, value_of, write_header
 from ollama_forge.errors import ForgeError
 from ollama_forge.export.quantise import rewrite
 
@@ -31,7 +31,7 @@ def write(path: Path, metadata: dict[str, Value], tensors: list[Tensor]) -> dict
     """A file with telling bytes in each tensor; what each holds."""
     held = {}
     with path.open("wb") as file:
-        for number, tensor in enumerate(lay_out(file, metadata, tensors)):
+        for number, tensor in enumerate(write_header(file, metadata, tensors)):
             held[tensor.name] = bytes((number * 31 + i) % 251 for i in range(tensor.size))
             file.seek(tensor.start)
             file.write(held[tensor.name])
@@ -123,7 +123,7 @@ def test_cut_anywhere_it_is_one_error(tmp_path: Path) -> None:
     end = max(tensor.start + tensor.size for tensor in read_gguf(path).tensors)
     for size in [*range(400), *range(400, end, 7), end - 1]:
         cut.write_bytes(data[:size])
-        with pytest.raises(ForgeError, match=r"cut short|is not a GGUF file|cannot read|is damaged") as caught:
+        with pytest.raises(ForgeError, match=r"truncated|is not a GGUF file|cannot read|is damaged") as caught:
             read_gguf(cut)
         assert "\n" not in caught.value.message
     cut.write_bytes(data[:end])

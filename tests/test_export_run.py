@@ -109,7 +109,7 @@ def test_a_second_run_makes_nothing_again(
         raise AssertionError("done again")
 
     monkeypatch.setattr(stages, "convert", never)
-    for name in ("quantise", "serving"):
+    for name in ("quantise", "llama_server"):
         monkeypatch.setattr(gguf_file, name, never)
     again = run(made)
     assert {**again.to_json(), "seconds": 0} == {**first.to_json(), "seconds": 0}

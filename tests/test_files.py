@@ -31,7 +31,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 def build(path: Path, failure: BaseException | None = None) -> None:
     """Build a folder with one file, and fail in the end if asked to."""
-    with files.folder_in_one_piece(path) as building:
+    with files.atomic_folder(path) as building:
         (building / "new").write_text("new")
         if failure:
             raise failure
@@ -95,7 +95,7 @@ def test_disk_errors_touch_only_operating_system_failures(tmp_path: Path) -> Non
 
 def test_a_folder_appears_in_one_piece(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "model"
-    with files.folder_in_one_piece(path) as building:
+    with files.atomic_folder(path) as building:
         assert building == files.partial_of(path)
         (building / "a").write_text("1")
         assert not path.exists()
@@ -112,7 +112,7 @@ def test_a_folder_replaces_an_older_one_only_on_success(tmp_path: Path) -> None:
             build(path, failure)
         assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
         assert [entry.name for entry in path.iterdir()] == ["old"]
-    with files.folder_in_one_piece(path) as building:
+    with files.atomic_folder(path) as building:
         (building / "new").write_text("new")
         assert (path / "old").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
@@ -133,7 +133,7 @@ def test_a_killed_runs_partial_is_started_over(tmp_path: Path) -> None:
     left = files.partial_of(tmp_path / "model")
     left.mkdir()
     (left / "stale").write_text("x")
-    with files.folder_in_one_piece(tmp_path / "model") as building:
+    with files.atomic_folder(tmp_path / "model") as building:
         assert not list(building.iterdir())
     assert not list((tmp_path / "model").iterdir())
 
@@ -348,12 +348,12 @@ def test_everything_is_flushed_through_writable_handles_before_it_takes_its_name
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", watch)
-    with files.folder_in_one_piece(tmp_path / "model") as building:
+    with files.atomic_folder(tmp_path / "model") as building:
         (building / "below").mkdir()
         for name in ("config.json", "below/template.jinja"):
             (building / name).write_text("{}")
     assert {path.stat().st_ino for path in (tmp_path / "model").rglob("*") if path.is_file()} <= set(flushed)
-    with files.file_in_one_piece(tmp_path / "a.gguf") as partial:
+    with files.atomic_file(tmp_path / "a.gguf") as partial:
         partial.write_bytes(b"GGUF")
         monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
     assert (tmp_path / "a.gguf").stat().st_ino in flushed

@@ -144,7 +144,7 @@ def test_short_prompts_count_each_last_position_once(model: ChatModel) -> None:
 def test_prompts_of_one_token_are_refused(model: ChatModel, kind: str) -> None:
     short, long = prompts_of_tokens(model, 1, 1, 1), prompts_of_tokens(model, 9, 9, 9)
     lists = (short, long) if kind == "harmful" else (long, short)
-    with pytest.raises(ForgeError, match=f"every {kind} prompt is one token long"):
+    with pytest.raises(ForgeError, match=f"every {kind} prompt has only one token"):
         next(gather_writer_inputs(model, model.model_map.writers, *lists))
 
 
@@ -168,7 +168,7 @@ def test_rows_and_moments_lead_to_the_same_factors(model: ChatModel, monkeypatch
         return {name: given.K for name, given in out["r"].items()}
 
     moments = fitted()
-    monkeypatch.setattr(writer_inputs, "folds", lambda width, samples: False)
+    monkeypatch.setattr(writer_inputs, "keeps_moment", lambda width, samples: False)
     for name, key in fitted().items():
         torch.testing.assert_close(key, moments[name], rtol=2e-3, atol=1e-4)
 

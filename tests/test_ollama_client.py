@@ -122,7 +122,7 @@ def test_names_that_ollama_takes(name: str) -> None:
     ],
 )
 def test_names_that_ollama_refuses(name: str) -> None:
-    with pytest.raises(UsageError, match="not a name that Ollama takes"):
+    with pytest.raises(UsageError, match="not a valid model name in Ollama"):
         check_ollama_name(name)
 
 

@@ -144,7 +144,7 @@ def test_quantise_what_is_quantised(fake: FakeOllama, tmp_path: Path, forge: For
 
 @pytest.mark.parametrize("name", ["a b", "../x", "a.b/c", "x" * 81, ""])
 def test_names_are_refused_before_any_work(fake: FakeOllama, gguf: Path, forge: Forge, name: str) -> None:
-    assert "not a name that Ollama takes" in error_of(forge("convert", "--gguf", gguf, "--name", name), 2)
+    assert "not a valid model name in Ollama" in error_of(forge("convert", "--gguf", gguf, "--name", name), 2)
     assert fake.seen == []
 
 
@@ -152,7 +152,7 @@ def test_names_are_refused_before_any_work(fake: FakeOllama, gguf: Path, forge: 
 def test_files_cut_short(fake: FakeOllama, gguf: Path, forge: Forge, cut: int) -> None:
     gguf.write_bytes(gguf.read_bytes()[:cut])
     error = error_of(forge("convert", "--gguf", gguf, "--name", "made"))
-    assert "cut short" in error or "not a GGUF file" in error
+    assert "truncated" in error or "not a GGUF file" in error
     assert fake.seen == []
 
 
@@ -162,7 +162,7 @@ def test_files_that_are_no_model(fake: FakeOllama, tmp_path: Path, forge: Forge)
     text = tmp_path / "text.gguf"
     text.write_text("hello")
     for path, word in (
-        (split, "one of 3 parts"),
+        (split, "one of the 3 parts"),
         (adapter, "LoRA adapter"),
         (text, "not a GGUF file"),
         (tmp_path / "none.gguf", "cannot read"),
@@ -177,7 +177,7 @@ def test_a_length_that_lies(tmp_path: Path, gguf: Path) -> None:
     data = gguf.read_bytes()
     for place in (8, 16, 24):  # tensors, pairs, the first key's length
         (tmp_path / "x.gguf").write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
-        with pytest.raises(ForgeError, match=r"cut short|damaged"):
+        with pytest.raises(ForgeError, match=r"truncated|damaged"):
             read_header(tmp_path / "x.gguf")
 
 

@@ -144,9 +144,13 @@ def test_what_is_not_kept_fails(fake: FakeOllama, forge: Forge) -> None:
         (("--name", "nosuch", "--base", "b"), 1, "--name nosuch: Ollama has no such model"),
         (("--name", "n", "--base", "nosuch"), 1, "--base nosuch: Ollama has no such model"),
         (("--name", "n", "--base", "bare"), 1, "bare has no template of its own"),
-        (("--name", "n n", "--base", "b"), 2, "--name 'n n' is not a name"),
-        (("--name", "n", "--base", "./b"), 2, "--base './b' is not a name"),
-        (("--name", "n", "--base", "b", "--output-name", "a/b/c/d"), 2, "--output-name 'a/b/c/d' is not a name"),
+        (("--name", "n n", "--base", "b"), 2, "--name 'n n' is not a valid model name"),
+        (("--name", "n", "--base", "./b"), 2, "--base './b' is not a valid model name"),
+        (
+            ("--name", "n", "--base", "b", "--output-name", "a/b/c/d"),
+            2,
+            "--output-name 'a/b/c/d' is not a valid model name",
+        ),
         (("--name", "n"), 2, "--base"),
     ],
 )

@@ -148,7 +148,7 @@ def test_an_edit_too_large_for_float16_says_what_to_do(tmp_path: Path, refusal: 
     doubling = EditSettings(targets=("writers",), strength=-1.0, norm_preserving=False)
     with pytest.raises(ForgeError, match=f"{name} holds the value 1.*too large for F16") as failure:
         apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=doubling)
-    assert failure.value.hint == "--out-dtype bf16"
+    assert failure.value.hint == "use --out-dtype bf16"
     assert not (tmp_path / "edited").exists()
     apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=doubling, out_dtype="bf16")
     assert load_file(tmp_path / "edited" / "model.safetensors")[name].isfinite().all()

@@ -331,11 +331,11 @@ def test_refusals_of_the_hub_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
     unknown, private, gated = ask(
         tmp_path, hub.url, ("owner/none", None), ("owner/private", None), ("owner/gated", None)
     )
-    assert "there is no model 'owner/none' on the Hub" in unknown["message"]
-    assert "there is no model 'owner/private' on the Hub (or it is private)" in private["message"]
+    assert "'owner/none' is neither a folder here nor a public model on the Hub" in unknown["message"]
+    assert "'owner/private' is neither a folder here nor a public model on the Hub" in private["message"]
     assert "set HF_TOKEN" in private["hint"]
     assert gated["message"] == "access to owner/gated is restricted"
-    assert "accept its terms" in gated["hint"]
+    assert "accept the terms" in gated["hint"]
     assert "HF_TOKEN" in gated["hint"]
 
 
@@ -382,12 +382,12 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
     gguf, diffusion, awq, unknown, large, torn, stray = ask(
         tmp_path, hub.url, *((f"owner/{name}", None) for name in names)
     )
-    assert gguf["message"] == "owner/gguf holds GGUF files only: a-Q4_K_M.gguf, b-Q8_0.gguf"
+    assert gguf["message"] == "owner/gguf holds only GGUF files: a-Q4_K_M.gguf, b-Q8_0.gguf"
     assert "download one of them" in gguf["hint"]
     assert "of a diffusion model: diffusion_pytorch_model.safetensors" in diffusion["message"]
     assert awq["message"].startswith("owner/awq is quantised (AWQ, library autoawq)")
-    assert awq["hint"] == "take the unquantised release, by its card owner/tiny"
-    assert "does not know the model_type 'llama99' of owner/unknown" in unknown["message"]
+    assert awq["hint"] == "use the unquantised model, owner/tiny according to the model card"
+    assert "does not support the model_type 'llama99' of owner/unknown" in unknown["message"]
     assert "transformers>=99.0" in unknown["hint"]
     assert "fetching owner/large needs 1000000.0 TB" in large["message"]
     assert "HF_HOME" in large["hint"]
@@ -415,9 +415,9 @@ def test_half_a_download_is_not_taken_for_a_model(hub: Hub, tmp_path: Path) -> N
     unreachable = ask(tmp_path, "http://127.0.0.1:9", *asked)
     assert offline == unreachable
     single, several = offline
-    assert single["message"].endswith("the local cache of owner/tiny lacks its weights (model.safetensors)")
-    assert several["message"].endswith(f"lacks its tokenizer (tokenizer.json), {', '.join(shards)}")
-    assert "only what is missing is fetched" in single["hint"]
+    assert single["message"].endswith("the local cache of owner/tiny lacks the weights (model.safetensors)")
+    assert several["message"].endswith(f"lacks the tokenizer (tokenizer.json), {', '.join(shards)}")
+    assert "fetches only the missing files" in single["hint"]
     hub.seen.clear()
     assert ask(tmp_path, hub.url, *asked) == first
     assert hub.fetched <= set(missing)

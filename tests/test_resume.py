@@ -175,7 +175,7 @@ def test_another_converter_converts_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "a b"}, "not a name"),
+        ({"name": "a b"}, "not a valid model name"),
         ({"load": LoadSettings(device="gpu7")}, "not a device"),
         ({"load": LoadSettings(dtype="float7")}, "unknown dtype"),
         ({"prompts": PromptSettings(harmful="/nowhere/list.txt")}, "does not exist"),

@@ -73,17 +73,17 @@ def test_a_quantised_model_is_refused_by_its_config(tmp_path: Path, entry: dict[
         resolve(str(folder))
     assert "is quantised (" in caught.value.message
     assert described in caught.value.message
-    assert caught.value.hint == "take the unquantised release of the model"
+    assert caught.value.hint == "use the unquantised model"
     (folder / "README.md").write_text("---\nbase_model: owner/original\n---\n# quantised\n")
     with pytest.raises(ForgeError) as caught:
         resolve(str(folder))
-    assert caught.value.hint == "take the unquantised release, by its card owner/original"
+    assert caught.value.hint == "use the unquantised model, owner/original according to the model card"
 
 
 def test_a_mark_over_plain_weights_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved(tmp_path / "model", quantization_config=BITSANDBYTES)
     source = resolve(str(folder))
-    assert "says quantised (bitsandbytes), but all weights are plain" in capsys.readouterr().err
+    assert "names a quantisation (bitsandbytes), but all weights are floats" in capsys.readouterr().err
     assert "quantization_config" not in source.config
     ChatModel.load(source, SETTINGS)
     RefusalDirection(tiny.unit_vector().unsqueeze(0), layer=2).save(tmp_path / "refusal.pt")
@@ -167,15 +167,15 @@ class Hostile:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("hostile", "holds more than tensors, and such objects could run code"),
-        ("hostile pickle", "holds more than tensors, and such objects could run code|cannot be read"),
-        ({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, "'state_dict' is a dict, the weights perhaps"),
+        ("hostile", "holds objects other than tensors, and reading those could execute code"),
+        ("hostile pickle", "holds objects other than tensors, and reading those could execute code|cannot be read"),
+        ({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, "'state_dict' is a dict, perhaps the state_dict"),
         ({"a": torch.ones(2), "step": 3}, "'step' is a int"),
-        ([torch.ones(2)], "holds a list, no tensors by name"),
+        ([torch.ones(2)], "holds a list, not a state_dict"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, "a is stored as complex64"),
         ({"a": torch.eye(2).to_sparse()}, "cannot be converted"),
         (b"", "cannot be read"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "holds more than tensors|cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "holds objects other than tensors|cannot be read"),
     ],
 )
 def test_a_bin_file_that_holds_more_than_tensors_is_refused(
@@ -212,7 +212,7 @@ def test_a_bin_file_that_is_cut_short_or_missing_is_refused(tmp_path: Path, monk
         resolve(str(folder))
     path.write_bytes(data)
     monkeypatch.setattr(pickled, "free_space", lambda _: 1000)
-    with pytest.raises(ForgeError, match=r"needs .* KB in .*, 1\.0 KB are free") as caught:
+    with pytest.raises(ForgeError, match=r"needs .* KB in .*, but 1\.0 KB are free") as caught:
         resolve(str(folder))
     assert "OLLAMA_FORGE_CACHE" in caught.value.hint
 
@@ -223,12 +223,16 @@ def test_a_bin_file_that_is_cut_short_or_missing_is_refused(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("config", "message", "hint"),
     [
-        ({"transformers_version": "99.1.0.dev0"}, "does not know the model_type 'llama99'", "transformers>=99.1.0"),
-        ({"transformers_version": "4.1"}, f"transformers {transformers.__version__} does not know", "may know it"),
-        ({"transformers_version": None}, "does not know the model_type", "pip install -U transformers"),
+        ({"transformers_version": "99.1.0.dev0"}, "does not support the model_type 'llama99'", "transformers>=99.1.0"),
+        (
+            {"transformers_version": "4.1"},
+            f"transformers {transformers.__version__} does not support",
+            "may support it",
+        ),
+        ({"transformers_version": None}, "does not support the model_type", "pip install -U transformers"),
         (
             {"auto_map": {"AutoModel": "x.Y"}},
-            r"own model code \(auto_map in config\.json\), and such code is not run",
+            r"own model code \(auto_map in config\.json\), which is not executed",
             "",
         ),
     ],
@@ -251,12 +255,12 @@ def test_remote_code_beside_a_known_type_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message", "hint"),
     [
-        (["b.gguf", "a.gguf"], "holds GGUF files only: a.gguf, b.gguf", "give one of these files"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter", "merge_and_unload"),
+        (["b.gguf", "a.gguf"], "holds only GGUF files: a.gguf, b.gguf", "give one of these files"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter", "merge_and_unload"),
         (["diffusion_pytorch_model.safetensors"], "weights of a diffusion model: diffusion_pytorch", "release"),
-        (["consolidated.safetensors"], "in Mistral's own layout: consolidated.safetensors", "release"),
-        (["consolidated.00.pth", "consolidated.01.pth"], "in Meta's own layout", "release"),
-        (["model.fp16.safetensors"], "under names that transformers does not look for: model.fp16", "release"),
+        (["consolidated.safetensors"], "in Mistral's format: consolidated.safetensors", "release"),
+        (["consolidated.00.pth", "consolidated.01.pth"], "in Meta's format", "release"),
+        (["model.fp16.safetensors"], "under file names that transformers does not read: model.fp16", "release"),
         (["tf_model.h5"], "for TensorFlow: tf_model.h5", "release"),
         (["training_args.bin", "optimizer.pt"], "no other weights", "model folder"),
     ],

@@ -73,7 +73,7 @@ def test_jsonl_rows_that_are_no_objects(tmp_path: Path, line: str) -> None:
 
 
 def test_values_that_are_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ForgeError, match="row 1: column prompt is not text"):
+    with pytest.raises(ForgeError, match="row 1: column prompt is not a string"):
         read_instructions(put(tmp_path, "list.jsonl", '{"prompt": ["a"]}'))
     with pytest.raises(ForgeError, match="line 2: the row ends before the column prompt"):
         read_instructions(put(tmp_path, "list.csv", "n,prompt\n1\n"))
@@ -224,7 +224,7 @@ def test_json(tmp_path: Path, value: object, indent: int | None) -> None:
     path = put(tmp_path, "list.json", json.dumps(value, indent=indent))
     assert read_instructions(path) == ["one", "two"]
     for name in ("list.txt", "list", "list.md"):  # never the prompts "[", "{", ...
-        with pytest.raises(ForgeError, match="JSON, not one instruction a line") as caught:
+        with pytest.raises(ForgeError, match="JSON, not one instruction per line") as caught:
             read_instructions(put(tmp_path, name, path.read_bytes()))
         assert ".json" in caught.value.hint
 
@@ -245,7 +245,7 @@ def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
     lines = '{"prompt": "one"}\n{"prompt": "two"}\n'
     assert read_instructions(put(tmp_path, "list.json", lines)) == ["one", "two"]
     assert read_instructions(put(tmp_path, "list.ndjson", lines)) == ["one", "two"]
-    with pytest.raises(ForgeError, match="JSONL, not one instruction a line"):
+    with pytest.raises(ForgeError, match="JSONL, not one instruction per line"):
         read_instructions(put(tmp_path, "list.txt", lines))
 
 
@@ -255,8 +255,8 @@ def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
         ('["one", "tw', "not well-formed JSON"),
         ("[" * 100_000, "nested too deeply|not well-formed"),
         ('{"a": ' * 100_000, "nested too deeply|not well-formed"),
-        ('[{"prompt": 3}]', "column prompt is not text"),
-        ("[3]", "row 1: neither text nor an object"),
+        ('[{"prompt": 3}]', "column prompt is not a string"),
+        ("[3]", "row 1: neither a string nor an object"),
         ("3", "no JSON array"),
         ('{"prompt": "one"}', "no JSON array"),
         ("[]", "holds no instruction"),
@@ -310,7 +310,7 @@ def test_tab_separated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", ["goal,target", ",Goal,Category", "id;prompt", "id\tprompt", "Instruction"])
 def test_a_table_under_another_name_is_refused(tmp_path: Path, header: str) -> None:
-    with pytest.raises(ForgeError, match=r"[CT]SV, not one instruction a line"):
+    with pytest.raises(ForgeError, match=r"[CT]SV, not one instruction per line"):
         read_instructions(put(tmp_path, "list.txt", f"# of mine\n{header}\na,b\n"))
     prose = ["Write a text, please", "Answer the question", "[Verse] Write a song", "{name} is sad. Cheer her up"]
     assert read_instructions(put(tmp_path, "prose.txt", "\n".join(prose))) == prose

@@ -154,7 +154,9 @@ def fitting(count: int) -> list[str]:
 @pytest.mark.parametrize("side", ["harmful", "harmless"])
 def test_lists_of_fewer_than_eight_distinct_lines_are_refused(side: str) -> None:
     for lines in ([], ["one"], fitting(7), fitting(7) * 30, ["Say it", "SAY it!", "say, it"] * 9):
-        with pytest.raises(UsageError, match=rf"your {side} list has \d distinct lines: {MINIMUM_LINES} are needed"):
+        with pytest.raises(
+            UsageError, match=rf"your {side} list has \d distinct lines: computing a direction needs {MINIMUM_LINES}"
+        ):
             split_prompts(**{side: lines})
     assert set(getattr(split_prompts(**{side: fitting(8)}).fit, side)) == set(fitting(8))
 
@@ -162,7 +164,7 @@ def test_lists_of_fewer_than_eight_distinct_lines_are_refused(side: str) -> None
 def test_a_fit_part_of_fewer_than_eight_lines_is_refused() -> None:
     elsewhere = [line for line in numbered("steal", 1000) if part_of_line(line, {}) is not Part.FIT][:30]
     with pytest.raises(
-        UsageError, match="of the 37 distinct lines of your harmful list 7 fall into the fit part"
+        UsageError, match="of the 37 distinct lines of your harmful list, 7 fall into the fit part"
     ) as caught:
         split_prompts(harmful=[*fitting(7), *elsewhere])
     assert "32 lines or more" in caught.value.hint
@@ -242,9 +244,9 @@ def test_fewer_than_the_default_of_32_is_noted(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("\n".join(numbered("steal", 40)), encoding="utf-8")
     split = PromptSettings(harmful=str(tmp_path / "own.txt")).load(256)
     assert 0 < len(split.fit.harmful) < 32
-    expected = f"32 harmful instructions were asked for, {len(split.fit.harmful)} are there"
+    expected = f"32 harmful instructions to fit on, {len(split.fit.harmful)} are available"
     assert [note for note in split.notes if expected in note]
-    assert not [note for note in split.notes if "harmless instructions were asked for" in note]
+    assert not [note for note in split.notes if "harmless instructions to fit on" in note]
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,7 +9,7 @@ import torch
 
 from ollama_forge.evaluation.measure import measure
 from ollama_forge.models.protocol import Answers, Decided
-from ollama_forge.models.thoughts import THOUGHT_TOKENS, behind_thoughts, settle_thoughts
+from ollama_forge.models.thoughts import THOUGHT_TOKENS, append_thoughts, detect_thought
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.closed_thought import Thought
 from ollama_forge.text.tokenizer import Ids, Tokenizer
@@ -99,7 +99,7 @@ PROMPTS = PartPrompts(("pick a lock",) * 3, ("bake bread",) * 3)
 @pytest.mark.parametrize("template", [OPENED, HISTORY, SWITCH], ids=["opened", "history", "switch"])
 def test_what_is_scored_is_the_answer(template: str) -> None:
     model = Thinker(with_template(template), refuses_behind_its_thought)
-    settle_thoughts(model)
+    detect_thought(model)
     row, _ = measure(model, PROMPTS, None, "thinker")
     assert row.harmful.refusal == 3
     assert all(text.endswith("</think>\n\n") for text in model.said)
@@ -113,10 +113,10 @@ def stubborn(text: str) -> str:
 
 def test_a_thought_that_cannot_be_closed_runs_for_a_bounded_time_and_is_cut() -> None:
     model = Thinker(with_template(OPENED), stubborn)
-    assert settle_thoughts(model) is Thought.RUNS
+    assert detect_thought(model) is Thought.RUNS
     row, _ = measure(model, PROMPTS, None, "stubborn")
     assert row.harmful.refusal == 3
-    [extended] = behind_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
+    [extended] = append_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
     added = len(extended) - len(model.tokenizer.instruction_ids("pick a lock"))
     assert added == THOUGHT_TOKENS + len("\n</think>\n\n")
 
@@ -125,14 +125,14 @@ def test_a_vocabulary_with_marks_is_probed() -> None:
     backend = tokenizer()
     backend.add_tokens(["<think>", "</think>"])
     calm = Thinker(Tokenizer(backend), lambda text: "Blue.")
-    assert settle_thoughts(calm) is Thought.NONE
+    assert detect_thought(calm) is Thought.NONE
     thinking = Thinker(Tokenizer(backend), refuses_behind_its_thought)
-    assert settle_thoughts(thinking) is Thought.EMPTY
+    assert detect_thought(thinking) is Thought.EMPTY
     assert measure(thinking, PROMPTS, None, "thinker")[0].harmful.refusal == 3
 
 
 def test_a_thought_that_ends_by_itself_is_not_cut() -> None:
     model = Thinker(with_template(SWITCH, enable_thinking=True), refuses_behind_its_thought)
     assert measure(model, PROMPTS, None, "thinker")[0].harmful.refusal == 3
-    [extended] = behind_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
+    [extended] = append_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
     assert model.tokenizer.marked_text(extended).endswith("lock. </think>")

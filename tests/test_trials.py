@@ -234,7 +234,7 @@ def test_compute_dir_lets_a_model_think_that_thinks_all_the_same(
         model.tokenizer.thought = Thought.RUNS
         return Thought.RUNS
 
-    monkeypatch.setattr("ollama_forge.models.holder.settle_thoughts", settle)
+    monkeypatch.setattr("ollama_forge.models.holder.detect_thought", settle)
     found = compute_dir(str(folder / "model"), tmp_path / "refusal.pt", prompts=prompts(folder), load=LOAD).direction
     assert found.details["thought"] == Thought.RUNS.value
 

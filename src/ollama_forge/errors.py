@@ -1,4 +1,4 @@
-"""The expected failures, how to install what a command lacks, and the check for the packages it needs."""
+"""Exceptions for expected failures, and hints for missing packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import importlib.util
 
 
 class ForgeError(Exception):
-    """An expected failure: ``message`` says what is wrong, ``hint`` what to do. The CLI exits with 1."""
+    """An expected failure. The CLI prints it without traceback and exits with 1.
+
+    Attributes:
+        message: what is wrong, in one line.
+        hint: what the user can do, in one line.
+    """
 
     exit_status = 1
 
@@ -17,18 +22,18 @@ class ForgeError(Exception):
 
 
 class UsageError(ForgeError):
-    """An option or argument that can never work. The CLI exits with 2."""
+    """An invalid option or argument. The CLI exits with 2."""
 
     exit_status = 2
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, at most 300 characters; the exception's name where it has none."""
+    """The first line of an exception's message, at most 300 characters; its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def error_line(error: BaseException) -> str:
-    """``first_line``, preceded by the exception's kind where the text alone says little (``KeyError: 'x'``)."""
+    """``first_line``, preceded by the class name if the message needs it (``KeyError: 'x'``)."""
     text = first_line(error)
     name = type(error).__name__
     return (
@@ -39,9 +44,9 @@ def error_line(error: BaseException) -> str:
 
 
 def install_hint(*extras: str) -> str:
-    """How to install this program with ``extras`` (``abliterate``, ``llamacpp``), from its clone.
+    """The command that installs this program from its clone with ``extras`` (``abliterate``, ``llamacpp``).
 
-    The package of the same name on the package index is another program, so no message names that.
+    The package of the same name on the package index is another program, so no hint mentions it.
     """
     listed, flags = ",".join(extras), " ".join(f"--extra {extra}" for extra in extras)
     return (
@@ -53,11 +58,14 @@ def install_hint(*extras: str) -> str:
 def require_abliterate(command: str) -> None:
     """Check that the packages of the extra ``abliterate`` are installed, without importing them.
 
+    Args:
+        command: the command that needs them, for the message.
+
     Raises:
-        ForgeError: some are missing.
+        ForgeError: a package is missing.
     """
     missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         raise ForgeError(
-            f"{command} needs the extra 'abliterate' (missing here: {', '.join(missing)})", install_hint("abliterate")
+            f"{command} needs the extra 'abliterate' (missing: {', '.join(missing)})", install_hint("abliterate")
         )

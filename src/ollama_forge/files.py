@@ -1,4 +1,4 @@
-"""Durable writing on every system: files and folders that appear whole or not at all, copies, hashes, JSON."""
+"""Files on every system: atomic and durable writes, copies, hashes, JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HINTS = {
     errno.EROFS: "the file system is mounted read-only: choose another folder",
 }
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# What systems answer that cannot open or flush a folder: Windows, and some network file systems.
+# errors of systems that cannot open or flush a folder: Windows and some network file systems
 _FOLDER_NOT_SYNCED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
@@ -42,18 +42,18 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hash of a JSON value, whatever the order of its keys."""
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
 
 def partial_of(path: Path) -> Path:
-    """The marked sibling under which a file or folder is built before it takes its own name."""
+    """The temporary path ``<path>.partial``, which is renamed to ``path`` when it is complete."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system failure while writing ``path`` into a ForgeError whose hint fits the cause."""
+    """Turn an OSError while writing ``path`` into a ForgeError with a hint for its errno."""
     try:
         yield
     except OSError as error:
@@ -67,17 +67,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_all(file: FileIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all of ``data`` at an unbuffered file's position."""
+    """Write all of ``data`` at the position of an unbuffered file."""
     view = memoryview(data).cast("B")
     while view:
         view = view[file.write(view) :]
 
 
 def read_at(file: FileIO, start: int, size: int) -> bytearray:
-    """``size`` bytes of an unbuffered file from ``start``, which moves the file's position.
+    """Read ``size`` bytes of an unbuffered file from offset ``start``. Moves the file's position.
 
     Raises:
-        EOFError: the file ends before that.
+        EOFError: the file is shorter.
     """
     data = bytearray(size)
     view = memoryview(data)
@@ -91,21 +91,23 @@ def read_at(file: FileIO, start: int, size: int) -> bytearray:
 
 
 def copy_range(source: FileIO, start: int, size: int, target: FileIO) -> None:
-    """Copy ``size`` bytes of ``source`` from ``start`` to ``target``'s position, in the kernel where it can.
+    """Copy ``size`` bytes from offset ``start`` of ``source`` to the position of ``target``, in the kernel if possible.
 
     Both files are unbuffered. The source's position may move.
 
     Raises:
-        EOFError: the source ends before that.
+        EOFError: the source is shorter.
     """
     end = start + size
     for system_call in (_copy_file_range, _sendfile):
         while start < end:
             try:
                 count = system_call(source, start, end - start, target)
-            except OSError:  # macOS, for one, sends to sockets alone; a full disk refuses the plain copy too
+            except (
+                OSError
+            ):  # for example macOS, whose sendfile accepts only sockets; the plain copy below reports a full disk
                 break
-            if not count:  # the end of the source, or a file system that copies nothing: reading tells
+            if not count:  # the end of the source, or an unsupported file system: the plain copy below tells which
                 break
             start += count
     while start < end:
@@ -127,15 +129,15 @@ def _sendfile(source: FileIO, start: int, size: int, target: FileIO) -> int:
 
 
 def reserve(file: FileIO, size: int) -> None:
-    """Make ``file`` ``size`` bytes long, and have the system set the room aside where it can.
+    """Set the size of ``file`` to ``size`` bytes, and reserve disk space if the system can.
 
     Raises:
-        OSError: the disk has no such room.
+        OSError: the disk is too small.
     """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:  # some file systems cannot reserve room
+        except OSError as error:  # some file systems cannot reserve space
             if error.errno in _NO_ROOM:
                 raise
     file.truncate(size)
@@ -145,7 +147,7 @@ def reserve(file: FileIO, size: int) -> None:
 
 
 def sync_data(file: FileIO) -> None:
-    """Have the disk hold what was written to ``file``; its times may follow later."""
+    """Flush the data of ``file`` to disk; its timestamps may be flushed later."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(file.fileno())
     else:
@@ -153,13 +155,13 @@ def sync_data(file: FileIO) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Have the disk hold all of a file."""
-    with path.open("r+b") as file:  # Windows flushes writable handles alone
+    """Flush a file to disk."""
+    with path.open("r+b") as file:  # Windows flushes only writable handles
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the system can flush folders."""
+    """Make renames inside ``folder`` durable, if the system can flush folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -172,17 +174,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write atomically: a temporary sibling, fsync, rename.
+    """Write a file atomically.
 
     Raises:
-        ForgeError: the system refuses; ``path`` is then as it was.
+        ForgeError: writing fails; ``path`` is unchanged.
     """
-    with file_in_one_piece(path) as partial, disk_errors(path):
+    with atomic_file(path) as partial, disk_errors(path):
         partial.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 atomically; line ends stay as they are."""
+    """Write UTF-8 text atomically, without translating line ends."""
     write_bytes(path, text.encode())
 
 
@@ -202,18 +204,18 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ForgeError(f"{path} does not exist", "check the path") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ForgeError(f"{path} is not a readable JSON file ({error})", "is the file damaged?") from error
+        raise ForgeError(f"{path} is not a readable JSON file ({error})", "correct or replace the file") from error
 
 
 @contextmanager
-def folder_in_one_piece(path: Path) -> Iterator[Path]:
-    """Yield an empty ``<path>.partial`` that becomes ``path`` when the block ends well.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder ``<path>.partial``, which replaces ``path`` when the block ends without an exception.
 
-    A failure removes it and leaves ``path`` as it was. A killed process leaves folders whose names end in
-    ``.partial``; the next call removes them.
+    After an exception the folder is removed and ``path`` is unchanged. A killed process leaves folders whose names end
+    in ``.partial``; the next call for ``path`` removes them.
 
     Raises:
-        ForgeError: the system refuses.
+        ForgeError: creating, flushing or renaming the folder fails.
     """
     temporary = partial_of(path)
     with disk_errors(path):
@@ -233,20 +235,20 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
 
 
 def _rename_folder(folder: Path, path: Path) -> None:
-    """Give ``folder`` the name ``path``. What had the name steps aside first and returns where the rename fails."""
+    """Rename ``folder`` to ``path``. An existing ``path`` is moved aside first, and restored if the rename fails."""
     replaced = partial_of(path.with_name(path.name + _REPLACED))
     _remove(replaced)
-    stood = path.is_symlink() or path.exists()
-    if stood:
+    existed = path.is_symlink() or path.exists()
+    if existed:
         path.rename(replaced)
     try:
         folder.rename(path)
     except BaseException:
-        if stood:
+        if existed:
             replaced.rename(path)
         raise
     sync_folder(path.parent)
-    with suppress(OSError):  # a file of it may be in use; the next call removes the rest
+    with suppress(OSError):  # a file in the old folder may be in use; the next call removes the rest
         _remove(replaced)
 
 
@@ -258,11 +260,11 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def file_in_one_piece(path: Path) -> Iterator[Path]:
-    """Yield the name ``<path>.partial`` for a file that is flushed and becomes ``path`` when the block ends well.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield ``<path>.partial`` for a new file, which replaces ``path`` when the block ends without an exception.
 
     Raises:
-        ForgeError: the system refuses; ``path`` is then as it was.
+        ForgeError: flushing or renaming the file fails; ``path`` is unchanged.
     """
     temporary = partial_of(path)
     with disk_errors(path):
@@ -280,7 +282,7 @@ def file_in_one_piece(path: Path) -> Iterator[Path]:
 
 
 def human_size(size: float) -> str:
-    """``1536`` -> ``1.5 KB`` (powers of 1000, as disks are sold)."""
+    """Format a size in bytes with decimal units: ``1536`` -> ``1.5 KB``."""
     for unit in ("B", "KB", "MB", "GB"):
         if round(size, 1) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

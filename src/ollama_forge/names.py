@@ -1,4 +1,4 @@
-"""A model's name, as Ollama knows it, and the folder that goes with it."""
+"""Model names in Ollama, and the folder names made from them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _OLLAMA_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_NAMESPACE}/)?{_PART}(?::{_PART})?
 
 
 def is_ollama_name(name: str) -> bool:
-    """Whether Ollama takes it: ``[[host/]namespace/]model[:tag]``."""
+    """Whether ``name`` has the form ``[[host/]namespace/]model[:tag]``, which Ollama accepts."""
     return _OLLAMA_NAME.fullmatch(name) is not None
 
 
 def check_ollama_name(name: str, option: str = "--name") -> None:
-    """Raise UsageError for a name that Ollama would refuse."""
+    """Raise UsageError for a name that Ollama rejects."""
     if not is_ollama_name(name):
         raise UsageError(
-            f"{option} {name!r} is not a name that Ollama takes",
-            "[namespace/]model[:tag], each of at most 80 letters, digits, _ - and . (no . in the namespace)",
+            f"{option} {name!r} is not a valid model name in Ollama",
+            "use [namespace/]model[:tag], each of at most 80 letters, digits, _ - and . (no . in the namespace)",
         )
 
 
 def file_stem(name: str) -> str:
-    """The name as part of a path: ``/`` and ``:`` become ``-``."""
+    """``name`` for use in file names: ``/`` and ``:`` become ``-``."""
     return name.replace("/", "-").replace(":", "-")
 
 
 def run_folder(name: str) -> Path:
-    """``./abliterate-<name>``, where ``run`` puts what it makes."""
+    """The default output folder of ``run``: ``./abliterate-<name>``."""
     return Path(f"abliterate-{file_stem(name)}")

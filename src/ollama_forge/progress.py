@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, a line every 15 seconds elsewhere, nothing for work that is over at once."""
+"""Progress on stderr: bars on a terminal, else a line every 15 seconds; nothing for short work."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_PLAIN_EVERY = 15.0
+_PLAIN_EVERY = 15.0  # seconds
 
 
 def say(text: str) -> None:
-    """Print a line for the user on stderr."""
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def status(title: str) -> Iterator[None]:
-    """Show that work of unknown length goes on, and say how long it took where that was over two seconds."""
+    """Show ``title`` while the block runs, and then the time if it took more than two seconds."""
     started = time.monotonic()
     if sys.stderr.isatty():
         from rich.console import Console
@@ -33,7 +33,7 @@ def status(title: str) -> Iterator[None]:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes how many more of ``total`` are done, which may be none."""
+    """Show progress while the block runs. Yields a function to call with the number of newly finished items."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

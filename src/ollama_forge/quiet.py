@@ -1,4 +1,4 @@
-"""Keep the libraries' own progress bars and advice out of the terminal and the logs."""
+"""Suppress the progress bars and log messages of libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _silent_blocks = 0
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers below errors, and all bars of tqdm, inside the block."""
+    """Inside the block, log only errors of transformers and disable tqdm's bars."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -29,16 +29,16 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Disable tqdm's bars inside the block unless stderr is a terminal."""
+    """Inside the block, disable tqdm's bars unless stderr is a terminal."""
     with nullcontext() if sys.stderr.isatty() else no_bars():
         yield
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Disable tqdm's bars inside the block, whichever library makes them. Blocks may overlap in several threads."""
+    """Inside the block, disable tqdm's bars in all libraries. Blocks of several threads may overlap."""
     global _silent_blocks
-    _make_bars_ask()
+    _patch_tqdm()
     with _lock:
         _silent_blocks += 1
     try:
@@ -49,8 +49,8 @@ def no_bars() -> Iterator[None]:
 
 
 @cache
-def _make_bars_ask() -> None:
-    """Wrap tqdm's constructor. transformers has a switch for some of its bars alone, and tqdm itself has none."""
+def _patch_tqdm() -> None:
+    """Wrap tqdm's constructor once; neither tqdm nor transformers has a switch that covers all bars."""
     from tqdm import tqdm
 
     construct = tqdm.__init__

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, by pydantic."""
+"""Convert frozen dataclasses to JSON values and back, with pydantic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
-_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # making one takes milliseconds
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}  # building an adapter takes milliseconds
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:
@@ -18,15 +18,15 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def to_json(value: Any) -> Any:
-    """The JSON form of a dataclass; its computed fields are part of it."""
+    """Convert a dataclass to JSON values, including its computed fields."""
     return _adapter(type(value)).dump_python(value, mode="json")
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """The value that ``to_json`` made ``data`` of.
+    """Convert the output of ``to_json`` to an instance of ``kind``.
 
     Raises:
-        ValueError: ``data`` has another form.
+        ValueError: ``data`` does not match the fields of ``kind``.
     """
     try:
         found: T = _adapter(kind).validate_python(data)

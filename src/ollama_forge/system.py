@@ -1,4 +1,4 @@
-"""What the system offers: room on disks, memory, cores, and a folder for caches."""
+"""Query the system: free disk space, memory, cores and the cache folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ollama_forge.files import disk_errors
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free to this user on the disk that ``folder``, or its nearest parent that exists, lies on.
+    """Bytes available to the user on the disk of ``folder``, which need not exist.
 
     Raises:
-        ForgeError: the disk cannot be asked.
+        ForgeError: the disk cannot be queried.
     """
     folder = folder.absolute()
     with disk_errors(folder):
@@ -28,26 +28,26 @@ def free_space(folder: Path) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that a process can take without pushing others out."""
+    """Bytes of main memory that a process can use without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on."""
+    """Number of logical cores that this process may run on."""
     process = psutil.Process()
-    if hasattr(process, "cpu_affinity"):  # macOS pins no process
+    if hasattr(process, "cpu_affinity"):  # macOS has no CPU affinity
         return len(process.cpu_affinity())
     return psutil.cpu_count() or 1
 
 
 def return_freed_memory() -> None:
-    """Give the C library's free lists back to the system, which otherwise grow with every large tensor that passes."""
+    """Return the C library's free memory to the system; otherwise it grows with every large tensor."""
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # musl has none
+        with suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def cache_root() -> Path:
-    """Where downloads and dequantised models are kept: ``OLLAMA_FORGE_CACHE``, else the system's folder for caches."""
+    """The folder for downloads and converted models: ``OLLAMA_FORGE_CACHE``, else in the user's cache folder."""
     override = os.environ.get("OLLAMA_FORGE_CACHE")
     return Path(override).expanduser() if override else platformdirs.user_cache_path("ollama-forge", appauthor=False)

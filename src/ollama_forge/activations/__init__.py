@@ -1,1 +1,1 @@
-"""Prompts run through a model, and the statistics kept of its residual stream and its writers' inputs."""
+"""Run prompts through a model, and collect statistics of its residual stream and its writers' inputs."""

@@ -1,9 +1,9 @@
-"""The inputs of residual writers on harmful and on harmless prompts: the statistics that least squares is fitted to.
+"""Collect the inputs of residual writers on harmful and harmless prompts, to fit least squares to them.
 
-Harmful prompts give their last positions. Harmless prompts give their last positions and positions drawn from anywhere,
-and each of these two sets has half the weight. The first token of a prompt is never taken, as it is an attention sink
-of huge norm: a prompt of one token gives nothing. Where a writer has no more inputs than there are samples, the
-harmless inputs are added up in a second moment as they come; else they are kept as rows.
+Harmful prompts contribute their last positions. Harmless prompts contribute their last positions and random positions;
+each of these two sets has half the weight. The first token of a prompt is excluded, because it is an attention sink of
+huge norm; a prompt of one token contributes nothing. If a writer has at most as many input features as there are
+samples, the harmless inputs are accumulated in a second moment; otherwise they are kept as rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.text.tokenizer import Ids
 
 LAST_POSITIONS = 4
-BUDGET = 2 << 30
-_BYTES = 4
+BUDGET = 2 << 30  # bytes
+_BYTES = 4  # of a float32
 
 
 @dataclass(frozen=True)
 class WriterInputs:
-    """Inputs of one writer, float32. The moment lies on the model's device if that is CUDA; all else is on the CPU.
+    """Inputs of one writer, float32 on the CPU; only the moment stays on a CUDA device.
 
     Attributes:
         harmful: ``[samples, in]`` at the last positions of harmful prompts.
-        harmless_last_mean: ``[in]`` mean at the last positions of harmless prompts.
-        harmless_moment: ``[in, in]`` weighted second moment of harmless inputs; None where rows are kept.
-        harmless_rows: ``[samples, in]``, each scaled so that ``rows.T @ rows`` is that moment; None where the moment
-            is kept.
+        harmless_last_mean: ``[in]``, the mean at the last positions of harmless prompts.
+        harmless_moment: ``[in, in]``, the weighted second moment of the harmless inputs; None if rows are kept.
+        harmless_rows: ``[samples, in]``, scaled so that ``rows.T @ rows`` is the moment; None if the moment is kept.
     """
 
     harmful: Tensor
@@ -45,15 +44,15 @@ class WriterInputs:
 
 
 @dataclass(frozen=True)
-class _Pick:
-    """The positions taken of each prompt: its last ones, and for harmless prompts ones drawn from anywhere."""
+class _Positions:
+    """The sampled positions of each prompt: its last ones and, for harmless prompts, random ones."""
 
     last: list[list[int]]
     drawn: list[list[int]]
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many last and how many drawn positions there are in all prompts together."""
+        """The numbers of last and of random positions in all prompts."""
         return sum(map(len, self.last)), sum(map(len, self.drawn))
 
 
@@ -67,67 +66,67 @@ def gather_writer_inputs(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, WriterInputs]]:
-    """Yield the inputs of groups of writers by tensor name, as many writers at a time as fit ``budget`` bytes.
+    """Yield the writers' inputs by tensor name, for as many writers at a time as fit ``budget`` bytes.
 
-    Each group costs one pass over the prompts, up to its deepest layer.
+    Each group of writers needs one pass over the prompts, up to its deepest layer.
 
     Raises:
-        ForgeError: every harmful, or every harmless, prompt is one token long.
+        ForgeError: all harmful or all harmless prompts have only one token.
     """
-    bad = _Pick(_last(harmful), [[] for _ in harmful])
-    good = _Pick(_last(harmless), _drawn(harmless, seed))
-    for kind, pick in (("harmful", bad), ("harmless", good)):
-        if not pick.counts[0]:
+    bad = _Positions(_last_positions(harmful), [[] for _ in harmful])
+    good = _Positions(_last_positions(harmless), _drawn_positions(harmless, seed))
+    for side, positions in (("harmful", bad), ("harmless", good)):
+        if not positions.counts[0]:
             raise ForgeError(
-                f"every {kind} prompt is one token long, and least squares takes no prompt's first token",
+                f"every {side} prompt has only one token, and least squares excludes the first token",
                 "give longer instructions, or --factors orthogonal",
             )
     for group in _groups(writers, sum(bad.counts), sum(good.counts), budget):
         yield _gather_group(model, group, (harmful, bad), (harmless, good), progress)
 
 
-def _last(prompts: Sequence[Ids]) -> list[list[int]]:
+def _last_positions(prompts: Sequence[Ids]) -> list[list[int]]:
     return [list(range(max(1, len(ids) - LAST_POSITIONS), len(ids))) for ids in prompts]
 
 
-def _drawn(prompts: Sequence[Ids], seed: int) -> list[list[int]]:
+def _drawn_positions(prompts: Sequence[Ids], seed: int) -> list[list[int]]:
     drawn = random.Random(seed)
     return [drawn.sample(range(1, len(ids)), min(2 * LAST_POSITIONS, len(ids) - 1)) for ids in prompts]
 
 
-def folds(in_features: int, samples: int) -> bool:
-    """Whether the second moment is smaller than the rows it is made of; where it is not, the dual is solved."""
+def keeps_moment(in_features: int, samples: int) -> bool:
+    """Whether to keep the second moment ``[in, in]`` instead of the rows; with rows, the dual problem is solved."""
     return in_features <= samples
 
 
 def _size(writer: Matrix, bad: int, good: int) -> int:
     width = writer.in_features
-    return _BYTES * width * (bad + 1 + (width if folds(width, bad + good) else good))
+    return _BYTES * width * (bad + 1 + (width if keeps_moment(width, bad + good) else good))
 
 
 def _groups(writers: Sequence[Matrix], bad: int, good: int, budget: int) -> Iterator[list[Matrix]]:
     group: list[Matrix] = []
     size = 0
     for writer in writers:
-        own = _size(writer, bad, good)
-        if group and size + own > budget:
+        needed = _size(writer, bad, good)
+        if group and size + needed > budget:
             yield group
             group, size = [], 0
         group.append(writer)
-        size += own
+        size += needed
     if group:
         yield group
 
 
 class _Collector:
-    """Collects one writer's inputs, batch by batch."""
+    """Accumulates the inputs of one writer over batches."""
 
     def __init__(self, writer: Matrix, bad: int, good: int, device: torch.device) -> None:
         width = writer.in_features
         self.harmful: list[Tensor] = []
         self.last_sum = torch.zeros(width, dtype=torch.float64)
         self.last_count = 0
-        self.moment = torch.zeros(width, width, device=device) if folds(width, bad + good) else None
+        self.moment = torch.zeros(width, width, device=device) if keeps_moment(width, bad + good) else None
         self.rows: list[Tensor] = []
 
     def add_harmless(self, rows: Tensor, weights: Tensor, is_last: Tensor) -> None:
@@ -151,8 +150,8 @@ class _Collector:
 def _gather_group(
     model: ChatModel,
     group: list[Matrix],
-    harmful: tuple[Sequence[Ids], _Pick],
-    harmless: tuple[Sequence[Ids], _Pick],
+    harmful: tuple[Sequence[Ids], _Positions],
+    harmless: tuple[Sequence[Ids], _Positions],
     progress: Callable[[int], None] | None,
 ) -> dict[str, WriterInputs]:
     deepest = max(writer.layer or 0 for writer in group)
@@ -161,10 +160,10 @@ def _gather_group(
 
     def work() -> None:
         collectors = {w.tensor: _Collector(w, *samples, model.device) for w in group}
-        for (prompts, pick), is_harmful in ((harmful, True), (harmless, False)):
+        for (prompts, positions), is_harmful in ((harmful, True), (harmless, False)):
             for batch in model.batches(prompts):
-                index = _places(batch.rows, batch.ids.shape[1], prompts, pick)
-                with _inputs(model, group, index) as seen:
+                index = _batch_positions(batch.rows, batch.ids.shape[1], prompts, positions)
+                with _InputHooks(model, group, index) as seen:
                     model.run_to_layer(batch, deepest)
                 for name, rows in seen.items():
                     if is_harmful:
@@ -180,8 +179,15 @@ def _gather_group(
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Picked places ``[samples]`` in a batch: row, column, weight in the harmless moment, whether a last position."""
+class _BatchPositions:
+    """The sampled positions in a batch, each field ``[samples]``.
+
+    Attributes:
+        row: row in the batch.
+        column: column in the padded batch.
+        weight: weight in the harmless moment.
+        is_last: whether it is one of the last positions, not a random one.
+    """
 
     row: Tensor
     column: Tensor
@@ -189,31 +195,34 @@ class _Places:
     is_last: Tensor
 
 
-def _places(rows: Sequence[int], width: int, prompts: Sequence[Ids], pick: _Pick) -> _Places:
-    """Where in a left-padded batch the picked positions lie."""
-    weights = [0.5 / max(count, 1) for count in pick.counts]
+def _batch_positions(rows: Sequence[int], width: int, prompts: Sequence[Ids], positions: _Positions) -> _BatchPositions:
+    """Find the sampled positions in a left-padded batch."""
+    weights = [0.5 / max(count, 1) for count in positions.counts]
     entries = [
         (place, width - len(prompts[row]) + position, weight, is_last)
         for place, row in enumerate(rows)
-        for positions, weight, is_last in ((pick.last[row], weights[0], True), (pick.drawn[row], weights[1], False))
-        for position in positions
+        for chosen, weight, is_last in (
+            (positions.last[row], weights[0], True),
+            (positions.drawn[row], weights[1], False),
+        )
+        for position in chosen
     ]
     types = (torch.long, torch.long, torch.float32, torch.bool)
     columns = [torch.tensor([entry[n] for entry in entries], dtype=dtype) for n, dtype in enumerate(types)]
-    return _Places(*columns)
+    return _BatchPositions(*columns)
 
 
-class _inputs:  # noqa: N801
-    """Hooks that keep the writers' inputs at the picked places, float32, while the block runs."""
+class _InputHooks:
+    """Hooks that record the writers' inputs at the sampled positions, float32, inside the block."""
 
-    def __init__(self, model: ChatModel, writers: Sequence[Matrix], places: _Places) -> None:
+    def __init__(self, model: ChatModel, writers: Sequence[Matrix], positions: _BatchPositions) -> None:
         self.seen: dict[str, Tensor] = {}
-        self.places = places
-        self.handles = [model.submodule(w).register_forward_pre_hook(self._keeper(w.tensor)) for w in writers]
+        self.positions = positions
+        self.handles = [model.submodule(w).register_forward_pre_hook(self._recording_hook(w.tensor)) for w in writers]
 
-    def _keeper(self, name: str) -> Callable[..., None]:
+    def _recording_hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.seen[name] = args[0].detach()[self.places.row, self.places.column].float()
+            self.seen[name] = args[0].detach()[self.positions.row, self.positions.column].float()
 
         return keep
 

@@ -1,1 +1,1 @@
-"""Architectures as data: one TOML file a family. The keys are explained in ``llama.toml``."""
+"""Architectures as data: one TOML file per family. ``llama.toml`` explains the keys."""

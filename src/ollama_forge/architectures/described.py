@@ -1,6 +1,6 @@
-"""Which tensor plays which role in which layer, read from ``architectures/*.toml`` and held against a checkpoint.
+"""Assign a role and a layer to every tensor of a checkpoint, as ``architectures/*.toml`` describe.
 
-Every tensor of a checkpoint must be accounted for. One that is not is an error, never a silent skip.
+A tensor that the description does not mention is an error.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
 from ollama_forge.architectures.second_copies import second_copies
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.model_types import unknown_model_type
+from ollama_forge.checkpoints.model_types import model_type_error
 from ollama_forge.checkpoints.storage import mxfp4_shape
 from ollama_forge.checkpoints.tensors import TensorInfo
 from ollama_forge.errors import ForgeError, first_line
 
 _FOLDER = Path(__file__).resolve().parent
+_INCOMPLETE_HINT = "download or save it again; check that model_type in config.json is the model's own"
 
 
 @cache
 def known_architectures() -> dict[str, dict[str, Any]]:
-    """model_type -> its description."""
+    """Map each supported model_type to its description."""
     out: dict[str, dict[str, Any]] = {}
     for path in sorted(_FOLDER.glob("*.toml")):
         spec = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -36,52 +37,51 @@ def known_architectures() -> dict[str, dict[str, Any]]:
 
 
 def map_checkpoint(checkpoint: Checkpoint) -> ModelMap:
-    """Find the matrices of a checkpoint by role.
+    """Map a checkpoint's tensors to roles and layers.
 
     Raises:
-        ForgeError: the architecture is not described, a matrix is missing, or a tensor is not accounted for.
+        ForgeError: the architecture is not described, a tensor is missing, or a tensor is not described.
     """
     model_map = map_tensors(checkpoint.config, checkpoint.tensors)
     spec = known_architectures()[model_map.model_type]
-    heads = {f"{name}.weight" for name in spec["unembedding"]}  # one that is tied need not be stored
+    heads = {f"{name}.weight" for name in spec["unembedding"]}  # a tied head need not be stored
     absent = sorted(checkpoint.tensors.absent - heads)
     if absent:
         raise ForgeError(
             f"{checkpoint.label} lacks {len(absent)} tensors that its index names, such as {absent[0]}",
-            "download it again",
+            "download or save it again",
         )
     copies = second_copies(checkpoint.tensors, model_map)
     return replace(model_map, copies=copies) if copies and ties_embeddings(checkpoint.config) else model_map
 
 
 def map_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelMap:
-    """Hold the tensors of a checkpoint against its architecture's description.
+    """Map tensors to roles and layers.
 
     Args:
         config: the content of config.json.
         tensors: all tensors of the checkpoint.
 
     Raises:
-        ForgeError: the architecture is not described, a matrix is missing, or a tensor is not accounted for.
+        ForgeError: the architecture is not described, a tensor is missing, or a tensor is not described.
     """
     model_type = str(config.get("model_type", ""))
     spec = known_architectures().get(model_type)
     if spec is None:
-        raise unknown_model_type(config, "the checkpoint") or _undescribed(model_type, tensors)
+        raise model_type_error(config, "the checkpoint") or _undescribed_error(model_type, tensors)
     text = config.get("text_config", config)
     declared = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if text.get(key)), 0)
-    model_map = _Mapper(model_type, spec, tensors, declared).map()
+    model_map = _Mapper(model_type, spec, tensors, declared).model_map()
     if model_map.tied and not ties_embeddings(config):
         raise ForgeError(
-            f"the checkpoint has no {spec['unembedding'][0]}.weight, and its config does not tie the head to the "
-            "embedding: its head is missing",
-            'download or save it again; if the model is a tied one, set "tie_word_embeddings": true in config.json',
+            f"the checkpoint lacks {spec['unembedding'][0]}.weight, and its config does not tie it to the embedding",
+            'download or save it again; if the model ties its head, set "tie_word_embeddings": true in config.json',
         )
     return model_map
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a config, or by default its class in transformers, makes the unembedding the embedding's own matrix."""
+    """Whether ``tie_word_embeddings`` is set in the config or, by default, in its transformers class."""
     stated = config.get("tie_word_embeddings")
     if stated is not None:
         return bool(stated)
@@ -90,97 +90,98 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     try:
         return bool(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).tie_word_embeddings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ForgeError(
-            f"config.json cannot be read: {first_line(error)}", "is it whole? Download it again"
-        ) from error
+        raise ForgeError(f"config.json cannot be read: {first_line(error)}", "download or save it again") from error
 
 
-def _misnamed(spec: Mapping[str, Any], model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
-    """The failure for a described architecture whose layers are not where they should be."""
+def _misnamed_error(spec: Mapping[str, Any], model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+    """The error for a checkpoint whose layers do not have the names that its description gives."""
     layer = re.escape(spec["layer"]).replace(r"\{\}", r"\d+")
     inner = re.compile(rf"(.+?)(?:{'|'.join(map(re.escape, spec['roots']))}){layer}")
     prefixes = {match[1] for name in tensors if (match := inner.match(name))}
     if not prefixes:
         return ForgeError(
-            f"the tensors are not named as those of {model_type!r} are; the matrices: {_matrix_kinds(tensors)}",
-            "take the model's Hugging Face release, or save it with save_pretrained",
+            f"the tensors do not have the names of a {model_type!r} model; its matrices: {_matrix_summary(tensors)}",
+            "use the model's Hugging Face release, or save it with save_pretrained",
         )
     prefix = min(prefixes, key=len)
     return ForgeError(
-        f"the tensors' names begin with {prefix!r}, which the architecture {model_type!r} does not have",
-        f"save the inner model again with save_pretrained, or rename: name.removeprefix({prefix!r})",
+        f"the tensor names start with {prefix!r}, which the architecture {model_type!r} does not use",
+        f"save the inner model with save_pretrained, or rename the tensors: name.removeprefix({prefix!r})",
     )
 
 
-def _undescribed(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
+def _undescribed_error(model_type: str, tensors: Mapping[str, TensorInfo]) -> ForgeError:
     return ForgeError(
-        f"architecture {model_type!r} is not described, so nothing is edited; its matrices: {_matrix_kinds(tensors)}",
-        f"described are: {', '.join(sorted(known_architectures()))}",
+        f"the architecture {model_type!r} is not supported; its matrices: {_matrix_summary(tensors)}",
+        f"supported: {', '.join(sorted(known_architectures()))}",
     )
 
 
-def _matrix_kinds(tensors: Mapping[str, TensorInfo]) -> str:
-    """The names of all matrices, with ``N`` for numbers, and how many there are of each kind."""
-    kinds: dict[str, int] = {}
+def _matrix_summary(tensors: Mapping[str, TensorInfo]) -> str:
+    """The names of all matrices with ``N`` for numbers, each with its count."""
+    counts: dict[str, int] = {}
     for info in tensors.values():
         if len(info.shape) >= 2:
-            kind = ".".join("N" if part.isdigit() else part for part in info.name.split("."))
-            kinds[kind] = kinds.get(kind, 0) + 1
-    return ", ".join(f"{kind} (x{count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
+            name = ".".join("N" if part.isdigit() else part for part in info.name.split("."))
+            counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} (x{count})" if count > 1 else name for name, count in sorted(counts.items()))
 
 
 class _Mapper:
+    """Builds a ``ModelMap``; every tensor that it uses is claimed, and the remaining ones are an error."""
+
     def __init__(self, model_type: str, spec: dict[str, Any], tensors: Mapping[str, TensorInfo], declared: int) -> None:
         self.model_type, self.spec, self.tensors = model_type, spec, tensors
-        self.left = set(tensors)
+        self.unclaimed = set(tensors)
         layer = spec["layer"]
         self.root = next(
             (r for r in spec["roots"] if any(n.startswith(r + layer.split("{}")[0]) for n in tensors)), None
         )
         if self.root is None:
-            raise _misnamed(spec, model_type, tensors)
+            raise _misnamed_error(spec, model_type, tensors)
         start = self.root + layer.split("{}")[0]
         parts = {n[len(start) :].split(".")[0] for n in tensors if n.startswith(start)}
         numbers = {int(part) for part in parts if part.isdecimal()}
         self.n_layers = declared or max(numbers, default=-1) + 1
         if not self.n_layers or not numbers >= set(range(self.n_layers)):
-            raise ForgeError("the checkpoint lacks whole layers", "download it again")
+            raise ForgeError("the checkpoint lacks whole layers", _INCOMPLETE_HINT)
 
-    def take(self, name: str) -> str | None:
+    def claim_tensor(self, name: str) -> str | None:
+        """Mark a tensor as described and return its name; None if the checkpoint lacks it."""
         if name not in self.tensors:
             return None
-        self.left.discard(name)
+        self.unclaimed.discard(name)
         return name
 
     def norm(self, name: str) -> Norm | None:
-        weight = self.take(f"{name}.weight")
+        weight = self.claim_tensor(f"{name}.weight")
         if weight is None:
             return None
-        kind = self.spec["norm"]
-        return Norm(weight, self.take(f"{name}.bias"), kind["offset"], kind["kind"] == "layernorm")
+        spec = self.spec["norm"]
+        return Norm(weight, self.claim_tensor(f"{name}.bias"), spec["offset"], spec["kind"] == "layernorm")
 
-    def map(self) -> ModelMap:
+    def model_map(self) -> ModelMap:
         root, spec = self.root or "", self.spec
-        embedding = [self.outside(f"{root}{name}", Role.EMBEDDING, name) for name in spec["embedding"]]
+        embedding = [self.embedding_or_head(f"{root}{name}", Role.EMBEDDING, name) for name in spec["embedding"]]
         if not embedding or embedding[0] is None:
-            raise ForgeError(f"the checkpoint lacks {root}{spec['embedding'][0]}.weight", "is it a whole model?")
+            raise ForgeError(f"the checkpoint lacks {root}{spec['embedding'][0]}.weight", _INCOMPLETE_HINT)
         layers = [matrix for index in range(self.n_layers) for matrix in self.layer(index)]
         if self.norm(root + spec["final_norm"]) is None:
-            raise ForgeError(f"the checkpoint lacks {root}{spec['final_norm']}.weight", "is it a whole model?")
+            raise ForgeError(f"the checkpoint lacks {root}{spec['final_norm']}.weight", _INCOMPLETE_HINT)
         for name in spec["norms"]:
             have = [f"{root}{spec['layer'].format(i)}{name}.weight" in self.tensors for i in range(self.n_layers)]
             if any(have) and not all(have):
-                raise ForgeError(f"some layers lack the norm {name}", "is it a whole model?")
-        heads = [self.outside(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
+                raise ForgeError(f"some layers lack the norm {name}", _INCOMPLETE_HINT)
+        heads = [self.embedding_or_head(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
         unused: set[str] = set()
         for pattern in [*spec.get("copied", []), *(f"*.{other}" for other in spec["others"])]:
-            unused.update(fnmatch.filter(self.left, pattern))
-        self.left -= unused
-        if self.left:
-            names = ", ".join(sorted(self.left)[:6])
+            unused.update(fnmatch.filter(self.unclaimed, pattern))
+        self.unclaimed -= unused
+        if self.unclaimed:
+            names = ", ".join(sorted(self.unclaimed)[:6])
             raise ForgeError(
-                f"{len(self.left)} tensors are unknown to the architecture {self.model_type!r}: {names}",
-                "a quantised or modified checkpoint? Use the plain bf16 release of the model",
+                f"{len(self.unclaimed)} tensors are unknown to the architecture {self.model_type!r}: {names}",
+                "use the unmodified bf16 release of the model",
             )
         matrices = [matrix for matrix in [*embedding, *layers, *heads] if matrix is not None]
         return ModelMap(
@@ -194,11 +195,11 @@ class _Mapper:
             unused=frozenset(unused),
         )
 
-    def outside(self, name: str, role: Role, module: str) -> Matrix | None:
-        tensor = self.take(f"{name}.weight")
+    def embedding_or_head(self, name: str, role: Role, module: str) -> Matrix | None:
+        tensor = self.claim_tensor(f"{name}.weight")
         if tensor is None:
             return None
-        bias = self.take(f"{name}.bias")
+        bias = self.claim_tensor(f"{name}.bias")
         return Matrix(tensor, role, None, self.tensors[tensor].shape, module, role is Role.EMBEDDING, bias)
 
     def layer(self, index: int) -> list[Matrix]:
@@ -211,16 +212,16 @@ class _Mapper:
         tensor = name if experts else f"{name}.weight"
         mxfp4 = experts and tensor not in self.tensors and f"{tensor}_blocks" in self.tensors
         for part in (f"{tensor}_blocks", f"{tensor}_scales") if mxfp4 else (tensor,):
-            if self.take(part) is None:
-                raise ForgeError(f"the checkpoint lacks {part}", "is it a whole model of this architecture?")
+            if self.claim_tensor(part) is None:
+                raise ForgeError(f"the checkpoint lacks {part}", _INCOMPLETE_HINT)
         reads: Norm | None = None
         if not entry.get("writes", False) and entry["reads"] != [""]:
             reads = next((norms[norm] for norm in entry["reads"] if norms[norm] is not None), None)
             if reads is None:
-                raise ForgeError(f"the norm that feeds {name} is missing", "is it a whole model of this architecture?")
+                raise ForgeError(f"the checkpoint lacks the norm before {name}", _INCOMPLETE_HINT)
         post_norm = norms[entry["post_norm"]] if "post_norm" in entry else None
         if "post_norm" in entry and post_norm is None:
-            raise ForgeError(f"the norm behind {name} is missing", "is it a whole model of this architecture?")
+            raise ForgeError(f"the checkpoint lacks the norm after {name}", _INCOMPLETE_HINT)
         return Matrix(
             tensor=tensor,
             role=Role(entry["role"]),
@@ -228,7 +229,7 @@ class _Mapper:
             shape=mxfp4_shape(self.tensors[f"{tensor}_blocks"].shape) if mxfp4 else self.tensors[tensor].shape,
             module=prefix + entry["name"],
             writes=entry.get("writes", False),
-            bias=self.take(f"{name}_bias" if experts else f"{name}.bias"),
+            bias=self.claim_tensor(f"{name}_bias" if experts else f"{name}.bias"),
             reads=reads,
             post_norm=post_norm,
             transposed=entry.get("layout", "out_in") == "in_out",

@@ -1,4 +1,4 @@
-"""The matrices of a model by role and layer, and the norms in front of and behind them."""
+"""The matrices of a model by role and layer, and the norms before and after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm by its tensors' names: ``gain = weight + offset``, ``centred`` for LayerNorm."""
+    """A norm layer.
+
+    Attributes:
+        weight, bias: names of its tensors.
+        offset: the gain is the stored weight plus this (Gemma stores gain - 1).
+        centred: LayerNorm, which subtracts the mean; False for RMSNorm.
+    """
 
     weight: str
     bias: str | None
@@ -25,15 +31,18 @@ class Norm:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix (or one stack of experts' matrices) of a checkpoint.
+    """One matrix of a checkpoint, or the stacked matrices of all experts of a layer.
 
     Attributes:
-        tensor: name on disk, or that it will have once decoded (MXFP4).
-        mxfp4: its parts on disk are ``<tensor>_blocks`` and ``<tensor>_scales``.
-        shape: of ``tensor``: ``[out, in]``, transposed where ``transposed``, with a first axis of ``experts``.
-        module: path in the loaded model, without the root that wrappers add.
-        reads: the norm in front of it, for a reader; None for the bare stream.
-        post_norm: the norm between a writer's output and the residual stream, or None.
+        tensor: its name on disk; for MXFP4 its name after decoding.
+        layer: number of the decoder layer; None for embeddings and heads.
+        shape: ``[out, in]``, or ``[in, out]`` if ``transposed``; with a leading expert axis if ``experts``.
+        module: path of its module in the loaded model, without the root in ``ModelMap.module_roots``.
+        writes: whether its output is added to the residual stream; otherwise it reads the stream.
+        bias: name of the bias, or None.
+        reads: for a reader, the norm of its input; None if it reads the residual stream without a norm.
+        post_norm: for a writer, the norm between its output and the residual stream, or None.
+        mxfp4: stored as ``<tensor>_blocks`` and ``<tensor>_scales``.
     """
 
     tensor: str
@@ -60,13 +69,15 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """A checkpoint's matrices in layer order, and the sizes and roots that go with them.
+    """The matrices of a checkpoint in layer order, and the sizes of the model.
 
     Attributes:
-        tied: no unembedding is stored, for it is the embedding.
-        unused: tensors that are known and copied, but that the text model may do without.
-        copies: name of a matrix that is stored a second time -> name of the matrix it repeats. The model ties the two,
-            so an edit of the one is made to the other as well.
+        module_roots: possible prefixes of module paths in the loaded model; the first that exists applies.
+        layer_module: format string for the path of a decoder layer, relative to the root.
+        tied: no unembedding is stored, because the model uses the embedding.
+        unused: tensors that are copied without a role; the loaded text model may lack them.
+        copies: maps the name of a tied matrix that is stored twice to the name of the original. An edit of the original
+            is also written to the copy.
     """
 
     model_type: str
@@ -81,12 +92,12 @@ class ModelMap:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the token embedding: ids from this number on cannot be embedded."""
+        """Number of rows of the token embedding: token ids must be less than this."""
         return self._embeddings[0].shape[0]
 
     @property
     def learned_positions(self) -> int | None:
-        """Rows of the embedding of positions, where positions are learned: no prompt can be longer."""
+        """Number of rows of the position embedding, the maximum prompt length; None without learned positions."""
         return self._embeddings[1].shape[0] if len(self._embeddings) > 1 else None
 
     @property
@@ -95,5 +106,5 @@ class ModelMap:
 
     @property
     def writers(self) -> tuple[Matrix, ...]:
-        """The residual writers of the layers (the embedding is a set of its own)."""
+        """The residual writers of the decoder layers, without the embeddings."""
         return tuple(matrix for matrix in self.matrices if matrix.writes and matrix.layer is not None)

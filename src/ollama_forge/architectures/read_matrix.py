@@ -1,4 +1,4 @@
-"""Reading one matrix of a checkpoint, whatever its layout and storage, as float32 ``[out, in]``."""
+"""Read one matrix of a checkpoint in any layout and storage type as float32 ``[out, in]``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from ollama_forge.checkpoints.tensors import CheckpointTensors
 
 
 def experts_of(matrix: Matrix) -> list[int | None]:
-    """The experts of a stack; ``[None]`` for a plain matrix."""
+    """The indices of a stack's experts; ``[None]`` for a single matrix."""
     return list(range(matrix.shape[0])) if matrix.experts else [None]
 
 
 def read_matrix(tensors: CheckpointTensors, matrix: Matrix, expert: int | None = None) -> tuple[Tensor, bytearray]:
-    """One matrix as float32 ``[out, in]`` (of ``expert``, for a stack), and the bytes it was read from."""
+    """Read a matrix, or one expert's matrix of a stack.
+
+    Returns:
+        float32 ``[out, in]``, and the stored bytes. For an F32 tensor the two share memory.
+    """
     if matrix.tensor in tensors:
         data = _slice(tensors, matrix.tensor, expert)
         info = tensors[matrix.tensor]

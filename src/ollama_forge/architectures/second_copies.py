@@ -1,4 +1,4 @@
-"""Tied matrices that a checkpoint stores twice: an unembedding on disk that is the embedding, byte for byte."""
+"""Find a tied unembedding that a checkpoint stores although it equals the embedding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _PIECE = 8 << 20
 
 
 def second_copies(tensors: CheckpointTensors, model: ModelMap) -> dict[str, str]:
-    """Name of a stored unembedding that is the embedding, byte for byte -> name of the embedding.
+    """Map the name of every stored unembedding whose bytes equal the embedding's to the embedding's name.
 
-    An unembedding with other values is a matrix of its own, whatever the config says: so it is loaded, too.
+    An unembedding with other bytes is a separate matrix even if the config ties it, because transformers loads it so.
     """
     embedding = next(matrix.tensor for matrix in model.matrices if matrix.role is Role.EMBEDDING)
     heads = [matrix.tensor for matrix in model.matrices if matrix.role is Role.UNEMBEDDING]

@@ -1,1 +1,1 @@
-"""A model on disk: where it is, its tensors read and written lazily, and which one plays which role in which layer."""
+"""A model on disk: find or fetch it, and read and write its tensors one at a time."""

@@ -13,7 +13,7 @@ from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json, sha256_json
 
-_SAMPLE = 64
+_SAMPLE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Checkpoint:
     """A Hugging Face checkpoint on disk.
 
     Attributes:
-        folder: where it lies.
-        label: what the user called it.
+        folder: the folder with config.json and the safetensors files.
+        label: the ``--model`` that the user gave, for messages.
         kind: hub, folder, gguf, pickled (converted .bin files) or demo.
-        revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the adapter, where there is one.
+        revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the demo's adapter; None for a
+            folder.
     """
 
     folder: Path
@@ -34,9 +35,9 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json, without the mark of a quantisation that the weights do not have."""
+        """The content of config.json, without a ``quantization_config`` that the weights contradict."""
         config = self._stored_config
-        if not self.has_stray_mark:
+        if not self.has_stray_quantization_config:
             return config
         return {key: value for key, value in config.items() if key not in QUANTISATION_KEYS}
 
@@ -44,32 +45,35 @@ class Checkpoint:
     def _stored_config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
         if not isinstance(config, dict):
-            raise ForgeError(f"{self.folder / 'config.json'} is not a model's configuration", "check the folder")
+            raise ForgeError(
+                f"{self.folder / 'config.json'} is not a model's configuration",
+                "give a folder with a Hugging Face model",
+            )
         return config
 
     @cached_property
     def quantisation(self) -> Quantisation | None:
-        """The quantisation that config.json names, also where the weights are plain."""
+        """The quantisation that config.json names, even if the weights are floats."""
         return quantisation_of(self._stored_config)
 
     @property
     def public_name(self) -> str:
-        """A name for files that are passed on: a Hub id or a name, never a path of this machine."""
+        """A name for files that users publish: a Hub id, or a file or folder name without its path."""
         if self.kind in ("gguf", "pickled"):
             return Path(self.label).resolve().name
         return self.folder.name if self.kind == "folder" else self.label
 
     @property
-    def has_stray_mark(self) -> bool:
-        """Whether config.json names a quantisation that the weights do not have."""
-        return self.quantisation is not None and self.is_plain
+    def has_stray_quantization_config(self) -> bool:
+        """Whether config.json names a quantisation although all weights are floats."""
+        return self.quantisation is not None and self.has_float_weights
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether every tensor is stored as plain floats."""
+    def has_float_weights(self) -> bool:
+        """Whether every tensor has a float type."""
         try:
             return all(info.dtype in FLOAT_TYPES for info in self.tensors.values())
-        except ForgeError:  # of storage types that only quantised weights have
+        except ForgeError:  # a storage type of quantised weights
             return False
 
     @cached_property
@@ -79,11 +83,11 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         packed = sum(info.count for name, info in self.tensors.items() if name.endswith("_blocks"))
-        return sum(info.count for info in self.tensors.values()) + packed  # MXFP4 holds two values a byte
+        return sum(info.count for info in self.tensors.values()) + packed  # an MXFP4 byte holds two values
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells models apart without reading them whole: config, shapes, and a sample of every tensor's bytes."""
+        """SHA-256 of the config, all shapes and types, and a sample of every tensor's bytes."""
         digest = hashlib.sha256(sha256_json(self.config).encode())
         for name in sorted(self.tensors):
             info = self.tensors[name]

@@ -1,4 +1,4 @@
-"""Which files belong to a checkpoint beside its weights: config, tokenizer, templates, remote code, licences."""
+"""The files of a checkpoint beside its weights: config, tokenizer, templates, remote code, licences."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ COMPANIONS = (
     "copying*",
     "copyright*",
 )
-"""Kinds of files that are copied from a source, matched on lower-case paths relative to its folder."""
+"""Patterns of the files to copy from a source, matched against lower-case paths relative to its folder."""
 
-OTHERS = (
-    "*.index.json", "*.index.*.json",  # indexes of weights; that of the written shards is made anew
+NEVER_COPIED = (
+    "*.index.json", "*.index.*.json",  # indexes of weights; the index of the written shards is a new file
     "adapter_config.json",
-    PROVENANCE,  # that of an earlier edit: the new one is written
+    PROVENANCE,  # belongs to an earlier edit; the new one is written
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json",
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.npz",
     "*.tflite", "*.mlmodel", "*.pkl",
 )  # fmt: skip
-"""Files that are not copied though a kind of ``COMPANIONS`` may match them."""
+"""Patterns of files that are not copied even if a pattern of ``COMPANIONS`` matches them."""
 
 
 def is_companion(path: str) -> bool:
-    """Whether a file, by its path relative to the checkpoint's folder, is copied beside the weights."""
+    """Whether a file is copied beside the weights, given its path relative to the checkpoint's folder."""
     lower = path.lower()
-    kinds = [kind for kind in COMPANIONS if kind.count("/") == lower.count("/") and fnmatchcase(lower, kind)]
-    return bool(kinds) and not any(fnmatchcase(lower, other) for other in OTHERS)
+    wanted = any(pattern.count("/") == lower.count("/") and fnmatchcase(lower, pattern) for pattern in COMPANIONS)
+    return wanted and not any(fnmatchcase(lower, pattern) for pattern in NEVER_COPIED)
 
 
 def companions(folder: Path) -> list[str]:
@@ -51,10 +51,10 @@ def companions(folder: Path) -> list[str]:
     return sorted(path for path in paths if is_companion(path))
 
 
-def left_out(tensors: CheckpointTensors) -> list[str]:
-    """Files and folders (with a final ``/``) of a checkpoint that are neither its weights nor copied beside them.
+def not_copied(tensors: CheckpointTensors) -> list[str]:
+    """Names of a checkpoint's files and folders (with a final ``/``) that are neither weights nor companions.
 
-    Hidden files are not named, nor are those that every edited checkpoint gets anew (its card, its index of shards).
+    Hidden files and files that are written for every edited checkpoint (model card, shard index) are omitted.
     """
     folder = tensors.folder
     copied = companions(folder)

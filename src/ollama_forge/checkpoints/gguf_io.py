@@ -1,4 +1,8 @@
-"""GGUF files: metadata and tensor table read in milliseconds, kept as bytes, and laid out again for writing."""
+"""GGUF files: read the metadata and the tensor table, and write a header for new tensor data.
+
+Metadata is kept as bytes, so that rewriting a file changes no value. Unlike ``gguf.GGUFReader``, which builds an object
+per array element, this takes milliseconds for a vocabulary of any size.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,18 @@ _MAX_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class Value:
-    """One metadata value: GGUF's type number and the bytes that follow it in the file."""
+    """A metadata value: GGUF's type number and the bytes that follow it in the file."""
 
-    kind: int
+    type: int
     raw: bytes
 
     def python(self) -> Any:
-        """As a number, bool, str or list; text that isn't UTF-8 keeps its bytes as surrogates."""
-        return _Cursor(self.raw).decode(self.kind)
+        """The value as a number, bool, str or list. Bytes that are not UTF-8 become surrogates."""
+        return _Cursor(self.raw).decode(self.type)
 
 
 def value_of(python: str | bool | int | float | Sequence[str]) -> Value:
-    """A value as GGUF stores it: small natural numbers as uint32, others as int64; float as float64."""
+    """Encode a value. An int from 0 to 2**32 - 1 becomes uint32, any other int64; a float becomes float64."""
     if isinstance(python, str):
         return Value(STRING, _string(python))
     if isinstance(python, bool):
@@ -52,7 +56,12 @@ def value_of(python: str | bool | int | float | Sequence[str]) -> Value:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file. ``shape`` is GGUF's: the row length first. ``start`` is a place in the file, in bytes."""
+    """A tensor of a file.
+
+    Attributes:
+        shape: in GGUF's order: the row length first.
+        start: offset of the data in the file, in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,14 +82,14 @@ class Tensor:
 
 
 def row_size(kind: GGMLQuantizationType, length: int) -> int:
-    """Bytes of a row of ``length`` values."""
+    """Size in bytes of a row of ``length`` values."""
     block, size = GGML_QUANT_SIZES[kind]
     return -(-length // block) * int(size)
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """What a file holds, without the tensors' data."""
+    """The metadata and the tensor table of a file."""
 
     path: Path
     metadata: Mapping[str, Value]
@@ -98,7 +107,7 @@ def read_gguf(path: Path) -> Gguf:
     """Read a file's metadata and tensor table.
 
     Raises:
-        ForgeError: not GGUF, cut short, damaged, or with a tensor type that is not known.
+        ForgeError: the file is missing, not GGUF, truncated or damaged, or has an unknown tensor type.
     """
     try:
         with path.open("rb") as file:
@@ -109,7 +118,7 @@ def read_gguf(path: Path) -> Gguf:
     except OSError as error:
         raise ForgeError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
     except EOFError:
-        raise ForgeError(f"{path} is cut short", "make or download it again") from None
+        raise ForgeError(f"{path} is truncated", "make or download it again") from None
     except (ValueError, KeyError, RecursionError, struct.error) as error:
         raise ForgeError(f"{path} is damaged: {error}", "make or download it again") from None
 
@@ -118,8 +127,8 @@ def _read(path: Path, data: mmap.mmap) -> Gguf:
     cursor = _Cursor(data, 4)
     version = cursor.number("<I")
     if version not in (2, 3):
-        what = "big-endian" if version > 0xFFFF else f"GGUF version {version}"
-        raise ForgeError(f"{path} is a {what} file", "convert it again with a current llama.cpp")
+        form = "big-endian GGUF" if version > 0xFFFF else f"GGUF version {version}"
+        raise ForgeError(f"{path} is a {form} file", "convert it again with a current llama.cpp")
     n_tensors, n_values = cursor.number("<Q"), cursor.number("<Q")
     metadata: dict[str, Value] = {}
     for _ in range(n_values):
@@ -148,34 +157,34 @@ def _type_of(path: Path, number: int) -> GGMLQuantizationType:
         return GGMLQuantizationType(number)
     except ValueError:
         raise ForgeError(
-            f"{path} holds tensors of type {number}, which the installed package gguf does not know",
-            "if the file is not damaged: pip install -U gguf",
+            f"{path} holds a tensor of type {number}, which the installed package gguf does not know",
+            "pip install -U gguf; if the newest gguf does not know the type either, the file is damaged",
         ) from None
 
 
 class _Cursor:
-    """Walks over bytes; EOFError where they end too early."""
+    """Reads GGUF values from bytes, one after the other; raises EOFError if the bytes end first."""
 
     def __init__(self, data: bytes | mmap.mmap, place: int = 0) -> None:
         self.data, self.place = data, place
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         end = self.place + count
         if end > len(self.data):
             raise EOFError
-        taken = self.data[self.place : end]
+        data = self.data[self.place : end]
         self.place = end
-        return taken
+        return data
 
     def number(self, form: str) -> int:
-        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        value: int = struct.unpack(form, self.read(struct.calcsize(form)))[0]
         return value
 
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8", "surrogateescape")
+        return self.read(self.number("<Q")).decode("utf-8", "surrogateescape")
 
     def array(self) -> tuple[int, int]:
-        """Type and count of an array, refused where the bytes cannot hold it."""
+        """Read an array's element type and length; raise EOFError if fewer bytes than elements follow."""
         kind, count = self.number("<I"), self.number("<Q")
         if count > len(self.data) - self.place:
             raise EOFError
@@ -183,16 +192,16 @@ class _Cursor:
 
     def skip(self, kind: int) -> None:
         if kind == STRING:
-            self.take(self.number("<Q"))
+            self.read(self.number("<Q"))
         elif kind == ARRAY:
             kind, count = self.array()
             if kind in _SCALARS:
-                self.take(count * struct.calcsize(_SCALARS[kind]))
+                self.read(count * struct.calcsize(_SCALARS[kind]))
             else:
                 for _ in range(count):
                     self.skip(kind)
         else:
-            self.take(struct.calcsize(_form(kind)))
+            self.read(struct.calcsize(_scalar_format(kind)))
 
     def decode(self, kind: int) -> Any:
         if kind == STRING:
@@ -200,12 +209,12 @@ class _Cursor:
         if kind == ARRAY:
             kind, count = self.array()
             return [self.decode(kind) for _ in range(count)]
-        return self.number(_form(kind))
+        return self.number(_scalar_format(kind))
 
 
-def _form(kind: int) -> str:
+def _scalar_format(kind: int) -> str:
     if kind not in _SCALARS:
-        raise ValueError(f"value type {kind} is not known")
+        raise ValueError(f"unknown value type {kind}")
     return _SCALARS[kind]
 
 
@@ -221,18 +230,21 @@ def _padded(size: int, alignment: int) -> int:
 def _alignment(metadata: Mapping[str, Value]) -> int:
     alignment = metadata[ALIGNMENT_KEY].python() if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"alignment {alignment}")
+        raise ValueError(f"invalid alignment {alignment}")
     return alignment
 
 
-def lay_out(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Write a header to an empty, unbuffered file and reserve the room of all data: a full disk is noticed here.
+def write_header(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Write a header to an empty, unbuffered file and reserve disk space for the data of all tensors.
 
     Args:
-        tensors: names, shapes and types; their ``start`` is given anew.
+        tensors: names, shapes and types; ``start`` is ignored.
 
     Returns:
-        The tensors with the places where their data goes.
+        The tensors with their new ``start``.
+
+    Raises:
+        OSError: the disk is full.
     """
     alignment = _alignment(metadata)
     offset, placed = 0, []
@@ -241,7 +253,7 @@ def lay_out(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[Tenso
         offset = _padded(offset + tensor.size, alignment)
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(placed), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), struct.pack("<I", value.kind), value.raw]
+        parts += [_string(key), struct.pack("<I", value.type), value.raw]
     for tensor, place in placed:
         parts += [_string(tensor.name), struct.pack("<I", len(tensor.shape))]
         parts += [struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape), struct.pack("<IQ", tensor.type, place)]

@@ -1,4 +1,4 @@
-"""A ``.gguf`` file as source: dequantised once into a cached bf16 checkpoint that everything else works on."""
+"""A ``.gguf`` file as source: dequantise it once into a cached bf16 checkpoint, which all other code reads."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import folder_in_one_piece, human_size, sha256_file
+from ollama_forge.files import atomic_folder, human_size, sha256_file
 from ollama_forge.progress import status
 from ollama_forge.system import available_memory, cache_root, free_space
 
 _MAGIC = b"GGUF"
 _COMPANION_BYTES = 20_000_000  # config and tokenizer, at most
-_FORM = 2  # of what is cached: a new number leaves what older versions made alone
-# pre-tokenizers that set every digit apart, which transformers doesn't take over
-_DIGITS_APART = frozenset(
+_CACHE_VERSION = 2  # part of folder names: a new number makes checkpoints that older versions cached unused
+# pre-tokenizers that split numbers into digits; transformers does not convert this rule
+_SPLITS_DIGITS = frozenset(
     {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"}
 )
 
 
-def unpacked(path: Path, label: str) -> Checkpoint:
-    """Dequantise a GGUF file; the cache is keyed by the file's content.
+def gguf_checkpoint(path: Path, label: str) -> Checkpoint:
+    """Dequantise a GGUF file; the cache is keyed by the file's SHA-256.
 
     Raises:
-        ForgeError: not a GGUF file, cut short, one of several parts, of an unknown architecture, or no room.
+        ForgeError: the file is not GGUF, truncated, one part of a split file or of an unknown architecture; or the disk
+            or the memory is too small.
     """
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise ForgeError(f"{path} is not a GGUF file", "give a model folder, a .gguf file or a Hub id")
-    _require_whole(path)
+    _refuse_split_file(path)
     digest = sha256_file(path)
     folder = cache_folder("gguf", digest[:24])
     if not (folder / "config.json").is_file():
@@ -40,32 +41,33 @@ def unpacked(path: Path, label: str) -> Checkpoint:
 
 
 def cache_folder(kind: str, name: str) -> Path:
-    """Where an unpacked checkpoint is kept."""
-    return cache_root() / kind / f"{name}-{_FORM}"
+    """The folder for a checkpoint that is converted from ``kind`` (gguf, pickled, demo)."""
+    return cache_root() / kind / f"{name}-{_CACHE_VERSION}"
 
 
-def _require_whole(path: Path) -> None:
-    """Raise where a file is one of several parts; a file that cannot be read is left to the reader's own message."""
+def _refuse_split_file(path: Path) -> None:
+    """Raise ForgeError for one part of a split file."""
     try:
         parts = read_gguf(path).get("split.count", 0)
-    except ForgeError:
+    except ForgeError:  # dequantise raises it with the reason that transformers gives
         return
     if isinstance(parts, int) and parts > 1:
         raise ForgeError(
-            f"{path} is one of the {parts} parts of a GGUF file",
-            f"join all {parts} with llama.cpp's tool, then give the whole file: "
+            f"{path} is one of the {parts} parts of a split GGUF file",
+            f"join all {parts} parts with llama.cpp's tool, then give the joined file: "
             "llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf",
         )
 
 
 def _check_room(path: Path, folder: Path) -> None:
-    """Raise where the disk or the memory cannot hold the file's tensors in bf16, by the file's own table.
+    """Raise ForgeError if the disk or the memory cannot hold the file's tensors in bf16.
 
-    Two bytes a value go to the disk. In memory the largest tensor is held in float32 besides, beside its bf16 copy.
+    The disk needs two bytes per value. The memory needs six more for each value of the largest tensor, which exists in
+    float32 and as a second bf16 copy while it is converted.
     """
     try:
         counts = [math.prod(tensor.shape) for tensor in read_gguf(path).tensors]
-    except ForgeError:  # the reader names the damage with its remedy
+    except ForgeError:  # dequantise raises it with the reason that transformers gives
         return
     needed, free = 2 * sum(counts) + _COMPANION_BYTES, free_space(folder.parent)
     if needed > free:
@@ -83,10 +85,11 @@ def _check_room(path: Path, folder: Path) -> None:
 
 
 def dequantise(path: Path, folder: Path) -> None:
-    """Write ``path``, through transformers, as a bf16 checkpoint in ``folder``.
+    """Convert a GGUF file to a bf16 checkpoint in ``folder``, with transformers.
 
     Raises:
-        ForgeError: the file is damaged or of an architecture that transformers does not read, or there is no room.
+        ForgeError: the file is damaged, transformers does not read its architecture, or the disk or the memory is too
+            small.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -105,15 +108,15 @@ def dequantise(path: Path, folder: Path) -> None:
             )
             model, loading = loaded
             if loading["missing_keys"]:
-                raise ValueError(f"it lacks {sorted(loading['missing_keys'])[0]}")
+                raise ValueError(f"the file lacks {sorted(loading['missing_keys'])[0]}")
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            if read_gguf(path).get("tokenizer.ggml.pre") in _DIGITS_APART:
-                set_digits_apart(tokenizer)
-        except Exception as error:  # readers of damaged files raise anything
+            if read_gguf(path).get("tokenizer.ggml.pre") in _SPLITS_DIGITS:
+                split_digits(tokenizer)
+        except Exception as error:  # transformers raises any exception for a damaged file
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ForgeError(
                 f"{path} cannot be read: {reason}",
-                "is it whole, and of an architecture that transformers reads?",
+                "if transformers reads GGUF files of this architecture, the file is damaged: download it again",
             ) from error
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             if mark in vars(model):
@@ -121,13 +124,13 @@ def dequantise(path: Path, folder: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder_in_one_piece(folder) as partial:
+        with atomic_folder(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
 
 
-def set_digits_apart(tokenizer: Any) -> None:
-    """Make a byte-level tokenizer cut out every digit before it looks for words."""
+def split_digits(tokenizer: Any) -> None:
+    """Make a byte-level tokenizer split numbers into digits before it splits the text into words."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""A model from the Hugging Face Hub, by huggingface_hub and its settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, …)."""
+"""Fetch a model from the Hugging Face Hub with huggingface_hub and its settings (HF_HOME, HF_ENDPOINT, HF_TOKEN)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.checkpoints.companions import CARD, is_companion
-from ollama_forge.checkpoints.model_types import unknown_model_type
-from ollama_forge.checkpoints.quantised import FLOAT_TYPES, quantisation_of, refusal
+from ollama_forge.checkpoints.model_types import model_type_error
+from ollama_forge.checkpoints.quantised import FLOAT_TYPES, quantisation_of, quantised_error
 from ollama_forge.checkpoints.tensors import INDEX_NAME, index_shards
-from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, unusable, weights_entry
+from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, no_weights_error, weights_entry
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import human_size, read_json
 from ollama_forge.quiet import bars_on_terminals_only
@@ -26,13 +26,13 @@ _INDEXES = (INDEX_NAME, PICKLED_INDEX_NAME)
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A model in the local cache of the Hub's files.
+class Snapshot:
+    """A model in huggingface_hub's local cache.
 
     Attributes:
-        folder: its snapshot.
-        commit: the commit that was fetched, where the cache tells.
-        base_model: the model that the card names as its base, where the card was read.
+        folder: the snapshot folder.
+        commit: the fetched commit; None if it is unknown.
+        base_model: the ``base_model`` of the model card; None if it is unknown.
     """
 
     folder: Path
@@ -40,47 +40,47 @@ class Fetched:
     base_model: str | None = None
 
 
-def download(repo: str, revision: str | None) -> Fetched:
-    """Fetch the weights of a model and the files beside them; without a connection, take them from the local cache.
+def download(repo: str, revision: str | None) -> Snapshot:
+    """Fetch a model's weights and companion files; without a connection, use the local cache.
 
-    The config is fetched and checked before any weights are. Of several forms of the weights, one is fetched.
+    The config is fetched and checked first. If the repository holds the weights in several formats, one is fetched.
 
     Raises:
-        ForgeError: no such model or revision, no access to it, a model that cannot be edited, no room on the disk, or
-            no connection and not all files in the local cache.
+        ForgeError: the model or revision does not exist, is not accessible or cannot be edited; the disk is too small;
+            or there is no connection and the local cache lacks files.
     """
     with _hub_errors(repo, revision):
         listing = _listing(repo, revision)
         if listing is None:
-            return _cached(repo, revision)
+            return _cached_snapshot(repo, revision)
         sizes, base_model = listing
         entry = _checked_entry(repo, revision, sizes, base_model)
-        weights = index_shards(_fetch(repo, revision, entry)) if entry in _INDEXES else [entry]
+        weights = index_shards(_fetch_file(repo, revision, entry)) if entry in _INDEXES else [entry]
         absent = [name for name in weights if name not in sizes]
         if absent:
             raise ForgeError(f"{repo} lacks {len(absent)} of its shards, such as {absent[0]}", "try another revision")
         names = [*weights, *(name for name in sizes if is_companion(name) or name == CARD), *({entry} & {*_INDEXES})]
-        folder = _fetch_all(repo, revision, {name: sizes[name] for name in names})
-    return Fetched(folder, _commit(folder), base_model)
+        folder = _fetch_files(repo, revision, {name: sizes[name] for name in names})
+    return Snapshot(folder, _commit(folder), base_model)
 
 
 def card_base_model(folder: Path) -> str | None:
-    """The model that a folder's README.md names as its base, or None."""
+    """The ``base_model`` in the model card of a folder, or None."""
     from huggingface_hub import ModelCard
 
     try:
-        return _first(ModelCard.load(folder / CARD).data.base_model)
-    except Exception:  # a card is prose: none, or one that cannot be read, tells nothing
+        return _first_name(ModelCard.load(folder / CARD).data.base_model)
+    except Exception:  # the card may be missing or malformed, and is not needed
         return None
 
 
-def _first(value: Any) -> str | None:
+def _first_name(value: Any) -> str | None:
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, str) and value else None
 
 
 def _listing(repo: str, revision: str | None) -> tuple[Mapping[str, int], str | None] | None:
-    """Files and sizes in bytes (0 where the Hub does not tell) and the base model; None without a connection."""
+    """File sizes in bytes by name (0 if unknown) and the base model; None without a connection."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -92,30 +92,30 @@ def _listing(repo: str, revision: str | None) -> tuple[Mapping[str, int], str | 
         return None
     except HFValidationError:
         raise
-    except Exception:  # no connection: the HTTP library of huggingface_hub has exceptions of its own, and has changed
+    except Exception:  # no connection; the exception depends on the HTTP library that huggingface_hub uses
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    return sizes, _first(info.card_data.base_model if info.card_data else None)
+    return sizes, _first_name(info.card_data.base_model if info.card_data else None)
 
 
 def _checked_entry(repo: str, revision: str | None, sizes: Mapping[str, int], base_model: str | None) -> str:
-    """The file that leads to the weights, once it is known that they can be edited."""
+    """Check that the model can be edited, and return the name of its weights file or shard index."""
     if _CONFIG not in sizes:
-        raise unusable(sizes.keys(), repo, on_hub=True)
-    config = read_json(_fetch(repo, revision, _CONFIG))
+        raise no_weights_error(sizes.keys(), repo, on_hub=True)
+    config = read_json(_fetch_file(repo, revision, _CONFIG))
     if not isinstance(config, dict):
-        raise ForgeError(f"the config.json of {repo} is not a model's configuration", "try another revision")
+        raise ForgeError(f"the config.json of {repo} is not a JSON object", "try another revision")
     found = quantisation_of(config)
-    if found is not None and not found.read_here and not _is_plain(repo, revision):
-        raise refusal(found, repo, base_model)
-    unknown = unknown_model_type(config, repo)
+    if found is not None and not found.is_supported and not _has_float_weights(repo, revision):
+        raise quantised_error(found, repo, base_model)
+    unknown = model_type_error(config, repo)
     if unknown is not None:
         raise unknown
     return weights_entry(sizes.keys(), repo, on_hub=True)
 
 
-def _is_plain(repo: str, revision: str | None) -> bool:
-    """Whether all weights are plain floats, by the headers of the safetensors files (a few KB each)."""
+def _has_float_weights(repo: str, revision: str | None) -> bool:
+    """Whether all weights have float types; reads the headers of the safetensors files (a few KB each)."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
@@ -126,13 +126,13 @@ def _is_plain(repo: str, revision: str | None) -> bool:
     return set(counts) <= FLOAT_TYPES
 
 
-def _fetch(repo: str, revision: str | None, name: str) -> Path:
+def _fetch_file(repo: str, revision: str | None, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(repo, name, revision=revision))
 
 
-def _fetch_all(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Path:
+def _fetch_files(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Path:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -148,28 +148,28 @@ def _fetch_all(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Pat
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
-def _cached(repo: str, revision: str | None) -> Fetched:
-    """The model as the local cache has it.
+def _cached_snapshot(repo: str, revision: str | None) -> Snapshot:
+    """The model in the local cache.
 
     Raises:
-        ForgeError: it is not there, or not whole; the message names what is missing.
+        ForgeError: the cache lacks the model or some of its files; the message names them.
     """
-    folder = _snapshot(repo, revision)
+    folder = _snapshot_folder(repo, revision)
     if folder is None:
         raise ForgeError(
             f"{repo} is not in the local cache, and the Hub cannot be reached",
-            "check the connection (HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder",
+            "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
         )
-    missing = _missing(folder)
+    missing = _missing_files(folder)
     if missing:
         raise ForgeError(
             f"the Hub cannot be reached, and the local cache of {repo} lacks {', '.join(missing)}",
-            "go online (is HF_HUB_OFFLINE set?) and repeat the command: only what is missing is fetched",
+            "check the connection and HF_HUB_OFFLINE, and repeat the command: it fetches only the missing files",
         )
-    return Fetched(folder, _commit(folder))
+    return Snapshot(folder, _commit(folder))
 
 
-def _snapshot(repo: str, revision: str | None) -> Path | None:
+def _snapshot_folder(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
@@ -180,17 +180,17 @@ def _snapshot(repo: str, revision: str | None) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _missing(folder: Path) -> list[str]:
-    """Names of files that a model needs and a partly fetched snapshot lacks."""
-    names = {path.name for path in folder.iterdir() if path.exists()}  # a link may lead nowhere
+def _missing_files(folder: Path) -> list[str]:
+    """Names of the required files that a partly fetched snapshot lacks."""
+    names = {path.name for path in folder.iterdir() if path.exists()}  # skip dangling links
     missing = [] if _CONFIG in names else [_CONFIG]
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}:
-        missing.append("its tokenizer (tokenizer.json)")
+        missing.append("the tokenizer (tokenizer.json)")
     try:
         entry = weights_entry(names, str(folder))
         shards = index_shards(folder / entry) if entry in _INDEXES else []
     except ForgeError:
-        return [*missing, "its weights (model.safetensors)"]
+        return [*missing, "the weights (model.safetensors)"]
     return [*missing, *(name for name in shards if name not in names)]
 
 
@@ -200,7 +200,7 @@ def _commit(folder: Path) -> str | None:
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn the failures of huggingface_hub into one line each."""
+    """Turn exceptions of huggingface_hub into ForgeError."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -213,21 +213,25 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except ForgeError:
         raise
     except GatedRepoError:
-        raise ForgeError(f"access to {repo} is restricted", "accept its terms on its page, then set HF_TOKEN") from None
+        raise ForgeError(
+            f"access to {repo} is restricted", "accept the terms on the model's page, then set HF_TOKEN"
+        ) from None
     except RevisionNotFoundError:
         raise ForgeError(
             f"{repo} has no revision {revision!r}", "give a branch, tag or commit of that repository"
         ) from None
     except RepositoryNotFoundError:
         raise ForgeError(
-            f"there is no model {repo!r} on the Hub (or it is private), and no such folder here",
-            "check the name; private: set HF_TOKEN",
+            f"{repo!r} is neither a folder here nor a public model on the Hub",
+            "check the name; for a private model, set HF_TOKEN",
         ) from None
     except HFValidationError:
-        raise ForgeError(f"{repo!r} is neither a folder here nor a Hub id", "a Hub id reads owner/name") from None
-    except Exception as error:  # the hub client's HTTP library has its own, and has changed
         raise ForgeError(
-            f"{repo} could not be fetched: {_first_line(error)}", "try again: what has arrived is kept"
+            f"{repo!r} is neither a folder here nor a Hub id", "a Hub id has the form owner/name"
+        ) from None
+    except Exception as error:  # the exception depends on the HTTP library that huggingface_hub uses
+        raise ForgeError(
+            f"{repo} could not be fetched: {_first_line(error)}", "try again: the files fetched so far are kept"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Pickled ``.bin`` weights, converted once into a cached safetensors checkpoint that everything else works on."""
+"""Pickled ``.bin`` weights: convert them once into a cached safetensors checkpoint, which all other code reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, index_shar
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError, first_line
-from ollama_forge.files import folder_in_one_piece, human_size, sha256_file, sha256_json, write_json
+from ollama_forge.files import atomic_folder, human_size, sha256_file, sha256_json, write_json
 from ollama_forge.progress import bar
 from ollama_forge.system import available_memory, free_space
 
@@ -28,19 +28,20 @@ _TYPES = {
 }  # fmt: skip
 
 
-def converted(folder: Path, label: str) -> tuple[Path, str]:
+def convert_pickled(folder: Path, label: str) -> tuple[Path, str]:
     """Convert the ``.bin`` files of a model folder, one at a time, into a safetensors checkpoint in the cache.
 
-    The cache is keyed by the names, sizes and hashes of all files that are used, companions included. Tensors that
-    share memory are written once each.
+    The cache is keyed by the names, sizes and hashes of the ``.bin`` and companion files. Tensors that share memory are
+    written separately.
 
     Returns:
-        The converted checkpoint's folder, and the key.
+        The folder of the converted checkpoint, and the cache key.
 
     Raises:
-        ForgeError: a file holds more than tensors, is damaged or missing, or there is no room.
+        ForgeError: a file is missing or damaged or holds objects other than tensors; or the disk or the memory is too
+            small.
     """
-    names = _files(folder, label)
+    names = _bin_files(folder, label)
     key = sha256_json(
         {n: [(folder / n).stat().st_size, sha256_file(folder / n)] for n in [*names, *companions(folder)]}
     )
@@ -51,13 +52,15 @@ def converted(folder: Path, label: str) -> tuple[Path, str]:
     return target, key
 
 
-def _files(folder: Path, label: str) -> list[str]:
+def _bin_files(folder: Path, label: str) -> list[str]:
     if (folder / PICKLED_NAME).is_file():
         return [PICKLED_NAME]
     names = index_shards(folder / PICKLED_INDEX_NAME)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ForgeError(f"{label} lacks {len(absent)} of its .bin files, such as {absent[0]}", "download it again")
+        raise ForgeError(
+            f"{label} lacks {len(absent)} of its .bin files, such as {absent[0]}", "download the missing files"
+        )
     return names
 
 
@@ -74,12 +77,14 @@ def _check_room(folder: Path, names: Sequence[str], target: Path) -> None:
 def _convert(folder: Path, names: Sequence[str], target: Path) -> None:
     weight_map: dict[str, str] = {}
     total = 0
-    with folder_in_one_piece(target) as partial, bar(f"converting .bin files of {folder.name}", len(names)) as advance:
+    with atomic_folder(target) as partial, bar(f"converting .bin files of {folder.name}", len(names)) as advance:
         for number, name in enumerate(names, 1):
             shard = SINGLE_NAME if len(names) == 1 else f"model-{number:05}-of-{len(names):05}.safetensors"
             for tensor in _convert_file(folder / name, partial / shard):
                 if tensor.name in weight_map:
-                    raise ForgeError(f"{tensor.name} is in two .bin files of {folder}", "download the model again")
+                    raise ForgeError(
+                        f"{tensor.name} is in two .bin files of {folder}", "download or save the model again"
+                    )
                 weight_map[tensor.name] = shard
                 total += tensor.size
             advance(1)
@@ -91,8 +96,8 @@ def _convert(folder: Path, names: Sequence[str], target: Path) -> None:
 
 
 def _convert_file(path: Path, target: Path) -> list[OutputTensor]:
-    """Convert one file; its tensors are read from the mapped file as they are written."""
-    tensors = _read(path)
+    """Convert one file. Its tensors are memory-mapped, so that one at a time is in memory."""
+    tensors = _read_tensors(path)
     outputs = [
         OutputTensor(name, _type_name(path, name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()
     ]
@@ -105,40 +110,45 @@ def _convert_file(path: Path, target: Path) -> list[OutputTensor]:
 def _type_name(path: Path, name: str, tensor: Tensor) -> str:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _TYPES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
-        raise ForgeError(f"{path}: {name} is stored as {kind}, which cannot be converted", "take the bf16 release")
+        raise ForgeError(
+            f"{path}: {name} is stored as {kind}, which cannot be converted", "use the bf16 release of the model"
+        )
     return _TYPES[tensor.dtype]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without running any code that the file could hold."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file with ``weights_only``, which executes no code from the file."""
     try:
-        content = _load(path)
+        content = _torch_load(path)
     except pickle.UnpicklingError:
         raise ForgeError(
-            f"{path} holds more than tensors, and such objects could run code when they are read",
-            "take a release with safetensors files, or save the model's state_dict alone",
+            f"{path} holds objects other than tensors, and reading those could execute code",
+            "use a release with safetensors files, or save only the model's state_dict",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise ForgeError(f"{path} cannot be read: {first_line(error)}", "is it whole? Download it again") from error
+        raise ForgeError(f"{path} cannot be read: {first_line(error)}", "download or save it again") from error
     if not isinstance(content, Mapping):
-        raise ForgeError(f"{path} holds a {type(content).__name__}, no tensors by name", "save the model's state_dict")
+        raise ForgeError(f"{path} holds a {type(content).__name__}, not a state_dict", "save the model's state_dict")
     other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
     if other is not None:
-        inner = ", the weights perhaps" if isinstance(content[other], Mapping) else ""
+        note = ", perhaps the state_dict" if isinstance(content[other], Mapping) else ""
         raise ForgeError(
-            f"{path} holds more than tensors: {other!r} is a {type(content[other]).__name__}{inner}",
-            "save the model's state_dict alone",
+            f"{path} holds objects other than tensors: {other!r} is a {type(content[other]).__name__}{note}",
+            "save only the model's state_dict",
         )
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _load(path: Path) -> Any:
+def _torch_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-    size, free = path.stat().st_size, available_memory()  # the format before torch 1.6
+    size, free = path.stat().st_size, available_memory()  # files from before torch 1.6 cannot be mapped
     if size > free:
-        raise ForgeError(f"reading {path.name} takes {human_size(size)} of memory, {human_size(free)} are free", "")
+        raise ForgeError(
+            f"reading {path.name} takes {human_size(size)} of memory, but {human_size(free)} are free",
+            "end other programs, or use a release with safetensors files",
+        )
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""What ``quantization_config`` in a config.json says about how the weights are stored."""
+"""Read the quantisation method from the ``quantization_config`` of a config.json."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LIBRARIES = {
     "torchao": "torchao, library torchao",
     "vptq": "VPTQ, library vptq",
 }
-_READ_HERE = frozenset({"mxfp4"})
+_SUPPORTED = frozenset({"mxfp4"})
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -42,7 +42,7 @@ class Quantisation:
     """The quantisation that a config names.
 
     Attributes:
-        method: transformers' ``quant_method``, in lower case.
+        method: ``quant_method`` in lower case; "" if the config names none.
         description: the method and its library, for messages.
     """
 
@@ -50,42 +50,42 @@ class Quantisation:
     description: str
 
     @property
-    def read_here(self) -> bool:
-        """Whether weights stored so can be edited."""
-        return self.method in _READ_HERE
+    def is_supported(self) -> bool:
+        """Whether this program can edit such weights."""
+        return self.method in _SUPPORTED
 
 
 def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
-    """Read the quantisation from a model's config; None where none is named."""
+    """Read the quantisation from a model's config; None if the config names none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for key in QUANTISATION_KEYS:
             entry = part.get(key)
             if isinstance(entry, Mapping) and entry:
-                return _described(entry)
+                return _from_entry(entry)
     return None
 
 
-def _described(entry: Mapping[str, Any]) -> Quantisation:
+def _from_entry(entry: Mapping[str, Any]) -> Quantisation:
     method = str(entry.get("quant_method") or "").lower()
     if not method and ("load_in_4bit" in entry or "load_in_8bit" in entry):
-        method = "bitsandbytes"  # configs of the first releases that could save such weights
+        method = "bitsandbytes"  # early releases wrote no quant_method
     if not method and {"bits", "group_size"} <= entry.keys():
         method = "mlx"
-    description = _LIBRARIES.get(method, f"quant_method {method!r}" if method else "a method without a name")
+    description = _LIBRARIES.get(method, f"quant_method {method!r}" if method else "an unnamed method")
     if method == "bitsandbytes":
         bits = 4 if entry.get("load_in_4bit") or entry.get("_load_in_4bit") else 8
         description = description.replace("bitsandbytes,", f"bitsandbytes in {bits} bits,", 1)
     return Quantisation(method, description)
 
 
-def refusal(found: Quantisation, label: str, base_model: str | None) -> ForgeError:
-    """The failure for weights that are stored in a form that cannot be edited.
+def quantised_error(found: Quantisation, label: str, base_model: str | None) -> ForgeError:
+    """The error for quantised weights that cannot be edited.
 
     Args:
-        base_model: the model that the card names as the source of the quantised one.
+        base_model: the ``base_model`` of the model card.
     """
     return ForgeError(
         f"{label} is quantised ({found.description}), and such weights cannot be edited",
-        f"take the unquantised release{f', by its card {base_model}' if base_model else ' of the model'}",
+        f"use the unquantised model{f', {base_model} according to the model card' if base_model else ''}",
     )

@@ -1,4 +1,4 @@
-"""Storage types: bytes on disk <-> tensors in memory. MXFP4 blocks are decoded, never encoded."""
+"""Convert between bytes on disk and tensors in memory. MXFP4 is decoded, never encoded."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ _FLOATS = {
     "BF16": torch.bfloat16,
 }
 FLOAT_TYPES = frozenset(_FLOATS)
-# The sixteen values of a 4-bit float with two exponent bits and one of mantissa (OCP microscaling formats, MXFP4).
+# The values of a 4-bit float with two exponent bits and one mantissa bit (OCP Microscaling Formats, E2M1).
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float32)
 _MXFP4_BLOCK = 32
 
 
 def decode_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Read a float tensor's bytes as float32 of ``shape`` (a copy; for F32 the bytes themselves).
+    """Decode a float tensor to float32 ``shape``. For F32 the result shares the memory of ``data``.
 
     Raises:
-        ForgeError: ``dtype`` is no float type.
+        ForgeError: ``dtype`` is not a float type.
     """
     return stored_tensor(data, dtype, shape).float()
 
 
 def stored_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """View a float tensor's bytes as a tensor of their own type; writing to it writes to ``data``.
+    """View a float tensor's bytes as a tensor of type ``dtype`` that shares the memory of ``data``.
 
     Raises:
-        ForgeError: ``dtype`` is no float type.
+        ForgeError: ``dtype`` is not a float type.
     """
     if dtype not in _FLOATS:
-        raise ForgeError(f"a tensor stored as {dtype} cannot be edited", "use the bf16 release of this model")
+        raise ForgeError(f"a tensor of type {dtype} cannot be edited", "use the bf16 release of the model")
     if not data:
         return torch.empty(shape, dtype=_FLOATS[dtype])
     return torch.frombuffer(data, dtype=_FLOATS[dtype]).reshape(shape)
 
 
 def encode_tensor(values: Tensor, dtype: str, name: str = "a tensor") -> memoryview:
-    """Give a tensor's bytes in the storage type ``dtype``, row-major. Each value is rounded once.
+    """Encode a tensor in the storage type ``dtype``, row-major. Every value is rounded once.
 
     Args:
         values: float32 or float64.
-        name: what the message of an overflow calls the tensor.
+        name: the tensor's name, for the overflow message.
 
     Raises:
         ForgeError: a finite value is too large for ``dtype`` and would be stored as infinite.
@@ -55,7 +55,7 @@ def encode_tensor(values: Tensor, dtype: str, name: str = "a tensor") -> memoryv
 
 
 def round_tensor(values: Tensor, dtype: str, name: str = "a tensor") -> Tensor:
-    """Round a float32 or float64 tensor once to the storage type ``dtype``; the shape stays.
+    """Round a float32 or float64 tensor to the storage type ``dtype``, every value once.
 
     Raises:
         ForgeError: a finite value is too large for ``dtype`` and would be stored as infinite.
@@ -71,25 +71,25 @@ def round_tensor(values: Tensor, dtype: str, name: str = "a tensor") -> Tensor:
 def _check_overflow(values: Tensor, stored: Tensor, dtype: str, name: str) -> None:
     if not values.numel() or torch.stack(torch.aminmax(values)).to(stored.dtype).isfinite().all():
         return
-    lost = stored.isinf() & values.isfinite()  # costs more than the extremes, and is seldom needed
+    lost = stored.isinf() & values.isfinite()  # slower than aminmax, and seldom needed
     if lost.any():
         largest, limit = float(values[lost].abs().max()), torch.finfo(stored.dtype).max
         raise ForgeError(
             f"{name} holds the value {largest:.6g}, too large for {dtype} (at most {limit:.6g})",
-            "--out-dtype bf16" if dtype == "F16" else "--out-dtype auto",
+            "use --out-dtype bf16" if dtype == "F16" else "use --out-dtype auto",
         )
 
 
 def tensor_bytes(stored: Tensor) -> memoryview:
-    """The bytes of a tensor in its own type, row-major (the tensor's own memory where it is contiguous)."""
+    """The bytes of a tensor, row-major; they share its memory if it is contiguous."""
     return memoryview(stored.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _round_to_odd(values: Tensor) -> Tensor:
-    """Float64 to float32 such that a second rounding, to 16 bits, gives what a single one would have given.
+    """Round float64 to float32 by "rounding to odd", so that rounding the result to 16 bits equals rounding once.
 
-    A value that float32 cannot hold gets the neighbour whose last bit is set ("rounding to odd"): it then never looks
-    like a tie. Torch itself converts float64 to 16 bits by way of a float32 that is rounded to nearest.
+    A value between two float32 numbers becomes the one whose last bit is set, which is never a tie in 16 bits. torch
+    rounds float64 to the nearest float32 and then to 16 bits, which rounds ties wrongly.
     """
     nearest = values.float()
     back = nearest.double()
@@ -100,11 +100,11 @@ def _round_to_odd(values: Tensor) -> Tensor:
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Decode MXFP4.
+    """Decode MXFP4 blocks to float32.
 
     Args:
-        blocks: uint8 ``[..., n, 16]``, two values a byte, the low half first.
-        scales: uint8 ``[..., n]``, exponents with bias 127.
+        blocks: uint8 ``[..., n, 16]``, two values per byte, the low four bits first.
+        scales: uint8 ``[..., n]``, exponents of two with bias 127.
 
     Returns:
         float32 ``[..., n * 32]``.
@@ -116,6 +116,6 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def mxfp4_shape(blocks_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Shape ``[experts, in, out]`` that blocks ``[experts, out, n, 16]`` decode to."""
+    """The shape ``[experts, in, out]`` of the matrices in blocks of shape ``[experts, out, n, 16]``."""
     experts, out, blocks, _ = blocks_shape
     return experts, blocks * _MXFP4_BLOCK, out

@@ -1,4 +1,4 @@
-"""Reading the tensors of a safetensors checkpoint one at a time, by byte ranges."""
+"""Read the tensors of a safetensors checkpoint one at a time, by byte ranges."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _ITEM_SIZES = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _LFS_POINTER = b"https://git-lfs.github.com/spec/"
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+_DAMAGED_HINT = "download or save the checkpoint again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: its storage type (safetensors' name), shape, file and byte range in that file."""
+    """A stored tensor: its name, safetensors dtype, shape, file and byte range in that file."""
 
     name: str
     dtype: str
@@ -45,47 +46,47 @@ class TensorInfo:
 
 
 def item_size(dtype: str) -> int:
-    """Bytes of one value of a safetensors type."""
+    """Size in bytes of one value of a safetensors dtype."""
     try:
         return _ITEM_SIZES[dtype]
     except KeyError:
-        raise ForgeError(f"storage type {dtype} is not known", "convert the checkpoint to bf16 first") from None
+        raise ForgeError(f"unknown storage type {dtype}", "use the bf16 release of the model") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of one file, in the order of their bytes, and its metadata.
+    """Read a file's tensors, in the order of their bytes, and its metadata.
 
     Raises:
-        ForgeError: not a safetensors file, truncated, or its ranges don't fit its shapes.
+        ForgeError: the file is missing, not safetensors, truncated, or its byte ranges contradict its shapes.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 1024 and _LFS_POINTER in path.read_bytes():
-                raise ForgeError(f"{path} is not a safetensors file but a Git LFS pointer to one", "git lfs pull")
+                raise ForgeError(f"{path} is a Git LFS pointer, not a safetensors file", "run git lfs pull")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ForgeError(f"{path} is not a safetensors file, or is cut short", "download it again")
+                raise ForgeError(f"{path} is truncated or not a safetensors file", _DAMAGED_HINT)
             header = json.loads(file.read(length))
     except OSError as error:
         raise ForgeError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
     except (ValueError, RecursionError):
-        raise ForgeError(f"{path} is not a safetensors file", "download it again") from None
+        raise ForgeError(f"{path} is not a safetensors file", _DAMAGED_HINT) from None
     if not isinstance(header, dict):
-        raise ForgeError(f"{path} is not a safetensors file", "download it again")
+        raise ForgeError(f"{path} is not a safetensors file", _DAMAGED_HINT)
     metadata = header.pop("__metadata__", {})
-    infos = [_info(path, name, entry, 8 + length) for name, entry in header.items()]
+    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     for before, after in itertools.pairwise(infos):
         if after.start < before.end:
-            raise ForgeError(f"{path}: {before.name} and {after.name} overlap", "download it again")
+            raise ForgeError(f"{path}: {before.name} and {after.name} overlap", _DAMAGED_HINT)
     end = max((info.end for info in infos), default=8 + length)
     if end > size:
-        raise ForgeError(f"{path} is cut short ({size} of {end} bytes)", "download it again")
+        raise ForgeError(f"{path} is truncated ({size} of {end} bytes)", _DAMAGED_HINT)
     return {info.name: info for info in infos}, metadata
 
 
-def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], entry["shape"]
@@ -95,20 +96,19 @@ def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
             raise TypeError
         info = TensorInfo(name, dtype, tuple(shape), path, base + begin, base + end)
     except (KeyError, TypeError, ValueError):
-        raise ForgeError(f"{path}: the entry of {name} is malformed", "download it again") from None
+        raise ForgeError(f"{path}: the entry of {name} is malformed", _DAMAGED_HINT) from None
     if info.size != info.count * item_size(info.dtype):
-        raise ForgeError(f"{path}: the range of {name} does not fit its shape", "download it again")
+        raise ForgeError(f"{path}: the byte range of {name} contradicts its shape", _DAMAGED_HINT)
     return info
 
 
 class CheckpointTensors(Mapping[str, TensorInfo]):
-    """All tensors of a folder with ``model.safetensors`` or its shards and their index; nothing is read until asked.
+    """The tensors of a folder with ``model.safetensors`` or with shards and an index. Only headers are read at first.
 
     Attributes:
-        wrappers: regular expressions of what training wrappers put into the stored names; the mapping's names are free
-            of it.
-        absent: names that the index lists and no shard holds. A tied model may do without its head; a tensor that a
-            model needs is missed by whoever looks for it.
+        wrappers: regular expressions for the parts of stored names that training wrappers added. They are removed from
+            the mapping's names.
+        absent: names that the index lists but no shard holds, such as the head of a tied model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,19 +118,20 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
         for shard in self.shards:
             for name, info in read_header(shard)[0].items():
                 if name in stored:
-                    raise ForgeError(f"{name} is in two shards of {folder}", "download the checkpoint again")
+                    raise ForgeError(f"{name} is in two shards of {folder}", _DAMAGED_HINT)
                 stored[name] = info
         self.wrappers = wrapper_patterns(stored)
         infos = [replace(info, name=unwrapped(info.name, self.wrappers)) for info in stored.values()]
         self._infos = {info.name: info for info in infos}
         if len(self._infos) < len(stored):
             raise ForgeError(
-                f"{folder} holds tensors twice, with and without a training wrapper's name", "save the model again"
+                f"{folder} holds tensors twice, with and without the prefix of a training wrapper",
+                "save the model again",
             )
-        self.absent = frozenset(unwrapped(name, self.wrappers) for name in self._listed()) - set(self._infos)
+        self.absent = frozenset(unwrapped(name, self.wrappers) for name in self._index_names()) - set(self._infos)
 
-    def _listed(self) -> list[str]:
-        """Names in the index; none for a model in one file."""
+    def _index_names(self) -> list[str]:
+        """The names in the index; empty for a single file."""
         if self.shards == [self.folder / SINGLE_NAME]:
             return []
         return list(read_json(self.folder / INDEX_NAME)["weight_map"])
@@ -144,52 +145,48 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    @property
-    def total_size(self) -> int:
-        return sum(info.size for info in self._infos.values())
-
     def of_shard(self, shard: Path) -> list[TensorInfo]:
-        """One shard's tensors, in the order of their bytes."""
+        """The tensors of one shard, in the order of their bytes."""
         return [info for info in self._infos.values() if info.file == shard]
 
     def read_bytes(self, name: str, start: int = 0, size: int | None = None) -> bytearray:
-        """``size`` bytes of a tensor from ``start``, all by default."""
+        """Read ``size`` bytes of a tensor from offset ``start``; by default all."""
         info = self._infos[name]
         size = info.size - start if size is None else size
         with info.file.open("rb", buffering=0) as file:
             try:
                 return read_at(file, info.start + start, size)
             except EOFError:
-                raise ForgeError(f"{info.file} is cut short", "download it again") from None
+                raise ForgeError(f"{info.file} is truncated", _DAMAGED_HINT) from None
 
 
 def index_shards(index: Path) -> list[str]:
-    """Names of the files that an index spreads a model over, sorted.
+    """The file names in a shard index, sorted.
 
     Raises:
-        ForgeError: the index is damaged, or names a file outside its folder.
+        ForgeError: the index is malformed, or names a file outside its folder.
     """
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise ForgeError(f"{index} names no shards", "download the checkpoint again")
+        raise ForgeError(f"{index} names no shards", _DAMAGED_HINT)
     names = sorted(set(weight_map.values()))
     outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
     if outside is not None:
-        raise ForgeError(f"{index} names a file outside its folder: {outside}", "download the checkpoint again")
+        raise ForgeError(f"{index} names a file outside its folder: {outside}", _DAMAGED_HINT)
     return names
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of a checkpoint; where there is a single file beside an index, loaders take the single file."""
+    """The weight files of a checkpoint. A single file takes precedence over an index, as in transformers."""
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if not (folder / INDEX_NAME).is_file():
         pickled = any(folder.glob("*.bin"))
-        hint = "its weights are .bin files: convert them to safetensors first" if pickled else "is it a model folder?"
+        hint = "convert its .bin files to safetensors first" if pickled else "give a folder with a Hugging Face model"
         raise ForgeError(f"{folder} holds no {SINGLE_NAME}", hint)
     shards = [folder / name for name in index_shards(folder / INDEX_NAME)]
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
-        raise ForgeError(f"{folder} lacks {len(absent)} of its shards, such as {absent[0]}", "download it again")
+        raise ForgeError(f"{folder} lacks {len(absent)} of its shards, such as {absent[0]}", _DAMAGED_HINT)
     return shards

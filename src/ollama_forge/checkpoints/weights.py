@@ -1,4 +1,4 @@
-"""Which files of a folder or repository hold a model's weights, chosen in the order in which transformers chooses."""
+"""Choose the weight files of a folder or repository, in the same order of preference as transformers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PICKLED_NAME = "pytorch_model.bin"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 _ENTRIES = (SINGLE_NAME, INDEX_NAME, PICKLED_NAME, PICKLED_INDEX_NAME)
 _OTHER_FORMATS = {
-    "consolidated*.safetensors": "in Mistral's own layout",
-    "consolidated*.pth": "in Meta's own layout",
+    "consolidated*.safetensors": "in Mistral's format",
+    "consolidated*.pth": "in Meta's format",
     "diffusion_pytorch_model*": "of a diffusion model",
-    "*.safetensors": "under names that transformers does not look for",
+    "*.safetensors": "under file names that transformers does not read",
     "*.h5": "for TensorFlow",
     "*.msgpack": "for Flax",
     "*.onnx": "for ONNX",
-    "*.pt": "in PyTorch files that transformers does not look for",
-    "*.pth": "in PyTorch files that transformers does not look for",
-    "*.bin": "in PyTorch files that transformers does not look for",
+    "*.pt": "in PyTorch files that transformers does not read",
+    "*.pth": "in PyTorch files that transformers does not read",
+    "*.bin": "in PyTorch files that transformers does not read",
 }
 _NOT_WEIGHTS = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "*imatrix*")
 _FETCH_HINT = "download one of them and give the file as --model"
@@ -29,30 +29,30 @@ _FILE_HINT = "give one of these files as --model"
 
 
 def weights_entry(names: Collection[str], label: str, *, on_hub: bool = False) -> str:
-    """Choose the file from which all weights are found: the one file that holds them, or the index of their shards.
+    """The name of the single weight file or of the shard index.
 
     Args:
-        names: files in the top folder.
-        label: what messages call the model.
-        on_hub: the files lie on the Hub, so that a GGUF file has to be downloaded first.
+        names: the files in the top folder.
+        label: the model's name for messages.
+        on_hub: whether the files are on the Hub, so that the hint says to download a GGUF file.
 
     Raises:
-        ForgeError: no file holds weights that can be read here; the message says what the folder holds instead.
+        ForgeError: no file holds weights in a supported format; the message names the formats found.
     """
     for entry in _ENTRIES:
         if entry in names:
             return entry
-    raise unusable(names, label, on_hub=on_hub)
+    raise no_weights_error(names, label, on_hub=on_hub)
 
 
-def unusable(names: Collection[str], label: str, *, on_hub: bool = False) -> ForgeError:
-    """The failure for a folder or repository without config.json, or without weights that can be read here."""
+def no_weights_error(names: Collection[str], label: str, *, on_hub: bool = False) -> ForgeError:
+    """The error for a folder or repository without config.json or without weights in a supported format."""
     gguf = _matching(names, "*.gguf")
     if gguf:
-        return ForgeError(f"{label} holds GGUF files only: {_listed(gguf)}", _FETCH_HINT if on_hub else _FILE_HINT)
+        return ForgeError(f"{label} holds only GGUF files: {_join_names(gguf)}", _FETCH_HINT if on_hub else _FILE_HINT)
     if "adapter_config.json" in names:
         return ForgeError(
-            f"{label} is an adapter (LoRA or the like), not a model",
+            f"{label} is a PEFT adapter, not a model",
             "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
         )
     weights = [name for name in names if not any(fnmatchcase(name, other) for other in _NOT_WEIGHTS)]
@@ -60,16 +60,18 @@ def unusable(names: Collection[str], label: str, *, on_hub: bool = False) -> For
         found = _matching(weights, pattern)
         if found:
             return ForgeError(
-                f"{label} has no {SINGLE_NAME}; it holds weights {layout}: {_listed(found)}",
-                "take the model's Hugging Face release with safetensors files",
+                f"{label} has no {SINGLE_NAME}; it holds weights {layout}: {_join_names(found)}",
+                "use the model's Hugging Face release with safetensors files",
             )
-    return ForgeError(f"{label} holds no {SINGLE_NAME} and no other weights", "is it a model folder?")
+    return ForgeError(
+        f"{label} holds no {SINGLE_NAME} and no other weights", "give a Hugging Face model folder or a Hub id"
+    )
 
 
 def _matching(names: Collection[str], pattern: str) -> list[str]:
     return sorted(name for name in names if fnmatchcase(name, pattern))
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
+def _join_names(names: Sequence[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""Names that training wrappers (``torch.compile``, DDP, FSDP, PEFT) put around the names of a model's tensors."""
+"""Remove what training wrappers (``torch.compile``, DDP, FSDP, PEFT) add to the names of tensors."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from collections.abc import Collection
 
 from ollama_forge.errors import ForgeError
 
-# module names that no model has, so that they are taken out wherever they stand
+# no model has modules of these names: they are removed at any position
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# names that a model may have, so that they are taken off where every tensor begins with them
-_IN_FRONT = ("module.", "base_model.model.")
-_ADAPTED = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\.")
+# a model may have modules of these names: they are removed only if all names start with them
+_PREFIXES = ("module.", "base_model.model.")
+_ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\.")
 
 
 def wrapper_patterns(names: Collection[str]) -> tuple[str, ...]:
-    """Regular expressions that, removed one after the other from every name, leave the model's own names.
+    """Regular expressions for the parts of ``names`` that wrappers added; ``unwrapped`` removes them in order.
 
     Raises:
-        ForgeError: the tensors are those of an adapter that was not merged.
+        ForgeError: some tensors belong to an adapter that is not merged.
     """
-    adapted = next((name for name in names if _ADAPTED.search(name)), None)
+    adapted = next((name for name in names if _ADAPTER_TENSOR.search(name)), None)
     if adapted is not None:
         raise ForgeError(
-            f"the weights hold an adapter that was not merged ({adapted})",
+            f"the weights contain an adapter that is not merged ({adapted})",
             "merge it first (peft: merge_and_unload, then save_pretrained)",
         )
     patterns = [re.escape(part) for part in _ANYWHERE if any(part in name for name in names)]
     left = [unwrapped(name, patterns) for name in names]
     while left:
-        front = next((part for part in _IN_FRONT if all(name.startswith(part) for name in left)), None)
-        if front is None:
+        prefix = next((part for part in _PREFIXES if all(name.startswith(part) for name in left)), None)
+        if prefix is None:
             break
-        patterns.append(f"^{re.escape(front)}")
-        left = [name.removeprefix(front) for name in left]
+        patterns.append(f"^{re.escape(prefix)}")
+        left = [name.removeprefix(prefix) for name in left]
     return tuple(patterns)
 
 
 def unwrapped(name: str, patterns: Collection[str]) -> str:
-    """A tensor's name without what ``patterns`` match; a name that would be empty stays as it is."""
+    """Remove all matches of ``patterns`` from a tensor's name, unless that leaves it empty."""
     inner = name
     for pattern in patterns:
         inner = re.sub(pattern, "", inner)

@@ -1,4 +1,4 @@
-"""Writing one safetensors shard in a single pass, from bytes that are copied and bytes that are computed."""
+"""Write one safetensors shard in a single pass, from copied and computed tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.files import copy_range, sync_data, write_all
 
 _COPY_CHUNK = 64 << 20
-_AHEAD = 2
+_MAX_WAITING = 2
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write: its name, storage type and shape, and either the source range to copy or ``None``."""
+    """A tensor to write.
+
+    Attributes:
+        dtype: its safetensors dtype.
+        copied: the source tensor whose bytes are copied; None for computed data.
+    """
 
     name: str
     dtype: str
@@ -35,17 +40,19 @@ class OutputTensor:
 
 
 class ShardWriter:
-    """Lays out all tensors first, then takes their data in that order; ``close`` fails on a byte too few.
+    """Writes the header for all tensors first, then their data in the same order.
 
-    A failure to write is raised by a later call, at the latest by ``close``.
+    A background thread writes and copies while the caller computes the next tensor. At most ``_MAX_WAITING`` computed
+    chunks wait in memory; copies hold no memory. A later call, at the latest ``close``, raises the thread's exception.
 
-    Writing and copying happen in a thread of their own, so that the next tensor is computed meanwhile; at most
-    ``_AHEAD`` computed chunks wait for it (a copy that waits costs nothing).
+    Raises:
+        ForgeError: a source file is truncated, or ``close`` is called before all data is written.
+        OSError: the disk cannot be written.
     """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
         self.path = path
-        self._left = sum(tensor.size for tensor in tensors)
+        self._bytes_left = sum(tensor.size for tensor in tensors)
         self._file: FileIO = path.open("wb", buffering=0)
         self._thread = ThreadPoolExecutor(1)
         self._chunks: deque[Future[None]] = deque()
@@ -55,47 +62,48 @@ class ShardWriter:
         self._submit(self._append, memoryview(_header(tensors)))
 
     def write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Append computed data. A chunk must not change until the writer is closed."""
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
-            self._left -= len(view)
-            while len(self._chunks) >= _AHEAD:
+            self._bytes_left -= len(view)
+            while len(self._chunks) >= _MAX_WAITING:
                 self._chunks.popleft().result()
             self._chunks.append(self._submit(self._append, view))
 
     def copy(self, source: TensorInfo) -> None:
-        """Copy a tensor's bytes, in the kernel where the system can."""
-        self._left -= source.size
-        self._submit(self._send, source)
+        """Copy a tensor's bytes from its file."""
+        self._bytes_left -= source.size
+        self._submit(self._copy_tensor, source)
 
     def _submit(self, work: Callable[[Any], None], item: object) -> Future[None]:
         if self._failure is not None:
             raise self._failure
-        self._last = self._thread.submit(self._do, work, item)
+        self._last = self._thread.submit(self._run, work, item)
         return self._last
 
-    def _do(self, work: Callable[[Any], None], item: object) -> None:
+    def _run(self, work: Callable[[Any], None], item: object) -> None:
         if self._failure is None:
             try:
                 work(item)
-            except BaseException as error:  # raised where the next tensor is handed in
+            except BaseException as error:  # _submit and close raise it
                 self._failure = error
 
     def _append(self, view: memoryview) -> None:
         write_all(self._file, view)
         self._flush(len(view))
 
-    def _send(self, source: TensorInfo) -> None:
+    def _copy_tensor(self, source: TensorInfo) -> None:
         with source.file.open("rb", buffering=0) as file:
             for done in range(0, source.size, _COPY_CHUNK):
                 count = min(_COPY_CHUNK, source.size - done)
                 try:
                     copy_range(file, source.start + done, count, self._file)
                 except EOFError:
-                    raise ForgeError(f"{source.file} is cut short", "download it again") from None
+                    raise ForgeError(f"{source.file} is truncated", "download or save it again") from None
                 self._flush(count)
 
     def _flush(self, count: int) -> None:
-        """Have the disk take what was written now and then, so that little is left to do at the end."""
+        """Flush every 256 MB, so that the final flush takes little time."""
         self._unsynced += count
         if self._unsynced >= 4 * _COPY_CHUNK:
             sync_data(self._file)
@@ -106,8 +114,8 @@ class ShardWriter:
             self._last.result()
         if self._failure is not None:
             raise self._failure
-        if self._left:
-            raise ForgeError(f"{self.path}: {self._left} bytes were not written", "please report this")
+        if self._bytes_left:
+            raise ForgeError(f"{self.path}: {self._bytes_left} bytes were not written", "please report this")
         sync_data(self._file)
         self._release()
 

@@ -18,7 +18,7 @@ from ollama_forge.directions.selection import largest_gap
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.directions.singular_vectors import singular_vectors
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.thoughts import behind_thoughts
+from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
 
@@ -44,7 +44,7 @@ def gather_fit_stats(
     with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
 
         def gather(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
-            ids = behind_thoughts(model, model.tokenizer.instructions_ids(prompts))
+            ids = append_thoughts(model, model.tokenizer.instructions_ids(prompts))
             return gather_residuals(model, ids, layers, position=position, keep_samples=samples, progress=advance)
 
         return FitStats(gather(fit.harmful, keep_samples), gather(fit.harmless, False))

@@ -12,7 +12,7 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, left_out
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, not_copied
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.storage import mxfp4_shape
 from ollama_forge.checkpoints.tensors import TensorInfo, item_size
@@ -24,7 +24,7 @@ from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import disk_errors, folder_in_one_piece, human_size, read_json, write_json, write_text
+from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json, write_text
 from ollama_forge.progress import say
 from ollama_forge.records import to_json
 from ollama_forge.system import free_space
@@ -121,11 +121,11 @@ def write_checkpoint(
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
     described = to_json(settings) if settings else {}
-    others = left_out(checkpoint.tensors)
+    others = not_copied(checkpoint.tensors)
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
-    with folder_in_one_piece(folder) as partial:
+    with atomic_folder(folder) as partial:
         applied = apply_plan(checkpoint, model, plan, partial, rule, described)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)

@@ -14,7 +14,7 @@ from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.plan import EditPlan, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.thoughts import behind_thoughts
+from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Ids
 
@@ -45,7 +45,7 @@ class FitContext:
         return self._rendered(self.prompts.harmless)
 
     def _rendered(self, instructions: Sequence[str]) -> list[Ids]:
-        return behind_thoughts(self.model, self.model.tokenizer.instructions_ids(instructions))
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(instructions))
 
 
 class EditMethod(ABC):

@@ -16,7 +16,7 @@ from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_re
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.protocol import AnsweringModel
-from ollama_forge.models.thoughts import answer_behind_thoughts
+from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.language import count_not_english
 from ollama_forge.prompts.split import PartPrompts
@@ -127,11 +127,11 @@ def measure(
 
     harmful, harmless = (tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
     with bar(title, len(harmful) + len(harmless)) as advance:
-        refused = answer_behind_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=advance)
+        refused = answer_after_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=advance)
         if tokenizer.thought.must_run:
             closed = [tokenizer.closed_ids(instruction) for instruction in prompts.harmless]
             first = model.answer(closed, 0, keep_first=True).first
-            answered = answer_behind_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
+            answered = answer_after_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
         else:  # the prefill of the answers gives the first-token log-probabilities too
             both = model.answer(harmless, ANSWER_TOKENS, decided=decided, keep_first=True, progress=advance)
             first, answered = both.first, both.ids
@@ -158,5 +158,5 @@ def count_answers(model: ChatModel, prompts: Sequence[Ids], progress: Callable[[
     def decided(ids: Ids) -> bool:
         return is_surely_refusal(model.tokenizer.decode(ids))
 
-    answers = answer_behind_thoughts(model, prompts, ANSWER_TOKENS, decided=decided, progress=progress)
+    answers = answer_after_thoughts(model, prompts, ANSWER_TOKENS, decided=decided, progress=progress)
     return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])

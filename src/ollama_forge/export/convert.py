@@ -21,7 +21,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf_io import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import converter_worker
-from ollama_forge.files import file_in_one_piece
+from ollama_forge.files import atomic_file
 from ollama_forge.progress import bar
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -128,7 +128,7 @@ def convert(
     Raises:
         ForgeError: the conversion failed; the message is the converter's, and ``target`` is unchanged.
     """
-    with file_in_one_piece(target) as partial:
+    with atomic_file(target) as partial:
         command = [sys.executable, "-P", str(Path(converter_worker.__file__)), str(folder)]
         command += [fallback_pre_tokenizer(checkpoint.config) if vocabulary else converter_worker.NO_VOCABULARY]
         command += [str(checkpoint.folder)]

@@ -17,8 +17,8 @@ from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
 from ollama_forge.export.quantise import find_tool, quantise
-from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, serving
-from ollama_forge.models.thoughts import THOUGHT_TOKENS, settle_thoughts
+from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, llama_server
+from ollama_forge.models.thoughts import THOUGHT_TOKENS, detect_thought
 from ollama_forge.progress import say, status
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def quantise_file(
 
 def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
     """Compare the tokens that llama.cpp makes with the file with those of the checkpoint's tokenizer."""
-    with status("checking tokens"), serving(file.path, TOKENIZING_CONTEXT) as server:
+    with status("checking tokens"), llama_server(file.path, TOKENIZING_CONTEXT) as server:
         return check_tokens(tokenizer, server.tokenize)
 
 
@@ -107,9 +107,9 @@ def measure_file(
     ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
     longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
-    with serving(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
+    with llama_server(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
         model = GgufModel(server, tokenizer, vocabulary=base_log_probs.shape[1])
-        settle_thoughts(model)
+        detect_thought(model)
         return measure(model, prompts, base_log_probs, file.row_name)[0]
 
 

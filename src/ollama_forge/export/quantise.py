@@ -15,11 +15,11 @@ from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 
-from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, lay_out, read_gguf, row_size, value_of
+from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import quantise_worker
 from ollama_forge.export.mix import PLAIN, ModelProperties, file_type, tensor_types
-from ollama_forge.files import copy_range, disk_errors, file_in_one_piece, partial_of
+from ollama_forge.files import atomic_file, copy_range, disk_errors, partial_of
 from ollama_forge.progress import bar, say, status
 from ollama_forge.system import usable_cores
 
@@ -117,10 +117,10 @@ def rewrite(
     metadata = {key: value for key, value in changed.items() if value is not None}
     tensors = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in file.tensors]
     total = sum(tensor.size for tensor in file.tensors)
-    with file_in_one_piece(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
+    with atomic_file(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
         advanced = _Megabytes(advance)
         with disk_errors(target), partial.open("wb", buffering=0) as out:
-            placed = lay_out(out, metadata, tensors)
+            placed = write_header(out, metadata, tensors)
             pairs = list(zip(file.tensors, placed, strict=True))
             with file.path.open("rb", buffering=0) as source:
                 for before, after in pairs:

@@ -53,7 +53,7 @@ def main() -> None:
                 write_all(target, quantise_rows(data, job["source_type"], job["target_type"], job["row_length"]))
                 answer = "ok"
             except EOFError:
-                answer = "the source is cut short"
+                answer = "the source is truncated"
             except (OSError, ValueError) as error:
                 answer = str(error).replace("\n", " ") or type(error).__name__
             print(answer, flush=True)

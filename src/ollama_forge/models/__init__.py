@@ -1,1 +1,1 @@
-"""A chat model in memory: loading, templates, batches, hooks, greedy answers and log-probabilities."""
+"""A chat model in memory: load it, batch prompts, run hooks, answer greedily, return log-probabilities."""

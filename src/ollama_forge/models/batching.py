@@ -1,4 +1,4 @@
-"""Batches of token ids: sorted by length, padded on the left, results in the order of the prompts."""
+"""Batch prompts: sort them by length and pad them on the left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ollama_forge.text.tokenizer import Ids
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded rows. ``rows`` are the indices of the prompts in the list."""
+    """Left-padded prompts.
+
+    Attributes:
+        rows: indices of the prompts in the full list.
+        ids: token ids ``[batch, width]``.
+        mask: attention mask ``[batch, width]``, 0 for padding.
+    """
 
     rows: tuple[int, ...]
     ids: Tensor
@@ -21,12 +27,12 @@ class Batch:
 
     @property
     def positions(self) -> Tensor:
-        """Position ids ``[batch, width]``, counted from each row's first real token."""
+        """Position ids ``[batch, width]``, counted from each row's first token after the padding."""
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[len(rows), longest]``."""
+    """Pad ``rows`` to the longest; return token ids and attention mask ``[len(rows), longest]``."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -34,7 +40,7 @@ def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Te
 
 
 def by_length(prompts: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches, longest first, so that memory runs out at once or not at all."""
+    """Yield the indices of prompts in batches, longest first: if memory runs out, then in the first batch."""
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -47,7 +53,7 @@ def batches(prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.
 
 
 def shared_prefix(prompts: Sequence[Ids]) -> int:
-    """Length of the longest common start, at least one token of every prompt left over."""
+    """Length of the longest common prefix that leaves at least one token of every prompt."""
     shortest, longest = min(prompts), max(prompts)
     length = next(
         (place for place, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),

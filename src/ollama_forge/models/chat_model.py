@@ -1,7 +1,4 @@
-"""A transformers chat model, loaded once: renders its template, runs batches under hooks, answers greedily.
-
-The protocol above it is plain: token ids in, ids and log-probabilities out.
-"""
+"""A chat model run by transformers: run prompts under hooks, answer greedily, return log-probabilities."""
 
 from __future__ import annotations
 
@@ -31,7 +28,17 @@ DEFAULT_BATCH = 64
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How a model is loaded and its template rendered; the same for computing, measuring and chatting."""
+    """How to load a model and render its chat template.
+
+    Attributes:
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        batch_size: auto, or a number of prompts.
+        system: the system prompt, or None.
+        template_kwargs: arguments for the chat template.
+        allow_base_model: accept a model without chat template.
+        load_in_8bit: load with bitsandbytes in 8 bits.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
@@ -42,11 +49,11 @@ class LoadSettings:
     load_in_8bit: bool = False
 
     def check(self) -> None:
-        """Look at the names before anything is fetched.
+        """Check the device and the dtype before a model is fetched.
 
         Raises:
-            UsageError: the device or the type is unknown, or the device is not here.
-            ForgeError: 8 bits are asked for where they are not to be had.
+            UsageError: the device or the dtype is unknown, or the device is not available.
+            ForgeError: ``load_in_8bit`` is set, but not available.
         """
         device = pick_device(self.device)
         pick_dtype(self.dtype, device)
@@ -54,12 +61,12 @@ class LoadSettings:
             require_8bit(device)
 
 
-class _Enough(Exception):  # noqa: N818
-    """Ends a forward pass once the deepest layer that is needed has run."""
+class StopForward(Exception):  # noqa: N818
+    """Ends a forward pass after the deepest layer that is needed."""
 
 
 class ChatModel:
-    """A causal language model with its tokenizer. ``ChatModel.load`` makes one."""
+    """A causal language model with its tokenizer; see ``ChatModel.load``."""
 
     def __init__(self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap, settings: LoadSettings) -> None:
         self.module = module.eval()
@@ -70,7 +77,7 @@ class ChatModel:
         self.root = self._find_root()
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
         head = module.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, nn.Module):  # on CPUs a bf16 product of a strided slice takes hundreds of times longer
+        if isinstance(head, nn.Module):  # bf16 products of strided slices are hundreds of times slower on CPUs
             head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self._slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
@@ -79,8 +86,8 @@ class ChatModel:
         """Load a checkpoint.
 
         Raises:
-            ForgeError: weights that are missing or cannot be read, too little memory, a chat template that leaves the
-                instruction out, or none (unless allowed).
+            ForgeError: weights are missing or unreadable, memory is too small, or the chat template is missing (unless
+                ``allow_base_model``) or omits the instruction.
         """
         model_map = map_checkpoint(checkpoint)
         tokenizer = load_tokenizer(checkpoint, model_map, settings)
@@ -99,8 +106,8 @@ class ChatModel:
                 continue
             return root
         raise ForgeError(
-            f"the loaded {self.model_map.model_type} model has no layers where they are expected",
-            "please report this",
+            f"no decoder layers found in the loaded {self.model_map.model_type} model",
+            "report this with the model's name and the version of transformers",
         )
 
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
@@ -112,7 +119,7 @@ class ChatModel:
         return self.module.get_submodule(f"{self.root}{self.model_map.layer_module.format(index)}")
 
     def submodule(self, matrix: Matrix) -> nn.Module:
-        """The module that holds a matrix (for stacked experts: the one whose parameter it is)."""
+        """The module of a matrix; for stacked experts the module whose parameter the stack is."""
         try:
             return self.module.get_submodule(f"{self.root}{matrix.module}")
         except AttributeError:
@@ -123,11 +130,14 @@ class ChatModel:
                 return self.module.get_submodule(f"{root}{path}")
             except AttributeError:
                 continue
-        raise ForgeError(f"the loaded model has no {matrix.module}", "please report this with the model's name")
+        raise ForgeError(
+            f"the loaded model has no module {matrix.module}",
+            "report this with the model's name and the version of transformers",
+        )
 
     @property
     def head(self) -> nn.Module | None:
-        """The unembedding."""
+        """The unembedding, or None."""
         head = self.module.get_output_embeddings()  # type: ignore[operator]
         return head if isinstance(head, nn.Module) else None
 
@@ -138,37 +148,37 @@ class ChatModel:
 
     @torch.inference_mode()
     def run_to_layer(self, batch: Batch, deepest: int) -> None:
-        """Run a batch for its hooks' sake alone: no unembedding, nothing behind layer ``deepest``."""
+        """Run a batch up to layer ``deepest``, so that forward hooks see its activations."""
 
         def stop(*_: Any) -> None:
-            raise _Enough
+            raise StopForward
 
         handle = self.layer(deepest).register_forward_hook(stop)
         try:
             self.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-        except _Enough:
+        except StopForward:
             pass
         finally:
             handle.remove()
 
     def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
-        """The module's forward pass; logits of the last position alone where it can give them alone."""
+        """Run the module's forward pass. With ``last_only``, it computes only the last position's logits if it can."""
         if last_only and self._slices_logits:
             inputs["logits_to_keep"] = 1
         return self.module(**inputs)
 
     @torch.inference_mode()
     def loss(self, text: str) -> float:
-        """Mean negative log-likelihood of a text's tokens after the first (nats), as far as learned positions reach."""
+        """Mean negative log-likelihood in nats of a text's tokens after the first, up to the maximum prompt length."""
         ids = torch.tensor([self.tokenizer.encode(text)[: self.tokenizer.positions]], device=self.device)
         logits = self.forward(last_only=False, input_ids=ids).logits[0, :-1].float()
         return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
-        """Do the work; where an automatic batch size is too large for the device's memory, halve it and do it again.
+        """Call ``work`` and return its result; if memory runs out, halve an automatic batch size and call it again.
 
         Raises:
-            ForgeError: memory runs out with a batch of one, or of the size that was asked for.
+            ForgeError: memory runs out with a batch size of one, or with the user's batch size.
         """
         while True:
             try:
@@ -178,20 +188,20 @@ class ChatModel:
                     raise
                 if self.settings.batch_size != "auto" or self.batch_size == 1:
                     raise ForgeError(
-                        f"the memory of {self.device} does not hold a batch of {self.batch_size}",
+                        f"a batch of {self.batch_size} does not fit the memory of {self.device}",
                         "lower --batch-size, or leave it out"
                         if self.batch_size > 1
-                        else "take shorter prompts or a smaller model; --load-in-8bit on a CUDA device",
+                        else "use shorter prompts, a smaller model, or --load-in-8bit on a CUDA device",
                     ) from None
             self.batch_size //= 2
             release_memory()
 
 
 def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSettings) -> Tokenizer:
-    """The tokenizer of a checkpoint, with the settings' system prompt and template arguments.
+    """Load a checkpoint's tokenizer with the settings' system prompt and template arguments.
 
     Raises:
-        ForgeError: it cannot be read, or it has no chat template (unless that is allowed).
+        ForgeError: the tokenizer cannot be read, or has no chat template (unless ``allow_base_model``).
     """
     tokenizer = Tokenizer.load(
         checkpoint.folder,
@@ -209,7 +219,7 @@ def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSe
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
-    """``--template-kwargs``: a JSON object."""
+    """Parse ``--template-kwargs``, a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

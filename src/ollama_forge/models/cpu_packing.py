@@ -1,6 +1,6 @@
-"""Lay out linear layers' bf16 weights as the CPU kernels want them: once, instead of at every call.
+"""Convert linear layers' bf16 weights to the layout of the CPU kernels once, instead of in every call.
 
-The products are the same to the last bit. Batches of few rows gain most.
+The results are bit-identical. Small batches gain most.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from ollama_forge.models.device import memory_available
 
-_ROOM = 1.5  # times the size of the second copy must be free
-_OPERATORS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")  # private: may be gone
+_ROOM = 1.5  # free memory required, as a multiple of the size of the packed copy
+_OPERATORS = (
+    "_is_mkldnn_bf16_supported",
+    "_reorder_linear_weight",
+    "_linear_pointwise",
+)  # private: a torch release may lack them
 
 
 class _PackedForward:
-    """Stands in for ``nn.Linear.forward``; the layer keeps its own weight for whoever reads or edits that."""
+    """Replaces ``nn.Linear.forward``. The layer keeps its original weight for code that reads it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -27,23 +31,23 @@ class _PackedForward:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Speed up a model in bf16 on a CPU whose memory holds its linear layers twice; do nothing to any other.
+    """Pack the bf16 linear layers of a model on the CPU, if memory can hold them twice.
 
-    The model is for inference alone afterwards, and its weights must not change any more.
+    Afterwards the model supports only inference, and changes of its weights have no effect.
     """
     if not _is_usable():
         return
     linears = [
-        each
-        for each in module.modules()
-        if type(each) is nn.Linear and each.weight.device.type == "cpu" and each.weight.dtype is torch.bfloat16
+        linear
+        for linear in module.modules()
+        if type(linear) is nn.Linear and linear.weight.device.type == "cpu" and linear.weight.dtype is torch.bfloat16
     ]
     free = memory_available(torch.device("cpu"))
-    if free < _ROOM * sum(each.weight.nbytes for each in linears):
+    if free < _ROOM * sum(linear.weight.nbytes for linear in linears):
         return
     with torch.inference_mode():
-        for each in linears:
-            each.forward = _PackedForward(each)  # type: ignore[method-assign]
+        for linear in linears:
+            linear.forward = _PackedForward(linear)  # type: ignore[method-assign]
 
 
 def _is_usable() -> bool:

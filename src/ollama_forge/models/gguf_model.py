@@ -1,4 +1,4 @@
-"""A GGUF file run by llama.cpp (the wheel ``xllamacpp``), under the protocol of ``models/protocol.py``."""
+"""A GGUF file run by llama.cpp (package ``xllamacpp``), as an ``AnsweringModel``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SLOTS = 8
 TOKENIZING_CONTEXT = 256
-_ALL = 1 << 20  # more probabilities than any vocabulary has
+_ALL_TOKENS = 1 << 20  # more than any vocabulary has
 _LOG_MARK = re.compile(r"^[\d.]+ [A-Z] (?:\w+: )?")
 
 
@@ -42,35 +42,41 @@ class LlamaServer:
     client: httpx.Client
 
     def post(self, route: str, body: dict[str, Any]) -> Any:
-        """The parsed response to a request.
+        """Send a JSON request and return the parsed response.
 
         Raises:
-            ForgeError: the server refuses the request, or has died.
+            ForgeError: the server rejects the request or has ended.
         """
         try:
             answer = self.client.post(route, json=body)
             content = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise ForgeError(f"llama.cpp stopped running {self.path.name} ({error})", "is memory short?") from error
+            raise ForgeError(
+                f"llama.cpp stopped running {self.path.name} ({error})", "end other programs if memory ran out"
+            ) from error
         if answer.is_error:
-            raise ForgeError(f"llama.cpp refuses: {content.get('error', content)}", "please report this")
+            raise ForgeError(
+                f"llama.cpp rejects a request: {content.get('error', content)}",
+                "report this with the version of xllamacpp",
+            )
         return content
 
     def tokenize(self, text: str) -> Ids:
-        """Ids of a text; special tokens in it are recognised, and none are added."""
+        """Tokenize a text. Special tokens in the text are recognised; none are added."""
         ids: Ids = self.post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
         return ids
 
 
 @contextmanager
-def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
-    """Run llama.cpp on a file inside the block.
+def llama_server(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
+    """Run a llama.cpp server for a GGUF file inside the block.
 
     Args:
-        context: tokens for each of ``slots`` parallel requests.
+        context: maximum number of tokens of a request.
+        slots: number of parallel requests.
 
     Raises:
-        ForgeError: the wheel is missing, or llama.cpp cannot load the file.
+        ForgeError: xllamacpp is not installed, or llama.cpp cannot load the file.
     """
     if not llamacpp_is_installed():
         raise ForgeError(
@@ -86,10 +92,10 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
             if not address.startswith("http://"):
                 process.wait()
                 log.seek(0)
-                reason = _reason(log.read().decode("utf-8", "replace"), process.returncode)
+                reason = _failure_reason(log.read().decode("utf-8", "replace"), process.returncode)
                 raise ForgeError(
                     f"llama.cpp cannot load {path}: {reason}",
-                    "is the file whole, and memory enough?",
+                    "check that the file is complete and fits the free memory",
                 )
             with httpx.Client(base_url=address, timeout=None, trust_env=False) as client:
                 yield LlamaServer(path, client)
@@ -98,17 +104,17 @@ def serving(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
             process.communicate()
 
 
-def _reason(log: str, status: int) -> str:
+def _failure_reason(log: str, status: int) -> str:
     lines = [line.strip() for line in log.splitlines() if "rror" in line or "fail" in line]
-    return _LOG_MARK.sub("", lines[0])[:300] if lines else f"it ended with status {status}"
+    return _LOG_MARK.sub("", lines[0])[:300] if lines else f"its process ended with status {status}"
 
 
 class GgufModel:
-    """A file on a running server, prompted in the checkpoint's ids.
+    """A GGUF file on a running server, prompted with the token ids of the checkpoint it was made from.
 
     Args:
-        tokenizer: the checkpoint's.
-        vocabulary: number of log-probabilities that the checkpoint gives.
+        tokenizer: the tokenizer of the checkpoint.
+        vocabulary: number of the checkpoint's logits.
     """
 
     def __init__(self, server: LlamaServer, tokenizer: Tokenizer, *, vocabulary: int) -> None:
@@ -124,16 +130,16 @@ class GgufModel:
         keep_first: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Answers:
-        """Answers of full length: ``decided`` only spares work, which here would take longer than it spares."""
+        """See ``AnsweringModel.answer``. ``decided`` is ignored: checking it would take longer than it saves."""
 
-        def one(prompt: Ids) -> tuple[Ids, Tensor | None]:
+        def answer_one(prompt: Ids) -> tuple[Ids, Tensor | None]:
             ids = self._answer_ids(prompt, max_new_tokens) if max_new_tokens else []
-            return ids, self._first(prompt) if keep_first else None
+            return ids, self._first_log_probs(prompt) if keep_first else None
 
         out: list[Ids] = []
         first: list[Tensor] = []
         with ThreadPoolExecutor(SLOTS) as pool:
-            for ids, scores in pool.map(one, prompts):
+            for ids, scores in pool.map(answer_one, prompts):
                 out.append(ids)
                 if scores is not None:
                     first.append(scores)
@@ -147,16 +153,23 @@ class GgufModel:
         end = next((place for place, token in enumerate(ids) if token in self.tokenizer.end_ids), len(ids))
         return ids[:end]
 
-    def _first(self, prompt: Ids) -> Tensor:
-        """Log-probabilities over the checkpoint's vocabulary; ids that the file lacks get the least there is.
+    def _first_log_probs(self, prompt: Ids) -> Tensor:
+        """Log-probabilities of the first token over the checkpoint's vocabulary.
 
-        They are taken before sampling. A letter is forced as the sampled token, for an answer that ends at once, or
-        with half a character, would come without any.
+        Ids that the GGUF file lacks get its lowest log-probability. llama.cpp omits the probabilities if the sampled
+        token ends the answer or is an incomplete character, so a bias forces it to sample a letter. The probabilities
+        are those before the bias.
         """
-        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": _ALL, "logit_bias": [[self.letter, 1e6]]}
+        body = {
+            "prompt": prompt,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": _ALL_TOKENS,
+            "logit_bias": [[self.letter, 1e6]],
+        }
         found = self.server.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         ids = torch.tensor([entry["id"] for entry in found])
         values = torch.tensor([entry["logprob"] for entry in found], dtype=torch.float64)
         scores = torch.full((max(self.vocabulary, int(ids.max()) + 1),), float(values.min()), dtype=torch.float64)
         scores[ids] = values
-        return scores[: self.vocabulary].log_softmax(-1).float()  # llama.cpp's own sum is off by 1e-4
+        return scores[: self.vocabulary].log_softmax(-1).float()  # llama.cpp's probabilities sum to 1 only within 1e-4

@@ -1,4 +1,4 @@
-"""Greedy answers in batches, over a cache of the prompts' shared start; finished and decided rows leave."""
+"""Greedy decoding in batches. The prompts' common prefix is cached; finished rows leave the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ollama_forge.models.batching import by_length, pad_left, shared_prefix
 from ollama_forge.models.protocol import Answers, Decided, ForwardModel
 from ollama_forge.text.tokenizer import Ids
 
-_COMPACT_SHARE = 0.75
+_COMPACT_SHARE = 0.75  # drop finished rows when at most this share of the batch is unfinished
 
 
 @torch.inference_mode()
@@ -28,8 +28,7 @@ def answer(
 ) -> Answers:
     """``AnsweringModel.answer`` for a model in memory.
 
-    With ``keep_first`` the log-probabilities of all prompts stay in memory, float32 ``[prompts, vocabulary]``: 311 MB
-    for 512 prompts and a vocabulary of 152,000. Nothing else is kept of a prompt but its answer's ids.
+    ``keep_first`` keeps float32 ``[prompts, vocabulary]`` in memory: 311 MB for 512 prompts and 152,000 tokens.
     """
     if not prompts:
         return Answers([], None)
@@ -37,7 +36,7 @@ def answer(
     first: Tensor | None = None
     length = _usable_prefix(model, prompts, max_new_tokens)
 
-    def group(rows: list[int]) -> None:
+    def answer_batch(rows: list[int]) -> None:
         nonlocal first
         decoder = _Decoder(model, [prompts[row] for row in rows], length)
         if keep_first:
@@ -47,25 +46,25 @@ def answer(
         for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
             out[row] = ids
 
-    def work() -> None:
+    def answer_all() -> None:
         for rows in by_length(prompts, model.batch_size):
-            group(rows)
+            answer_batch(rows)
             if progress:
                 progress(len(rows))
 
-    model.retry_smaller(work)
+    model.retry_smaller(answer_all)
     return Answers(out, first)
 
 
 def first_log_probs(model: ForwardModel, prompts: Sequence[Ids]) -> Tensor:
-    """Natural log-probabilities ``[prompts, vocabulary]`` of the first token of each answer, float32, on the CPU."""
+    """Natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU."""
     first = answer(model, prompts, 0, keep_first=True).first
     assert first is not None
     return first
 
 
 def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:
-    """Length of the prompts' common start; 0 where a sliding window would treat cached positions otherwise."""
+    """Length of the common prefix to cache; 0 if the prompts exceed a sliding window, whose cache drops tokens."""
     config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
     window = getattr(config, "sliding_window", None)
     if window and max(map(len, prompts)) + max_new_tokens >= window:
@@ -73,14 +72,14 @@ def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: 
     return shared_prefix(prompts) if len(prompts) > 1 else 0
 
 
-def _room(model: ForwardModel, length: int) -> float:
-    """Tokens that an answer to a prompt of ``length`` tokens may have, where positions are learned."""
+def _max_answer(model: ForwardModel, length: int) -> float:
+    """Maximum answer length for a prompt of ``length`` tokens; infinite without learned positions."""
     positions = model.tokenizer.positions
-    return inf if positions is None else positions - length + 1  # the last token of an answer is not read again
+    return inf if positions is None else positions - length + 1  # the last token of an answer needs no position
 
 
 class _Decoder:
-    """One batch: its cache, mask and the logits of the last position."""
+    """Decodes one batch; holds its key-value cache, attention mask and the logits of the last position."""
 
     def __init__(self, model: ForwardModel, prompts: Sequence[Ids], prefix: int) -> None:
         self.model = model
@@ -93,11 +92,12 @@ class _Decoder:
             mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
         self.mask = mask
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, prefix:]
-        self.room = [_room(model, len(prompt)) for prompt in prompts]
+        self.room = [_max_answer(model, len(prompt)) for prompt in prompts]
         result = model.forward(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         self.cache, self.logits = result.cache, result.logits[:, -1]
 
     def run(self, max_new_tokens: int, decided: Decided | None) -> list[Ids]:
+        """Decode until every row is finished or has ``max_new_tokens`` tokens."""
         out: list[Ids] = [[] for _ in range(len(self.mask))]
         live = list(range(len(out)))  # the row of the cache at place i answers prompt live[i]
         ends = set(self.model.tokenizer.end_ids)
@@ -118,19 +118,19 @@ class _Decoder:
             if not going or step == max_new_tokens - 1:
                 break
             if len(going) <= _COMPACT_SHARE * len(live):
-                self._keep(going)
+                self._select_rows(going)
                 chosen, live = chosen[going], [live[place] for place in going]
-            self._step(chosen)
+            self._append(chosen)
         return out
 
-    def _keep(self, places: list[int]) -> None:
+    def _select_rows(self, places: list[int]) -> None:
         index = torch.tensor(places, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
 
-    def _step(self, chosen: Tensor) -> None:
+    def _append(self, chosen: Tensor) -> None:
         positions = self.mask.sum(-1, keepdim=True)
-        if self.model.tokenizer.positions is not None:  # answers that have ended may run on beside longer ones
+        if self.model.tokenizer.positions is not None:  # finished rows may continue until they leave the batch
             positions = positions.clamp_max(self.model.tokenizer.positions - 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         result = self.model.forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.device import release_memory
-from ollama_forge.models.thoughts import settle_thoughts
+from ollama_forge.models.thoughts import detect_thought
 from ollama_forge.progress import say, status
 from ollama_forge.text.closed_thought import Thought
 
@@ -18,7 +18,7 @@ def load_chat_model(checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel
     """
     with status(f"loading {checkpoint.label}"):
         model = ChatModel.load(checkpoint, settings)
-    thought = settle_thoughts(model)
+    thought = detect_thought(model)
     if thought is not Thought.NONE:
         say(f"note: {thought.value}")
     return model
@@ -33,10 +33,10 @@ class ModelHolder:
         self._folder: object = None
 
     def get(self, checkpoint: Checkpoint) -> ChatModel:
-        """The loaded model of a checkpoint.
+        """Load a checkpoint, or return the cached model.
 
         Raises:
-            ForgeError: it cannot be loaded.
+            ForgeError: the checkpoint cannot be loaded.
         """
         if self._model is None or self._folder != checkpoint.folder:
             self.drop()

@@ -2,7 +2,8 @@
 
     python llamacpp_worker.py FILE.gguf CONTEXT SLOTS THREADS
 
-It prints the loopback address where it listens, and ends when its stdin does. It imports nothing of this package.
+It prints the loopback address that it listens on, and ends when its stdin is closed. It imports nothing from this
+package.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def main() -> None:
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.warmup = False
-    params.verbosity = 1  # errors alone
+    params.verbosity = 1  # errors only
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
-    os._exit(0)  # the server's threads would keep the process
+    os._exit(0)  # the server's threads would keep the process alive
 
 
 if __name__ == "__main__":

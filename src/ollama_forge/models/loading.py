@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a transformers module: room in memory first, and nothing missing afterwards."""
+"""Load a checkpoint into a transformers module, and check that memory suffices and that all weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ollama_forge.progress import say
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.system import available_memory
 
-_SLACK = 1.1  # of the weights, for what the device's libraries take
-_IN_FLIGHT = 4  # tensors that transformers reads at a time on their way to a device
+_OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
+_IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same time
 
 
 def load_module(
@@ -26,11 +26,10 @@ def load_module(
 ) -> nn.Module:
     """Load the weights in ``dtype`` on ``device``.
 
-    Tensors go to the device one by one, so that host memory never holds the model for a device with memory of its own.
+    Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
     Raises:
-        ForgeError: too little memory, or weights that are missing, damaged or not of the shape that the config asks
-            for.
+        ForgeError: memory is too small, or weights are missing, damaged or of another shape than the config implies.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +40,7 @@ def load_module(
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            if checkpoint.has_stray_mark and hasattr(config, "quantization_config"):
+            if checkpoint.has_stray_quantization_config and hasattr(config, "quantization_config"):
                 del config.quantization_config
             options |= _placement(device, load_in_8bit=load_in_8bit)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -50,11 +49,11 @@ def load_module(
                 dtype=dtype,
                 key_mapping=dict.fromkeys(checkpoint.tensors.wrappers, "") or None,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are read below, with their names
+                ignore_mismatched_sizes=True,  # _check_complete reports them by name
                 **options,
             )
-        except Exception as error:  # configs and weights from outside make the libraries raise anything
-            raise _failure(checkpoint, device, error) from error
+        except Exception as error:  # invalid configs and weights make transformers raise any exception
+            raise _load_error(checkpoint, device, error) from error
     module, info = loaded
     _check_complete(checkpoint, model_map, info)
     if model_map.tied:
@@ -74,9 +73,9 @@ def _placement(device: torch.device, *, load_in_8bit: bool) -> dict[str, Any]:
 def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
     require_8bit(device)
     found = checkpoint.quantisation
-    if found is not None and not checkpoint.has_stray_mark:
+    if found is not None and not checkpoint.has_stray_quantization_config:
         raise ForgeError(
-            f"bitsandbytes does not load {checkpoint.label} in 8 bits: it is stored in {found.method}",
+            f"bitsandbytes cannot load {checkpoint.label} in 8 bits: the model is quantised with {found.method}",
             "leave out --load-in-8bit",
         )
 
@@ -84,17 +83,18 @@ def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
 def check_memory(
     checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
 ) -> None:
-    """Raise where the device, or the host on the way there, has too little memory for the weights.
+    """Check that the device, and the host while it loads the weights, have enough free memory.
 
     Raises:
-        ForgeError: with the sizes that are needed and free.
+        ForgeError: memory is too small; the message gives the needed and the free size.
     """
-    kind = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
-    needed, free = int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _SLACK), memory_available(device)
+    precision = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
+    needed, free = int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD), memory_available(device)
     if needed > free:
         raise ForgeError(
-            f"{checkpoint.label} needs about {human_size(needed)} in {kind}, {human_size(free)} are free on {device}",
-            _smaller(device, dtype, load_in_8bit),
+            f"{checkpoint.label} in {precision} needs about {human_size(needed)}, "
+            f"but {device} has {human_size(free)} free",
+            _memory_hint(device, dtype, load_in_8bit),
         )
     if device.type == "cpu":
         return
@@ -102,15 +102,16 @@ def check_memory(
     host = available_memory()
     if staged > host:
         raise ForgeError(
-            f"loading {checkpoint.label} takes about {human_size(staged)} of host memory, {human_size(host)} are free",
-            "end other programs, or take a smaller model",
+            f"loading {checkpoint.label} needs about {human_size(staged)} of host memory, "
+            f"but {human_size(host)} are free",
+            "end other programs, or use a smaller model",
         )
 
 
 def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:
     if not load_in_8bit:
         return checkpoint.parameters * dtype.itemsize
-    whole = sum(  # bitsandbytes leaves the embedding and the unembedding in ``dtype``
+    whole = sum(  # bitsandbytes keeps the embedding and the unembedding in dtype
         checkpoint.tensors[matrix.tensor].count
         for matrix in model_map.matrices
         if matrix.role in (Role.EMBEDDING, Role.UNEMBEDDING)
@@ -118,52 +119,56 @@ def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtyp
     return checkpoint.parameters - whole + whole * dtype.itemsize
 
 
-def _smaller(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> str:
-    ways = [] if dtype.itemsize <= 2 or load_in_8bit else ["--dtype bfloat16"]
-    ways += ["--load-in-8bit to compute the direction"] if device.type == "cuda" and not load_in_8bit else []
-    ways += ["--device cpu"] if device.type != "cpu" and not load_in_8bit else []
-    return ", or ".join([*ways, "a smaller model"])
+def _memory_hint(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> str:
+    options = [] if dtype.itemsize <= 2 or load_in_8bit else ["--dtype bfloat16"]
+    options += ["--load-in-8bit to compute the direction"] if device.type == "cuda" and not load_in_8bit else []
+    options += ["--device cpu"] if device.type != "cpu" and not load_in_8bit else []
+    return "use " + ", or ".join([*options, "a smaller model"])
 
 
-def _failure(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
+def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
     if is_out_of_memory(error):
-        return ForgeError(f"{checkpoint.label} does not fit the memory of {device}", "--device cpu, or a smaller model")
+        return ForgeError(
+            f"{checkpoint.label} does not fit the memory of {device}", "use --device cpu, or a smaller model"
+        )
     if isinstance(error, ImportError):
         return ForgeError(
             f"{checkpoint.label} cannot be loaded without another package: {error_line(error)}", "install that package"
         )
     return ForgeError(
         f"{checkpoint.label} cannot be loaded: {error_line(error)}",
-        "does config.json fit the weights? Download or save the model again",
+        "check that config.json belongs to the weights, or download or save the model again",
     )
 
 
 def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, info: Mapping[str, Any]) -> None:
-    """Raise where transformers made weights up, or left stored ones out."""
+    """Raise ForgeError if transformers initialised missing weights or ignored stored ones."""
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, expected = mismatched[0]
         raise ForgeError(
-            f"{checkpoint.label}: {name} is stored as {tuple(stored)}, but its config asks for {tuple(expected)}"
+            f"{checkpoint.label}: {name} is stored as {tuple(stored)}, but its config implies {tuple(expected)}"
             + _and_more(mismatched),
             "config.json and the weights are of different models: download or save the model again",
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ForgeError(
-            f"{checkpoint.label} is not whole: {missing[0]} is missing{_and_more(missing)}",
+            f"{checkpoint.label} is incomplete: {missing[0]} is missing{_and_more(missing)}",
             "download or save the model again",
         )
-    unknown = sorted(key for key in info["unexpected_keys"] if not any(_same(key, name) for name in model_map.unused))
+    unknown = sorted(
+        key for key in info["unexpected_keys"] if not any(_same_but_prefix(key, name) for name in model_map.unused)
+    )
     if unknown:
         raise ForgeError(
-            f"{checkpoint.label}: its config has no place for {unknown[0]}, which is stored{_and_more(unknown)}",
+            f"{checkpoint.label}: the model of its config has no weight {unknown[0]}{_and_more(unknown)}",
             "config.json and the weights are of different models: download or save the model again",
         )
 
 
-def _same(key: str, name: str) -> bool:
-    """Whether two names differ at most in a prefix."""
+def _same_but_prefix(key: str, name: str) -> bool:
+    """Whether two names are equal or differ only in a prefix."""
     return key == name or key.endswith(f".{name}") or name.endswith(f".{key}")
 
 
@@ -172,16 +177,16 @@ def _and_more(names: Collection[object]) -> str:
 
 
 def _check_tied(checkpoint: Checkpoint, module: Any) -> None:
-    """See that the head of a model that stores none is the embedding, and tie it where it is not."""
+    """Tie the head to the embedding if it is not tied yet."""
     if _is_tied(module):
         return
     module.tie_weights()
     if not _is_tied(module):
         raise ForgeError(
-            f"{checkpoint.label} stores no head, and transformers does not tie it to the embedding",
-            "please report this with the model's name",
+            f"{checkpoint.label} stores no head, and transformers cannot tie it to the embedding",
+            "save the model with an untied head, or report this with its name and the version of transformers",
         )
-    say("note: the unembedding is not stored; it is tied to the embedding, as the config says")
+    say("note: the checkpoint stores no unembedding; it is tied to the embedding, as its config says")
 
 
 def _is_tied(module: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a measurement asks of a model, whatever runs it: token ids in, ids and log-probabilities out."""
+"""The interface of a model for measurements: token ids in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Decided = Callable[[Ids], bool]
 
 @dataclass(frozen=True)
 class Answers:
-    """Token ids of the answers (without what ended them), and the first token's log-probabilities.
+    """The answers to a list of prompts.
 
     Attributes:
-        ids: one list per prompt.
-        first: float32 ``[prompts, vocabulary]``, natural logarithms, on the CPU; None unless asked for.
+        ids: token ids of each answer, without the end token.
+        first: natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU;
+            None without ``keep_first``.
     """
 
     ids: list[Ids]
@@ -32,7 +33,7 @@ class AnsweringModel(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Makes the prompts and reads the answers."""
+        """The tokenizer for prompts and answers."""
 
     def answer(
         self,
@@ -46,14 +47,14 @@ class AnsweringModel(Protocol):
         """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
 
         Args:
-            decided: tells from an answer so far that no further token can matter; such an answer may end there.
-            keep_first: keep the first token's log-probabilities.
-            progress: called with the number of prompts that are done.
+            decided: called with the token ids of an unfinished answer; True allows the model to end the answer there.
+            keep_first: return the first token's log-probabilities.
+            progress: called with the number of newly answered prompts.
         """
 
 
 class ForwardModel(Protocol):
-    """What greedy decoding asks of a model in memory."""
+    """The interface of a model in memory for greedy decoding."""
 
     batch_size: int
     device: torch.device
@@ -61,10 +62,10 @@ class ForwardModel(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Gives the ids that pad prompts and end answers."""
+        """The tokenizer, which knows the padding id and the end ids."""
 
     def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
-        """A forward pass; logits ``[batch, 1, vocabulary]`` of the last position alone where the model can do that."""
+        """Run a forward pass. With ``last_only`` the logits may be ``[batch, 1, vocabulary]``, the last position's."""
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
-        """Do the work, with smaller batches where memory does not hold them."""
+        """Call ``work`` and return its result; if memory runs out, reduce ``batch_size`` and call it again."""

@@ -1,4 +1,4 @@
-"""Answers behind a thought that could not be closed in the prompt: it runs for a bounded time and is then closed."""
+"""Answers of thinking models: if the prompt cannot close the thought, generate a bounded one and close it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from ollama_forge.text.closed_thought import Thought, cutting_text
 from ollama_forge.text.tokenizer import Ids
 
 THOUGHT_TOKENS = 512
-_OPENING_TOKENS = 8  # by then a thought has begun, or none will
+_OPENING_TOKENS = 8  # a thought starts within this many tokens
 _PROBE = "Name a colour."
 
 
-def settle_thoughts(model: AnsweringModel) -> Thought:
-    """Find out by one short answer whether closing the thought in the prompt works, and keep it in the tokenizer.
+def detect_thought(model: AnsweringModel) -> Thought:
+    """Test with short answers whether the model thinks, and set ``tokenizer.thought`` accordingly.
 
-    A model whose vocabulary alone has marks of thoughts gets an empty one where it would think; one that thinks behind
-    a closed thought all the same is left to think.
+    ``EMPTY`` if the model thinks without an empty thought in the prompt; ``RUNS`` if it thinks even after a closed one.
     """
     tokenizer = model.tokenizer
     while tokenizer.thinking is not None and not tokenizer.thought.must_run:
@@ -28,10 +27,10 @@ def settle_thoughts(model: AnsweringModel) -> Thought:
     return tokenizer.thought
 
 
-def behind_thoughts(model: AnsweringModel, prompts: Sequence[Ids]) -> list[Ids]:
-    """Prompts, each with the model's own thought at its end, closed after at most 512 tokens.
+def append_thoughts(model: AnsweringModel, prompts: Sequence[Ids]) -> list[Ids]:
+    """Append the model's thought to each prompt, closed after at most 512 tokens.
 
-    Prompts whose thought is closed already come back as they are.
+    Prompts of models that do not think or whose prompts close the thought are returned unchanged.
     """
     split, tokenizer = model.tokenizer.thinking, model.tokenizer
     if split is None or not tokenizer.thought.must_run:
@@ -48,7 +47,7 @@ def behind_thoughts(model: AnsweringModel, prompts: Sequence[Ids]) -> list[Ids]:
     return out
 
 
-def answer_behind_thoughts(
+def answer_after_thoughts(
     model: AnsweringModel,
     prompts: Sequence[Ids],
     max_new_tokens: int,
@@ -56,5 +55,5 @@ def answer_behind_thoughts(
     decided: Decided | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Ids]:
-    """Greedy answers of at most ``max_new_tokens`` tokens, each counted from behind the thought."""
-    return model.answer(behind_thoughts(model, prompts), max_new_tokens, decided=decided, progress=progress).ids
+    """Greedy answers of at most ``max_new_tokens`` tokens, which begin after the thought."""
+    return model.answer(append_thoughts(model, prompts), max_new_tokens, decided=decided, progress=progress).ids

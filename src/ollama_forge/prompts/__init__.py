@@ -1,1 +1,1 @@
-"""Instruction lists: curated, from files or folders; sampled, and split into parts that never mix."""
+"""Instruction lists: curated, downloaded or the user's own; sampled, and split into disjoint parts."""

@@ -1,4 +1,4 @@
-"""The curated lists that ship as package data: line i of one is the parallel of line i of the other."""
+"""The curated lists in the package data: line i of either list is the counterpart of line i of the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CATEGORY = "# category: "
 
 @dataclass(frozen=True)
 class Pair:
-    """One harmful instruction, its harmless parallel, and the kind of misuse the former names."""
+    """A harmful instruction with its category of misuse, and its harmless counterpart."""
 
     index: int
     category: str
@@ -24,9 +24,12 @@ class Pair:
     harmless: str
 
 
-def _categorised(path: Path) -> list[tuple[str, str]]:
+def _read_categorised(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
-        raise ForgeError(f"the curated list {path.name} is missing from the installation", "clone this program again")
+        raise ForgeError(
+            f"the curated list {path.name} is missing from the installation",
+            "restore the file: git checkout -- src/ollama_forge/data",
+        )
     category, out = "", []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line.startswith(_CATEGORY):
@@ -42,14 +45,16 @@ def curated_are_installed() -> bool:
 
 @cache
 def curated_pairs() -> tuple[Pair, ...]:
-    """All pairs, in file order; a pair's index is its place there and decides its part.
+    """All pairs in file order. A pair's index is its position in the file and determines its part.
 
     Raises:
-        ForgeError: a list is missing, or the two are not parallel.
+        ForgeError: a list is missing, or the categories of the two lists differ.
     """
-    harmful, harmless = _categorised(HARMFUL_FILE), _categorised(HARMLESS_FILE)
+    harmful, harmless = _read_categorised(HARMFUL_FILE), _read_categorised(HARMLESS_FILE)
     if [category for category, _ in harmful] != [category for category, _ in harmless]:
-        raise ForgeError("the curated lists are not parallel", "clone this program again")
+        raise ForgeError(
+            "the categories of the two curated lists differ", "restore the files: git checkout -- src/ollama_forge/data"
+        )
     return tuple(
         Pair(index, category, bad, good)
         for index, ((category, bad), (_, good)) in enumerate(zip(harmful, harmless, strict=True))

@@ -1,4 +1,4 @@
-"""Whether texts are English: the markers that tell a refusal from an answer know no other language."""
+"""Detect texts that are not English, because the refusal markers are English only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 FEWEST_WORDS = 6
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-# without words that other languages write alike: no "in", "is", "a", "no", "me", "so", "of", "was", "an", "or"
+# omits words that are also words of other languages: "in", "is", "a", "no", "me", "so", "of", "was", "an", "or"
 _FUNCTION_WORD = re.compile(
     r"the|and|to|for|with|that|this|these|those|you|your|it|its|are|be|been|can|from|not|have|has|by|will|would|they|"
     r"their|which|what|how|if|when|there|but|all|more|should|could|i'm|it's|i've|don't|can't|let's|he|she|his|her|we|"
@@ -19,10 +19,10 @@ _FUNCTION_WORD = re.compile(
 
 
 def count_not_english(texts: Iterable[str]) -> int:
-    """How many of ``texts`` are clearly not English.
+    """Count the texts that are clearly not English.
 
-    A text counts where most of its letters are not Latin ones, or where it has at least 6 words of which under 5 % are
-    common English function words. Code blocks are left out; a text of fewer words in Latin letters never counts.
+    A text counts if most of its letters are not Latin, or if it has at least 6 words and fewer than 5 % of them are
+    common English function words. Code blocks are ignored.
     """
     return sum(_is_not_english(text) for text in texts)
 

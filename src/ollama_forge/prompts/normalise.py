@@ -1,4 +1,4 @@
-"""What an instruction is as text: one line of it, and what makes two lines the same."""
+"""Normalise instructions: to one line each, and to a form in which duplicates are equal."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line that encodes to UTF-8.
+    """``text`` as one line that can be encoded as UTF-8.
 
-    Each run of white space, line ends (those of Unicode too) and control characters becomes one space, byte-order
-    marks go, and half of a surrogate pair becomes ``?``.
+    Each run of white space, Unicode line ends and control characters becomes one space. Byte-order marks are removed. A
+    lone surrogate becomes ``?``.
     """
     whole = text.replace(_BYTE_ORDER_MARK, "").encode("utf-8", "replace").decode()
     return " ".join(_CONTROL.sub(" ", whole).split())
 
 
 def normalise(line: str) -> str:
-    """Case, punctuation, accents' encoding and spacing aside: ``"Write  a Poem."`` -> ``"write a poem"``."""
+    """Remove differences of case, punctuation, spacing and Unicode form: ``"Write  a Poem."`` -> ``"write a poem"``."""
     folded = unicodedata.normalize("NFKC", line).casefold()
     return " ".join(_NOT_WORD.sub(" ", folded).split())
 
 
 def dedupe(lines: list[str]) -> list[str]:
-    """The first of each group of lines that are equal once normalised, in order."""
+    """Keep the first of all lines with the same normalised form, in order."""
     seen: dict[str, str] = {}
     for line in lines:
         seen.setdefault(normalise(line), line)

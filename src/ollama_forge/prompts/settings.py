@@ -1,4 +1,4 @@
-"""Which instruction lists a run works on."""
+"""The options that select and size the instruction lists."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ollama_forge.prompts.split import PromptSplit, curated_fit_pairs, split_pro
 from ollama_forge.prompts.upstream import cached_lists
 
 DEFAULT_PAIRS = 32
-MAX_SELECT, MAX_REPORT = 256, 512  # prompts a side; 512 give a refusal rate to within 5 percentage points
+MAX_SELECT, MAX_REPORT = 256, 512  # prompts per side; 512 give a refusal rate to within 5 percentage points
 
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Own lists by file or folder (curated ones where none is given), how many pairs to fit on, and the seed.
+    """The user's lists (files or folders; default: the curated lists), the sizes of the parts, and the seed.
 
     Attributes:
-        num_instructions: pairs to fit on; None for the method's default (32 for a direction, 256 for least squares).
-        max_measured: prompts a side that the select and the report part each hold at most; None for 256 and 512, 0 for
-            no limit.
+        num_instructions: pairs in the fit part; None for the method's default (32 for a direction, 256 for least
+            squares).
+        max_measured: maximum number of prompts per side in the select part and in the report part; None for 256 and
+            512, 0 for no limit.
     """
 
     harmful: str | None = None
@@ -39,48 +40,48 @@ class PromptSettings:
         if self.num_instructions is not None and self.num_instructions < 1:
             raise UsageError(f"--num-instructions {self.num_instructions} is less than 1", "32 is the default")
         if self.max_measured is not None and self.max_measured < 0:
-            raise UsageError(f"--max-measured {self.max_measured} is less than 0", "0 measures on every prompt")
+            raise UsageError(f"--max-measured {self.max_measured} is less than 0", "0 means no limit")
         for side in ("harmful", "harmless"):
             if getattr(self, side) and getattr(self, f"{side}_dir"):
                 raise UsageError(f"both --{side} and --{side}-dir are given", "give one of them")
 
-    def load(self, most: int) -> PromptSplit:
-        """Read and split the lists; the fit part holds ``num_instructions`` pairs, or ``most`` where that is unset.
+    def load(self, default_pairs: int) -> PromptSplit:
+        """Read and split the lists. The fit part holds ``num_instructions`` pairs, by default ``default_pairs``.
 
-        Where no list is given and the curated pairs don't suffice, downloaded lines follow them; where the curated
-        lists are not installed, downloaded ones stand alone.
+        Without lists from the user, the curated pairs are used, followed by downloaded lines if the curated pairs are
+        too few. If the curated lists are not installed, the downloaded lists are used alone.
 
         Raises:
-            ForgeError: a list cannot be read, or is not of the form that its name says.
-            UsageError: an own list has fewer than 8 distinct lines, in all or in the fit part, or the two lists share a
-                line.
+            ForgeError: a list cannot be read, or its content does not match its file name's suffix.
+            UsageError: one of the user's lists has fewer than 8 distinct lines, in total or in the fit part, or both
+                lists contain the same line.
         """
-        wanted = self.num_instructions or most
-        own = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
+        pairs = self.num_instructions or default_pairs
+        has_lists = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
         curated = curated_are_installed()
-        large, told = (None, ()) if own or (curated and wanted <= curated_fit_pairs()) else cached_lists()
+        downloaded, notes = (None, ()) if has_lists or (curated and pairs <= curated_fit_pairs()) else cached_lists()
         harmful, harmless = self._side(self.harmful, self.harmful_dir), self._side(self.harmless, self.harmless_dir)
         for side, lines in (("harmful", harmful), ("harmless", harmless)):
             foreign = count_not_english(lines or ())
             if lines and 2 * foreign > len(lines):
-                told += (
+                notes += (
                     f"{foreign:,} of your {len(lines):,} {side} lines are not English: "
                     "refusals in other languages count as answers",
                 )
-        if large is not None and not curated:
-            harmful, harmless, large = list(large.harmful), list(large.harmless), None
-            told += ("the curated lists are not installed: the downloaded ones stand alone",)
+        if downloaded is not None and not curated:
+            harmful, harmless, downloaded = list(downloaded.harmful), list(downloaded.harmless), None
+            notes += ("the curated lists are not installed: only the downloaded lists are used",)
         split = split_prompts(
             harmful,
             harmless,
-            num_instructions=wanted,
-            least=self.num_instructions or DEFAULT_PAIRS,
+            num_instructions=pairs,
+            note_below=self.num_instructions or DEFAULT_PAIRS,
             seed=self.seed,
-            large=large,
+            downloaded=downloaded,
             max_select=MAX_SELECT if self.max_measured is None else self.max_measured or None,
             max_report=MAX_REPORT if self.max_measured is None else self.max_measured or None,
         )
-        return replace(split, notes=told + split.notes)
+        return replace(split, notes=notes + split.notes)
 
     def _side(self, file: str | None, folder: str | None) -> list[str] | None:
         if folder:

@@ -1,7 +1,7 @@
-"""Three disjoint parts: the direction sees *fit*, choices are made on *select*, what is shown is measured on *report*.
+"""Split instructions into three disjoint parts: *fit* for the direction, *select* for choices, *report* for results.
 
-Curated pairs are split by a stable hash of the pair's index, so both lines of a pair lie in one part; other lines by a
-hash of their normalised text. A line that is also curated keeps its pair's part.
+A curated pair is assigned by a stable hash of its index, so that both of its lines lie in one part. Any other line is
+assigned by a hash of its normalised text, unless it is also a curated line: then it goes to the part of its pair.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ollama_forge.prompts.curated import curated_are_installed, curated_pairs
 from ollama_forge.prompts.normalise import dedupe, normalise
 
 MINIMUM_TO_MEASURE = 20
-MINIMUM_LINES = 8  # a mean of fewer is mostly what those few lines are about
+MINIMUM_LINES = 8  # the mean of fewer lines reflects their topics more than refusal
 
 
 class Part(StrEnum):
@@ -35,7 +35,7 @@ class PartPrompts:
     harmless: tuple[str, ...]
 
     def first(self, count: int | None) -> PartPrompts:
-        """The first ``count`` of either side; None for all."""
+        """The first ``count`` instructions of each side; all of them for None."""
         return PartPrompts(self.harmful[:count], self.harmless[:count])
 
     @property
@@ -45,7 +45,7 @@ class PartPrompts:
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """The three parts, each in a seeded order, and notes for the user on how they came about."""
+    """The three parts, each in a seeded order, and notes for the user about how the lists were split."""
 
     fit: PartPrompts
     select: PartPrompts
@@ -57,7 +57,7 @@ class PromptSplit:
 
 
 def part_of_key(key: str) -> Part:
-    """Fit for 50 % of all keys, select for 20 %, report for 30 %; the same on every machine for ever."""
+    """Assign 50 % of all keys to fit, 20 % to select and 30 % to report, by a hash that never changes."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     if share < 0.5:
         return Part.FIT
@@ -74,12 +74,12 @@ def part_of_line(line: str, curated: dict[str, Part]) -> Part:
 
 
 def curated_fit_pairs() -> int:
-    """How many curated pairs there are to fit on."""
+    """Number of curated pairs in the fit part."""
     return sum(part_of_pair(pair.index) is Part.FIT for pair in curated_pairs())
 
 
 def curated_parts() -> dict[str, Part]:
-    """Normalised curated line -> its pair's part; empty where the curated lists are not installed."""
+    """Map each normalised curated line to its pair's part; empty if the curated lists are not installed."""
     if not curated_are_installed():
         return {}
     return {
@@ -92,61 +92,62 @@ def split_prompts(
     harmless: Sequence[str] | None = None,
     *,
     num_instructions: int | None = 32,
-    least: int | None = None,
+    note_below: int | None = None,
     seed: int = 0,
-    large: PartPrompts | None = None,
+    downloaded: PartPrompts | None = None,
     max_select: int | None = None,
     max_report: int | None = None,
 ) -> PromptSplit:
-    """Split own lists (or, where one is None, the curated ones) and sample the fit part.
+    """Split the user's lists, or the curated list for a side that is None, and sample the fit part.
 
     Args:
-        num_instructions: pairs to fit on; None for all there are.
-        least: the number below which a note says how few there are (``num_instructions`` where None).
-        seed: of the order in which lines are taken.
-        large: lines that may follow the curated ones in the fit part, at most as many; no part of own lists.
-        max_select, max_report: prompts a side that these parts hold at most; None for no limit.
+        num_instructions: pairs in the fit part; None for all.
+        note_below: a note reports a fit part with fewer lines than this; None for ``num_instructions``.
+        seed: seed of the order of the lines.
+        downloaded: lines to append to the curated ones in the fit part, at most as many; ignored with the user's lists.
+        max_select, max_report: maximum number of prompts per side in these parts; None for no limit.
 
     Raises:
-        UsageError: an own list has fewer than 8 distinct lines, in all or in the fit part, or the two lists share a
-            line.
+        UsageError: one of the user's lists has fewer than 8 distinct lines, in total or in the fit part, or both lists
+            contain the same line.
     """
     notes: list[str] = []
     curated = curated_parts()
     sides = {"harmful": harmful, "harmless": harmless}
-    lines = {side: _curated(side) if own is None else list(own) for side, own in sides.items()}
+    lines = {side: _curated_lines(side) if given is None else list(given) for side, given in sides.items()}
     both = set.intersection(*({normalise(line) for line in lines[side]} for side in sides))
     if both:
         raise UsageError(
-            f"{len(both)} lines are in both lists, such as {sorted(both)[0]!r}", "a line is harmful or not"
+            f"{len(both)} lines are in both lists, such as {sorted(both)[0]!r}",
+            "remove each of them from one of the lists",
         )
     parts: dict[Part, dict[str, list[str]]] = {part: {} for part in Part}
-    for side, own in sides.items():
+    for side, given in sides.items():
         distinct = dedupe(lines[side])
         divided = _divide(distinct, curated)
-        if own is not None:
+        if given is not None:
             _require_enough(side, len(distinct), len(divided[Part.FIT]))
         for part in (Part.SELECT, Part.REPORT):
-            if own is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
+            if given is not None and len(divided[part]) < MINIMUM_TO_MEASURE:
                 notes.append(
                     f"only {len(divided[part])} of your {side} lines fall into the {part.value} part: "
-                    f"the curated ones are used there"
+                    "it uses the curated lines instead"
                 )
-                divided[part] = _divide(_curated(side), curated)[part]
+                divided[part] = _divide(_curated_lines(side), curated)[part]
         for part in Part:
             parts[part][side] = divided[part]
     paired = harmful is None and harmless is None
     for part in Part:
         _shuffle(parts[part], f"{seed}:{part.value}", together=paired)
-    if paired and large is not None:
-        _fill_up(parts[Part.FIT], large, curated, seed)
-    fit = _sample(parts[Part.FIT], num_instructions, num_instructions if least is None else least, notes)
-    select = _capped(Part.SELECT, parts[Part.SELECT], max_select, notes)
-    report = _capped(Part.REPORT, parts[Part.REPORT], max_report, notes)
+    if paired and downloaded is not None:
+        _append_downloaded(parts[Part.FIT], downloaded, curated, seed)
+    fit = _sample(parts[Part.FIT], num_instructions, num_instructions if note_below is None else note_below, notes)
+    select = _limited(Part.SELECT, parts[Part.SELECT], max_select, notes)
+    report = _limited(Part.REPORT, parts[Part.REPORT], max_report, notes)
     return PromptSplit(fit, select, report, tuple(notes))
 
 
-def _curated(side: str) -> list[str]:
+def _curated_lines(side: str) -> list[str]:
     return [getattr(pair, side) for pair in curated_pairs()]
 
 
@@ -158,7 +159,7 @@ def _divide(lines: Iterable[str], curated: dict[str, Part]) -> dict[Part, list[s
 
 
 def _shuffle(sides: dict[str, list[str]], seed: str, *, together: bool) -> None:
-    if together:  # parallel lines stay parallel, so that a small sample is balanced too
+    if together:  # a small sample then holds both lines of each pair
         rows = list(zip(sides["harmful"], sides["harmless"], strict=True))
         random.Random(seed).shuffle(rows)
         sides["harmful"], sides["harmless"] = [bad for bad, _ in rows], [good for _, good in rows]
@@ -167,11 +168,11 @@ def _shuffle(sides: dict[str, list[str]], seed: str, *, together: bool) -> None:
             random.Random(f"{seed}:{side}").shuffle(lines)
 
 
-def _fill_up(fit: dict[str, list[str]], large: PartPrompts, curated: dict[str, Part], seed: int) -> None:
-    """Let lines of ``large`` follow the curated ones: as many on either side, and at most as many as those."""
+def _append_downloaded(fit: dict[str, list[str]], downloaded: PartPrompts, curated: dict[str, Part], seed: int) -> None:
+    """Append the same number of downloaded lines to both sides, at most as many as there are curated lines."""
     more: dict[str, list[str]] = {}
     for side in fit:
-        lines = [line for line in dedupe(getattr(large, side)) if normalise(line) not in curated]
+        lines = [line for line in dedupe(getattr(downloaded, side)) if normalise(line) not in curated]
         more[side] = _divide(lines, curated)[Part.FIT]
     _shuffle(more, f"{seed}:large", together=False)
     count = min(len(lines) for lines in (*fit.values(), *more.values()))
@@ -180,32 +181,32 @@ def _fill_up(fit: dict[str, list[str]], large: PartPrompts, curated: dict[str, P
 
 
 def _require_enough(side: str, lines: int, fit: int) -> None:
-    wanted = f"{MINIMUM_LINES} are needed to compute a direction"
+    needed = f"computing a direction needs {MINIMUM_LINES}"
     if lines < MINIMUM_LINES:
-        raise UsageError(f"your {side} list has {lines} distinct lines: {wanted}", "give a list of 32 lines or more")
+        raise UsageError(f"your {side} list has {lines} distinct lines: {needed}", "give a list of 32 lines or more")
     if fit < MINIMUM_LINES:
         raise UsageError(
-            f"of the {lines} distinct lines of your {side} list {fit} fall into the fit part: {wanted}",
-            "about half of a list falls there: give one of 32 lines or more",
+            f"of the {lines} distinct lines of your {side} list, {fit} fall into the fit part: {needed}",
+            "about half of a list falls into it: give a list of 32 lines or more",
         )
 
 
-def _capped(part: Part, sides: dict[str, list[str]], most: int | None, notes: list[str]) -> PartPrompts:
-    """The first ``most`` lines of either side, which are in a seeded order."""
+def _limited(part: Part, sides: dict[str, list[str]], most: int | None, notes: list[str]) -> PartPrompts:
+    """The first ``most`` lines of each side; a note says how many others are left out."""
     whole = PartPrompts(tuple(sides["harmful"]), tuple(sides["harmless"]))
     if most is None:
         return whole
-    left_out = [f"{len(own) - most:,} of {len(own):,} {side}" for side, own in sides.items() if len(own) > most]
+    left_out = [f"{len(lines) - most:,} of {len(lines):,} {side}" for side, lines in sides.items() if len(lines) > most]
     if left_out:
         notes.append(
             f"{' and '.join(left_out)} lines of the {part.value} part are left out: "
-            "--max-measured sets how many a side it holds (0: all)"
+            "--max-measured sets its size per side (0: no limit)"
         )
     return whole.first(most)
 
 
-def _sample(sides: dict[str, list[str]], count: int | None, least: int | None, notes: list[str]) -> PartPrompts:
+def _sample(sides: dict[str, list[str]], count: int | None, note_below: int | None, notes: list[str]) -> PartPrompts:
     for side, lines in sides.items():
-        if least is not None and len(lines) < least:
-            notes.append(f"{least} {side} instructions were asked for, {len(lines)} are there: all are used")
+        if note_below is not None and len(lines) < note_below:
+            notes.append(f"of {note_below} {side} instructions to fit on, {len(lines)} are available: all are used")
     return PartPrompts(tuple(sides["harmful"][:count]), tuple(sides["harmless"][:count]))

@@ -1,4 +1,4 @@
-"""The large public lists: fetched in parallel, filtered, merged, cached. Nothing of them ships with the package."""
+"""Fetch, filter, merge and cache the large public lists, which are not part of the package."""
 
 from __future__ import annotations
 
@@ -32,13 +32,19 @@ _HUB = "https://huggingface.co"
 _INDEX = "lists.json"
 _MOST_BYTES = 64_000_000
 
-Lines = list[tuple[str, str]]  # an instruction, and the category its list puts it in ("" where it names none)
+Lines = list[tuple[str, str]]  # instruction and category ("" if the list gives none)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One upstream file. ``key`` names the column or field of the instruction (none: one a line), ``label`` that of its
-    category."""
+    """One upstream file.
+
+    Attributes:
+        host: scheme and host of its address.
+        side: harmful or harmless.
+        key: name of the instruction column or field; "" for a file with one instruction per line.
+        label: name of the category column; "" for none.
+    """
 
     host: str
     path: str
@@ -55,20 +61,20 @@ class Source:
         return f"{self.repository}/{self.path.rsplit('/', 1)[1]}"
 
     def url(self, base: str | None) -> str:
-        """Its address at ``base``, else at its own host (``HF_ENDPOINT`` stands in for the Hub)."""
+        """The file's address on the mirror ``base``; by default on its own host (for the Hub: ``HF_ENDPOINT``)."""
         host = base or (os.environ.get("HF_ENDPOINT") if self.host == _HUB else None) or self.host
         return f"{host.rstrip('/')}/{self.path}"
 
     def read(self, data: bytes) -> Lines:
-        """The instructions of the file, each on one line.
+        """Parse the file; every instruction becomes one line.
 
         Raises:
-            ForgeError: no list, or none of the form expected.
-            ValueError, csv.Error: not UTF-8, JSON or CSV.
+            ForgeError: the file is a web page, has an unexpected structure or holds no instruction.
+            ValueError, csv.Error: the file is not UTF-8, or not valid JSON or CSV.
         """
         text = data.decode("utf-8-sig")
         if text.lstrip()[:1] == "<":
-            raise ForgeError("a web page came back instead of the list")
+            raise ForgeError("the host returned a web page instead of the list")
         rows: list[Any]
         if self.path.endswith(".csv"):
             rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
@@ -77,13 +83,13 @@ class Source:
         else:
             rows = [{self.key: line} for line in text.split("\n")]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ForgeError("not a list of objects")
+            raise ForgeError("the file is not an array of objects")
         if not all(isinstance(row.get(self.key), str) for row in rows):
-            raise ForgeError(f"a row without {self.key!r}")
+            raise ForgeError(f"a row lacks {self.key!r}")
         lines = [(one_line(row[self.key]), str(row.get(self.label) or "")) for row in rows]
         lines = [(line, label) for line, label in lines if normalise(line) and not line.startswith("#")]
         if not lines:
-            raise ForgeError("it holds no instruction")
+            raise ForgeError("the file holds no instruction")
         return lines
 
 
@@ -111,10 +117,17 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class FetchedLists:
-    """What ``download_lists`` wrote and what it left out.
+    """The result of ``download_lists``.
 
-    ``lines`` counts those of each source that arrived, ``failures`` says why another did not; ``dropped`` counts by
-    care rule, ``in_both`` harmless lines that are harmful ones too.
+    Attributes:
+        folder: where ``harmful.txt`` and ``harmless.txt`` were written.
+        harmful: the instructions in ``harmful.txt``.
+        harmless: the instructions in ``harmless.txt``.
+        lines: number of instructions by source, for the sources that were fetched.
+        failures: reason by source, for the other sources.
+        dropped: number of lines that each care rule removed.
+        duplicates: number of repeated lines that were removed.
+        in_both: number of harmless lines that were removed because the harmful list holds them too.
     """
 
     folder: Path
@@ -143,22 +156,24 @@ class FetchedLists:
 def download_lists(
     output_dir: Path, *, source_base: str | None = None, timeout: float = DEFAULT_TIMEOUT
 ) -> FetchedLists:
-    """Fetch ``SOURCES`` and write ``harmful.txt`` and ``harmless.txt``, there and in the cache ``run`` reads.
+    """Fetch ``SOURCES`` and write ``harmful.txt`` and ``harmless.txt`` to ``output_dir`` and to the cache.
+
+    ``PromptSettings.load`` reads the lists in the cache.
 
     Args:
-        source_base: scheme and host of a mirror that stands in for both hosts, with the same paths.
-        timeout: seconds after which a source is given up.
+        source_base: scheme and host of a mirror with the same paths; it replaces the hosts of all sources.
+        timeout: seconds that the download of all sources may take.
 
     Raises:
-        UsageError: an option that can't work.
-        ForgeError: no source could be read, or a file can't be written.
+        UsageError: an argument is invalid.
+        ForgeError: no source could be fetched, or a file cannot be written.
     """
     if source_base is not None and not re.match(r"https?://[^/]", source_base):
         raise UsageError(
-            f"--source-base {source_base} is no http or https address", "for example https://mirror.example"
+            f"--source-base {source_base} is not an http or https address", "for example https://mirror.example"
         )
     if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise UsageError(f"--timeout {timeout:g} is no length of time", "in seconds; 30 is the default")
+        raise UsageError(f"--timeout {timeout:g} is not a positive number of seconds", "30 is the default")
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output-dir {output_dir} is not a folder", "choose another name")
     arrived, failures = _fetch_all(source_base, timeout)
@@ -168,8 +183,8 @@ def download_lists(
             f"none of the {len(SOURCES)} lists could be fetched: {reasons}",
             "check the connection (https_proxy, HF_ENDPOINT), or give --timeout or --source-base",
         )
-    fetched = _merged(output_dir, arrived, failures)
-    texts = {side: _text(fetched, side) for side in SIDES}
+    fetched = _merge(output_dir, arrived, failures)
+    texts = {side: _file_text(fetched, side) for side in SIDES}
     for folder in (output_dir, lists_folder()):
         for side, text in texts.items():
             write_text(folder / f"{side}.txt", text)
@@ -183,7 +198,7 @@ def lists_folder() -> Path:
 
 
 def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
-    """The lists of the last download, None where there are none or they are damaged; and a note in the latter case."""
+    """The lists of the last download, and notes. The lists are None if none were downloaded or they are damaged."""
     folder = lists_folder()
     if not (folder / _INDEX).exists():
         return None, ()
@@ -194,21 +209,21 @@ def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
             return PartPrompts(*(tuple(data[side].decode().split("\n")[1:-1]) for side in SIDES)), ()
     except (ForgeError, OSError, KeyError, TypeError, UnicodeDecodeError):
         pass
-    return None, (f"the downloaded lists in {folder} are damaged and left out: repeat download-lists",)
+    return None, (f"the downloaded lists in {folder} are damaged and not used: run download-lists again",)
 
 
 def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], dict[str, str]]:
-    """Every source that arrived within ``timeout``, in the order of ``SOURCES``; why each other one didn't, by name."""
+    """The lines of the sources fetched within ``timeout``, in the order of ``SOURCES``; failures by source name."""
     late = f"no answer within {timeout:g} s"
     outcomes: SimpleQueue[tuple[Source, Lines | str]] = SimpleQueue()
 
     def work(source: Source) -> None:
         try:
             outcomes.put((source, _fetch(source, base, timeout)))
-        except Exception as error:  # of the network, of a proxy's setting, of the text: one list less
-            outcomes.put((source, _reason(error, late)))
+        except Exception as error:  # a failure of any kind must not lose the other lists
+            outcomes.put((source, _failure_reason(error, late)))
 
-    for source in SOURCES:  # daemon threads: an executor's would hold up the exit until the last stalled one ends
+    for source in SOURCES:  # daemon threads: an executor would delay the exit until a stalled download ends
         threading.Thread(target=work, args=(source,), daemon=True).start()
     arrived: dict[Source, Lines] = {}
     failures = {source.name: late for source in SOURCES}
@@ -226,7 +241,7 @@ def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], d
 
 
 def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
-    import httpx  # here: its import takes 0.1 s, which commands that fetch nothing need not spend
+    import httpx  # importing it takes 0.1 s, so only download-lists does
 
     deadline = time.monotonic() + timeout
     data = bytearray()
@@ -240,21 +255,21 @@ def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 if len(data) > _MOST_BYTES:
-                    raise ForgeError(f"it is larger than {_MOST_BYTES // 1_000_000} MB")
+                    raise ForgeError(f"the file is larger than {_MOST_BYTES // 1_000_000} MB")
     except httpx.TimeoutException:
         raise TimeoutError from None
     except httpx.RemoteProtocolError as error:
-        raise ForgeError("the connection broke off" if "closed" in str(error) else str(error)) from error
+        raise ForgeError("the connection was closed" if "closed" in str(error) else str(error)) from error
     return source.read(bytes(data))
 
 
-def _reason(error: Exception, late: str) -> str:
+def _failure_reason(error: Exception, late: str) -> str:
     if isinstance(error, TimeoutError):
         return late
     return one_line(str(error))[:200] or type(error).__name__
 
 
-def _merged(folder: Path, arrived: dict[Source, Lines], failures: dict[str, str]) -> FetchedLists:
+def _merge(folder: Path, arrived: dict[Source, Lines], failures: dict[str, str]) -> FetchedLists:
     kept: dict[str, dict[str, str]] = {side: {} for side in SIDES}
     dropped: Counter[str] = Counter()
     duplicates = 0
@@ -280,7 +295,7 @@ def _merged(folder: Path, arrived: dict[Source, Lines], failures: dict[str, str]
     )
 
 
-def _text(fetched: FetchedLists, side: str) -> str:
+def _file_text(fetched: FetchedLists, side: str) -> str:
     names = dict.fromkeys(s.repository for s in SOURCES if s.side == side and s.name in fetched.lines)
     first = (
         f"# {side} instructions, fetched by ollama-forge abliterate download-lists from "

@@ -1,5 +1,7 @@
-"""The care rules for lines of upstream lists: nothing sexual about minors; no recipes in chemistry, biology or
-explosives; nothing about weapons of mass harm. They go by word stems and drop too much rather than too little.
+"""The care rules for lines of upstream lists.
+
+They drop sexual content about minors, recipes in chemistry, biology and explosives, and anything about weapons of mass
+harm. They match word stems and err on the side of dropping too much.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _HARMFUL = (
 )
 _SUBSTANCE = r"(?:chemicals?|gas(?:es)?|substances?|compounds?|fumes?|toxins?|acids?|agents?|vapou?rs?|mixtures?)"
 
-# name, then comma-separated stems; a line is dropped where each group of stems of one rule has a match
+# (rule, groups of comma-separated stems, ...): a row drops a line if every one of its groups matches
 _TABLE = (
     (
         "minors",
@@ -113,7 +115,7 @@ _RULES = tuple((name, tuple(_compiled(stems) for stems in groups)) for name, *gr
 
 
 def care_rule(line: str, label: str = "") -> str | None:
-    """The rule that forbids ``line``, or None; ``label`` is the category its own list puts it in."""
+    """The name of the rule that drops ``line``, or None. ``label`` is the line's category in its list."""
     if label in _LABELS:
         return _LABELS[label]
     text = normalise(line.replace("_", " "))

@@ -30,7 +30,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Counts, count_answers, mean_kl
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import first_log_probs
-from ollama_forge.models.thoughts import behind_thoughts
+from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.search.ladder import (
@@ -215,7 +215,7 @@ class Trials:
         harmful, harmless = (
             gather_residuals(
                 self.model,
-                behind_thoughts(self.model, ids),
+                append_thoughts(self.model, ids),
                 layers,
                 position=self.settings.position,
                 keep_samples=True,
