@@ -140,7 +140,7 @@ def _fetch_files(repo: str, revision: str | None, sizes: Mapping[str, int]) -> P
     needed, free = sum(sizes[name] for name in missing), free_space(Path(HF_HUB_CACHE))
     if needed > free:
         raise ForgeError(
-            f"fetching {repo} needs {human_size(needed)}, {human_size(free)} are free in {HF_HUB_CACHE}",
+            f"fetching {repo} needs {human_size(needed)}, but {HF_HUB_CACHE} has {human_size(free)} free",
             "free disk space, or set HF_HOME to a folder on another disk",
         )
     patterns = [glob.escape(name) for name in sizes]

@@ -69,7 +69,7 @@ def _check_room(folder: Path, names: Sequence[str], target: Path) -> None:
     if needed > free:
         raise ForgeError(
             f"converting {folder.name} to safetensors needs {human_size(needed)} in {target.parent}, "
-            f"{human_size(free)} are free",
+            f"but {human_size(free)} are free",
             "free disk space, or set OLLAMA_FORGE_CACHE to a folder on another disk",
         )
 
