@@ -204,10 +204,8 @@ def climb(
     enough = [trial for trial in within if suffices(trial)]
     if enough:
         best = min(enough, key=lambda trial: trial.first_token_kl)
-        reason = (
-            f"lowest first-token KL ({best.first_token_kl:.3f}) of the {len(enough)} edits that suffice; "
-            f"{_refusals_left(best)}"
-        )
+        which = "the only edit that suffices" if len(enough) == 1 else f"the lowest KL of {len(enough)} that suffice"
+        reason = f"{which}, first-token KL {best.first_token_kl:.3f}; {_refusals_left(best)}"
     elif within:
         best = min(within, key=lambda trial: (trial.failure_rate(base), trial.first_token_kl))
         reason = (
