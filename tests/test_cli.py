@@ -146,6 +146,21 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.pt*"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--layer-fracs", "0.5", "--per-layer-directions"),
+        ("--pick", "the documented default", "--no-escalate"),
+        ("--pick", "the documented default", "--strength", "0.5"),
+    ],
+    ids=["layers", "no ladder", "edit"],
+)
+def test_options_that_exclude_each_other(tmp_path: Path, options: tuple[str, ...]) -> None:
+    error, hint = complaint(forge(*RUN, "./nowhere", *options, folder=tmp_path), 2)
+    assert options[0] in error
+    assert "leave out" in hint
+
+
 def test_unknown_targets(tmp_path: Path) -> None:
     error, hint = complaint(forge(*APPLY, "./nowhere", "--targets", "attention,nonsense", folder=tmp_path), 2)
     assert "nonsense" in error

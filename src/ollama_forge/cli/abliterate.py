@@ -169,6 +169,8 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     from ollama_forge.ollama.registration import OllamaSettings
     from ollama_forge.pipeline import RunSettings, run
 
+    if options["pick"] is not None and options["no_escalate"]:
+        raise UsageError("--pick names the edit, so that --no-escalate has no effect", "leave out one of them")
     settings = RunSettings(
         model=options["model"],
         name=options["name"],

@@ -12,6 +12,7 @@ from ollama_forge.edits.out_dtype import HELP as OUT_DTYPE_HELP
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.registry import METHODS, registered_method, settings_of
 from ollama_forge.edits.settings import KERNELS, TARGET_SETS, EditSettings
+from ollama_forge.errors import UsageError
 from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 
 if TYPE_CHECKING:
@@ -213,7 +214,6 @@ LOAD_KEYS = ("device", "dtype", "batch_size", "system", "template_kwargs", "allo
 PROMPT_KEYS = (
     "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",
 )  # fmt: skip
-DIRECTION_KEYS = ("method", "layer_fracs", "num_directions", "per_layer_directions", "position")
 EDIT_KEYS = (
     "targets", "strength", "attn_strength", "mlp_strength", "strength_kernel",
     "skip_begin_layers", "skip_end_layers", "norm_preserving",
@@ -221,7 +221,6 @@ EDIT_KEYS = (
 
 
 def load_settings(options: dict[str, Any]) -> LoadSettings:
-    from ollama_forge.errors import UsageError
     from ollama_forge.models.chat_model import LoadSettings, parse_template_kwargs
 
     batch = str(options.get("batch_size", "auto"))
@@ -238,7 +237,17 @@ def prompt_settings(options: dict[str, Any]) -> PromptSettings:
 
 
 def direction_settings(options: dict[str, Any]) -> DirectionSettings:
+    """The settings of the direction.
+
+    Raises:
+        UsageError: a value is unknown, or two options exclude each other.
+    """
     fractions = options["layer_fracs"]
+    if fractions is not None and options["per_layer_directions"]:
+        raise UsageError(
+            "--layer-fracs chooses one layer, and --per-layer-directions computes every layer's direction",
+            "leave out one of them",
+        )
     if fractions is None:
         fractions = registered_method(options.get("factors") or EditSettings.factors).layer_fracs
     return DirectionSettings(
