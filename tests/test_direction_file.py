@@ -401,7 +401,7 @@ def test_a_damaged_file_is_read_or_refused(changes: list[tuple[int, int]], cut: 
     damaged = bytearray(SAMPLE)
     for place, value in changes:
         damaged[place] = value
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "refusal.pt"
         for content in (damaged, damaged[:cut]):
             path.write_bytes(content)
@@ -419,7 +419,7 @@ def test_a_damaged_pickle_is_read_or_refused(changes: list[tuple[int, int]]) -> 
     damaged = bytearray(OLD_SAMPLE)
     for place, value in changes:
         damaged[place % len(damaged)] = value
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "refusal.pt"
         path.write_bytes(damaged)
         try:

@@ -19,7 +19,6 @@ from ollama_forge.prompts.normalise import normalise
 from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 from ollama_forge.prompts.split import (
     MINIMUM_LINES,
-    MINIMUM_TO_MEASURE,
     Part,
     PartPrompts,
     PromptSplit,
@@ -123,7 +122,6 @@ def test_twenty_lines_suffice_to_measure_and_nineteen_do_not() -> None:
     by_part: dict[Part, list[str]] = {part: [] for part in Part}
     for line in numbered("steal", 1000):
         by_part[part_of_line(line, {})].append(line)
-    assert MINIMUM_TO_MEASURE == 20
     for count in (19, 20):
         own = [*by_part[Part.FIT], *by_part[Part.REPORT], *by_part[Part.SELECT][:count]]
         split = whole(harmful=own)

@@ -64,7 +64,7 @@ def tensor_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """hypothesis runs many examples in one test, so no tmp_path."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
