@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.loops import LoopWatch
 from ollama_forge.serving.talkers import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
 from tests import planted
+from tests.http_servers import QuietServer
 from tests.loopback import loopback, scripted
 from tests.processes import default_sigint, run
 from tests.scripted import serve
@@ -291,7 +292,7 @@ class Server:
                 server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.answer(*lines)
 
-        self._http = HTTPServer(("127.0.0.1", 0), Handler)
+        self._http = QuietServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self._http.server_port}"
 
     @contextmanager

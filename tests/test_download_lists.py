@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import Part, curated_fit_pairs, curated_parts, part_of_line, split_prompts
 from ollama_forge.prompts.upstream import SOURCES, cached_lists, download_lists, lists_folder, one_line
 from ollama_forge.prompts.upstream_filter import care_rule
+from tests.http_servers import QuietServer
 
 SUMANDORA = "/Sumandora/remove-refusals-with-transformers/master"
 HARMBENCH = "/centerforaisafety/HarmBench/main/data/behavior_datasets/harmbench_behaviors_text_all.csv"
@@ -106,7 +107,7 @@ class Server:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.base = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()

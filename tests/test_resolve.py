@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,6 +24,7 @@ from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 from tests import tiny
+from tests.http_servers import QuietServer
 
 TOKEN = "hf_stand_in_token"
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
@@ -245,7 +246,7 @@ def hub(folder: Path) -> Iterator[Hub]:
         "owner/private": Repository(whole, private=True),
     }
     handler = type("BoundHandler", (Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = QuietServer(("127.0.0.1", 0), handler)
     handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories)  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
