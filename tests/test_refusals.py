@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal, refusal_is_decided
+from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
 from ollama_forge.prompts.curated import curated_pairs
 from ollama_forge.prompts.language import count_not_english
 from tests.refusal_cases import ANSWERING, DEFLECTING, REFUSING, SURE, UNDECIDED
@@ -182,13 +182,11 @@ def test_a_refusal_is_sure_once_its_marker_has_ended() -> None:
 @pytest.mark.parametrize("text", SURE)
 def test_a_refusing_marker_settles_an_unfinished_answer(text: str) -> None:
     assert is_surely_refusal(text)
-    assert refusal_is_decided(text)
 
 
 @pytest.mark.parametrize("text", [*UNDECIDED, *DEFLECTING])
 def test_what_may_still_become_an_answer_is_never_sure(text: str) -> None:
     assert not is_surely_refusal(text)
-    assert not refusal_is_decided(text)
 
 
 @pytest.mark.parametrize(
@@ -201,38 +199,14 @@ def test_help_after_a_deflection_makes_an_answer_wherever_it_comes(help: str) ->
     assert classify(f"{deflection} There are alternatives:\n1. Talk to him.\n2. Write to him.") is AnswerClass.REFUSAL
 
 
-def test_when_a_refusal_is_decided() -> None:
-    assert not refusal_is_decided("")
-    assert not refusal_is_decided("One word. Two words. Three words.")  # 3.5 might follow
-    assert refusal_is_decided("One word. Two words. Three words. Four")
-    assert refusal_is_decided("I can't help you")
-    assert not refusal_is_decided("Once upon a time a king")
-
-
 @many
 @given(CUT_TEXTS, TEXTS)
 @example("I can't help.", "")
 @example("One. Two. I can't help.", " Four. Five.")
 def test_a_sure_refusal_stays_one_whatever_follows(prefix: str, more: str) -> None:
     if is_surely_refusal(prefix):
-        assert refusal_is_decided(prefix)
         assert classify(prefix) is AnswerClass.REFUSAL
         assert classify(prefix + more) is AnswerClass.REFUSAL
-
-
-@many
-@given(CUT_TEXTS, TEXTS)
-@example("One word. Two words. Three words. Four", " I can't help you.")
-def test_a_decided_answer_never_becomes_a_refusal(prefix: str, more: str) -> None:
-    if refusal_is_decided(prefix) and classify(prefix) is not AnswerClass.REFUSAL:
-        assert classify(prefix + more) is not AnswerClass.REFUSAL
-
-
-@many
-@given(TEXTS)
-def test_every_finished_refusal_is_found_early_or_stays_open_to_its_end(text: str) -> None:
-    if classify(text) is AnswerClass.REFUSAL:
-        assert is_surely_refusal(text + " and") or not refusal_is_decided(text)
 
 
 @many

@@ -14,10 +14,11 @@ from ollama_forge.cli.options import json_option
 def doctor(as_json: bool) -> None:
     """Show what is installed, what is missing, and what needs the missing parts."""
     from ollama_forge.doctor import examine
+    from ollama_forge.records import to_json
 
     findings = examine()
     if as_json:
-        print(json.dumps([finding.to_json() for finding in findings]))
+        print(json.dumps([to_json(finding) for finding in findings]))
         return
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

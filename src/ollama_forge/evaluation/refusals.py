@@ -59,15 +59,6 @@ def is_surely_refusal(text: str) -> bool:
     return match is not None and match.end() < len(plain)
 
 
-def refusal_is_decided(text: str) -> bool:
-    """Whether an unfinished answer is certainly a refusal, or certainly none.
-
-    That is so after a refusing marker, or after an opening without any marker.
-    """
-    start, is_over = opening(normalised(text))
-    return is_surely_refusal(text) or (is_over and not _deflects(start))
-
-
 def _deflects(start: str) -> bool:
     """Whether an opening has a deflecting marker: it condemns the request, or warns of it and appeals to the user."""
     return bool(CONDEMNING.search(start) or (UNLAWFUL_ACT.search(start) and APPEAL.search(start)))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,9 +26,6 @@ class Check:
     worst: float | None
     bound: float | None
     where: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Worst:
