@@ -218,7 +218,9 @@ class _InputHooks:
     def __init__(self, model: ChatModel, writers: Sequence[Matrix], positions: _BatchPositions) -> None:
         self.seen: dict[str, Tensor] = {}
         self.positions = positions
-        self.handles = [model.submodule(w).register_forward_pre_hook(self._recording_hook(w.tensor)) for w in writers]
+        self.handles = [
+            model.submodule(w.place).register_forward_pre_hook(self._recording_hook(w.tensor)) for w in writers
+        ]
 
     def _recording_hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:

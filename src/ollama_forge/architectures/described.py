@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Place, Role
 from ollama_forge.architectures.second_copies import second_copies
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.model_types import model_type_error
@@ -133,7 +133,7 @@ class _Mapper:
     def __init__(self, model_type: str, spec: dict[str, Any], tensors: Mapping[str, TensorInfo], declared: int) -> None:
         self.model_type, self.spec, self.tensors = model_type, spec, tensors
         self.unclaimed = set(tensors)
-        layer = spec["layer"]
+        layer, self.modules = spec["layer"], spec["modules"][0]
         self.root = next(
             (r for r in spec["roots"] if any(n.startswith(r + layer.split("{}")[0]) for n in tensors)), None
         )
@@ -154,25 +154,31 @@ class _Mapper:
         return name
 
     def norm(self, name: str) -> Norm | None:
-        weight = self.claim_tensor(f"{name}.weight")
+        """The norm with this name below the root."""
+        weight = self.claim_tensor(f"{self.root}{name}.weight")
         if weight is None:
             return None
-        spec = self.spec["norm"]
-        return Norm(weight, self.claim_tensor(f"{name}.bias"), spec["offset"], spec["kind"] == "layernorm")
+        spec, bias = self.spec["norm"], self.claim_tensor(f"{self.root}{name}.bias")
+        return Norm(weight, bias, spec["offset"], spec["kind"] == "layernorm", f"{self.modules}{name}")
 
     def model_map(self) -> ModelMap:
         root, spec = self.root or "", self.spec
-        embedding = [self.embedding_or_head(f"{root}{name}", Role.EMBEDDING, name) for name in spec["embedding"]]
+        roles = (Role.EMBEDDING, Role.POSITION)
+        embedding = [
+            self.embedding_or_head(f"{root}{name}", role, f"{self.modules}{name}")
+            for name, role in zip(spec["embedding"], roles, strict=False)
+        ]
         if not embedding or embedding[0] is None:
             raise ForgeError(f"the checkpoint lacks {root}{spec['embedding'][0]}.weight", _INCOMPLETE_HINT)
         layers = [matrix for index in range(self.n_layers) for matrix in self.layer(index)]
-        if self.norm(root + spec["final_norm"]) is None:
+        if self.norm(spec["final_norm"]) is None:
             raise ForgeError(f"the checkpoint lacks {root}{spec['final_norm']}.weight", _INCOMPLETE_HINT)
         for name in spec["norms"]:
             have = [f"{root}{spec['layer'].format(i)}{name}.weight" in self.tensors for i in range(self.n_layers)]
             if any(have) and not all(have):
                 raise ForgeError(f"some layers lack the norm {name}", _INCOMPLETE_HINT)
-        heads = [self.embedding_or_head(name, Role.UNEMBEDDING, name) for name in spec["unembedding"]]
+        head = spec["unembedding"][0]
+        heads = [self.embedding_or_head(name, Role.UNEMBEDDING, head) for name in spec["unembedding"]]
         unused: set[str] = set()
         for pattern in [*spec.get("copied", []), *(f"*.{other}" for other in spec["others"])]:
             unused.update(fnmatch.filter(self.unclaimed, pattern))
@@ -186,11 +192,9 @@ class _Mapper:
         matrices = [matrix for matrix in [*embedding, *layers, *heads] if matrix is not None]
         return ModelMap(
             model_type=self.model_type,
-            n_layers=self.n_layers,
             d_model=embedding[0].shape[-1],
             matrices=tuple(matrices),
-            module_roots=tuple(spec["modules"]),
-            layer_module=spec["layer"].rstrip("."),
+            layers=tuple(self.modules + spec["layer"].format(index).rstrip(".") for index in range(self.n_layers)),
             tied=not any(heads),
             unused=frozenset(unused),
         )
@@ -200,11 +204,12 @@ class _Mapper:
         if tensor is None:
             return None
         bias = self.claim_tensor(f"{name}.bias")
-        return Matrix(tensor, role, None, self.tensors[tensor].shape, module, role is Role.EMBEDDING, bias)
+        place = Place(module, bias=bias and "bias")
+        return Matrix(tensor, role, None, self.tensors[tensor].shape, (place,), role is not Role.UNEMBEDDING, bias)
 
     def layer(self, index: int) -> list[Matrix]:
         prefix = self.spec["layer"].format(index)
-        norms = {name: self.norm(f"{self.root}{prefix}{name}") for name in self.spec["norms"]}
+        norms = {name: self.norm(f"{prefix}{name}") for name in self.spec["norms"]}
         return [self.matrix(entry, index, prefix, norms) for entry in self.spec["matrix"]]
 
     def matrix(self, entry: dict[str, Any], index: int, prefix: str, norms: dict[str, Norm | None]) -> Matrix:
@@ -222,17 +227,27 @@ class _Mapper:
         post_norm = norms[entry["post_norm"]] if "post_norm" in entry else None
         if "post_norm" in entry and post_norm is None:
             raise ForgeError(f"the checkpoint lacks the norm after {name}", _INCOMPLETE_HINT)
+        bias = self.claim_tensor(f"{name}_bias" if experts else f"{name}.bias")
+        transposed, module = entry.get("layout", "out_in") == "in_out", f"{self.modules}{prefix}{entry['name']}"
+        owner, parameter = module.rsplit(".", 1) if experts else (module, "weight")
+        place = Place(
+            owner,
+            parameter,
+            bias=None if bias is None else f"{parameter}_bias" if experts else "bias",
+            transposed=transposed,
+            linear=not experts,
+        )
         return Matrix(
             tensor=tensor,
             role=Role(entry["role"]),
             layer=index,
             shape=mxfp4_shape(self.tensors[f"{tensor}_blocks"].shape) if mxfp4 else self.tensors[tensor].shape,
-            module=prefix + entry["name"],
+            places=(place,),
             writes=entry.get("writes", False),
-            bias=self.claim_tensor(f"{name}_bias" if experts else f"{name}.bias"),
+            bias=bias,
             reads=reads,
-            post_norm=post_norm,
-            transposed=entry.get("layout", "out_in") == "in_out",
+            post_norms=() if post_norm is None else (post_norm,),
+            transposed=transposed,
             experts=experts,
             mxfp4=mxfp4,
         )

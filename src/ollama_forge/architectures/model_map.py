@@ -8,40 +8,81 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    Q, K, V, QKV, O = "q", "k", "v", "qkv", "o"  # noqa: E741
+    """What a matrix is for. ``MIXER``: an input of a token mixer that is not attention's q, k or v (gates, decays).
+
+    ``QKV`` and ``GATE_UP`` are several of them in one matrix, ``ROUTER`` also weighs a shared expert, and ``POSITION``
+    is a learned position embedding.
+    """
+
+    Q, K, V, QKV, O, MIXER = "q", "k", "v", "qkv", "o", "mixer"  # noqa: E741
     GATE, UP, GATE_UP, DOWN, ROUTER = "gate", "up", "gate_up", "down", "router"
-    EMBEDDING, UNEMBEDDING = "embedding", "unembedding"
+    EMBEDDING, POSITION, UNEMBEDDING = "embedding", "position", "unembedding"
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm layer.
+    """A norm between a matrix and the residual stream, or a bare gain: ``g * P x / |x| + b``.
 
     Attributes:
-        weight, bias: names of its tensors.
+        weight: name of the tensor that holds the gain ``g`` up to a constant factor; None if the gain is 1.
+        bias: name of the tensor of the bias, or None.
         offset: the gain is the stored weight plus this (Gemma stores gain - 1).
-        centred: LayerNorm, which subtracts the mean; False for RMSNorm.
+        centred: LayerNorm, which subtracts the mean (``P``); False for RMSNorm.
+        module: path of the module in the loaded model; "" for a gain without a norm.
+        column: the gain is this column of the last axis of ``weight`` ``[d, ..., n]``, as a convolution stores it; None
+            for a vector.
     """
 
-    weight: str
+    weight: str | None
     bias: str | None
     offset: float
     centred: bool
+    module: str
+    column: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix, or a part of its rows, is in the loaded model.
+
+    Attributes:
+        module: path of the module that owns the parameter.
+        parameter: the parameter's name in the module.
+        bias: name of the bias in the module, or None.
+        transposed: the parameter is ``[..., in, out]``.
+        expert: index on the parameter's first axis, if the matrix is one tensor of a stack on disk; None for all.
+        rows: the parameter's rows (on its out axis) that the matrix fills, as ``range``; None for all.
+        stored_rows: the matrix's own rows that are here; None for all.
+        linear: the module computes ``W x + b`` of its first argument, or looks up rows, with the whole parameter.
+    """
+
+    module: str
+    parameter: str = "weight"
+    bias: str | None = None
+    transposed: bool = False
+    expert: int | None = None
+    rows: range | None = None
+    stored_rows: range | None = None
+    linear: bool = True
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a checkpoint, or the stacked matrices of all experts of a layer.
+    """One matrix of a checkpoint, the stacked matrices of all experts of a layer, or a vector that writes.
 
     Attributes:
         tensor: its name on disk; for MXFP4 its name after decoding.
         layer: number of the decoder layer; None for embeddings and heads.
-        shape: ``[out, in]``, or ``[in, out]`` if ``transposed``; with a leading expert axis if ``experts``.
-        module: path of its module in the loaded model, without the root in ``ModelMap.module_roots``.
+        shape: ``[out, in]``, or ``[in, out]`` if ``transposed``; with a leading expert axis if ``experts``; ``[d]`` for
+            a vector that is added to the residual stream.
+        places: where it is in the loaded model; more than one if a tensor on disk is split in memory.
         writes: whether its output is added to the residual stream; otherwise it reads the stream.
         bias: name of the bias, or None.
         reads: for a reader, the norm of its input; None if it reads the residual stream without a norm.
-        post_norm: for a writer, the norm between its output and the residual stream, or None.
+        stream_at: for a reader whose input holds the stream beside other vectors, the first channels of its copies.
+        post_norms: for a writer, the norms between its output and the residual stream; if there are several, the
+            stream receives the output through each of them.
+        expert: number of the expert, if each one is a tensor of its own; None otherwise.
         mxfp4: stored as ``<tensor>_blocks`` and ``<tensor>_scales``.
     """
 
@@ -49,14 +90,26 @@ class Matrix:
     role: Role
     layer: int | None
     shape: tuple[int, ...]
-    module: str
+    places: tuple[Place, ...]
     writes: bool
     bias: str | None = None
     reads: Norm | None = None
-    post_norm: Norm | None = None
+    stream_at: tuple[int, ...] = (0,)
+    post_norms: tuple[Norm, ...] = ()
     transposed: bool = False
     experts: bool = False
+    expert: int | None = None
     mxfp4: bool = False
+
+    @property
+    def place(self) -> Place:
+        """The first of its places."""
+        return self.places[0]
+
+    @property
+    def rows_are_written(self) -> bool:
+        """Whether its rows are themselves vectors of the residual stream: an embedding, or one vector."""
+        return self.role in (Role.EMBEDDING, Role.POSITION) or len(self.shape) == 1
 
     @property
     def in_features(self) -> int:
@@ -64,7 +117,7 @@ class Matrix:
 
     @property
     def out_features(self) -> int:
-        return self.shape[-1] if self.transposed else self.shape[-2]
+        return self.shape[-1] if self.transposed else (self.shape[-2] if len(self.shape) > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -72,8 +125,7 @@ class ModelMap:
     """The matrices of a checkpoint in layer order, and the sizes of the model.
 
     Attributes:
-        module_roots: possible prefixes of module paths in the loaded model; the first that exists applies.
-        layer_module: format string for the path of a decoder layer, relative to the root.
+        layers: path of each decoder layer's module in the loaded model.
         tied: no unembedding is stored, because the model uses the embedding.
         unused: tensors that are copied without a role; the loaded text model may lack them.
         copies: maps the name of a tied matrix that is stored twice to the name of the original. An edit of the original
@@ -81,28 +133,26 @@ class ModelMap:
     """
 
     model_type: str
-    n_layers: int
     d_model: int
     matrices: tuple[Matrix, ...]
-    module_roots: tuple[str, ...]
-    layer_module: str
+    layers: tuple[str, ...]
     tied: bool
     unused: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
     def vocabulary(self) -> int:
         """Number of rows of the token embedding: token ids must be less than this."""
-        return self._embeddings[0].shape[0]
+        return next(matrix.shape[0] for matrix in self.matrices if matrix.role is Role.EMBEDDING)
 
     @property
     def learned_positions(self) -> int | None:
         """Number of rows of the position embedding, the maximum prompt length; None without learned positions."""
-        return self._embeddings[1].shape[0] if len(self._embeddings) > 1 else None
-
-    @property
-    def _embeddings(self) -> list[Matrix]:
-        return [matrix for matrix in self.matrices if matrix.role is Role.EMBEDDING]
+        return next((matrix.shape[0] for matrix in self.matrices if matrix.role is Role.POSITION), None)
 
     @property
     def writers(self) -> tuple[Matrix, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ollama_forge.architectures.model_map import Matrix, Role
+from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.edits.factors import EditedMatrix, RemoveFromInput, RemoveFromOutput, Rescale, edit_matrix
 from ollama_forge.edits.plan import BiasEdit, EditPlan, FixedBiasShift, MatrixEdit
 from ollama_forge.errors import ForgeError
@@ -38,7 +38,7 @@ def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
         copied: list[_ExpertCopies] = []
         for edit in edits:
             if edit.matrix.experts and not _is_one_projection(model, edit):
-                copied.append(_ExpertCopies(model.submodule(edit.matrix), edit))
+                copied.append(_ExpertCopies(model.submodule(edit.matrix.place), edit))
                 continue
             for handle in _projection_hooks(model, edit) if edit.matrix.experts else _hooks(model, edit):
                 stack.callback(handle.remove)
@@ -52,18 +52,18 @@ def weight_of(model: ChatModel, matrix: Matrix) -> Tensor:
     Raises:
         ForgeError: the model was loaded in 8 bits.
     """
-    parameter: Tensor = model.submodule(matrix).get_parameter("weight")
+    parameter: Tensor = model.submodule(matrix.place).get_parameter(matrix.place.parameter)
     if not parameter.is_floating_point():
         raise ForgeError("a model loaded in 8 bits cannot be edited", "leave out --load-in-8bit")
     weight = parameter.detach().float()
-    return torch.t(weight) if matrix.transposed else weight
+    return torch.t(weight) if matrix.place.transposed else weight
 
 
 def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
     matrix = edit.matrix
     result = edit_matrix(weight_of(model, matrix), edit.rule, edit.strength, edit.rescale)
-    module = model.submodule(matrix)
-    if matrix.role is Role.EMBEDDING:
+    module = model.submodule(matrix.place)
+    if matrix.rows_are_written:
         handles = [module.register_forward_hook(_EmbeddingHook(result, edit.strength))]
         head = model.head
         if model.model_map.tied and head is not None and head.weight is module.weight:
@@ -131,9 +131,9 @@ def _is_one_projection(model: ChatModel, edit: MatrixEdit) -> bool:
         return False
     if isinstance(edit.rule, RemoveFromOutput):
         return torch.equal(bias.basis, edit.rule.basis) if bias is not None else edit.matrix.bias is None
-    module = model.submodule(edit.matrix)
+    module = model.submodule(edit.matrix.place)
     stacks = [m for m in model.model_map.matrices if m.experts and m.layer == edit.matrix.layer and not m.writes]
-    return isinstance(edit.rule, RemoveFromInput) and [model.submodule(m) for m in stacks].count(module) == 1
+    return isinstance(edit.rule, RemoveFromInput) and [model.submodule(m.place) for m in stacks].count(module) == 1
 
 
 def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
@@ -147,7 +147,7 @@ def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandl
         along = wide if norm_bias is None else wide - norm_bias
         return (wide - strength * (along @ basis) @ basis.T).to(values.dtype)
 
-    module = model.submodule(edit.matrix)
+    module = model.submodule(edit.matrix.place)
     if edit.matrix.writes:
         return [module.register_forward_hook(lambda module, args, output: projected(output))]
     return [module.register_forward_pre_hook(lambda module, args: (projected(args[0]), *args[1:]))]
@@ -158,9 +158,10 @@ class _ExpertCopies:
 
     def __init__(self, module: nn.Module, edit: MatrixEdit) -> None:
         self.module, self.edit = module, edit
-        name = edit.matrix.module.rsplit(".", 1)[1]
-        self.weight = module.get_parameter(name)
-        self.bias: nn.Parameter | None = None if edit.bias_edit is None else getattr(module, f"{name}_bias", None)
+        place = edit.matrix.place
+        self.weight = module.get_parameter(place.parameter)
+        edits_bias = edit.bias_edit is not None and place.bias is not None
+        self.bias: nn.Parameter | None = module.get_parameter(place.bias) if edits_bias and place.bias else None
         self.originals: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
@@ -170,7 +171,7 @@ class _ExpertCopies:
 
     @torch.no_grad()
     def exchange(self, *_: Any) -> None:
-        edit, transposed = self.edit, self.edit.matrix.transposed
+        edit, transposed = self.edit, self.edit.matrix.place.transposed
         weights = torch.empty_like(self.weight)
         biases = None if self.bias is None else torch.empty_like(self.bias)
         for expert, original in enumerate(self.weight.data):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm
 from ollama_forge.directions.basis import orthonormal
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import RemoveFromInput, RemoveFromOutput, Rescale
@@ -28,19 +28,29 @@ def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor
         return vectors
     if norm.centred:
         vectors = vectors - vectors.mean(dim=-1, keepdim=True)
-    return vectors * (read(norm.weight) + norm.offset)
+    return vectors * _gain(norm, read)
 
 
 def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
-    """The basis ``[d, k]`` that a writer's output is orthogonalised against, taking its post-norm into account.
+    """The basis ``[d, k]`` that a writer's output is orthogonalised against, taking its post-norms into account.
 
-    With a centring post-norm, ``r . D P y = (P D r) . y``.
+    With a centring post-norm, ``r . D P y = (P D r) . y``. Each of several post-norms adds its own vectors.
     """
-    if matrix.post_norm is not None:
-        vectors = vectors * (read(matrix.post_norm.weight) + matrix.post_norm.offset)
-        if matrix.post_norm.centred:
-            vectors = vectors - vectors.mean(dim=-1, keepdim=True)
-    return _basis(vectors, matrix)
+    written = [_back_through(vectors, norm, read) for norm in matrix.post_norms] or [vectors]
+    return _basis(torch.cat(written), matrix)
+
+
+def _back_through(vectors: Tensor, norm: Norm, read: ReadVector) -> Tensor:
+    vectors = vectors * _gain(norm, read)
+    return vectors - vectors.mean(dim=-1, keepdim=True) if norm.centred else vectors
+
+
+def _gain(norm: Norm, read: ReadVector) -> Tensor | float:
+    """The gain ``[d]`` of a norm; 1.0 if it has none."""
+    if norm.weight is None:
+        return 1.0
+    stored = read(norm.weight)
+    return (stored if norm.column is None else stored[..., norm.column].flatten()) + norm.offset
 
 
 def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: EditSettings, read: ReadVector) -> EditPlan:
@@ -79,8 +89,10 @@ METHOD: EditMethod = Orthogonal()
 
 
 def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:
-    if matrix.role is Role.EMBEDDING:  # [vocabulary, d]: each row is a vector of the residual stream
-        return MatrixEdit(matrix, RemoveFromInput(_basis(vectors, matrix)), strength, _rule(preserve, Rescale.ROWS))
+    if matrix.rows_are_written:
+        keeps_norms = preserve and matrix.layer is None  # biases are projected, never rescaled
+        rescale = _rule(keeps_norms, Rescale.ROWS)
+        return MatrixEdit(matrix, RemoveFromInput(output_basis(matrix, vectors, read)), strength, rescale)
     if matrix.writes:
         basis = output_basis(matrix, vectors, read)
         bias = BiasEdit(basis, None) if matrix.bias else None

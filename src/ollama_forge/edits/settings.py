@@ -9,10 +9,10 @@ from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.errors import UsageError
 
 TARGET_SETS: dict[str, frozenset[Role]] = {
-    "attention": frozenset({Role.Q, Role.K, Role.V, Role.QKV, Role.O}),
+    "attention": frozenset({Role.Q, Role.K, Role.V, Role.QKV, Role.MIXER, Role.O}),
     "writers": frozenset({Role.O, Role.DOWN}),
     "mlp": frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN}),
-    "embedding": frozenset({Role.EMBEDDING}),
+    "embedding": frozenset({Role.EMBEDDING, Role.POSITION}),
 }
 KERNELS = ("constant", "linear-peak", "gaussian")
 _MLP_ROLES = frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ollama_forge.architectures.described import map_checkpoint
-from ollama_forge.architectures.model_map import Matrix, ModelMap
+from ollama_forge.architectures.model_map import ModelMap, Place
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batching import Batch, batches
@@ -74,7 +74,6 @@ class ChatModel:
         self.model_map = model_map
         self.settings = settings
         self.device = next(module.parameters()).device
-        self.root = self._find_root()
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):  # bf16 products of strided slices are hundreds of times slower on CPUs
@@ -98,42 +97,26 @@ class ChatModel:
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
 
-    def _find_root(self) -> str:
-        for root in self.model_map.module_roots:
-            try:
-                self.module.get_submodule(f"{root}{self.model_map.layer_module.format(0)}")
-            except AttributeError:
-                continue
-            return root
-        raise ForgeError(
-            f"no decoder layers found in the loaded {self.model_map.model_type} model",
-            "report this with the model's name and the version of transformers",
-        )
-
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
         return answer(self, prompts, max_new_tokens, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
 
     def layer(self, index: int) -> nn.Module:
-        return self.module.get_submodule(f"{self.root}{self.model_map.layer_module.format(index)}")
+        return self._module_at(self.model_map.layers[index])
 
-    def submodule(self, matrix: Matrix) -> nn.Module:
-        """The module of a matrix; for stacked experts the module whose parameter the stack is."""
+    def submodule(self, place: Place) -> nn.Module:
+        """The module that owns the parameter of a matrix."""
+        return self._module_at(place.module)
+
+    def _module_at(self, path: str) -> nn.Module:
         try:
-            return self.module.get_submodule(f"{self.root}{matrix.module}")
+            return self.module.get_submodule(path)
         except AttributeError:
-            pass
-        path = matrix.module.rsplit(".", 1)[0] if matrix.experts else matrix.module
-        for root in (self.root, ""):
-            try:
-                return self.module.get_submodule(f"{root}{path}")
-            except AttributeError:
-                continue
-        raise ForgeError(
-            f"the loaded model has no module {matrix.module}",
-            "report this with the model's name and the version of transformers",
-        )
+            raise ForgeError(
+                f"the loaded {self.model_map.model_type} model has no module {path}",
+                "report this with the model's name and the version of transformers",
+            ) from None
 
     @property
     def head(self) -> nn.Module | None:

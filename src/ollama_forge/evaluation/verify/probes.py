@@ -58,7 +58,7 @@ class WriterProbe:
         self, model: ChatModel, checkpoints: Checkpoints, matrix: Matrix, vectors: Tensor, inputs: Mapping[str, Tensor]
     ) -> None:
         self.vectors = vectors
-        self.norms = _norms(model, checkpoints, matrix.layer, matrix.post_norm)
+        self.norms = _norms(model, checkpoints, next(iter(matrix.post_norms), None))
         nothing = torch.empty(0, matrix.in_features, dtype=torch.float64)
         self.inputs = drawn_inputs(matrix) if matrix.experts else inputs.get(matrix.tensor, nothing)
 
@@ -90,7 +90,7 @@ class ReaderProbe:
     """
 
     def __init__(self, model: ChatModel, checkpoints: Checkpoints, matrix: Matrix, vectors: Tensor) -> None:
-        norms = _norms(model, checkpoints, matrix.layer, matrix.reads)
+        norms = _norms(model, checkpoints, matrix.reads)
         read = [vectors] if norms is None else [norm(vectors) for norm in norms]
         units = [rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in read]
         self.inputs, self.count = torch.cat([units[0], units[-1]]), len(vectors)
@@ -103,10 +103,6 @@ class ReaderProbe:
         worst.update(left * unit, bound * unit, lambda _: place)
 
 
-def _norms(
-    model: ChatModel, checkpoints: Checkpoints, layer: int | None, norm: Norm | None
-) -> list[RunningNorm] | None:
+def _norms(model: ChatModel, checkpoints: Checkpoints, norm: Norm | None) -> list[RunningNorm] | None:
     """A norm with the source's gain, which the plan uses, and with the written gain, which may be rounded."""
-    if norm is None or layer is None:
-        return None
-    return [RunningNorm(model, layer, norm, checkpoint) for checkpoint in checkpoints]
+    return None if norm is None else [RunningNorm(model, norm, checkpoint) for checkpoint in checkpoints]

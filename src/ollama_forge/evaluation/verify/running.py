@@ -52,7 +52,7 @@ def observe(model: ChatModel, writers: Iterable[Matrix]) -> tuple[Check, dict[st
     handles = [model.layer(index).register_forward_hook(note_finite(index)) for index in layers]
     for matrix in writers:
         if not matrix.experts:
-            handles.append(model.submodule(matrix).register_forward_pre_hook(keep_inputs(matrix.tensor)))
+            handles.append(model.submodule(matrix.place).register_forward_pre_hook(keep_inputs(matrix.tensor)))
     with _removed_afterwards(handles):
         for batch in model.batches([model.tokenizer.instruction_ids(SENTENCE)]):
             model.run_to_layer(batch, layers[-1])
@@ -86,12 +86,12 @@ class RunningNorm:
         checkpoint: the checkpoint to read the gain from; the loaded model may hold it rounded.
     """
 
-    def __init__(self, model: ChatModel, layer: int, norm: Norm, checkpoint: Checkpoint) -> None:
-        path, parameter = norm.weight.rsplit(".", 1)
-        module = model.layer(layer).get_submodule(path.split(f".{layer}.", 1)[1])
+    def __init__(self, model: ChatModel, norm: Norm, checkpoint: Checkpoint) -> None:
+        module = model.module.get_submodule(norm.module)
         self.module = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
-        gain = vector_reader(checkpoint.tensors)(norm.weight)
-        self.module.get_parameter(parameter).copy_(gain)
+        if norm.weight is not None:
+            gain = vector_reader(checkpoint.tensors)(norm.weight)
+            self.module.get_parameter(norm.weight.rsplit(".", 1)[1]).copy_(gain)
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self.module(x) - self.module(torch.zeros_like(x))
