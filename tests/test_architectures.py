@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ollama_forge.architectures.described import known_architectures, map_checkpoint, map_tensors
-from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Role
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Norm, Place, Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import TensorInfo
 from ollama_forge.errors import ForgeError
@@ -34,7 +34,7 @@ class Expected:
     centred: bool = False
     biased: set[str] = field(default_factory=set)
     transposed: bool = False
-    module: str = "layers.{}."
+    module: str = "model.layers.{}."
 
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741
@@ -93,7 +93,7 @@ GPT2 = Expected(
     centred=True,
     biased={"attn.c_attn", "mlp.c_fc", "attn.c_proj", "mlp.c_proj"},
     transposed=True,
-    module="h.{}.",
+    module="transformer.h.{}.",
 )
 NEOX = Expected(
     "gpt_neox.layers.{}.",
@@ -106,6 +106,7 @@ NEOX = Expected(
     ["embed_out"],
     centred=True,
     biased={"attention.query_key_value", "mlp.dense_h_to_4h", "attention.dense", "mlp.dense_4h_to_h"},
+    module="gpt_neox.layers.{}.",
 )
 _FALCON = {"self_attention.query_key_value", "mlp.dense_h_to_4h", "self_attention.dense", "mlp.dense_4h_to_h"}
 
@@ -119,7 +120,7 @@ def _falcon(attention: str, mlp: str, biased: bool) -> Expected:
         [],
         centred=True,
         biased=_FALCON if biased else set(),
-        module="h.{}.",
+        module="transformer.h.{}.",
     )
 
 
@@ -132,7 +133,12 @@ EXPECTED = {
     "smollm3": replace(LLAMA, heads=[]),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "gemma3": replace(GEMMA, layer="language_model.model.layers.{}.", embedding=["language_model.model.embed_tokens"]),
+    "gemma3": replace(
+        GEMMA,
+        layer="language_model.model.layers.{}.",
+        embedding=["language_model.model.embed_tokens"],
+        module="model.language_model.layers.{}.",
+    ),
     "phi3": PHI3,
     "olmo2": OLMO2,
     "gpt2": GPT2,
@@ -179,11 +185,23 @@ def bias_name(matrix: str) -> str:
     return f"{matrix}_bias" if ".experts." in matrix else f"{matrix}.bias"
 
 
-def norm_at(expected: Expected, prefix: str, name: str | None) -> Norm | None:
+def norm_at(expected: Expected, prefix: str, module: str, name: str | None) -> Norm | None:
     if name is None:
         return None
     bias = f"{prefix}{name}.bias" if expected.centred else None
-    return Norm(f"{prefix}{name}.weight", bias, expected.offset, expected.centred)
+    return Norm(f"{prefix}{name}.weight", bias, expected.offset, expected.centred, f"{module}{name}")
+
+
+def norms_behind(expected: Expected, prefix: str, module: str, name: str | None) -> tuple[Norm, ...]:
+    norm = norm_at(expected, prefix, module, name)
+    return () if norm is None else (norm,)
+
+
+def place_of(module: str, *, biased: bool, transposed: bool) -> Place:
+    if ".experts." in module:
+        owner, parameter = module.rsplit(".", 1)
+        return Place(owner, parameter, f"{parameter}_bias" if biased else None, transposed, linear=False)
+    return Place(module, "weight", "bias" if biased else None, transposed)
 
 
 def by_tensor(model_map: ModelMap) -> dict[str, Matrix]:
@@ -232,19 +250,19 @@ def test_every_matrix_is_found_with_its_norm(checkpoints: Checkpoints, family: s
                     role=role,  # type: ignore[arg-type]
                     layer=layer,
                     shape=checkpoint.tensors[tensor].shape,
-                    module=module + name,
+                    places=(place_of(module + name, biased=bias is not None, transposed=in_out),),
                     writes=writes,
                     bias=bias,
-                    reads=None if writes else norm_at(expected, prefix, norm),
-                    post_norm=norm_at(expected, prefix, norm) if writes else None,
+                    reads=None if writes else norm_at(expected, prefix, module, norm),
+                    post_norms=norms_behind(expected, prefix, module, norm) if writes else (),
                     transposed=in_out,
                     experts=".experts." in name,
                 )
-    for role, outside in (("embedding", expected.embedding), ("unembedding", expected.heads)):
-        for name in outside:
-            matrix = found[f"{name}.weight"]
-            wanted.add(matrix.tensor)
-            assert (matrix.role, matrix.layer, matrix.writes) == (role, None, role == "embedding")
+    embeddings = list(zip(("embedding", "position"), expected.embedding, strict=False))
+    for role, name in [*embeddings, *(("unembedding", name) for name in expected.heads)]:
+        matrix = found[f"{name}.weight"]
+        wanted.add(matrix.tensor)
+        assert (matrix.role, matrix.layer, matrix.writes) == (role, None, role != "unembedding")
     assert set(found) == wanted
 
 
@@ -260,7 +278,7 @@ def test_no_matrix_of_the_language_model_is_left_out(checkpoints: Checkpoints, f
     }
     assert set(found) == matrices
     taken = {matrix.bias for matrix in found.values()} - {None}
-    norms = {norm for matrix in found.values() for norm in (matrix.reads, matrix.post_norm) if norm}
+    norms = {norm for matrix in found.values() for norm in (matrix.reads, *matrix.post_norms) if norm}
     taken |= {norm.weight for norm in norms} | {norm.bias for norm in norms}
     others = {name for name in checkpoint.tensors if not name.startswith(aside)} - set(found) - taken
     assert {name.split(".")[-2] for name in others} <= {"norm", "ln_f", "final_layer_norm", "q_norm", "k_norm"} | {
@@ -275,14 +293,17 @@ def test_no_matrix_of_the_language_model_is_left_out(checkpoints: Checkpoints, f
 def test_modules_name_the_loaded_model(checkpoints: Checkpoints, family: str) -> None:
     model_map = map_checkpoint(checkpoints(family))
     model = tiny.build(family)
-    paths = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    for matrix in model_map.matrices:
-        if matrix.role is not Role.UNEMBEDDING:  # the loaded model has its own name for its head
-            assert any(root + matrix.module in paths for root in model_map.module_roots), matrix.module
-    assert all(
-        any(f"{root}{model_map.layer_module.format(layer)}" in paths for root in model_map.module_roots)
-        for layer in range(LAYERS)
-    )
+    for matrix in (matrix for matrix in model_map.matrices if matrix.role is not Role.UNEMBEDDING):
+        place = matrix.place
+        owner = model.get_submodule(place.module)
+        shape = tuple(owner.get_parameter(place.parameter).shape)
+        assert shape == (matrix.shape if place.transposed == matrix.transposed else matrix.shape[::-1])
+        assert (matrix.bias is None) == (place.bias is None)
+        if place.bias is not None:
+            owner.get_parameter(place.bias)
+    for norm in {norm for matrix in model_map.matrices for norm in (matrix.reads, *matrix.post_norms) if norm}:
+        model.get_submodule(norm.module)
+    assert len({id(model.get_submodule(path)) for path in model_map.layers}) == LAYERS
 
 
 def extra(name: str, *shape: int) -> dict[str, TensorInfo]:
@@ -424,7 +445,7 @@ def test_gpt2_without_its_root_and_with_old_buffers(checkpoints: Checkpoints) ->
         tensors |= extra(f"h.{layer}.attn.bias", 1, 1, 512, 512) | extra(f"h.{layer}.attn.masked_bias")
     bare, rooted = map_tensors(checkpoint.config, tensors), map_checkpoint(checkpoint)
     assert [f"transformer.{matrix.tensor}" for matrix in bare.matrices] == [m.tensor for m in rooted.matrices]
-    assert [matrix.module for matrix in bare.matrices] == [matrix.module for matrix in rooted.matrices]
+    assert [matrix.places for matrix in bare.matrices] == [matrix.places for matrix in rooted.matrices]
     first = by_tensor(bare)["h.0.attn.c_attn.weight"]
     assert first.reads is not None
     assert first.reads.weight == "h.0.ln_1.weight"
@@ -439,7 +460,7 @@ def test_gemma3_under_its_newer_names(checkpoints: Checkpoints) -> None:
         return f"model.{name}"
 
     newer, older = map_tensors(checkpoint.config, renamed(checkpoint, rename)), map_checkpoint(checkpoint)
-    assert [matrix.module for matrix in newer.matrices] == [matrix.module for matrix in older.matrices]
+    assert [matrix.places for matrix in newer.matrices] == [matrix.places for matrix in older.matrices]
     assert newer.matrices[0].tensor == "model.language_model.embed_tokens.weight"
     assert len(newer.writers) == 8
 

@@ -107,7 +107,7 @@ def test_inputs_are_those_of_the_last_positions(model: ChatModel) -> None:
     wanted = []
     for prompt in model.tokenizer.instructions_ids(tiny.lines(7, 1)):
         seen: list[torch.Tensor] = []
-        handle = model.submodule(writer).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        handle = model.submodule(writer.place).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
         with torch.inference_mode():
             model.module(input_ids=torch.tensor([prompt]))
         handle.remove()
@@ -130,7 +130,7 @@ def test_short_prompts_count_each_last_position_once(model: ChatModel) -> None:
     wanted = []
     for prompt in prompts:
         seen: list[torch.Tensor] = []
-        handle = model.submodule(writer).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        handle = model.submodule(writer.place).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
         with torch.inference_mode():
             model.module(input_ids=torch.tensor([prompt]))
         handle.remove()
@@ -185,8 +185,8 @@ def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
         "r"
     ]
     writer = model.model_map.writers[0]
-    assert writer.post_norm is not None
-    gain = read(writer.post_norm.weight) + 1.0
+    assert writer.post_norms[0].weight is not None
+    gain = read(writer.post_norms[0].weight) + 1.0
     wanted = torch.nn.functional.normalize(gain * direction.vectors[0], dim=0)
     torch.testing.assert_close(fitted[writer.tensor].L[:, 0], wanted, rtol=1e-5, atol=1e-6)
 
