@@ -107,7 +107,8 @@ def test_inputs_are_those_of_the_last_positions(model: ChatModel) -> None:
     wanted = []
     for prompt in model.tokenizer.instructions_ids(tiny.lines(7, 1)):
         seen: list[torch.Tensor] = []
-        handle = model.submodule(writer.place).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        module = model.submodule(writer.place)
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
         with torch.inference_mode():
             model.module(input_ids=torch.tensor([prompt]))
         handle.remove()
@@ -130,7 +131,8 @@ def test_short_prompts_count_each_last_position_once(model: ChatModel) -> None:
     wanted = []
     for prompt in prompts:
         seen: list[torch.Tensor] = []
-        handle = model.submodule(writer.place).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        module = model.submodule(writer.place)
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
         with torch.inference_mode():
             model.module(input_ids=torch.tensor([prompt]))
         handle.remove()
