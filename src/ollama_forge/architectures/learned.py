@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ollama_forge.architectures.model_map import Role
+from ollama_forge.architectures.model_map import Indices, Role
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Piece:
 
     tensor: str
     shape: tuple[int, ...]
-    memory: tuple[range, ...]
-    stored: tuple[range, ...]
+    memory: tuple[Indices, ...]
+    stored: tuple[Indices, ...]
     axes: tuple[int | None, ...]
 
 

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator
+
+
+def _to_range(value: Any) -> range:
+    return value if isinstance(value, range) else range(*value)
+
+
+# indices along an axis; [start, stop, step] in JSON
+Indices = Annotated[range, PlainValidator(_to_range), PlainSerializer(lambda r: [r.start, r.stop, r.step])]
 
 
 class Role(StrEnum):
@@ -31,6 +42,7 @@ class Norm:
         module: path of the module in the loaded model; "" for a gain without a norm.
         column: the gain is this column of the last axis of ``weight`` ``[d, ..., n]``, as a convolution stores it; None
             for a vector.
+        parameter: name of the gain in the module.
     """
 
     weight: str | None
@@ -39,6 +51,7 @@ class Norm:
     centred: bool
     module: str
     column: int | None = None
+    parameter: str = "weight"
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Place:
         bias: name of the bias in the module, or None.
         transposed: the parameter is ``[..., in, out]``.
         expert: index on the parameter's first axis, if the matrix is one tensor of a stack on disk; None for all.
-        rows: the parameter's rows (on its out axis) that the matrix fills, as ``range``; None for all.
+        rows: the parameter's rows (on its out axis) that the matrix fills; None for all.
         stored_rows: the matrix's own rows that are here; None for all.
         linear: the module computes ``W x + b`` of its first argument, or looks up rows, with the whole parameter.
     """
@@ -61,8 +74,8 @@ class Place:
     bias: str | None = None
     transposed: bool = False
     expert: int | None = None
-    rows: range | None = None
-    stored_rows: range | None = None
+    rows: Indices | None = None
+    stored_rows: Indices | None = None
     linear: bool = True
 
 

@@ -22,8 +22,24 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 
 
+def at_input(matrix: Matrix, vectors: Tensor) -> Tensor:
+    """The change of a reader's input, in front of its norm, for changes ``vectors`` ``[k, d]`` of the residual stream.
+
+    Returns:
+        ``[k n, in]`` for ``n`` copies of the stream in the input; ``vectors`` if the input is the stream.
+    """
+    if vectors.shape[-1] == matrix.in_features:
+        return vectors
+    copies = []
+    for start in matrix.stream_at:
+        copy = vectors.new_zeros(len(vectors), matrix.in_features)
+        copy[:, start : start + vectors.shape[-1]] = vectors
+        copies.append(copy)
+    return torch.cat(copies)
+
+
 def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor:
-    """Transform vectors ``[k, d]`` of the residual stream by a norm's gain and centring: ``D P r``."""
+    """Transform vectors ``[k, in]`` by a norm's gain and centring: ``D P r``."""
     if norm is None:
         return vectors
     if norm.centred:
@@ -49,8 +65,12 @@ def _gain(norm: Norm, read: ReadVector) -> Tensor | float:
     """The gain ``[d]`` of a norm; 1.0 if it has none."""
     if norm.weight is None:
         return 1.0
-    stored = read(norm.weight)
-    return (stored if norm.column is None else stored[..., norm.column].flatten()) + norm.offset
+    return column_of(read(norm.weight), norm) + norm.offset
+
+
+def column_of(stored: Tensor, norm: Norm) -> Tensor:
+    """The part ``[d]`` of a stored tensor that holds a norm's gain."""
+    return stored if norm.column is None else stored[..., norm.column].flatten()
 
 
 def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: EditSettings, read: ReadVector) -> EditPlan:
@@ -97,7 +117,7 @@ def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read
         basis = output_basis(matrix, vectors, read)
         bias = BiasEdit(basis, None) if matrix.bias else None
         return MatrixEdit(matrix, RemoveFromOutput(basis), strength, _rule(preserve, Rescale.COLUMNS), bias)
-    basis = _basis(through_norm(vectors, matrix.reads, read), matrix)
+    basis = _basis(through_norm(at_input(matrix, vectors), matrix.reads, read), matrix)
     bias = None
     if matrix.bias and matrix.reads is not None and matrix.reads.bias is not None:
         bias = BiasEdit(basis, read(matrix.reads.bias))

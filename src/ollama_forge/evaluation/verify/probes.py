@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix, Norm
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.edits.orthogonal import at_input
 from ollama_forge.evaluation.verify.checks import Worst
 from ollama_forge.evaluation.verify.edited import UNIT_ROUNDOFF, Products
 from ollama_forge.evaluation.verify.running import RunningNorm, drawn_inputs
@@ -44,7 +45,7 @@ class NoProbe:
 
 
 class WriterProbe:
-    """Tests ``|r . out| / |out|`` of a writer's contribution to the residual stream, after its post-norm if it has one.
+    """Tests ``|r . out| / |out|`` of a writer's contribution to the residual stream, after each of its post-norms.
 
     The inputs are the writer's inputs in the loaded model; for a stack of experts they are random.
 
@@ -58,7 +59,7 @@ class WriterProbe:
         self, model: ChatModel, checkpoints: Checkpoints, matrix: Matrix, vectors: Tensor, inputs: Mapping[str, Tensor]
     ) -> None:
         self.vectors = vectors
-        self.norms = _norms(model, checkpoints, next(iter(matrix.post_norms), None))
+        self.ways = [_norms(model, checkpoints, norm) for norm in matrix.post_norms] or [None]
         nothing = torch.empty(0, matrix.in_features, dtype=torch.float64)
         self.inputs = drawn_inputs(matrix) if matrix.experts else inputs.get(matrix.tensor, nothing)
 
@@ -66,11 +67,15 @@ class WriterProbe:
         if not len(self.inputs):
             worst.fail(f"the module of {place} did not run")
             return
+        for norms in self.ways:
+            self._judge_way(products, norms, place, worst)
+
+    def _judge_way(self, products: Products, norms: list[RunningNorm] | None, place: str, worst: Worst) -> None:
         planned, added = products.planned, products.written
         slope = torch.full((len(added),), len(self.vectors) ** 0.5, dtype=torch.float64)
-        if self.norms is not None:
-            slope = self.norms[1].slope(added, self.vectors)
-            planned, added = (norm(out) for norm, out in zip(self.norms, (planned, added), strict=True))
+        if norms is not None:
+            slope = norms[1].slope(added, self.vectors)
+            planned, added = (norm(out) for norm, out in zip(norms, (planned, added), strict=True))
         size = torch.linalg.vector_norm(added, dim=-1)
         along = torch.linalg.vector_norm(added @ self.vectors.T, dim=-1)
         rounding = torch.linalg.vector_norm((added - planned) @ self.vectors.T, dim=-1)
@@ -91,9 +96,10 @@ class ReaderProbe:
 
     def __init__(self, model: ChatModel, checkpoints: Checkpoints, matrix: Matrix, vectors: Tensor) -> None:
         norms = _norms(model, checkpoints, matrix.reads)
-        read = [vectors] if norms is None else [norm(vectors) for norm in norms]
+        at_norm = at_input(matrix, vectors)
+        read = [at_norm] if norms is None else [norm(at_norm) for norm in norms]
         units = [rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in read]
-        self.inputs, self.count = torch.cat([units[0], units[-1]]), len(vectors)
+        self.inputs, self.count = torch.cat([units[0], units[-1]]), len(at_norm)
 
     def judge(self, products: Products, place: str, worst: Worst) -> None:
         written, planned = products.written[self.count :], products.planned[: self.count]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ollama_forge.architectures.model_map import Matrix, Norm
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.edits.orthogonal import column_of
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.evaluation.verify.checks import Check
 from ollama_forge.models.chat_model import ChatModel
@@ -80,20 +81,25 @@ def drawn_inputs(matrix: Matrix) -> Tensor:
 
 
 class RunningNorm:
-    """A norm of the loaded model without its bias: ``norm(x) - norm(0)``, computed in float64.
+    """A norm of the loaded model without its bias: ``norm(x) - norm(0)``, computed in float64; or a bare gain.
 
     Args:
         checkpoint: the checkpoint to read the gain from; the loaded model may hold it rounded.
     """
 
     def __init__(self, model: ChatModel, norm: Norm, checkpoint: Checkpoint) -> None:
-        module = model.module.get_submodule(norm.module)
-        self.module = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
-        if norm.weight is not None:
-            gain = vector_reader(checkpoint.tensors)(norm.weight)
-            self.module.get_parameter(norm.weight.rsplit(".", 1)[1]).copy_(gain)
+        gain = None if norm.weight is None else vector_reader(checkpoint.tensors)(norm.weight)
+        self.module: nn.Module | None = None
+        self.gain = 1.0 if gain is None else column_of(gain, norm).double() + norm.offset
+        if norm.module:
+            module = model.module.get_submodule(norm.module)
+            self.module = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
+            if gain is not None:
+                self.module.get_parameter(norm.parameter).copy_(gain)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.module is None:
+            return x * self.gain
         out: Tensor = self.module(x) - self.module(torch.zeros_like(x))
         return out
 
