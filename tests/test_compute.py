@@ -15,7 +15,6 @@ from ollama_forge.directions.selection import d_prime, largest_gap
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.greedy import answer
 from ollama_forge.prompts.split import PartPrompts
 from tests import tiny
 
@@ -157,7 +156,7 @@ def test_a_control_has_as_many_directions_of_the_same_kind(count: int, per_layer
 def test_batched_answers_equal_those_alone(family: str, tmp_path: Path) -> None:
     model = load(tmp_path / "model", family, batch_size=8)
     ids = model.tokenizer.instructions_ids(tiny.lines(8, 5))
-    together = answer(model, ids, 12, keep_first=True)
+    together = model.answer(ids, 12, keep_first=True)
     assert together.first is not None
     for place, prompt in enumerate(ids):
         with torch.inference_mode():
@@ -177,8 +176,8 @@ def test_batched_answers_equal_those_alone(family: str, tmp_path: Path) -> None:
 def test_an_answer_ends_when_it_is_decided(tmp_path: Path) -> None:
     model = load(tmp_path / "model")
     ids = model.tokenizer.instructions_ids(tiny.lines(3))
-    whole = answer(model, ids, 9).ids
-    assert answer(model, ids, 9, decided=lambda row: len(row) == 2).ids == [row[:2] for row in whole]
+    whole = model.answer(ids, 9).ids
+    assert model.answer(ids, 9, decided=lambda row: len(row) == 2).ids == [row[:2] for row in whole]
 
 
 def test_a_base_model_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -39,15 +40,22 @@ def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Te
     return ids, mask
 
 
-def by_length(prompts: Sequence[Ids], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of prompts in batches, longest first: if memory runs out, then in the first batch."""
+def by_length(prompts: Sequence[Ids], batch_size: int, *, pads: bool = True) -> Iterator[list[int]]:
+    """Yield the indices of prompts in batches, longest first: if memory runs out, then in the first batch.
+
+    Without ``pads``, all prompts of a batch have the same length.
+    """
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    groups = [order] if pads else [list(rows) for _, rows in groupby(order, key=lambda place: len(prompts[place]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
-def batches(prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    for rows in by_length(prompts, batch_size):
+def batches(
+    prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.device, *, pads: bool = True
+) -> Iterator[Batch]:
+    for rows in by_length(prompts, batch_size, pads=pads):
         ids, mask = pad_left([prompts[row] for row in rows], pad_id, device)
         yield Batch(tuple(rows), ids, mask)
 

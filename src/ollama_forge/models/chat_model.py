@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap, Place
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.models.batch_support import BatchSupport, batch_support
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
 from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory, require_8bit
@@ -98,7 +100,7 @@ class ChatModel:
         return cls(module, tokenizer, model_map, settings)
 
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
-        return answer(self, prompts, max_new_tokens, **options)
+        return answer(self, prompts, max_new_tokens, support=self.batch_support, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
 
@@ -127,7 +129,12 @@ class ChatModel:
     # -- running --------------------------------------------------------------------------------------------------
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
-        return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device)
+        return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device, pads=self.batch_support.pads)
+
+    @cached_property
+    def batch_support(self) -> BatchSupport:
+        """How prompts can be batched."""
+        return batch_support(self)
 
     @torch.inference_mode()
     def run_to_layer(self, batch: Batch, deepest: int) -> None:

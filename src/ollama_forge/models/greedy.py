@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.batching import by_length, pad_left, shared_prefix
-from ollama_forge.models.protocol import Answers, Decided, ForwardModel
+from ollama_forge.models.protocol import AnsweringModel, Answers, Decided, ForwardModel
 from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75  # drop finished rows when at most this share of the batch is unfinished
@@ -22,6 +23,7 @@ def answer(
     prompts: Sequence[Ids],
     max_new_tokens: int,
     *,
+    support: BatchSupport,
     decided: Decided | None = None,
     keep_first: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -34,11 +36,11 @@ def answer(
         return Answers([], None)
     out: list[Ids] = [[] for _ in prompts]
     first: Tensor | None = None
-    length = _usable_prefix(model, prompts, max_new_tokens)
+    length = _usable_prefix(model, prompts, max_new_tokens) if support.shares_prefix else 0
 
     def answer_batch(rows: list[int]) -> None:
         nonlocal first
-        decoder = _Decoder(model, [prompts[row] for row in rows], length)
+        decoder = _Decoder(model, [prompts[row] for row in rows], length, caches=support.caches)
         if keep_first:
             scores = decoder.logits.float().log_softmax(-1).cpu()
             first = scores.new_empty(len(prompts), scores.shape[-1]) if first is None else first
@@ -47,7 +49,7 @@ def answer(
             out[row] = ids
 
     def answer_all() -> None:
-        for rows in by_length(prompts, model.batch_size):
+        for rows in by_length(prompts, model.batch_size, pads=support.pads):
             answer_batch(rows)
             if progress:
                 progress(len(rows))
@@ -56,9 +58,9 @@ def answer(
     return Answers(out, first)
 
 
-def first_log_probs(model: ForwardModel, prompts: Sequence[Ids]) -> Tensor:
+def first_log_probs(model: AnsweringModel, prompts: Sequence[Ids]) -> Tensor:
     """Natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU."""
-    first = answer(model, prompts, 0, keep_first=True).first
+    first = model.answer(prompts, 0, keep_first=True).first
     assert first is not None
     return first
 
@@ -79,22 +81,29 @@ def _max_answer(model: ForwardModel, length: int) -> float:
 
 
 class _Decoder:
-    """Decodes one batch; holds its key-value cache, attention mask and the logits of the last position."""
+    """Decodes one batch; holds its tokens, attention mask, key-value cache and the logits of the last position."""
 
-    def __init__(self, model: ForwardModel, prompts: Sequence[Ids], prefix: int) -> None:
-        self.model = model
-        ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.tokenizer.pad_id, model.device)
-        cache: Any = None
+    def __init__(self, model: ForwardModel, prompts: Sequence[Ids], prefix: int, *, caches: bool) -> None:
+        self.model, self.caches = model, caches
+        self.ids, mask = pad_left([prompt[prefix:] for prompt in prompts], model.tokenizer.pad_id, model.device)
+        self.cache: Any = None
         if prefix:
             start = torch.tensor([prompts[0][:prefix]], device=model.device)
-            cache = model.forward(input_ids=start, use_cache=True).cache
-            cache.batch_repeat_interleave(len(prompts))
+            self.cache = model.forward(input_ids=start, use_cache=True).cache
+            self.cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
             mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
         self.mask = mask
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, prefix:]
         self.room = [_max_answer(model, len(prompt)) for prompt in prompts]
-        result = model.forward(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
-        self.cache, self.logits = result.cache, result.logits[:, -1]
+        self._forward(self.ids, (mask.cumsum(-1) - 1).clamp_min(0)[:, prefix:])
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        if self.caches:
+            result = self.model.forward(**inputs, cache=self.cache, use_cache=True)
+            self.cache = result.cache
+        else:
+            result = self.model.forward(**inputs, use_cache=False)
+        self.logits = result.logits[:, -1]
 
     def run(self, max_new_tokens: int, decided: Decided | None) -> list[Ids]:
         """Decode until every row is finished or has ``max_new_tokens`` tokens."""
@@ -125,19 +134,18 @@ class _Decoder:
 
     def _select_rows(self, places: list[int]) -> None:
         index = torch.tensor(places, device=self.mask.device)
-        self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
+        if self.caches:
+            self.cache.reorder_cache(index)
+        self.ids, self.mask = self.ids[index], self.mask[index]
 
     def _append(self, chosen: Tensor) -> None:
-        positions = self.mask.sum(-1, keepdim=True)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        if not self.caches:
+            self.ids = torch.cat([self.ids, chosen.unsqueeze(1)], dim=1)
+        positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         if self.model.tokenizer.positions is not None:  # finished rows may continue until they leave the batch
             positions = positions.clamp_max(self.model.tokenizer.positions - 1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        result = self.model.forward(
-            input_ids=chosen.unsqueeze(1),
-            attention_mask=self.mask,
-            position_ids=positions,
-            cache=self.cache,
-            use_cache=True,
-        )
-        self.cache, self.logits = result.cache, result.logits[:, -1]
+        if self.caches:
+            self._forward(chosen.unsqueeze(1), positions[:, -1:])
+        else:
+            self._forward(self.ids, positions)
