@@ -1,4 +1,4 @@
-"""How prompts can be batched, found out by running the model: recurrent layers (state space, linear attention) limit it.
+"""How prompts can be batched, found out by running the model, because recurrent layers (linear attention) limit it.
 
 A state that ignores the attention mask takes padding in, and one that is not part of the cache cannot be continued.
 """
