@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ollama_forge.api import apply
 from ollama_forge.architectures.model_map import Matrix, Role
+from ollama_forge.architectures.read_matrix import read_matrix
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
@@ -22,6 +23,7 @@ from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.factors import FixedFactors, RemoveFromInput, RemoveFromOutput, Rescale, Rule
 from ollama_forge.edits.plan import MatrixEdit
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.evaluation.verify.edited import adds_to_stream
 from tests import tiny
 
 OUT, IN, EXPERTS = 37, 24, 3
@@ -112,3 +114,15 @@ def test_apply_by_blocks(
         assert apart.matrices[name].relative_change == pytest.approx(record.relative_change, rel=1e-5)
         torch.testing.assert_close(apart.matrices[name].L, record.L)
         torch.testing.assert_close(apart.matrices[name].K, record.K)
+
+
+def test_a_vector_of_the_stream_is_a_matrix_of_one_row(tmp_path: Path) -> None:
+    vector, r = eighths(IN), basis(IN)
+    save_file({"w": vector}, tmp_path / "model.safetensors")
+    tensors, matrix = CheckpointTensors(tmp_path), Matrix("w", Role.MIXER, 0, (IN,), (), True)
+    assert torch.equal(read_matrix(tensors, matrix)[0], vector.unsqueeze(0))
+    blockwise = BlockwiseEdit(tensors, MatrixEdit(matrix, RemoveFromInput(r), 1.0, Rescale.NONE), None, "model")
+    (data,) = blockwise.stored_bytes(blockwise.blocks(), "F32")
+    edited = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    torch.testing.assert_close(edited, vector - (vector @ r[:, 0]) * r[:, 0])
+    assert not adds_to_stream(matrix)

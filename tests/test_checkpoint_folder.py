@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from ollama_forge.api import apply
-from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint

@@ -28,6 +28,7 @@ COMMANDS = [
     ("abliterate",),
     ("abliterate", "compute-dir"),
     ("abliterate", "apply"),
+    ("abliterate", "inspect"),
     ("abliterate", "run"),
     ("abliterate", "chat"),
     ("doctor",),
@@ -72,7 +73,7 @@ def test_help_tells_of_every_command(tmp_path: Path) -> None:
     top, group = (forge(*command, "--help", folder=tmp_path).stdout for command in ((), ("abliterate",)))
     for name in ("abliterate", "doctor"):
         assert name in top
-    for name in ("compute-dir", "apply", "run", "chat"):
+    for name in ("compute-dir", "apply", "inspect", "run", "chat"):
         assert name in group
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints import gguf_source
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.resolve import resolve

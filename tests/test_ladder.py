@@ -16,6 +16,7 @@ from ollama_forge.search.ladder import (
     CANDIDATES,
     DOCUMENTED_DEFAULT,
     LADDER,
+    WITHOUT_EXPERTS,
     BaseAnswers,
     Candidate,
     Choice,
@@ -128,7 +129,7 @@ def test_a_choice_is_one_flat_record() -> None:
 
 def test_a_rung_is_found_by_name_and_an_unknown_one_lists_them_all() -> None:
     assert [candidate_named(name) for name in CANDIDATES] == list(CANDIDATES.values())
-    assert len(CANDIDATES) == 1 + sum(map(len, LADDER))
+    assert len(CANDIDATES) == 1 + sum(map(len, (*LADDER, *WITHOUT_EXPERTS)))
     with pytest.raises(UsageError, match="'writers'") as caught:
         ChoiceSettings(pick="writers")
     assert all(name in caught.value.hint for name in CANDIDATES)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ollama_forge.api import apply
-from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
@@ -100,17 +100,17 @@ def test_a_head_that_transformers_leaves_untied_is_tied(
         (
             "llama",
             {"attention_bias": True},
-            r"incomplete: model\.layers\.0\.self_attn\.\w+\.bias is missing \(and 15 more",
+            r"the checkpoint lacks model\.layers\.0\.self_attn\.\w+\.bias",
         ),
         (
             "llama-bias",
             {"mlp_bias": False},
-            r"has no weight model\.layers\.0\.mlp\.\w+\.bias \(and 11 more",
+            r"12 tensors are unknown to the architecture 'llama': model\.layers\.0\.mlp\.\w+\.bias",
         ),
         (
             "llama",
             {"intermediate_size": 40},
-            r"mlp\.\w+\.weight is stored as \(.*48.*\), but its config implies \(.*40",
+            r"mlp\.\w+\.weight is stored as \(.*48.*\), which does not fit .*\(.*40.*\) of the model of its config",
         ),
     ],
 )

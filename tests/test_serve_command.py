@@ -37,7 +37,7 @@ def load(checkpoint, name, *, load, max_queue, slots):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
     return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 
-resolve.resolve = lambda model, revision=None: Checkpoint(None, model, "demo")
+resolve.resolve = lambda model, revision=None, **options: Checkpoint(None, model, "demo")
 served.ServedModel.load = load
 from ollama_forge.cli.main import main
 main()

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ollama_forge.api import apply
-from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints import pickled
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_mxfp4, decode_tensor, encode_tensor, mxfp4_shape
+from ollama_forge.checkpoints.formats.mxfp4 import decode_mxfp4, mxfp4_shape
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ollama_forge.api import apply, compute_dir
+from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.options import _default
 from ollama_forge.directions.settings import DirectionSettings
@@ -28,11 +29,11 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
-from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import CANDIDATES, CONFIGURED, LADDER, LATE, Candidate
+from ollama_forge.prompts.split import PartPrompts, PromptSplit
+from ollama_forge.search.ladder import CANDIDATES, CONFIGURED, LADDER, LATE, WITHOUT_EXPERTS, Candidate
 from ollama_forge.search.trials import Trials
 from ollama_forge.text.closed_thought import Thought
-from tests import planted
+from tests import moe, planted, tiny
 
 LEAST_SQUARES = LADDER[2][0]
 LOAD = LoadSettings(device="cpu", dtype="float32")
@@ -289,3 +290,19 @@ def test_a_third_method_is_one_file_and_one_line(make: Any, folder: Path, tmp_pa
     assert report.rows["edited"].harmful.refusal == 0
     weights = [path / "model.safetensors" for path in (tmp_path / "by-steps", tmp_path / "run" / "checkpoint")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_model_with_experts_is_tried_without_editing_them_too(tmp_path: Path) -> None:
+    source, mapped = moe.saved("mixtral", tmp_path)
+    parts = [PartPrompts(tuple(tiny.lines(8, seed)), tuple(tiny.lines(8, seed + 1))) for seed in (0, 2, 4)]
+    read = vector_reader(source.tensors)
+    model = moe.load(source, mapped)
+    trials = Trials(model, PromptSplit(*parts), DirectionSettings(), read, pairs=8, fingerprint="f", seed=0)
+    alone = WITHOUT_EXPERTS[0][0]
+    assert alone in [candidate for group in trials._groups() for candidate in group]
+    plan, whole = trials.plan(alone), trials.plan(CANDIDATES[f"least squares, {alone.direction}, strength 1.5"])
+    assert {edit.matrix.role for edit in plan.edits.values()} == {Role.O}
+    assert {edit.matrix.role for edit in whole.edits.values()} == {Role.O, Role.DOWN}
+    for name, edit in plan.edits.items():
+        assert edit.strength == whole.edits[name].strength == 1.5
+        assert torch.equal(edit.rule.K, whole.edits[name].rule.K)  # type: ignore[attr-defined]

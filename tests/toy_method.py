@@ -10,11 +10,11 @@ from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.method import EditMethod, FitContext
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
+from ollama_forge.models.matrices import weight_of
 
 
 class Halve(EditMethod):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.resolve import resolve
@@ -18,6 +17,7 @@ from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
@@ -51,16 +51,18 @@ def compute_dir(
     load: LoadSettings | None = None,
     direction: DirectionSettings | None = None,
     edit: EditSettings | None = None,
+    allow_partial: bool = False,
 ) -> ComputedDirection:
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
     Args:
         edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
             model, they are written to an edit file beside ``output``.
+        allow_partial: accept a model of which only a part is proven; factors are fitted to that part.
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
-        ForgeError: the model or a list is missing, or the model cannot be loaded.
+        ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
     """
     prompts, load, direction = prompts or PromptSettings(), load or LoadSettings(), direction or DirectionSettings()
     if output.suffix != ".pt":
@@ -74,8 +76,10 @@ def compute_dir(
     split = uncapped.load(registered_method(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
-    source = resolve(model, revision)
-    chat = load_chat_model(source, load)
+    source = resolve(model, revision, trust_remote_code=load.trust_remote_code)
+    examined = examine(source, trust_remote_code=load.trust_remote_code)
+    model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
+    chat = load_chat_model(source, load, model_map)
     computed = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
     context = FitContext(chat, split.fit, read, prompts.seed)
@@ -83,7 +87,7 @@ def compute_dir(
     computed.save(output)
     if not fitted:
         return ComputedDirection(computed, output, None)
-    plan = method(edit.factors).plan(chat.model_map, computed, fitted, edit, read)
+    plan = method(edit.factors).plan(model_map, computed, fitted, edit, read)
     matrices = {
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
@@ -102,6 +106,8 @@ def apply(
     revision: str | None = None,
     settings: EditSettings | None = None,
     out_dtype: str = "auto",
+    allow_partial: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited checkpoint tensor by tensor, without loading the model.
 
@@ -112,6 +118,8 @@ def apply(
             the file says so.
         settings: settings of the edit with ``refusal_pt``; None for the documented default.
         out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
+        allow_partial: accept a model of which only a part is proven, and edit that part.
+        trust_remote_code: execute the model's own Python code if transformers has no class for the model.
 
     Returns:
         The edited checkpoint, and the record of the edit.
@@ -119,8 +127,8 @@ def apply(
     Raises:
         UsageError: both or none of the files are given, the method does not support a setting, or the method needs
             fitted factors, which only an edit file holds.
-        ForgeError: the direction is of another model, the architecture is not supported, weights are damaged, or the
-            disk is full.
+        ForgeError: the direction is of another model, the architecture is not supported or not proven, weights are
+            damaged, or the disk is full.
     """
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
@@ -129,8 +137,9 @@ def apply(
     if edit_file is None:
         settings = settings or EditSettings()
         check_edit(settings)
-    source = resolve(model, revision)
-    model_map = map_checkpoint(source)
+    source = resolve(model, revision, trust_remote_code=trust_remote_code)
+    examined = examine(source, trust_remote_code=trust_remote_code)
+    model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     if edit_file is not None:
         plan = EditRecord.load(edit_file).plan(model_map, source.fingerprint)
         direction = None
@@ -143,7 +152,14 @@ def apply(
         read = vector_reader(source.tensors)
         plan = method(settings.factors).plan(model_map, direction, FittedFactors(), settings, read)
     applied = write_checkpoint(
-        source, model_map, plan, output_dir, settings=settings, out_dtype=out_dtype, direction=direction
+        source,
+        model_map,
+        plan,
+        output_dir,
+        settings=settings,
+        out_dtype=out_dtype,
+        direction=direction,
+        provenance={"certificate": describe_certificate(examined)},
     )
     shared = model_map.tied or model_map.copies
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):

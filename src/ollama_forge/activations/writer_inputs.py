@@ -3,20 +3,22 @@
 Harmful prompts contribute their last positions. Harmless prompts contribute their last positions and random positions;
 each of these two sets has half the weight. The first token of a prompt is excluded, because it is an attention sink of
 huge norm; a prompt of one token contributes nothing. If a writer has at most as many input features as there are
-samples, the harmless inputs are accumulated in a second moment; otherwise they are kept as rows.
+samples, the harmless inputs are accumulated in a second moment; otherwise they are kept as rows. A routed expert sees
+few of the samples, so its inputs are always kept as rows.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ollama_forge.activations.matrix_inputs import MatrixInputs, unseen
 from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.text.tokenizer import Ids
@@ -24,21 +26,25 @@ from ollama_forge.text.tokenizer import Ids
 LAST_POSITIONS = 4
 BUDGET = 2 << 30  # bytes
 _BYTES = 4  # of a float32
+_LEAST_WEIGHT = 1e-12  # of all samples, so that no samples divide by something
 
 
 @dataclass(frozen=True)
 class WriterInputs:
-    """Inputs of one writer, float32 on the CPU; only the moment stays on a CUDA device.
+    """Inputs of one writer, or of one expert of a stack, float32 on the CPU; only the moment stays on a CUDA device.
 
     Attributes:
         harmful: ``[samples, in]`` at the last positions of harmful prompts.
-        harmless_last_mean: ``[in]``, the mean at the last positions of harmless prompts.
+        harmless_last_mean: ``[in]``, the mean at the last positions of harmless prompts; zero if there are none.
+        harmless_last: number of last positions of harmless prompts that the writer sees.
         harmless_moment: ``[in, in]``, the weighted second moment of the harmless inputs; None if rows are kept.
         harmless_rows: ``[samples, in]``, scaled so that ``rows.T @ rows`` is the moment; None if the moment is kept.
+            The weights add up to 1, for an expert over the positions that are routed to it.
     """
 
     harmful: Tensor
     harmless_last_mean: Tensor
+    harmless_last: int
     harmless_moment: Tensor | None
     harmless_rows: Tensor | None
 
@@ -65,13 +71,14 @@ def gather_writer_inputs(
     budget: int = BUDGET,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[dict[str, WriterInputs]]:
+) -> Iterator[dict[str, list[WriterInputs]]]:
     """Yield the writers' inputs by tensor name, for as many writers at a time as fit ``budget`` bytes.
 
-    Each group of writers needs one pass over the prompts, up to its deepest layer.
+    A stack of experts has one entry for each of them, any other writer a single one. All experts of a layer come
+    together. Each group of writers needs one pass over the prompts, up to its deepest layer.
 
     Raises:
-        ForgeError: all harmful or all harmless prompts have only one token.
+        ForgeError: all harmful or all harmless prompts have only one token, or the inputs of a writer cannot be seen.
     """
     bad = _Positions(_last_positions(harmful), [[] for _ in harmful])
     good = _Positions(_last_positions(harmless), _drawn_positions(harmless, seed))
@@ -81,7 +88,8 @@ def gather_writer_inputs(
                 f"every {side} prompt has only one token, and least squares excludes the first token",
                 "give longer instructions, or --factors orthogonal",
             )
-    for group in _groups(writers, sum(bad.counts), sum(good.counts), budget):
+    routed = _routed_share(model, writers, harmless, good)
+    for group in _groups(writers, sum(bad.counts), sum(good.counts), budget, routed):
         yield _gather_group(model, group, (harmful, bad), (harmless, good), progress)
 
 
@@ -99,39 +107,79 @@ def keeps_moment(in_features: int, samples: int) -> bool:
     return in_features <= samples
 
 
-def _size(writer: Matrix, bad: int, good: int) -> int:
+def units(writers: Iterable[Matrix]) -> list[list[Matrix]]:
+    """The writers in order, with all experts of a layer together and every other writer alone."""
+    found: dict[object, list[Matrix]] = {}
+    for writer in writers:
+        found.setdefault(writer.layer if writer.is_expert else writer.tensor, []).append(writer)
+    return list(found.values())
+
+
+def _size(writer: Matrix, bad: int, good: int, routed: Mapping[int | None, float]) -> float:
+    """Bytes of a writer's inputs; of all experts together if it is a stack, on average if it is one expert."""
     width = writer.in_features
+    if writer.is_expert:
+        return _BYTES * width * ((bad + good) * routed[writer.layer] + (writer.shape[0] if writer.experts else 1))
     return _BYTES * width * (bad + 1 + (width if keeps_moment(width, bad + good) else good))
 
 
-def _groups(writers: Sequence[Matrix], bad: int, good: int, budget: int) -> Iterator[list[Matrix]]:
+def _groups(
+    writers: Sequence[Matrix], bad: int, good: int, budget: int, routed: Mapping[int | None, float]
+) -> Iterator[list[Matrix]]:
+    """Group units of writers so that the inputs of a group fit the budget."""
     group: list[Matrix] = []
-    size = 0
-    for writer in writers:
-        needed = _size(writer, bad, good)
+    size = 0.0
+    for unit in units(writers):
+        needed = sum(_size(writer, bad, good, routed) for writer in unit)
         if group and size + needed > budget:
             yield group
-            group, size = [], 0
-        group.append(writer)
+            group, size = [], 0.0
+        group += unit
         size += needed
     if group:
         yield group
+
+
+def _routed_share(
+    model: ChatModel, writers: Sequence[Matrix], prompts: Sequence[Ids], positions: _Positions
+) -> dict[int | None, float]:
+    """Measure on one batch to how many experts of each layer a position is routed, divided by the tensors of them."""
+    experts = [writer for writer in writers if writer.is_expert]
+    share: dict[int | None, float] = {}
+
+    def work() -> None:
+        if not experts:
+            return
+        batch = next(model.batches(prompts))
+        index = _batch_positions(batch.rows, batch.ids.shape[1], prompts, positions)
+        inputs = MatrixInputs(model, experts, index.flat, batch.ids.numel())
+        with inputs.recording():
+            model.run_to_layer(batch, max(writer.layer or 0 for writer in experts))
+        for layer in {writer.layer for writer in experts}:
+            names = {writer.tensor for writer in experts if writer.layer == layer}
+            rows = sum(len(taken) for (name, _), taken, _ in inputs if name in names)
+            share[layer] = rows / max(len(index.flat), 1) / len(names)
+
+    model.retry_smaller(work)
+    return share
 
 
 class _Collector:
     """Accumulates the inputs of one writer over batches."""
 
     def __init__(self, writer: Matrix, bad: int, good: int, device: torch.device) -> None:
-        width = writer.in_features
+        self.width = writer.in_features
         self.harmful: list[Tensor] = []
-        self.last_sum = torch.zeros(width, dtype=torch.float64)
-        self.last_count = 0
-        self.moment = torch.zeros(width, width, device=device) if keeps_moment(width, bad + good) else None
+        self.last_sum = torch.zeros(self.width, dtype=torch.float64)
+        self.last_count, self.weight = 0, 0.0
+        keeps = keeps_moment(self.width, bad + good) and not writer.is_expert
+        self.moment = torch.zeros(self.width, self.width, device=device) if keeps else None
         self.rows: list[Tensor] = []
 
     def add_harmless(self, rows: Tensor, weights: Tensor, is_last: Tensor) -> None:
         self.last_sum += rows[is_last].cpu().double().sum(0)
         self.last_count += int(is_last.sum())
+        self.weight += float(weights.sum())
         scaled = rows * weights.sqrt().unsqueeze(-1)
         if self.moment is not None:
             self.moment.addmm_(scaled.T, scaled)
@@ -139,11 +187,16 @@ class _Collector:
             self.rows.append(scaled.cpu())
 
     def finish(self) -> WriterInputs:
+        none = torch.zeros(0, self.width)
+        rows = torch.cat([none, *self.rows]) / max(self.weight, _LEAST_WEIGHT) ** 0.5 if self.moment is None else None
+        if self.moment is not None:
+            self.moment /= max(self.weight, _LEAST_WEIGHT)
         return WriterInputs(
-            torch.cat(self.harmful),
+            torch.cat([none, *self.harmful]),
             (self.last_sum / max(self.last_count, 1)).float(),
+            self.last_count,
             self.moment if self.moment is None or self.moment.device.type == "cuda" else self.moment.cpu(),
-            torch.cat(self.rows) if self.rows else None,
+            rows,
         )
 
 
@@ -153,29 +206,41 @@ def _gather_group(
     harmful: tuple[Sequence[Ids], _Positions],
     harmless: tuple[Sequence[Ids], _Positions],
     progress: Callable[[int], None] | None,
-) -> dict[str, WriterInputs]:
+) -> dict[str, list[WriterInputs]]:
     deepest = max(writer.layer or 0 for writer in group)
     samples = sum(harmful[1].counts), sum(harmless[1].counts)
-    result: dict[str, WriterInputs] = {}
+    result: dict[str, list[WriterInputs]] = {}
 
     def work() -> None:
-        collectors = {w.tensor: _Collector(w, *samples, model.device) for w in group}
+        collectors = {(w.tensor, e): _Collector(w, *samples, model.device) for w in group for e in experts_of(w)}
         for (prompts, positions), is_harmful in ((harmful, True), (harmless, False)):
             for batch in model.batches(prompts):
                 index = _batch_positions(batch.rows, batch.ids.shape[1], prompts, positions)
-                with _InputHooks(model, group, index) as seen:
+                inputs = MatrixInputs(model, group, index.flat, batch.ids.numel())
+                with inputs.recording():
                     model.run_to_layer(batch, deepest)
-                for name, rows in seen.items():
+                for writer, rows, chosen in inputs:
                     if is_harmful:
-                        collectors[name].harmful.append(rows.cpu())
+                        collectors[writer].harmful.append(rows.cpu())
                     else:
-                        collectors[name].add_harmless(rows, index.weight.to(rows.device), index.is_last)
+                        weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
+                        collectors[writer].add_harmless(rows, weights, is_last)
                 if progress:
                     progress(len(batch.rows))
-        result.update({name: collector.finish() for name, collector in collectors.items()})
+        found = {writer: collector.finish() for writer, collector in collectors.items()}
+        result.update({w.tensor: [found[w.tensor, e] for e in experts_of(w)] for w in group})
 
     model.retry_smaller(work)
+    _check_seen(group, result)
     return result
+
+
+def _check_seen(group: Sequence[Matrix], result: Mapping[str, list[WriterInputs]]) -> None:
+    """Raise ForgeError if a writer, or every expert of a layer, saw no harmful prompt."""
+    seen = {(w.layer, w.is_expert or w.tensor) for w in group if any(len(i.harmful) for i in result[w.tensor])}
+    for writer in group:
+        if (writer.layer, writer.is_expert or writer.tensor) not in seen:
+            raise unseen(writer)
 
 
 @dataclass(frozen=True)
@@ -183,14 +248,12 @@ class _BatchPositions:
     """The sampled positions in a batch, each field ``[samples]``.
 
     Attributes:
-        row: row in the batch.
-        column: column in the padded batch.
+        flat: index into the flattened tokens of the padded batch.
         weight: weight in the harmless moment.
         is_last: whether it is one of the last positions, not a random one.
     """
 
-    row: Tensor
-    column: Tensor
+    flat: Tensor
     weight: Tensor
     is_last: Tensor
 
@@ -199,7 +262,7 @@ def _batch_positions(rows: Sequence[int], width: int, prompts: Sequence[Ids], po
     """Find the sampled positions in a left-padded batch."""
     weights = [0.5 / max(count, 1) for count in positions.counts]
     entries = [
-        (place, width - len(prompts[row]) + position, weight, is_last)
+        ((place + 1) * width - len(prompts[row]) + position, weight, is_last)
         for place, row in enumerate(rows)
         for chosen, weight, is_last in (
             (positions.last[row], weights[0], True),
@@ -207,30 +270,6 @@ def _batch_positions(rows: Sequence[int], width: int, prompts: Sequence[Ids], po
         )
         for position in chosen
     ]
-    types = (torch.long, torch.long, torch.float32, torch.bool)
+    types = (torch.long, torch.float32, torch.bool)
     columns = [torch.tensor([entry[n] for entry in entries], dtype=dtype) for n, dtype in enumerate(types)]
     return _BatchPositions(*columns)
-
-
-class _InputHooks:
-    """Hooks that record the writers' inputs at the sampled positions, float32, inside the block."""
-
-    def __init__(self, model: ChatModel, writers: Sequence[Matrix], positions: _BatchPositions) -> None:
-        self.seen: dict[str, Tensor] = {}
-        self.positions = positions
-        self.handles = [
-            model.submodule(w.place).register_forward_pre_hook(self._recording_hook(w.tensor)) for w in writers
-        ]
-
-    def _recording_hook(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.seen[name] = args[0].detach()[self.positions.row, self.positions.column].float()
-
-        return keep
-
-    def __enter__(self) -> dict[str, Tensor]:
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()

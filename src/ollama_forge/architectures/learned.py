@@ -1,12 +1,13 @@
 """What experiments on a twin find out about a model's class; names and indices are those of the twin.
 
-``roles.py`` fills a ``RoleFound`` for each parameter, ``parts.py`` its role, and ``names.py`` its pieces on disk. A
-``LearnedArchitecture`` holds all of it, and is cached; ``bind.py`` turns it into the ``ModelMap`` of a checkpoint.
+``roles/`` makes a ``RoleFound`` of each parameter, ``parts/`` says its role, and ``names/`` finds its pieces on disk. A
+``LearnedArchitecture`` holds all of it, and is cached; ``names/bind.py`` makes it the ``ModelMap`` of a checkpoint.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ollama_forge.architectures.model_map import Indices, Role
 
@@ -46,9 +47,9 @@ class RoleFound:
         norms: for a reader, the norm of its input, if there is one; for a writer, the ways from its output to the
             stream, one norm or gain each; empty if the output is added as it is.
         stream_at: for a reader, the first channels of the copies of the stream in its input.
-        linear: whether its module computes ``W x + b`` of its first argument (or looks up rows of an embedding).
+        linear: whether its module computes ``W x + b`` of its first argument (or looks up rows, times a constant).
         bias: name of the parameter that its module adds to its output, or None.
-        role: what it is for (``parts.py``).
+        role: what it is for (``parts/``).
         mixes: whether it belongs to the part of the block that mixes tokens (attention); False for the MLP part.
     """
 
@@ -67,8 +68,30 @@ class RoleFound:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """What the experiments could not find out.
+
+    Attributes:
+        module: path of the module in the twin; "" for the region before the first block.
+        about: what cannot be trusted: ``"writers"``, ``"readers"``, or the ``"stream"`` itself (it is not carried over
+            from block to block). ``"idle"`` is a module of the blocks that never ran on text.
+        reason: why, as a sentence without its subject, the module.
+    """
+
+    module: str
+    about: Literal["writers", "readers", "stream", "idle"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the input of the first block'}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Piece:
     """A box of a parameter, and the box of a stored tensor that holds the same values.
+
+    ``memory``, ``stored`` and ``axes`` are empty if the tensor holds values of the parameter in an order that no few
+    boxes express.
 
     Attributes:
         tensor: name of the stored tensor.
@@ -100,23 +123,15 @@ class LearnedArchitecture:
     """The result of all experiments on a twin.
 
     Attributes:
-        model_class: name of the transformers class that loads the checkpoint.
         d_model: width of the twin's residual stream.
         blocks: paths of the twin's blocks, in the order of their first calls.
         roles: the parameters that read or write the stream, with their roles.
-        head: name of the unembedding's parameter, or None if the class has none.
-        tied: whether the head is the embedding.
         parameters: every parameter and buffer of the twin on disk.
-        ignored: regular expressions of stored names that the class skips on loading.
-        gaps: what could not be found out, one sentence each (module and reason).
+        gaps: what could not be found out.
     """
 
-    model_class: str
     d_model: int
     blocks: tuple[str, ...]
     roles: tuple[RoleFound, ...]
-    head: str | None
-    tied: bool
     parameters: tuple[StoredParameter, ...]
-    ignored: tuple[str, ...]
-    gaps: tuple[str, ...]
+    gaps: tuple[Gap, ...]

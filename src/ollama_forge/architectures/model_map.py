@@ -66,7 +66,8 @@ class Place:
         expert: index on the parameter's first axis, if the matrix is one tensor of a stack on disk; None for all.
         rows: the parameter's rows (on its out axis) that the matrix fills; None for all.
         stored_rows: the matrix's own rows that are here; None for all.
-        linear: the module computes ``W x + b`` of its first argument, or looks up rows, with the whole parameter.
+        linear: the module computes ``W x + b`` of its first argument, or looks up rows (times a constant), with the
+            whole parameter.
     """
 
     module: str
@@ -84,7 +85,7 @@ class Matrix:
     """One matrix of a checkpoint, the stacked matrices of all experts of a layer, or a vector that writes.
 
     Attributes:
-        tensor: its name on disk; for MXFP4 its name after decoding.
+        tensor: its name on disk; for a packed tensor (FP8, MXFP4) its name after decoding.
         layer: number of the decoder layer; None for embeddings and heads.
         shape: ``[out, in]``, or ``[in, out]`` if ``transposed``; with a leading expert axis if ``experts``; ``[d]`` for
             a vector that is added to the residual stream.
@@ -96,7 +97,8 @@ class Matrix:
         post_norms: for a writer, the norms between its output and the residual stream; if there are several, the
             stream receives the output through each of them.
         expert: number of the expert, if each one is a tensor of its own; None otherwise.
-        mxfp4: stored as ``<tensor>_blocks`` and ``<tensor>_scales``.
+        unproven: why the certificate does not prove it, in one sentence; such a matrix is not edited. Empty if it is
+            proven.
     """
 
     tensor: str
@@ -112,7 +114,7 @@ class Matrix:
     transposed: bool = False
     experts: bool = False
     expert: int | None = None
-    mxfp4: bool = False
+    unproven: str = ""
 
     @property
     def place(self) -> Place:
@@ -123,6 +125,11 @@ class Matrix:
     def rows_are_written(self) -> bool:
         """Whether its rows are themselves vectors of the residual stream: an embedding, or one vector."""
         return self.role in (Role.EMBEDDING, Role.POSITION) or len(self.shape) == 1
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is an expert's matrix or a stack of experts' matrices, so that a router chooses its inputs."""
+        return self.experts or self.expert is not None
 
     @property
     def in_features(self) -> int:
@@ -143,6 +150,8 @@ class ModelMap:
         unused: tensors that are copied without a role; the loaded text model may lack them.
         copies: maps the name of a tied matrix that is stored twice to the name of the original. An edit of the original
             is also written to the copy.
+        gaps: what reads or writes the residual stream, or might, but is in no matrix; a sentence each.
+        alike: for each layer, the paths of the twin's blocks that stand for it.
     """
 
     model_type: str
@@ -152,6 +161,8 @@ class ModelMap:
     tied: bool
     unused: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
+    gaps: tuple[str, ...] = ()
+    alike: tuple[tuple[str, ...], ...] = ()
 
     @property
     def n_layers(self) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix
-from ollama_forge.checkpoints.storage import decode_mxfp4, decode_tensor
+from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 
 
@@ -19,20 +18,16 @@ def read_matrix(tensors: CheckpointTensors, matrix: Matrix, expert: int | None =
     """Read a matrix, or one expert's matrix of a stack.
 
     Returns:
-        float32 ``[out, in]``, and the stored bytes. For an F32 tensor the two share memory.
+        float32 ``[out, in]``, ``[1, d]`` for a vector of the stream; and the stored bytes. For an F32 tensor the two
+        share memory. Codes of a packed tensor that stand for no number become NaN.
     """
-    if matrix.tensor in tensors:
-        data = _slice(tensors, matrix.tensor, expert)
-        info = tensors[matrix.tensor]
+    if matrix.tensor in tensors.packed:
+        packed = tensors.read_packed(matrix.tensor, expert)
+        values, data = packed.decode(), bytearray().join(tensor_bytes(part) for part in packed.parts)
+    else:
+        info, data = tensors[matrix.tensor], _slice(tensors, matrix.tensor, expert)
         values = decode_tensor(data, info.dtype, info.shape if expert is None else info.shape[1:])
-        return (values.T if matrix.transposed else values), data
-    blocks, scales = (_slice(tensors, f"{matrix.tensor}{part}", expert) for part in ("_blocks", "_scales"))
-    shape = tensors[f"{matrix.tensor}_blocks"].shape[1:]
-    values = decode_mxfp4(
-        torch.frombuffer(blocks, dtype=torch.uint8).reshape(shape),
-        torch.frombuffer(scales, dtype=torch.uint8).reshape(shape[:-1]),
-    )
-    return values, blocks + scales
+    return (values.T if matrix.transposed else values.reshape(-1, values.shape[-1])), data
 
 
 def _slice(tensors: CheckpointTensors, name: str, expert: int | None) -> bytearray:

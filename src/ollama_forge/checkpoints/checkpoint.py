@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,8 +83,8 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        packed = sum(info.count for name, info in self.tensors.items() if name.endswith("_blocks"))
-        return sum(info.count for info in self.tensors.values()) + packed  # an MXFP4 byte holds two values
+        """The number of values of the model's tensors, without those that only their storage needs."""
+        return sum(math.prod(shape) for shape in self.tensors.shapes.values())
 
     @cached_property
     def fingerprint(self) -> str:

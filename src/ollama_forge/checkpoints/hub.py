@@ -25,6 +25,10 @@ _TRY_LATER = frozenset({408, 429, 500, 502, 503, 504})
 _INDEXES = (INDEX_NAME, PICKLED_INDEX_NAME)
 
 
+class TransferError(ForgeError):
+    """The Hub broke off or did not answer: nothing is known of the model."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A model in huggingface_hub's local cache.
@@ -40,28 +44,40 @@ class Snapshot:
     base_model: str | None = None
 
 
-def download(repo: str, revision: str | None) -> Snapshot:
+@dataclass(frozen=True)
+class Listing:
+    """What the Hub says of a model: file sizes in bytes by name (0 if unknown), the base model, and the commit."""
+
+    sizes: Mapping[str, int]
+    base_model: str | None
+    commit: str | None
+
+
+def download(repo: str, revision: str | None, *, trust_remote_code: bool = False) -> Snapshot:
     """Fetch a model's weights and companion files; without a connection, use the local cache.
 
     The config is fetched and checked first. If the repository holds the weights in several formats, one is fetched.
+
+    Args:
+        trust_remote_code: accept a model that needs its own Python code.
 
     Raises:
         ForgeError: the model or revision does not exist, is not accessible or cannot be edited; the disk is too small;
             or there is no connection and the local cache lacks files.
     """
-    with _hub_errors(repo, revision):
-        listing = _listing(repo, revision)
-        if listing is None:
-            return _cached_snapshot(repo, revision)
-        sizes, base_model = listing
-        entry = _checked_entry(repo, revision, sizes, base_model)
-        weights = index_shards(_fetch_file(repo, revision, entry)) if entry in _INDEXES else [entry]
+    with hub_errors(repo, revision):
+        listed = listing(repo, revision)
+        if listed is None:
+            return cached_snapshot(repo, revision)
+        sizes = listed.sizes
+        entry = _checked_entry(repo, revision, listed, trust_remote_code)
+        weights = index_shards(fetch_file(repo, revision, entry)) if entry in _INDEXES else [entry]
         absent = [name for name in weights if name not in sizes]
         if absent:
             raise ForgeError(f"{repo} lacks {len(absent)} of its shards, such as {absent[0]}", "try another revision")
         names = [*weights, *(name for name in sizes if is_companion(name) or name == CARD), *({entry} & {*_INDEXES})]
         folder = _fetch_files(repo, revision, {name: sizes[name] for name in names})
-    return Snapshot(folder, _commit(folder), base_model)
+    return Snapshot(folder, _commit(folder), listed.base_model)
 
 
 def card_base_model(folder: Path) -> str | None:
@@ -79,8 +95,8 @@ def _first_name(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _listing(repo: str, revision: str | None) -> tuple[Mapping[str, int], str | None] | None:
-    """File sizes in bytes by name (0 if unknown) and the base model; None without a connection."""
+def listing(repo: str, revision: str | None) -> Listing | None:
+    """The files of a model; None without a connection."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -95,23 +111,33 @@ def _listing(repo: str, revision: str | None) -> tuple[Mapping[str, int], str | 
     except Exception:  # no connection; the exception depends on the HTTP library that huggingface_hub uses
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    return sizes, _first_name(info.card_data.base_model if info.card_data else None)
+    return Listing(sizes, _first_name(info.card_data.base_model if info.card_data else None), info.sha)
 
 
-def _checked_entry(repo: str, revision: str | None, sizes: Mapping[str, int], base_model: str | None) -> str:
+def _checked_entry(repo: str, revision: str | None, listed: Listing, trust_remote_code: bool) -> str:
     """Check that the model can be edited, and return the name of its weights file or shard index."""
-    if _CONFIG not in sizes:
-        raise no_weights_error(sizes.keys(), repo, on_hub=True)
-    config = read_json(_fetch_file(repo, revision, _CONFIG))
-    if not isinstance(config, dict):
-        raise ForgeError(f"the config.json of {repo} is not a JSON object", "try another revision")
+    config = fetch_config(repo, revision, listed)
     found = quantisation_of(config)
     if found is not None and not found.is_supported and not _has_float_weights(repo, revision):
-        raise quantised_error(found, repo, base_model)
-    unknown = model_type_error(config, repo)
+        raise quantised_error(found, repo, listed.base_model)
+    unknown = model_type_error(config, repo, trust_remote_code=trust_remote_code)
     if unknown is not None:
         raise unknown
-    return weights_entry(sizes.keys(), repo, on_hub=True)
+    return weights_entry(listed.sizes.keys(), repo, on_hub=True)
+
+
+def fetch_config(repo: str, revision: str | None, listed: Listing) -> dict[str, Any]:
+    """Fetch the config of a model.
+
+    Raises:
+        ForgeError: the repository has no config.json, or it is not a JSON object.
+    """
+    if _CONFIG not in listed.sizes:
+        raise no_weights_error(listed.sizes.keys(), repo, on_hub=True)
+    config = read_json(fetch_file(repo, revision, _CONFIG))
+    if not isinstance(config, dict):
+        raise ForgeError(f"the config.json of {repo} is not a JSON object", "try another revision")
+    return config
 
 
 def _has_float_weights(repo: str, revision: str | None) -> bool:
@@ -126,7 +152,8 @@ def _has_float_weights(repo: str, revision: str | None) -> bool:
     return set(counts) <= FLOAT_TYPES
 
 
-def _fetch_file(repo: str, revision: str | None, name: str) -> Path:
+def fetch_file(repo: str, revision: str | None, name: str) -> Path:
+    """Fetch one file into the local cache, and return its path there."""
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(repo, name, revision=revision))
@@ -148,7 +175,7 @@ def _fetch_files(repo: str, revision: str | None, sizes: Mapping[str, int]) -> P
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
-def _cached_snapshot(repo: str, revision: str | None) -> Snapshot:
+def cached_snapshot(repo: str, revision: str | None) -> Snapshot:
     """The model in the local cache.
 
     Raises:
@@ -199,7 +226,7 @@ def _commit(folder: Path) -> str | None:
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn exceptions of huggingface_hub into ForgeError."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -230,7 +257,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo!r} is neither a folder here nor a Hub id", "a Hub id has the form owner/name"
         ) from None
     except Exception as error:  # the exception depends on the HTTP library that huggingface_hub uses
-        raise ForgeError(
+        raise TransferError(
             f"{repo} could not be fetched: {_first_line(error)}", "try again: the files fetched so far are kept"
         ) from None
 

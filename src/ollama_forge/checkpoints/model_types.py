@@ -9,8 +9,22 @@ from typing import Any
 from ollama_forge.errors import ForgeError
 
 
-def model_type_error(config: Mapping[str, Any], label: str) -> ForgeError | None:
-    """The error for a ``model_type`` that transformers does not support, or None. Imports transformers (seconds)."""
+def needs_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has no class for a model, and config.json names Python files of the model that have one.
+
+    Imports transformers (seconds).
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+
+
+def model_type_error(config: Mapping[str, Any], label: str, *, trust_remote_code: bool = False) -> ForgeError | None:
+    """The error for a ``model_type`` that transformers does not support, or None. Imports transformers (seconds).
+
+    Args:
+        trust_remote_code: whether the model's own Python code may be executed, so that it stands in for transformers.
+    """
     from transformers import __version__ as installed
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,14 +36,21 @@ def model_type_error(config: Mapping[str, Any], label: str) -> ForgeError | None
         )
     if model_type in CONFIG_MAPPING:
         return None
-    if config.get("auto_map"):
-        return ForgeError(
-            f"{label} needs its own model code (auto_map in config.json), which is not executed",
-            f"use a release of the model that transformers supports; {_upgrade(config, installed)}",
-        )
+    if needs_own_code(config):
+        return None if trust_remote_code else own_code_error(config, label)
     return ForgeError(
         f"transformers {installed} does not support the model_type {model_type!r} of {label}",
         _upgrade(config, installed),
+    )
+
+
+def own_code_error(config: Mapping[str, Any], label: str) -> ForgeError:
+    """The error for a model that needs its own Python code without leave to execute it."""
+    from transformers import __version__ as installed
+
+    return ForgeError(
+        f"{label} needs its own model code (auto_map in config.json), which is not executed",
+        f"read that code, then add --trust-remote-code to execute it; or {_upgrade(config, installed)}",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ollama_forge.checkpoints.formats.registry import can_read
 from ollama_forge.errors import ForgeError
 
 _LIBRARIES = {
@@ -32,7 +33,6 @@ _LIBRARIES = {
     "torchao": "torchao, library torchao",
     "vptq": "VPTQ, library vptq",
 }
-_SUPPORTED = frozenset({"mxfp4"})
 QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -44,25 +44,28 @@ class Quantisation:
     Attributes:
         method: ``quant_method`` in lower case; "" if the config names none.
         description: the method and its library, for messages.
+        is_supported: whether this program can read such weights.
     """
 
     method: str
     description: str
-
-    @property
-    def is_supported(self) -> bool:
-        """Whether this program can edit such weights."""
-        return self.method in _SUPPORTED
+    is_supported: bool
 
 
 def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     """Read the quantisation from a model's config; None if the config names none."""
+    entry = quantisation_entry(config)
+    return None if entry is None else _from_entry(entry)
+
+
+def quantisation_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a model's config, under any of its names; None if there is none."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for key in QUANTISATION_KEYS:
             entry = part.get(key)
             if isinstance(entry, Mapping) and entry:
-                return _from_entry(entry)
+                return entry
     return None
 
 
@@ -76,16 +79,18 @@ def _from_entry(entry: Mapping[str, Any]) -> Quantisation:
     if method == "bitsandbytes":
         bits = 4 if entry.get("load_in_4bit") or entry.get("_load_in_4bit") else 8
         description = description.replace("bitsandbytes,", f"bitsandbytes in {bits} bits,", 1)
-    return Quantisation(method, description)
+    return Quantisation(method, description, can_read(entry))
 
 
-def quantised_error(found: Quantisation, label: str, base_model: str | None) -> ForgeError:
+def quantised_error(found: Quantisation, label: str, base_model: str | None, unread: str | None = None) -> ForgeError:
     """The error for quantised weights that cannot be edited.
 
     Args:
         base_model: the ``base_model`` of the model card.
+        unread: name of a tensor that cannot be read, if other weights of this quantisation can.
     """
+    what = f"its tensor {unread}" if found.is_supported and unread else "such weights"
     return ForgeError(
-        f"{label} is quantised ({found.description}), and such weights cannot be edited",
+        f"{label} is quantised ({found.description}), and {what} cannot be edited",
         f"use the unquantised model{f', {base_model} according to the model card' if base_model else ''}",
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.demo import demo_checkpoint
+from ollama_forge.checkpoints.formats.registry import unreadable_tensor
 from ollama_forge.checkpoints.gguf_source import gguf_checkpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
+from ollama_forge.checkpoints.hub_headers import hub_checkpoint
 from ollama_forge.checkpoints.pickled import convert_pickled
 from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
@@ -19,7 +21,7 @@ from ollama_forge.progress import say
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(model: str, revision: str | None = None) -> Checkpoint:
+def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
     """Find ``model``, download or convert it if necessary, and return a safetensors checkpoint that can be edited.
 
     Downloads, dequantised GGUF files and converted ``.bin`` files are cached.
@@ -27,10 +29,39 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     Args:
         model: ``demo``, ``demo-base``, a ``.gguf`` file, a folder, or a Hub id.
         revision: branch, tag or commit of a Hub id.
+        trust_remote_code: accept a model that needs its own Python code.
 
     Raises:
         ForgeError: the model does not exist or cannot be edited, or the disk or the memory is too small.
     """
+    checkpoint = _local_checkpoint(model, revision)
+    if checkpoint is None:
+        fetched = download(model, revision, trust_remote_code=trust_remote_code)
+        checkpoint = replace(_folder_checkpoint(fetched.folder, model), kind="hub", revision=fetched.commit)
+        require_editable(checkpoint, fetched.base_model)
+    elif checkpoint.kind in ("folder", "pickled"):
+        require_editable(checkpoint, card_base_model(Path(model).expanduser()))
+    if trust_remote_code:
+        _say_own_code(checkpoint)
+    return checkpoint
+
+
+def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Like ``resolve``, but a model on the Hub is not downloaded, and a model that cannot be edited is no error.
+
+    Raises:
+        ForgeError: the model does not exist or cannot be read.
+    """
+    checkpoint = _local_checkpoint(model, revision)
+    if checkpoint is None:
+        checkpoint = hub_checkpoint(model, revision, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        _say_own_code(checkpoint)
+    return checkpoint
+
+
+def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
+    """The checkpoint of ``model``; None for a Hub id."""
     try:
         path = Path(model).expanduser()
         path.is_file()
@@ -45,12 +76,10 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     if path.is_file():
         return gguf_checkpoint(path, model)
     if path.is_dir():
-        return _require_editable(_folder_checkpoint(path.resolve(), model), card_base_model(path))
+        return _folder_checkpoint(path.resolve(), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
         raise ForgeError(f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, demo or demo-base")
-    fetched = download(model, revision)
-    checkpoint = replace(_folder_checkpoint(fetched.folder, model), kind="hub", revision=fetched.commit)
-    return _require_editable(checkpoint, fetched.base_model)
+    return None
 
 
 def _folder_checkpoint(path: Path, label: str) -> Checkpoint:
@@ -64,14 +93,22 @@ def _folder_checkpoint(path: Path, label: str) -> Checkpoint:
     return Checkpoint(path, label, "folder")
 
 
-def _require_editable(checkpoint: Checkpoint, base_model: str | None) -> Checkpoint:
-    """Raise ForgeError for quantised weights. Print notes about a config or tensor names that are corrected."""
+def _say_own_code(checkpoint: Checkpoint) -> None:
+    """Print a note if a model has Python code of its own, which the user allowed to execute."""
+    names = sorted(path.name for path in checkpoint.folder.glob("*.py"))
+    if names:
+        say(f"note: --trust-remote-code lets the model's own Python code run: {', '.join(names)}")
+
+
+def require_editable(checkpoint: Checkpoint, base_model: str | None) -> None:
+    """Raise ForgeError for quantised weights that cannot be read; print notes on a corrected config or tensor names."""
     found = checkpoint.quantisation
-    if found is not None and not found.is_supported:
-        if not checkpoint.has_float_weights:
-            raise quantised_error(found, checkpoint.label, base_model)
+    if found is not None and checkpoint.has_float_weights:
         say(f"note: config.json names a quantisation ({found.method}), but all weights are floats: it is ignored")
+    elif found is not None:
+        unread = unreadable_tensor(checkpoint.tensors, checkpoint.tensors.packed)
+        if not found.is_supported or unread is not None:
+            raise quantised_error(found, checkpoint.label, base_model, unread)
     if checkpoint.tensors.wrappers:
         names = ", ".join(pattern.replace("\\", "").lstrip("^") for pattern in checkpoint.tensors.wrappers)
         say(f"note: removed from the tensor names, where a training wrapper added it: {names}")
-    return checkpoint

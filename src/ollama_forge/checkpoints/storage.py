@@ -1,4 +1,4 @@
-"""Convert between bytes on disk and tensors in memory. MXFP4 is decoded, never encoded."""
+"""Convert between the bytes of float tensors on disk and tensors in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ _FLOATS = {
     "BF16": torch.bfloat16,
 }
 FLOAT_TYPES = frozenset(_FLOATS)
-# The values of a 4-bit float with two exponent bits and one mantissa bit (OCP Microscaling Formats, E2M1).
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float32)
-_MXFP4_BLOCK = 32
 
 
 def decode_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -97,25 +94,3 @@ def _round_to_odd(values: Tensor) -> Tensor:
     towards = torch.where(back.abs() > values.abs(), -1, 1).int()
     odd = torch.where((back != values) & values.isfinite() & (bits % 2 == 0), bits + towards, bits)
     return odd.view(torch.float32)
-
-
-def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Decode MXFP4 blocks to float32.
-
-    Args:
-        blocks: uint8 ``[..., n, 16]``, two values per byte, the low four bits first.
-        scales: uint8 ``[..., n]``, exponents of two with bias 127.
-
-    Returns:
-        float32 ``[..., n * 32]``.
-    """
-    low, high = _FP4[(blocks & 0x0F).long()], _FP4[(blocks >> 4).long()]
-    values = torch.stack((low, high), dim=-1).flatten(-2)
-    scaled = torch.ldexp(values, scales.int().unsqueeze(-1) - 127)
-    return scaled.reshape(*scales.shape[:-1], scales.shape[-1] * _MXFP4_BLOCK)
-
-
-def mxfp4_shape(blocks_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape ``[experts, in, out]`` of the matrices in blocks of shape ``[experts, out, n, 16]``."""
-    experts, out, blocks, _ = blocks_shape
-    return experts, blocks * _MXFP4_BLOCK, out

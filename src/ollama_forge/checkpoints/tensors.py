@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.formats.base import PackedMatrix, PackedTensor, as_tensor
+from ollama_forge.checkpoints.formats.registry import packed_tensors
+from ollama_forge.checkpoints.quantised import quantisation_entry
 from ollama_forge.checkpoints.wrappers import unwrapped, wrapper_patterns
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_at, read_json
@@ -22,6 +26,7 @@ _ITEM_SIZES = {
 }  # fmt: skip
 _LFS_POINTER = b"https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+_PIECE = 8 << 20  # bytes compared at a time
 _DAMAGED_HINT = "download or save the checkpoint again"
 
 
@@ -65,15 +70,37 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             if size < 1024 and _LFS_POINTER in path.read_bytes():
                 raise ForgeError(f"{path} is a Git LFS pointer, not a safetensors file", "run git lfs pull")
-            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ForgeError(f"{path} is truncated or not a safetensors file", _DAMAGED_HINT)
-            header = json.loads(file.read(length))
+            check_header_length(path, length, size)
+            text = file.read(length)
     except OSError as error:
         raise ForgeError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    return parse_header(path, text, size)
+
+
+def check_header_length(path: Path, length: int, size: int) -> None:
+    """Raise ForgeError if a safetensors file of ``size`` bytes cannot have a header of ``length`` bytes."""
+    if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise ForgeError(f"{path} is truncated or not a safetensors file", _DAMAGED_HINT)
+
+
+def parse_header(path: Path, text: bytes | bytearray, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Parse the header of a safetensors file: its tensors, in the order of their bytes, and its metadata.
+
+    Args:
+        path: the file, for messages and for the tensors' ``file``.
+        text: the JSON text that follows the eight bytes of the header's length.
+        size: size of the file in bytes.
+
+    Raises:
+        ForgeError: the text is not the header of a safetensors file of this size.
+    """
+    try:
+        header = json.loads(text)
     except (ValueError, RecursionError):
         raise ForgeError(f"{path} is not a safetensors file", _DAMAGED_HINT) from None
     if not isinstance(header, dict):
         raise ForgeError(f"{path} is not a safetensors file", _DAMAGED_HINT)
+    length = len(text)
     metadata = header.pop("__metadata__", {})
     infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.end))
@@ -113,10 +140,10 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards = _shards(folder)
+        self.shards = self._find_shards()
         stored: dict[str, TensorInfo] = {}
-        for shard in self.shards:
-            for name, info in read_header(shard)[0].items():
+        for header in self._read_headers():
+            for name, info in header.items():
                 if name in stored:
                     raise ForgeError(f"{name} is in two shards of {folder}", _DAMAGED_HINT)
                 stored[name] = info
@@ -129,6 +156,13 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
                 "save the model again",
             )
         self.absent = frozenset(unwrapped(name, self.wrappers) for name in self._index_names()) - set(self._infos)
+
+    def _find_shards(self) -> list[Path]:
+        return _shards(self.folder)
+
+    def _read_headers(self) -> Iterable[Mapping[str, TensorInfo]]:
+        """The tensors of each of ``shards``."""
+        return (read_header(shard)[0] for shard in self.shards)
 
     def _index_names(self) -> list[str]:
         """The names in the index; empty for a single file."""
@@ -145,6 +179,35 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
+    @cached_property
+    def packed(self) -> Mapping[str, PackedTensor]:
+        """The tensors that are stored in a packed form (FP8, MXFP4), by their names after decoding."""
+        config = self.folder / "config.json"
+        entry = quantisation_entry(read_json(config)) if config.is_file() else None
+        return packed_tensors(self, entry or {})
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The name and shape of each tensor of the model, packed ones after decoding."""
+        hidden = {name for packed in self.packed.values() for name in (*packed.parts, *packed.extras)}
+        plain = {name: info.shape for name, info in self._infos.items() if name not in hidden}
+        return plain | {name: packed.shape for name, packed in self.packed.items()}
+
+    def read_packed(self, name: str, expert: int | None = None) -> PackedMatrix:
+        """Read a packed matrix, or one expert's matrix of a stack, in its stored form.
+
+        Args:
+            name: the name after decoding.
+        """
+        packed, parts = self.packed[name], []
+        for part in packed.parts:
+            info = self._infos[part]
+            size = info.size if expert is None else info.size // info.shape[0]
+            data = self.read_bytes(part, size * (expert or 0), size)
+            parts.append(as_tensor(data, info.dtype, info.shape if expert is None else info.shape[1:]))
+        rows, columns = packed.shape[-2:]
+        return PackedMatrix((rows, columns), packed.codec, tuple(parts))
+
     def of_shard(self, shard: Path) -> list[TensorInfo]:
         """The tensors of one shard, in the order of their bytes."""
         return [info for info in self._infos.values() if info.file == shard]
@@ -158,6 +221,22 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
                 return read_at(file, info.start + start, size)
             except EOFError:
                 raise ForgeError(f"{info.file} is truncated", _DAMAGED_HINT) from None
+
+    def read_all(self, names: Collection[str]) -> dict[str, bytearray]:
+        """Read several whole tensors."""
+        return {name: self.read_bytes(name) for name in names}
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors agree in type, shape and every byte."""
+        one, other = self[first], self[second]
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+            self.read_bytes(first, start, size) == self.read_bytes(second, start, size)
+            for start, size in self._compared_ranges(one.size)
+        )
+
+    def _compared_ranges(self, size: int) -> Iterable[tuple[int, int]]:
+        """The ranges (start, size) of tensors of ``size`` bytes that ``same_bytes`` compares."""
+        return ((start, min(_PIECE, size - start)) for start in range(0, size, _PIECE))
 
 
 def index_shards(index: Path) -> list[str]:

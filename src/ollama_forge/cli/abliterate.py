@@ -30,6 +30,7 @@ abliterate.add_command(serve)
 @opt.prompt_options
 @opt.direction_options
 @opt.factors_option
+@opt.allow_partial_option
 @opt.json_option
 def compute_dir(**options: Any) -> None:
     """Compute the refusal direction of a model."""
@@ -44,6 +45,7 @@ def compute_dir(**options: Any) -> None:
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
         edit=opt.edit_settings(options),
+        allow_partial=options["allow_partial"],
     )
     direction = computed.direction
     if options["as_json"]:
@@ -71,6 +73,8 @@ def compute_dir(**options: Any) -> None:
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
+@opt.allow_partial_option
+@opt.trust_option
 @opt.json_option
 def apply(**options: Any) -> None:
     """Edit a direction out of a model's weights on disk (or amplify it), without loading the model."""
@@ -88,6 +92,8 @@ def apply(**options: Any) -> None:
         revision=options["revision"],
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
+        allow_partial=options["allow_partial"],
+        trust_remote_code=options["trust_remote_code"],
     )
     if options["as_json"]:
         print(
@@ -102,6 +108,34 @@ def apply(**options: Any) -> None:
         return
     print(f"{len(applied.changed)} tensors changed: {folder}")
     print(f"edit file: {edit_file_path(folder)}")
+
+
+@abliterate.command("inspect")
+@opt.model_option
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.factors_option
+@opt.edit_options
+@opt.trust_option
+@opt.json_option
+def inspect(**options: Any) -> None:
+    """Show how a model is built, how much of that is proven, and what an edit would change.
+
+    Of a model on the Hub, only the config, the headers of the weights and the gains of the norms are read.
+    """
+    require_abliterate("inspect")
+    from ollama_forge.cli.inspected import print_inspection
+    from ollama_forge.inspection import inspect
+
+    found = inspect(
+        options["model"],
+        revision=options["revision"],
+        settings=opt.edit_settings(options),
+        trust_remote_code=options["trust_remote_code"],
+    )
+    if options["as_json"]:
+        print(json.dumps(found.to_json()))
+    else:
+        print_inspection(found)
 
 
 def _path(value: str | None) -> Path | None:
@@ -135,6 +169,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
+@opt.allow_partial_option
 @click.option(
     "--max-kl",
     type=float,
@@ -184,6 +219,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         escalate=not options["no_escalate"],
         max_kl=options["max_kl"],
         allow_few_refusals=options["allow_few_refusals"],
+        allow_partial=options["allow_partial"],
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],

@@ -41,6 +41,8 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(f"the first-token KL is above {max_kl:g}: answers to harmless prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
+    for line in report.certificate_lines():
+        console.print(line, markup=False, soft_wrap=True)
     for line in report.file_lines():
         console.print(line, markup=False, soft_wrap=True)
     folder = report.folder

@@ -69,6 +69,18 @@ def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 model_option = click.option(
     "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, demo or demo-base."
 )
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Execute the Python code in the model's folder or repository if transformers has no class of its own for the "
+    "model. That code can do anything that you can do: read it first.",
+)
+allow_partial_option = click.option(
+    "--allow-partial",
+    is_flag=True,
+    help="Edit a model even if not all of its writers and readers are proven (see inspect). The unproven ones are left "
+    "as they are, and the provenance and the model card name them.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 talk_options = _combined(
@@ -87,6 +99,7 @@ talk_options = _combined(
         is_flag=True,
         help="Accept a model without a chat template; it gets the bare text.",
     ),
+    trust_option,
 )
 load_options = _combined(
     talk_options,
@@ -210,7 +223,10 @@ out_dtype_option = click.option(
     help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
-LOAD_KEYS = ("device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit")
+LOAD_KEYS = (
+    "device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit",
+    "trust_remote_code",
+)  # fmt: skip
 PROMPT_KEYS = (
     "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",
 )  # fmt: skip

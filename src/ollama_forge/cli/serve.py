@@ -64,7 +64,11 @@ def serve(**options: Any) -> None:
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:
-        checkpoint = resolve(_model_of(options["name"], options["checkpoint"]), options["revision"])
+        checkpoint = resolve(
+            _model_of(options["name"], options["checkpoint"]),
+            options["revision"],
+            trust_remote_code=load.trust_remote_code,
+        )
         name = servable(options["name"] or _default_name(checkpoint))
         with status(f"loading {name}"):
             model = ServedModel.load(

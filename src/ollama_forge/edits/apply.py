@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import math
+import statistics
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ollama_forge.architectures.model_map import Matrix, ModelMap
-from ollama_forge.architectures.read_matrix import experts_of, read_matrix
+from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.formats.base import PackedTensor
 from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, TensorInfo
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
@@ -36,13 +40,18 @@ class AppliedEdit:
         record: the edit, with hashes and the relative change of each matrix.
         changed: names of the tensors whose bytes differ from the source's.
         stored: storage type -> number of bytes written in this type.
-        unpacked: whether packed tensors (MXFP4) were decoded.
+        unpacked: whether packed tensors (FP8, MXFP4) were decoded.
+        leaks: how much of the removed direction rounding to a packed form left in each matrix, as a share of the
+            direction's component before the edit.
+        packed_as: for each matrix in ``leaks``, the name of its form.
     """
 
     record: EditRecord
     changed: frozenset[str]
     stored: Mapping[str, int]
     unpacked: bool
+    leaks: Mapping[str, float] = field(default_factory=dict)
+    packed_as: Mapping[str, str] = field(default_factory=dict)
 
 
 def apply_plan(
@@ -106,9 +115,12 @@ class _EditWriter:
     ) -> None:
         self.checkpoint, self.plan, self.folder, self.out_dtype = checkpoint, plan, folder, out_dtype
         self.tensors = checkpoint.tensors
-        self.packed = {matrix.tensor: matrix for matrix in model.matrices if matrix.mxfp4}
-        kept = out_dtype.keeps_packed and not any(name in plan.edits for name in self.packed)
-        self.unpack = bool(self.packed) and not kept
+        self.owners = {part: tensor for tensor in self.tensors.packed.values() for part in tensor.parts + tensor.extras}
+        edited = [tensor for name, tensor in self.tensors.packed.items() if name in plan.edits]
+        kept = out_dtype.keeps_packed and all(tensor.is_writable for tensor in edited)
+        self.unpack = bool(self.owners) and not kept
+        self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
+        self.leaks: dict[str, float] = {}
         self.biases = {
             edit.matrix.bias: edit for edit in plan.edits.values() if edit.bias_edit is not None and edit.matrix.bias
         }
@@ -121,7 +133,7 @@ class _EditWriter:
         stored: Counter[str] = Counter()
         with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
             for shard in self.tensors.shards:
-                outputs = [out for info in self.tensors.of_shard(shard) if (out := self.output_tensor(info))]
+                outputs = self.outputs_of(shard)
                 with ShardWriter(self.folder / shard.name, outputs) as writer:
                     for out in outputs:
                         if out.copied is not None:
@@ -142,24 +154,44 @@ class _EditWriter:
             self.bias_shifts,
             settings,
         )
-        return AppliedEdit(record, frozenset(self.changed), stored, self.unpack)
+        packed_as = {name: self.tensors.packed[name].codec.label for name in self.leaks}
+        return AppliedEdit(record, frozenset(self.changed), stored, self.unpack, self.leaks, packed_as)
+
+    def outputs_of(self, shard: Path) -> list[OutputTensor]:
+        """The tensors to write for a shard of the source; the scales of a packed tensor come after its codes."""
+        infos = self.tensors.of_shard(shard)
+        places = {info.name: place for place, info in enumerate(infos)}
+
+        def place(info: TensorInfo) -> tuple[int, bool]:
+            codes = self.owners[info.name].parts[0] if info.name in self.owners else info.name
+            return places.get(codes, places[info.name]), info.name != codes
+
+        return [out for info in sorted(infos, key=place) if (out := self.output_tensor(info))]
 
     def output_tensor(self, info: TensorInfo) -> OutputTensor | None:
-        """The output tensor for one tensor of the source; None for the scales of an MXFP4 pair that is decoded."""
-        matrix = self.packed.get(info.name.removesuffix("_blocks").removesuffix("_scales"))
-        if self.unpack and matrix is not None:
-            return OutputTensor(matrix.tensor, UNPACKED, matrix.shape) if info.name.endswith("_blocks") else None
-        dtype = self.out_dtype.storage_type(info.dtype)
+        """The output tensor for one tensor of the source; None for the scales of a packed tensor that is decoded."""
+        owner = self.owners.get(info.name)
+        if owner is not None and self.unpack:
+            return OutputTensor(owner.name, UNPACKED, owner.shape) if info.name == owner.parts[0] else None
+        dtype = info.dtype if owner is not None else self.out_dtype.storage_type(info.dtype)
         edited = info.name in self.plan.edits or info.name in self.biases
+        if owner is not None:
+            edited = owner.name in self.plan.edits and info.name in owner.parts
         return OutputTensor(info.name, dtype, info.shape, None if edited or dtype != info.dtype else info)
 
     def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
+        owner = self.owners.get(out.name)
+        if owner is not None and not self.unpack:
+            edit = self.plan.edits[owner.name]
+            return (
+                self.encoded_matrix_bytes(edit, owner) if out.name == owner.parts[0] else self.scale_bytes(owner, out)
+            )
         if out.name in self.plan.edits:
             return self.edited_matrix_bytes(self.plan.edits[out.name], out)
         if out.name in self.biases:
             return self.edited_bias_bytes(self.biases[out.name], out)
-        packed = self.packed.get(out.name)
-        return self.converted_bytes(out) if packed is None else self.decoded_experts_bytes(packed, out)
+        packed = self.tensors.packed.get(out.name)
+        return self.converted_bytes(out) if packed is None else self.decoded_bytes(packed, out)
 
     def converted_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         info = self.tensors[out.name]
@@ -169,11 +201,15 @@ class _EditWriter:
             data = self.tensors.read_bytes(info.name, start * width, count * width)
             yield tensor_bytes(round_tensor(stored_tensor(data, info.dtype, (count,)), out.dtype, out.name))
 
-    def decoded_experts_bytes(self, matrix: Matrix, out: OutputTensor) -> Iterator[memoryview]:
-        for expert in experts_of(matrix):
-            weight, _ = read_matrix(self.tensors, matrix, expert)
-            check_finite(weight, matrix.tensor, self.checkpoint.label)
-            yield encode_tensor(weight.T if matrix.transposed else weight, out.dtype, out.name)
+    def decoded_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
+        rows, columns = packed.shape[-2:]
+        step = max(1, blocks.BLOCK // columns) if packed.codec.by_regions else max(rows, 1)
+        for expert in range(packed.shape[0]) if packed.is_stack else [None]:
+            matrix = self.tensors.read_packed(packed.name, expert)
+            for start in range(0, rows, step):
+                values = matrix.decode(slice(start, start + step))
+                check_finite(values, packed.name, self.checkpoint.label)
+                yield encode_tensor(values, out.dtype, out.name)
 
     def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
         sums = _MatrixSums()
@@ -187,6 +223,31 @@ class _EditWriter:
         if record.source_sha256 != record.result_sha256:
             self.changed.add(out.name)
         self.records[out.name] = record
+
+    def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
+        """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
+        sums, scales = _MatrixSums(), []
+        before, error = 0.0, 0.0
+        for expert in experts_of(edit.matrix):
+            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
+            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
+            before, error = math.hypot(before, encoded.kept_before), math.hypot(error, encoded.kept_error)
+            codes, scale = (tensor_bytes(part) for part in encoded.parts)
+            sums.result.update(codes)
+            sums.result.update(scale)
+            scales.append(scale)
+            yield codes
+            self.changed.update(compress(packed.parts, encoded.changed))
+        self.scales[packed.parts[1]] = memoryview(b"".join(scales))
+        self.records[packed.name] = sums.record(edit)
+        if before:
+            self.leaks[packed.name] = error / before
+
+    def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
+        """The scales of an edited packed matrix, encoded now if its codes are in a later shard."""
+        if out.name not in self.scales:
+            deque(self.encoded_matrix_bytes(self.plan.edits[packed.name], packed), maxlen=0)
+        yield self.scales.pop(out.name)
 
     def edited_bias_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
         info = self.tensors[out.name]
@@ -210,13 +271,30 @@ class _EditWriter:
         return edit.bias_edit.shift(bias, factors, edit.strength, expert)
 
 
-def describe_changes(record: EditRecord) -> dict[str, dict[str, Any]]:
-    """Strength, norm rule and relative change of each edited matrix, for the provenance file."""
+def describe_changes(applied: AppliedEdit) -> dict[str, dict[str, Any]]:
+    """Strength, norm rule, relative change and leak of each edited matrix, for the provenance file."""
     return {
         name: {
             "strength": m.strength,
             "rescale": m.rescale.value,
             "relative_change": round(m.relative_change or 0.0, 6),
+            **_describe_leak(applied, name),
         }
-        for name, m in record.matrices.items()
+        for name, m in applied.record.matrices.items()
     }
+
+
+def _describe_leak(applied: AppliedEdit, name: str) -> dict[str, Any]:
+    if name not in applied.leaks:
+        return {}
+    return {"stored_as": applied.packed_as[name], "leak": round(applied.leaks[name], 6)}
+
+
+def leak_notes(applied: AppliedEdit) -> list[str]:
+    """For each packed form, one line: how much of the direction rounding to it left in the edited matrices."""
+    notes = []
+    for form in sorted(set(applied.packed_as.values())):
+        leaks = [leak for name, leak in applied.leaks.items() if applied.packed_as[name] == form]
+        left = f"leaves {statistics.median(leaks):.2%} of the direction (median over {len(leaks)} matrices)"
+        notes.append(f"stored as {form}: {left}, at most {max(leaks):.2%}")
+    return notes

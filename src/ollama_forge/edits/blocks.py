@@ -1,7 +1,8 @@
 """Blockwise edits of matrices that are too large for a float32 copy.
 
 Where each row of ``W'`` depends on the same row of ``W`` ``[out, in]`` alone (readers, embeddings), blocks are rows.
-Where each column depends on the same column alone (writers), blocks are columns.
+Where each column depends on the same column alone (writers), blocks are columns. So a block holds whole vectors of the
+residual stream, along which the rounding errors of a packed matrix can be made to cancel.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ollama_forge.architectures.read_matrix import read_matrix
+from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import (
@@ -48,13 +51,47 @@ class EditedBlock:
     after: EditedMatrix
 
 
-def independent_axis(rule: Rule, rescale: Rescale) -> int | None:
+def independent_axis(edit: MatrixEdit) -> int | None:
     """The axis of ``W`` ``[out, in]`` along which blocks can be edited one by one; None if there is none."""
-    if isinstance(rule, (RemoveFromInput, FixedFactors)) and rescale is not Rescale.COLUMNS:
-        return ROWS
-    if isinstance(rule, (RemoveFromOutput, FixedFactors)) and rescale is not Rescale.ROWS:
-        return COLUMNS
-    return None
+    rule, rescale = edit.rule, edit.rescale
+    by_rows = isinstance(rule, (RemoveFromInput, FixedFactors)) and rescale is not Rescale.COLUMNS
+    by_columns = isinstance(rule, (RemoveFromOutput, FixedFactors)) and rescale is not Rescale.ROWS
+    if by_rows and by_columns:
+        return COLUMNS if _writes_columns(edit) else ROWS
+    return ROWS if by_rows else COLUMNS if by_columns else None
+
+
+def _writes_columns(edit: MatrixEdit) -> bool:
+    return edit.matrix.writes and not edit.matrix.rows_are_written
+
+
+def kept_products(edit: MatrixEdit, expert: int | None) -> Kept:
+    """The products with ``W`` ``[out, in]`` that an edit is about, and that rounding should not change."""
+    rule = edit.rule
+    if isinstance(rule, RemoveFromOutput):
+        return Kept(rule.basis, 0)
+    if isinstance(rule, RemoveFromInput):
+        return Kept(rule.basis, 1)
+    factors = rule.factors(torch.empty(0), expert)
+    written = _writes_columns(edit)
+    return Kept(torch.linalg.qr(factors.L if written else factors.K).Q, 0 if written else 1)
+
+
+@dataclass(frozen=True)
+class EncodedMatrix:
+    """An edited matrix in its packed form.
+
+    Attributes:
+        parts: the codes and their scales.
+        changed: for each part, whether its bytes are not the source's.
+        kept_before: the Frobenius norm of the products (``kept_products``) before the edit; 0.0 if it is no projection.
+        kept_error: the norm of the change of these products by rounding.
+    """
+
+    parts: tuple[Tensor, ...]
+    changed: tuple[bool, ...]
+    kept_before: float
+    kept_error: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +107,7 @@ def join_blocks(edit: MatrixEdit, blocks: Sequence[JoinedFactors]) -> JoinedFact
     if len(blocks) == 1:
         return blocks[0]
     first, lefts, rights = blocks[0].factors, [b.factors.L for b in blocks], [b.factors.K for b in blocks]
-    rows = independent_axis(edit.rule, edit.rescale) == ROWS
+    rows = independent_axis(edit) == ROWS
     factors = Factors(torch.cat(lefts), first.K) if rows else Factors(first.L, torch.cat(rights))
     scales = [b.scale for b in blocks if b.scale is not None]
     return JoinedFactors(factors, torch.cat(scales) if scales else None)
@@ -92,14 +129,17 @@ class BlockwiseEdit:
     def __init__(self, tensors: CheckpointTensors, edit: MatrixEdit, expert: int | None, label: str) -> None:
         self.tensors, self.edit, self.expert, self.label = tensors, edit, expert, label
         matrix = edit.matrix
-        self.shape = matrix.shape if expert is None else matrix.shape[1:]
-        axis = independent_axis(edit.rule, edit.rescale)
-        self.one_block = axis is None or matrix.mxfp4 or self.shape[0] * self.shape[1] <= BLOCK
+        self.packed = tensors.packed.get(matrix.tensor)
+        self.shape = (1, *matrix.shape)[-2:]
+        axis = independent_axis(edit)
+        whole = self.packed is not None and not self.packed.codec.by_regions
+        self.one_block = axis is None or whole or self.shape[0] * self.shape[1] <= BLOCK
         self.disk_axis = 0 if axis is None else axis ^ matrix.transposed
         self.axis_length = self.shape[self.disk_axis]
         other = self.shape[1 - self.disk_axis]
         self.block_length = self.axis_length if self.one_block else max(1, BLOCK // other)
         self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
+        self._held: PackedMatrix | None = None  # the matrix in its packed form
 
     def blocks(self, source: Digest | None = None) -> Iterator[EditedBlock]:
         """Yield the edited blocks in order; ``source`` is updated with the bytes that are read."""
@@ -130,20 +170,62 @@ class BlockwiseEdit:
             if self.one_block or self.disk_axis == 0:
                 yield tensor_bytes(stored)
                 continue
-            assert self._stored is not None
             if written is None:
-                written = (
-                    self._stored if self._stored.dtype == stored.dtype else torch.empty(self.shape, dtype=stored.dtype)
-                )
+                reused = self._stored is not None and self._stored.dtype == stored.dtype
+                written = self._stored if reused else torch.empty(self.shape, dtype=stored.dtype)
+                assert written is not None
             written[:, block.start : block.stop] = stored  # these columns of ``_stored`` are not read again
         if written is not None:
             rows = max(1, BLOCK // self.shape[1])
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 
+    def encode(self, blocks: Iterable[EditedBlock]) -> EncodedMatrix:
+        """Encode the edited matrix in its packed form; rounding keeps what the edit does along its direction.
+
+        If there are several blocks, all of them are edited once more beforehand, to find the range of the new values.
+        """
+        blocks = list(blocks) if self.one_block else blocks
+        held = self._read_packed(None)
+        assert isinstance(held.codec, WritableCodec)
+        fitted = (self._region(block) for block in (blocks if self.one_block else self.blocks()))
+        scales = held.codec.fit_scales(held, fitted)
+        result = PackedMatrix(held.shape, held.codec, (torch.empty_like(held.parts[0]), scales))
+        kept = kept_products(self.edit, self.expert)
+        on_disk = kept.turned() if self.edit.matrix.transposed else kept
+        before, error = 0.0, 0.0
+        for block in blocks:
+            region, factors = self._region(block), block.after.factors
+            written = held.codec.encode(result, region, on_disk)
+            error += float(on_disk.product(written.sub_(region.values)).square().sum())
+            if not isinstance(self.edit.rule, FixedFactors):
+                before += float((factors.K if kept.axis == 0 else factors.L).square().sum())
+        changed = tuple(not _same_bytes(*pair) for pair in zip(held.parts, result.parts, strict=True))
+        return EncodedMatrix(result.parts, changed, before**0.5, error**0.5)
+
+    def _region(self, block: EditedBlock) -> Region:
+        values = block.after.weight.T if self.edit.matrix.transposed else block.after.weight
+        part = slice(block.start, block.stop)
+        rows, columns = (part, slice(0, self.shape[1])) if self.disk_axis == 0 else (slice(0, self.shape[0]), part)
+        return Region(rows, columns, values)
+
+    def _read_packed(self, source: Digest | None) -> PackedMatrix:
+        if self._held is None:
+            self._held = self.tensors.read_packed(self.edit.matrix.tensor, self.expert)
+        if source is not None:
+            for part in self._held.parts:
+                source.update(tensor_bytes(part))
+        return self._held
+
     def _stored_blocks(self, source: Digest | None) -> Iterator[tuple[int, Tensor]]:
         """Yield the start of each block and its float32 values, in the layout on disk."""
         matrix = self.edit.matrix
+        if self.packed is not None:
+            held = self._read_packed(source)
+            for start in range(0, self.axis_length, self.block_length):
+                part = slice(start, start + self.block_length)
+                yield start, held.decode(part, WHOLE) if self.disk_axis == 0 else held.decode(WHOLE, part)
+            return
         if self.one_block:
             values, data = read_matrix(self.tensors, matrix, self.expert)
             if source is not None:
@@ -175,6 +257,10 @@ class BlockwiseEdit:
         if self.one_block or not isinstance(rule, FixedFactors):
             return rule, self.expert
         left, right = (rule.L, rule.K) if self.expert is None else (rule.L[self.expert], rule.K[self.expert])
-        if independent_axis(rule, self.edit.rescale) == ROWS:
+        if independent_axis(self.edit) == ROWS:
             return FixedFactors(left[start:stop], right), None
         return FixedFactors(left, right[start:stop]), None
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -14,11 +14,10 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, not_copied
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
-from ollama_forge.checkpoints.storage import mxfp4_shape
-from ollama_forge.checkpoints.tensors import TensorInfo, item_size
+from ollama_forge.checkpoints.tensors import item_size
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
-from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes
+from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes, leak_notes
 from ollama_forge.edits.model_card import model_card, read_license
 from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
@@ -75,28 +74,20 @@ def output_size(checkpoint: Checkpoint, out_dtype: str) -> int:
 def weights_size(checkpoint: Checkpoint, out_dtype: OutDtype) -> int:
     """Upper bound in bytes on the size of the shards under ``out_dtype``."""
     tensors, total = checkpoint.tensors, _SHARD_HEADER * len(checkpoint.tensors.shards)
+    parts = {part for packed in tensors.packed.values() for part in (*packed.parts, *packed.extras)}
     for info in tensors.values():
-        total += _TENSOR_HEADER + len(json.dumps(info.name))
-        decoded = _decoded_shape(checkpoint, info)  # decoding only enlarges: this bounds ``keep`` too
-        if decoded is not None:
-            total += math.prod(decoded) * item_size(UNPACKED)
-        else:
-            total += info.count * item_size(out_dtype.storage_type(info.dtype))
+        kept = info.size if info.name in parts else info.count * item_size(out_dtype.storage_type(info.dtype))
+        total += _TENSOR_HEADER + len(json.dumps(info.name)) + kept
+    if not (out_dtype.keeps_packed and all(packed.is_writable for packed in tensors.packed.values())):
+        for packed in tensors.packed.values():  # decoding only enlarges
+            total += packed.count * item_size(UNPACKED) - sum(tensors[part].size for part in packed.parts)
     return total
 
 
 def _factors_size(checkpoint: Checkpoint) -> int:
     """Bytes of the float32 factors if every matrix is edited with the largest number of directions."""
-    shapes = [_decoded_shape(checkpoint, info) or info.shape for info in checkpoint.tensors.values()]
+    shapes = checkpoint.tensors.shapes.values()
     return sum(4 * MAX_DIRECTIONS * math.prod(s[:-2]) * sum(s[-2:]) for s in shapes if len(s) > 1)
-
-
-def _decoded_shape(checkpoint: Checkpoint, info: TensorInfo) -> tuple[int, ...] | None:
-    """The decoded shape of a tensor of an MXFP4 pair (``(0,)`` for its scales); None for any other tensor."""
-    stem = info.name.removesuffix("_blocks").removesuffix("_scales")
-    if not {f"{stem}_blocks", f"{stem}_scales"} <= checkpoint.tensors.keys() or stem == info.name:
-        return None
-    return mxfp4_shape(info.shape) if info.name.endswith("_blocks") else (0,)
 
 
 def write_checkpoint(
@@ -144,10 +135,11 @@ def write_checkpoint(
             "settings": described,
             "out_dtype": rule.value,
             "direction": _describe_direction(direction),
-            "changed": describe_changes(applied.record),
+            "changed": describe_changes(applied),
             "changed_biases": sorted(applied.record.bias_shifts),
             "skipped": plan.skipped,
             "left_out": others,
+            "certificate": None,
             "verified": None,
             "measurements": None,
             **(provenance or {}),
@@ -155,6 +147,11 @@ def write_checkpoint(
         write_json(partial / PROVENANCE, record)
         write_text(partial / CARD, model_card(record))
     applied.record.save(edit_file_path(folder))
+    if applied.unpacked:
+        forms = sorted({packed.codec.label for packed in checkpoint.tensors.packed.values()})
+        say(f"note: the model's {' and '.join(forms)} weights were decoded and written as bf16")
+    for note in leak_notes(applied):
+        say(note)
     return applied
 
 

@@ -144,11 +144,16 @@ class EditRecord:
             shift = self.bias_shifts.get(matrix.bias or "")
             bias = None if shift is None else FixedBiasShift(shift)
             rule = FixedFactors(record.L, record.K)
-            edits[name] = MatrixEdit(matrix, rule, record.strength, record.rescale, bias)
+            if not matrix.unproven:
+                edits[name] = MatrixEdit(matrix, rule, record.strength, record.rescale, bias)
         for copy, original in model.copies.items():
             if original in edits:
                 edits[copy] = replace(edits[original], matrix=known[copy])
-        skipped = {name: "not part of the edit" for name in known if name not in edits}
+        skipped = {
+            name: f"not proven: {matrix.unproven}" if matrix.unproven else "not part of the edit"
+            for name, matrix in known.items()
+            if name not in edits
+        }
         return EditPlan(self.factors, edits, skipped, projects=False)
 
 

@@ -1,107 +1,176 @@
-"""Try an edit plan on a loaded model with hooks that compute what the edited weights would compute.
+"""Try an edit plan on a loaded model: inside a block it computes what the edited weights would compute.
 
-The norm rule scales a writer's input before the matrix, or a reader's output (without its bias) after it. Routed tokens
-have no low-rank form for stacked experts. Without a norm rule, one projection of the experts' common input or summed
-output is equivalent; with one, the stacked parameter is exchanged for an edited copy inside the block. The copies take
-as much memory as the edited stacks (gpt-oss-20b in bf16, per layer: ``down`` 0.53 GB, ``gate_up`` 1.06 GB).
+An edit takes the cheapest of three forms that is exact for it:
+
+- A module that computes ``W x + b`` gets a hook that applies the factors to its output. The norm rule scales a writer's
+  input before the matrix, or a reader's output (without its bias) after it.
+- A stack of experts that are all edited alike, without a norm rule, gets one projection of the experts' common input
+  or summed output.
+- Every other parameter is exchanged for an edited copy (``copies.py``): routed tokens have no low-rank form for a stack
+  whose experts have factors of their own, and a hook does not see a parameter that other code reads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ollama_forge.architectures.model_map import Matrix
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Place
+from ollama_forge.edits.copies import EditedCopies, Part, exchange_copies
 from ollama_forge.edits.factors import EditedMatrix, RemoveFromInput, RemoveFromOutput, Rescale, edit_matrix
-from ollama_forge.edits.plan import BiasEdit, EditPlan, FixedBiasShift, MatrixEdit
-from ollama_forge.errors import ForgeError
-from ollama_forge.files import human_size
+from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.device import memory_available
-from ollama_forge.progress import say
+from ollama_forge.models.matrices import as_slice, bias_of, parameter_of, weight_of
 
-_SHARE_OF_FREE_MEMORY = 0.75
+Parts = dict[str, list[Part]]
 
 
 @contextmanager
 def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
     """Inside the block the model computes as edited by ``plan``; afterwards its weights and hooks are as before."""
-    edits = list(to_device(plan, model.device).edits.values())
+    stacks = _stacks(model.model_map)
     with ExitStack() as stack:
-        copied: list[_ExpertCopies] = []
-        for edit in edits:
-            if edit.matrix.experts and not _is_one_projection(model, edit):
-                copied.append(_ExpertCopies(model.submodule(edit.matrix.place), edit))
-                continue
-            for handle in _projection_hooks(model, edit) if edit.matrix.experts else _hooks(model, edit):
-                stack.callback(handle.remove)
-        _exchange_experts(copied, memory_available(model.device), stack)
+        copied: list[EditedCopies] = []
+        originals: dict[nn.Parameter, Tensor] = {}
+        exchanged: set[nn.Parameter] = set()
+        for path, parts in _by_module(to_device(plan, model.device)).items():
+            for side in ([p for p in parts if p.edit.matrix.writes is writes] for writes in (True, False)):
+                if _is_one_projection(model, side, stacks.get(path, [])):
+                    stack.callback(_projection_hook(model, side[0]).remove)
+                    continue
+                for group in _by_parameter(side):
+                    if parameter_of(model, group[0].place) in exchanged:
+                        continue  # a tied head: the copy of the embedding is edited already
+                    if _takes_hooks(group):
+                        for handle in _hooks(model, group):
+                            stack.callback(handle.remove)
+                    else:
+                        copied.append(EditedCopies(model, group, originals))
+                        exchanged.update(copied[-1].parameters)
+        exchange_copies(model, copied, memory_available(model.device), stack)
         yield model
 
 
-def weight_of(model: ChatModel, matrix: Matrix) -> Tensor:
-    """A matrix of a loaded model as float32 ``[out, in]``.
+def _by_module(plan: EditPlan) -> Parts:
+    """The places of all edits by the path of their module."""
+    parts: Parts = {}
+    for edit in plan.edits.values():
+        for place in edit.matrix.places if edit.strength else ():  # strength 0 changes nothing
+            parts.setdefault(place.module, []).append(Part(edit, place))
+    return parts
 
-    Raises:
-        ForgeError: the model was loaded in 8 bits.
+
+def _by_parameter(parts: Sequence[Part]) -> list[list[Part]]:
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.place.parameter, []).append(part)
+    return list(groups.values())
+
+
+# -- linear modules and embeddings --------------------------------------------------------------------------------
+
+
+def _takes_hooks(parts: Sequence[Part]) -> bool:
+    """Whether hooks on the module are equivalent to the edits of its parameter.
+
+    A hook that scales the input is equivalent only if a single matrix fills the module. A looked-up row is known to be
+    a row of the matrix only if the matrix is the whole embedding.
     """
-    parameter: Tensor = model.submodule(matrix.place).get_parameter(matrix.place.parameter)
-    if not parameter.is_floating_point():
-        raise ForgeError("a model loaded in 8 bits cannot be edited", "leave out --load-in-8bit")
-    weight = parameter.detach().float()
-    return torch.t(weight) if matrix.place.transposed else weight
+    if not all(part.place.linear and not part.of_stack and len(part.edit.matrix.shape) > 1 for part in parts):
+        return False
+    fills = len(parts) == 1 and parts[0].place.rows is None
+    return fills or not any(part.edit.rescale is Rescale.COLUMNS or part.edit.matrix.rows_are_written for part in parts)
 
 
-def _hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
-    matrix = edit.matrix
-    result = edit_matrix(weight_of(model, matrix), edit.rule, edit.strength, edit.rescale)
-    module = model.submodule(matrix.place)
-    if matrix.rows_are_written:
-        handles = [module.register_forward_hook(_EmbeddingHook(result, edit.strength))]
+def _hooks(model: ChatModel, parts: Sequence[Part]) -> list[RemovableHandle]:
+    first = parts[0]
+    module = model.submodule(first.place)
+    results = [
+        edit_matrix(weight_of(model, p.edit.matrix), p.edit.rule, p.edit.strength, p.edit.rescale) for p in parts
+    ]
+    if first.edit.matrix.rows_are_written:
+        handles = [module.register_forward_hook(_EmbeddingHook(results[0], first.edit.strength))]
         head = model.head
         if model.model_map.tied and head is not None and head.weight is module.weight:
-            handles.append(head.register_forward_hook(_LinearHook(result, edit, None, None)))
+            block = _Block.of(first, results[0], getattr(head, "bias", None), None)
+            handles.append(head.register_forward_hook(_LinearHook([block])))
         return handles
-    bias = getattr(module, "bias", None)
-    shift = None
-    if bias is not None and edit.bias_edit is not None:
-        shift = edit.bias_edit.shift(bias.detach().float(), result, edit.strength)
-    hook = _LinearHook(result, edit, bias, shift)
-    handles = [module.register_forward_hook(hook)]
-    if edit.rescale is Rescale.COLUMNS:
-        handles.append(module.register_forward_pre_hook(hook.scale_input))
+    blocks = []
+    for part, result in zip(parts, results, strict=True):
+        bias, shift = (None if part.place.bias is None else bias_of(model, part.edit.matrix)), None
+        if bias is not None and part.edit.bias_edit is not None:
+            shift = part.edit.bias_edit.shift(bias, result, part.edit.strength)
+        blocks.append(_Block.of(part, result, bias, shift))
+    handles = [module.register_forward_hook(_LinearHook(blocks))]
+    if first.edit.rescale is Rescale.COLUMNS:
+        handles.append(module.register_forward_pre_hook(_InputScale(results[0])))
     return handles
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The edit of the rows ``rows`` of a linear module.
+
+    Attributes:
+        left, right: the factors, ``[rows, k]`` and ``[in, k]``.
+        row_scale, bias, shift: the norm rule's factor, the bias and its shift, each ``[rows]``; None without.
+    """
+
+    rows: slice
+    left: Tensor
+    right: Tensor
+    strength: float
+    row_scale: Tensor | None
+    bias: Tensor | None
+    shift: Tensor | None
+
+    @classmethod
+    def of(cls, part: Part, result: EditedMatrix, bias: Tensor | None, shift: Tensor | None) -> _Block:
+        """The block of a part of an edited matrix, whose ``bias`` and ``shift`` are given for all rows."""
+        edit, here = part.edit, as_slice(part.place.stored_rows)
+        scale = result.scale if edit.rescale is Rescale.ROWS else None
+        rows = [None if values is None else values[here] for values in (scale, bias, shift)]
+        factors = result.factors
+        return cls(as_slice(part.place.rows), factors.L[here], factors.K, edit.strength, *rows)
+
+    def edit(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """The rows' output ``[..., rows]`` after the edit, from the module's float32 input and these rows' output."""
+        changed = output - self.strength * ((inputs @ self.right) @ self.left.T)
+        if self.row_scale is not None:
+            bias = 0.0 if self.bias is None else self.bias.float()
+            changed = (changed - bias) * self.row_scale + bias
+        return changed if self.shift is None else changed + self.shift
+
+
 class _LinearHook:
-    """Turns the output ``y = W x + b`` into that of the edited matrix and bias, in the type of ``y``."""
+    """Turns the output ``y = W x + b`` into that of the edited matrices and biases, in the type of ``y``."""
 
-    def __init__(self, result: EditedMatrix, edit: MatrixEdit, bias: Tensor | None, shift: Tensor | None) -> None:
-        self.left, self.right = result.factors.L, result.factors.K
-        self.strength, self.rescale, self.scale = edit.strength, edit.rescale, result.scale
-        self.bias, self.shift = bias, shift
-
-    def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        assert self.scale is not None
-        return ((args[0].float() * self.scale).to(args[0].dtype), *args[1:])
+    def __init__(self, blocks: Sequence[_Block]) -> None:
+        self.blocks = blocks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        removed = (args[0].float() @ self.right) @ self.left.T
-        changed: Tensor = output.float() - self.strength * removed
-        if self.rescale is Rescale.ROWS:
-            assert self.scale is not None
-            bias = 0.0 if self.bias is None else self.bias.float()
-            changed = (changed - bias) * self.scale + bias
-        if self.shift is not None:
-            changed = changed + self.shift
+        inputs, changed = args[0].float(), output.to(torch.float32, copy=True)
+        for block in self.blocks:
+            changed[..., block.rows] = block.edit(inputs, changed[..., block.rows])
         return changed.to(output.dtype)
+
+
+class _InputScale:
+    """Scales the input of a writer by the norm rule's factors of its columns."""
+
+    def __init__(self, result: EditedMatrix) -> None:
+        assert result.scale is not None
+        self.scale = result.scale
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ((args[0].float() * self.scale).to(args[0].dtype), *args[1:])
 
 
 class _EmbeddingHook:
@@ -118,108 +187,84 @@ class _EmbeddingHook:
         return values.to(output.dtype)
 
 
-def _is_one_projection(model: ChatModel, edit: MatrixEdit) -> bool:
-    """Whether one projection of the experts' input or summed output is equivalent to editing each expert of a stack.
+# -- stacks of experts --------------------------------------------------------------------------------------------
 
-    That takes the same directions for all experts, and no norm rule. Writers: with ``W' = W - s V V^T W`` and
-    ``b' = b - s V V^T b`` the sum ``o = sum_e g_e (W_e x_e + b_e)`` becomes ``o - s V V^T o``. Readers: with
-    ``W' = W - s W U U^T`` and ``b' = b + s W U U^T beta`` each expert computes ``W x' + b`` of
-    ``x' = x - s U U^T (x - beta)``, provided that no other matrix of the module reads ``x``.
+
+def _stacks(model: ModelMap) -> dict[str, list[tuple[Matrix, Place]]]:
+    """The matrices in each module that holds stacks of experts, and no other matrix in it or below it."""
+    inside: dict[str, list[tuple[Matrix, Place]]] = {}
+    for matrix in model.matrices:
+        for place in matrix.places:
+            inside.setdefault(place.module, []).append((matrix, place))
+    names = [path.split(".") for path in inside]
+    above = {".".join(path[:length]) for path in names for length in range(len(path))}
+    return {
+        path: found
+        for path, found in inside.items()
+        if path not in above and all(matrix.experts or place.expert is not None for matrix, place in found)
+    }
+
+
+def _is_one_projection(model: ChatModel, side: Sequence[Part], stacked: Sequence[tuple[Matrix, Place]]) -> bool:
+    """Whether one projection of the experts' input or summed output is equivalent to all edits of a side of a module.
+
+    That takes the same directions and strength for all matrices that the module reads (or writes) with, and no norm
+    rule. Writers: with ``W' = W - s V V^T W`` and ``b' = b - s V V^T b`` the sum ``o = sum_e g_e (W_e x_e + b_e)``
+    becomes ``o - s V V^T o``, provided that no norm of the module comes between. Readers: with ``W' = W - s W U U^T``
+    each expert computes ``W x'`` of ``x' = x - s U U^T x``.
+
+    Args:
+        side: the edited readers, or the edited writers, of one module.
+        stacked: what the module holds (see ``_stacks``).
     """
-    bias = edit.bias_edit
-    if edit.rescale is not Rescale.NONE or isinstance(bias, FixedBiasShift):
+    if not side or type(model.submodule(side[0].place)).forward is nn.Module.forward:
         return False
-    if isinstance(edit.rule, RemoveFromOutput):
-        return torch.equal(bias.basis, edit.rule.basis) if bias is not None else edit.matrix.bias is None
-    module = model.submodule(edit.matrix.place)
-    stacks = [m for m in model.model_map.matrices if m.experts and m.layer == edit.matrix.layer and not m.writes]
-    return isinstance(edit.rule, RemoveFromInput) and [model.submodule(m.place) for m in stacks].count(module) == 1
+    first = side[0].edit
+    same_side = [matrix.tensor for matrix, _ in stacked if matrix.writes is first.matrix.writes]
+    return sorted(same_side) == sorted(part.edit.matrix.tensor for part in side) and all(
+        _is_projection(part) and _alike(part.edit, first) for part in side
+    )
 
 
-def _projection_hooks(model: ChatModel, edit: MatrixEdit) -> list[RemovableHandle]:
-    """The projection that is equivalent to the edit of all experts (see ``_is_one_projection``)."""
+def _is_projection(part: Part) -> bool:
+    """Whether the edit of one expert's matrix (of a stack) is a projection of its input or output alone."""
+    edit, bias = part.edit, part.edit.bias_edit
+    if edit.rescale is not Rescale.NONE:
+        return False
+    if isinstance(edit.rule, RemoveFromInput):
+        return bias is None
+    behind = [norm.module for norm in edit.matrix.post_norms]
+    if part.place.rows is not None or any(f"{path}.".startswith(f"{part.place.module}.") for path in behind):
+        return False
+    if not isinstance(edit.rule, RemoveFromOutput):
+        return False
+    if bias is None:
+        return part.place.bias is None
+    return isinstance(bias, BiasEdit) and bias.norm_bias is None and torch.equal(bias.basis, edit.rule.basis)
+
+
+def _alike(edit: MatrixEdit, other: MatrixEdit) -> bool:
     assert isinstance(edit.rule, (RemoveFromOutput, RemoveFromInput))
-    basis, strength = edit.rule.basis, edit.strength
-    norm_bias = edit.bias_edit.norm_bias if isinstance(edit.bias_edit, BiasEdit) else None
+    return (
+        type(edit.rule) is type(other.rule)
+        and edit.strength == other.strength
+        and torch.equal(edit.rule.basis, other.rule.basis)
+    )
+
+
+def _projection_hook(model: ChatModel, part: Part) -> RemovableHandle:
+    """The projection that is equivalent to the edit of all experts (see ``_is_one_projection``)."""
+    assert isinstance(part.edit.rule, (RemoveFromOutput, RemoveFromInput))
+    basis, strength = part.edit.rule.basis, part.edit.strength
 
     def projected(values: Tensor) -> Tensor:
         wide = values.float()
-        along = wide if norm_bias is None else wide - norm_bias
-        return (wide - strength * (along @ basis) @ basis.T).to(values.dtype)
+        return (wide - strength * (wide @ basis) @ basis.T).to(values.dtype)
 
-    module = model.submodule(edit.matrix.place)
-    if edit.matrix.writes:
-        return [module.register_forward_hook(lambda module, args, output: projected(output))]
-    return [module.register_forward_pre_hook(lambda module, args: (projected(args[0]), *args[1:]))]
-
-
-class _ExpertCopies:
-    """Exchanges a stacked parameter of a module (and its bias, if it is edited) for edited copies, and restores it."""
-
-    def __init__(self, module: nn.Module, edit: MatrixEdit) -> None:
-        self.module, self.edit = module, edit
-        place = edit.matrix.place
-        self.weight = module.get_parameter(place.parameter)
-        edits_bias = edit.bias_edit is not None and place.bias is not None
-        self.bias: nn.Parameter | None = module.get_parameter(place.bias) if edits_bias and place.bias else None
-        self.originals: list[tuple[nn.Parameter, Tensor]] = []
-
-    @property
-    def size(self) -> int:
-        """Bytes of the edited copies."""
-        return sum(p.nbytes for p in (self.weight, self.bias) if p is not None)
-
-    @torch.no_grad()
-    def exchange(self, *_: Any) -> None:
-        edit, transposed = self.edit, self.edit.matrix.place.transposed
-        weights = torch.empty_like(self.weight)
-        biases = None if self.bias is None else torch.empty_like(self.bias)
-        for expert, original in enumerate(self.weight.data):
-            weight = original.float().T if transposed else original.float()
-            result = edit_matrix(weight, edit.rule, edit.strength, edit.rescale, expert)
-            weights[expert].copy_(result.weight.T if transposed else result.weight)
-            if self.bias is not None and biases is not None and edit.bias_edit is not None:
-                bias = self.bias.data[expert].float()
-                biases[expert].copy_(bias + edit.bias_edit.shift(bias, result, edit.strength, expert))
-        for parameter, copy in ((self.weight, weights), (self.bias, biases)):
-            if parameter is not None and copy is not None:
-                self.originals.append((parameter, parameter.data))
-                parameter.data = copy
-
-    def restore(self, *_: Any) -> None:
-        while self.originals:
-            parameter, original = self.originals.pop()
-            parameter.data = original
-
-
-def _exchange_experts(copied: list[_ExpertCopies], free: int | None, stack: ExitStack) -> None:
-    """Exchange stacks of experts for edited copies until ``stack`` closes.
-
-    A stack whose copy does not fit into memory is edited at every forward pass, and only while its module runs.
-
-    Args:
-        free: bytes free on the device; None if unknown. Copies take at most three quarters of it, the rest is left for
-            activations.
-    """
-    sizes = [copies.size for copies in copied]
-    budget = math.inf if free is None else _SHARE_OF_FREE_MEMORY * free
-    if sum(sizes) > budget:
-        budget -= max(sizes)  # reserved for a stack that is edited while its module runs
-    per_forward = 0
-    for copies, size in zip(copied, sizes, strict=True):
-        if size <= budget:
-            budget -= size
-            stack.callback(copies.restore)
-            copies.exchange()
-        else:
-            per_forward += 1
-            stack.callback(copies.module.register_forward_pre_hook(copies.exchange).remove)
-            stack.callback(copies.module.register_forward_hook(copies.restore, always_call=True).remove)
-    if per_forward:
-        say(
-            f"note: edited copies of the experts need {human_size(sum(sizes))}, but {human_size(free or 0)} are free: "
-            f"{per_forward} of {len(copied)} stacks are edited at every forward pass, which is slow"
-        )
+    module = model.submodule(part.place)
+    if part.edit.matrix.writes:
+        return module.register_forward_hook(lambda module, args, output: projected(output))
+    return module.register_forward_pre_hook(lambda module, args: (projected(args[0]), *args[1:]))
 
 
 def to_device(plan: EditPlan, device: torch.device) -> EditPlan:

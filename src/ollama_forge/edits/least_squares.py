@@ -12,45 +12,53 @@ replaces ``r``.
 Several directions give an edit of the same rank: the basis is orthonormal, so that the squared errors along its axes
 add up, and each axis has an independent key. One Cholesky factorisation serves all directions of a writer. A negative
 strength strengthens refusal: the key responds to harmful prompts, and little to harmless ones.
+
+Each routed expert has a key of its own, fitted to the inputs that are routed to it. The experts' features do not
+correspond, so what an expert that saw few inputs can take from its layer is two numbers: the mean square of a feature,
+which is added to ``rho`` with the weight of ``PRIOR_ROWS`` inputs, and the harmless mean of ``r.Wx``, with the same
+weight. So an expert's key shrinks towards zero the fewer inputs it saw, and is zero if it saw none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
+from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, units
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
+from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.hooks import weight_of
 from ollama_forge.edits.method import EditMethod, FitContext
 from ollama_forge.edits.orthogonal import output_basis
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.models.matrices import weight_of
 from ollama_forge.progress import bar
 
 RIDGE = 0.01
-Weight = Callable[[Matrix], Tensor]
+# Measured on a chat model copied into 16 experts of permuted neurons (top 2, 96 pairs, strength 2.5): of 64 harmful
+# prompts 0 rows leave 2 refused at a first-token KL of 0.087, 2 rows leave 3 at 0.038, and 8 rows leave 6 at 0.030.
+PRIOR_ROWS = 2.0
+Weight = Callable[[Matrix, int | None], Tensor]
 
 
 def least_squares_writers(model: ModelMap, settings: EditSettings) -> list[Matrix]:
-    """The writers that these settings edit.
+    """The writers that these settings edit; a vector that is added to the stream has no input to fit a key to.
 
     Raises:
         UsageError: least squares does not support a setting.
-        ForgeError: the settings leave no writer to edit, or a writer is a stack of experts.
+        ForgeError: the settings leave no writer to edit.
     """
     _check(settings)
     chosen = [writer for writer in model.writers if settings.reason_to_skip(writer, model.n_layers) is None]
-    if any(writer.experts for writer in chosen):
-        raise ForgeError(
-            f"least squares does not support the experts of {model.model_type}", "use --factors orthogonal"
-        )
+    chosen = [writer for writer in chosen if not writer.rows_are_written]
     if not chosen:
         raise ForgeError("these settings leave no layer to edit", "lower --skip-begin-layers and --skip-end-layers")
     return chosen
@@ -63,31 +71,70 @@ def _check(settings: EditSettings) -> None:
         raise UsageError("least squares has no norm rule", "leave out --norm-preserving")
 
 
-def fit_keys(inputs: WriterInputs, projections: Tensor, ridge: float = RIDGE) -> Tensor:
+@dataclass(frozen=True)
+class ExpertPool:
+    """What the experts of a layer saw together.
+
+    Attributes:
+        mean_square: mean diagonal of the second moments of an expert's inputs.
+        baseline: ``[k]``, the mean of ``r.Wx`` for k directions at the last positions of harmless prompts.
+    """
+
+    mean_square: float
+    baseline: Tensor
+
+    @classmethod
+    def of(cls, experts: Sequence[tuple[WriterInputs, Tensor]]) -> ExpertPool:
+        """The pool of all experts of a layer, each with its projections ``[k, in]``."""
+        width = experts[0][1].shape[-1]
+        rows = sum(len(inputs.harmful) for inputs, _ in experts)
+        squares = sum(len(inputs.harmful) * float(_moment_trace(inputs)) for inputs, _ in experts)
+        last = sum(inputs.harmless_last for inputs, _ in experts)
+        means = [inputs.harmless_last * (projected @ inputs.harmless_last_mean) for inputs, projected in experts]
+        return cls(squares / max(rows, 1) / width, torch.stack(means).sum(0) / max(last, 1))
+
+
+def _moment_trace(inputs: WriterInputs) -> Tensor:
+    """The trace of the sum of both second moments; 0 for a side without inputs."""
+    harmful = inputs.harmful.square().sum() / max(len(inputs.harmful), 1)
+    if inputs.harmless_moment is not None:
+        return harmful + inputs.harmless_moment.diagonal().sum().cpu()
+    assert inputs.harmless_rows is not None
+    return harmful + inputs.harmless_rows.square().sum()
+
+
+def fit_keys(inputs: WriterInputs, projections: Tensor, pool: ExpertPool | None = None, ridge: float = RIDGE) -> Tensor:
     """The keys of one writer, computed on the device of the harmless statistics.
 
     Args:
         projections: ``r^T W`` ``[k, in]`` of k directions, so that ``r.Wx`` is ``projection @ x``.
+        pool: what the experts of the layer saw together, if the writer is one of them.
         ridge: ``rho`` as a fraction of the mean diagonal of the second moments.
 
     Returns:
         ``[k, in]``, one key per direction; NaN if the second moment is not positive definite (all inputs are zero, or
-        some are not finite).
+        some are not finite). Zero for an expert that saw no harmful input.
     """
+    count, width = inputs.harmful.shape
+    if pool is not None and not count:
+        return torch.zeros_like(projections)
     statistics = inputs.harmless_rows if inputs.harmless_moment is None else inputs.harmless_moment
     assert statistics is not None
-    harmful, mean, projections = (
-        tensor.to(statistics.device) for tensor in (inputs.harmful, inputs.harmless_last_mean, projections)
-    )
-    count, width = harmful.shape
-    targets = harmful @ projections.T - projections @ mean
+    baseline, extra = projections @ inputs.harmless_last_mean, 0.0
+    if pool is not None:
+        last = inputs.harmless_last
+        baseline = (last * baseline + PRIOR_ROWS * pool.baseline) / (last + PRIOR_ROWS)
+        extra = PRIOR_ROWS / count * pool.mean_square
+    rho = ridge * float(_moment_trace(inputs)) / width + extra
+    harmful, projections, baseline = (t.to(statistics.device) for t in (inputs.harmful, projections, baseline))
+    targets = harmful @ projections.T - baseline
     if inputs.harmless_moment is not None:
         moment = torch.addmm(statistics, harmful.T, harmful, alpha=1 / count)
-        moment.diagonal().add_(ridge * moment.diagonal().mean())
+        moment.diagonal().add_(rho)
         return _solve(moment, harmful.T @ targets / count).T
     rows = torch.cat([harmful / count**0.5, statistics])  # rows.T @ rows is the sum of the moments
     gram = rows @ rows.T
-    gram.diagonal().add_(ridge * gram.diagonal().sum() / width)
+    gram.diagonal().add_(rho)
     padded = torch.cat([targets / count**0.5, targets.new_zeros(len(statistics), len(projections))])
     return (rows.T @ _solve(gram, padded)).T
 
@@ -101,7 +148,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 def fit_least_squares(
     model: ModelMap,
     directions: Mapping[str, RefusalDirection],
-    groups: Iterable[Mapping[str, WriterInputs]],
+    groups: Iterable[Mapping[str, Sequence[WriterInputs]]],
     weight: Weight,
     read: ReadVector,
 ) -> dict[str, dict[str, FixedFactors]]:
@@ -110,32 +157,55 @@ def fit_least_squares(
     Args:
         directions: directions by name; each is one vector, several joint vectors, or one vector per layer.
         groups: inputs by writer, as ``gather_writer_inputs`` yields them; each group is freed before the next is made.
-        weight: returns a writer's matrix as float32 ``[out, in]``.
+        weight: returns a writer's matrix (of one expert, if it is a stack) as float32 ``[out, in]``.
 
     Returns:
-        name of the direction -> tensor name -> factors ``L`` ``[out, k]``, ``K`` ``[in, k]``.
+        name of the direction -> tensor name -> factors ``L`` ``[out, k]``, ``K`` ``[in, k]``; of a stack of experts
+        with a leading expert axis.
 
     Raises:
         ForgeError: a writer's inputs are all zero, or its fit is not finite.
     """
-    matrices = {matrix.tensor: matrix for matrix in model.matrices}
     out: dict[str, dict[str, FixedFactors]] = {name: {} for name in directions}
     for group in groups:
-        for tensor, inputs in group.items():
-            matrix = matrices[tensor]
-            values = weight(matrix).cpu()
-            bases = [output_basis(matrix, d.for_layer(matrix.layer or 0), read) for d in directions.values()]
-            keys = fit_keys(inputs, torch.cat(bases, dim=1).T @ values).cpu()
-            if not torch.isfinite(keys).all():
-                raise ForgeError(
-                    f"least squares cannot be fitted to {tensor}: its inputs on these prompts are zero or not finite",
-                    "give more instructions, or --factors orthogonal",
-                )
-            ranks = [basis.shape[1] for basis in bases]
-            for name, basis, basis_keys in zip(directions, bases, torch.split(keys, ranks), strict=True):
-                out[name][tensor] = FixedFactors(basis.contiguous(), basis_keys.T.contiguous())
-        del group, inputs  # else the loop's variables keep this group in memory while the next one is gathered
+        writers = [matrix for matrix in model.matrices if matrix.tensor in group]
+        bases = {
+            w.tensor: [output_basis(w, d.for_layer(w.layer or 0), read) for d in directions.values()] for w in writers
+        }
+        for unit in units(writers):
+            keys = _fit_unit(unit, group, {w.tensor: torch.cat(bases[w.tensor], dim=1) for w in unit}, weight)
+            for writer in unit:
+                ranks = [basis.shape[1] for basis in bases[writer.tensor]]
+                parts = torch.split(keys[writer.tensor], ranks, dim=1)
+                for name, basis, key in zip(directions, bases[writer.tensor], parts, strict=True):
+                    left, right = basis.expand(len(key), *basis.shape), key.mT
+                    factors = (left, right) if writer.experts else (left[0], right[0])
+                    out[name][writer.tensor] = FixedFactors(*(side.contiguous() for side in factors))
+        del group  # else the loop's variable keeps this group in memory while the next one is gathered
     return out
+
+
+def _fit_unit(
+    unit: Sequence[Matrix], group: Mapping[str, Sequence[WriterInputs]], bases: Mapping[str, Tensor], weight: Weight
+) -> dict[str, Tensor]:
+    """The keys ``[experts, k, in]`` of one writer (with one expert), or of all experts of a layer."""
+    projections = {
+        w.tensor: torch.stack([bases[w.tensor].T @ weight(w, expert).cpu() for expert in experts_of(w)]) for w in unit
+    }
+    pool = None
+    if unit[0].is_expert:
+        seen = [pair for w in unit for pair in zip(group[w.tensor], projections[w.tensor], strict=True)]
+        pool = ExpertPool.of(seen)
+    keys: dict[str, Tensor] = {}
+    for writer in unit:
+        pairs = zip(group[writer.tensor], projections[writer.tensor], strict=True)
+        keys[writer.tensor] = torch.stack([fit_keys(inputs, projected, pool).cpu() for inputs, projected in pairs])
+        if not torch.isfinite(keys[writer.tensor]).all():
+            raise ForgeError(
+                f"least squares cannot be fitted to {writer.tensor}: its inputs are zero or not finite",
+                "give more instructions, or --factors orthogonal",
+            )
+    return keys
 
 
 def plan_least_squares(
@@ -154,7 +224,7 @@ def plan_least_squares(
         for writer in writers
     }
     skipped = {
-        matrix.tensor: settings.reason_to_skip(matrix, model.n_layers) or "not a residual writer"
+        matrix.tensor: settings.reason_to_skip(matrix, model.n_layers) or "not a residual writer with an input"
         for matrix in model.matrices
         if matrix.tensor not in edits
     }
@@ -178,9 +248,7 @@ class LeastSquares(EditMethod):
             groups = gather_writer_inputs(
                 model, writers, context.harmful, context.harmless, seed=context.seed, progress=advance
             )
-            fitted = fit_least_squares(
-                model.model_map, directions, groups, lambda matrix: weight_of(model, matrix), context.read
-            )
+            fitted = fit_least_squares(model.model_map, directions, groups, partial(weight_of, model), context.read)
         return {name: FittedFactors(factors) for name, factors in fitted.items()}
 
     def plan(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.architectures.certificate.certificate import Tier
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -53,6 +54,7 @@ def _body(record: Mapping[str, Any]) -> str:
         f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` holds the "
         "settings, the change of each tensor and the hashes of the lists.",
         "",
+        *_certificate_lines(record.get("certificate")),
         _verified_line(record.get("verified")),
         "",
     ]
@@ -71,6 +73,22 @@ def _body(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
+    """What is proven of the architecture; nothing without a certificate."""
+    if certificate is None:
+        return []
+    if certificate["tier"] == Tier.PROVEN:
+        return ["Tier: proven. On a small twin of this architecture, an edit of all its matrices left nothing.", ""]
+    unproven = certificate["unproven"]
+    return [
+        f"**Tier: {certificate['tier']}.** {len(unproven)} matrices were left as they are, because an edit of them is "
+        f"not proven to be right (`{PROVENANCE}` names them):",
+        "",
+        *(f"- {reason}" for reason in dict.fromkeys(unproven.values())),
+        "",
+    ]
 
 
 def _verified_line(verified: object) -> str:

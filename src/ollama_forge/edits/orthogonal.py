@@ -44,7 +44,7 @@ def through_norm(vectors: Tensor, norm: Norm | None, read: ReadVector) -> Tensor
         return vectors
     if norm.centred:
         vectors = vectors - vectors.mean(dim=-1, keepdim=True)
-    return vectors * _gain(norm, read)
+    return vectors * gain_of(norm, read)
 
 
 def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
@@ -57,11 +57,11 @@ def output_basis(matrix: Matrix, vectors: Tensor, read: ReadVector) -> Tensor:
 
 
 def _back_through(vectors: Tensor, norm: Norm, read: ReadVector) -> Tensor:
-    vectors = vectors * _gain(norm, read)
+    vectors = vectors * gain_of(norm, read)
     return vectors - vectors.mean(dim=-1, keepdim=True) if norm.centred else vectors
 
 
-def _gain(norm: Norm, read: ReadVector) -> Tensor | float:
+def gain_of(norm: Norm, read: ReadVector) -> Tensor | float:
     """The gain ``[d]`` of a norm; 1.0 if it has none."""
     if norm.weight is None:
         return 1.0
@@ -87,7 +87,7 @@ def plan_orthogonal(model: ModelMap, direction: RefusalDirection, settings: Edit
     for matrix in chosen:
         vectors = direction.for_layer(matrix.layer or 0)
         strength = settings.strength_of(matrix, model.n_layers, direction.layer)
-        edits[matrix.tensor] = _edit(matrix, vectors, strength, settings.norm_preserving, read)
+        edits[matrix.tensor] = orthogonal_edit(matrix, vectors, strength, settings.norm_preserving, read)
     return EditPlan("orthogonal", edits, skipped, projects=True)
 
 
@@ -108,7 +108,15 @@ class Orthogonal(EditMethod):
 METHOD: EditMethod = Orthogonal()
 
 
-def _edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:
+def orthogonal_edit(matrix: Matrix, vectors: Tensor, strength: float, preserve: bool, read: ReadVector) -> MatrixEdit:
+    """The ablation of vectors ``[k, d_model]`` of the residual stream from one matrix.
+
+    Args:
+        preserve: keep the norms of a writer's columns, or of a reader's or an embedding's rows.
+
+    Raises:
+        ForgeError: a norm maps a vector to zero.
+    """
     if matrix.rows_are_written:
         keeps_norms = preserve and matrix.layer is None  # biases are projected, never rescaled
         rescale = _rule(keeps_norms, Rescale.ROWS)

@@ -11,7 +11,7 @@ UNPACKED = "BF16"  # the type that a packed tensor is decoded to
 
 
 class OutDtype(StrEnum):
-    """The rules for storage types. A packed tensor stores blocks of values with a shared scale (MXFP4, GGUF types).
+    """The rules for storage types. A packed tensor stores groups of values with a shared scale (FP8, MXFP4, GGUF).
 
     A GGUF source is decoded to bf16 before it is edited, so that its tensors are bf16 under every rule.
     """
@@ -34,7 +34,7 @@ class OutDtype(StrEnum):
 
     @property
     def keeps_packed(self) -> bool:
-        """Whether packed tensors stay packed if the edit changes none of them."""
+        """Whether packed tensors stay packed, if the edit changes none that is of a form that is only read."""
         return self is OutDtype.KEEP
 
     def storage_type(self, source: str) -> str:
@@ -43,6 +43,7 @@ class OutDtype(StrEnum):
 
 
 HELP = (
-    "auto: float tensors keep their type, packed tensors (GGUF, MXFP4) become bf16. "
-    "keep: like auto, but packed tensors stay packed if none is edited. bf16: all float tensors become bf16."
+    "auto: float tensors keep their type, packed tensors (GGUF, FP8, MXFP4, 4 bits) become bf16. "
+    "keep: like auto, but FP8 and MXFP4 tensors keep their form, and other packed tensors if none of them is edited. "
+    "bf16: all float tensors and packed tensors become bf16."
 )

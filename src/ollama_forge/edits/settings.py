@@ -29,7 +29,7 @@ class EditSettings:
         targets: names of target sets; the edit changes the matrices of all of them.
         strength: 1 removes the direction, between 0 and 1 weakens it, above 1 overshoots. Below 0, orthogonal edits
             amplify the component along the direction, and least squares strengthens refusal.
-        attn_strength, mlp_strength: strengths of attention and MLP matrices; None for ``strength``.
+        attn_strength, mlp_strength: strengths of attention and MLP matrices; None for ``strength``, 0 to skip them.
         skip_begin_layers, skip_end_layers: number of first and last decoder layers that are not edited.
         norm_preserving: scale a writer's columns and a reader's rows back to their norms before the edit.
         strength_kernel: how the strength falls off with the distance from the direction's layer.
@@ -78,11 +78,13 @@ class EditSettings:
         """Why a matrix is not edited; None if it is."""
         if matrix.role not in self.roles:
             return f"role {matrix.role.value} is not in targets {'+'.join(self.targets)}"
-        if matrix.layer is None:
-            return None
-        if matrix.layer < self.skip_begin_layers:
+        if matrix.layer is not None and self._own_strength(matrix) == 0:
+            return "its strength is 0"
+        if matrix.layer is not None and matrix.layer < self.skip_begin_layers:
             return "first layers are skipped"
-        return "last layers are skipped" if matrix.layer >= n_layers - self.skip_end_layers else None
+        if matrix.layer is not None and matrix.layer >= n_layers - self.skip_end_layers:
+            return "last layers are skipped"
+        return f"not proven: {matrix.unproven}" if matrix.unproven else None
 
     def strength_of(self, matrix: Matrix, n_layers: int, peak: float | None) -> float:
         """The strength for one matrix.
@@ -93,7 +95,7 @@ class EditSettings:
         base = self.strength
         if matrix.layer is None:
             return base
-        override = self.mlp_strength if matrix.role in _MLP_ROLES else self.attn_strength
+        override = self._own_strength(matrix)
         base = base if override is None else override
         if self.strength_kernel == "constant":
             return base
@@ -105,3 +107,7 @@ class EditSettings:
             return base * (1 - distance / reach)
         width = max((last - first + 1) / 4, 1.0)
         return base * math.exp(-0.5 * (distance / width) ** 2)
+
+    def _own_strength(self, matrix: Matrix) -> float | None:
+        """The strength of attention or of the MLP; None if it is the common one."""
+        return self.mlp_strength if matrix.role in _MLP_ROLES else self.attn_strength

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ollama_forge.architectures.described import map_checkpoint
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap, Place
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
@@ -40,6 +40,7 @@ class LoadSettings:
         template_kwargs: arguments for the chat template.
         allow_base_model: accept a model without chat template.
         load_in_8bit: load with bitsandbytes in 8 bits.
+        trust_remote_code: execute the model's own Python code if transformers has no class for the model.
     """
 
     device: str = "auto"
@@ -49,6 +50,7 @@ class LoadSettings:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     allow_base_model: bool = False
     load_in_8bit: bool = False
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Check the device and the dtype before a model is fetched.
@@ -83,18 +85,29 @@ class ChatModel:
         self._slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel:
+    def load(cls, checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap | None = None) -> ChatModel:
         """Load a checkpoint.
+
+        Args:
+            model_map: the checkpoint's matrices by role; None to map them.
 
         Raises:
             ForgeError: weights are missing or unreadable, memory is too small, or the chat template is missing (unless
                 ``allow_base_model``) or omits the instruction.
         """
-        model_map = map_checkpoint(checkpoint)
+        if model_map is None:
+            model_map = map_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
         tokenizer = load_tokenizer(checkpoint, model_map, settings)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
-        module = load_module(checkpoint, model_map, device, dtype, load_in_8bit=settings.load_in_8bit)
+        module = load_module(
+            checkpoint,
+            model_map,
+            device,
+            dtype,
+            load_in_8bit=settings.load_in_8bit,
+            trust_remote_code=settings.trust_remote_code,
+        )
         if not settings.load_in_8bit:
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
@@ -199,6 +212,7 @@ def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSe
         template_kwargs=settings.template_kwargs,
         vocabulary=model_map.vocabulary,
         positions=model_map.learned_positions,
+        trust_remote_code=settings.trust_remote_code,
     )
     if not tokenizer.template.text and not settings.allow_base_model:
         raise ForgeError(

@@ -5,6 +5,9 @@ The results are bit-identical. Small batches gain most.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +36,7 @@ class _PackedForward:
 def pack_linears(module: nn.Module) -> None:
     """Pack the bf16 linear layers of a model on the CPU, if memory can hold them twice.
 
-    Afterwards the model supports only inference, and changes of its weights have no effect.
+    Afterwards the model supports only inference, and changes of its weights have no effect (see ``unpacked``).
     """
     if not _is_usable():
         return
@@ -48,6 +51,20 @@ def pack_linears(module: nn.Module) -> None:
     with torch.inference_mode():
         for linear in linears:
             linear.forward = _PackedForward(linear)  # type: ignore[method-assign]
+
+
+@contextmanager
+def unpacked(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module computes with its own weight, and changes of it have an effect."""
+    packed = module.__dict__.get("forward")
+    if not isinstance(packed, _PackedForward):
+        yield
+        return
+    del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        module.__dict__["forward"] = packed
 
 
 def _is_usable() -> bool:

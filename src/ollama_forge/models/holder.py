@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.device import release_memory
@@ -10,14 +11,17 @@ from ollama_forge.progress import say, status
 from ollama_forge.text.closed_thought import Thought
 
 
-def load_chat_model(checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel:
+def load_chat_model(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap | None = None) -> ChatModel:
     """Load a model, settle how its thoughts are handled, and print a note on that.
+
+    Args:
+        model_map: the checkpoint's matrices by role; None to map them.
 
     Raises:
         ForgeError: the model cannot be loaded.
     """
     with status(f"loading {checkpoint.label}"):
-        model = ChatModel.load(checkpoint, settings)
+        model = ChatModel.load(checkpoint, settings, model_map)
     thought = detect_thought(model)
     if thought is not Thought.NONE:
         say(f"note: {thought.value}")
@@ -32,15 +36,18 @@ class ModelHolder:
         self._model: ChatModel | None = None
         self._folder: object = None
 
-    def get(self, checkpoint: Checkpoint) -> ChatModel:
+    def get(self, checkpoint: Checkpoint, model_map: ModelMap | None = None) -> ChatModel:
         """Load a checkpoint, or return the cached model.
+
+        Args:
+            model_map: the checkpoint's matrices by role; None to map them.
 
         Raises:
             ForgeError: the checkpoint cannot be loaded.
         """
         if self._model is None or self._folder != checkpoint.folder:
             self.drop()
-            self._model = load_chat_model(checkpoint, self.settings)
+            self._model = load_chat_model(checkpoint, self.settings, model_map)
             self._folder = checkpoint.folder
         return self._model
 

@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ollama_forge.architectures.model_class import auto_class
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.model_types import needs_own_code
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.files import human_size
+from ollama_forge.models.decoded import decoded_tensors
 from ollama_forge.models.device import is_out_of_memory, memory_available, require_8bit
 from ollama_forge.progress import say
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.system import available_memory
 
 _OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
+_KEPT_IN_8BIT = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
 _IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same time
 
 
 def load_module(
-    checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load the weights in ``dtype`` on ``device``.
 
     Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
+    Args:
+        load_in_8bit: load with bitsandbytes.
+        trust_remote_code: execute the model's own Python code if transformers has no class for the model.
+
     Raises:
         ForgeError: memory is too small, or weights are missing, damaged or of another shape than the config implies.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if load_in_8bit:
         _require_8bit(checkpoint, device)
     check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    own_code = trust_remote_code and needs_own_code(checkpoint.config)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            if checkpoint.has_stray_quantization_config and hasattr(config, "quantization_config"):
-                del config.quantization_config
+            loader = _loader(checkpoint, config, trust_remote_code=own_code)
             options |= _placement(device, load_in_8bit=load_in_8bit)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                config=config,
+            loaded: Any = loader(
                 dtype=dtype,
-                key_mapping=dict.fromkeys(checkpoint.tensors.wrappers, "") or None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # _check_complete reports them by name
                 **options,
@@ -59,6 +72,28 @@ def load_module(
     if model_map.tied:
         _check_tied(checkpoint, module)
     return module  # type: ignore[no-any-return]
+
+
+def _loader(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool) -> Callable[..., Any]:
+    """The ``from_pretrained`` of the checkpoint, given its config and tensors; packed tensors are decoded."""
+    auto = auto_class(checkpoint.config, trust_remote_code=trust_remote_code)
+    packed = bool(checkpoint.tensors.packed)
+    if packed or checkpoint.has_stray_quantization_config:
+        _forget_quantisation(config)
+    if not packed:
+        wrappers = dict.fromkeys(checkpoint.tensors.wrappers, "") or None
+        return partial(auto.from_pretrained, checkpoint.folder, config=config, key_mapping=wrappers)
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)  # only a model's own class takes tensors alone
+    tensors = decoded_tensors(checkpoint.tensors)
+    return partial(type(skeleton).from_pretrained, None, config=skeleton.config, state_dict=tensors)
+
+
+def _forget_quantisation(config: Any) -> None:
+    """Remove the ``quantization_config`` of a transformers config and of its text config."""
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _placement(device: torch.device, *, load_in_8bit: bool) -> dict[str, Any]:
@@ -98,7 +133,8 @@ def check_memory(
         )
     if device.type == "cpu":
         return
-    staged = _IN_FLIGHT * max(info.count for info in checkpoint.tensors.values()) * max(dtype.itemsize, 4)
+    largest = max(math.prod(shape) for shape in checkpoint.tensors.shapes.values())
+    staged = _IN_FLIGHT * largest * max(dtype.itemsize, 4)
     host = available_memory()
     if staged > host:
         raise ForgeError(
@@ -111,10 +147,10 @@ def check_memory(
 def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:
     if not load_in_8bit:
         return checkpoint.parameters * dtype.itemsize
-    whole = sum(  # bitsandbytes keeps the embedding and the unembedding in dtype
-        checkpoint.tensors[matrix.tensor].count
+    whole = sum(  # bitsandbytes keeps embeddings, the unembedding and all that is no linear module in dtype
+        math.prod(matrix.shape)
         for matrix in model_map.matrices
-        if matrix.role in (Role.EMBEDDING, Role.UNEMBEDDING)
+        if matrix.role in _KEPT_IN_8BIT or not matrix.place.linear
     )
     return checkpoint.parameters - whole + whole * dtype.itemsize
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ollama_forge.edits.checkpoint_folder import update_provenance
+from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.verify import Check
@@ -101,6 +102,7 @@ def _report(
         registered=exported.registered,
         ollama_problem=exported.ollama_problem,
         modelfile=None if file is None else ready.registration.modelfile,
+        certificate=describe_certificate(ready.examined),
         commands=ready.registration.commands(file.path) if file is not None and unregistered else (),
     )
 

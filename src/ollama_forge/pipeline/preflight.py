@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.architectures.described import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.edits.checkpoint_folder import check_output, output_size
+from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
@@ -32,7 +32,7 @@ class Preflight:
 
     Attributes:
         source: the model to edit.
-        model_map: the matrices of the model by role.
+        examined: the matrices of the model by role, and what is proven of them.
         split: the prompts to fit, select and report on.
         export: the plan of the GGUF file.
         registration: the plan of the model in Ollama.
@@ -41,11 +41,16 @@ class Preflight:
 
     settings: RunSettings
     source: Checkpoint
-    model_map: ModelMap
+    examined: Examined
     split: PromptSplit
     export: ExportPlan
     registration: Registration
     checkpoint_size: int
+
+    @property
+    def model_map(self) -> ModelMap:
+        """The matrices of the model by role."""
+        return self.examined.model_map
 
     @property
     def folder(self) -> Path:
@@ -78,6 +83,7 @@ class Preflight:
             "companions": self.companions,
             "load": asdict(self.settings.load),
             "lists": self.split.hashes(),
+            "unproven": self.examined.unproven,
         }
 
     def announce(self) -> None:
@@ -93,13 +99,16 @@ def preflight(settings: RunSettings) -> Preflight:
     """Check settings and lists first, then the model, then the export and Ollama.
 
     Raises:
-        ForgeError: a model or list is missing, the architecture is not supported, or the model cannot take a prompt.
+        ForgeError: a model or list is missing, the architecture is not supported or not proven, or the model cannot
+            take a prompt.
         UsageError: settings contradict each other, or the output folder must not be replaced.
     """
     settings.check()
     split = settings.prompts.load(max_pairs())
-    source = resolve(settings.model, settings.revision)
-    model_map = map_checkpoint(source)
+    trust = settings.load.trust_remote_code
+    source = resolve(settings.model, settings.revision, trust_remote_code=trust)
+    examined = examine(source, trust_remote_code=trust)
+    model_map = examined.require_proven(source.label, settings.edit, allow_partial=settings.allow_partial)
     tokenizer = load_tokenizer(source, model_map, settings.load)
     for part in (split.fit, split.select, split.report):
         tokenizer.instructions_ids((*part.harmful, *part.harmless))  # raises on a prompt that the model cannot take
@@ -107,7 +116,7 @@ def preflight(settings: RunSettings) -> Preflight:
     ready = Preflight(
         settings,
         source,
-        model_map,
+        examined,
         split,
         plan_export(source, settings.model, settings.name, settings.folder, settings.export),
         plan_registration(source, settings.name, settings.folder, settings.ollama),

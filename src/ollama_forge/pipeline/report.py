@@ -36,6 +36,7 @@ class Report:
         registered: the model in Ollama; if None, ``ollama_problem`` says why.
         modelfile: path of the Modelfile for ``ollama create``.
         commands: shell commands that register the file; empty if it is registered.
+        certificate: what is proven of the architecture, as ``describe_certificate`` gives it.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Report:
     ollama_problem: str = ""
     modelfile: Path | None = None
     commands: tuple[str, ...] = field(default=())
+    certificate: Mapping[str, Any] | None = None
 
     @property
     def verified(self) -> bool | None:
@@ -72,6 +74,7 @@ class Report:
             "prompts": {part: {side: len(lines) for side, lines in sides.items()} for part, sides in parts.items()},
             "lists": self.split.hashes(),
             "notes": list(self.split.notes),
+            "certificate": self.certificate,
             "choice": to_json(self.choice),
             "measurements": {name: to_json(row) for name, row in self.rows.items()},
             "verification": None
@@ -88,6 +91,18 @@ class Report:
             },
             "seconds": dict(self.seconds),
         }
+
+    def certificate_lines(self) -> list[str]:
+        """Lines to print about what is proven of the architecture; none without a certificate."""
+        if self.certificate is None:
+            return []
+        unproven = self.certificate["unproven"]
+        if not unproven:
+            return [f"architecture: {self.certificate['tier']}"]
+        return [
+            f"architecture: {self.certificate['tier']}; not proven and not edited: {len(unproven)} matrices",
+            *(f"  {reason}" for reason in dict.fromkeys(unproven.values())),
+        ]
 
     def file_lines(self) -> list[str]:
         """Lines to print about the GGUF file and its tokens."""

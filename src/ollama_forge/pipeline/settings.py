@@ -24,6 +24,7 @@ class RunSettings:
 
     Attributes:
         edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
+        allow_partial: accept a model of which only a part is proven, and edit that part.
         evaluate: measure the models on report prompts.
         verify: verify the written weights.
     """
@@ -40,6 +41,7 @@ class RunSettings:
     escalate: bool = True
     max_kl: float = 0.2
     allow_few_refusals: bool = False
+    allow_partial: bool = False
     out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True

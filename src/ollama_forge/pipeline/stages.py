@@ -12,6 +12,7 @@ from safetensors.torch import save as save_safetensors
 
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
@@ -42,7 +43,7 @@ def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> St
 
     def do() -> Measurement:
         say("measuring the base model on report prompts")
-        row, first = measure(models.get(ready.source), ready.split.report, None, "base model")
+        row, first = measure(models.get(ready.source, ready.model_map), ready.split.report, None, "base model")
         write_bytes(first_file, save_safetensors({"first": first}))
         return row
 
@@ -69,7 +70,7 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
     }
 
     def do() -> Choice:
-        choice = choose_edit(ready, models.get(ready.source), files)
+        choice = choose_edit(ready, models.get(ready.source, ready.model_map), files)
         say(f"chosen: {choice.name} ({choice.reason})")
         return choice
 
@@ -81,7 +82,7 @@ def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, ch
 
     def do() -> Measurement:
         say("measuring the control (the same edit with a random direction) on report prompts")
-        model = models.get(ready.source)
+        model = models.get(ready.source, ready.model_map)
         plan, _ = PlanFiles.of(ready, cache).control_plan(choice)
         with hooked(model, plan):
             return measure(model, ready.split.report, _load_base_log_probs(cache), "control")[0]
@@ -106,6 +107,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         "lists": ready.split.hashes(),
         "choice": to_json(choice),
         "plan": {path.name: file_digest(path) for path in files.paths},
+        "unproven": ready.examined.unproven,
         "out_dtype": ready.settings.out_dtype,
     }
 
@@ -120,7 +122,11 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                 settings=choice.settings,
                 out_dtype=ready.settings.out_dtype,
                 direction=direction,
-                provenance={"lists": ready.split.hashes(), "choice": choice.reason},
+                provenance={
+                    "certificate": describe_certificate(ready.examined),
+                    "lists": ready.split.hashes(),
+                    "choice": choice.reason,
+                },
             )
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
         digests = {

@@ -15,6 +15,7 @@ MIN_REFUSAL_RATE = 0.20  # of harmful prompts, for a base model with refusals to
 CONFIGURED = "configured"
 SEPARATING = "best separating layer"
 LATE = {f"depth {fraction:g}": fraction for fraction in (0.7, 0.8, 0.9)}
+MIDDLE_OF_LATE = "depth 0.8"
 RISING_STRENGTHS = (1.5, 2.0, 2.5)
 
 
@@ -148,8 +149,19 @@ LADDER: tuple[tuple[Candidate, ...], ...] = (
         for depth in LATE
     ),
 )
+# tried after the ladder on models with experts, because what editing the experts too is worth differs between models
+WITHOUT_EXPERTS: tuple[tuple[Candidate, ...], ...] = (
+    tuple(
+        Candidate(
+            f"least squares, attention alone, {MIDDLE_OF_LATE}, strength {strength:g}",
+            MIDDLE_OF_LATE,
+            replace(METHODS["least-squares"].settings, strength=strength, mlp_strength=0.0),
+        )
+        for strength in RISING_STRENGTHS
+    ),
+)
 CANDIDATES: dict[str, Candidate] = {
-    candidate.name: candidate for group in ((DOCUMENTED_DEFAULT,), *LADDER) for candidate in group
+    candidate.name: candidate for group in ((DOCUMENTED_DEFAULT,), *LADDER, *WITHOUT_EXPERTS) for candidate in group
 }
 
 

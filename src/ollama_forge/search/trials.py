@@ -38,6 +38,7 @@ from ollama_forge.search.ladder import (
     LADDER,
     LATE,
     SEPARATING,
+    WITHOUT_EXPERTS,
     BaseAnswers,
     Candidate,
     Choice,
@@ -158,7 +159,8 @@ class Trials:
     def _groups(self) -> Iterator[tuple[Candidate, ...]]:
         """The ladder's groups, without groups that do not fit this model and groups that repeat an earlier edit."""
         seen: set[tuple[float | None, EditSettings]] = set()
-        for group in LADDER:
+        has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
+        for group in (*LADDER, *(WITHOUT_EXPERTS if has_experts else ())):
             first = group[0]
             try:
                 self.plan(first)

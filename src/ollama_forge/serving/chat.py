@@ -99,7 +99,7 @@ def _load(name: str | None, checkpoint: str | None, revision: str | None, load: 
             raise ForgeError(f"there is no {folder}", f"ollama-forge abliterate run --model … --name {name} makes it")
         checkpoint = str(folder)
     assert checkpoint is not None
-    source = resolve(checkpoint, revision)
+    source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code)
     label = name or Path(source.label).name
     with status(f"loading {label}"):
         return LocalTalker(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))

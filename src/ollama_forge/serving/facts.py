@@ -14,7 +14,6 @@ from ollama_forge.files import read_json
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
 
-_STORED = {"F8_E4M3": "FP8", "U8": "MXFP4"}  # other types keep the name that safetensors has for them
 _ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gptoss", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}
 
 
@@ -96,10 +95,10 @@ def human_count(count: int) -> str:
 def _quantization(checkpoint: Checkpoint) -> str:
     """The type that most bytes are stored in."""
     sizes: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
-        sizes[info.dtype] += info.size
-    most = sizes.most_common(1)[0][0] if sizes else "unknown"
-    return _STORED.get(most, most)
+    forms = {part: packed.codec.label for packed in checkpoint.tensors.packed.values() for part in packed.parts}
+    for name, info in checkpoint.tensors.items():
+        sizes[forms.get(name, info.dtype)] += info.size
+    return sizes.most_common(1)[0][0] if sizes else "unknown"
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class ServedModel:
         """
         from ollama_forge.serving.engines.vision import load_engine
 
-        tokenizer = Tokenizer.load(checkpoint.folder)
+        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
         engine = load_engine(checkpoint, load, slots=slots)
         facts = ModelFacts.of(checkpoint, load.system)
         sees = "vision_config" in checkpoint.config and any(

@@ -61,8 +61,12 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] = _NO_ARGUMENTS,
         vocabulary: int | None = None,
         positions: int | None = None,
+        trust_remote_code: bool = False,
     ) -> Tokenizer:
         """Load the tokenizer of a checkpoint folder. The other arguments are those of the class.
+
+        Args:
+            trust_remote_code: execute the Python code that the tokenizer's config names.
 
         Raises:
             ForgeError: the tokenizer cannot be loaded.
@@ -71,11 +75,11 @@ class Tokenizer:
 
         with quiet_transformers():
             try:
-                backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                backend = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=trust_remote_code
+                )
             except Exception as error:  # tokenizers raises bare Exceptions
-                raise ForgeError(
-                    f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "check that it is complete"
-                ) from error
+                raise _load_error(folder, error, trust_remote_code) from error
         if not getattr(backend, "chat_template", None):
             backend.chat_template = _processor_template(folder)
         return cls(
@@ -185,6 +189,17 @@ class Tokenizer:
 
     def instructions_ids(self, instructions: Sequence[str]) -> list[Ids]:
         return [self.instruction_ids(instruction) for instruction in instructions]
+
+
+def _load_error(folder: Path, error: Exception, trust_remote_code: bool) -> ForgeError:
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not trust_remote_code and isinstance(config, dict) and config.get("auto_map"):
+        return ForgeError(
+            f"the tokenizer in {folder} needs Python code of its own, which is not executed",
+            "read that code, then add --trust-remote-code to execute it",
+        )
+    return ForgeError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}", "check that it is complete")
 
 
 def template_text(backend: Any) -> str:

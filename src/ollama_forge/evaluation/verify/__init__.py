@@ -14,7 +14,7 @@ from ollama_forge.evaluation.verify.checks import Check, Worst
 from ollama_forge.evaluation.verify.edited import adds_to_stream, compare_edit
 from ollama_forge.evaluation.verify.probes import NoProbe, Probe, ReaderProbe, WriterProbe
 from ollama_forge.evaluation.verify.running import observe
-from ollama_forge.evaluation.verify.unedited import compare_unedited, same_bytes
+from ollama_forge.evaluation.verify.unedited import compare_unedited, same_bytes, stored_as
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.system import return_freed_memory
 
@@ -67,19 +67,17 @@ def verify(
         checks.append(added.check("writers add nothing along the direction"))
     if len(whole) > len(writers):
         checks.append(read.check("readers are blind to the direction"))
-    return [*checks, compare_unedited(source, written, model.model_map, plan)]
+    return [*checks, compare_unedited(source, written, plan)]
 
 
 def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | None:
     """Why the tensors of an edited matrix cannot be compared with the plan; None if they can."""
     for name in [matrix.tensor] if matrix.bias is None else [matrix.tensor, matrix.bias]:
-        if name not in written.tensors:
+        if name not in written.tensors.shapes:
             return f"{name} is missing"
-        packed = name not in source.tensors
-        dtype, shape = ("BF16", matrix.shape) if packed else (source.tensors[name].dtype, source.tensors[name].shape)
-        found = written.tensors[name]
-        if found.shape != shape or found.dtype not in (dtype, "BF16"):
-            return f"{name} is stored as {found.dtype} {found.shape}"
+        stored, found = stored_as(source.tensors, name), stored_as(written.tensors, name)
+        if found[1] != stored[1] or found[0] not in (stored[0], "BF16"):
+            return f"{name} is stored as {found[0]} {found[1]}"
     return None
 
 
@@ -91,7 +89,7 @@ def _differing_copy(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> 
     matrices = [edit.matrix for edit in plan.edits.values()]
     embedding = next((matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING), None)
     for head in (matrix.tensor for matrix in matrices if matrix.role is Role.UNEMBEDDING):
-        if embedding is None or head not in written.tensors or embedding not in written.tensors:
+        if embedding is None or not {head, embedding} <= written.tensors.keys() & source.tensors.keys():
             continue
         if same_bytes(source.tensors, embedding, head) and not same_bytes(written.tensors, embedding, head):
             return f"{head} is not {embedding} any more"

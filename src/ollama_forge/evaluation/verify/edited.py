@@ -2,7 +2,9 @@
 
 A written value is the planned edit, computed in float32 and rounded once to the storage type. The float32 result is
 within a bound ``a`` of the exact edit ``E``, and rounding moves a value by at most half the distance to its neighbour.
-The written value is therefore at most ``a + ulp(|E| + a) / 2`` from ``E``.
+The written value is therefore at most ``a + ulp(|E| + a) / 2`` from ``E``. In a packed form (FP8, MXFP4) a value may be
+rounded either up or down, to numbers whose distance follows from the written scale: it is at most ``a + ulp(|E| + a)``
+from ``E``.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix
-from ollama_forge.architectures.read_matrix import read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.formats.base import TORCH_TYPES, WHOLE, PackedMatrix, Region, WritableCodec
 from ollama_forge.checkpoints.storage import stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import (
@@ -134,13 +136,15 @@ def compare_edit(
     products = torch.zeros(3, len(probe), matrix.out_features, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
     parts: list[_Reference] = []
-    for before, after, rows, columns in _blocks(source.tensors, written.tensors, edit, expert):
+    for before, after, rows, columns, spacing in _blocks(source.tensors, written.tensors, edit, expert):
         rule, index = _rule_for(edit.rule, expert, rows, columns)
         exact = _reference(before.double(), rule, edit, index)
-        _compare(after, exact.weight, exact.error, matrix_worst, _stored_index(matrix, expert, rows, columns))
+        rounding = spacing(exact.weight.abs() + exact.error)
+        place = _stored_index(matrix, expert, rows, columns)
+        matrix_worst.update((after.double() - exact.weight).abs(), exact.error + rounding, place)
         rescaled = before.double() * exact.scale
-        for place, values in enumerate((after.double(), exact.weight, rescaled)):
-            products[place, :, rows] += probe[:, columns] @ values.T
+        for number, values in enumerate((after.double(), exact.weight, rescaled)):
+            products[number, :, rows] += probe[:, columns] @ values.T
         squares += torch.stack([after.double().square().sum(), rescaled.square().sum()])
         nothing = exact.weight.new_empty(0)
         parts.append(replace(exact, weight=nothing, error=nothing))
@@ -154,8 +158,11 @@ def compare_edit(
 
 
 def adds_to_stream(matrix: Matrix) -> bool:
-    """Whether a matrix is a writer of a layer; an embedding is not, because its rows are edited like a reader's."""
-    return matrix.writes and matrix.layer is not None
+    """Whether a matrix is a writer of a layer whose output is added to the stream.
+
+    The rows of an embedding, and a vector that is added to the stream, are edited like those of a reader.
+    """
+    return matrix.writes and matrix.layer is not None and not matrix.rows_are_written
 
 
 def _compare(written: Tensor, exact: Tensor, error: Tensor, worst: Worst, place: Callable[[int], str]) -> None:
@@ -256,8 +263,11 @@ def _stored_index(matrix: Matrix, expert: int | None, rows: slice, columns: slic
 
 def _blocks(
     source: CheckpointTensors, written: CheckpointTensors, edit: MatrixEdit, expert: int | None
-) -> Iterator[tuple[Tensor, Tensor, slice, slice]]:
-    """Blocks of a matrix ``[out, in]``, as in the source and as written, in their storage types; rows and columns."""
+) -> Iterator[tuple[Tensor, Tensor, slice, slice, Callable[[Tensor], Tensor]]]:
+    """Blocks of a matrix ``[out, in]``: as in the source and as written, in their storage types (float32 if packed).
+
+    With each block come its rows and columns, and a function that gives the largest rounding error at a magnitude.
+    """
     axis = _axis(edit)
     sizes = (edit.matrix.out_features, edit.matrix.in_features)
     step = max(1, _BLOCK // sizes[1 - axis])
@@ -265,24 +275,28 @@ def _blocks(
     for start in range(0, sizes[axis], step):
         part = slice(start, min(start + step, sizes[axis]))
         before, after = (reader.part(part) for reader in readers)
-        spans = (part, slice(0, sizes[1])) if axis == _ROWS else (slice(0, sizes[0]), part)
-        yield before, after, *spans
+        rows, columns = (part, slice(0, sizes[1])) if axis == _ROWS else (slice(0, sizes[0]), part)
+        yield before, after, rows, columns, readers[1].rounding(rows, columns)
 
 
 class _StoredMatrix:
-    """Reads rows or columns of one matrix (of one expert) from disk, in its storage type.
+    """Reads rows or columns of one matrix (of one expert) from disk, in its storage type; as float32 if it is packed.
 
-    If they are not contiguous on disk, the whole matrix is held in memory.
+    If they are not contiguous on disk, the whole matrix is held in memory; so is a packed matrix, in its packed form.
     """
 
     def __init__(self, tensors: CheckpointTensors, matrix: Matrix, expert: int | None, axis: int) -> None:
         self.tensors, self.matrix, self.axis = tensors, matrix, axis
         self.whole: Tensor | None = None
-        if matrix.tensor not in tensors:
-            self.whole = read_matrix(tensors, matrix, expert)[0]
+        self.packed: PackedMatrix | None = None
+        if matrix.tensor in tensors.packed:
+            self.packed = tensors.read_packed(matrix.tensor, expert)
+            if not self.packed.codec.by_regions:
+                self.whole = self.decoded(WHOLE, WHOLE)
             return
         info = tensors[matrix.tensor]
-        self.shape = info.shape if expert is None else info.shape[1:]
+        self.dtype = TORCH_TYPES[info.dtype]
+        self.shape = (1, *matrix.shape)[-2:]
         self.size = info.size if expert is None else info.size // info.shape[0]
         self.offset = (expert or 0) * self.size
         if (axis == _ROWS) == matrix.transposed:
@@ -295,8 +309,26 @@ class _StoredMatrix:
         values = stored_tensor(data, self.tensors[self.matrix.tensor].dtype, (stop - start, self.shape[1]))
         return values.T if self.matrix.transposed else values
 
+    def decoded(self, rows: slice, columns: slice) -> Tensor:
+        """A part of a packed ``W`` ``[out, in]``."""
+        assert self.packed is not None
+        return self.packed.decode(columns, rows).T if self.matrix.transposed else self.packed.decode(rows, columns)
+
     def part(self, part: slice) -> Tensor:
         """Rows or columns of ``W`` ``[out, in]``."""
-        if self.whole is None:
-            return self.stored(part.start, part.stop)
-        return self.whole[part] if self.axis == _ROWS else self.whole[:, part]
+        if self.whole is not None:
+            return self.whole[part] if self.axis == _ROWS else self.whole[:, part]
+        if self.packed is not None:
+            return self.decoded(part, WHOLE) if self.axis == _ROWS else self.decoded(WHOLE, part)
+        return self.stored(part.start, part.stop)
+
+    def rounding(self, rows: slice, columns: slice) -> Callable[[Tensor], Tensor]:
+        """The largest rounding error at positive float64 magnitudes of some rows and columns of ``W``."""
+        packed = self.packed
+        if packed is None:
+            return lambda magnitudes: _half_spacing(magnitudes, self.dtype)
+        codec = packed.codec
+        assert isinstance(codec, WritableCodec)
+        if self.matrix.transposed:
+            return lambda magnitudes: codec.spacing(packed, Region(columns, rows, magnitudes.T)).T.double()
+        return lambda magnitudes: codec.spacing(packed, Region(rows, columns, magnitudes)).double()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-
-from ollama_forge.architectures.model_map import Matrix, ModelMap
-from ollama_forge.architectures.read_matrix import experts_of, read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, mxfp4_shape, stored_tensor
+from ollama_forge.checkpoints.formats.base import PackedTensor
+from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check
@@ -19,45 +14,53 @@ _PIECE = 8 << 20  # values compared at a time
 _SHOWN_FAULTS = 4
 
 
-def compare_unedited(source: Checkpoint, written: Checkpoint, model: ModelMap, plan: EditPlan) -> Check:
-    """Check that source and written checkpoint have the same tensors, and that only edited tensors differ.
-
-    Args:
-        model: the model map of the written checkpoint.
-    """
-    unpacked = {
-        matrix.tensor: matrix
-        for matrix in model.matrices
-        if not matrix.mxfp4 and f"{matrix.tensor}_blocks" in source.tensors
-    }
-    decoded = set(unpacked) | {edit.matrix.tensor for edit in plan.edits.values() if edit.matrix.mxfp4}
-    parts = {f"{name}{part}" for name in decoded for part in ("_blocks", "_scales")}
-    expected = (set(source.tensors) - parts) | decoded
-    faults = dict.fromkeys(expected - set(written.tensors), "missing")
-    faults |= dict.fromkeys(set(written.tensors) - expected, "not in the source")
-    for name in sorted(expected & set(written.tensors) - plan.changed_tensors):
-        fault = _fault(source.tensors, written.tensors, name, unpacked)
+def compare_unedited(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> Check:
+    """Check that source and written checkpoint have the same tensors, and that only edited tensors differ."""
+    before, after = source.tensors, written.tensors
+    faults = dict.fromkeys(before.shapes.keys() - after.shapes.keys(), "missing")
+    faults |= dict.fromkeys(after.shapes.keys() - before.shapes.keys(), "not in the source")
+    for name in sorted(before.shapes.keys() & after.shapes.keys() - plan.changed_tensors):
+        fault = _fault(before, after, name)
         if fault is not None:
             faults[name] = fault
         return_freed_memory()
+    for name in sorted(_extras(before) if after.packed else ()):
+        if (fault := _bytes_fault(before, after, name)) is not None:
+            faults[name] = fault
     where = ", ".join(f"{name} ({faults[name]})" for name in sorted(faults)[:_SHOWN_FAULTS])
     return Check("all other tensors are the source's", not faults, float(len(faults)), 0.0, where)
 
 
-def _fault(
-    source: CheckpointTensors, written: CheckpointTensors, name: str, unpacked: Mapping[str, Matrix]
-) -> str | None:
+def stored_as(tensors: CheckpointTensors, name: str) -> tuple[str, tuple[int, ...]]:
+    """The storage type, or the packed form, of a tensor, and its shape after decoding."""
+    packed = tensors.packed.get(name)
+    return (tensors[name].dtype, tensors[name].shape) if packed is None else (packed.codec.label, packed.shape)
+
+
+def _extras(tensors: CheckpointTensors) -> set[str]:
+    return {name for packed in tensors.packed.values() for name in packed.extras}
+
+
+def _fault(source: CheckpointTensors, written: CheckpointTensors, name: str) -> str | None:
     """The difference between an unedited tensor and the source's; None if there is none."""
-    after = written[name]
-    if name in unpacked:
-        if (after.dtype, after.shape) != ("BF16", mxfp4_shape(source[f"{name}_blocks"].shape)):
-            return f"stored as {after.dtype} {after.shape}"
-        return _experts_fault(source, written, unpacked[name])
-    before = source[name]
-    if before.shape != after.shape:
-        return f"of shape {after.shape}"
-    if after.dtype != before.dtype and (after.dtype != "BF16" or before.dtype not in FLOAT_TYPES):
-        return f"stored as {after.dtype}"
+    (before, old_shape), (after, new_shape) = stored_as(source, name), stored_as(written, name)
+    if old_shape != new_shape:
+        return f"of shape {new_shape}"
+    packed = source.packed.get(name)
+    if after != before and (after != "BF16" or (packed is None and before not in FLOAT_TYPES)):
+        return f"stored as {after}"
+    if packed is None:
+        return _bytes_fault(source, written, name)
+    if after == before:
+        return next((fault for part in packed.parts if (fault := _bytes_fault(source, written, part))), None)
+    return _decoding_fault(source, written, packed)
+
+
+def _bytes_fault(source: CheckpointTensors, written: CheckpointTensors, name: str) -> str | None:
+    """The difference between two stored tensors, of which the written one may be rounded to bf16."""
+    if name not in written:
+        return "missing"
+    before, after = source[name], written[name]
     widths = [info.size // max(info.count, 1) for info in (before, after)]
     for start in range(0, after.count, _PIECE):
         count = min(_PIECE, after.count - start)
@@ -74,17 +77,17 @@ def _fault(
     return None
 
 
-def _experts_fault(source: CheckpointTensors, written: CheckpointTensors, matrix: Matrix) -> str | None:
-    for expert in experts_of(matrix):
-        values, _ = read_matrix(source, matrix, expert)
-        after, data = read_matrix(written, matrix, expert)
-        if (
-            values.shape != after.shape
-            or bytes(encode_tensor(values.T if matrix.transposed else values, "BF16")) != data
-        ):
-            return f"expert {expert} differs"
-        if torch.isnan(after).any():
-            return f"expert {expert} holds NaN"
+def _decoding_fault(source: CheckpointTensors, written: CheckpointTensors, packed: PackedTensor) -> str | None:
+    """The difference between a decoded tensor and the packed one of the source."""
+    experts = packed.shape[0] if packed.is_stack else 1
+    size = written[packed.name].size // max(experts, 1)
+    for expert in range(experts):
+        values = source.read_packed(packed.name, expert if packed.is_stack else None).decode()
+        place = f"expert {expert} " if packed.is_stack else ""
+        if bytes(encode_tensor(values, "BF16")) != written.read_bytes(packed.name, expert * size, size):
+            return f"{place}differs"
+        if values.isnan().any():
+            return f"{place}holds NaN"
     return None
 
 

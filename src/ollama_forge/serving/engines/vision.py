@@ -66,11 +66,12 @@ def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 
         ForgeError: as ``ChatModel.load``.
     """
     model = ChatModel.load(checkpoint, settings)
-    processor = _processor(checkpoint.folder) if hasattr(model.module.config, "vision_config") else None
+    sees = hasattr(model.module.config, "vision_config")
+    processor = _processor(checkpoint.folder, settings.trust_remote_code) if sees else None
     return TransformersEngine(model, slots=slots) if processor is None else VisionEngine(model, processor, slots=slots)
 
 
-def _processor(folder: Path) -> Any:
+def _processor(folder: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's processor of texts and images; None if it has none or it cannot be loaded."""
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         return None
@@ -78,7 +79,9 @@ def _processor(folder: Path) -> Any:
 
     with quiet_transformers():
         try:
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             _LOG.warning("images are not supported: the processor cannot be loaded (%s)", type(error).__name__)
             return None

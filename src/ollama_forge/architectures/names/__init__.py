@@ -1,0 +1,1 @@
+"""Where the parameters are on disk: found on the twin, and bound to a checkpoint."""

@@ -1,0 +1,1 @@
+"""A tiny random model of the class that loads a checkpoint."""
