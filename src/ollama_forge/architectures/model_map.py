@@ -146,6 +146,7 @@ class ModelMap:
 
     Attributes:
         layers: path of each decoder layer's module in the loaded model.
+        vocabulary: number of rows of the table that tokens are looked up in: token ids must be less than this.
         tied: no unembedding is stored, because the model uses the embedding.
         unused: tensors that are copied without a role; the loaded text model may lack them.
         copies: maps the name of a tied matrix that is stored twice to the name of the original. An edit of the original
@@ -158,6 +159,7 @@ class ModelMap:
     d_model: int
     matrices: tuple[Matrix, ...]
     layers: tuple[str, ...]
+    vocabulary: int
     tied: bool
     unused: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -167,11 +169,6 @@ class ModelMap:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the token embedding: token ids must be less than this."""
-        return next(matrix.shape[0] for matrix in self.matrices if matrix.role is Role.EMBEDDING)
 
     @property
     def learned_positions(self) -> int | None:
