@@ -122,6 +122,11 @@ class Matrix:
         return self.places[0]
 
     @property
+    def tensor_of_experts(self) -> str:
+        """Its tensor's name with ``N`` for the number of its expert, so that all experts of a layer have the same."""
+        return without_number(self.tensor, self.expert)
+
+    @property
     def rows_are_written(self) -> bool:
         """Whether its rows are themselves vectors of the residual stream: an embedding, or one vector."""
         return self.role in (Role.EMBEDDING, Role.POSITION) or len(self.shape) == 1
@@ -138,6 +143,15 @@ class Matrix:
     @property
     def out_features(self) -> int:
         return self.shape[-1] if self.transposed else (self.shape[-2] if len(self.shape) > 1 else 1)
+
+
+def without_number(name: str, expert: int | None) -> str:
+    """A tensor's name with ``N`` for the number of its expert, the last such number in the name; None: as it is."""
+    parts = name.split(".")
+    places = [index for index, part in enumerate(parts) if expert is not None and part == str(expert)]
+    if places:
+        parts[places[-1]] = "N"
+    return ".".join(parts)
 
 
 @dataclass(frozen=True)
