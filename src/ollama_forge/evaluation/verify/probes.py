@@ -112,17 +112,22 @@ class WriterProbe:
 class ReaderProbe:
     """Tests ``|W u| sqrt(in) / |W|``, where the unit vector ``u`` is the direction after the reader's norm.
 
-    For a random direction this is about 1.
+    For a random direction this is about 1. A row of an embedding, which is written to the stream, is tested with the
+    vector in front of its post-norms that the direction behind them depends on.
 
     Args:
         vectors: the directions at the reader's layer, float64 ``[k, d]``.
     """
 
     def __init__(self, norms: Norms, matrix: Matrix, vectors: Tensor) -> None:
-        at_norm = at_input(matrix, vectors)
-        read = [at_norm] if matrix.reads is None else [norm(at_norm) for norm in norms.of(matrix.reads)]
+        read = [at_input(matrix, vectors)]
+        if matrix.reads is not None:
+            read = [norm(read[0]) for norm in norms.of(matrix.reads)]
+        elif matrix.post_norms:
+            ways = zip(*(norms.of(norm) for norm in matrix.post_norms), strict=True)
+            read = [torch.cat([norm.back(vectors) for norm in each]) for each in ways]
         units = [rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in read]
-        self.units, self.count = torch.cat([units[0], units[-1]]), len(at_norm)
+        self.units, self.count = torch.cat([units[0], units[-1]]), len(read[0])
 
     def inputs(self, expert: int | None) -> Tensor:
         return self.units

@@ -22,6 +22,7 @@ from ollama_forge.models.chat_model import ChatModel
 SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide."
 _KEPT_TOKENS = 16
 _KEPT_OF_AN_EXPERT = 4  # there may be thousands of them
+_AXES = 512  # at a time
 
 Inputs = Mapping[Writer, Tensor]  # of a matrix, or of one expert of a stack: [tokens, in]
 
@@ -102,6 +103,18 @@ class RunningNorm:
             return x * self.gain
         out: Tensor = self.module(x) - self.module(torch.zeros_like(x))
         return out
+
+    def back(self, vectors: Tensor) -> Tensor:
+        """The vectors ``[k, d]`` whose products with ``x`` are in proportion to those of ``vectors`` with ``norm(x)``.
+
+        The norm divides all unit vectors of the axes by the same number, so that its values at them tell the rest.
+        """
+        width, found = vectors.shape[-1], []
+        for start in range(0, width, _AXES):
+            axes = torch.zeros(min(_AXES, width - start), width, dtype=torch.float64)
+            axes.diagonal(start).fill_(width**0.5)
+            found.append(self(axes) @ vectors.T)
+        return torch.cat(found).T
 
     def slope(self, x: Tensor, vectors: Tensor) -> Tensor:
         """Norms ``[n]`` of the gradients of ``v . norm(x)`` at ``x`` ``[n, d]``, over all rows ``v`` of ``vectors``."""
