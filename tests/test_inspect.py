@@ -261,6 +261,7 @@ def test_a_refused_model_is_not_edited_even_in_part(tmp_path: Path) -> None:
         "reasons": [],
         "writers_left": 3e-7,
         "readers_left": 3e-7,
+        "unproven_matrices": 0,
         "unproven": {},
         "idle": [],
     }

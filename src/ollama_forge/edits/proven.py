@@ -11,6 +11,7 @@ from ollama_forge.architectures.learn import learn, map_checkpoint
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.certify import certify_architecture
+from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 
@@ -121,10 +122,11 @@ def describe_certificate(examined: Examined) -> dict[str, Any]:
 
     Returns:
         ``tier``; ``reasons``; ``writers_left`` and ``readers_left``, the largest share that an edit of all of them left
-        on the twin (None: not measured); ``unproven``, the reason of each tensor that is not edited for it; and
-        ``idle``, the modules that never run on text.
+        on the twin (None: not measured); ``unproven_matrices``, the number of those that are not edited for it;
+        ``unproven``, the reason of each of them, with one entry for all experts of a layer; and ``idle``, the modules
+        that never run on text.
     """
-    certificate = examined.certificate
+    certificate, matrices = examined.certificate, examined.model_map.matrices
     left = {
         kind: max((leak.after for leak in leaks), default=None)
         for kind, leaks in ((EditKind.WRITERS, certificate.writers), (EditKind.READERS, certificate.readers))
@@ -133,6 +135,7 @@ def describe_certificate(examined: Examined) -> dict[str, Any]:
         "tier": examined.tier.value,
         "reasons": list(examined.reasons),
         **{f"{kind.value}_left": value for kind, value in left.items()},
-        "unproven": examined.unproven,
+        "unproven_matrices": sum(m.shape[0] if m.experts else 1 for m in matrices if m.unproven),
+        "unproven": grouped(examined.model_map, examined.unproven, equal),
         "idle": list(examined.idle),
     }
