@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.calls import Call, copied, first_tensor, with_argument, with_first_tensor
-from ollama_forge.architectures.roles.blocks import argument, stream_argument
+from ollama_forge.architectures.calls import Call, argument, copied, first_tensor, with_argument, with_first_tensor
+from ollama_forge.architectures.roles.blocks import stream_argument
 from ollama_forge.architectures.roles.region import owns_matrix
 
 Inputs = Mapping[str, Any]

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from ollama_forge.architectures.calls import (
     Call,
+    argument,
     copied,
     first_float,
     first_tensor,
     joined,
     parallel,
+    rows,
     tensors_in,
     with_argument,
     with_first_tensor,
@@ -163,7 +165,17 @@ class Region:
         """What a held module itself gives ``[rows of all calls, width]``, float64: on its recorded inputs, or with a
         function of one of them (position or keyword) for it.
         """
-        return joined(self.replay(watch=[held], feed=None if feed is None else (held, *feed)).calls[held])
+        if held.product:
+            return joined(self.replay(watch=[held], feed=None if feed is None else (held, *feed)).calls[held])
+        key, function = feed or (None, None)
+        given = []
+        for call in self.held[held]:
+            args, kwargs = copied(call.args), copied(dict(call.kwargs))
+            if key is not None and function is not None:
+                args, kwargs = with_argument(args, kwargs, key, function(argument(args, kwargs, key)))
+            with torch.inference_mode():
+                given.append(first_float(held.module(*args, **kwargs)))
+        return torch.cat([rows(result) for result in given if result is not None])
 
 
 class _Run:
@@ -199,7 +211,7 @@ class _Run:
         if self.feed is None or self.feed[0] is not self.modules[module]:
             return None
         _, key, function = self.feed
-        return with_argument(args, kwargs, key, function(args[key] if isinstance(key, int) else kwargs[key]))
+        return with_argument(args, kwargs, key, function(argument(args, kwargs, key)))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return self._given(self.modules[module], args, kwargs, output)
