@@ -207,12 +207,12 @@ class _Examination:
         return leaks.ordered
 
     def read_before(self, before: NudgedBlock, after: NudgedBlock, r: Tensor, blocks: Blocks) -> set[Part]:
-        """The readers whose own output a nudge moved before the edit, and does not any more.
+        """The readers whose output a nudge moved before the edit, and does not any more.
 
         It proves what has no gradient, because its output only chooses (the tokens to attend to).
         """
-        read = self.guilty(before.reading_modules(r), _POWER * READ, self.unedited)
-        still = self.guilty(after.reading_modules(r), READ, blocks)
+        read = self.guilty(before.moved_modules(r), _POWER * READ, self.unedited)
+        still = self.guilty(after.moved_modules(r), READ, blocks)
         return {
             (matrix.tensor, None)
             for matrix in self.matrices[EditKind.READERS]

@@ -58,7 +58,7 @@ def find_roles(twin: Twin) -> Found:
     calls = find_block_calls(twin)
     if not calls:
         return Found((), (), 0, (Gap("", "stream", "no block was found that maps the stream to the stream"),))
-    width = calls[0].given.shape[-1]
+    width = calls[-1].given.shape[-1]
     blocks = [call for call in calls if call.given.shape[-1] == width]
     shape = _stream_shape(twin, blocks, paths)
     start = first_region(twin, blocks, shape)
@@ -130,13 +130,20 @@ def _between(calls: list[BlockCall], start: Region, shape: StreamShape, paths: P
         if before.given.shape == after.taken.shape and torch.equal(before.given, after.taken):
             continue
         points = [point for point in [*addends, *latest.values()] if point.shape == taken.shape]
-        columns = torch.stack(points, 2)
-        weights = torch.linalg.lstsq(columns, taken[:, :, None], driver="gelsd").solution
-        if columns.shape[2] >= shape.d_model or (columns @ weights - taken[:, :, None]).norm() > 1e-4 * taken.norm():
+        if not _is_sum(taken, points):
             gaps.append(
                 Gap(paths.module(after.block), "stream", "its input is no sum of what the blocks before it gave")
             )
     return gaps
+
+
+def _is_sum(taken: Tensor, points: list[Tensor]) -> bool:
+    """Whether vectors ``[rows, d]`` are weighted sums, row by row, of fewer than ``d`` others."""
+    if not points or len(points) >= taken.shape[1]:
+        return False
+    columns, target = torch.stack(points, 2), taken[:, :, None]
+    weights = torch.linalg.lstsq(columns, target, driver="gelsd").solution
+    return bool((columns @ weights - target).norm() <= 1e-4 * taken.norm())
 
 
 def _addends(start: Region, d_model: int) -> list[Tensor]:

@@ -167,7 +167,7 @@ def free_sizes(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], int]]:
     path, text = text_path(config), config
     for key in path:
         text = text[key]
-    free = (_Kind.WIDTH, _Kind.VOCABULARY, _Kind.EXPERTS)
+    free = (_Kind.WIDTH, _Kind.EXPERTS)
     return [
         ((*path, key), value)
         for key, value in text.items()
