@@ -130,9 +130,14 @@ def certified(one: Type, twin: Any, start: float) -> Row:
 def default_twin(one: Type) -> Any:
     """The twin of the default config of a type, else of that config with counts for all heads and experts."""
     from ollama_forge.architectures.twin.build import build_twin
-    from ollama_forge.errors import ForgeError
+    from ollama_forge.errors import ForgeError, error_line
 
-    config = class_config(one.name) | {"architectures": [one.model_class]}
+    try:
+        config = class_config(one.name) | {"architectures": [one.model_class]}
+    except Exception as error:  # the class's own checks
+        raise ForgeError(
+            f"the default config of its class is not valid: {error_line(error)}", "add to EXTRA"
+        ) from error
     try:
         return build_twin(config)
     except ForgeError as refusal:

@@ -24,6 +24,7 @@ from ollama_forge.architectures.roles.blocks import (
     first_calls,
     first_region,
 )
+from ollama_forge.architectures.roles.kinds import MeasuredBlock, block_kind
 from ollama_forge.architectures.roles.paths import Paths
 from ollama_forge.architectures.roles.readers import Readers
 from ollama_forge.architectures.roles.region import Region, nudged, owns_matrix
@@ -57,17 +58,24 @@ def find_roles(twin: Twin) -> Found:
     calls = find_block_calls(twin)
     if not calls:
         return Found((), (), 0, (Gap("", "stream", "no block was found that maps the stream to the stream"),))
-    width = calls[0].given.shape[-1]
+    width = calls[-1].given.shape[-1]
     blocks = [call for call in calls if call.given.shape[-1] == width]
     shape = _stream_shape(twin, blocks, paths)
     start = first_region(twin, blocks, shape)
     found = list(Writers(start, paths, shape.d_model).find())
     ran = _ran(start)
+    measured: dict[object, MeasuredBlock] = {}
     for number, call in enumerate(first_calls(blocks)):
-        region = block_region(call, shape, module=paths.module(call.block), block=number)
-        found += Writers(region, paths, shape.d_model).find()
-        found += Readers(region, paths, shape.d_model, (shape.split(call.taken), start.stream)).find()
-        ran |= _ran(region)
+        kind = block_kind(call)
+        known = measured[kind].at(call.block, number, paths) if kind in measured else None
+        if known is None:
+            region = block_region(call, shape, module=paths.module(call.block), block=number)
+            items = [*Writers(region, paths, shape.d_model).find()]
+            items += Readers(region, paths, shape.d_model, (shape.split(call.taken), start.stream)).find()
+            known = MeasuredBlock(call.block, tuple(items), frozenset(_ran(region)))
+            measured.setdefault(kind, known)
+        found += known.items
+        ran |= known.ran
     roles, conflicts = _merged(item for item in found if isinstance(item, RoleFound))
     gaps = [item for item in found if isinstance(item, Gap)]
     gaps += [
@@ -122,13 +130,20 @@ def _between(calls: list[BlockCall], start: Region, shape: StreamShape, paths: P
         if before.given.shape == after.taken.shape and torch.equal(before.given, after.taken):
             continue
         points = [point for point in [*addends, *latest.values()] if point.shape == taken.shape]
-        columns = torch.stack(points, 2)
-        weights = torch.linalg.lstsq(columns, taken[:, :, None], driver="gelsd").solution
-        if columns.shape[2] >= shape.d_model or (columns @ weights - taken[:, :, None]).norm() > 1e-4 * taken.norm():
+        if not _is_sum(taken, points):
             gaps.append(
                 Gap(paths.module(after.block), "stream", "its input is no sum of what the blocks before it gave")
             )
     return gaps
+
+
+def _is_sum(taken: Tensor, points: list[Tensor]) -> bool:
+    """Whether vectors ``[rows, d]`` are weighted sums, row by row, of fewer than ``d`` others."""
+    if not points or len(points) >= taken.shape[1]:
+        return False
+    columns, target = torch.stack(points, 2), taken[:, :, None]
+    weights = torch.linalg.lstsq(columns, target, driver="gelsd").solution
+    return bool((columns @ weights - target).norm() <= 1e-4 * taken.norm())
 
 
 def _addends(start: Region, d_model: int) -> list[Tensor]:

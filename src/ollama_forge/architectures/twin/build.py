@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ollama_forge.architectures.model_class import ModelClass
 from ollama_forge.architectures.twin.shrink import (
     Scale,
+    expert_count,
     free_sizes,
     layer_kinds,
     replaced,
@@ -40,7 +41,7 @@ _PARAMETERS = 25_000_000  # 100 MB: what experiments copy stays under 500 MB
 _DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 _FAILURES = 4  # of complete small models at one scale, before the next scale is tried
 _SPREADS = 8
-_BATCH, _TOKENS = 2, 32
+_BATCH, _TOKENS, _FEW_TOKENS = 2, 32, 13
 _LAST_TOKEN = 200
 _NOISE = 0.2  # deviation of gains from 1 and of biases from 0
 _SMALL_NOISE = 0.01  # for biases that decide which experts run: a larger one would leave some of them out
@@ -201,11 +202,15 @@ class _Search:
         with _marked_uninitialised():
             model = self.model_class.build(config, "cpu")
         _fill(model, self.seed)
+        _fill_choices(model, expert_count(config), self.seed)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        inputs = {"input_ids": _tokens(config, vocabulary, self.seed), "use_cache": False}
+        ids = _tokens(config, vocabulary, self.seed)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         twin = Twin(model, model.config.to_dict(), inputs)
         if not torch.isfinite(twin.run()).all():
             raise ValueError("its logits are not finite")
+        short = inputs["input_ids"][:1, :_FEW_TOKENS]
+        Twin(model, twin.config, inputs | {"input_ids": short}).run()  # sizes may fit 64 tokens by chance
         return _Candidate(config, twin)
 
     def spread(self, found: _Candidate) -> Twin:
@@ -282,6 +287,15 @@ def _fill(model: nn.Module, seed: int) -> None:
             if parameter.numel() == 1:
                 start = torch.where(start == 0, torch.ones_like(start), start)  # a gate that is closed
             parameter.copy_(start + drawn * (_NOISE if parameter.requires_grad else _SMALL_NOISE))
+
+
+def _fill_choices(model: nn.Module, experts: int, seed: int) -> None:
+    """Draw the tables of whole numbers ``[vocabulary, n]`` that choose experts by token id: classes leave zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for table in model.state_dict().values():
+        if table.dtype == torch.long and table.dim() == 2 and not table.any():
+            first = torch.randint(experts, (len(table), 1), generator=generator)
+            table.copy_((first + torch.arange(table.shape[1])) % experts)
 
 
 def _tokens(config: Mapping[str, Any], vocabulary: int, seed: int) -> Tensor:
