@@ -1,0 +1,134 @@
+"""Packed checkpoints of learned architectures, from the certificate's measurement to the written folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+from ollama_forge.api import apply
+from ollama_forge.architectures.certificate.certificate import EditKind, Tier
+from ollama_forge.architectures.certificate.certify import certify
+from ollama_forge.architectures.learn import map_checkpoint
+from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.architectures.twin.build import Twin
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.resolve import resolve
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.certify import full_edit
+from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.proven import examine
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.evaluation.verify import verify
+from ollama_forge.files import read_json
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.models.loading import load_module
+from tests import families, tiny
+from tests.packed import pack_fp8
+from tests.test_apply import packed_gpt_oss
+
+CPU = torch.device("cpu")
+ALL = EditSettings(targets=("attention", "mlp", "embedding"))
+ROUNDOFF = {"FP8": 2.0**-4, "MXFP4": 2.0**-2}  # half the distance of neighbours, relative to the smaller one
+
+
+def is_linear(name: str) -> bool:
+    """Whether FP8 releases pack this tensor of a model with ``..._proj`` layers."""
+    return name.endswith("_proj.weight") or "kv_a_proj" in name
+
+
+def qwen3_moe(folder: Path) -> Checkpoint:
+    families.save("qwen3_moe", folder)
+    pack_fp8(folder, "block", is_linear)
+    return resolve(str(folder))
+
+
+def deepseek_v3(folder: Path) -> Checkpoint:
+    """Blocks of 128 x 128, the last ones ragged; one layer beyond the depth, which predicts a second token."""
+    sizes: dict[str, Any] = {
+        **families.FAMILIES["deepseek_v3"]().to_dict(), "hidden_size": 160, "intermediate_size": 200,
+        "num_hidden_layers": 3, "quantization_config": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config.from_dict(sizes), dtype=torch.float32)
+    tiny.save(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    last = {n: t for n, t in tensors.items() if n.startswith("model.layers.2.")}
+    tensors |= {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in last.items()}
+    tensors |= {"model.layers.3.eh_proj.weight": torch.randn(160, 320), "model.layers.3.hnorm.weight": torch.ones(160)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pack_fp8(folder, "block", is_linear, 128)
+    return resolve(str(folder))
+
+
+def gpt_oss(folder: Path) -> Checkpoint:
+    return resolve(str(packed_gpt_oss(folder).folder))
+
+
+MODELS: dict[str, Callable[[Path], Checkpoint]] = {
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
+}
+
+
+def load(folder: Path) -> nn.Module:
+    checkpoint = Checkpoint(folder, folder.name, "folder")
+    return load_module(checkpoint, map_checkpoint(checkpoint), CPU, torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_certificate_of_a_packed_model_holds_within_its_type_s_rounding(tmp_path: Path, family: str) -> None:
+    """What a full edit leaves in the stream, and what readers still read, are as large as the reported leaks."""
+    source = MODELS[family](tmp_path / "model")
+    leaks: dict[EditKind, list[float]] = {kind: [] for kind in EditKind}
+    forms: set[str] = set()
+
+    def edit(checkpoint: Checkpoint, model_map: ModelMap, r: Tensor, kind: EditKind, folder: Path) -> None:
+        full_edit(checkpoint, model_map, r, kind, folder)
+        changed = read_json(folder / "abliteration.json")["changed"].values()
+        leaks[kind] += [matrix["leak"] for matrix in changed if "leak" in matrix]
+        forms.update(matrix["stored_as"] for matrix in changed if "leak" in matrix)
+
+    ids = torch.randint(60, 200, (2, 32), generator=torch.Generator().manual_seed(0))
+    twin = Twin(load(source.folder), source.config, {"input_ids": ids, "use_cache": False})
+    found = certify(twin, source, map_checkpoint(source), edit, load)
+    assert found.obstacles == ()
+    roundoff = ROUNDOFF[forms.pop()]
+    for kind, measured in ((EditKind.WRITERS, found.writers), (EditKind.READERS, found.readers)):
+        assert len(measured) >= source.config["num_hidden_layers"]
+        left = max(leak.after / leak.before for leak in measured)
+        print(family, kind, left, max(leaks[kind], default=None), found.tier)
+        if not leaks[kind]:
+            assert left < 1e-4  # no packed matrix
+            continue
+        assert max(leaks[kind]) < roundoff
+        assert max(leaks[kind]) / 10 < left < min(roundoff, 4 * max(leaks[kind]))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_packed_models_from_map_to_verified_folder(tmp_path: Path, family: str) -> None:
+    source = MODELS[family](tmp_path / "model")
+    examined = examine(source)
+    assert examined.tier is Tier.PROVEN
+    d = examined.model_map.d_model
+    direction = RefusalDirection(tiny.unit_vector(7, d).unsqueeze(0), layer=2)
+    direction.save(tmp_path / "refusal.pt")
+    plan = plan_orthogonal(examined.model_map, direction, ALL, vector_reader(source.tensors))
+    for out_dtype in ("keep", "auto", "bf16"):
+        written, applied = apply(
+            source.label, tmp_path / out_dtype, refusal_pt=tmp_path / "refusal.pt", settings=ALL, out_dtype=out_dtype
+        )
+        assert set(written.tensors.shapes) == set(source.tensors.shapes)
+        assert bool(written.tensors.packed) == ("quantization_config" in written.config) == (out_dtype == "keep")
+        assert bool(applied.leaks) == (out_dtype == "keep")
+        model = ChatModel.load(written, LoadSettings(device="cpu", dtype="float32"))
+        assert [check for check in verify(source, written, model, plan, direction) if not check.passed] == []
