@@ -58,7 +58,7 @@ def mark(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def pack_fp8(folder: Path, form: str, packed: Callable[[str], bool], block: int = BLOCK) -> None:
-    """Store some matrices of a checkpoint as FP8 and all other tensors as bf16.
+    """Store some matrices of a checkpoint as FP8, and all other tensors as they are.
 
     Args:
         packed: whether the tensor of this name is a matrix to pack.
@@ -69,8 +69,6 @@ def pack_fp8(folder: Path, form: str, packed: Callable[[str], bool], block: int 
             if packed(name):
                 tensors[name], scale = fp8_parts(tensors[name].float(), form, block)
                 tensors[f"{name}_scale" if form == "channel" else f"{name}_scale_inv"] = scale
-            elif tensors[name].is_floating_point():
-                tensors[name] = tensors[name].bfloat16()
         save_file(tensors, shard, metadata={"format": "pt"})
     mark(folder, fp8_config(form, block))
 

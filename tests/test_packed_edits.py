@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +44,20 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight") or "kv_a_proj" in name
 
 
-def qwen3_moe(folder: Path) -> Checkpoint:
-    families.save("qwen3_moe", folder)
+def qwen3_moe(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    tiny.save(families.build("qwen3_moe").to(dtype), folder)
     pack_fp8(folder, "block", is_linear)
     return resolve(str(folder))
 
 
-def deepseek_v3(folder: Path) -> Checkpoint:
+def deepseek_v3(folder: Path, dtype: torch.dtype) -> Checkpoint:
     """Blocks of 128 x 128, the last ones ragged; one layer beyond the depth, which predicts a second token."""
     sizes: dict[str, Any] = {
         **families.FAMILIES["deepseek_v3"]().to_dict(), "hidden_size": 160, "intermediate_size": 200,
         "num_hidden_layers": 3, "quantization_config": None,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(DeepseekV3Config.from_dict(sizes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config.from_dict(sizes), dtype=dtype)
     tiny.save(model, folder)
     tensors = load_file(folder / "model.safetensors")
     last = {n: t for n, t in tensors.items() if n.startswith("model.layers.2.")}
@@ -69,11 +68,11 @@ def deepseek_v3(folder: Path) -> Checkpoint:
     return resolve(str(folder))
 
 
-def gpt_oss(folder: Path) -> Checkpoint:
+def gpt_oss(folder: Path, dtype: torch.dtype) -> Checkpoint:
     return resolve(str(packed_gpt_oss(folder).folder))
 
 
-MODELS: dict[str, Callable[[Path], Checkpoint]] = {
+MODELS: dict[str, Callable[[Path, torch.dtype], Checkpoint]] = {
     "qwen3_moe": qwen3_moe,
     "deepseek_v3": deepseek_v3,
     "gpt_oss": gpt_oss,
@@ -87,8 +86,13 @@ def load(folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_the_certificate_of_a_packed_model_holds_within_its_type_s_rounding(tmp_path: Path, family: str) -> None:
-    """What a full edit leaves in the stream, and what readers still read, are as large as the reported leaks."""
-    source = MODELS[family](tmp_path / "model")
+    """What a full edit leaves in the stream, and what readers still read, are as large as the reported leaks.
+
+    A nudge or a component along the direction shrinks at least to the type's unit roundoff, as it would if every value
+    were rounded to the nearest number with errors in the worst case all of one sign. Tensors that are not packed are
+    float32, so that all that is left comes from the packed ones.
+    """
+    source = MODELS[family](tmp_path / "model", torch.float32)
     leaks: dict[EditKind, list[float]] = {kind: [] for kind in EditKind}
     forms: set[str] = set()
 
@@ -116,7 +120,7 @@ def test_the_certificate_of_a_packed_model_holds_within_its_type_s_rounding(tmp_
 
 @pytest.mark.parametrize("family", MODELS)
 def test_packed_models_from_map_to_verified_folder(tmp_path: Path, family: str) -> None:
-    source = MODELS[family](tmp_path / "model")
+    source = MODELS[family](tmp_path / "model", torch.bfloat16)
     examined = examine(source)
     assert examined.tier is Tier.PROVEN
     d = examined.model_map.d_model
