@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from ollama_forge.api import apply
+from ollama_forge.api import apply, compute_dir
 from ollama_forge.architectures.certificate.certificate import EditKind, Tier
 from ollama_forge.architectures.certificate.certify import certify
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.twin.build import Twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.quantised import quantisation_entry
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.certify import full_edit
+from ollama_forge.edits.checkpoint_folder import write_decoded
+from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import examine
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
+from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.loading import load_module
+from ollama_forge.prompts.settings import PromptSettings
 from tests import families, tiny
-from tests.packed import pack_fp8
+from tests.packed import fp8_config, fp8_parts, mark, pack_fp8
 from tests.test_apply import packed_gpt_oss
 
 CPU = torch.device("cpu")
@@ -68,6 +74,35 @@ def deepseek_v3(folder: Path, dtype: torch.dtype) -> Checkpoint:
     return resolve(str(folder))
 
 
+def stacks(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    """Experts in FP8 stacks ``[experts, out, in]``, as some releases store them, and the scales of an FP8 cache."""
+    model = families.build("qwen3_moe").to(dtype)
+    tiny.save(model, folder)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in [name for name in tensors if ".experts." in name]:
+        parts = [fp8_parts(matrix.float(), "block") for matrix in tensors[name]]
+        tensors[name] = torch.stack([codes for codes, _ in parts])
+        tensors[f"{name}_scale_inv"] = torch.stack([scales for _, scales in parts])
+    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    tensors["model.layers.1.self_attn.v_proj.v_scale"] = torch.tensor(1.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    mark(folder, fp8_config("block"))
+    return resolve(str(folder))
+
+
+def wrapper(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    """The text model of a wrapper, with scales called ``scale`` and a ``quantization_config`` in the text config."""
+    tiny.save(families.build("llava").to(dtype), folder)
+    pack_fp8(folder, "block", lambda name: "language_model" in name and is_linear(name))
+    path = folder / "model.safetensors"
+    tensors = {name.replace("weight_scale_inv", "scale"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = read_json(folder / "config.json")
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return resolve(str(folder))
+
+
 def gpt_oss(folder: Path, dtype: torch.dtype) -> Checkpoint:
     return resolve(str(packed_gpt_oss(folder).folder))
 
@@ -76,6 +111,8 @@ MODELS: dict[str, Callable[[Path, torch.dtype], Checkpoint]] = {
     "qwen3_moe": qwen3_moe,
     "deepseek_v3": deepseek_v3,
     "gpt_oss": gpt_oss,
+    "stacks": stacks,
+    "wrapper": wrapper,
 }
 
 
@@ -84,7 +121,7 @@ def load(folder: Path) -> nn.Module:
     return load_module(checkpoint, map_checkpoint(checkpoint), CPU, torch.float32).eval()
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "stacks"])
 def test_the_certificate_of_a_packed_model_holds_within_its_type_s_rounding(tmp_path: Path, family: str) -> None:
     """What a full edit leaves in the stream, and what readers still read, are as large as the reported leaks.
 
@@ -132,7 +169,52 @@ def test_packed_models_from_map_to_verified_folder(tmp_path: Path, family: str) 
             source.label, tmp_path / out_dtype, refusal_pt=tmp_path / "refusal.pt", settings=ALL, out_dtype=out_dtype
         )
         assert set(written.tensors.shapes) == set(source.tensors.shapes)
-        assert bool(written.tensors.packed) == ("quantization_config" in written.config) == (out_dtype == "keep")
+        assert bool(written.tensors.packed) == bool(quantisation_entry(written.config)) == (out_dtype == "keep")
         assert bool(applied.leaks) == (out_dtype == "keep")
+        scales = [name for name in source.tensors if name.endswith(("k_scale", "v_scale"))]
+        assert [name in written.tensors for name in scales] == [out_dtype == "keep"] * len(scales)
         model = ChatModel.load(written, LoadSettings(device="cpu", dtype="float32"))
         assert [check for check in verify(source, written, model, plan, direction) if not check.passed] == []
+
+
+def test_least_squares_keeps_fp8(tmp_path: Path) -> None:
+    source = qwen3_moe(tmp_path / "model", torch.bfloat16)
+    for name, seed in (("harmful", 1), ("harmless", 2)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(tiny.lines(40, seed)), encoding="utf-8")
+    prompts = PromptSettings(str(tmp_path / "harmful.txt"), str(tmp_path / "harmless.txt"), num_instructions=16)
+    settings = EditSettings("least-squares", targets=("writers",), norm_preserving=False)
+    on_cpu = LoadSettings(device="cpu", dtype="float32")
+    computed = compute_dir(source.label, tmp_path / "refusal.pt", prompts=prompts, load=on_cpu, edit=settings)
+    assert computed.edit_path is not None
+    written, applied = apply(source.label, tmp_path / "edited", edit_file=computed.edit_path, out_dtype="keep")
+    exact, _ = apply(source.label, tmp_path / "exact", edit_file=computed.edit_path)
+    plan = EditRecord.load(computed.edit_path).plan(map_checkpoint(source), source.fingerprint)
+    assert set(applied.packed_as) <= set(plan.edits)
+    assert len(applied.packed_as) > 30
+    for name in applied.packed_as:
+        before, after = (made.tensors.read_packed(name).decode() for made in (source, written))
+        wanted = load_file(exact.folder / "model.safetensors")[name].float()
+        key = plan.edits[name].rule.factors(torch.empty(0), None).L  # what the edit writes, along the direction
+        moved, meant = (key.T @ (matrix - before) for matrix in (after, wanted))
+        assert (moved - meant).norm() < 0.1 * meant.norm() + 1e-6, name
+    model = ChatModel.load(written, on_cpu)
+    checks = verify(source, written, model, plan, computed.direction)
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_a_packed_checkpoint_is_decoded_for_the_gguf_file(tmp_path: Path) -> None:
+    source = gpt_oss(tmp_path / "model", torch.bfloat16)
+    settings = ExportSettings()
+    made = plan_export(source, source.label, "x", tmp_path / "out", settings)
+    kept = plan_export(source, source.label, "x", tmp_path / "out", settings, keeps_packed=True)
+    assert not made.decodes
+    assert kept.decodes
+    assert not [note for note in made.notes if "MXFP4" in note]
+    if not kept.problem:
+        assert any("MXFP4" in note and "bf16 copy" in note for note in kept.notes)
+        assert kept.disk_space == made.disk_space + 2 * source.parameters
+    write_decoded(source, map_checkpoint(source), tmp_path / "decoded")
+    decoded = Checkpoint(tmp_path / "decoded", "decoded", "folder")
+    assert not decoded.tensors.packed
+    assert quantisation_entry(decoded.config) is None
+    assert dict(decoded.tensors.shapes) == dict(source.tensors.shapes)

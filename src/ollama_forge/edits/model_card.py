@@ -56,6 +56,7 @@ def _body(record: Mapping[str, Any]) -> str:
         "settings, the change of each tensor and the hashes of the lists.",
         "",
         *_certificate_lines(record.get("certificate")),
+        *_leak_lines(record["changed"]),
         _verified_line(record.get("verified")),
         "",
     ]
@@ -90,6 +91,19 @@ def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
         "",
         *(f"- {reason}" for reason in dict.fromkeys(reasons or certificate["reasons"])),
         "",
+    ]
+
+
+def _leak_lines(changed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How much of the direction rounding left in matrices that are stored in a packed form."""
+    leaks: dict[str, list[float]] = {}
+    for matrix in changed.values():
+        if "leak" in matrix:
+            leaks.setdefault(matrix["stored_as"], []).append(matrix["leak"])
+    return [
+        line
+        for form, values in sorted(leaks.items())
+        for line in (f"{len(values)} matrices are stored as {form}; rounding left at most {max(values):.2%} there.", "")
     ]
 
 

@@ -100,7 +100,7 @@ def preflight(settings: RunSettings) -> Preflight:
     """Check settings and lists first, then the model, then the export and Ollama.
 
     Raises:
-        ForgeError: a model or list is missing, the architecture is not supported or not proven, or the model cannot
+        ForgeError: a model or list is missing, the architecture cannot be learned or is not proven, or the model cannot
             take a prompt.
         UsageError: settings contradict each other, or the output folder must not be replaced.
     """
