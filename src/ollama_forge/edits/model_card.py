@@ -95,16 +95,16 @@ def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
 
 
 def _leak_lines(changed: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How much of the direction rounding left in matrices that are stored in a packed form."""
+    """How much of the edit rounding undid in matrices that are stored in a packed form."""
     leaks: dict[str, list[float]] = {}
     for matrix in changed.values():
         if "leak" in matrix:
             leaks.setdefault(matrix["stored_as"], []).append(matrix["leak"])
-    return [
-        line
-        for form, values in sorted(leaks.items())
-        for line in (f"{len(values)} matrices are stored as {form}; rounding left at most {max(values):.2%} there.", "")
-    ]
+    lines = []
+    for form, values in sorted(leaks.items()):
+        what = f"{len(values)} of these matrices are stored as {form}"
+        lines += [f"{what}; rounding to it undid at most {max(values):.2%} of an edit.", ""]
+    return lines
 
 
 def _verified_line(verified: object) -> str:
