@@ -31,15 +31,19 @@ from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import examine
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.loading import load_module
+from ollama_forge.pipeline import run, stages
 from ollama_forge.prompts.settings import PromptSettings
 from tests import families, tiny
 from tests.packed import fp8_config, fp8_parts, mark, pack_fp8
 from tests.test_apply import packed_gpt_oss
+from tests.test_export_convert import byte_pairs
+from tests.test_export_run import settings as run_settings
 
 CPU = torch.device("cpu")
 ALL = EditSettings(targets=("attention", "mlp", "embedding"))
@@ -228,3 +232,27 @@ def test_a_packed_checkpoint_is_decoded_for_the_gguf_file(tmp_path: Path) -> Non
     assert not decoded.tensors.packed
     assert quantisation_entry(decoded.config) is None
     assert dict(decoded.tensors.shapes) == dict(source.tensors.shapes)
+
+
+def test_a_run_that_keeps_fp8_gives_the_converter_a_decoded_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.build("llama").bfloat16()
+    model.resize_token_embeddings(tiny.VOCABULARY + 1)  # type: ignore[operator]
+    tiny.save(model, tmp_path / "model")
+    byte_pairs((("t", "h"),)).save_pretrained(tmp_path / "model")
+    pack_fp8(tmp_path / "model", "channel", is_linear)
+    given: list[tuple[bool, bool]] = []
+
+    def convert(folder: Path, checkpoint: Checkpoint, *_: Any, **__: Any) -> None:
+        given.append((bool(checkpoint.tensors.packed), (checkpoint.folder / "tokenizer.json").is_file()))
+        raise ForgeError("seen", "")
+
+    monkeypatch.setattr(stages, "convert", convert)
+    made = run_settings(tmp_path, tmp_path / "model", evaluate=False, verify=False)
+    with pytest.raises(ForgeError, match="seen"):
+        run(made)
+    assert given == [(False, True)]
+    assert "the checkpoint keeps its FP8 tensors; the GGUF file is made of a bf16 copy" in capsys.readouterr().err
+    assert Checkpoint(made.folder / "checkpoint", "edited", "folder").tensors.packed
+    assert not list(made.folder.rglob("decoded"))
