@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ BLOCK = 16  # of the tiny FP8 models: 48 columns are three blocks, and 20 leave 
 FP8_FORMS = ("block", "block bf16", "block ue8m0", "channel", "tensor")
 
 
-def fp8_parts(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def fp8_parts(weight: Tensor, form: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """E4M3 codes and their scales."""
     rows, columns = weight.shape
-    high, wide = {"channel": (1, columns), "tensor": (rows, columns)}.get(form, (BLOCK, BLOCK))
+    high, wide = {"channel": (1, columns), "tensor": (rows, columns)}.get(form, (block, block))
     scales = torch.zeros(-(-rows // high), -(-columns // wide))
     codes = torch.zeros(rows, columns, dtype=FP8)
     for i in range(scales.shape[0]):
@@ -40,13 +41,13 @@ def fp8_parts(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
     return codes, scales.reshape(()) if form == "tensor" else scales
 
 
-def fp8_config(form: str) -> dict[str, Any]:
+def fp8_config(form: str, size: int = BLOCK) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this form."""
     if form == "channel":
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
         return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
-    block = None if form == "tensor" else [BLOCK, BLOCK]
+    block = None if form == "tensor" else [size, size]
     return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
 
 
@@ -56,22 +57,30 @@ def mark(folder: Path, entry: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def fp8_model(
-    folder: Path, form: str, family: str = "llama", plain: str = "layers.1.mlp", **options: Any
-) -> Checkpoint:
-    """A tiny model whose linear layers are FP8, but for those whose names contain ``plain``.
+def pack_fp8(folder: Path, form: str, packed: Callable[[str], bool], block: int = BLOCK) -> None:
+    """Store some matrices of a checkpoint as FP8, and all other tensors as they are.
+
+    Args:
+        packed: whether the tensor of this name is a matrix to pack.
+    """
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in list(tensors):
+            if packed(name):
+                tensors[name], scale = fp8_parts(tensors[name].float(), form, block)
+                tensors[f"{name}_scale" if form == "channel" else f"{name}_scale_inv"] = scale
+        save_file(tensors, shard, metadata={"format": "pt"})
+    mark(folder, fp8_config(form, block))
+
+
+def fp8_model(folder: Path, form: str, family: str = "llama", **options: Any) -> Checkpoint:
+    """A tiny model whose linear layers are FP8, but for the MLP of layer 1.
 
     Args:
         options: arguments for ``save_pretrained``.
     """
-    model = tiny.build(family).bfloat16()
-    tiny.save(model, folder, **options)
-    for shard in folder.glob("*.safetensors"):
-        tensors = load_file(shard)
-        for name in [n for n in tensors if n.endswith("_proj.weight") and "layers.1.mlp" not in n]:
-            tensors[name], scale = fp8_parts(tensors[name].float(), form)
-            tensors[f"{name}_scale" if form == "channel" else f"{name}_scale_inv"] = scale
-        save_file(tensors, shard, metadata={"format": "pt"})
+    tiny.save(tiny.build(family).bfloat16(), folder, **options)
+    pack_fp8(folder, form, lambda name: name.endswith("_proj.weight") and "layers.1.mlp" not in name)
     mark(folder, {**fp8_config(form), "modules_to_not_convert": ["model.layers.1.mlp.up_proj"]})
     return Checkpoint(folder, "fp8", "folder")
 

@@ -331,7 +331,7 @@ def test_what_rounding_leaves_of_the_direction_is_measured(
         assert record[name]["stored_as"] == label
         assert record[name]["leak"] == pytest.approx(float(left), rel=1e-2, abs=1e-5)
         assert 0 < left < 0.08
-    assert f"stored as {label}: leaves " in capsys.readouterr().err
+    assert f"stored as {label}: rounding undoes " in capsys.readouterr().err
 
 
 def checked(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> list[Check]:

@@ -127,7 +127,7 @@ def apply(
     Raises:
         UsageError: both or none of the files are given, the method does not support a setting, or the method needs
             fitted factors, which only an edit file holds.
-        ForgeError: the direction is of another model, the architecture is not supported or not proven, weights are
+        ForgeError: the direction is of another model, the architecture cannot be learned or is not proven, weights are
             damaged, or the disk is full.
     """
     if (refusal_pt is None) == (edit_file is None):

@@ -1,1 +1,1 @@
-"""Architectures as data: one TOML file per family. ``llama.toml`` explains the keys."""
+"""How a model is built: learned from experiments on a tiny twin, found in its files, and proven by editing the twin."""

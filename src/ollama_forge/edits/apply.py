@@ -42,8 +42,8 @@ class AppliedEdit:
         changed: names of the tensors whose bytes differ from the source's.
         stored: storage type -> number of bytes written in this type.
         unpacked: whether packed tensors (FP8, MXFP4) were decoded.
-        leaks: how much of the removed direction rounding to a packed form left in each matrix, as a share of the
-            direction's component before the edit.
+        leaks: how much of each matrix's edit rounding to a packed form undid, as a share of the edit at strength 1. If
+            the edit removes a direction, this is what is left of the component along it.
         packed_as: for each matrix in ``leaks``, the name of its form.
     """
 
@@ -228,11 +228,11 @@ class _EditWriter:
     def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
         """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
         sums, scales = _MatrixSums(), []
-        before, error = 0.0, 0.0
+        size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
             encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
-            before, error = math.hypot(before, encoded.kept_before), math.hypot(error, encoded.kept_error)
+            size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
             codes, scale = (tensor_bytes(part) for part in encoded.parts)
             sums.result.update(codes)
             sums.result.update(scale)
@@ -241,8 +241,8 @@ class _EditWriter:
             self.changed.update(compress(packed.parts, encoded.changed))
         self.scales[packed.parts[1]] = memoryview(b"".join(scales))
         self.records[packed.name] = sums.record(edit)
-        if before:
-            self.leaks[packed.name] = error / before
+        if size:
+            self.leaks[packed.name] = error / size
 
     def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
         """The scales of an edited packed matrix, encoded now if its codes are in a later shard."""
@@ -306,10 +306,10 @@ def _joined_changes(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def leak_notes(applied: AppliedEdit) -> list[str]:
-    """For each packed form, one line: how much of the direction rounding to it left in the edited matrices."""
+    """For each packed form, one line: how much of the edit rounding to it undid."""
     notes = []
     for form in sorted(set(applied.packed_as.values())):
         leaks = [leak for name, leak in applied.leaks.items() if applied.packed_as[name] == form]
-        left = f"leaves {statistics.median(leaks):.2%} of the direction (median over {len(leaks)} matrices)"
-        notes.append(f"stored as {form}: {left}, at most {max(leaks):.2%}")
+        undone = f"rounding undoes {statistics.median(leaks):.2%} of the edit (median over {len(leaks)} matrices)"
+        notes.append(f"stored as {form}: {undone}, at most {max(leaks):.2%}")
     return notes

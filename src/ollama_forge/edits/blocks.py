@@ -84,13 +84,14 @@ class EncodedMatrix:
     Attributes:
         parts: the codes and their scales.
         changed: for each part, whether its bytes are not the source's.
-        kept_before: the Frobenius norm of the products (``kept_products``) before the edit; 0.0 if it is no projection.
+        edit_norm: the Frobenius norm of the edit at strength 1, without a norm rule. For an edit that removes a
+            direction, it is that of the products (``kept_products``) before the edit.
         kept_error: the norm of the change of these products by rounding.
     """
 
     parts: tuple[Tensor, ...]
     changed: tuple[bool, ...]
-    kept_before: float
+    edit_norm: float
     kept_error: float
 
 
@@ -193,15 +194,14 @@ class BlockwiseEdit:
         result = PackedMatrix(held.shape, held.codec, (torch.empty_like(held.parts[0]), scales))
         kept = kept_products(self.edit, self.expert)
         on_disk = kept.turned() if self.edit.matrix.transposed else kept
-        before, error = 0.0, 0.0
+        squared, error = 0.0, 0.0
         for block in blocks:
             region, factors = self._region(block), block.after.factors
             written = held.codec.encode(result, region, on_disk)
             error += float(on_disk.product(written.sub_(region.values)).square().sum())
-            if not isinstance(self.edit.rule, FixedFactors):
-                before += float((factors.K if kept.axis == 0 else factors.L).square().sum())
+            squared += float(((factors.L.T @ factors.L) * (factors.K.T @ factors.K)).sum())
         changed = tuple(not _same_bytes(*pair) for pair in zip(held.parts, result.parts, strict=True))
-        return EncodedMatrix(result.parts, changed, before**0.5, error**0.5)
+        return EncodedMatrix(result.parts, changed, max(squared, 0.0) ** 0.5, error**0.5)
 
     def _region(self, block: EditedBlock) -> Region:
         values = block.after.weight.T if self.edit.matrix.transposed else block.after.weight

@@ -156,6 +156,18 @@ def write_checkpoint(
     return applied
 
 
+def write_decoded(checkpoint: Checkpoint, model: ModelMap, folder: Path) -> None:
+    """Write a copy of a checkpoint whose packed tensors are decoded to bf16.
+
+    Raises:
+        ForgeError: the disk is full; ``folder`` is then unchanged.
+    """
+    with atomic_folder(folder) as partial:
+        applied = apply_plan(checkpoint, model, EditPlan("none", {}, {}, projects=False), partial, OutDtype.AUTO, {})
+        with disk_errors(folder):
+            copy_companions(checkpoint, partial, applied)
+
+
 def copy_companions(checkpoint: Checkpoint, folder: Path, applied: AppliedEdit) -> None:
     """Copy config, tokenizer, templates, remote code and licences to ``folder``.
 

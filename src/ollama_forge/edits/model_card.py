@@ -56,6 +56,7 @@ def _body(record: Mapping[str, Any]) -> str:
         "settings, the change of each tensor and the hashes of the lists.",
         "",
         *_certificate_lines(record.get("certificate")),
+        *_leak_lines(record["changed"]),
         _verified_line(record.get("verified")),
         "",
     ]
@@ -91,6 +92,19 @@ def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
         *(f"- {reason}" for reason in dict.fromkeys(reasons or certificate["reasons"])),
         "",
     ]
+
+
+def _leak_lines(changed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How much of the edit rounding undid in matrices that are stored in a packed form."""
+    leaks: dict[str, list[float]] = {}
+    for matrix in changed.values():
+        if "leak" in matrix:
+            leaks.setdefault(matrix["stored_as"], []).append(matrix["leak"])
+    lines = []
+    for form, values in sorted(leaks.items()):
+        what = f"{len(values)} of these matrices are stored as {form}"
+        lines += [f"{what}; rounding to it undid at most {max(values):.2%} of an edit.", ""]
+    return lines
 
 
 def _verified_line(verified: object) -> str:

@@ -10,6 +10,7 @@ from ollama_forge.checkpoints.gguf_io import Gguf, read_gguf
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.convert import find_converter, unsupported_reason
 from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quant, quant_of_file_type
+from ollama_forge.files import human_size
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.names import file_stem
 from ollama_forge.progress import say
@@ -54,6 +55,7 @@ class ExportPlan:
         converter: the llama.cpp folder with the converter; if None, ``problem`` says why no file can be made.
         source_file: the GGUF file that is edited, whose tokenizer is kept; None if the source is no GGUF file.
         parameters: number of weights.
+        decodes: whether the checkpoint may stay packed (FP8, MXFP4), so that the converter gets a decoded copy.
         notes: notes for the user on the choice of the type.
     """
 
@@ -64,6 +66,7 @@ class ExportPlan:
     source_file: Gguf | None
     parameters: int
     problem: str = ""
+    decodes: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,10 +76,10 @@ class ExportPlan:
 
     @property
     def disk_space(self) -> int:
-        """Upper bound in bytes on the size of the file and its 16-bit form; 0 if no file is made."""
+        """Upper bound in bytes on the size of the file, its 16-bit form and the decoded copy; 0 if no file is made."""
         converted = self.parameters * 2
         ratio = min(bits_per_weight(self.quant) * _MIX_OVERHEAD, 16) / 16
-        return 0 if self.problem else converted + int(converted * ratio)
+        return 0 if self.problem else converted * (1 + self.decodes) + int(converted * ratio)
 
     def announce(self) -> None:
         """Print notes on the file, and on what cannot be done with it."""
@@ -89,13 +92,16 @@ class ExportPlan:
             say("note: the GGUF file will not be measured, and its tokens not checked: that needs the extra llamacpp")
 
 
-def plan_export(source: Checkpoint, model: str, name: str, folder: Path, settings: ExportSettings) -> ExportPlan:
+def plan_export(
+    source: Checkpoint, model: str, name: str, folder: Path, settings: ExportSettings, *, keeps_packed: bool = False
+) -> ExportPlan:
     """Plan the GGUF file of a run.
 
     Args:
         source: the model to edit, whose config and tokenizer the edited checkpoint gets.
         model: the value of ``--model``, which is the path of the file if ``source`` is a GGUF file.
         folder: the output folder of the run.
+        keeps_packed: whether the edited checkpoint is written with ``--out-dtype keep``.
 
     Raises:
         ForgeError: settings of the GGUF file are given, but this model cannot be converted.
@@ -109,7 +115,14 @@ def plan_export(source: Checkpoint, model: str, name: str, folder: Path, setting
             "leave out --quant, --no-requantize and --llama-cpp-dir to make the edited checkpoint alone",
         )
     path = folder / f"{file_stem(name)}.gguf"
-    return ExportPlan(path, name, quant, converter, source_file, source.parameters, problem, notes)
+    decodes = keeps_packed and bool(source.tensors.packed)
+    if decodes and not problem:
+        forms = " and ".join(sorted({packed.codec.label for packed in source.tensors.packed.values()}))
+        size = human_size(source.parameters * 2)
+        notes += (
+            f"the checkpoint keeps its {forms} tensors; the GGUF file is made of a bf16 copy ({size} for a while)",
+        )
+    return ExportPlan(path, name, quant, converter, source_file, source.parameters, problem, decodes, notes)
 
 
 def _choose_quant(

@@ -97,7 +97,7 @@ class Inspection:
         model_type: the architecture's name in config.json.
         tier: how much is proven.
         reasons: why the tier is not ``proven``.
-        certificate: what was measured on the twin; None if the model was refused before, or is described by hand.
+        certificate: what was measured on the twin; None if the model was refused before.
         settings: the settings of the edit.
         sizes, tied, matrices, unused, loud: None or empty if the model was refused before its tensors were mapped.
         warnings: what to know before an edit.

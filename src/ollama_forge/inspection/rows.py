@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ def unused_tensors(model: ModelMap, tensors: CheckpointTensors) -> UnusedTensors
     """The tensors without a role, counted by the longest beginnings of their names that give few groups."""
     depths = (_groups(model.unused, depth) for depth in (3, 2))
     groups = next((groups for groups in depths if len(groups) <= _MOST_GROUPS), _groups(model.unused, 1))
-    return UnusedTensors(sum(tensors[name].count for name in model.unused), groups)
+    return UnusedTensors(sum(math.prod(tensors.shapes[name]) for name in model.unused), groups)
 
 
 def _groups(names: Iterable[str], depth: int) -> dict[str, int]:

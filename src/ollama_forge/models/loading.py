@@ -13,6 +13,7 @@ from torch import nn
 
 from ollama_forge.architectures.model_class import auto_class
 from ollama_forge.architectures.model_map import ModelMap, Role
+from ollama_forge.architectures.names.spelling import Spelling
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.model_types import needs_own_code
 from ollama_forge.errors import ForgeError, error_line
@@ -69,7 +70,7 @@ def load_module(
         except Exception as error:  # invalid configs and weights make transformers raise any exception
             raise _load_error(checkpoint, device, error) from error
     module, info = loaded
-    _check_complete(checkpoint, model_map, info)
+    _check_complete(checkpoint, model_map, module, info)
     if model_map.tied:
         _check_tied(checkpoint, module)
     return module  # type: ignore[no-any-return]
@@ -186,7 +187,7 @@ def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) 
     )
 
 
-def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, info: Mapping[str, Any]) -> None:
+def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, module: Any, info: Mapping[str, Any]) -> None:
     """Raise ForgeError if transformers initialised missing weights or ignored stored ones."""
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
@@ -205,6 +206,10 @@ def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, info: Mapping[s
     unknown = sorted(
         key for key in info["unexpected_keys"] if not any(_same_but_prefix(key, name) for name in model_map.unused)
     )
+    if unknown:  # layers beyond the depth are named as transformers fuses their experts
+        spelled = Spelling(module).read(checkpoint.tensors.shapes)
+        known = {target for name in model_map.unused for target in spelled[name].targets}
+        unknown = [key for key in unknown if key not in known]
     if unknown:
         raise ForgeError(
             f"{checkpoint.label}: the model of its config has no weight {unknown[0]}{_and_more(unknown)}",

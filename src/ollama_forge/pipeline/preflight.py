@@ -13,6 +13,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
 from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.edits.checkpoint_folder import check_output, output_size
+from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
 from ollama_forge.export.plan import ExportPlan, plan_export
@@ -99,7 +100,7 @@ def preflight(settings: RunSettings) -> Preflight:
     """Check settings and lists first, then the model, then the export and Ollama.
 
     Raises:
-        ForgeError: a model or list is missing, the architecture is not supported or not proven, or the model cannot
+        ForgeError: a model or list is missing, the architecture cannot be learned or is not proven, or the model cannot
             take a prompt.
         UsageError: settings contradict each other, or the output folder must not be replaced.
     """
@@ -118,7 +119,14 @@ def preflight(settings: RunSettings) -> Preflight:
         source,
         examined,
         split,
-        plan_export(source, settings.model, settings.name, settings.folder, settings.export),
+        plan_export(
+            source,
+            settings.model,
+            settings.name,
+            settings.folder,
+            settings.export,
+            keeps_packed=OutDtype.parse(settings.out_dtype).keeps_packed,
+        ),
         plan_registration(source, settings.name, settings.folder, settings.ollama),
         size,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
-from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.evaluation.measure import Measurement, measure
@@ -35,6 +39,7 @@ from ollama_forge.text.tokenizer import Tokenizer
 _MODEL = ("torch", "transformers")  # a model's outputs depend on their versions
 _BASE_FIRST = "base-first.safetensors"
 _CONVERTED = "converted.gguf"
+_DECODED = "decoded"
 
 
 def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Measurement]:
@@ -199,11 +204,28 @@ def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Co
 
     def do() -> _Converted:
         vocabulary = plan.source_file is None  # else the tokenizer of the GGUF source is copied
-        checkpoint = ready.edited_checkpoint
-        converted = convert(converter, checkpoint, target, outtype=plan.outtype, name=plan.name, vocabulary=vocabulary)
+        with _decoded(ready, cache) as checkpoint:
+            converted = convert(
+                converter, checkpoint, target, outtype=plan.outtype, name=plan.name, vocabulary=vocabulary
+            )
         return _Converted(converted.fallback)
 
     return Stage("convert", _Converted, needs, do, [target])
+
+
+@contextmanager
+def _decoded(ready: Preflight, cache: StageCache) -> Iterator[Checkpoint]:
+    """The edited checkpoint; if it is packed, a decoded copy, as the converter reads few packed forms."""
+    written = ready.edited_checkpoint
+    if not written.tensors.packed:
+        yield written
+        return
+    folder = cache.path(_DECODED)
+    write_decoded(written, ready.model_map, folder)
+    try:
+        yield Checkpoint(folder, written.label, "folder")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_gguf(

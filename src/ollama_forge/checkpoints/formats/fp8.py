@@ -23,7 +23,8 @@ _SCALE_TYPES = frozenset({"F32", "F16", "BF16", "U8", "F8_E8M0"})
 _EXPONENT_BIAS = 127
 _ENDINGS = ("_scale_inv", "_scale")  # after the name of the weight
 _MODULE_ENDINGS = ("scale", "qscale_weight")  # after the module's path
-_ACTIVATION_ENDINGS = ("input_scale", "activation_scale", "qscale_act")
+_ACTIVATION_ENDINGS = ("input_scale", "output_scale", "activation_scale", "qscale_act")
+_CACHE_ENDINGS = (".q_scale", ".k_scale", ".v_scale", ".kv_scale")  # of queries, keys and values in an FP8 cache
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Fp8:
 
     def find(self, tensors: StoredTensors, entry: Mapping[str, Any]) -> Iterator[PackedTensor]:
         blocks = list(_configured_blocks(entry)) or [_DEFAULT_BLOCK]
+        others = [name for name in tensors if name.endswith(_CACHE_ENDINGS) and len(tensors[name].shape) < 2]
         for name in tensors:
             info = tensors[name]
             if info.dtype != _DTYPE or len(info.shape) not in (2, 3):
@@ -108,7 +110,8 @@ class Fp8:
             block = None if scale is None else _block_of(info, scale, blocks)
             if scale is not None and block is not None:
                 extras = [*(f"{module}.{ending}" for ending in _ACTIVATION_ENDINGS), *_beside_stack(info)]
-                known = tuple(other for other in extras if other in tensors)
+                known = (*(other for other in extras if other in tensors), *others)
+                others = []  # they belong to no matrix: the first one takes them
                 yield PackedTensor(name, info.shape, Fp8Codec(block), (name, scale.name), known)
 
 

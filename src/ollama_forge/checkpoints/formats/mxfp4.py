@@ -18,6 +18,7 @@ from ollama_forge.checkpoints.formats.rounding import Kept, Minifloat, round_kee
 
 # Two exponent bits and one mantissa bit (E2M1); the sign is bit 3.
 _VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float32)
+_CODES = torch.bucketize(torch.arange(13) / 2, _VALUES[:8]).to(torch.uint8)  # of 0, 0.5, ... 6
 _E2M1 = Minifloat(mantissa=1, smallest_normal=1.0, largest=6.0)
 _BLOCK = 32
 _BIAS = 127
@@ -40,22 +41,22 @@ class Mxfp4Codec:
         best = source.parts[1].clone()
         for region in regions:
             blocks = _in_blocks(region.values)
-            exponents = best[region.columns].int()
-            needed = _exponent_for(blocks.abs().amax(-1))
-            error = _squared_error(blocks, exponents)
-            for candidate in (needed, needed - 1, exponents - 1):
-                other = _squared_error(blocks, candidate)
-                better = other < error
-                exponents, error = torch.where(better, candidate, exponents), torch.where(better, other, error)
+            largest = blocks.abs().amax(-1)
+            needed, exponents = _exponent_for(largest), best[region.columns].int()
+            for candidate in (needed, needed - 1):
+                differs = (candidate != exponents) & _reaches(candidate, largest)  # a part of the blocks, often small
+                some, old, new = blocks[differs], exponents[differs], candidate[differs]
+                better = _squared_error(some, new) < _squared_error(some, old)
+                exponents = exponents.masked_scatter(differs, torch.where(better, new, old))
             best[region.columns] = exponents.to(torch.uint8)
         return best
 
     def encode(self, result: PackedMatrix, region: Region, kept: Kept | None) -> Tensor:
         codes, exponents = result.parts
-        scale = _scales(exponents[region.columns].int()).repeat_interleave(_BLOCK, dim=1)  # [out, in]
-        numbers = round_keeping(region.values.T, scale, _E2M1, None if kept is None else kept.turned())
-        codes[region.columns] = _pack(numbers)
-        return (numbers * scale).T
+        scale = _scales(exponents[region.columns].int()).T.repeat_interleave(_BLOCK, dim=0)  # [in, out]
+        numbers = round_keeping(region.values, scale, _E2M1, kept)
+        codes[region.columns] = _pack(numbers.T)
+        return numbers * scale
 
     def spacing(self, matrix: PackedMatrix, region: Region) -> Tensor:
         scale = _scales(matrix.parts[1][region.columns].int()).repeat_interleave(_BLOCK, dim=1).T[region.rows]
@@ -92,7 +93,7 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     low, high = _VALUES[(blocks & 0x0F).long()], _VALUES[(blocks >> 4).long()]
     values = torch.stack((low, high), dim=-1).flatten(-2)
-    scaled = torch.ldexp(values, scales.int().unsqueeze(-1) - _BIAS)
+    scaled = values.mul_(_scales(scales.int()).unsqueeze(-1))
     scaled[scales == _NOT_A_NUMBER] = torch.nan
     return scaled.reshape(*scales.shape[:-1], scales.shape[-1] * _BLOCK)
 
@@ -118,22 +119,23 @@ def _exponent_for(largest: Tensor) -> Tensor:
     return (exponents - (mantissa == 0.5).int() + _BIAS).clamp(0, _NOT_A_NUMBER - 1)
 
 
-def _squared_error(blocks: Tensor, exponents: Tensor) -> Tensor:
-    """The squared error ``[out, n]`` of rounding blocks to numbers with these exponents.
+def _reaches(exponents: Tensor, largest: Tensor) -> Tensor:
+    """Whether exponents exist, and cut off no more of the largest values than the largest numbers' spacing."""
+    return (exponents >= 0) & (exponents < _NOT_A_NUMBER) & (largest <= (_E2M1.largest + 2) * _scales(exponents))
 
-    It is infinite for exponents that do not exist, and for those that would cut off more than the largest numbers'
-    spacing.
+
+def _squared_error(blocks: Tensor, exponents: Tensor) -> Tensor:
+    """The squared error ``[n]`` of rounding blocks ``[n, 32]`` to numbers with these exponents.
+
+    It is infinite for exponents that do not reach the largest value.
     """
     scale = _scales(exponents).unsqueeze(-1)
     error = (_E2M1.nearest(blocks / scale) * scale - blocks).square().sum(-1)
-    largest = blocks.abs().amax(-1)
-    reach = (_E2M1.largest + 2) * scale.squeeze(-1)
-    valid = (exponents >= 0) & (exponents < _NOT_A_NUMBER) & (largest <= reach)
-    return torch.where(valid, error, torch.inf)
+    return torch.where(_reaches(exponents, blocks.abs().amax(-1)), error, torch.inf)
 
 
 def _pack(numbers: Tensor) -> Tensor:
     """Codes ``[out, n, 16]`` of numbers of E2M1 ``[out, in]``."""
-    codes = torch.bucketize(numbers.abs().contiguous(), _VALUES[:8]) | (numbers.signbit().long() << 3)
-    low, high = codes.to(torch.uint8).reshape(len(numbers), -1, _BLOCK // 2, 2).unbind(-1)
+    codes = _CODES[(numbers.abs() * 2).int()] | (numbers.signbit().to(torch.uint8) << 3)
+    low, high = codes.reshape(len(numbers), -1, _BLOCK // 2, 2).unbind(-1)
     return low | (high << 4)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # relative error of the division of a value by its scale
+_EXPONENT_BITS = 0x7F800000  # of a float32
 _LAST_MOVES = 3  # values replaced in each column for each direction, to remove what whole steps leave
 
 
@@ -32,8 +34,9 @@ class Minifloat:
 
     def spacing(self, values: Tensor) -> Tensor:
         """The distance of the two neighbours of each value (of the largest number, for larger values)."""
-        _, exponents = torch.frexp(values.abs().clamp(self.smallest_normal, self.largest))
-        return torch.ldexp(torch.ones_like(values), exponents - 1 - self.mantissa)
+        within = values.abs().clamp_(self.smallest_normal, self.largest)
+        powers = within.view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)  # without the mantissa
+        return powers.mul_(2.0**-self.mantissa)
 
     def scaled_spacing(self, values: Tensor, scale: Tensor) -> Tensor:
         """The distance of the two neighbours of each value among the numbers of this type times ``scale``."""
@@ -81,14 +84,15 @@ def round_keeping(values: Tensor, scale: Tensor, kind: Minifloat, kept: Kept | N
     Returns:
         The numbers of ``kind`` ``[n, m]``, without the scale: the neighbours of ``values / scale``.
     """
+    if kept is not None and kept.axis == 0:
+        return round_keeping(values.T, scale.expand_as(values).T, kind, kept.turned()).T
+    values, scale = (
+        values.contiguous(),
+        scale.contiguous(),
+    )  # else sorting, and every product, takes several times longer
     scaled = _divided(values, scale)
     rounded = kind.nearest(scaled)
-    if kept is None:
-        return rounded
-    scale = scale.expand_as(values)
-    if kept.axis == 1:
-        return _cancel(scaled.T, rounded.T, kind.other(scaled, rounded).T, scale.T, kept.basis).T
-    return _cancel(scaled, rounded, kind.other(scaled, rounded), scale, kept.basis)
+    return rounded if kept is None else _cancel(scaled, rounded, kind.other(scaled, rounded), scale, kept.basis)
 
 
 def _divided(values: Tensor, scale: Tensor) -> Tensor:
@@ -97,31 +101,37 @@ def _divided(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _cancel(scaled: Tensor, rounded: Tensor, other: Tensor, scale: Tensor, basis: Tensor) -> Tensor:
-    """Replace the cheapest values of ``rounded`` ``[n, m]`` by ``other`` until the errors cancel along the basis.
+    """Replace the cheapest values of ``rounded`` ``[m, n]`` by ``other`` until the errors cancel along the basis.
 
-    In each column, a value's price is the growth of its squared error per unit of the product that it moves.
+    In each row, a value's price is the growth of its squared error per unit of the product that it moves.
     """
-    noise = _NOISE * (basis.T.abs() @ (scaled * scale).abs())  # [k, m]
-    growth = ((other - scaled).square() - (rounded - scaled).square()).mul_(scale.square())
     steps, flipped = (other - rounded) * scale, torch.zeros_like(scaled, dtype=torch.bool)
-    for direction, least in zip(basis.T, noise, strict=True):
-        excess = direction @ ((torch.where(flipped, other, rounded) - scaled) * scale)  # [m]
-        excess = torch.where(excess.abs() > least, excess, 0)
-        moves = torch.where(flipped, 0, steps * direction.unsqueeze(1))
-        sizes = torch.where(moves * excess < 0, moves.abs(), 0)
-        order = torch.where(sizes > 0, growth / sizes, torch.inf).argsort(dim=0)
-        sorted_sizes = sizes.gather(0, order)
-        taken = (sorted_sizes.cumsum(0) - sorted_sizes / 2) < excess.abs()
-        flipped |= torch.zeros_like(flipped).scatter_(0, order, taken) & (sizes > 0)
+    growth = (other + rounded).sub_(scaled, alpha=2).abs_().mul_(scale)  # of the squared error, per unit of the step
+    excess = ((rounded - scaled) * scale) @ basis  # [m, k]
+    noise = _NOISE * ((scaled * scale).abs_() @ basis.abs())
+    for direction, own, least in zip(basis.T, excess.T, noise.T, strict=True):
+        wanted = torch.where(own.abs() > least, own, 0).unsqueeze(1)
+        moves = steps * direction
+        sizes = torch.where((moves * wanted < 0) & ~flipped, moves.abs_(), 0)
+        prices = torch.where(sizes > 0, growth / direction.abs(), torch.inf)
+        order = torch.from_numpy(np.argsort(prices.numpy(), axis=1))  # many times faster than torch's
+        sorted_sizes = sizes.gather(1, order)
+        taken = (sorted_sizes.cumsum(1) - sorted_sizes / 2) < wanted.abs()
+        chosen = torch.zeros_like(flipped).scatter_(1, order, taken).logical_and_(sizes > 0)
+        flipped |= chosen
+        excess += torch.where(chosen, steps, 0) @ basis
+    moves = torch.where(flipped, -steps, steps)
     for _ in range(_LAST_MOVES * basis.shape[1]):
-        _flip_best(flipped, steps, basis.T @ ((torch.where(flipped, other, rounded) - scaled) * scale), basis, noise)
+        _flip_best(flipped, moves, excess, basis, noise)
     return torch.where(flipped, other, rounded)
 
 
-def _flip_best(flipped: Tensor, steps: Tensor, excess: Tensor, basis: Tensor, noise: Tensor) -> None:
-    """Flip in each column the one value that makes the products' error ``[k, m]`` smallest, if one makes it smaller."""
-    moves = torch.where(flipped, -steps, steps)
-    change = moves * (2 * basis @ excess + moves * basis.square().sum(1, keepdim=True))
-    best, rows = change.min(dim=0)
-    helps = (best < 0) & (excess.abs() > noise).any(0)
-    flipped[rows[helps], helps.nonzero().squeeze(1)] ^= True
+def _flip_best(flipped: Tensor, moves: Tensor, excess: Tensor, basis: Tensor, noise: Tensor) -> None:
+    """Flip in each row the one value that makes the products' error ``[m, k]`` smallest, if one makes it smaller."""
+    change = torch.addcmul(2 * excess @ basis.T, moves, basis.square().sum(1)).mul_(moves)
+    best, columns = change.min(dim=1)
+    rows = ((best < 0) & (excess.abs() > noise).any(1)).nonzero().squeeze(1)
+    columns = columns[rows]
+    excess[rows] += moves[rows, columns].unsqueeze(1) * basis[columns]
+    moves[rows, columns] *= -1
+    flipped[rows, columns] ^= True
