@@ -59,7 +59,7 @@ def planned(source: Checkpoint, direction_file: Path) -> tuple[EditPlan, Refusal
     return plan_orthogonal(model.model_map, direction, ALL, vector_reader(source.tensors)), direction, model
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom", "opt"])
 def test_every_matrix_is_edited_and_verified(
     family: str, sources: Callable[[str], Checkpoint], lists: PromptSettings, tmp_path: Path
 ) -> None:
