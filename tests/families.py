@@ -145,6 +145,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         n_layer=5,
         n_head=4,
     ),
+    "opt": _config(  # with embeddings narrower than the stream
+        "opt",
+        **{name: value for name, value in _SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")},
+        ffn_dim=80,
+        word_embed_proj_dim=20,
+    ),
     "llava": _config(
         "llava",
         text_config={**_HEADS, "model_type": "llama"},

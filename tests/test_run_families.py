@@ -59,7 +59,7 @@ def planned(source: Checkpoint, direction_file: Path) -> tuple[EditPlan, Refusal
     return plan_orthogonal(model.model_map, direction, ALL, vector_reader(source.tensors)), direction, model
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "deepseek_v3", "gpt_oss", "bloom", "opt"])
 def test_every_matrix_is_edited_and_verified(
     family: str, sources: Callable[[str], Checkpoint], lists: PromptSettings, tmp_path: Path
 ) -> None:
@@ -106,7 +106,9 @@ def test_least_squares_by_steps(
     assert computed.edit_path is not None
     _, applied = apply(str(source.folder), tmp_path / "edited", edit_file=computed.edit_path)
     writers = [m for m in planned(source, computed.path)[2].model_map.writers if m.layer in (1, 2, 3)]
-    assert applied.changed == {matrix.tensor for matrix in writers}
+    assert {m.tensor for m in writers if not m.is_expert} <= applied.changed <= {m.tensor for m in writers}
+    experts = [m.tensor in applied.changed for m in writers if m.is_expert]
+    assert sum(experts) > len(experts) // 2  # that no prompt is routed to the others leaves them as they are
 
 
 def test_a_run_edits_every_expert_and_its_records_stay_short(

@@ -158,11 +158,11 @@ def compare_edit(
 
 
 def adds_to_stream(matrix: Matrix) -> bool:
-    """Whether a matrix is a writer of a layer whose output is added to the stream.
+    """Whether the output of a matrix is added to the stream.
 
     The rows of an embedding, and a vector that is added to the stream, are edited like those of a reader.
     """
-    return matrix.writes and matrix.layer is not None and not matrix.rows_are_written
+    return matrix.writes and not matrix.rows_are_written
 
 
 def _compare(written: Tensor, exact: Tensor, error: Tensor, worst: Worst, place: Callable[[int], str]) -> None:
