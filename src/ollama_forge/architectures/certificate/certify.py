@@ -26,7 +26,7 @@ from ollama_forge.architectures.certificate.leaks import (
     writing_parameters,
     written_alone,
 )
-from ollama_forge.architectures.certificate.reach import Part, parts_of, prompts_for, prompts_reaching, reached
+from ollama_forge.architectures.certificate.reach import Part, felt, parts_of, prompts_for, prompts_reaching, reached
 from ollama_forge.architectures.certificate.stream import BlockCall, Blocks, Inputs, share_along
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.twin.build import Twin
@@ -135,6 +135,7 @@ class _Examination:
         more: list[dict[str, Any]] = []
         if waiting:
             waiting -= reached(blocks.model, prompts, self.matrices[kind])
+            waiting -= felt(blocks.model, prompts[0], self.matrices[kind], waiting)
             more = prompts_reaching(self.twin, blocks.model, self.matrices[kind], waiting)
             waiting -= reached(blocks.model, more, self.matrices[kind]) if more else set()
         return more
