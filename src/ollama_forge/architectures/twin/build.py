@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.model_class import ModelClass
+from ollama_forge.architectures.model_class import ModelClass, has_text_class, needs_remote_code
 from ollama_forge.architectures.twin.shrink import (
     Scale,
     free_sizes,
@@ -54,11 +54,13 @@ class Twin:
         model: the float32 module in eval mode, with random weights.
         config: the content of its config.json.
         inputs: keyword arguments of a forward pass over ``[batch, tokens]`` token ids, without a cache.
+        text_alone: the config names a wrapper that does not run on text; the model is the causal LM of its type.
     """
 
     model: nn.Module
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
+    text_alone: bool = False
 
     def run(self) -> Tensor:
         """The logits ``[batch, tokens, vocabulary]`` of a forward pass, float32."""
@@ -72,7 +74,8 @@ def build_twin(
 ) -> Twin:
     """Build the twin of the checkpoint with this config.json.
 
-    Every kind of layer of the full depth is in it, once or more. The global random state is left as it is.
+    Every kind of layer of the full depth is in it, once or more. If no small model of the wrapper that the config names
+    runs on text, it is a twin of the type's causal LM. The global random state is left as it is.
 
     Args:
         config: the content of config.json.
@@ -84,8 +87,14 @@ def build_twin(
         ForgeError: the class is unknown to transformers, or no small model of it runs.
     """
     with _quiet(), _own_random_state(seed), _offline():
-        search = _Search(config, ModelClass(config, folder, trust_remote_code=trust_remote_code), seed)
-        return search.spread(search.first())
+        model_class = ModelClass(config, folder, trust_remote_code=trust_remote_code)
+        try:
+            return _Search(config, model_class, seed).twin()
+        except ForgeError:
+            if needs_remote_code(config) or not has_text_class(config):
+                raise
+        text_class = ModelClass(config, text_alone=True)
+        return replace(_Search(config, text_class, seed).twin(), text_alone=True)
 
 
 def save_twin(twin: Twin, folder: Path) -> None:
@@ -158,6 +167,9 @@ class _Search:
         self.model_class, self.seed = model_class, seed
         self.deadline = time.monotonic() + _SECONDS
         self.reasons: Counter[str] = Counter()
+
+    def twin(self) -> Twin:
+        return self.spread(self.first())
 
     def first(self) -> _Candidate:
         """The first scale at which a model with every kind of layer runs, else the one that lacks the fewest."""
