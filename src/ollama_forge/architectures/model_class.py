@@ -94,11 +94,17 @@ class ModelClass:
         Raises:
             ForgeError: transformers has no such class, or the code of the folder cannot be executed.
         """
-        self.model_type = str(config.get("model_type"))
+        self.model_type, self.text_alone = str(config.get("model_type")), text_alone
         self._trust = trust_remote_code and needs_remote_code(config)
-        self._folder, self._map = folder, config.get("auto_map")
+        self._config, self._folder, self._map = config, folder, config.get("auto_map")
         self._auto = auto_class(config, trust_remote_code=self._trust, text_alone=text_alone)
         self._config_class = _config_class(config, folder, trust_remote_code=self._trust)
+
+    def text_class(self) -> ModelClass | None:
+        """The causal LM of a type that has one beside the wrapper, if this is the wrapper; else None."""
+        if self._trust or self.text_alone or not has_text_class(self._config):
+            return None
+        return ModelClass(self._config, text_alone=True)
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with the defaults of its class for all that it does not name.

@@ -122,13 +122,20 @@ def _between(calls: list[BlockCall], start: Region, shape: StreamShape, paths: P
         if before.given.shape == after.taken.shape and torch.equal(before.given, after.taken):
             continue
         points = [point for point in [*addends, *latest.values()] if point.shape == taken.shape]
-        columns = torch.stack(points, 2)
-        weights = torch.linalg.lstsq(columns, taken[:, :, None], driver="gelsd").solution
-        if columns.shape[2] >= shape.d_model or (columns @ weights - taken[:, :, None]).norm() > 1e-4 * taken.norm():
+        if not _is_weighted_sum(taken, points):
             gaps.append(
                 Gap(paths.module(after.block), "stream", "its input is no sum of what the blocks before it gave")
             )
     return gaps
+
+
+def _is_weighted_sum(total: Tensor, points: list[Tensor]) -> bool:
+    """Whether each row of ``total`` ``[rows, d_model]`` is a weighted sum of the same rows of fewer points."""
+    if not 0 < len(points) < total.shape[1]:
+        return False
+    columns = torch.stack(points, 2)
+    weights = torch.linalg.lstsq(columns, total[:, :, None], driver="gelsd").solution
+    return bool((columns @ weights - total[:, :, None]).norm() <= 1e-4 * total.norm())
 
 
 def _addends(start: Region, d_model: int) -> list[Tensor]:

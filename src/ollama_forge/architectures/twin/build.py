@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.model_class import ModelClass, has_text_class, needs_remote_code
+from ollama_forge.architectures.model_class import ModelClass
 from ollama_forge.architectures.twin.shrink import (
     Scale,
     free_sizes,
@@ -74,8 +74,8 @@ def build_twin(
 ) -> Twin:
     """Build the twin of the checkpoint with this config.json.
 
-    Every kind of layer of the full depth is in it, once or more. If no small model of the wrapper that the config names
-    runs on text, it is a twin of the type's causal LM. The global random state is left as it is.
+    Every kind of layer of the full depth is in it, once or more. If the wrapper that the config names does not run on
+    text, but the type's causal LM does, it is a twin of that one. The global random state is left as it is.
 
     Args:
         config: the content of config.json.
@@ -87,14 +87,8 @@ def build_twin(
         ForgeError: the class is unknown to transformers, or no small model of it runs.
     """
     with _quiet(), _own_random_state(seed), _offline():
-        model_class = ModelClass(config, folder, trust_remote_code=trust_remote_code)
-        try:
-            return _Search(config, model_class, seed).twin()
-        except ForgeError:
-            if needs_remote_code(config) or not has_text_class(config):
-                raise
-        text_class = ModelClass(config, text_alone=True)
-        return replace(_Search(config, text_class, seed).twin(), text_alone=True)
+        search = _Search(config, ModelClass(config, folder, trust_remote_code=trust_remote_code), seed)
+        return search.spread(search.first())
 
 
 def save_twin(twin: Twin, folder: Path) -> None:
@@ -168,9 +162,6 @@ class _Search:
         self.deadline = time.monotonic() + _SECONDS
         self.reasons: Counter[str] = Counter()
 
-    def twin(self) -> Twin:
-        return self.spread(self.first())
-
     def first(self) -> _Candidate:
         """The first scale at which a model with every kind of layer runs, else the one that lacks the fewest."""
         for divisor, heads, experts in scales(self.full):
@@ -208,17 +199,29 @@ class _Search:
         return _block_kinds(model) | layer_kinds(config)
 
     def candidate(self, config: dict[str, Any]) -> _Candidate:
-        """Build, fill and run."""
-        _check_size(self.model_class.build(config, "meta"))
+        """Build, fill and run. A causal LM that runs takes the place of a wrapper that does not."""
+        twin = self.filled(self.model_class, config)
+        try:
+            _check_runs(twin)
+        except Exception:
+            text_class = self.model_class.text_class()
+            if text_class is None:
+                raise
+            twin = self.filled(text_class, config)
+            _check_runs(twin)
+            self.model_class = text_class
+        _check_saves(twin.model)
+        return _Candidate(config, twin)
+
+    def filled(self, model_class: ModelClass, config: dict[str, Any]) -> Twin:
+        """A twin that has not run yet."""
+        _check_size(model_class.build(config, "meta"))
         with _marked_uninitialised():
-            model = self.model_class.build(config, "cpu")
+            model = model_class.build(config, "cpu")
         _fill(model, self.seed)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": _tokens(config, vocabulary, self.seed), "use_cache": False}
-        twin = Twin(model, model.config.to_dict(), inputs)
-        if not torch.isfinite(twin.run()).all():
-            raise ValueError("its logits are not finite")
-        return _Candidate(config, twin)
+        return Twin(model, model.config.to_dict(), inputs, model_class.text_alone)
 
     def spread(self, found: _Candidate) -> Twin:
         """The twin, with sizes as pairwise different as a few tries can make them."""
@@ -257,6 +260,18 @@ class _Search:
     def failure(self, hint: str = "check that config.json is the model's own, and complete") -> ForgeError:
         reason = self.reasons.most_common(1)[0][0]
         return ForgeError(f"no small model of the class of {self.model_class.model_type!r} runs: {reason}", hint)
+
+
+def _check_runs(twin: Twin) -> None:
+    if not torch.isfinite(twin.run()).all():
+        raise ValueError("its logits are not finite")
+
+
+def _check_saves(model: nn.Module) -> None:
+    """Rename, split and fuse the weights as ``save_pretrained`` does; some classes can do it for some sizes alone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    revert_weight_conversion(model, model.state_dict())
 
 
 def _check_size(model: nn.Module) -> None:
