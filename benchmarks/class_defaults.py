@@ -13,13 +13,16 @@ _INDEXER = {
     "indexer_head_dim": 64,
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }
 
 EXTRA: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGBS": 9}},
     "cohere_compass": {"text_config": _FULL_AND_SLIDING},
     "cohere_compass_text": _FULL_AND_SLIDING,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "emu3": {"vocabulary_map": {"<image>": 8}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [22, 22, 20]}}},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}, "head_dim": 64}},
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}, "head_dim": 128}},

@@ -130,20 +130,20 @@ def _between(calls: list[BlockCall], start: Region, shape: StreamShape, paths: P
         if before.given.shape == after.taken.shape and torch.equal(before.given, after.taken):
             continue
         points = [point for point in [*addends, *latest.values()] if point.shape == taken.shape]
-        if not _is_sum(taken, points):
+        if not _is_weighted_sum(taken, points):
             gaps.append(
                 Gap(paths.module(after.block), "stream", "its input is no sum of what the blocks before it gave")
             )
     return gaps
 
 
-def _is_sum(taken: Tensor, points: list[Tensor]) -> bool:
-    """Whether vectors ``[rows, d]`` are weighted sums, row by row, of fewer than ``d`` others."""
-    if not points or len(points) >= taken.shape[1]:
+def _is_weighted_sum(total: Tensor, points: list[Tensor]) -> bool:
+    """Whether each row of ``total`` ``[rows, d_model]`` is a weighted sum of the same rows of fewer points."""
+    if not 0 < len(points) < total.shape[1]:
         return False
-    columns, target = torch.stack(points, 2), taken[:, :, None]
-    weights = torch.linalg.lstsq(columns, target, driver="gelsd").solution
-    return bool((columns @ weights - target).norm() <= 1e-4 * taken.norm())
+    columns = torch.stack(points, 2)
+    weights = torch.linalg.lstsq(columns, total[:, :, None], driver="gelsd").solution
+    return bool((columns @ weights - total[:, :, None]).norm() <= 1e-4 * total.norm())
 
 
 def _addends(start: Region, d_model: int) -> list[Tensor]:
