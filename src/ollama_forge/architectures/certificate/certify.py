@@ -222,8 +222,11 @@ class _Examination:
         }
 
     def nudged(self, blocks: Blocks, call: BlockCall) -> NudgedBlock:
-        norms = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
-        return NudgedBlock(call, [blocks.model.get_submodule(norm) for norm in norms])
+        paths = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
+        known = {blocks.model.get_submodule(path) for path in paths}
+        gains = {gain for norm in known for gain in norm.parameters()}
+        alike = [m for m in call.module.modules() if any(p in gains for p in m.parameters(recurse=False))]
+        return NudgedBlock(call, [*known, *alike])  # blocks may share the parameters of a norm, and not its module
 
     def separate(self, seed: int) -> Tensor:
         """A direction ``[n_layers, d_model]`` for each layer; layers that share a parameter share the direction."""

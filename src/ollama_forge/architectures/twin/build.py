@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.model_class import ModelClass
+from ollama_forge.architectures.model_class import ModelClass, auto_class
 from ollama_forge.architectures.twin.shrink import (
     Scale,
     expert_count,
@@ -31,7 +31,6 @@ from ollama_forge.architectures.twin.shrink import (
     token_ids,
     without_ignored,
 )
-from ollama_forge.checkpoints.model_types import model_type_error
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.quiet import quiet_transformers
 
@@ -226,10 +225,7 @@ class _Search:
         _fill_choices(model, expert_count(config), self.seed)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": _tokens(config, vocabulary, self.seed), "use_cache": False}
-        own = model.config.to_dict()
-        if model_type_error(own, "it") is not None:  # a text model that is only loaded from its wrapper's config
-            own = {**config, "architectures": [type(model).__name__]}
-        return Twin(model, own, inputs, model_class.text_alone)
+        return Twin(model, _config_of(model, config), inputs, model_class.text_alone)
 
     def spread(self, found: _Candidate) -> Twin:
         """The twin, with sizes as pairwise different as a few tries can make them."""
@@ -268,6 +264,16 @@ class _Search:
     def failure(self, hint: str = "check that config.json is the model's own, and complete") -> ForgeError:
         reason = self.reasons.most_common(1)[0][0]
         return ForgeError(f"no small model of the class of {self.model_class.model_type!r} runs: {reason}", hint)
+
+
+def _config_of(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The model's own config; that of its wrapper if no class is known for its own."""
+    own: dict[str, Any] = model.config.to_dict()
+    try:
+        auto_class(own)
+    except ForgeError:
+        return {**config, "architectures": [type(model).__name__]}
+    return own
 
 
 def _check_runs(twin: Twin) -> None:
