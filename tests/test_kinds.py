@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ollama_forge.architectures.certificate.held_norms import norms_sharing
 from ollama_forge.architectures.learned import LearnedArchitecture, RoleFound, StoredParameter
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.architectures.names.counterparts import Counterparts
@@ -35,13 +36,20 @@ def test_blocks_of_one_kind_are_measured_once(monkeypatch: pytest.MonkeyPatch) -
     assert {role.block for role in once.roles} == {None, 0, 1, 2}
 
 
-def test_blocks_that_share_parameters_are_measured_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_share_parameters_are_alike_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MadeUp(order=(0, 1))
     model.stones[1].snee = model.stones[0].snee
     twin = twin_of(model)
     once = find_roles(twin)
     monkeypatch.setattr(find, "block_kind", lambda call: call)
     assert once == find_roles(twin)
+
+
+def test_norms_that_share_a_gain_are_known_in_every_block() -> None:
+    first, second, other = Zed(), Zed(), Zed()
+    second.ploy = first.ploy
+    block = nn.ModuleList([second, other, nn.Linear(D, D)])
+    assert norms_sharing([first], block) == [second]
 
 
 class _Deaf(Blurb):

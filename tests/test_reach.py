@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -131,3 +132,23 @@ def test_tables_of_choices_name_every_expert() -> None:
 def test_vocabularies_stay_as_they_are() -> None:
     config = {"hidden_size": 96, "vocab_size": 264, "unpadded_vocab_size": 264, "intermediate_size": 264}
     assert free_sizes(config) == [(("intermediate_size",), 264)]
+
+
+class _Even(nn.Module):
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=input_ids.float().view(-1, 2, 4))
+
+
+def test_a_twin_runs_on_texts_of_any_length() -> None:
+    twin = Twin(_Even(), {}, {"input_ids": torch.ones(2, 32, dtype=torch.long)})
+    assert twin.run().shape == (8, 2, 4)
+    with pytest.raises(RuntimeError, match="invalid for input of size 13"):
+        twins._check_runs(twin)
+
+
+def test_a_causal_lm_that_is_loaded_from_its_wrappers_config(tmp_path: Path) -> None:
+    twin = twins.build_twin({"model_type": "mllama", "architectures": ["MllamaForCausalLM"]})
+    twins.save_twin(twin, tmp_path)
+    checkpoint = Checkpoint(tmp_path, "it", "folder")
+    assert checkpoint.config["model_type"] == "mllama"
+    assert map_checkpoint(checkpoint).matrices

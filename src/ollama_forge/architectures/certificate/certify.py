@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.certificate.certificate import Certificate, EditKind, Failure, Leak
+from ollama_forge.architectures.certificate.held_norms import norms_sharing
 from ollama_forge.architectures.certificate.leaks import (
     NudgedBlock,
     Start,
@@ -224,9 +225,7 @@ class _Examination:
     def nudged(self, blocks: Blocks, call: BlockCall) -> NudgedBlock:
         paths = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
         known = {blocks.model.get_submodule(path) for path in paths}
-        gains = {gain for norm in known for gain in norm.parameters()}
-        alike = [m for m in call.module.modules() if any(p in gains for p in m.parameters(recurse=False))]
-        return NudgedBlock(call, [*known, *alike])  # blocks may share the parameters of a norm, and not its module
+        return NudgedBlock(call, [*known, *norms_sharing(known, call.module)])
 
     def separate(self, seed: int) -> Tensor:
         """A direction ``[n_layers, d_model]`` for each layer; layers that share a parameter share the direction."""
