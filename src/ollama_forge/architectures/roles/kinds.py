@@ -55,7 +55,7 @@ class MeasuredBlock:
     ran: frozenset[nn.Module]
 
     def at(self, other: nn.Module, number: int, paths: Paths) -> MeasuredBlock | None:
-        """The same for another block of its kind; None if not all of it could be found out: the reasons name modules."""
+        """The same for another block of its kind; None if not all of it could be found out: reasons name modules."""
         if any(isinstance(item, Gap) for item in self.items):
             return None
         here, there = self.block.named_parameters(), other.named_parameters()
