@@ -111,7 +111,8 @@ def certified(one: Type, twin: Any, start: float) -> Row:
         save_twin(twin, Path(folder))
         checkpoint = Checkpoint(Path(folder), one.name, "folder")
         certificate = certify_twin(twin, checkpoint, bind_checkpoint(learned, checkpoint))
-    reasons = [*certificate.reasons, *map(str, learned.gaps)]
+    alone = ["its text model is loaded alone: the whole class does not run on text"] if twin.text_alone else []
+    reasons = [*certificate.reasons, *map(str, learned.gaps), *alone]
     return Row(
         one.name,
         one.model_class,
