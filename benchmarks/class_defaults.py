@@ -25,6 +25,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [22, 22, 20]}}},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}, "head_dim": 64}},
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}, "head_dim": 128}},
+    "granite4_vision": {"deepstack_layer_map": [[-7, 3], [-1, 0]], "downsample_rate": "4/8"},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},

@@ -98,7 +98,7 @@ WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "mllama": _config(
         "mllama",
-        text_config={**_SIZES, "cross_attention_layers": [1, 3], "rope_parameters": {"rope_type": "default"}},
+        text_config={**_SIZES, "bos_token_id": 0, "cross_attention_layers": [1, 3]},
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 20,

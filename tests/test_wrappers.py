@@ -42,11 +42,13 @@ PROCESSOR = {
 
 
 def save(wrapper: str, folder: Path) -> Checkpoint:
-    """A wrapper's checkpoint with the files of its processor."""
-    checkpoint = families.save(wrapper, folder)
+    """A wrapper's checkpoint with the files of its processor, and a config that is laid out in its own way."""
+    families.save(wrapper, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), separators=(",", ": ")))
     for name, content in PROCESSOR.items():
         (folder / name).write_bytes(content)
-    return checkpoint
+    return Checkpoint(folder, folder.name, "folder")
 
 
 def load(checkpoint: Checkpoint) -> Any:

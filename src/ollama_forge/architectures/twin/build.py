@@ -267,7 +267,7 @@ def _check_runs(twin: Twin) -> None:
         raise ValueError("its logits are not finite")
 
 
-def _check_saves(model: nn.Module) -> None:
+def _check_saves(model: Any) -> None:
     """Rename, split and fuse the weights as ``save_pretrained`` does; some classes can do it for some sizes alone."""
     from transformers.core_model_loading import revert_weight_conversion
 
