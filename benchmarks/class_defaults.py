@@ -13,6 +13,7 @@ _INDEXER = {
     "indexer_head_dim": 64,
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -26,6 +27,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}, "head_dim": 64}},
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}, "head_dim": 128}},
     "granite4_vision": {"deepstack_layer_map": [[-7, 3], [-1, 0]], "downsample_rate": "4/8"},
+    "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 4},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},

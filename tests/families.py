@@ -203,6 +203,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "exaone4": _config("exaone4", **_HEADS, sliding_window=16),
     "minimax_m2": _config("minimax_m2", **_HEADS, num_local_experts=6, num_experts_per_tok=2),
+    "bloom": _config(
+        "bloom",
+        **{
+            name: _SIZES[name] for name in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        },
+        n_layer=5,
+        n_head=4,
+    ),
     "llava": WRAPPERS["llava"],
 }
 

@@ -169,7 +169,7 @@ def model_map(checkpoint: Checkpoint, family: str) -> ModelMap:
         for path, role in outer
     ]
     layers = tuple(f"model.layers.{layer}" for layer in range(LAYERS))
-    return ModelMap(family, tiny.D, (ends[0], *matrices, ends[1]), layers, tied=False)
+    return ModelMap(family, tiny.D, (ends[0], *matrices, ends[1]), layers, tiny.VOCABULARY, tied=False)
 
 
 def _matrix(checkpoint: Checkpoint, name: str, layer: int, rules: list[_Rule]) -> Matrix | None:

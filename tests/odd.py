@@ -118,7 +118,7 @@ def model_map() -> ModelMap:
     ]
     matrices = [*embeddings, *(matrix for layer in range(BLOCKS) for matrix in _block_map(layer))]
     head = Matrix("head", Role.UNEMBEDDING, None, (VOCABULARY, D), (Place("head"),), False)
-    return ModelMap("odd", D, (*matrices, head), tuple(f"blocks.{n}" for n in range(BLOCKS)), tied=False)
+    return ModelMap("odd", D, (*matrices, head), tuple(f"blocks.{n}" for n in range(BLOCKS)), VOCABULARY, tied=False)
 
 
 def stored_tensors() -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from ollama_forge.architectures.learned import LearnedArchitecture, RoleFound, S
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.architectures.names.bind import bind as bind_shapes
 from ollama_forge.architectures.names.bind import bind_checkpoint
+from ollama_forge.architectures.names.boxes import Box, whole
 from ollama_forge.architectures.names.counterparts import Counterpart, Counterparts
+from ollama_forge.architectures.names.matrices import MatrixBuilder
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import TensorInfo
 from ollama_forge.errors import ForgeError
@@ -126,6 +129,19 @@ def test_every_expert_of_every_layer_is_a_matrix(known: Known, real: Real) -> No
     assert last.reads.weight == "model.layers.10.post_attention_layernorm.weight"
     roles = Counter(matrix.role for matrix in model_map.matrices if matrix.layer == 10)
     assert roles == {"q": 1, "k": 1, "v": 1, "o": 1, "router": 1, "gate_up": 24, "down": 12}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "w1", "w3"), [(0, Role.GATE, Role.UP), (3, Role.GATE, Role.UP), (5, Role.GATE_UP, Role.GATE_UP)]
+)
+def test_each_half_of_a_fused_matrix_has_its_own_role(known: Known, real: Real, wrong: int, w1: Role, w3: Role) -> None:
+    """The twin's fused matrix has 96 rows, the real one 112; some rows look like those of the other half."""
+    learned, (_, checkpoint) = known("mixtral"), real("mixtral")
+    rows = tuple((row, Role.GATE if (row < 48) == (row % 48 >= 4 * wrong) else Role.UP) for row in range(0, 96, 4))
+    roles = tuple(replace(one, rows=rows) if one.role is Role.GATE_UP else one for one in learned.roles)
+    found = by_tensor(bind(replace(learned, roles=roles), checkpoint.config, checkpoint.tensors))
+    experts = "model.layers.10.block_sparse_moe.experts.11"
+    assert (found[f"{experts}.w1.weight"].role, found[f"{experts}.w3.weight"].role) == (w1, w3)
 
 
 def test_layers_of_two_kinds_are_told_apart(known: Known, real: Real) -> None:
@@ -293,6 +309,19 @@ def test_halves_that_are_too_short_together_are_an_error(known: Known, real: Rea
         bind(learned, checkpoint.config, {**checkpoint.tensors, **short})
 
 
+def test_the_vocabulary_is_that_of_the_table_that_tokens_are_looked_up_in(known: Known, real: Real) -> None:
+    """Narrow token embeddings are no matrix of the stream, and other embeddings have other numbers of rows."""
+    learned, (_, checkpoint) = known("gpt2"), real("gpt2")
+    roles = tuple(
+        replace(role, role=Role.EMBEDDING) if role.role is Role.POSITION else role
+        for role in learned.roles
+        if role.role is not Role.EMBEDDING
+    )
+    model_map = bind(replace(learned, roles=roles), checkpoint.config, checkpoint.tensors)
+    (table,) = (matrix for matrix in model_map.matrices if matrix.role is Role.EMBEDDING)
+    assert (table.shape[0], model_map.vocabulary) == (50, 264)
+
+
 def test_a_tied_embedding_that_is_stored_as_the_head_alone() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     tensors = {n: t for name, p in model.named_parameters() for n, t in info(name, *p.shape).items()}
@@ -357,6 +386,47 @@ class Block(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(experts)])
         self.pair = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+def test_a_bias_that_is_split_on_disk_like_its_weight() -> None:
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(9, 4), "stack": nn.ModuleList([nn.ModuleDict({"in": nn.Linear(4, 6)})])}
+    )
+    fused = RoleFound(
+        "stack.0.in.weight", "stack.0.in", writes=False, axis=1, block=0, bias="stack.0.in.bias", role=Role.GATE_UP,
+        rows=((0, Role.GATE), (2, Role.GATE), (3, Role.UP), (5, Role.UP)),
+    )  # fmt: skip
+    words = RoleFound("words.weight", "words", writes=True, axis=1, role=Role.EMBEDDING)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = tuple(StoredParameter(name, shape, ()) for name, shape in shapes.items())
+    learned = LearnedArchitecture(4, ("stack.0",), (words, fused), stored, ())
+    halves, columns = {"gate": range(3), "up": range(3, 6)}, range(4)
+    boxes = {
+        "words.weight": [whole("words.weight", "words", (9, 4))],
+        "stack.0.in.weight": [
+            Box("stack.0.in.weight", half, (rows, columns), (range(3), columns), (0, 1), (rows, columns))
+            for half, rows in halves.items()
+        ],
+        "stack.0.in.bias": [
+            Box("stack.0.in.bias", f"{half}_bias", (rows,), (range(3),), (0,), (rows,)) for half, rows in halves.items()
+        ],
+    }
+    tensors = {"words": (9, 4), "gate": (3, 4), "up": (3, 4), "gate_bias": (3,), "up_bias": (3,)}
+    layout: Any = SimpleNamespace(
+        parameters=shapes,
+        counterparts=Counterparts(learned, model, shapes),
+        boxes=boxes,
+        tensors=tensors,
+        nowhere=set(),
+        head=None,
+    )
+    builder = MatrixBuilder(learned, layout)
+    found = {matrix.tensor: matrix for matrix in builder.matrices()}
+    assert builder.gaps == []
+    assert {name: (found[name].role, found[name].bias, found[name].place.rows) for name in halves} == {
+        "gate": (Role.GATE, "gate_bias", range(3)),
+        "up": (Role.UP, "up_bias", range(3, 6)),
+    }
 
 
 def blocks_of(count: int, experts: int) -> nn.Module:

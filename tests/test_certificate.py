@@ -27,7 +27,7 @@ from ollama_forge.edits.proven import Examined, with_proofs
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 from ollama_forge.records import from_json, to_json
-from tests import tiny
+from tests import families, tiny
 
 WRITERS, READERS = EditKind.WRITERS, EditKind.READERS
 Mutation = Callable[[Matrix], Matrix | None]
@@ -150,6 +150,15 @@ def test_a_missed_stack_of_experts_is_named(example: Callable[[str], Example]) -
         kept = [m for m in found.map.matrices if not (m.experts and m.layer == 1 and m.writes is (kind is WRITERS))]
         certificate = found.certificate(replace(found.map, matrices=tuple(kept)))
         assert failing(certificate) == {(kind, 1, "model.layers.1.mlp.experts")}
+
+
+def test_a_missed_shared_expert_is_named(tmp_path: Path) -> None:
+    found = Example(families.build("qwen2_moe"), tmp_path / "twin")
+    assert found.certificate().tier is Tier.PROVEN
+    missed = "model.layers.2.mlp.shared_expert.down_proj"
+    kept = tuple(m for m in found.map.matrices if m.place.module != missed)
+    assert len(kept) == len(found.map.matrices) - 1
+    assert failing(found.certificate(replace(found.map, matrices=kept))) == {(WRITERS, 2, missed)}
 
 
 def test_a_skipped_layer_is_named(example: Callable[[str], Example]) -> None:

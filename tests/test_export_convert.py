@@ -238,6 +238,7 @@ def test_last_words() -> None:
     assert error_line("") == error_line("INFO:x:done\nWriting: 3%\n") == ""
     assert error_line("Traceback (most recent call last):\n  File\nValueError: bad thing\n") == "bad thing"
     assert error_line("a.b.SomeError\n") == "a.b.SomeError"
+    assert error_line("Traceback:\nKeyError: 'n_ctx'\n") == "the converter looks for 'n_ctx', which this model lacks"
     bare = '  File "x.py", line 3, in f\n    assert a < b\n           ^^^^^\nAssertionError\n'
     assert error_line(bare) == "AssertionError at assert a < b"
     assert error_line("plain\nINFO:x:more") == "plain"

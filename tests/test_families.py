@@ -78,6 +78,20 @@ def test_no_component_is_left_and_all_else_is_untouched(
     assert not {name for name in changed if name.startswith(("vision", "model.vision", "multi_modal"))}
 
 
+@pytest.mark.parametrize(
+    ("family", "gates", "ups"),
+    [("mixtral", "w1", "w3"), ("qwen3_moe", "gate_proj", "up_proj"), ("jamba", "gate_proj", "up_proj")],
+)
+def test_an_experts_gate_and_up_have_their_own_roles(
+    family: str, gates: str, ups: str, sources: Callable[[str], Checkpoint]
+) -> None:
+    """They are one matrix in memory."""
+    experts = [matrix for matrix in map_checkpoint(sources(family)).matrices if matrix.expert is not None]
+    found = {matrix.tensor.split(".")[-2]: matrix.role for matrix in experts}
+    assert (found.pop(gates), found.pop(ups)) == (Role.GATE, Role.UP)
+    assert set(found.values()) == {Role.DOWN}
+
+
 def only(change: Callable[[Matrix], Matrix | None], wanted: Callable[[Matrix], bool]) -> Change:
     """Change the matrices that are wanted; None leaves a matrix out."""
 

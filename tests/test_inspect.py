@@ -237,6 +237,17 @@ def test_what_is_not_proven_is_shown(partly: Path, capsys: pytest.CaptureFixture
     assert "--allow-partial" in out
 
 
+def test_modules_that_never_run_on_text_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save(tiny.build("llama"), tmp_path / "model").folder
+    idle = ("layers.1.cross", "layers.3.cross")
+    monkeypatch.setattr(
+        "ollama_forge.inspection.main.examine",
+        lambda checkpoint, **_: replace(proven.examine(checkpoint), idle=idle),
+    )
+    assert inspect(str(folder)).tier is Tier.PROVEN
+    assert any("layers.1.cross and 1 more" in warning for warning in inspect(str(folder)).warnings)
+
+
 def test_a_refused_model_is_not_edited_even_in_part(tmp_path: Path) -> None:
     model = map_checkpoint(tiny.save(tiny.build("llama"), tmp_path / "model"))
     refused = Examined(model, replace(PARTIAL, obstacles=("the stream itself passes a norm",)))
@@ -250,7 +261,9 @@ def test_a_refused_model_is_not_edited_even_in_part(tmp_path: Path) -> None:
         "reasons": [],
         "writers_left": 3e-7,
         "readers_left": 3e-7,
+        "unproven_matrices": 0,
         "unproven": {},
+        "idle": [],
     }
 
 

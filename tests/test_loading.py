@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.errors import ForgeError
 from ollama_forge.models import loading
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from tests import tiny
+from tests import families, tiny
 
 SETTINGS = LoadSettings(device="cpu", dtype="float32")
 Weights = dict[str, torch.Tensor]
@@ -266,6 +267,18 @@ def test_a_device_needs_little_of_the_host(tmp_path: Path, monkeypatch: pytest.M
     check(int((total + wide) * 1.1), largest, eight=True)
     with pytest.raises(ForgeError, match="in 8 bits"):
         check(int((total + wide) * 1.1) - 1, largest, eight=True)
+
+
+def test_experts_that_are_joined_in_memory_are_staged_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = families.save("mixtral", tmp_path)
+    monkeypatch.setattr(loading, "memory_available", lambda _: 1 << 40)
+    experts = 4 * 4 * 6 * 2 * 80 * 48  # six times a gate and an up projection of 80 x 48, four times in float32
+    for host, refused in ((experts, False), (experts - 1, True)):
+        monkeypatch.setattr(loading, "available_memory", lambda host=host: host)
+        with pytest.raises(ForgeError, match="of host memory") if refused else nullcontext():
+            loading.check_memory(
+                checkpoint, map_checkpoint(checkpoint), torch.device("cuda"), torch.bfloat16, load_in_8bit=False
+            )
 
 
 def test_8_bits_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

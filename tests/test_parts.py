@@ -145,6 +145,21 @@ def roles_of(twin: Twin) -> dict[str, tuple[Role | None, bool]]:
     return {one.parameter: (one.role, one.mixes) for one in assigned}
 
 
+@pytest.mark.parametrize(("family", "interleaved"), [("phi3", False), ("mixtral", False), ("gpt_oss", True)])
+def test_rows_of_a_fused_gate_and_up_are_told_apart(family: str, interleaved: bool) -> None:
+    twin = twin_of(model_of(family))
+    found = find_roles(twin)
+    fused = [one for one in assign_roles(twin, found.roles, found.blocks) if one.role is Role.GATE_UP]
+    assert fused
+    for one in fused:
+        shape = twin.model.get_parameter(one.parameter).shape
+        (size,) = (n for axis, n in enumerate(shape) if axis not in (one.axis, one.expert_axis))
+        gates = [role is Role.GATE for _, role in one.rows]
+        expected = [row % 2 == 0 if interleaved else row < size // 2 for row, _ in one.rows]
+        assert len(set(dict(one.rows))) == len(one.rows) > 15
+        assert sum(a is b for a, b in zip(gates, expected, strict=True)) >= 0.9 * len(gates)
+
+
 def word(parameter: str) -> tuple[Role, bool] | None:
     """The role and the part of a parameter of transformers, by its name."""
     path = f".{parameter.removesuffix('.weight')}"

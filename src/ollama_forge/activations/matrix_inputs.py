@@ -65,29 +65,11 @@ class MatrixInputs:
         Raises:
             ForgeError: the rows of a writer match no tokens.
         """
-        products: dict[nn.Parameter, dict[int | None, list[tuple[Matrix, int | None]]]] = {}
-
-        def product(parameter: nn.Parameter, index: int | None, rows: Tensor) -> None:
-            for matrix, expert in products[parameter].get(index, []):
-                self._take(matrix, expert, rows)
-
         with ExitStack() as stack:
             for module, layer in _holders_of_experts(self._model, self._matrices).items():
                 hook = self._entering_hook(layer)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for matrix in self._matrices:
-                place = matrix.place
-                module = self._model.submodule(place)
-                if place.linear and place.expert is None and not matrix.experts:
-                    stack.callback(module.register_forward_pre_hook(self._input_hook(matrix)).remove)
-                    continue
-                stack.enter_context(unpacked(module))
-                known = products.setdefault(parameter_of(self._model, place), {})
-                for expert in experts_of(matrix):
-                    known.setdefault(place.expert if expert is None else expert, []).append((matrix, expert))
-            if products:
-                stack.enter_context(eager_experts(self._model.module))
-                stack.enter_context(_Products(list(products), product))
+            stack.enter_context(watched(self._model, self._matrices, self._take))
             yield self
 
     def __iter__(self) -> Iterator[tuple[Writer, Tensor, Tensor]]:
@@ -106,13 +88,8 @@ class MatrixInputs:
 
         return keep
 
-    def _input_hook(self, matrix: Matrix) -> Callable[..., None]:
-        return lambda module, args: self._take(matrix, None, args[0].detach().flatten(0, -2))
-
     def _take(self, matrix: Matrix, expert: int | None, rows: Tensor) -> None:
         """Keep the chosen positions of the rows that a matrix takes in."""
-        if not len(rows):
-            return
         link = (matrix.layer, next((e for e in (expert, matrix.place.expert) if e is not None), matrix.expert))
         if not matrix.writes:
             self._match(link, rows)
@@ -146,6 +123,45 @@ class MatrixInputs:
                 found = routed.hashes[places] == wanted
                 self._matched[link] = _Match(len(rows), torch.where(found, places, -1))
                 return
+
+
+@contextmanager
+def watched(
+    model: ChatModel, matrices: Sequence[Matrix], take: Callable[[Matrix, int | None, Tensor], None]
+) -> Iterator[None]:
+    """Inside, whatever a matrix takes in is handed on, whenever it does.
+
+    Args:
+        take: gets the matrix, the index of the expert if it is a stack, and at least one row ``[n, in]``.
+    """
+    products: dict[nn.Parameter, dict[int | None, list[tuple[Matrix, int | None]]]] = {}
+
+    def product(parameter: nn.Parameter, index: int | None, rows: Tensor) -> None:
+        for matrix, expert in products[parameter].get(index, []) if len(rows) else ():
+            take(matrix, expert, rows)
+
+    def input_hook(matrix: Matrix) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].numel():
+                take(matrix, None, args[0].detach().flatten(0, -2))
+
+        return hook
+
+    with ExitStack() as stack:
+        for matrix in matrices:
+            place = matrix.place
+            module = model.submodule(place)
+            if place.linear and place.expert is None and not matrix.experts:
+                stack.callback(module.register_forward_pre_hook(input_hook(matrix)).remove)
+                continue
+            stack.enter_context(unpacked(module))
+            known = products.setdefault(parameter_of(model, place), {})
+            for expert in experts_of(matrix):
+                known.setdefault(place.expert if expert is None else expert, []).append((matrix, expert))
+        if products:
+            stack.enter_context(eager_experts(model.module))
+            stack.enter_context(_Products(list(products), product))
+        yield
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Call:
         return first_float(self.output)
 
 
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
+    """The argument at a position or keyword."""
+    return args[key] if isinstance(key, int) else kwargs[key]
+
+
 def with_argument(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

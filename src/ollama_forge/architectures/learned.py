@@ -51,6 +51,7 @@ class RoleFound:
         bias: name of the parameter that its module adds to its output, or None.
         role: what it is for (``parts/``).
         mixes: whether it belongs to the part of the block that mixes tokens (attention); False for the MLP part.
+        rows: some rows of a reader of several roles, numbered along its out axis, and what each is for (``parts/``).
     """
 
     parameter: str
@@ -65,6 +66,7 @@ class RoleFound:
     bias: str | None = None
     role: Role | None = None
     mixes: bool = False
+    rows: tuple[tuple[int, Role], ...] = ()
 
 
 @dataclass(frozen=True)

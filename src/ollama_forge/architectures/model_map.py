@@ -122,6 +122,11 @@ class Matrix:
         return self.places[0]
 
     @property
+    def tensor_of_experts(self) -> str:
+        """Its tensor's name with ``N`` for the number of its expert, so that all experts of a layer have the same."""
+        return without_number(self.tensor, self.expert)
+
+    @property
     def rows_are_written(self) -> bool:
         """Whether its rows are themselves vectors of the residual stream: an embedding, or one vector."""
         return self.role in (Role.EMBEDDING, Role.POSITION) or len(self.shape) == 1
@@ -140,12 +145,22 @@ class Matrix:
         return self.shape[-1] if self.transposed else (self.shape[-2] if len(self.shape) > 1 else 1)
 
 
+def without_number(name: str, expert: int | None) -> str:
+    """A tensor's name with ``N`` for the number of its expert, the last such number in the name; None: as it is."""
+    parts = name.split(".")
+    places = [index for index, part in enumerate(parts) if expert is not None and part == str(expert)]
+    if places:
+        parts[places[-1]] = "N"
+    return ".".join(parts)
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """The matrices of a checkpoint in layer order, and the sizes of the model.
 
     Attributes:
         layers: path of each decoder layer's module in the loaded model.
+        vocabulary: number of rows of the table that tokens are looked up in: token ids must be less than this.
         tied: no unembedding is stored, because the model uses the embedding.
         unused: tensors that are copied without a role; the loaded text model may lack them.
         copies: maps the name of a tied matrix that is stored twice to the name of the original. An edit of the original
@@ -160,6 +175,7 @@ class ModelMap:
     d_model: int
     matrices: tuple[Matrix, ...]
     layers: tuple[str, ...]
+    vocabulary: int
     tied: bool
     unused: frozenset[str] = frozenset()
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -170,11 +186,6 @@ class ModelMap:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the token embedding: token ids must be less than this."""
-        return next(matrix.shape[0] for matrix in self.matrices if matrix.role is Role.EMBEDDING)
 
     @property
     def learned_positions(self) -> int | None:

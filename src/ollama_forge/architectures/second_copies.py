@@ -11,8 +11,8 @@ def second_copies(tensors: CheckpointTensors, model: ModelMap) -> dict[str, str]
 
     An unembedding with other bytes is a separate matrix even if the config ties it, because transformers loads it so.
     """
-    embedding = next(matrix.tensor for matrix in model.matrices if matrix.role is Role.EMBEDDING)
+    embedding = next((matrix.tensor for matrix in model.matrices if matrix.role is Role.EMBEDDING), None)
     heads = [matrix.tensor for matrix in model.matrices if matrix.role is Role.UNEMBEDDING]
-    if embedding in tensors.packed:
+    if embedding is None or embedding in tensors.packed:
         return {}
     return {head: embedding for head in heads if head not in tensors.packed and tensors.same_bytes(embedding, head)}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -25,6 +25,7 @@ from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.edits import blocks
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
+from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.out_dtype import UNPACKED, OutDtype
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ScaledFactors, check_finite
 from ollama_forge.files import disk_errors, write_json
@@ -271,23 +272,37 @@ class _EditWriter:
         return edit.bias_edit.shift(bias, factors, edit.strength, expert)
 
 
-def describe_changes(applied: AppliedEdit) -> dict[str, dict[str, Any]]:
-    """Strength, norm rule, relative change and leak of each edited matrix, for the provenance file."""
-    return {
+def describe_changes(applied: AppliedEdit, model: ModelMap) -> dict[str, dict[str, Any]]:
+    """Strength, norm rule, relative change and leak of each edited matrix, for the provenance file.
+
+    All experts of a layer have one entry with their number, the mean of their changes and the largest of their leaks.
+    """
+    described = {
         name: {
             "strength": m.strength,
             "rescale": m.rescale.value,
+            **({"experts": len(m.L)} if m.L.ndim > 2 else {}),
             "relative_change": round(m.relative_change or 0.0, 6),
             **_describe_leak(applied, name),
         }
         for name, m in applied.record.matrices.items()
     }
+    return grouped(model, described, _joined_changes)
 
 
 def _describe_leak(applied: AppliedEdit, name: str) -> dict[str, Any]:
     if name not in applied.leaks:
         return {}
     return {"stored_as": applied.packed_as[name], "leak": round(applied.leaks[name], 6)}
+
+
+def _joined_changes(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    same = equal([{key: entry.get(key) for key in ("strength", "rescale", "stored_as")} for entry in entries])
+    if same is None:
+        return None
+    changes = statistics.fmean(entry["relative_change"] for entry in entries)
+    leaks = {"leak": max(entry["leak"] for entry in entries)} if same["stored_as"] else {}
+    return {**entries[0], "experts": len(entries), "relative_change": round(changes, 6), **leaks}
 
 
 def leak_notes(applied: AppliedEdit) -> list[str]:

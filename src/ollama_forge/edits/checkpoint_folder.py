@@ -18,6 +18,7 @@ from ollama_forge.checkpoints.tensors import item_size
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes, leak_notes
+from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.model_card import model_card, read_license
 from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
@@ -135,9 +136,9 @@ def write_checkpoint(
             "settings": described,
             "out_dtype": rule.value,
             "direction": _describe_direction(direction),
-            "changed": describe_changes(applied),
+            "changed": describe_changes(applied, model),
             "changed_biases": sorted(applied.record.bias_shifts),
-            "skipped": plan.skipped,
+            "skipped": grouped(model, plan.skipped, equal),
             "left_out": others,
             "certificate": None,
             "verified": None,

@@ -47,11 +47,12 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 def _body(record: Mapping[str, Any]) -> str:
     source, rows = record["source"], record.get("measurements") or {}
+    changed = sum(entry.get("experts", 1) for entry in record["changed"].values())
     lines = [
         f"# {source['model']}, edited",
         "",
         f"ollama-forge {record['version']} edited the weights of `{source['model']}` along its refusal direction "
-        f"(factors: {record['factors']}; {len(record['changed'])} matrices changed). `{PROVENANCE}` holds the "
+        f"(factors: {record['factors']}; {changed:,} matrices changed). `{PROVENANCE}` holds the "
         "settings, the change of each tensor and the hashes of the lists.",
         "",
         *_certificate_lines(record.get("certificate")),
@@ -81,12 +82,13 @@ def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:
         return []
     if certificate["tier"] == Tier.PROVEN:
         return ["Tier: proven. On a small twin of this architecture, an edit of all its matrices left nothing.", ""]
-    unproven = certificate["unproven"]
+    count, reasons = certificate["unproven_matrices"], certificate["unproven"].values()
+    left = f"{count:,} matrices were left as they are, because an edit of them is not proven to be right"
+    lacking = "Not all that reads or writes the residual stream is known, and the rest was left as it is"
     return [
-        f"**Tier: {certificate['tier']}.** {len(unproven)} matrices were left as they are, because an edit of them is "
-        f"not proven to be right (`{PROVENANCE}` names them):",
+        f"**Tier: {certificate['tier']}.** {f'{left} (`{PROVENANCE}` names them)' if count else lacking}:",
         "",
-        *(f"- {reason}" for reason in dict.fromkeys(unproven.values())),
+        *(f"- {reason}" for reason in dict.fromkeys(reasons or certificate["reasons"])),
         "",
     ]
 

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from ollama_forge.architectures.certificate.certificate import Certificate, EditKind, Tier
-from ollama_forge.architectures.learn import map_checkpoint
+from ollama_forge.architectures.learn import learn, map_checkpoint
 from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.certify import certify_architecture
+from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 
@@ -22,10 +23,12 @@ class Examined:
     Attributes:
         model_map: the matrices by role; those that are not proven say why.
         certificate: what is proven of the twin.
+        idle: modules of the twin that never run on text, such as cross-attention to images; nothing is known of them.
     """
 
     model_map: ModelMap
     certificate: Certificate
+    idle: tuple[str, ...] = ()
 
     @property
     def tier(self) -> Tier:
@@ -96,8 +99,10 @@ def examine(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Exami
         ForgeError: the architecture cannot be mapped, or the checkpoint does not fit it.
     """
     model_map = map_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    learned = learn(checkpoint.config, checkpoint.folder, trust_remote_code=trust_remote_code)
+    idle = tuple(gap.module for gap in learned.gaps if gap.about == "idle")
     certificate = certify_architecture(checkpoint.config, checkpoint.folder, trust_remote_code=trust_remote_code)
-    return Examined(with_proofs(model_map, certificate), certificate)
+    return Examined(with_proofs(model_map, certificate), certificate, idle)
 
 
 def with_proofs(model_map: ModelMap, certificate: Certificate) -> ModelMap:
@@ -117,9 +122,11 @@ def describe_certificate(examined: Examined) -> dict[str, Any]:
 
     Returns:
         ``tier``; ``reasons``; ``writers_left`` and ``readers_left``, the largest share that an edit of all of them left
-        on the twin (None: not measured); and ``unproven``, the reason of each tensor that is not edited for it.
+        on the twin (None: not measured); ``unproven_matrices``, the number of those that are not edited for it;
+        ``unproven``, the reason of each of them, with one entry for all experts of a layer; and ``idle``, the modules
+        that never run on text.
     """
-    certificate = examined.certificate
+    certificate, matrices = examined.certificate, examined.model_map.matrices
     left = {
         kind: max((leak.after for leak in leaks), default=None)
         for kind, leaks in ((EditKind.WRITERS, certificate.writers), (EditKind.READERS, certificate.readers))
@@ -128,5 +135,7 @@ def describe_certificate(examined: Examined) -> dict[str, Any]:
         "tier": examined.tier.value,
         "reasons": list(examined.reasons),
         **{f"{kind.value}_left": value for kind, value in left.items()},
-        "unproven": examined.unproven,
+        "unproven_matrices": sum(m.shape[0] if m.experts else 1 for m in matrices if m.unproven),
+        "unproven": grouped(examined.model_map, examined.unproven, equal),
+        "idle": list(examined.idle),
     }

@@ -135,9 +135,13 @@ def convert(
         command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
         if status:
+            full = "No space left" in log
             raise ForgeError(
                 f"the conversion to GGUF failed: {error_line(log) or f'exit status {status}'}",
-                "free disk space if the disk is full, or give a newer llama.cpp with --llama-cpp-dir",
+                "free disk space"
+                if full
+                else "llama.cpp's converter does not take this checkpoint, which is whole; "
+                "a newer one may: give its folder with --llama-cpp-dir",
             )
         read_gguf(partial)
     fallback = re.search(rf"^{re.escape(converter_worker.FELL_BACK)} (\S+)", log, re.MULTILINE)
@@ -174,4 +178,6 @@ def error_line(log: str) -> str:
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip() and not _NOISE.match(line)]
     if not lines:
         return ""
+    if missing := re.match(r"KeyError: (.+)", lines[-1]):
+        return f"the converter looks for {missing[1]}, which this model lacks"[:300]
     return _EXCEPTION.sub("", lines[-1].removeprefix("ERROR:hf-to-gguf:"))[:300] or lines[-1]

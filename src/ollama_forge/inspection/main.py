@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ollama_forge.architectures.certificate.certificate import Tier
-from ollama_forge.architectures.model_map import ModelMap, Role
+from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.hub import TransferError, card_base_model
 from ollama_forge.checkpoints.hub_headers import HubCheckpoint
@@ -72,7 +72,7 @@ def _inspection(checkpoint: Checkpoint, examined: Examined, settings: EditSettin
         revision=checkpoint.revision,
         model_type=model.model_type,
         tier=examined.tier,
-        reasons=examined.certificate.reasons if examined.certificate else (),
+        reasons=examined.reasons,
         certificate=examined.certificate,
         settings=settings,
         sizes=Sizes(
@@ -86,7 +86,7 @@ def _inspection(checkpoint: Checkpoint, examined: Examined, settings: EditSettin
         matrices=rows,
         unused=unused_tensors(model, tensors),
         loud=loud,
-        warnings=tuple(_warnings(model, rows, loud)),
+        warnings=tuple(_warnings(examined, rows, loud)),
     )
 
 
@@ -95,7 +95,14 @@ def _read_vectors(tensors: CheckpointTensors, names: Sequence[str]) -> dict[str,
     return {name: decode_tensor(data, tensors[name].dtype, tensors[name].shape) for name, data in stored.items()}
 
 
-def _warnings(model: ModelMap, rows: Sequence[MatrixRow], loud: Sequence[LoudChannel]) -> Iterable[str]:
+def _warnings(examined: Examined, rows: Sequence[MatrixRow], loud: Sequence[LoudChannel]) -> Iterable[str]:
+    model = examined.model_map
+    if examined.idle:
+        more = f" and {len(examined.idle) - 1} more" if len(examined.idle) > 1 else ""
+        yield (
+            f"modules that never run on text are not tested, and not edited if they write or read: {examined.idle[0]}"
+            f"{more} of the twin"
+        )
     yield from (_loud_warning(channel, model.n_layers) for channel in loud if channel.post_norms)
     if all(row.strength is None for row in rows):
         yield "these settings edit no matrix: lower --skip-begin-layers and --skip-end-layers, or widen --targets"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ollama_forge.architectures.model_map import Matrix, ModelMap
+from ollama_forge.architectures.model_map import Matrix, ModelMap, without_number
 from ollama_forge.checkpoints.formats.fp8 import Fp8Codec
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.settings import EditSettings
@@ -32,25 +32,16 @@ def _row(model: ModelMap, tensors: CheckpointTensors, matrix: Matrix, settings: 
     return MatrixRow(
         role=matrix.role.value,
         layer=matrix.layer,
-        tensor=_without_number(matrix.tensor, matrix.expert),
+        tensor=matrix.tensor_of_experts,
         shape=matrix.shape[1:] if matrix.experts else matrix.shape,
         storage=_stored_as(tensors, matrix),
         writes=matrix.writes,
         norms=tuple(NormRow(norm.weight, norm.offset, norm.centred, bool(norm.module)) for norm in norms),
         experts=matrix.shape[0] if matrix.experts else 1 if numbered else None,
-        bias=None if matrix.bias is None else _without_number(matrix.bias, matrix.expert),
+        bias=None if matrix.bias is None else without_number(matrix.bias, matrix.expert),
         strength=None if reason else settings.strength_of(matrix, model.n_layers, None),
         reason=reason,
     )
-
-
-def _without_number(name: str, expert: int | None) -> str:
-    """A tensor's name with ``N`` for the number of its expert, the last such number in the name."""
-    parts = name.split(".")
-    places = [index for index, part in enumerate(parts) if expert is not None and part == str(expert)]
-    if places:
-        parts[places[-1]] = "N"
-    return ".".join(parts)
 
 
 def _stored_as(tensors: CheckpointTensors, matrix: Matrix) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -135,8 +136,7 @@ def check_memory(
         )
     if device.type == "cpu":
         return
-    largest = max(math.prod(shape) for shape in checkpoint.tensors.shapes.values())
-    staged = _IN_FLIGHT * largest * max(dtype.itemsize, 4)
+    staged = _IN_FLIGHT * _largest_tensor(checkpoint, model_map) * max(dtype.itemsize, 4)
     host = available_memory()
     if staged > host:
         raise ForgeError(
@@ -144,6 +144,15 @@ def check_memory(
             f"but {human_size(host)} are free",
             "end other programs, or use a smaller model",
         )
+
+
+def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap) -> int:
+    """Number of values of the largest tensor on disk or in memory, where the experts of a layer may be one tensor."""
+    sizes = Counter[tuple[str, str]]()
+    for matrix in model_map.matrices:
+        if matrix.place.expert is not None:
+            sizes[matrix.place.module, matrix.place.parameter] += math.prod(matrix.shape)
+    return max(*sizes.values(), *map(math.prod, checkpoint.tensors.shapes.values()), 0)
 
 
 def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:

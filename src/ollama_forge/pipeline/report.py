@@ -100,7 +100,8 @@ class Report:
         if not unproven:
             return [f"architecture: {self.certificate['tier']}"]
         return [
-            f"architecture: {self.certificate['tier']}; not proven and not edited: {len(unproven)} matrices",
+            f"architecture: {self.certificate['tier']}; not proven and not edited: "
+            f"{self.certificate['unproven_matrices']:,} matrices",
             *(f"  {reason}" for reason in dict.fromkeys(unproven.values())),
         ]
 

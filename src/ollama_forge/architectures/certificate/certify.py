@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.certificate.certificate import Certificate, EditKind, Failure, Leak
+from ollama_forge.architectures.certificate.held_norms import norms_sharing
 from ollama_forge.architectures.certificate.leaks import (
     NudgedBlock,
     Start,
@@ -25,8 +27,8 @@ from ollama_forge.architectures.certificate.leaks import (
     writing_parameters,
     written_alone,
 )
-from ollama_forge.architectures.certificate.reach import Part, parts_of, prompts_for, reached
-from ollama_forge.architectures.certificate.stream import BlockCall, Blocks, share_along
+from ollama_forge.architectures.certificate.reach import Part, felt, parts_of, prompts_for, prompts_reaching, reached
+from ollama_forge.architectures.certificate.stream import BlockCall, Blocks, Inputs, share_along
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.twin.build import Twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -59,13 +61,13 @@ class _Examination:
     """Collects the leaks and failures of one twin."""
 
     def __init__(self, twin: Twin, checkpoint: Checkpoint, model_map: ModelMap, edit: Edit, load: Load) -> None:
-        self.checkpoint, self.map, self.edit, self.load = checkpoint, model_map, edit, load
+        self.twin, self.checkpoint, self.map, self.edit, self.load = twin, checkpoint, model_map, edit, load
         self.unedited = Blocks(twin.model, model_map.layers, model_map.d_model)
         self.matrices = {
             EditKind.WRITERS: [matrix for matrix in model_map.matrices if matrix.writes],
             EditKind.READERS: [m for m in model_map.matrices if not m.writes and m.role is not Role.UNEMBEDDING],
         }
-        self.prompts = prompts_for(twin.model, twin.inputs, [m for kind in EditKind for m in self.matrices[kind]])
+        self.prompts = prompts_for(twin)
         self.calls = [self.unedited.calls(inputs) for inputs in self.prompts]
         self.failures: dict[tuple[EditKind, int | None, str], Failure] = {}
         self.obstacles: list[str] = []
@@ -110,27 +112,39 @@ class _Examination:
         for seed in range(_DIRECTIONS):
             r = _unit(seed, self.map.d_model)
             with self.edited(r.expand(self.map.n_layers, -1), EditKind.WRITERS) as blocks:
-                for inputs, plain in zip(self.prompts, self.calls, strict=True):
-                    calls = blocks.calls(inputs)
-                    for before, after in zip(plain, calls, strict=True):
+                more = self.more_prompts(blocks, EditKind.WRITERS, self.prompts, waiting)
+                plain = [*self.calls, *(self.unedited.calls(inputs) for inputs in more)]
+                for inputs, befores in zip([*self.prompts, *more], plain, strict=True):
+                    for before, after in zip(befores, blocks.calls(inputs), strict=True):
                         was, entering = share_along(before.entering, r), share_along(after.entering, r)
-                        if before is plain[0]:
+                        if before is befores[0]:
                             leaks.add(None, was, entering, seed)
                         leaving = max(entering, share_along(after.leaving, r))
                         leaks.add(before.layer, max(was, share_along(before.leaving, r)), leaving, seed)
-                waiting -= reached(blocks.model, self.prompts, self.matrices[EditKind.WRITERS])
                 if leaks.largest > WRITTEN:
-                    self.blame_writers(blocks, r)
+                    self.blame_writers(blocks, r, [*self.prompts, *more])
                     break
         else:
             self.compare_layers()
         self.fail_untested(EditKind.WRITERS, leaks, waiting, WRITTEN)
         return leaks.ordered
 
-    def blame_writers(self, blocks: Blocks, r: Tensor) -> None:
+    def more_prompts(
+        self, blocks: Blocks, kind: EditKind, prompts: Sequence[Inputs], waiting: set[Part]
+    ) -> list[dict[str, Any]]:
+        """Prompts that reach what ``prompts`` do not; what they all reach is taken out of ``waiting``."""
+        more: list[dict[str, Any]] = []
+        if waiting:
+            waiting -= reached(blocks.model, prompts, self.matrices[kind])
+            waiting -= felt(blocks.model, prompts[0], self.matrices[kind], waiting)
+            more = prompts_reaching(self.twin, blocks.model, self.matrices[kind], waiting)
+            waiting -= reached(blocks.model, more, self.matrices[kind]) if more else set()
+        return more
+
+    def blame_writers(self, blocks: Blocks, r: Tensor, prompts: Sequence[Inputs]) -> None:
         """Name what still writes along ``r``."""
         before = len(self.failures)
-        for inputs in self.prompts:
+        for inputs in prompts:
             calls = blocks.calls(inputs)
             if share_along(calls[0].entering, r) > WRITTEN:
                 start = Start(blocks, inputs)
@@ -179,20 +193,39 @@ class _Examination:
         for seed in range(_DIRECTIONS):
             directions = self.separate(seed)
             with self.edited(directions, EditKind.READERS) as blocks:
-                for before, call in zip(plain, blocks.calls(self.prompts[0]), strict=True):
-                    after, r = self.nudged(blocks, call), directions[call.layer]
-                    leak = after.effect(r)
-                    leaks.add(call.layer, before.effect(r), leak, seed)
-                    if leak > READ:
-                        found = self.guilty(after.reading_modules(r), READ, blocks)
-                        self.blame(EditKind.READERS, call.layer, found, READ, leak)
-                waiting -= reached(blocks.model, self.prompts, self.matrices[EditKind.READERS])
+                more = self.more_prompts(blocks, EditKind.READERS, self.prompts[:1], waiting)
+                befores = [plain, *([self.nudged(self.unedited, c) for c in self.unedited.calls(p)] for p in more)]
+                for inputs, unedited in zip([self.prompts[0], *more], befores, strict=True):
+                    for before, call in zip(unedited, blocks.calls(inputs), strict=True):
+                        after, r = self.nudged(blocks, call), directions[call.layer]
+                        leak = after.effect(r)
+                        leaks.add(call.layer, before.effect(r), leak, seed)
+                        if leak > READ:
+                            found = self.guilty(after.reading_modules(r), READ, blocks)
+                            self.blame(EditKind.READERS, call.layer, found, READ, leak)
+                        elif waiting:
+                            waiting -= self.read_before(before, after, r, blocks)
         self.fail_untested(EditKind.READERS, leaks, waiting, READ)
         return leaks.ordered
 
+    def read_before(self, before: NudgedBlock, after: NudgedBlock, r: Tensor, blocks: Blocks) -> set[Part]:
+        """The readers whose output a nudge moved before the edit, and does not any more.
+
+        It proves what has no gradient, because its output only chooses (the tokens to attend to).
+        """
+        read = self.guilty(before.moved_modules(r), _POWER * READ, self.unedited)
+        still = self.guilty(after.moved_modules(r), READ, blocks)
+        return {
+            (matrix.tensor, None)
+            for matrix in self.matrices[EditKind.READERS]
+            if all(p.expert is None and p.module in read and p.module not in still for p in matrix.places)
+            and not matrix.experts
+        }
+
     def nudged(self, blocks: Blocks, call: BlockCall) -> NudgedBlock:
-        norms = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
-        return NudgedBlock(call, [blocks.model.get_submodule(norm) for norm in norms])
+        paths = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
+        known = {blocks.model.get_submodule(path) for path in paths}
+        return NudgedBlock(call, [*known, *norms_sharing(known, call.module)])
 
     def separate(self, seed: int) -> Tensor:
         """A direction ``[n_layers, d_model]`` for each layer; layers that share a parameter share the direction."""

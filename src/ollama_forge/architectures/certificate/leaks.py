@@ -163,7 +163,12 @@ class NudgedBlock:
 
     def reading_modules(self, direction: Tensor) -> dict[nn.Module, float]:
         """How much the output of each module with a matrix changes, relative to its size, by what it reads itself."""
-        with held(self.matrices), statistics_held(self.norms), watched(self.matrices) as nudged_calls:
+        with held(self.matrices):
+            return self.moved_modules(direction)
+
+    def moved_modules(self, direction: Tensor) -> dict[nn.Module, float]:
+        """The same, by whatever reaches it in the block."""
+        with statistics_held(self.norms), watched(self.matrices) as nudged_calls:
             self._moved(direction)
         return {
             module: max(_change(module, old, new) for old, new in zip(calls, nudged_calls[module], strict=False))

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.calls import copied, first_tensor
-from ollama_forge.architectures.certificate.stream import Inputs
+from ollama_forge.architectures.certificate.stream import Inputs, run_model
 from ollama_forge.architectures.model_map import Matrix, Place
+from ollama_forge.architectures.roles.region import nudged
+from ollama_forge.architectures.twin.build import Twin
+from ollama_forge.architectures.twin.shrink import token_ids
 
-_MORE_PROMPTS = 6
+_MORE_PROMPTS = 24
+_HOPELESS = 7  # what so many prompts did not reach, no prompt reaches
 
 Part = tuple[str, int | None]
 """A matrix's tensor, and the number of an expert of a stack (None: not a stack)."""
@@ -40,6 +44,21 @@ def reached(model: nn.Module, prompts: Iterable[Inputs], matrices: Iterable[Matr
     return found
 
 
+def felt(model: nn.Module, inputs: Inputs, matrices: Iterable[Matrix], missing: set[Part]) -> set[Part]:
+    """The missing matrices without experts on which the logits depend: a class may stop their gradient."""
+    before = first_tensor(run_model(model, inputs))
+    found: set[Part] = set()
+    for matrix in matrices:
+        single = [place for place in matrix.places if place.expert is None]
+        if (matrix.tensor, None) in missing and single:
+            parameter = model.get_submodule(single[0].module).get_parameter(single[0].parameter)
+            with nudged(parameter, parameter.detach() + 1):
+                after = first_tensor(run_model(model, inputs))
+            if before is not None and after is not None and not torch.equal(before, after):
+                found.add((matrix.tensor, None))
+    return found
+
+
 def _gradients(model: nn.Module, matrix: Matrix, place: Place) -> list[tuple[int | None, Tensor]]:
     gradient = model.get_submodule(place.module).get_parameter(place.parameter).grad
     if gradient is None:
@@ -61,28 +80,49 @@ def parts_of(matrices: Iterable[Matrix]) -> set[Part]:
     }
 
 
-def prompts_for(model: nn.Module, inputs: Inputs, matrices: Sequence[Matrix]) -> list[dict[str, Any]]:
-    """Prompts of several lengths, and as many more as it takes to reach every matrix and expert, if any do.
+def prompts_for(twin: Twin) -> list[dict[str, Any]]:
+    """The twin's prompt in several lengths; only its own if it has inputs that are not all ``[batch, tokens]``."""
+    prompts = [dict(twin.inputs)]
+    if _is_text(twin):
+        tensors = {name: value for name, value in twin.inputs.items() if isinstance(value, Tensor)}
+        tokens = next(iter(tensors.values())).shape[1]
+        for length in sorted({max(1, tokens // 2), 1} - {tokens}, reverse=True):
+            prompts.append({**prompts[0], **{name: value[:, :length] for name, value in tensors.items()}})
+    return prompts
 
-    Inputs that are not all ``[batch, tokens]`` (images) have one length, and token ids in one order.
+
+def prompts_reaching(
+    twin: Twin, model: nn.Module, matrices: Sequence[Matrix], missing: set[Part]
+) -> list[dict[str, Any]]:
+    """Prompts of other tokens on which the logits of a model depend on missing parts; each reaches more of them.
+
+    Args:
+        model: the twin's model, or an edited one, which may send the same tokens to other experts.
     """
-    whole = dict(inputs)
-    tensors = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
-    shapes = {value.shape for value in tensors.values()}
-    prompts = [whole]
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        return prompts
-    tokens = next(iter(shapes))[1]
-    for length in sorted({max(1, tokens // 2), 1} - {tokens}, reverse=True):
-        prompts.append({**whole, **{name: value[:, :length] for name, value in tensors.items()}})
-    missing = parts_of(matrices) - reached(model, prompts, matrices)
-    for seed in range(_MORE_PROMPTS):
+    prompts: list[dict[str, Any]] = []
+    for seed in range(_MORE_PROMPTS if _is_text(twin) else 0):
         if not missing:
             break
-        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
-        more = {**whole, **{n: v if v.is_floating_point() else v[:, order] for n, v in tensors.items()}}
-        now = missing & reached(model, [more], matrices)
+        prompt = {**twin.inputs, "input_ids": _other_tokens(twin, seed)}
+        now = missing & reached(model, [prompt], matrices)
         if now:
-            prompts.append(more)
-            missing -= now
+            prompts.append(prompt)
+            missing = missing - now
+        elif seed == _HOPELESS:
+            break
     return prompts
+
+
+def _is_text(twin: Twin) -> bool:
+    """Whether all inputs are ``[batch, tokens]``; images are not."""
+    shapes = {value.shape for value in twin.inputs.values() if isinstance(value, Tensor)}
+    return len(shapes) == 1 and len(next(iter(shapes))) == 2
+
+
+def _other_tokens(twin: Twin, seed: int) -> Tensor:
+    """As many token ids as the twin's prompt has, none of them special."""
+    ids: Tensor = twin.inputs["input_ids"]
+    special = token_ids(twin.config)
+    plain = torch.tensor([index for index in range(int(ids.max()) + 1) if index not in special])
+    generator = torch.Generator().manual_seed(seed)
+    return plain[torch.randint(len(plain), ids.shape, generator=generator)].to(ids.dtype)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.calls import Call, copied, first_tensor, with_argument, with_first_tensor
-from ollama_forge.architectures.roles.blocks import argument, stream_argument
+from ollama_forge.architectures.calls import Call, argument, copied, first_tensor, with_argument, with_first_tensor
+from ollama_forge.architectures.roles.blocks import stream_argument
 from ollama_forge.architectures.roles.region import owns_matrix
 
 Inputs = Mapping[str, Any]
@@ -79,10 +79,11 @@ def held(calls: Mapping[nn.Module, Sequence[Call]], silent: Collection[nn.Module
     def give(module: nn.Module, args: Any, output: Any) -> Any:
         recorded = copied(calls[module][min(counts[module], len(calls[module]) - 1)].output)
         counts[module] += 1
-        first = first_tensor(recorded)
-        if module in silent and first is not None:
-            return with_first_tensor(recorded, torch.zeros_like(first))
-        return recorded
+        first, now = first_tensor(recorded), first_tensor(output)
+        if module in silent and now is not None:
+            return with_first_tensor(copied(output), torch.zeros_like(now))
+        same = first is not None and now is not None and first.shape == now.shape
+        return recorded if same else output  # a router may send other tokens
 
     with ExitStack() as hooks:
         for module in calls:

@@ -105,6 +105,7 @@ def _model_map(learned: LearnedArchitecture, layout: Layout, model_type: str) ->
         d_model=builder.d_model,
         matrices=tuple(sorted(matrices, key=_place_in_model)),
         layers=layout.counterparts.blocks,
+        vocabulary=layout.model.get_input_embeddings().weight.shape[0],
         tied=not any(matrix.role is Role.UNEMBEDDING for matrix in matrices),
         unused=frozenset(layout.tensors) - _used(matrices),
         gaps=tuple(builder.gaps),

@@ -14,13 +14,17 @@ MISMATCH_HINT = "config.json and the weights are of different models: download o
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a real parameter, and the box of a stored tensor that holds the same values, as in ``Piece``."""
+    """A box of a real parameter, and the box of a stored tensor that holds the same values, as in ``Piece``.
+
+    ``twin`` is the box of the twin's parameter that it is like; empty for a whole parameter.
+    """
 
     parameter: str
     tensor: str
     memory: tuple[range, ...]
     stored: tuple[range, ...]
     axes: tuple[int | None, ...]
+    twin: tuple[range, ...] = ()
 
     @property
     def count(self) -> int:
@@ -110,7 +114,7 @@ def _box(
             continue
         in_memory.append(_placed(twin.memory[axis], memory[piece.parameter, axis]))
         on_disk[stored_axis] = _placed(twin.stored[stored_axis], stored[tensor, stored_axis])
-    return Box(piece.parameter, tensor, tuple(in_memory), tuple(on_disk), twin.axes)
+    return Box(piece.parameter, tensor, tuple(in_memory), tuple(on_disk), twin.axes, twin.memory)
 
 
 def _placed(twin: range, lengths: Mapping[range, int]) -> range:

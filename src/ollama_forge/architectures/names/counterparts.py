@@ -90,7 +90,9 @@ class Counterparts:
         self._cache: dict[tuple[Any, ...], tuple[str, str, int | None] | None] = {}
         self._alike: dict[str, list[str]] = {}
         for block in self.blocks:
-            self._alike[block] = [twin for twin in learned.blocks if twin_kinds[twin] == kinds[block]]
+            same = [twin for twin in learned.blocks if twin_kinds[twin] == kinds[block]]
+            near = [twin for twin in same if numbers_of(twin)[0] == numbers_of(block)[0]]  # of the same stack of blocks
+            self._alike[block] = near or same
             if not self._alike[block]:
                 raise ForgeError(
                     f"{block} has other parameters than every block that was examined",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from ollama_forge.architectures.learned import LearnedArchitecture, NormFound, RoleFound
@@ -17,6 +18,7 @@ _FUSED = (
     (Role.GATE_UP, {Role.GATE, Role.UP, Role.GATE_UP}),
     (Role.MIXER, {Role.Q, Role.K, Role.V, Role.QKV, Role.MIXER}),
 )
+_MOST = 0.7  # share of a part's examined rows: a clamp bends some of up's, a ReLU leaves some of gate's straight
 
 
 class UnmappedError(Exception):
@@ -92,7 +94,8 @@ class MatrixBuilder:
 
     def _part(self, box: Box, counterpart: Counterpart, role: RoleFound) -> Matrix:
         """The matrix of one part of a tensor."""
-        if role.role is None:
+        word = role.role
+        if word is None:
             raise UnmappedError(f"what {box.parameter} is for was not found out")
         norms = tuple(self._norm(norm, counterpart) for norm in role.norms)
         if not role.writes and len(norms) > 1:
@@ -114,7 +117,7 @@ class MatrixBuilder:
         )
         return Matrix(
             tensor=box.tensor,
-            role=role.role,
+            role=word if rows is None else _role_of_rows(role, box.twin[orientation.out or 0]) or word,
             layer=self._layer(counterpart, role),
             shape=self.layout.tensors[box.tensor],
             places=(place,),
@@ -247,6 +250,12 @@ class MatrixBuilder:
             writes=False,
             reads=self._norm(norms[0], here) if norms else None,
         )
+
+
+def _role_of_rows(role: RoleFound, twin_rows: range) -> Role | None:
+    """What a part of a parameter's rows is for: the role of most of the twin's rows in it that were examined."""
+    inside = Counter(word for row, word in role.rows if row in twin_rows)
+    return next((word for word, count in inside.items() if count >= _MOST * inside.total()), None)
 
 
 @dataclass(frozen=True)

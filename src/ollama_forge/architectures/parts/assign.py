@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ollama_forge.architectures.learned import RoleFound
 from ollama_forge.architectures.model_map import Role
@@ -21,11 +21,23 @@ from ollama_forge.architectures.twin.build import Twin
 _LINEAR = 0.7  # share of rows from which a reader is linear as a whole: a clamp may bend some of them
 _BENT = 0.25  # share up to which it is not: a ReLU may leave some of them straight
 
-Words = dict[int, tuple[Role, bool]]  # role, and whether it belongs to the part that mixes tokens, by number
+Rows = tuple[tuple[int, Role], ...]
+
+
+@dataclass(frozen=True)
+class Word:
+    """The role of a parameter, whether it belongs to the part that mixes tokens, and the roles of some of its rows."""
+
+    role: Role
+    mixes: bool
+    rows: Rows = ()
+
+
+Words = dict[int, Word]  # by the number of the reader or writer
 
 
 def assign_roles(twin: Twin, found: tuple[RoleFound, ...], blocks: tuple[str, ...]) -> tuple[RoleFound, ...]:
-    """The readers and writers with ``role`` and ``mixes`` filled in, in the order given.
+    """The readers and writers with ``role``, ``mixes`` and ``rows`` filled in, in the order given.
 
     The twin's weights are changed, and restored bit for bit.
 
@@ -34,7 +46,7 @@ def assign_roles(twin: Twin, found: tuple[RoleFound, ...], blocks: tuple[str, ..
         blocks: paths of the twin's blocks, in the order of their first calls.
     """
     words: Words = {}
-    kinds: dict[tuple[object, ...], list[tuple[Role, bool]]] = {}
+    kinds: dict[tuple[object, ...], list[Word]] = {}
     with Solo(twin, found, blocks) as solo:
         for block, path in enumerate(blocks):
             inside = {number: one for number, one in enumerate(found) if one.block == block}
@@ -44,8 +56,9 @@ def assign_roles(twin: Twin, found: tuple[RoleFound, ...], blocks: tuple[str, ..
             words |= dict(zip(inside, kinds[kind], strict=True))
         for number, one in enumerate(found):
             if one.block is None:
-                words[number] = (role_outside(solo, one), False)
-    return tuple(replace(one, role=words[n][0], mixes=words[n][1]) for n, one in enumerate(found))
+                words[number] = Word(role_outside(solo, one), mixes=False)
+    named = ((one, words[number]) for number, one in enumerate(found))
+    return tuple(replace(one, role=word.role, mixes=word.mixes, rows=word.rows) for one, word in named)
 
 
 def _likeness(solo: Solo, one: RoleFound, path: str) -> tuple[object, ...]:
@@ -70,15 +83,14 @@ def _roles_inside(solo: Solo, block: int, inside: Mapping[int, RoleFound]) -> Wo
             smeared = any(norm.column is not None for norm in writer.norms)  # a convolution behind it mixes tokens
             if not mixes and not smeared:  # what weighs a whole MLP comes after its module
                 speech = Speech(solo, block, writer, inputs, at_module=False)
-            words[number] = (Role.O if mixes else Role.EMBEDDING if looks_up(solo, writer) else Role.DOWN, mixes)
+            words[number] = Word(Role.O if mixes else Role.EMBEDDING if looks_up(solo, writer) else Role.DOWN, mixes)
             own = {n: reader for n, reader in readers.items() if n not in words and speech.moves(reader)}
-            roles = _mixer_roles(speech, own) if mixes else _mlp_roles(speech, own)
-            words |= {n: (role, mixes) for n, role in roles.items()}
+            words |= _mixer_words(speech, own) if mixes else _mlp_words(speech, own)
     words |= _unheard(solo, inside, words)
     return {number: words[number] for number in inside}
 
 
-def _mixer_roles(speech: Speech, readers: Mapping[int, RoleFound]) -> dict[int, Role]:
+def _mixer_words(speech: Speech, readers: Mapping[int, RoleFound]) -> Words:
     """The roles of the readers of a part that mixes tokens.
 
     Softmax attention gives the first token its own value whatever the query and the key. So a query moves its own
@@ -101,7 +113,7 @@ def _mixer_roles(speech: Speech, readers: Mapping[int, RoleFound]) -> dict[int, 
     for n in others:
         local = Role.Q if n in fused else Role.MIXER  # queries beside a gate; a gate alone
         roles[n] = Role.QKV if answers[n].elsewhere else local
-    return roles | dict.fromkeys(weighers, Role.ROUTER)
+    return {n: Word(role, mixes=True) for n, role in (roles | dict.fromkeys(weighers, Role.ROUTER)).items()}
 
 
 def _word(answer: Response) -> Role | None:
@@ -124,20 +136,22 @@ def _has_sinks(answers: Mapping[int, Response]) -> bool:
     return bool(local) and bool(bent) and valued == 1 and not any(answer.linear for answer in local)
 
 
-def _mlp_roles(speech: Speech, readers: Mapping[int, RoleFound]) -> dict[int, Role]:
+def _mlp_words(speech: Speech, readers: Mapping[int, RoleFound]) -> Words:
     """The roles of the readers of a part that mixes no tokens: up is linear at a fixed gate, gate is not.
 
     A reader without a partner is called up, also in front of an activation.
     """
-    roles = dict.fromkeys(speech.weighers(readers), Role.ROUTER)
-    shares = {n: speech.linear_share(reader) for n, reader in readers.items() if n not in roles}
+    words = dict.fromkeys(speech.weighers(readers), Word(Role.ROUTER, mixes=False))
+    linear = {n: speech.linear_rows(reader) for n, reader in readers.items() if n not in words}
+    shares = {n: sum(rows.values()) / max(len(rows), 1) for n, rows in linear.items()}
     for n, share in shares.items():
         if _BENT < share < _LINEAR:
-            roles[n] = Role.GATE_UP
+            rows = tuple((row, Role.UP if straight else Role.GATE) for row, straight in sorted(linear[n].items()))
+            words[n] = Word(Role.GATE_UP, mixes=False, rows=rows)
         else:
             partner = any(other > _BENT for m, other in shares.items() if m != n)
-            roles[n] = Role.GATE if share <= _BENT and partner else Role.UP
-    return roles
+            words[n] = Word(Role.GATE if share <= _BENT and partner else Role.UP, mixes=False)
+    return words
 
 
 def _unheard(solo: Solo, inside: Mapping[int, RoleFound], words: Words) -> Words:
@@ -151,7 +165,8 @@ def _unheard(solo: Solo, inside: Mapping[int, RoleFound], words: Words) -> Words
             more[number] = words[like]
             continue
         mixes = _lies_in_mixer(one, inside, words)
-        more[number] = ((Role.O if mixes else Role.DOWN) if one.writes else (Role.MIXER if mixes else Role.UP), mixes)
+        role = (Role.O if mixes else Role.DOWN) if one.writes else (Role.MIXER if mixes else Role.UP)
+        more[number] = Word(role, mixes)
     return more
 
 
@@ -164,7 +179,7 @@ def _lies_in_mixer(one: RoleFound, inside: Mapping[int, RoleFound], words: Words
     """Whether most of what is known in the nearest module around it belongs to the part that mixes tokens."""
     path = one.module
     while path:
-        near = [mixes for n, (_, mixes) in words.items() if f"{inside[n].module}.".startswith(f"{path}.")]
+        near = [word.mixes for n, word in words.items() if f"{inside[n].module}.".startswith(f"{path}.")]
         if near:
             return Counter(near).most_common(1)[0][0]
         path = path.rpartition(".")[0]

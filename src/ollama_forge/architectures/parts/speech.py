@@ -92,19 +92,19 @@ class Speech:
         responses = (self.response(reader, _one_hot(count, row, size)) for row in spread(count, 9))
         return any(answer.here and not answer.elsewhere and not answer.first for answer in responses)
 
-    def linear_share(self, reader: RoleFound) -> float:
-        """The share of a reader's rows that move it in proportion, where it does not mix: one row at each token."""
+    def linear_rows(self, reader: RoleFound) -> dict[int, bool]:
+        """Whether it moves in proportion to rows of a reader, where it does not mix: one row at each token."""
         tokens, count, size = self.solo.tokens, self.rows(reader), self._size(reader)
         rows = spread(count, 2 * tokens)
-        linear = []
+        linear: dict[int, bool] = {}
         for chosen in (rows[:tokens], rows[tokens:]):
             each = {token: _one_hot(count, row, size) for token, row in enumerate(chosen)}
             if each:
                 up = self._answer(reader, each)
                 down = self._answer(reader, {token: -row for token, row in each.items()})
                 moved = moved_tokens(up).nonzero().flatten().tolist()
-                linear += [_linear(up[token], down[token]) for token in moved]
-        return sum(linear) / max(len(linear), 1)
+                linear |= {chosen[token]: _linear(up[token], down[token]) for token in moved}
+        return linear
 
     def weighers(self, readers: Mapping[int, RoleFound]) -> set[int]:
         """The readers that weigh experts: nudged, they scale what a few units of one expert say at each token."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.calls import copied, first_tensor, with_argument
+from ollama_forge.architectures.calls import argument, copied, first_tensor, with_argument
 from ollama_forge.architectures.roles.region import Region, owns_matrix
 from ollama_forge.architectures.twin.build import Twin
 
@@ -102,11 +102,6 @@ def stream_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tor
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape:
             return key
     return None
-
-
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
-    """The argument at a position or keyword."""
-    return args[key] if isinstance(key, int) else kwargs[key]
 
 
 @dataclass(frozen=True, eq=False)

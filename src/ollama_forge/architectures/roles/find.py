@@ -24,6 +24,7 @@ from ollama_forge.architectures.roles.blocks import (
     first_calls,
     first_region,
 )
+from ollama_forge.architectures.roles.kinds import MeasuredBlock, block_kind
 from ollama_forge.architectures.roles.paths import Paths
 from ollama_forge.architectures.roles.readers import Readers
 from ollama_forge.architectures.roles.region import Region, nudged, owns_matrix
@@ -61,17 +62,24 @@ def find_roles(twin: Twin) -> Found:
     calls = find_block_calls(twin)
     if not calls:
         return Found((), (), 0, (Gap("", "stream", "no block was found that maps the stream to the stream"),))
-    width = calls[0].given.shape[-1]
+    width = calls[-1].given.shape[-1]
     blocks = [call for call in calls if call.given.shape[-1] == width]
     shape = _stream_shape(twin, blocks, paths)
     start = first_region(twin, blocks, shape)
     found = list(Writers(start, paths, shape.d_model).find())
     ran = _ran(start)
+    measured: dict[object, MeasuredBlock] = {}
     for number, call in enumerate(first_calls(blocks)):
-        region = block_region(call, shape, module=paths.module(call.block), block=number)
-        found += Writers(region, paths, shape.d_model).find()
-        found += Readers(region, paths, shape.d_model, (shape.split(call.taken), start.stream)).find()
-        ran |= _ran(region)
+        kind = block_kind(call)
+        known = measured[kind].at(call.block, number, paths) if kind in measured else None
+        if known is None:
+            region = block_region(call, shape, module=paths.module(call.block), block=number)
+            items = [*Writers(region, paths, shape.d_model).find()]
+            items += Readers(region, paths, shape.d_model, (shape.split(call.taken), start.stream)).find()
+            known = MeasuredBlock(call.block, tuple(items), frozenset(_ran(region)))
+            measured.setdefault(kind, known)
+        found += known.items
+        ran |= known.ran
     roles, conflicts = _merged(item for item in found if isinstance(item, RoleFound))
     gaps = [item for item in found if isinstance(item, Gap)]
     gaps += [

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from ollama_forge.architectures.calls import (
     Call,
+    argument,
     copied,
     first_float,
     first_tensor,
     joined,
     parallel,
+    rows,
     tensors_in,
     with_argument,
     with_first_tensor,
@@ -104,8 +106,16 @@ class Region:
 
     def _record(self, candidates: Iterable[Held]) -> None:
         self.held: dict[Held, list[Call]] = {}
+        self._weights = {p.untyped_storage().data_ptr() for m in self.modules for p in m.parameters(recurse=False)}
+        self._given_weights: set[Held] = set()  # called with weights as arguments: recorded, they could not be nudged
         first = self.replay(watch=candidates)
         self.held, self.passed, self.stream = first.calls, first.passed, first.stream
+
+    def note_arguments(self, held: Held, arguments: Iterable[Any]) -> None:
+        """Note whether weights are among the arguments of a call."""
+        tensors = (value for value in arguments if isinstance(value, Tensor))
+        if any(tensor.untyped_storage().data_ptr() in self._weights for tensor in tensors):
+            self._given_weights.add(held)
 
     def _hands_on(self, held: Held) -> bool:
         """Whether a module hands an argument on beside its matrices: alone, with their products held, a nudge of the
@@ -163,7 +173,17 @@ class Region:
         """What a held module itself gives ``[rows of all calls, width]``, float64: on its recorded inputs, or with a
         function of one of them (position or keyword) for it.
         """
-        return joined(self.replay(watch=[held], feed=None if feed is None else (held, *feed)).calls[held])
+        if held.product or held in self._given_weights:
+            return joined(self.replay(watch=[held], feed=None if feed is None else (held, *feed)).calls[held])
+        key, function = feed or (None, None)
+        given = []
+        for call in self.held[held]:
+            args, kwargs = copied(call.args), copied(dict(call.kwargs))
+            if key is not None and function is not None:
+                args, kwargs = with_argument(args, kwargs, key, function(argument(args, kwargs, key)))
+            with torch.inference_mode():
+                given.append(first_float(held.module(*args, **kwargs)))
+        return torch.cat([rows(result) for result in given if result is not None])
 
 
 class _Run:
@@ -196,10 +216,11 @@ class _Run:
         return self.seen
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.region.note_arguments(self.modules[module], (*args, *kwargs.values()))
         if self.feed is None or self.feed[0] is not self.modules[module]:
             return None
         _, key, function = self.feed
-        return with_argument(args, kwargs, key, function(args[key] if isinstance(key, int) else kwargs[key]))
+        return with_argument(args, kwargs, key, function(argument(args, kwargs, key)))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         return self._given(self.modules[module], args, kwargs, output)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.calls import STILL, joined, parallel, rows
+from ollama_forge.architectures.calls import STILL, parallel, rows
 from ollama_forge.architectures.learned import Gap, NormFound, RoleFound
 from ollama_forge.architectures.roles.axes import expert_axis, is_linear, outer
 from ollama_forge.architectures.roles.norms import (
@@ -176,15 +176,21 @@ class Writers:
         a norm inside the module, or not (None).
         """
         vector = self._nudge(float(parameter.detach().abs().mean()))
-        before = self.region.replay(watch=[held])
-        with nudged(parameter, outer(vector, parameter.shape, axis, self.generator)):
-            after = self.region.replay(watch=[held])
-        change = joined(after.calls[held]) - joined(before.calls[held])
+        change_of = outer(vector, parameter.shape, axis, self.generator)
+        was = self.region.outputs(held)
+        with nudged(parameter, change_of):
+            change = self.region.outputs(held) - was
         if not _moves(change, vector):
             return None
         if parallel(change, vector) is not None:
             return ()
-        for norm_module in self.norms.keys() & set(held.module.modules()):
+        inner = self.norms.keys() & set(held.module.modules())
+        if not inner:
+            return None
+        before = self.region.replay(watch=[held])
+        with nudged(parameter, change_of):
+            after = self.region.replay(watch=[held])
+        for norm_module in inner:
             (was_in, was_out), (now_in, now_out) = before.passed[norm_module][0], after.passed[norm_module][0]
             if parallel(now_in - was_in, vector) is not None and parallel(change, now_out - was_out) is not None:
                 named = self._named(norm_module, self.norms[norm_module])

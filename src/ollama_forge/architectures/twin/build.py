@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.model_class import ModelClass
+from ollama_forge.architectures.model_class import ModelClass, auto_class
 from ollama_forge.architectures.twin.shrink import (
     Scale,
+    expert_count,
     free_sizes,
     layer_kinds,
     replaced,
@@ -40,7 +41,7 @@ _PARAMETERS = 25_000_000  # 100 MB: what experiments copy stays under 500 MB
 _DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 _FAILURES = 4  # of complete small models at one scale, before the next scale is tried
 _SPREADS = 8
-_BATCH, _TOKENS = 2, 32
+_BATCH, _TOKENS, _FEW_TOKENS = 2, 32, 13
 _LAST_TOKEN = 200
 _NOISE = 0.2  # deviation of gains from 1 and of biases from 0
 _SMALL_NOISE = 0.01  # for biases that decide which experts run: a larger one would leave some of them out
@@ -96,6 +97,8 @@ def save_twin(twin: Twin, folder: Path) -> None:
     model: Any = twin.model
     with _quiet(), _offline():
         model.save_pretrained(folder, max_shard_size="100GB")
+    if twin.config.get("model_type") != model.config.model_type:
+        (folder / "config.json").write_text(json.dumps(twin.config, default=str), encoding="utf-8")
 
 
 def config_key(config: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -219,9 +222,10 @@ class _Search:
         with _marked_uninitialised():
             model = model_class.build(config, "cpu")
         _fill(model, self.seed)
+        _fill_choices(model, expert_count(config), self.seed)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": _tokens(config, vocabulary, self.seed), "use_cache": False}
-        return Twin(model, model.config.to_dict(), inputs, model_class.text_alone)
+        return Twin(model, _config_of(model, config), inputs, model_class.text_alone)
 
     def spread(self, found: _Candidate) -> Twin:
         """The twin, with sizes as pairwise different as a few tries can make them."""
@@ -262,9 +266,21 @@ class _Search:
         return ForgeError(f"no small model of the class of {self.model_class.model_type!r} runs: {reason}", hint)
 
 
+def _config_of(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The model's own config; that of its wrapper if no class is known for its own."""
+    own: dict[str, Any] = model.config.to_dict()
+    try:
+        auto_class(own)
+    except ForgeError:
+        return {**config, "architectures": [type(model).__name__]}
+    return own
+
+
 def _check_runs(twin: Twin) -> None:
-    if not torch.isfinite(twin.run()).all():
-        raise ValueError("its logits are not finite")
+    """Run a twin, also on a text of another length: sizes may fit one by chance."""
+    for inputs in (twin.inputs, {**twin.inputs, "input_ids": twin.inputs["input_ids"][:1, :_FEW_TOKENS]}):
+        if not torch.isfinite(replace(twin, inputs=inputs).run()).all():
+            raise ValueError("its logits are not finite")
 
 
 def _check_saves(model: Any) -> None:
@@ -309,6 +325,15 @@ def _fill(model: nn.Module, seed: int) -> None:
             if parameter.numel() == 1:
                 start = torch.where(start == 0, torch.ones_like(start), start)  # a gate that is closed
             parameter.copy_(start + drawn * (_NOISE if parameter.requires_grad else _SMALL_NOISE))
+
+
+def _fill_choices(model: nn.Module, experts: int, seed: int) -> None:
+    """Draw the tables of whole numbers ``[vocabulary, n]`` that choose experts by token id: classes leave zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for table in model.state_dict().values():
+        if table.dtype == torch.long and table.dim() == 2 and not table.any():
+            first = torch.randint(experts, (len(table), 1), generator=generator)
+            table.copy_((first + torch.arange(table.shape[1])) % experts)
 
 
 def _tokens(config: Mapping[str, Any], vocabulary: int, seed: int) -> Tensor:

@@ -159,12 +159,19 @@ def token_ids(config: Mapping[str, Any]) -> set[int]:
     return found
 
 
+def expert_count(config: Mapping[str, Any]) -> int:
+    """The smallest number of experts that a level of the config names; 1 without any."""
+    counts = [value for key, value in config.items() if _is_int(value) and _kind(key) is _Kind.EXPERTS and value > 1]
+    inner = [expert_count(value) for value in config.values() if isinstance(value, Mapping)]
+    return min([*counts, *(count for count in inner if count > 1)], default=1)
+
+
 def free_sizes(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], int]]:
     """Path and value of each size of the text model that may differ from the residual stream's width and the others."""
     path, text = text_path(config), config
     for key in path:
         text = text[key]
-    free = (_Kind.WIDTH, _Kind.VOCABULARY, _Kind.EXPERTS)
+    free = (_Kind.WIDTH, _Kind.EXPERTS)
     return [
         ((*path, key), value)
         for key, value in text.items()

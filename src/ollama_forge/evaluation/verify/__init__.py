@@ -5,6 +5,8 @@ Every bound follows from the storage type, the dimensions of the model and the v
 
 from __future__ import annotations
 
+import itertools
+
 from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -12,7 +14,7 @@ from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check, Worst
 from ollama_forge.evaluation.verify.edited import adds_to_stream, compare_edit
-from ollama_forge.evaluation.verify.probes import NoProbe, Probe, ReaderProbe, WriterProbe
+from ollama_forge.evaluation.verify.probes import NoProbe, Norms, Probe, ReaderProbe, WriterProbe
 from ollama_forge.evaluation.verify.running import observe
 from ollama_forge.evaluation.verify.unedited import compare_unedited, same_bytes, stored_as
 from ollama_forge.models.chat_model import ChatModel
@@ -38,14 +40,15 @@ def verify(
     whole = {name: edit.matrix for name, edit in plan.edits.items() if projects and edit.strength == 1.0}
     writers = [matrix for matrix in whole.values() if adds_to_stream(matrix)]
     finite, inputs = observe(model, writers)
+    norms = Norms(model, (source, written))
 
     def probe_of(matrix: Matrix) -> Probe:
         if direction is None or matrix.tensor not in whole:
             return NoProbe(matrix)
         vectors = direction.for_layer(matrix.layer or 0).double()
         if adds_to_stream(matrix):
-            return WriterProbe(model, (source, written), matrix, vectors, inputs)
-        return ReaderProbe(model, (source, written), matrix, vectors)
+            return WriterProbe(norms, matrix, vectors, inputs)
+        return ReaderProbe(norms, matrix, vectors)
 
     edited, added, read = Worst(), Worst(), Worst()
     for edit in plan.edits.values():
@@ -56,7 +59,7 @@ def verify(
             continue
         probe = probe_of(matrix)
         for expert in experts_of(matrix):
-            products = compare_edit(source, written, edit, expert, probe.inputs, edited)
+            products = compare_edit(source, written, edit, expert, probe.inputs(expert), edited)
             place = matrix.tensor if expert is None else f"{matrix.tensor}[{expert}]"
             probe.judge(products, place, added if adds_to_stream(matrix) else read)
         return_freed_memory()
@@ -87,9 +90,10 @@ def _differing_copy(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> 
     The two are tied, and a loader unties them if they differ in a single bit.
     """
     matrices = [edit.matrix for edit in plan.edits.values()]
-    embedding = next((matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING), None)
-    for head in (matrix.tensor for matrix in matrices if matrix.role is Role.UNEMBEDDING):
-        if embedding is None or not {head, embedding} <= written.tensors.keys() & source.tensors.keys():
+    embeddings = [matrix.tensor for matrix in matrices if matrix.role is Role.EMBEDDING]
+    heads = [matrix.tensor for matrix in matrices if matrix.role is Role.UNEMBEDDING]
+    for embedding, head in itertools.product(embeddings, heads):
+        if not {head, embedding} <= written.tensors.keys() & source.tensors.keys():
             continue
         if same_bytes(source.tensors, embedding, head) and not same_bytes(written.tensors, embedding, head):
             return f"{head} is not {embedding} any more"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ollama_forge.activations.matrix_inputs import Writer, watched
 from ollama_forge.architectures.model_map import Matrix, Norm
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.orthogonal import column_of
@@ -20,27 +21,30 @@ from ollama_forge.models.chat_model import ChatModel
 
 SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide."
 _KEPT_TOKENS = 16
-_DRAWN_INPUTS = 4
+_KEPT_OF_AN_EXPERT = 4  # there may be thousands of them
+_AXES = 512  # at a time
+
+Inputs = Mapping[Writer, Tensor]  # of a matrix, or of one expert of a stack: [tokens, in]
 
 
-def observe(model: ChatModel, writers: Iterable[Matrix]) -> tuple[Check, dict[str, Tensor]]:
+def observe(model: ChatModel, writers: Sequence[Matrix]) -> tuple[Check, Inputs]:
     """Run one sentence through the model.
 
     Args:
-        writers: matrices whose inputs to record; stacks of experts are skipped, because no hook sees their inputs.
+        writers: matrices whose inputs to record.
 
     Returns:
-        The check that the loss and the output of every layer are finite; and the inputs ``[tokens, in]`` (float64) of
-        each writer by tensor name. A writer whose module did not run is missing.
+        The check that the loss and the output of every layer are finite; and some inputs of each writer. A writer is
+        missing if its module did not run, no token was routed to it, or its inputs cannot be seen.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[Writer, Tensor] = {}
     outputs_finite: dict[int, bool] = {}
 
-    def keep_inputs(tensor: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            inputs[tensor] = args[0].detach().flatten(0, -2)[-_KEPT_TOKENS:].to("cpu", torch.float64)
-
-        return hook
+    def keep_inputs(matrix: Matrix, expert: int | None, rows: Tensor) -> None:
+        if matrix.is_expert:  # a batched product holds a row of zeros for each token that is not routed to the expert
+            rows = rows[rows.any(-1)][-_KEPT_OF_AN_EXPERT:]
+        if len(rows):
+            inputs[matrix.tensor, expert] = rows[-_KEPT_TOKENS:].to("cpu", copy=True)
 
     def note_finite(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -51,10 +55,7 @@ def observe(model: ChatModel, writers: Iterable[Matrix]) -> tuple[Check, dict[st
 
     layers = range(model.model_map.n_layers)
     handles = [model.layer(index).register_forward_hook(note_finite(index)) for index in layers]
-    for matrix in writers:
-        if not matrix.experts:
-            handles.append(model.submodule(matrix.place).register_forward_pre_hook(keep_inputs(matrix.tensor)))
-    with _removed_afterwards(handles):
+    with _removed_afterwards(handles), watched(model, writers, keep_inputs):
         for batch in model.batches([model.tokenizer.instruction_ids(SENTENCE)]):
             model.run_to_layer(batch, layers[-1])
     loss = model.loss(SENTENCE)
@@ -75,9 +76,9 @@ def _removed_afterwards(handles: list[torch.utils.hooks.RemovableHandle]) -> Ite
 
 
 def drawn_inputs(matrix: Matrix) -> Tensor:
-    """Seeded random float64 inputs ``[n, in]``, in place of an expert's routed inputs."""
+    """Seeded random float64 inputs ``[n, in]``, in place of inputs that no token gave or that cannot be seen."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_DRAWN_INPUTS, matrix.in_features, generator=generator, dtype=torch.float64)
+    return torch.randn(_KEPT_OF_AN_EXPERT, matrix.in_features, generator=generator, dtype=torch.float64)
 
 
 class RunningNorm:
@@ -102,6 +103,18 @@ class RunningNorm:
             return x * self.gain
         out: Tensor = self.module(x) - self.module(torch.zeros_like(x))
         return out
+
+    def back(self, vectors: Tensor) -> Tensor:
+        """The vectors ``[k, d]`` whose products with ``x`` are in proportion to those of ``vectors`` with ``norm(x)``.
+
+        The norm divides all unit vectors of the axes by the same number, so that its values at them tell the rest.
+        """
+        width, found = vectors.shape[-1], []
+        for start in range(0, width, _AXES):
+            axes = torch.zeros(min(_AXES, width - start), width, dtype=torch.float64)
+            axes.diagonal(start).fill_(width**0.5)
+            found.append(self(axes) @ vectors.T)
+        return torch.cat(found).T
 
     def slope(self, x: Tensor, vectors: Tensor) -> Tensor:
         """Norms ``[n]`` of the gradients of ``v . norm(x)`` at ``x`` ``[n, d]``, over all rows ``v`` of ``vectors``."""
