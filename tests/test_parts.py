@@ -157,7 +157,7 @@ def test_rows_of_a_fused_gate_and_up_are_told_apart(family: str, interleaved: bo
         gates = [role is Role.GATE for _, role in one.rows]
         expected = [row % 2 == 0 if interleaved else row < size // 2 for row, _ in one.rows]
         assert len(set(dict(one.rows))) == len(one.rows) > 15
-        assert sum(a is b for a, b in zip(gates, expected, strict=True)) >= 0.9 * len(gates)
+        assert sum(a is b for a, b in zip(gates, expected, strict=True)) >= 0.8 * len(gates)
 
 
 def word(parameter: str) -> tuple[Role, bool] | None:
