@@ -28,7 +28,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}, "head_dim": 128}},
     "granite4_vision": {"deepstack_layer_map": [[-7, 3], [-1, 0]], "downsample_rate": "4/8"},
     "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 4},
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": {"mrope_section": [16, 16, 16, 16]}}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},
