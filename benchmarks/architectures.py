@@ -114,7 +114,8 @@ def certified(one: Type, twin: Any, start: float) -> Row:
         model_map = bind_checkpoint(learned, checkpoint)
         certificate = certify_twin(twin, checkpoint, model_map)
     examined = Examined(model_map, certificate)
-    reasons = [*examined.reasons, *map(str, learned.gaps)]
+    alone = ["its text model is loaded alone: the whole class does not run on text"] if twin.text_alone else []
+    reasons = [*examined.reasons, *map(str, learned.gaps), *alone]
     return Row(
         one.name,
         one.model_class,

@@ -96,6 +96,24 @@ WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
         },
         image_token_id=IMAGE_TOKEN,
     ),
+    "mllama": _config(
+        "mllama",
+        text_config={**_SIZES, "bos_token_id": 0, "cross_attention_layers": [1, 3]},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        image_token_index=IMAGE_TOKEN,
+    ),
     "llama4": _config(
         "llama4",
         text_config={

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+from transformers import AutoConfig, Llama4ForCausalLM, Llama4ForConditionalGeneration
 
+from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.api import apply
 from ollama_forge.architectures.calls import tensors_in
-from ollama_forge.architectures.learn import map_checkpoint
+from ollama_forge.architectures.learn import learn_from, map_checkpoint
 from ollama_forge.architectures.model_class import auto_class
+from ollama_forge.architectures.twin.build import build_twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.hooks import hooked
@@ -40,11 +42,13 @@ PROCESSOR = {
 
 
 def save(wrapper: str, folder: Path) -> Checkpoint:
-    """A wrapper's checkpoint with the files of its processor."""
-    checkpoint = families.save(wrapper, folder)
+    """A wrapper's checkpoint with the files of its processor, and a config that is laid out in its own way."""
+    families.save(wrapper, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), separators=(",", ": ")))
     for name, content in PROCESSOR.items():
         (folder / name).write_bytes(content)
-    return checkpoint
+    return Checkpoint(folder, folder.name, "folder")
 
 
 def load(checkpoint: Checkpoint) -> Any:
@@ -183,6 +187,28 @@ def test_a_config_without_a_text_config_is_read(tmp_path: Path) -> None:
     flat = Checkpoint(source.folder, "flat", "folder")
     assert "text_config" not in flat.config
     assert map_checkpoint(flat).matrices == as_saved.matrices
+
+
+def test_layers_that_run_on_images_alone_are_left_as_they_are(tmp_path: Path) -> None:
+    source = families.save("mllama", tmp_path / "model")
+    result = edit(source, tmp_path / "edited")
+    text = [
+        f"language_model.model.layers.{layer}.{part}.weight"
+        for layer in (0, 2, 4)
+        for part in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    assert changed_tensors(source, result) == {*text, "language_model.model.embed_tokens.weight"}
+    model = ChatModel.load(result, LoadSettings(dtype="float32", device="cpu"))
+    assert model.model_map.layers == tuple(f"model.language_model.layers.{layer}" for layer in (0, 2, 4))
+    prompts = model.tokenizer.instructions_ids(tiny.lines(3, 4))
+    mean = gather_residuals(model, prompts, range(3)).mean
+    assert (mean.float() @ direction_of(48).vectors[0]).abs().max() < 1e-5 * mean.norm()
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    twin = build_twin(AutoConfig.for_model("florence2").to_dict())
+    with pytest.raises(ForgeError, match="no one residual stream"):
+        learn_from(twin)
 
 
 def fails(*args: Any, **options: Any) -> None:
