@@ -105,17 +105,21 @@ def certified(one: Type, twin: Any, start: float) -> Row:
     from ollama_forge.architectures.twin.build import save_twin
     from ollama_forge.checkpoints.checkpoint import Checkpoint
     from ollama_forge.edits.certify import certify_twin
+    from ollama_forge.edits.proven import Examined
 
     learned = learn_from(twin)
     with tempfile.TemporaryDirectory() as folder:
         save_twin(twin, Path(folder))
         checkpoint = Checkpoint(Path(folder), one.name, "folder")
-        certificate = certify_twin(twin, checkpoint, bind_checkpoint(learned, checkpoint))
-    reasons = [*certificate.reasons, *map(str, learned.gaps)]
+        model_map = bind_checkpoint(learned, checkpoint)
+        certificate = certify_twin(twin, checkpoint, model_map)
+    examined = Examined(model_map, certificate)
+    alone = ["its text model is loaded alone: the whole class does not run on text"] if twin.text_alone else []
+    reasons = [*examined.reasons, *map(str, learned.gaps), *alone]
     return Row(
         one.name,
         one.model_class,
-        str(certificate.tier),
+        str(examined.tier),
         time.perf_counter() - start,
         writers=sum(role.writes for role in learned.roles),
         readers=sum(not role.writes for role in learned.roles),
@@ -211,7 +215,7 @@ def examine_all(types: list[Type], seconds: float) -> Iterator[Row]:
 
 def checks(types: list[Type], rows: list[Row]) -> list[tuple[str, bool]]:
     """The bounds of a whole run, and whether each is kept."""
-    proven = {(row.name, row.model_class) for row in rows if row.writers_proven and row.readers_proven}
+    proven = {(row.name, row.model_class) for row in rows if row.tier == "proven"}
     causal = {(one.name, one.model_class) for one in types if one.causal}
     wrappers = {(one.name, one.model_class) for one in types if one.wrapper}
     writers = sum(row.writers_proven for row in rows if (row.name, row.model_class) in causal)

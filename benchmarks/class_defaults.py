@@ -13,17 +13,22 @@ _INDEXER = {
     "indexer_head_dim": 64,
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }
 
 EXTRA: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGBS": 9}},
     "cohere_compass": {"text_config": _FULL_AND_SLIDING},
     "cohere_compass_text": _FULL_AND_SLIDING,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "emu3": {"vocabulary_map": {"<image>": 8}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [22, 22, 20]}}},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [8, 4, 4]}, "head_dim": 64}},
     "glm_ocr": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}, "head_dim": 128}},
+    "granite4_vision": {"deepstack_layer_map": [[-7, 3], [-1, 0]], "downsample_rate": "4/8"},
     "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 4},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": {"mrope_section": [16, 16, 16, 16]}}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": {"mrope_section": [16, 24, 24]}}},

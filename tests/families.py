@@ -52,6 +52,7 @@ _DELTA: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 10,
 }
+IMAGE_TOKEN = tiny.VOCABULARY - 1  # stands for a byte that UTF-8 never uses
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -67,10 +68,75 @@ def _config(model_type: str, **values: Any) -> Callable[[], PretrainedConfig]:
     return lambda: AutoConfig.for_model(model_type, **values)
 
 
+WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llava": _config(
+        "llava",
+        text_config={**_HEADS, "model_type": "llama"},
+        vision_config={**_VISION, "model_type": "clip_vision_model"},
+        image_token_index=IMAGE_TOKEN,
+    ),
+    "gemma3": _config(
+        "gemma3",
+        text_config=dict(_HEADS),
+        vision_config={**_VISION, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE_TOKEN,
+        eos_token_id=1,
+    ),
+    "qwen2_5_vl": _config(
+        "qwen2_5_vl",
+        text_config={**_SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "depth": 2,
+            "num_heads": 2,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 48,
+        },
+        image_token_id=IMAGE_TOKEN,
+    ),
+    "mllama": _config(
+        "mllama",
+        text_config={**_SIZES, "bos_token_id": 0, "cross_attention_layers": [1, 3]},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        image_token_index=IMAGE_TOKEN,
+    ),
+    "llama4": _config(
+        "llama4",
+        text_config={
+            **_HEADS,
+            "intermediate_size_mlp": 72,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 1,
+            "moe_layers": [1, 3],
+        },
+        vision_config={
+            **_VISION,
+            "intermediate_size": 64,
+            "vision_output_dim": 24,
+            "projector_input_dim": 20,
+            "projector_output_dim": 24,
+        },
+    ),
+}
+"""Multimodal models: the class of each has a vision tower too."""
+
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    **{
-        name: tiny.FAMILIES[name] for name in ("llama-bias", "gemma2", "gemma3", "gpt2", "gpt_neox", "olmo2", "gpt_oss")
-    },
+    **{name: tiny.FAMILIES[name] for name in ("llama-bias", "gemma2", "gpt2", "gpt_neox", "olmo2", "gpt_oss")},
+    "gemma3": WRAPPERS["gemma3"],
     "mixtral": _config("mixtral", **_HEADS, num_local_experts=6),
     "qwen2_moe": _config(
         "qwen2_moe",
@@ -151,19 +217,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         ffn_dim=80,
         word_embed_proj_dim=20,
     ),
-    "llava": _config(
-        "llava",
-        text_config={**_HEADS, "model_type": "llama"},
-        vision_config={**_VISION, "model_type": "clip_vision_model"},
-    ),
+    "llava": WRAPPERS["llava"],
 }
 
 
 def build(family: str, seed: int = 0) -> torch.nn.Module:
     """A random float32 model with gains and biases far from trivial."""
-    config = FAMILIES[family]()
-    wrapper = family in ("llava",)
-    auto = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+    config = {**FAMILIES, **WRAPPERS}[family]()
+    auto = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
     torch.manual_seed(seed)
     model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -15,13 +15,14 @@ from tests import families, tiny
 
 RECURRENT = ["qwen3_next", "jamba", "lfm2", "nemotron_h", "granitemoehybrid"]
 ATTENTION = ["deepseek_v3", "cohere2", "exaone4"]
+WRAPPERS = ["llava", "qwen2_5_vl"]
 
 
 def load(family: str, folder: Path) -> ChatModel:
     return ChatModel.load(families.save(family, folder), LoadSettings(dtype="float32", device="cpu", batch_size=8))
 
 
-@pytest.mark.parametrize("family", [*RECURRENT, *ATTENTION])
+@pytest.mark.parametrize("family", [*RECURRENT, *ATTENTION, *WRAPPERS])
 def test_batches_give_what_each_prompt_gives_alone(family: str, tmp_path: Path) -> None:
     model = load(family, tmp_path / "model")
     assert model.batch_support.caches

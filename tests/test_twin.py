@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, core_model_loading
 
 from ollama_forge.architectures.model_class import ModelClass, auto_class
 from ollama_forge.architectures.twin import build as twins
@@ -301,6 +301,22 @@ def test_refusals_say_why(config: Mapping[str, Any], message: str, hint: str) ->
     with pytest.raises(ForgeError, match=message) as error:
         build_twin(config)
     assert hint in error.value.hint
+
+
+def test_a_twin_that_cannot_be_saved_is_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some classes pad or split weights on saving, and fail where the sizes do not suit that."""
+    save = core_model_loading.revert_weight_conversion
+
+    def revert(model: Any, state: Any) -> Any:
+        if model.config.intermediate_size != 2 * model.config.hidden_size:
+            raise RuntimeError("negative dimension")
+        return save(model, state)
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", revert)
+    twin = build_twin({**LLAMA, "hidden_size": 2048, "intermediate_size": 4096})
+    assert twin.config["intermediate_size"] == 2 * twin.config["hidden_size"]
+    with pytest.raises(ForgeError, match="negative dimension"):
+        build_twin({**LLAMA, "hidden_size": 2048, "intermediate_size": 5120})
 
 
 def test_a_model_that_stays_large_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def learn_from(twin: Twin) -> LearnedArchitecture:
     if head is not None and not tied:
         module = head.rpartition(".")[0]
         roles += (RoleFound(head, module, writes=False, axis=1, linear=True, role=Role.UNEMBEDDING),)
-    return LearnedArchitecture(found.d_model, found.blocks, roles, locate(twin), found.gaps)
+    return LearnedArchitecture(found.d_model, found.blocks, roles, locate(twin), found.gaps, twin.text_alone)
 
 
 def _head(model: nn.Module) -> tuple[str | None, bool]:

@@ -130,6 +130,7 @@ class LearnedArchitecture:
         roles: the parameters that read or write the stream, with their roles.
         parameters: every parameter and buffer of the twin on disk.
         gaps: what could not be found out.
+        text_alone: the wrapper that the config names does not run on text; all else is about its type's causal LM.
     """
 
     d_model: int
@@ -137,3 +138,4 @@ class LearnedArchitecture:
     roles: tuple[RoleFound, ...]
     parameters: tuple[StoredParameter, ...]
     gaps: tuple[Gap, ...]
+    text_alone: bool = False

@@ -14,7 +14,7 @@ from ollama_forge.checkpoints.model_types import model_type_error
 from ollama_forge.errors import ForgeError, error_line
 
 
-def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False, text_alone: bool = False) -> Any:
     """``AutoModelForCausalLM`` or ``AutoModelForImageTextToText``: the one that loads a checkpoint with this config.
 
     It is the causal LM unless the type has none, or ``architectures`` names the wrapper that has a vision tower too.
@@ -22,6 +22,7 @@ def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
     Args:
         config: the content of config.json.
         trust_remote_code: whether the checkpoint's own Python code may be executed.
+        text_alone: take the causal LM also where ``architectures`` names the wrapper, if the type has both.
 
     Raises:
         ForgeError: transformers has no such class for the ``model_type``.
@@ -49,7 +50,7 @@ def auto_class(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     wrapper = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     named = config.get("architectures") or ()
-    if wrapper is not None and (causal is None or (wrapper != causal and wrapper in named)):
+    if wrapper is not None and (causal is None or (wrapper != causal and wrapper in named and not text_alone)):
         return AutoModelForImageTextToText
     if causal is None and CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:  # nor was one registered
         raise ForgeError(
@@ -66,11 +67,21 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
     return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
 
 
+def has_text_class(config: Mapping[str, Any]) -> bool:
+    """Whether a config names a wrapper of a type that has a causal LM too, which loads the text model alone."""
+    return auto_class(config) is not auto_class(config, text_alone=True)
+
+
 class ModelClass:
     """Builds models of the class that loads a checkpoint, from its config or from other configs of the same type."""
 
     def __init__(
-        self, config: Mapping[str, Any], folder: Path | None = None, *, trust_remote_code: bool = False
+        self,
+        config: Mapping[str, Any],
+        folder: Path | None = None,
+        *,
+        trust_remote_code: bool = False,
+        text_alone: bool = False,
     ) -> None:
         """Find the class.
 
@@ -78,15 +89,22 @@ class ModelClass:
             config: the content of config.json.
             folder: the checkpoint's folder, for a model with Python code of its own.
             trust_remote_code: whether that code may be executed.
+            text_alone: take the causal LM of a type whose wrapper ``config`` names.
 
         Raises:
             ForgeError: transformers has no such class, or the code of the folder cannot be executed.
         """
-        self.model_type = str(config.get("model_type"))
+        self.model_type, self.text_alone = str(config.get("model_type")), text_alone
         self._trust = trust_remote_code and needs_remote_code(config)
-        self._folder, self._map = folder, config.get("auto_map")
-        self._auto = auto_class(config, trust_remote_code=self._trust)
+        self._config, self._folder, self._map = config, folder, config.get("auto_map")
+        self._auto = auto_class(config, trust_remote_code=self._trust, text_alone=text_alone)
         self._config_class = _config_class(config, folder, trust_remote_code=self._trust)
+
+    def text_class(self) -> ModelClass | None:
+        """The causal LM of a type that has one beside the wrapper, if this is the wrapper; else None."""
+        if self._trust or self.text_alone or not has_text_class(self._config):
+            return None
+        return ModelClass(self._config, text_alone=True)
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with the defaults of its class for all that it does not name.

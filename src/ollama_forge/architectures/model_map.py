@@ -167,6 +167,8 @@ class ModelMap:
             is also written to the copy.
         gaps: what reads or writes the residual stream, or might, but is in no matrix; a sentence each.
         alike: for each layer, the paths of the twin's blocks that stand for it.
+        text_alone: the model is loaded as the causal LM of its type, because the wrapper that its config names does
+            not run on text; the wrapper's towers are among ``unused``.
     """
 
     model_type: str
@@ -179,6 +181,7 @@ class ModelMap:
     copies: Mapping[str, str] = field(default_factory=dict)
     gaps: tuple[str, ...] = ()
     alike: tuple[tuple[str, ...], ...] = ()
+    text_alone: bool = False
 
     @property
     def n_layers(self) -> int:

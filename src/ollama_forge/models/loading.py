@@ -59,7 +59,7 @@ def load_module(
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            loader = _loader(checkpoint, config, trust_remote_code=own_code)
+            loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=model_map.text_alone)
             options |= _placement(device, load_in_8bit=load_in_8bit)
             loaded: Any = loader(
                 dtype=dtype,
@@ -73,12 +73,14 @@ def load_module(
     _check_complete(checkpoint, model_map, module, info)
     if model_map.tied:
         _check_tied(checkpoint, module)
+    if model_map.text_alone:
+        say("note: the class of the whole model does not run on text; the text model is loaded alone")
     return module  # type: ignore[no-any-return]
 
 
-def _loader(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool) -> Callable[..., Any]:
+def _loader(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool, text_alone: bool) -> Callable[..., Any]:
     """The ``from_pretrained`` of the checkpoint, given its config and tensors; packed tensors are decoded."""
-    auto = auto_class(checkpoint.config, trust_remote_code=trust_remote_code)
+    auto = auto_class(checkpoint.config, trust_remote_code=trust_remote_code, text_alone=text_alone)
     packed = bool(checkpoint.tensors.packed)
     if packed or checkpoint.has_stray_quantization_config:
         _forget_quantisation(config)

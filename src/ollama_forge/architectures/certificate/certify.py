@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.certificate.certificate import Certificate, EditKind, Failure, Leak
+from ollama_forge.architectures.certificate.held_norms import norms_sharing
 from ollama_forge.architectures.certificate.leaks import (
     NudgedBlock,
     Start,
@@ -26,7 +27,7 @@ from ollama_forge.architectures.certificate.leaks import (
     writing_parameters,
     written_alone,
 )
-from ollama_forge.architectures.certificate.reach import Part, parts_of, prompts_for, prompts_reaching, reached
+from ollama_forge.architectures.certificate.reach import Part, felt, parts_of, prompts_for, prompts_reaching, reached
 from ollama_forge.architectures.certificate.stream import BlockCall, Blocks, Inputs, share_along
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.twin.build import Twin
@@ -135,6 +136,7 @@ class _Examination:
         more: list[dict[str, Any]] = []
         if waiting:
             waiting -= reached(blocks.model, prompts, self.matrices[kind])
+            waiting -= felt(blocks.model, prompts[0], self.matrices[kind], waiting)
             more = prompts_reaching(self.twin, blocks.model, self.matrices[kind], waiting)
             waiting -= reached(blocks.model, more, self.matrices[kind]) if more else set()
         return more
@@ -221,8 +223,9 @@ class _Examination:
         }
 
     def nudged(self, blocks: Blocks, call: BlockCall) -> NudgedBlock:
-        norms = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
-        return NudgedBlock(call, [blocks.model.get_submodule(norm) for norm in norms])
+        paths = {matrix.reads.module for matrix in self.map.matrices if matrix.reads and matrix.reads.module}
+        known = {blocks.model.get_submodule(path) for path in paths}
+        return NudgedBlock(call, [*known, *norms_sharing(known, call.module)])
 
     def separate(self, seed: int) -> Tensor:
         """A direction ``[n_layers, d_model]`` for each layer; layers that share a parameter share the direction."""

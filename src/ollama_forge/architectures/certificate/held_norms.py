@@ -5,7 +5,7 @@ Unheld, a norm passes on a nudge of any direction: its denominator moves, and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,12 @@ class HeldNorm:
         if not bool((error <= _PARALLEL * given.norm(dim=-1)).all()):
             return None
         return cls(before, after, norm.gain, norm.centred, scale.to(before.dtype))
+
+
+def norms_sharing(known: Iterable[nn.Module], block: nn.Module) -> list[nn.Module]:
+    """The modules of a block that own a parameter of a known norm: blocks may share parameters, but not modules."""
+    gains = {gain for norm in known for gain in norm.parameters()}
+    return [module for module in block.modules() if any(p in gains for p in module.parameters(recurse=False))]
 
 
 def centre(x: Tensor, centred: bool) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.architectures.calls import copied, first_tensor
-from ollama_forge.architectures.certificate.stream import Inputs
+from ollama_forge.architectures.certificate.stream import Inputs, run_model
 from ollama_forge.architectures.model_map import Matrix, Place
+from ollama_forge.architectures.roles.region import nudged
 from ollama_forge.architectures.twin.build import Twin
 from ollama_forge.architectures.twin.shrink import token_ids
 
@@ -40,6 +41,21 @@ def reached(model: nn.Module, prompts: Iterable[Inputs], matrices: Iterable[Matr
         if bool(gradient.any())
     }
     model.zero_grad()
+    return found
+
+
+def felt(model: nn.Module, inputs: Inputs, matrices: Iterable[Matrix], missing: set[Part]) -> set[Part]:
+    """The missing matrices without experts on which the logits depend: a class may stop their gradient."""
+    before = first_tensor(run_model(model, inputs))
+    found: set[Part] = set()
+    for matrix in matrices:
+        single = [place for place in matrix.places if place.expert is None]
+        if (matrix.tensor, None) in missing and single:
+            parameter = model.get_submodule(single[0].module).get_parameter(single[0].parameter)
+            with nudged(parameter, parameter.detach() + 1):
+                after = first_tensor(run_model(model, inputs))
+            if before is not None and after is not None and not torch.equal(before, after):
+                found.add((matrix.tensor, None))
     return found
 
 

@@ -6,16 +6,19 @@ model of its config, without weights, tells which parameters there are, and thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ollama_forge.architectures.learned import LearnedArchitecture
+from ollama_forge.architectures.model_class import has_text_class
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.architectures.names.accounts import check_complete, check_known
 from ollama_forge.architectures.names.layout import Layout
 from ollama_forge.architectures.names.matrices import MatrixBuilder
 from ollama_forge.architectures.names.pieces import Shape
+from ollama_forge.architectures.names.spelling import Spelling
 from ollama_forge.architectures.second_copies import second_copies
 from ollama_forge.architectures.twin.skeleton import build_skeleton
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -33,9 +36,8 @@ def bind_checkpoint(
     Raises:
         ForgeError: as ``bind``; or the checkpoint's index names tensors that no shard holds.
     """
-    skeleton = build_skeleton(checkpoint.config, checkpoint.folder, trust_remote_code=trust_remote_code)
-    layout = Layout(learned, skeleton, checkpoint.tensors.shapes)
-    model_map = _model_map(learned, layout, str(checkpoint.config.get("model_type", "")))
+    config, shapes = checkpoint.config, checkpoint.tensors.shapes
+    layout, model_map = _bound(learned, config, shapes, checkpoint.folder, trust_remote_code)
     absent = layout.spelling.read(checkpoint.tensors.absent)
     lost = sorted(name for name, spelled in absent.items() if layout.head not in spelled.targets)
     if lost:
@@ -58,8 +60,39 @@ def bind(learned: LearnedArchitecture, config: Mapping[str, Any], shapes: Mappin
     Raises:
         ForgeError: a tensor is missing or unknown, or has a shape that contradicts the config.
     """
-    layout = Layout(learned, build_skeleton(config), shapes)
-    return _model_map(learned, layout, str(config.get("model_type", "")))
+    return _bound(learned, config, shapes, None, trust_remote_code=False)[1]
+
+
+def _bound(
+    learned: LearnedArchitecture,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    folder: Path | None,
+    trust_remote_code: bool,
+) -> tuple[Layout, ModelMap]:
+    text_alone = learned.text_alone
+    skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code, text_alone=text_alone)
+    towers = _towers(config, skeleton, shapes) if text_alone else frozenset()
+    layout = Layout(learned, skeleton, {name: shape for name, shape in shapes.items() if name not in towers})
+    model_map = _model_map(learned, layout, str(config.get("model_type", "")))
+    return layout, replace(model_map, unused=model_map.unused | towers, text_alone=text_alone)
+
+
+def _towers(config: Mapping[str, Any], text: Any, names: Iterable[str]) -> frozenset[str]:
+    """The tensors of the wrapper that a config names which its type's causal LM, ``text``, does not know."""
+    if not has_text_class(config):
+        return frozenset()
+    known = [_known(Spelling(model), names) for model in (build_skeleton(config), text)]
+    return frozenset(known[0] - known[1])
+
+
+def _known(spelling: Spelling, names: Iterable[str]) -> set[str]:
+    """The tensors that fill something of a model."""
+    return {
+        name
+        for name, spelled in spelling.read(names).items()
+        if any(target in spelling.names for target in spelled.targets)
+    }
 
 
 def _model_map(learned: LearnedArchitecture, layout: Layout, model_type: str) -> ModelMap:

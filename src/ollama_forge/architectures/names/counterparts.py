@@ -66,7 +66,8 @@ class Counterparts:
     """Finds the counterpart of each parameter.
 
     Attributes:
-        blocks: paths of the real model's blocks, in order.
+        blocks: paths of the real model's blocks, in order; without those whose like in the twin never ran on text
+            (Mllama's cross-attention to images).
         found: the counterpart of each parameter that has one.
         unclear: parameters without one, although the twin has some that differ in numbers alone and have a role.
 
@@ -78,9 +79,13 @@ class Counterparts:
         self.roles: dict[str, list[RoleFound]] = {}
         for role in learned.roles:
             self.roles.setdefault(role.parameter, []).append(role)
-        self.blocks = _blocks(learned.blocks, model)
+        names = list(names)
         twin_names = [stored.parameter for stored in learned.parameters]
         twin_kinds, self._twin_inside, self._twin_outside = _by_block(twin_names, learned.blocks)
+        idle = set(_by_block(twin_names, _idle_blocks(twin_names, learned.blocks))[0].values())
+        all_blocks = _blocks(learned.blocks, model)
+        kinds = _by_block(names, all_blocks)[0]
+        self.blocks = tuple(b for b in all_blocks if kinds[b] in twin_kinds.values() or kinds[b] not in idle)
         kinds, inside, outside = _by_block(names, self.blocks)
         self._cache: dict[tuple[Any, ...], tuple[str, str, int | None] | None] = {}
         self._alike: dict[str, list[str]] = {}
@@ -167,6 +172,17 @@ def _blocks(twin_blocks: Iterable[str], model: Any) -> tuple[str, ...]:
         else:
             blocks.append(path)
     return tuple(dict.fromkeys(blocks))
+
+
+def _idle_blocks(twin_names: Iterable[str], twin_blocks: Iterable[str]) -> tuple[str, ...]:
+    """The twin's blocks in the lists of ``twin_blocks`` that are not among them: they never ran on text."""
+    ran = set(twin_blocks)
+    parents = {path.rpartition(".")[0] for path in ran if path.rpartition(".")[2].isdecimal()}
+    numbered = [
+        (parent, name.removeprefix(f"{parent}.").partition(".")[0]) for parent in parents for name in twin_names
+    ]
+    found = {f"{parent}.{number}" for parent, number in numbered if number.isdecimal()}
+    return tuple(sorted(found - ran))
 
 
 def _by_block(

@@ -30,6 +30,7 @@ from ollama_forge.architectures.roles.readers import Readers
 from ollama_forge.architectures.roles.region import Region, nudged, owns_matrix
 from ollama_forge.architectures.roles.writers import Writers
 from ollama_forge.architectures.twin.build import Twin
+from ollama_forge.errors import ForgeError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def find_roles(twin: Twin) -> Found:
     """Find the blocks of a twin, and the parameters that write to its residual stream or read it.
 
     The weights are nudged, and restored bit for bit.
+
+    Raises:
+        ForgeError: the blocks have no stream in common, as those of an encoder and a decoder.
     """
     paths = Paths(twin.model)
     calls = find_block_calls(twin)
@@ -130,20 +134,26 @@ def _between(calls: list[BlockCall], start: Region, shape: StreamShape, paths: P
         if before.given.shape == after.taken.shape and torch.equal(before.given, after.taken):
             continue
         points = [point for point in [*addends, *latest.values()] if point.shape == taken.shape]
-        if not _is_sum(taken, points):
+        if not points:
+            raise ForgeError(
+                f"there is no one residual stream: {paths.module(after.block)} takes another number of vectors than "
+                f"{paths.module(before.block)} gives",
+                "take a model of decoder layers alone",
+            )
+        if not _is_weighted_sum(taken, points):
             gaps.append(
                 Gap(paths.module(after.block), "stream", "its input is no sum of what the blocks before it gave")
             )
     return gaps
 
 
-def _is_sum(taken: Tensor, points: list[Tensor]) -> bool:
-    """Whether vectors ``[rows, d]`` are weighted sums, row by row, of fewer than ``d`` others."""
-    if not points or len(points) >= taken.shape[1]:
+def _is_weighted_sum(total: Tensor, points: list[Tensor]) -> bool:
+    """Whether each row of ``total`` ``[rows, d_model]`` is a weighted sum of the same rows of fewer points."""
+    if len(points) >= total.shape[1]:
         return False
-    columns, target = torch.stack(points, 2), taken[:, :, None]
-    weights = torch.linalg.lstsq(columns, target, driver="gelsd").solution
-    return bool((columns @ weights - target).norm() <= 1e-4 * taken.norm())
+    columns = torch.stack(points, 2)
+    weights = torch.linalg.lstsq(columns, total[:, :, None], driver="gelsd").solution
+    return bool((columns @ weights - total[:, :, None]).norm() <= 1e-4 * total.norm())
 
 
 def _addends(start: Region, d_model: int) -> list[Tensor]:

@@ -55,17 +55,13 @@ class MeasuredBlock:
     ran: frozenset[nn.Module]
 
     def at(self, other: nn.Module, number: int, paths: Paths) -> MeasuredBlock | None:
-        """The same for another block of its kind; None if they share parameters, or if not all of it could be found out
-        (the reasons name modules).
-        """
+        """The same for another block of its kind; None if not all of it could be found out: reasons name modules."""
         if any(isinstance(item, Gap) for item in self.items):
             return None
         here, there = self.block.named_parameters(), other.named_parameters()
         names = {paths.parameter(a): paths.parameter(b) for (_, a), (_, b) in zip(here, there, strict=True)}
         modules = dict(zip(self.block.modules(), other.modules(), strict=True))
         places = {paths.module(a): paths.module(b) for a, b in modules.items()} | {"": ""}
-        if names.keys() & set(names.values()):
-            return None
         roles = [item for item in self.items if isinstance(item, RoleFound)]
         try:
             items = tuple(_moved(role, number, names, places) for role in roles)

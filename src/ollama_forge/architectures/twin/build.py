@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.architectures.model_class import ModelClass
+from ollama_forge.architectures.model_class import ModelClass, auto_class
 from ollama_forge.architectures.twin.shrink import (
     Scale,
     expert_count,
@@ -55,11 +55,13 @@ class Twin:
         model: the float32 module in eval mode, with random weights.
         config: the content of its config.json.
         inputs: keyword arguments of a forward pass over ``[batch, tokens]`` token ids, without a cache.
+        text_alone: the config names a wrapper that does not run on text; the model is the causal LM of its type.
     """
 
     model: nn.Module
     config: Mapping[str, Any]
     inputs: Mapping[str, Any]
+    text_alone: bool = False
 
     def run(self) -> Tensor:
         """The logits ``[batch, tokens, vocabulary]`` of a forward pass, float32."""
@@ -73,7 +75,8 @@ def build_twin(
 ) -> Twin:
     """Build the twin of the checkpoint with this config.json.
 
-    Every kind of layer of the full depth is in it, once or more. The global random state is left as it is.
+    Every kind of layer of the full depth is in it, once or more. If the wrapper that the config names does not run on
+    text, but the type's causal LM does, it is a twin of that one. The global random state is left as it is.
 
     Args:
         config: the content of config.json.
@@ -94,6 +97,8 @@ def save_twin(twin: Twin, folder: Path) -> None:
     model: Any = twin.model
     with _quiet(), _offline():
         model.save_pretrained(folder, max_shard_size="100GB")
+    if twin.config.get("model_type") != model.config.model_type:
+        (folder / "config.json").write_text(json.dumps(twin.config, default=str), encoding="utf-8")
 
 
 def config_key(config: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -197,21 +202,30 @@ class _Search:
         return _block_kinds(model) | layer_kinds(config)
 
     def candidate(self, config: dict[str, Any]) -> _Candidate:
-        """Build, fill and run."""
-        _check_size(self.model_class.build(config, "meta"))
+        """Build, fill and run. A causal LM that runs takes the place of a wrapper that does not."""
+        twin = self.filled(self.model_class, config)
+        try:
+            _check_runs(twin)
+        except Exception:
+            text_class = self.model_class.text_class()
+            if text_class is None:
+                raise
+            twin = self.filled(text_class, config)
+            _check_runs(twin)
+            self.model_class = text_class
+        _check_saves(twin.model)
+        return _Candidate(config, twin)
+
+    def filled(self, model_class: ModelClass, config: dict[str, Any]) -> Twin:
+        """A twin that has not run yet."""
+        _check_size(model_class.build(config, "meta"))
         with _marked_uninitialised():
-            model = self.model_class.build(config, "cpu")
+            model = model_class.build(config, "cpu")
         _fill(model, self.seed)
         _fill_choices(model, expert_count(config), self.seed)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = _tokens(config, vocabulary, self.seed)
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        twin = Twin(model, model.config.to_dict(), inputs)
-        if not torch.isfinite(twin.run()).all():
-            raise ValueError("its logits are not finite")
-        short = inputs["input_ids"][:1, :_FEW_TOKENS]
-        Twin(model, twin.config, inputs | {"input_ids": short}).run()  # sizes may fit 64 tokens by chance
-        return _Candidate(config, twin)
+        inputs = {"input_ids": _tokens(config, vocabulary, self.seed), "use_cache": False}
+        return Twin(model, _config_of(model, config), inputs, model_class.text_alone)
 
     def spread(self, found: _Candidate) -> Twin:
         """The twin, with sizes as pairwise different as a few tries can make them."""
@@ -250,6 +264,30 @@ class _Search:
     def failure(self, hint: str = "check that config.json is the model's own, and complete") -> ForgeError:
         reason = self.reasons.most_common(1)[0][0]
         return ForgeError(f"no small model of the class of {self.model_class.model_type!r} runs: {reason}", hint)
+
+
+def _config_of(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """The model's own config; that of its wrapper if no class is known for its own."""
+    own: dict[str, Any] = model.config.to_dict()
+    try:
+        auto_class(own)
+    except ForgeError:
+        return {**config, "architectures": [type(model).__name__]}
+    return own
+
+
+def _check_runs(twin: Twin) -> None:
+    """Run a twin, also on a text of another length: sizes may fit one by chance."""
+    for inputs in (twin.inputs, {**twin.inputs, "input_ids": twin.inputs["input_ids"][:1, :_FEW_TOKENS]}):
+        if not torch.isfinite(replace(twin, inputs=inputs).run()).all():
+            raise ValueError("its logits are not finite")
+
+
+def _check_saves(model: Any) -> None:
+    """Rename, split and fuse the weights as ``save_pretrained`` does; some classes can do it for some sizes alone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    revert_weight_conversion(model, model.state_dict())
 
 
 def _check_size(model: nn.Module) -> None:

@@ -17,12 +17,15 @@ VOCABULARY = 264
 _POSITIONS = 2048
 _CHUNK = 16  # tokens that a recurrence computes at once: several chunks in a short text
 _MIN_WIDTH, _MAX_WIDTH = 80, 2048  # of the residual stream: in fewer channels, random vectors are too nearly parallel
+_CHANNEL_GROUP = 32  # image codecs normalise channels in so many groups
 _FIXED_BELOW = 32  # widths under this (states of a recurrence, low ranks) are kept
 _MAX_VALUES = 8  # a list with more different numbers does not tell kinds of layers apart
 _IGNORED = {"transformers_version", "_name_or_path", "architectures", "torch_dtype", "dtype", "quantization_config"}
 
 
-_Kind = Enum("_Kind", "LABELS SECTION CHUNK POSITIONS VOCABULARY TOKEN TOP_K EXPERTS DEPTH LAYERS HEADS KEPT WIDTH")
+_Kind = Enum(
+    "_Kind", "LABELS SECTION CHUNK POSITIONS VOCABULARY TOKEN TOP_K EXPERTS DEPTH LAYERS HEADS KEPT CHANNELS WIDTH"
+)
 _PATTERNS: tuple[tuple[_Kind, re.Pattern[str]], ...] = tuple(  # the first that matches a key says what its number is
     (kind, re.compile(pattern))
     for kind, pattern in (
@@ -44,9 +47,10 @@ _PATTERNS: tuple[tuple[_Kind, re.Pattern[str]], ...] = tuple(  # the first that 
             r"n_fft|fps|spatial|temporal|frame|resolution|num_|^n_(?!embd|inner|state)|group|expand|top_?k|ratio|factor|"
             r"_every|l_cache|d_conv|levels|sinkhorn",
         ),
+        (_Kind.CHANNELS, r"channels"),
         (
             _Kind.WIDTH,
-            r"size|dims?($|_)|rank|embd|inner|d_model|d_ff|d_kv|width|channels|hidden|d_head|ffn|state|features|d_embed",
+            r"size|dims?($|_)|rank|embd|inner|d_model|d_ff|d_kv|width|hidden|d_head|ffn|state|features|d_embed",
         ),
     )
 )
@@ -271,6 +275,7 @@ class _Shrinker:
             _Kind.LAYERS: lambda: self.layers(key, value, depth),
             _Kind.HEADS: lambda: value // self.scale.heads if value % self.scale.heads == 0 else value,
             _Kind.WIDTH: lambda: self.width(value),
+            _Kind.CHANNELS: lambda: max(self.width(value), min(value, _CHANNEL_GROUP)),
         }
         return kinds.get(_kind(key), lambda: value)()
 
