@@ -227,7 +227,7 @@ def test_a_packed_checkpoint_is_decoded_for_the_gguf_file(tmp_path: Path) -> Non
     if not kept.problem:
         assert any("MXFP4" in note and "bf16 copy" in note for note in kept.notes)
         assert kept.disk_space == made.disk_space + 2 * source.parameters
-    write_decoded(source, map_checkpoint(source), tmp_path / "decoded")
+    write_decoded(source, tmp_path / "decoded")
     decoded = Checkpoint(tmp_path / "decoded", "decoded", "folder")
     assert not decoded.tensors.packed
     assert quantisation_entry(decoded.config) is None

@@ -63,7 +63,8 @@ def _summary(found: Inspection) -> Iterator[str]:
         )
     if found.unused is not None and found.unused.count:
         groups = ", ".join(f"{name} ({count:,})" for name, count in found.unused.groups.items())
-        size = f"{found.unused.count:,} tensors, {_count(found.unused.parameters)} parameters"
+        tensors = "1 tensor" if found.unused.count == 1 else f"{found.unused.count:,} tensors"
+        size = f"{tensors}, {_count(found.unused.parameters)} parameters"
         yield f"copied without a role: {size}: {groups}"
 
 

@@ -56,12 +56,7 @@ class AppliedEdit:
 
 
 def apply_plan(
-    checkpoint: Checkpoint,
-    model: ModelMap,
-    plan: EditPlan,
-    folder: Path,
-    out_dtype: OutDtype,
-    settings: dict[str, Any],
+    checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype, settings: dict[str, Any]
 ) -> AppliedEdit:
     """Write the edited weights into ``folder``, with an index if they are sharded.
 
@@ -73,7 +68,7 @@ def apply_plan(
         ForgeError: an edited tensor holds NaN or a value too large for its type, a source file is cut short, or the
             disk is full.
     """
-    return _EditWriter(checkpoint, model, plan, folder, out_dtype).run(settings)
+    return _EditWriter(checkpoint, plan, folder, out_dtype).run(settings)
 
 
 @dataclass
@@ -111,9 +106,7 @@ class _MatrixSums:
 
 
 class _EditWriter:
-    def __init__(
-        self, checkpoint: Checkpoint, model: ModelMap, plan: EditPlan, folder: Path, out_dtype: OutDtype
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype) -> None:
         self.checkpoint, self.plan, self.folder, self.out_dtype = checkpoint, plan, folder, out_dtype
         self.tensors = checkpoint.tensors
         self.owners = {part: tensor for tensor in self.tensors.packed.values() for part in tensor.parts + tensor.extras}

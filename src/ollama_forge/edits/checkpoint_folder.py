@@ -118,7 +118,7 @@ def write_checkpoint(
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
     with atomic_folder(folder) as partial:
-        applied = apply_plan(checkpoint, model, plan, partial, rule, described)
+        applied = apply_plan(checkpoint, plan, partial, rule, described)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
         record = {
@@ -156,14 +156,14 @@ def write_checkpoint(
     return applied
 
 
-def write_decoded(checkpoint: Checkpoint, model: ModelMap, folder: Path) -> None:
+def write_decoded(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a copy of a checkpoint whose packed tensors are decoded to bf16.
 
     Raises:
         ForgeError: the disk is full; ``folder`` is then unchanged.
     """
     with atomic_folder(folder) as partial:
-        applied = apply_plan(checkpoint, model, EditPlan("none", {}, {}, projects=False), partial, OutDtype.AUTO, {})
+        applied = apply_plan(checkpoint, EditPlan("none", {}, {}, projects=False), partial, OutDtype.AUTO, {})
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
 

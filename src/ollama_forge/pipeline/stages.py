@@ -221,7 +221,7 @@ def _decoded(ready: Preflight, cache: StageCache) -> Iterator[Checkpoint]:
         yield written
         return
     folder = cache.path(_DECODED)
-    write_decoded(written, ready.model_map, folder)
+    write_decoded(written, folder)
     try:
         yield Checkpoint(folder, written.label, "folder")
     finally:
