@@ -102,7 +102,7 @@ class Speech:
             if each:
                 up = self._answer(reader, each)
                 down = self._answer(reader, {token: -row for token, row in each.items()})
-                moved = moved_tokens(up).nonzero().flatten().tolist()
+                moved = moved_tokens(up)[: len(chosen)].nonzero().flatten().tolist()
                 linear |= {chosen[token]: _linear(up[token], down[token]) for token in moved}
         return linear
 
