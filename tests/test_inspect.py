@@ -189,7 +189,9 @@ def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_partly_proven_model_is_edited_where_it_is_proven(partly: Path, tmp_path: Path) -> None:
+def test_a_partly_proven_model_is_edited_where_it_is_proven(
+    partly: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, pt = tmp_path / "edited", tmp_path / "r.pt"
     RefusalDirection(tiny.unit_vector().unsqueeze(0), layer=2).save(pt)
     settings = EditSettings(targets=("attention", "mlp"))
@@ -198,6 +200,7 @@ def test_a_partly_proven_model_is_edited_where_it_is_proven(partly: Path, tmp_pa
     assert "--allow-partial" in caught.value.hint
     assert not out.exists()
     _, applied = apply(str(partly), out, refusal_pt=pt, settings=settings, allow_partial=True)
+    assert "2 of 14 matrices are not proven and left as they are: layer 2: odd still writes" in capsys.readouterr().err
     layer = {name for name in applied.changed if ".layers.2." in name}
     assert {name.split(".")[-2] for name in layer} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert any("layers.1.mlp.down_proj" in name for name in applied.changed)
@@ -237,7 +240,9 @@ def test_what_is_not_proven_is_shown(partly: Path, capsys: pytest.CaptureFixture
     assert "--allow-partial" in out
 
 
-def test_modules_that_never_run_on_text_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_never_run_on_text_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny.save(tiny.build("llama"), tmp_path / "model").folder
     idle = ("layers.1.cross", "layers.3.cross")
     monkeypatch.setattr(
@@ -246,6 +251,9 @@ def test_modules_that_never_run_on_text_are_named(tmp_path: Path, monkeypatch: p
     )
     assert inspect(str(folder)).tier is Tier.PROVEN
     assert any("layers.1.cross and 1 more" in warning for warning in inspect(str(folder)).warnings)
+    examined = replace(proven.examine(Checkpoint(folder, "it", "folder")), idle=idle)
+    examined.require_proven("it", None, allow_partial=False)
+    assert "left as they are: layers.1.cross and 1 more" in capsys.readouterr().err
 
 
 def test_a_refused_model_is_not_edited_even_in_part(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, core_model_loading
 
+from ollama_forge.architectures import cache
+from ollama_forge.architectures.cache import config_key
 from ollama_forge.architectures.model_class import ModelClass, auto_class
 from ollama_forge.architectures.twin import build as twins
-from ollama_forge.architectures.twin.build import Twin, build_twin, config_key, save_twin
+from ollama_forge.architectures.twin.build import Twin, build_twin, save_twin
 from ollama_forge.errors import ForgeError
 from tests.tiny import FAMILIES
 
@@ -359,9 +361,23 @@ def test_the_key_of_a_config_counts_what_decides_the_architecture(tmp_path: Path
     assert config_key({**LLAMA, "architectures": ["A", "B"]}) == config_key({**LLAMA, "architectures": ["B", "A"]})
     assert config_key({**LLAMA, "architectures": ["A"]}) != key
     (tmp_path / "modeling.py").write_text("a = 1")
-    with_code = config_key(LLAMA, tmp_path)
+    assert config_key(LLAMA, tmp_path) == key  # transformers has the class: the folder's code is not executed
+    own = {**LLAMA, "model_type": "odd", "auto_map": {"AutoConfig": "modeling.OddConfig"}}
+    with_code = config_key(own, tmp_path)
     (tmp_path / "modeling.py").write_text("a = 2")
-    assert len({key, with_code, config_key(LLAMA, tmp_path)}) == 3
+    assert len({config_key(own), with_code, config_key(own, tmp_path)}) == 3
+
+
+def test_the_key_of_a_config_counts_the_code_of_the_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate tells of the edit that it was made with."""
+    key, read = config_key(LLAMA), Path.read_bytes
+    changed = lambda path: read(path) + (b"#" if path.name == "orthogonal.py" else b"")  # noqa: E731
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    cache._code.cache_clear()
+    other = config_key(LLAMA)
+    monkeypatch.undo()
+    cache._code.cache_clear()
+    assert config_key(LLAMA) == key != other
 
 
 def test_biases_that_choose_experts_leave_all_of_them_in_use() -> None:

@@ -1,34 +1,26 @@
 """Learn how a model is built from experiments on its twin, and map the checkpoint's tensors to roles.
 
-The result for a config is cached: it depends on the config, and on the versions of transformers and of this package's
-experiments.
+The result for a config is cached (``cache.py``).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ollama_forge.architectures.cache import cached
 from ollama_forge.architectures.learned import LearnedArchitecture, RoleFound
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.names.bind import bind_checkpoint
 from ollama_forge.architectures.names.locate import locate
 from ollama_forge.architectures.parts.assign import assign_roles
 from ollama_forge.architectures.roles.find import find_roles
-from ollama_forge.architectures.twin.build import Twin, build_twin, config_key
+from ollama_forge.architectures.twin.build import Twin, build_twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.errors import ForgeError
-from ollama_forge.files import write_json
 from ollama_forge.progress import status
-from ollama_forge.records import from_json, to_json
-from ollama_forge.system import cache_root
-
-_LEARNED: dict[str, LearnedArchitecture] = {}
 
 
 def map_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelMap:
@@ -54,10 +46,12 @@ def learn(
     Raises:
         ForgeError: transformers does not know the class, or no twin of it runs.
     """
-    key = config_key(config, folder)
-    if key not in _LEARNED:
-        _LEARNED[key] = _from_cache(key) or _learn_anew(key, config, folder, trust_remote_code)
-    return _LEARNED[key]
+
+    def find() -> LearnedArchitecture:
+        with status(f"learning how a {config.get('model_type')} model is built"):
+            return learn_from(build_twin(config, folder=folder, trust_remote_code=trust_remote_code))
+
+    return cached(LearnedArchitecture, ".json", config, folder, find)
 
 
 def learn_from(twin: Twin) -> LearnedArchitecture:
@@ -77,25 +71,3 @@ def _head(model: nn.Module) -> tuple[str | None, bool]:
     weight = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     embedding = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     return names.get(id(weight)), weight is not None and weight is embedding
-
-
-def _learn_anew(
-    key: str, config: Mapping[str, Any], folder: Path | None, trust_remote_code: bool
-) -> LearnedArchitecture:
-    with status(f"learning how a {config.get('model_type')} model is built"):
-        learned = learn_from(build_twin(config, folder=folder, trust_remote_code=trust_remote_code))
-    with suppress(OSError, ForgeError):  # an unwritable cache costs a few seconds the next time
-        _cache_path(key).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_cache_path(key), to_json(learned))
-    return learned
-
-
-def _from_cache(key: str) -> LearnedArchitecture | None:
-    try:
-        return from_json(LearnedArchitecture, json.loads(_cache_path(key).read_text(encoding="utf-8")))
-    except (OSError, ValueError, ForgeError):  # absent, or written by another version
-        return None
-
-
-def _cache_path(key: str) -> Path:
-    return cache_root() / "architectures" / f"{key}.json"

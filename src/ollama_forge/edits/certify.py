@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,25 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ollama_forge.architectures.cache import cached
 from ollama_forge.architectures.certificate.certificate import Certificate, EditKind
 from ollama_forge.architectures.certificate.certify import Load, certify
 from ollama_forge.architectures.learn import learn
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.names.bind import bind_checkpoint
-from ollama_forge.architectures.twin.build import Twin, build_twin, config_key, save_twin
+from ollama_forge.architectures.twin.build import Twin, build_twin, save_twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.orthogonal import orthogonal_edit
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.errors import ForgeError, error_line
-from ollama_forge.files import write_json
 from ollama_forge.progress import status
 from ollama_forge.quiet import quiet_transformers
-from ollama_forge.records import from_json, to_json
-from ollama_forge.system import cache_root
-
-_CERTIFICATES: dict[str, Certificate] = {}
 
 
 def certify_architecture(
@@ -45,32 +39,17 @@ def certify_architecture(
     Raises:
         ForgeError: transformers does not know the class, no twin of it runs, or its edited twin cannot be loaded.
     """
-    key = config_key(config, folder)
-    path = cache_root() / "architectures" / f"{key}.certificate.json"
-    if key not in _CERTIFICATES:
-        _CERTIFICATES[key] = _from_cache(path) or _certify_anew(config, folder, path, trust_remote_code)
-    return _CERTIFICATES[key]
 
+    def find() -> Certificate:
+        learned = learn(config, folder, trust_remote_code=trust_remote_code)
+        with status(f"proving edits of a {config.get('model_type')} model"), TemporaryDirectory() as saved:
+            twin = build_twin(config, folder=folder, trust_remote_code=trust_remote_code)
+            save_twin(twin, Path(saved))
+            checkpoint = Checkpoint(Path(saved), "the twin", "folder")
+            model_map = bind_checkpoint(learned, checkpoint, trust_remote_code=trust_remote_code)
+            return certify_twin(twin, checkpoint, model_map)
 
-def _certify_anew(config: Mapping[str, Any], folder: Path | None, path: Path, trust_remote_code: bool) -> Certificate:
-    learned = learn(config, folder, trust_remote_code=trust_remote_code)
-    with status(f"proving edits of a {config.get('model_type')} model"), TemporaryDirectory() as saved:
-        twin = build_twin(config, folder=folder, trust_remote_code=trust_remote_code)
-        save_twin(twin, Path(saved))
-        checkpoint = Checkpoint(Path(saved), "the twin", "folder")
-        model_map = bind_checkpoint(learned, checkpoint, trust_remote_code=trust_remote_code)
-        certificate = certify_twin(twin, checkpoint, model_map)
-    with suppress(OSError, ForgeError):  # an unwritable cache costs a few seconds the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_json(certificate))
-    return certificate
-
-
-def _from_cache(path: Path) -> Certificate | None:
-    try:
-        return from_json(Certificate, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # absent, or written by another version
-        return None
+    return cached(Certificate, ".certificate.json", config, folder, find)
 
 
 def certify_twin(twin: Twin, checkpoint: Checkpoint, model_map: ModelMap) -> Certificate:

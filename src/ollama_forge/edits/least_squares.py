@@ -43,8 +43,7 @@ from ollama_forge.models.matrices import weight_of
 from ollama_forge.progress import bar
 
 RIDGE = 0.01
-# Measured on a chat model copied into 16 experts of permuted neurons (top 2, 96 pairs, strength 2.5): of 64 harmful
-# prompts 0 rows leave 2 refused at a first-token KL of 0.087, 2 rows leave 3 at 0.038, and 8 rows leave 6 at 0.030.
+# More rows keep experts that saw few inputs closer to what they were: less damage, and more refusals left.
 PRIOR_ROWS = 2.0
 Weight = Callable[[Matrix, int | None], Tensor]
 

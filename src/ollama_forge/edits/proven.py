@@ -14,6 +14,7 @@ from ollama_forge.edits.certify import certify_architecture
 from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
+from ollama_forge.progress import say
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,18 @@ class Examined:
                 if proven
                 else "use another model, or other --targets",
             )
+        if reasons:
+            left = f"{len(chosen) - proven} of {len(chosen)} matrices"
+            say(f"note: {left} are not proven and left as they are: {reasons[0]}{_and_more(reasons)}")
+        if self.idle:
+            say(f"note: {self.idle_note}")
         return self.model_map
+
+    @property
+    def idle_note(self) -> str:
+        """What to know of the modules that never run on text."""
+        more = f" and {len(self.idle) - 1} more" if len(self.idle) > 1 else ""
+        return f"modules that never run on text are not tested, and left as they are: {self.idle[0]}{more} of the twin"
 
     def _is_selected(self, matrix: Matrix, settings: EditSettings | None) -> bool:
         if settings is None:

@@ -98,11 +98,7 @@ def _read_vectors(tensors: CheckpointTensors, names: Sequence[str]) -> dict[str,
 def _warnings(examined: Examined, rows: Sequence[MatrixRow], loud: Sequence[LoudChannel]) -> Iterable[str]:
     model = examined.model_map
     if examined.idle:
-        more = f" and {len(examined.idle) - 1} more" if len(examined.idle) > 1 else ""
-        yield (
-            f"modules that never run on text are not tested, and not edited if they write or read: {examined.idle[0]}"
-            f"{more} of the twin"
-        )
+        yield examined.idle_note
     yield from (_loud_warning(channel, model.n_layers) for channel in loud if channel.post_norms)
     if all(row.strength is None for row in rows):
         yield "these settings edit no matrix: lower --skip-begin-layers and --skip-end-layers, or widen --targets"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import warnings
@@ -10,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,30 +96,6 @@ def save_twin(twin: Twin, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size="100GB")
     if twin.config.get("model_type") != model.config.model_type:
         (folder / "config.json").write_text(json.dumps(twin.config, default=str), encoding="utf-8")
-
-
-def config_key(config: Mapping[str, Any], folder: Path | None = None) -> str:
-    """A hash of all that the learned architecture depends on, as 64 hexadecimal digits.
-
-    Args:
-        config: the content of config.json.
-        folder: the checkpoint's folder if its own Python code builds the model, which then counts too.
-    """
-    content = [
-        _code(),
-        version("transformers"),
-        sorted(config.get("architectures") or ()),
-        without_ignored(config),
-        [path.read_bytes().hex() for path in sorted(folder.glob("*.py"))] if folder is not None else [],
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """A hash of the code of ``architectures/``: another version of the experiments may learn a class differently."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @dataclass(frozen=True)
