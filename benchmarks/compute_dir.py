@@ -14,11 +14,11 @@ import time
 
 import torch
 
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.prompts.split import PartPrompts, split_prompts
+from ollama_forge.sources.resolve import resolve
 
 ROUNDS = 3
 

@@ -26,7 +26,7 @@ from quantise import quantising_costs
 
 
 def main() -> int:
-    from ollama_forge.checkpoints.resolve import resolve
+    from ollama_forge.sources.resolve import resolve
 
     resolve("demo")  # outside of the timing: downloads and dequantising
     with tempfile.TemporaryDirectory() as temporary:

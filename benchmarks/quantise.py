@@ -30,15 +30,16 @@ print(own, worker, _cores())
 
 def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     """Mean first-token KL (nats) between a model and its quantised file on the harmless report prompts."""
-    from ollama_forge.checkpoints.resolve import resolve
+    from ollama_forge.checkpoints.gguf.converter import find_converter
     from ollama_forge.edits.registry import max_pairs
     from ollama_forge.evaluation.measure import kl_per_prompt
-    from ollama_forge.export.convert import convert, find_converter
+    from ollama_forge.export.convert import convert
     from ollama_forge.export.quantise import quantise
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.models.gguf_model import SLOTS, GgufModel, llama_server
     from ollama_forge.models.greedy import first_log_probs
     from ollama_forge.prompts.settings import PromptSettings
+    from ollama_forge.sources.resolve import resolve
 
     source = resolve(model)
     if not (folder / "converted.gguf").exists():
@@ -61,9 +62,10 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def main() -> int:
-    from ollama_forge.checkpoints.resolve import resolve
-    from ollama_forge.export.convert import convert, find_converter
+    from ollama_forge.checkpoints.gguf.converter import find_converter
+    from ollama_forge.export.convert import convert
     from ollama_forge.export.quantise import find_tool
+    from ollama_forge.sources.resolve import resolve
 
     tool = sys.argv[1] if len(sys.argv) > 1 else find_tool()
     source = resolve("demo")

@@ -103,9 +103,9 @@ def engine_process(pipe: Connection) -> None:
 
     As the server, the engine is in a process of its own, with its own OpenMP threads.
     """
-    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.serving.engines.transformers import TransformersEngine
+    from ollama_forge.sources.resolve import resolve
 
     engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()))
     while question := pipe.recv():
@@ -187,8 +187,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=11511)
     given = parser.parse_args()
-    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
+    from ollama_forge.sources.resolve import resolve
 
     model = ChatModel.load(resolve("demo-base"), LoadSettings())
     for module in model.module.modules():

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ollama_forge.checkpoints import demo
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import measure
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.prompts.split import split_prompts
+from ollama_forge.sources import demo
+from ollama_forge.sources.resolve import resolve
 
 SAMPLE = 40
 

@@ -9,10 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engines.base import Constraint, Request, Sampling
 from ollama_forge.serving.engines.transformers import TransformersEngine
+from ollama_forge.sources.resolve import resolve
 from tests.engines import by_generate, greedy, together
 
 QUESTIONS = (

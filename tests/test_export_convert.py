@@ -13,17 +13,16 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.gguf import converter
+from ollama_forge.checkpoints.gguf.converter import SCRIPT, find_converter, supported_architectures
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
-from ollama_forge.export import convert as converting
 from ollama_forge.export.convert import (
     convert,
     error_line,
     fallback_pre_tokenizer,
-    find_converter,
-    supported_architectures,
     unsupported_reason,
 )
 from ollama_forge.files import partial_of
@@ -147,7 +146,7 @@ def test_architectures_are_read_without_running_it() -> None:
 
 
 def test_architectures_of_older_converters(tmp_path: Path) -> None:
-    (tmp_path / converting.SCRIPT).write_text(
+    (tmp_path / SCRIPT).write_text(
         '@ModelBase.register("OneForCausalLM", "OtherModel")\nclass A: ...\n@Model.register("Third")\nclass B: ...\n',
         encoding="utf-8",
     )
@@ -190,7 +189,7 @@ def other_converter(folder: Path, body: str) -> Path:
     """A llama.cpp folder whose converter has ``out``, the path to write."""
     folder.mkdir()
     (folder / "gguf-py").mkdir()
-    (folder / converting.SCRIPT).write_text(
+    (folder / SCRIPT).write_text(
         "import sys\ndef main():\n    out = sys.argv[sys.argv.index('--outfile') + 1]\n"
         + "".join(f"    {line}\n" for line in body.splitlines()),
         encoding="utf-8",
@@ -228,7 +227,7 @@ def test_a_failing_converter(tmp_path: Path, body: str, words: str) -> None:
 def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ForgeError, match="holds no convert_hf_to_gguf"):
         find_converter(str(tmp_path))
-    monkeypatch.setattr(converting, "_PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(converter, "_PACKAGE", "no_such_package_at_all")
     with pytest.raises(ForgeError, match="not installed") as caught:
         find_converter(None)
     assert "--llama-cpp-dir" in caught.value.hint

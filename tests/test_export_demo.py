@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf_io import read_gguf
-from ollama_forge.checkpoints.resolve import resolve
+from ollama_forge.checkpoints.gguf.converter import find_converter
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import check_tokens
 from ollama_forge.export import quantise
-from ollama_forge.export.convert import convert, find_converter
+from ollama_forge.export.convert import convert
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import GgufModel, llama_server
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.checkpoints.gguf_io import Tensor, Value, read_gguf, value_of, write_header
+from ollama_forge.checkpoints.gguf.file import Tensor, Value, read_gguf, value_of, write_header
 from ollama_forge.errors import ForgeError
 from ollama_forge.export.quantise import rewrite
 

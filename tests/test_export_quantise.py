@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from ollama_forge.checkpoints import gguf_io
-from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, read_gguf, value_of
+from ollama_forge.checkpoints.gguf import file as gguf_io
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, read_gguf, value_of
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export import mix, quantise
 

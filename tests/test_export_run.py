@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from ollama_forge.checkpoints.gguf_io import Value, read_gguf, value_of
-from ollama_forge.checkpoints.resolve import resolve
+from ollama_forge.checkpoints.gguf.file import Value, read_gguf, value_of
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.checkpoint_folder import output_size
 from ollama_forge.edits.settings import EditSettings
@@ -26,6 +25,7 @@ from ollama_forge.pipeline import RunSettings, disk_space, exporting, run, stage
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.system import free_space
 from tests import fake_ollama, planted, test_gguf_source, tiny
 from tests.test_export_convert import byte_pairs

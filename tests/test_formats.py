@@ -23,7 +23,6 @@ from ollama_forge.checkpoints.formats.base import PackedMatrix, Region, Writable
 from ollama_forge.checkpoints.formats.fp8 import Fp8Codec
 from ollama_forge.checkpoints.formats.mxfp4 import Mxfp4Codec
 from ollama_forge.checkpoints.formats.rounding import Kept, Minifloat, round_keeping
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
 from ollama_forge.edits.orthogonal import plan_orthogonal
@@ -33,6 +32,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.sources.resolve import resolve
 from tests import tiny
 from tests.packed import BLOCK, FP8, FP8_FORMS, fp8_decoded, fp8_model, mark
 from tests.test_apply import packed_gpt_oss

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ollama_forge.api import apply
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.sources.resolve import resolve
 from tests import tiny
 from tests.packed import mark
 

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ollama_forge.architectures.learn import map_checkpoint
-from ollama_forge.checkpoints import gguf_source
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.errors import ForgeError
+from ollama_forge.sources import dequantised as gguf_source
+from ollama_forge.sources.resolve import resolve
 from tests import tiny
 
 D, HEADS, KV, FF, LAYERS = 64, 4, 2, 96, 2

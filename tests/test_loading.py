@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from ollama_forge.api import apply
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.errors import ForgeError
 from ollama_forge.models import loading
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.sources.resolve import resolve
 from tests import families, tiny
 
 SETTINGS = LoadSettings(device="cpu", dtype="float32")

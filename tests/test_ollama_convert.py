@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.checkpoints.gguf_header import read_header
+from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.cli.main import main
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.ollama.client import Client, digest_of

@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.cli.main import cli
 from ollama_forge.errors import ForgeError
 from ollama_forge.inspection import inspect
 from ollama_forge.models.loading import load_module
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
 

@@ -22,7 +22,6 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.twin.build import Twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.quantised import quantisation_entry
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.certify import full_edit
 from ollama_forge.edits.checkpoint_folder import write_decoded
@@ -39,6 +38,7 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.loading import load_module
 from ollama_forge.pipeline import run, stages
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.sources.resolve import resolve
 from tests import families, tiny
 from tests.packed import fp8_config, fp8_parts, mark, pack_fp8
 from tests.test_apply import packed_gpt_oss

@@ -17,7 +17,7 @@ import pytest
 
 import ollama_forge
 from ollama_forge.api import apply
-from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings

@@ -10,8 +10,8 @@ import pytest
 from tqdm.auto import tqdm
 
 from ollama_forge import progress
-from ollama_forge.checkpoints import gguf_source
 from ollama_forge.quiet import bars_on_terminals_only, no_bars, quiet_transformers
+from ollama_forge.sources import dequantised as gguf_source
 from tests import test_gguf_source
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.template import TemplateError
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny

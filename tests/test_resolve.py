@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load, save
 
 from ollama_forge.architectures.learn import map_checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.errors import ForgeError
+from ollama_forge.sources.resolve import resolve
 from tests import tiny
 from tests.fake_hub import COMMIT, OTHER_COMMIT, TOKEN, Hub, Repository, environment, serving
 
@@ -150,7 +150,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 SCRIPT = """
 import json, sys
 from ollama_forge.architectures.learn import map_checkpoint
-from ollama_forge.checkpoints.resolve import resolve
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.errors import ForgeError
 answers = []
 for model, revision in json.loads(sys.argv[1]):

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.converter import SCRIPT, converter_fingerprint
 from ollama_forge.edits.checkpoint_folder import PROVENANCE
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.convert import SCRIPT, converter_fingerprint
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.pipeline import disk_space, preflight, resume, run, stages

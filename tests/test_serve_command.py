@@ -26,7 +26,7 @@ WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
 ENDLESS = """
 import sys
-from ollama_forge.checkpoints import resolve
+from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.serving import served
 from ollama_forge.serving.engines.scripted import ScriptedEngine

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.serving.facts import ModelFacts, human_count
+from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
 

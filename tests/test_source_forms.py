@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from ollama_forge.api import apply
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints import pickled
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.sources.resolve import resolve
 from tests import tiny
 
 SETTINGS = LoadSettings(device="cpu", dtype="float32")

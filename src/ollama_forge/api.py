@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import DirectionSettings
@@ -26,6 +25,7 @@ from ollama_forge.models.holder import load_chat_model
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
+from ollama_forge.sources.resolve import resolve
 
 
 @dataclass(frozen=True)

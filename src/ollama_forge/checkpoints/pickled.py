@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollama_forge.checkpoints.cache_folder import cache_folder
 from ollama_forge.checkpoints.companions import companions
-from ollama_forge.checkpoints.gguf_source import cache_folder
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, index_shards
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter

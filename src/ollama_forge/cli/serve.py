@@ -49,13 +49,13 @@ def serve(**options: Any) -> None:
     if options["name"] is None and options["checkpoint"] is None:
         raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
     load = opt.load_settings(options)
-    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.progress import status
     from ollama_forge.serving.http.names import servable
     from ollama_forge.serving.http.server import announce, bind
     from ollama_forge.serving.http.server import serve as run
     from ollama_forge.serving.http.settings import ServeSettings
     from ollama_forge.serving.served import ServedModel
+    from ollama_forge.sources.resolve import resolve
 
     settings = ServeSettings(
         host=options["host"],

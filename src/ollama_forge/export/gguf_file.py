@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ollama_forge import __version__
-from ollama_forge.checkpoints.gguf_io import Gguf, Value, read_gguf, value_of
+from ollama_forge.checkpoints.gguf.file import Gguf, Value, read_gguf, value_of
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
-from ollama_forge.checkpoints.gguf_io import Gguf, Tensor
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import UsageError
 
 DEFAULT = "Q4_K_M"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf_io import Gguf, read_gguf
+from ollama_forge.checkpoints.gguf.converter import find_converter
+from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.convert import find_converter, unsupported_reason
+from ollama_forge.export.convert import unsupported_reason
 from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quant, quant_of_file_type
 from ollama_forge.files import human_size
 from ollama_forge.models.gguf_model import llamacpp_is_installed

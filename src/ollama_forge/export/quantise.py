@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 
-from ollama_forge.checkpoints.gguf_io import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
 from ollama_forge.errors import ForgeError
 from ollama_forge.export import quantise_worker
 from ollama_forge.export.mix import PLAIN, ModelProperties, file_type, tensor_types

@@ -11,7 +11,6 @@ from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.hub import TransferError, card_base_model
 from ollama_forge.checkpoints.hub_headers import HubCheckpoint
-from ollama_forge.checkpoints.resolve import look_up, require_editable
 from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.proven import Examined, examine
@@ -21,6 +20,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.inspection.inspection import Inspection, MatrixRow, Sizes
 from ollama_forge.inspection.loud_channels import LOUD, LoudChannel, loud_channels, norm_tensors
 from ollama_forge.inspection.rows import matrix_rows, unused_tensors
+from ollama_forge.sources.resolve import look_up, require_editable
 
 
 def inspect(

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ollama_forge.checkpoints.gguf_header import read_header
+from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import write_text
 from ollama_forge.names import check_ollama_name

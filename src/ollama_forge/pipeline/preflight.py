@@ -11,7 +11,6 @@ from typing import Any
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
-from ollama_forge.checkpoints.resolve import resolve
 from ollama_forge.edits.checkpoint_folder import check_output, output_size
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.proven import Examined, examine
@@ -23,6 +22,7 @@ from ollama_forge.ollama.registration import Registration, plan_registration
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
+from ollama_forge.sources.resolve import resolve
 
 PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.evaluation.measure import Measurement, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
-from ollama_forge.export.convert import convert, converter_fingerprint
+from ollama_forge.export.convert import convert
 from ollama_forge.export.gguf_file import QuantisedFile, check_file_tokens, measure_file, quantise_file
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.files import write_bytes

@@ -89,9 +89,9 @@ def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | N
 
 
 def _load(name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings) -> Talker:
-    from ollama_forge.checkpoints.resolve import resolve
     from ollama_forge.serving.served import ServedModel
     from ollama_forge.serving.talkers import LocalTalker
+    from ollama_forge.sources.resolve import resolve
 
     if name is not None:
         folder = run_folder(name) / "checkpoint"

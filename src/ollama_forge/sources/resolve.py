@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.demo import demo_checkpoint
 from ollama_forge.checkpoints.formats.registry import unreadable_tensor
-from ollama_forge.checkpoints.gguf_source import gguf_checkpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
 from ollama_forge.checkpoints.hub_headers import hub_checkpoint
 from ollama_forge.checkpoints.pickled import convert_pickled
@@ -17,6 +15,8 @@ from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
 from ollama_forge.errors import ForgeError
 from ollama_forge.progress import say
+from ollama_forge.sources.demo import demo_checkpoint
+from ollama_forge.sources.dequantised import gguf_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

