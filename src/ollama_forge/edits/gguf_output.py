@@ -223,9 +223,8 @@ class _GgufWriter:
         name, sums = edit.matrix.tensor, MatrixSums()
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
-            blockwise = BlockwiseEdit(source, edit, expert, self.label)
-            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
-            encoded = blockwise.encode(counted, target.codec_of(name, expert))
+            blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert))
+            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
             size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
             for place, rows in zip(target.places(name, expert), encoded.parts, strict=True):
                 place.write(self.out, rows)
