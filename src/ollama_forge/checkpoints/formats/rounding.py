@@ -139,6 +139,11 @@ class Kept:
         """The products, ``[k, m]``."""
         return self.basis.T @ (matrix if self.axis == 0 else matrix.T)
 
+    def matrix_of(self, products: Tensor) -> Tensor:
+        """The smallest matrix with these products ``[k, m]``."""
+        matrix = self.basis @ products
+        return matrix if self.axis == 0 else matrix.T
+
     def turned(self) -> Kept:
         """The same for the transposed matrix."""
         return Kept(self.basis, 1 - self.axis)
