@@ -2,8 +2,8 @@
 
 An edit changes each value by less than the spacing of most types, and encoding alone would undo most of it. Each block
 takes the scales with the smaller squared error: those it had before the edit, or new ones from libgguf. With scales
-fixed, ``round_keeping`` chooses the codes. In types with codebooks (IQ1 to IQ3), where a code stands for several values,
-libgguf encodes again instead, each time with the products' errors subtracted from the values.
+fixed, ``round_keeping`` chooses the codes. In types with codebooks (IQ1 to IQ3) a code stands for several values; there
+libgguf encodes several times, each time after the products' errors have been subtracted from the values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES, BlockType
 from ollama_forge.checkpoints.gguf.codec import PLAIN_TYPES, block_size, decode_rows, encode_rows
 from ollama_forge.system import usable_cores
 
-_ENCODINGS = 7  # of types with codebooks, at most
-_WORTHWHILE = 0.9  # the fall of the products' error that is worth another encoding
+_ENCODINGS = 6  # of types with codebooks
 _CHUNK = 1 << 20  # values that are encoded at a time on each core, in about ten float32 tensors
 _FLOATS = {Type.F16: FLOAT16, Type.BF16: BFLOAT16}
 
@@ -130,9 +129,8 @@ class _Rows:
             data = encode_rows(aim, self.kind, self.importance)
             errors = kept.product(decode_rows(data, self.kind).sub_(self.values))
             size = float(errors.norm())
-            if best is not None and size > _WORTHWHILE * least:
-                break
-            best, least = data, size
+            if best is None or size < least:
+                best, least = data, size
             aim = aim - kept.matrix_of(errors)
         assert best is not None
         return best
