@@ -125,14 +125,26 @@ def write_tokenizer(file: Gguf, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _config(vocabulary))
+    write_json(folder / "generation_config.json", _token_ids(vocabulary))
+    _write_templates(file, folder)
+
+
+def token_ids(file: Gguf) -> dict[str, int | list[int] | None]:
+    """The ids of the first, the last and the padding token, as config.json names them; several may be the last.
+
+    Raises:
+        ForgeError: the file has no tokens.
+    """
+    return _token_ids(Vocabulary.of(file))
+
+
+def _token_ids(vocabulary: Vocabulary) -> dict[str, int | list[int] | None]:
     ends = vocabulary.end_ids
-    ids = {
+    return {
         "bos_token_id": vocabulary.id("bos"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": vocabulary.id("padding"),
     }
-    write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-    _write_templates(file, folder)
 
 
 def _config(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, n
 from ollama_forge.errors import ForgeError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
-from ollama_forge.sources.dequantised import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
