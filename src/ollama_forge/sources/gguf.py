@@ -17,7 +17,11 @@ from ollama_forge.files import atomic_folder, sha256_json, write_json
 from ollama_forge.progress import status
 from ollama_forge.sources.gguf_tokenizer import token_ids, write_tokenizer
 
-_NOT_MODELS = {"adapter": "a LoRA adapter", "mmproj": "a projector for images or sound", "imatrix": "an importance matrix"}
+_NOT_MODELS = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "a projector for images or sound",
+    "imatrix": "an importance matrix",
+}
 
 
 def gguf_checkpoint(path: Path, label: str) -> GgufCheckpoint:
@@ -42,18 +46,19 @@ def gguf_checkpoint(path: Path, label: str) -> GgufCheckpoint:
         return _checkpoint(folder, label, digest, config, file)
 
 
-def based_gguf_checkpoint(path: Path, label: str, base: Checkpoint) -> GgufCheckpoint:
-    """A GGUF file as a checkpoint with the config, the tokenizer and the tensor names of ``base``.
+def gguf_checkpoint_of(model: Checkpoint, path: Path, label: str | None = None) -> GgufCheckpoint:
+    """A GGUF file that was made from ``model``, as a checkpoint with its config, tokenizer and tensor names.
 
     Args:
+        model: a checkpoint; its weights are not read.
         path: the file, or any part of a split file.
-        base: the model from which the file was made; its weights are not read.
+        label: the name of the file in messages; None for its path.
 
     Raises:
-        ForgeError: the file is damaged, or does not fit ``base``.
+        ForgeError: the file is damaged, or does not fit ``model``.
     """
     file = read_model(path)
-    return _checkpoint(base.folder, label, files_sha256(file.parts), base.config, file)
+    return _checkpoint(model.folder, label or str(path), files_sha256(file.parts), model.config, file)
 
 
 def _checkpoint(folder: Path, label: str, digest: str, config: dict[str, Any], file: Gguf) -> GgufCheckpoint:

@@ -87,9 +87,7 @@ class Vocabulary:
     def end_ids(self) -> list[int]:
         """The ids that end an answer: end of sequence, of a turn, of a message."""
         named = [number for number in map(self.id, ("eos", "eot", "eom")) if number is not None]
-        known = [
-            self.ids[token] for token in _ENDS if token in self.ids and _NO_ENDS_IF.get(token, "") not in self.ids
-        ]
+        known = [self.ids[token] for token in _ENDS if token in self.ids and _NO_ENDS_IF.get(token, "") not in self.ids]
         return list(dict.fromkeys([*named, *known]))
 
 

@@ -11,7 +11,7 @@ from ollama_forge.checkpoints.gguf.digest import files_sha256
 from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
 from ollama_forge.checkpoints.gguf.layout import GgufLayout
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
-from ollama_forge.checkpoints.quantised import Quantisation
+from ollama_forge.checkpoints.quantised import Quantisation, quantisation_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class GgufCheckpoint(Checkpoint):
     def quantisation(self) -> Quantisation | None:
         """None: whatever their types, all tensors can be read."""
         return None
+
+    @property
+    def has_stray_quantization_config(self) -> bool:
+        """Whether config.json, that of the file's base then, names a quantisation."""
+        return quantisation_of(self._stored_config) is not None
 
     @cached_property
     def fingerprint(self) -> str:
