@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from ollama_forge.checkpoints.hub import fetch_files, hub_errors, listing, snapshot_folder
 from ollama_forge.errors import ForgeError
 
-_REFERENCE = re.compile(r"((?:https?://)?(?:hf\.co|huggingface\.co)/)?([A-Za-z0-9][\w.-]*/[\w.-]+?)(?::([^:]+))?")
+_REFERENCE = re.compile(r"((?:hf\.co|huggingface\.co)/)?([A-Za-z0-9][\w.-]*/[\w.-]+?)(?::([^:]+))?")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _TYPE = re.compile(r"(?:^|[-_./])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*))$", re.IGNORECASE)
 _DEFAULT_TYPE, _NO_TAG = "Q4_K_M", "latest"

@@ -180,8 +180,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=rule.whole_words))
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     _add_ends(tokenizer, vocabulary, bos=rule.adds_bos)
     return tokenizer
 
@@ -236,12 +236,12 @@ def _escaped(
     tokenizer = Tokenizer(model)
     escaped = normalizers.Replace(" ", _SPACE)
     before = [normalizers.Prepend(_SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*before, escaped])  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([*before, escaped])
     if splits:
         rules = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)
     after = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
     _add_ends(tokenizer, vocabulary, bos=True)
@@ -281,7 +281,7 @@ def _add_special(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
 
 
 def _strips_after(vocabulary: Vocabulary) -> bool:
-    """Whether special tokens swallow the white space behind them, which a file cannot say: llama.cpp knows it by name."""
+    """Whether special tokens swallow the white space behind them. No file says so; llama.cpp goes by the name too."""
     name = str(vocabulary.file.get("general.name", "")).lower()
     return "phi-3" in name or "phi3" in name
 
@@ -302,7 +302,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool) -> Non
     def around(part: str) -> list[str]:
         return [f"{piece}:{part[-1]}" for piece in ("bos", part[:2], "eos") if piece in ids or piece == part[:2]]
 
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=around("$A:0"),
         pair=[*around("$A:0"), *around("$B:1")],
         special_tokens=[
