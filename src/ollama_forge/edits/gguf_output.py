@@ -56,27 +56,27 @@ def write_gguf(
     settings: EditSettings | None,
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
-    edited_as: GGMLQuantizationType | None = None,
+    types: Types | None = None,
 ) -> AppliedEdit:
     """Write the edited file to ``path`` atomically. Memory is bounded by the largest matrix in its stored form.
 
     Args:
         provenance: further entries for the metadata, such as ``certificate`` and ``lists``.
-        edited_as: a type without blocks for the edited tensors, if they are quantised afterwards; None for their own
-            types. A type that cannot be encoded becomes the nearest K-quant.
+        types: the types to encode the edited tensors in, by the names of the file's tensors; None for their own, or the
+            nearest K-quant where that cannot be encoded.
 
     Raises:
         UsageError: ``path`` is the source, or lies in the store of an Ollama.
         ForgeError: too little disk space, a damaged source, or a failed write; ``path`` is then unchanged.
     """
-    types = planned_types(checkpoint, plan, edited_as)
+    planned = planned_types(checkpoint, plan, types)
     described = describe_edit(checkpoint, model, plan, settings, direction)
     metadata = edited_metadata(checkpoint.file.metadata, {**described, **(provenance or {})})
-    check_target(checkpoint, path, file_size(checkpoint.file, metadata, types))
-    if edited_as is None:
-        _say_changed_types(checkpoint.file, types)
+    check_target(checkpoint, path, file_size(checkpoint.file, metadata, planned))
+    if types is None:
+        _say_changed_types(checkpoint.file, planned)
     with atomic_file(path) as partial, disk_errors(path), partial.open("w+b", buffering=0) as out:
-        tensors = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in checkpoint.file.tensors]
+        tensors = [Tensor(tensor.name, tensor.shape, planned[tensor.name]) for tensor in checkpoint.file.tensors]
         placed = write_header(out, metadata, tensors)
         writer = _GgufWriter(checkpoint, plan, Gguf(partial, metadata, placed), out)
         return writer.run(described["settings"])
@@ -85,16 +85,20 @@ def write_gguf(
 # -- before writing -------------------------------------------------------------------------------------------------
 
 
-def planned_types(checkpoint: GgufCheckpoint, plan: EditPlan, edited_as: GGMLQuantizationType | None = None) -> Types:
+def planned_types(
+    checkpoint: GgufCheckpoint, plan: EditPlan, types: Types | None = None
+) -> dict[str, GGMLQuantizationType]:
     """The type of each tensor of the edited file; see ``write_gguf``."""
     names, parts = plan.changed_tensors, checkpoint.layout.parts
-    types = {}
+    planned: dict[str, GGMLQuantizationType] = {}
     for tensor in checkpoint.file.tensors:
-        edited = any(part.tensor in names for part in parts.get(tensor.name, ()))
-        own = tensor.type if can_encode(tensor.type) else nearest_encodable(tensor.type, tensor.row_length)
-        matrix = len(tensor.shape) > 1
-        types[tensor.name] = tensor.type if not edited else edited_as if edited_as is not None and matrix else own
-    return types
+        planned[tensor.name] = tensor.type
+        if any(part.tensor in names for part in parts.get(tensor.name, ())):
+            if types is not None:
+                planned[tensor.name] = types[tensor.name]
+            elif not can_encode(tensor.type):
+                planned[tensor.name] = nearest_encodable(tensor.type, tensor.row_length)
+    return planned
 
 
 def _say_changed_types(file: Gguf, types: Types) -> None:
