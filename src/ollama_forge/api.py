@@ -215,7 +215,7 @@ def apply(
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the unembedding is tied to the embedding, so it is edited too")
     if isinstance(source, GgufCheckpoint):
-        edit = GgufEdit(source, model_map, plan, settings, direction, provenance)
+        edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
         return _write_gguf(edit, output_dir, gguf)
     assert output_dir is not None
     applied = write_checkpoint(

@@ -23,9 +23,10 @@ from torch import Tensor as Values
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
-from ollama_forge.checkpoints.gguf.codec import can_encode, decode_rows, encode_rows, nearest_encodable
+from ollama_forge.checkpoints.gguf.codec import decode_rows, encode_rows
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, row_size, value_of, write_header
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
+from ollama_forge.checkpoints.gguf.types import can_encode, nearest_encodable
 from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
@@ -57,6 +58,7 @@ def write_gguf(
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
     types: Types | None = None,
+    importance: Mapping[str, Values] | None = None,
 ) -> AppliedEdit:
     """Write the edited file to ``path`` atomically. Memory is bounded by the largest matrix in its stored form.
 
@@ -64,6 +66,7 @@ def write_gguf(
         provenance: further entries for the metadata, such as ``certificate`` and ``lists``.
         types: the types to encode the edited tensors in, by the names of the file's tensors; None for their own, or the
             nearest K-quant where that cannot be encoded.
+        importance: for tensors of the file, the importance of each value of a row, ``[matrices, row length]``.
 
     Raises:
         UsageError: ``path`` is the source, or lies in the store of an Ollama.
@@ -78,7 +81,7 @@ def write_gguf(
     with atomic_file(path) as partial, disk_errors(path), partial.open("w+b", buffering=0) as out:
         tensors = [Tensor(tensor.name, tensor.shape, planned[tensor.name]) for tensor in checkpoint.file.tensors]
         placed = write_header(out, metadata, tensors)
-        writer = _GgufWriter(checkpoint, plan, Gguf(partial, metadata, placed), out)
+        writer = _GgufWriter(checkpoint, plan, Gguf(partial, metadata, placed), out, importance or {})
         return writer.run(described["settings"])
 
 
@@ -171,8 +174,11 @@ class _GgufWriter:
         out: the file, open for reading and writing.
     """
 
-    def __init__(self, checkpoint: GgufCheckpoint, plan: EditPlan, file: Gguf, out: FileIO) -> None:
+    def __init__(
+        self, checkpoint: GgufCheckpoint, plan: EditPlan, file: Gguf, out: FileIO, importance: Mapping[str, Values]
+    ) -> None:
         self.checkpoint, self.plan, self.file, self.out = checkpoint, plan, file, out
+        self.importance = importance
         self.label = checkpoint.label
         source = checkpoint.tensors
         self.views = [(source, GgufTensors(source.folder, file, source.layout))]
@@ -227,7 +233,7 @@ class _GgufWriter:
         name, sums = edit.matrix.tensor, MatrixSums()
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
-            blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert))
+            blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert, self.importance))
             encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
             size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
             for place, rows in zip(target.places(name, expert), encoded.parts, strict=True):

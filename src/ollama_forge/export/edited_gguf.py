@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGML_QUANT_VERSION
 
 from ollama_forge.architectures.model_map import ModelMap
@@ -17,12 +18,13 @@ from ollama_forge.checkpoints.gguf.file import read_gguf, value_of
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit, leak_notes
 from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size, write_checkpoint
-from ollama_forge.edits.gguf_output import PREFIX, file_size, planned_types, write_gguf
+from ollama_forge.edits.gguf_output import PREFIX, Types, file_size, planned_types, write_gguf
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.mix import ModelProperties, file_type, tensor_types
+from ollama_forge.export.mix import file_type
+from ollama_forge.export.quantise import planned_types as planned_types_of_mix
 from ollama_forge.export.quantise import rewrite
 from ollama_forge.files import atomic_folder, partial_of
 from ollama_forge.names import file_stem
@@ -39,6 +41,7 @@ class GgufEdit:
 
     Attributes:
         provenance: further entries for the records, such as ``certificate`` and ``lists``.
+        imatrix: an importance matrix for encoding all tensors in another type.
     """
 
     checkpoint: GgufCheckpoint
@@ -47,6 +50,7 @@ class GgufEdit:
     settings: EditSettings | None
     direction: RefusalDirection | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -124,22 +128,26 @@ def _write(edit: GgufEdit, path: Path, quant: str | None) -> AppliedEdit:
     """Write one file. Edited tensors are encoded in their final type from the exact edit, never twice."""
     if quant is None:
         return _write_gguf(edit, path)
-    file = edit.checkpoint.file
-    types = tensor_types(quant, ModelProperties.of(file), file.tensors)
+    types, matrix = planned_types_of_mix(edit.checkpoint.file, quant, edit.imatrix)
+    entries = {} if matrix is None else {t.name: matrix.of(t) for t in edit.checkpoint.file.tensors}
+    importance = {name: torch.from_numpy(entry) for name, entry in entries.items() if entry is not None}
     half = partial_of(path.with_name(f"{path.name}.edited"))
     try:
-        applied = _write_gguf(edit, half, types)
+        applied = _write_gguf(edit, half, types, importance)
         changes = {
             "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
             "general.file_type": value_of(file_type(quant)),
+            **({} if matrix is None else matrix.metadata()),
         }
-        rewrite(read_gguf(half), path, types, changes)
+        rewrite(read_gguf(half), path, types, changes, matrix)
     finally:
         half.unlink(missing_ok=True)
     return applied
 
 
-def _write_gguf(edit: GgufEdit, path: Path, types: Any = None) -> AppliedEdit:
+def _write_gguf(
+    edit: GgufEdit, path: Path, types: Types | None = None, importance: Mapping[str, torch.Tensor] | None = None
+) -> AppliedEdit:
     applied = write_gguf(
         edit.checkpoint,
         edit.model,
@@ -149,6 +157,7 @@ def _write_gguf(edit: GgufEdit, path: Path, types: Any = None) -> AppliedEdit:
         direction=edit.direction,
         provenance=edit.provenance,
         types=types,
+        importance=importance,
     )
     for note in leak_notes(applied):
         say(note)
@@ -182,15 +191,15 @@ def _write_checkpoint(edit: GgufEdit, folder: Path) -> None:
 
 
 def _needed(edit: GgufEdit, quants: Sequence[str], keep_checkpoint: bool) -> int:
-    """Upper bound in bytes on the size of the folder."""
+    """Upper bound in bytes on the size of the folder while it is written."""
     checkpoint, file = edit.checkpoint, edit.checkpoint.file
-    total = output_size(checkpoint, "bf16") if keep_checkpoint else 0
+    own = file_size(file, file.metadata, planned_types(checkpoint, edit.plan))
+    total = (output_size(checkpoint, "bf16") if keep_checkpoint else 0) + _RECORDS
     if not quants:
-        return total + _RECORDS + file_size(file, file.metadata, planned_types(checkpoint, edit.plan))
-    half = max(sum(tensor.size for tensor in file.tensors), 0)  # each file is first written with edited tensors alone
-    for quant in quants:
-        total += file_size(file, file.metadata, tensor_types(quant, ModelProperties.of(file), file.tensors))
-    return total + half + _RECORDS
+        return total + own
+    mixes = [planned_types_of_mix(file, quant, edit.imatrix)[0] for quant in quants]
+    halves = [file_size(file, file.metadata, planned_types(checkpoint, edit.plan, mix)) for mix in mixes]
+    return total + sum(file_size(file, file.metadata, mix) for mix in mixes) + max(halves)
 
 
 def _stem(checkpoint: GgufCheckpoint) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ollama_forge.checkpoints.formats.base import PackedMatrix, Region
 from ollama_forge.checkpoints.formats.rounding import Kept
-from ollama_forge.checkpoints.gguf.codec import block_size, decode_rows, spacing
+from ollama_forge.checkpoints.gguf.codec import decode_rows, spacing
 from ollama_forge.checkpoints.gguf.file import row_size
 from ollama_forge.checkpoints.gguf.keeping import encode_keeping
 from ollama_forge.checkpoints.gguf.rows import Lines
+from ollama_forge.checkpoints.gguf.types import block_size
 
 _ROWS = 0
 Indices = slice | Tensor
@@ -23,11 +24,16 @@ Indices = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Lines of a matrix that are rows of one GGUF tensor, whose type and row length these are."""
+    """Lines of a matrix that are rows of one GGUF tensor, whose type and row length these are.
+
+    Attributes:
+        importance: the weight of the squared error of each value of a row, for encoding; None for equal weights.
+    """
 
     type: GGMLQuantizationType
     length: int
     lines: Lines
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +104,11 @@ class GgufMatrixCodec:
             at_across, stored = _stored_across(member, across)
             rows = part[chosen, stored]
             place = _indices(at_lines, at_across)
+            weights = member.importance if member.importance is None else member.importance[_of_row(member, across)]
             own = (
                 None if turned is None else Kept(turned.basis[at_lines if turned.axis == 0 else at_across], turned.axis)
             )
-            encoded = encode_keeping(values[place], member.type, own, previous=rows)
+            encoded = encode_keeping(values[place], member.type, own, weights, rows)
             part[chosen, stored] = encoded.data
             written[place] = encoded.written
         return written if self.axis == _ROWS else written.T
@@ -129,6 +136,11 @@ def _stored_across(member: Member, wanted: slice) -> tuple[Indices, slice]:
         return _as_slice(member.lines.across), slice(None)
     block, size = block_size(member.type)
     return slice(0, wanted.stop - wanted.start), slice(wanted.start // block * size, -(-wanted.stop // block) * size)
+
+
+def _of_row(member: Member, wanted: slice) -> slice:
+    """The values of a row that are wanted."""
+    return wanted if member.lines.across is None else slice(None)
 
 
 def _indices(lines: Indices, across: Indices) -> tuple[Indices, Indices]:
