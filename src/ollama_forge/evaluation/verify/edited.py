@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.formats.base import TORCH_TYPES, WHOLE, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.base import TORCH_TYPES, WHOLE, Codec, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.edits.blocks import kept_products
 from ollama_forge.edits.factors import (
     EditedMatrix,
     Factors,
@@ -39,6 +41,8 @@ _EXPONENT = 0x7FF << 52  # of a float64
 _UNDERFLOW = torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 20  # values of a matrix that are compared at a time, in about ten float64 tensors
 _ROWS, _COLUMNS = 0, 1
+_DEVIATIONS = 8  # of the share of an edit that was applied
+_SHARE_OF_CODEBOOKS = 0.4  # that a type with codebooks may change of an edit, and of the products that it leaves
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def compare_edit(
     matrix, matrix_worst = edit.matrix, Worst()
     products = torch.zeros(3, len(probe), matrix.out_features, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
-    parts, applied = list[_Reference](), _AppliedShare()
+    parts, applied = list[_Reference](), _AppliedShare(_projection(edit, expert))
     for before, after, rows, columns, spacing in _blocks(source.tensors, written.tensors, edit, expert):
         rule, index = _rule_for(edit.rule, expert, rows, columns)
         exact = _reference(before.double(), rule, edit, index)
@@ -152,8 +156,9 @@ def compare_edit(
     if matrix.bias is not None and (edit.bias_edit is not None or adds_to_stream(matrix)):
         biases = _compare_bias(source, written, edit, expert, parts, matrix_worst)
         products += biases.unsqueeze(1) if adds_to_stream(matrix) else 0
-    if matrix.tensor in written.tensors.packed:
-        applied.judge(f"the size of the edit of {matrix.tensor}{'' if expert is None else [expert]}", matrix_worst)
+    if (packed := written.tensors.packed.get(matrix.tensor)) is not None:
+        place_of_share = f"the size of the edit of {matrix.tensor}{'' if expert is None else [expert]}"
+        applied.judge(place_of_share, matrix_worst, packed.codec)
     planned = products[1] if matrix_worst.passed else products[0]
     worst.merge(matrix_worst)
     norm, norm_before = squares.sqrt().tolist()
@@ -161,17 +166,19 @@ def compare_edit(
 
 
 class _AppliedShare:
-    """How much of the planned change a matrix got: ``<W' - W, P> / <P, P>`` for the planned change ``P = E - W``.
+    """How much of the planned change along its direction a matrix got.
 
     In a packed form, each value's edit may be much smaller than its rounding, so that values alone do not tell an edit
-    from none. All of them together do: rounding errors ``e = W' - E`` cancel in ``<e, P>``, as far as they are
-    independent, to a standard deviation of ``sqrt(sum e^2 P^2)``. Types with few numbers also shrink all values by a
-    share of ``|e|^2 / |E|^2``, and so ``P`` where it is not orthogonal to ``E``.
+    from none. All of them together do. With ``P`` the planned change ``E - W``, projected on the products that the edit
+    is about (``kept_products``), and ``e = W' - E`` the rounding errors, the share ``1 + <e, P> / <P, P>`` is 1 as far
+    as the errors are independent, to a standard deviation of ``sqrt(sum e^2 P^2) / <P, P>``. Types with few numbers
+    also shrink all values by a share of ``|e|^2 / |E|^2``, and the products of ``E`` with them.
     """
 
-    _DEVIATIONS = 8  # more than the largest one of all matrices that anyone will verify
+    _DEVIATIONS = 8  # values that share a code are not independent
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Kept | None) -> None:
+        self.kept = kept
         self.along = self.planned = self.variance = self.rounded = self.size = self.overlap = self.arithmetic = 0.0
 
     def add(self, before: Tensor, exact: Tensor, after: Tensor, error: Tensor) -> None:
@@ -180,7 +187,7 @@ class _AppliedShare:
         Args:
             error: the bound on the error of float32 arithmetic.
         """
-        change, rounding = exact - before, after - exact
+        change, rounding = self._projected(exact - before), after - exact
         products = rounding * change
         self.along += float(products.sum())
         self.variance += float(products.square().sum())
@@ -190,14 +197,30 @@ class _AppliedShare:
         self.overlap += float((exact * change).sum())
         self.arithmetic += float((error * change.abs()).sum())
 
-    def judge(self, place: str, worst: Worst) -> None:
+    def _projected(self, change: Tensor) -> Tensor:
+        if self.kept is None:
+            return change
+        basis = self.kept.basis.double()
+        return basis @ (basis.T @ change) if self.kept.axis == 0 else (change @ basis) @ basis.T
+
+    def judge(self, place: str, worst: Worst, codec: Codec) -> None:
         """Update ``worst`` with the distance of the share from 1, and the bound on it."""
         if not self.planned:
             return
-        shrunk = 2 * abs(self.overlap) * self.rounded / (self.size or 1.0)
-        bound = self._DEVIATIONS * self.variance**0.5 + shrunk + self.arithmetic
-        values = torch.tensor([abs(self.along), bound], dtype=torch.float64) / self.planned
+        assert isinstance(codec, WritableCodec)
+        if codec.rounds_values:
+            bound = _DEVIATIONS * self.variance**0.5 + 2 * abs(self.overlap) * self.rounded / (self.size or 1.0)
+        else:
+            bound = _SHARE_OF_CODEBOOKS * (self.planned + abs(self.overlap))
+        values = torch.tensor([abs(self.along), bound + self.arithmetic], dtype=torch.float64) / self.planned
         worst.update(values[:1], values[1:], lambda _: place)
+
+
+def _projection(edit: MatrixEdit, expert: int | None) -> Kept | None:
+    """The products that an edit is about; None if its whole change is, as with given factors without a norm rule."""
+    if isinstance(edit.rule, FixedFactors) and edit.rescale is Rescale.NONE:
+        return None
+    return kept_products(edit, expert)
 
 
 def adds_to_stream(matrix: Matrix) -> bool:
