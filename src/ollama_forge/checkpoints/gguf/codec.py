@@ -24,6 +24,7 @@ from ollama_forge.errors import ForgeError
 
 PLAIN_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 """torch's type for each type whose values have no blocks."""
+_LARGEST = 65504.0  # of float16, the type of all scales but those of MXFP4; libgguf aborts on some larger values
 _PREPARING = threading.Lock()
 _prepared: set[Type] = set()
 
@@ -79,7 +80,8 @@ def encode_rows(values: Tensor, kind: Type, importance: Tensor | None = None) ->
             raise _unfit(kind)
         return data
     rows: Any = values.float().contiguous().numpy()
-    if not np.isfinite(rows).all():
+    largest = np.abs(rows).max(initial=0)
+    if not (largest <= _LARGEST or (kind == Type.MXFP4 and np.isfinite(largest))):
         raise _unfit(kind)
     _prepare(kind)
     data = torch.from_numpy(libgguf.quantize_rows(rows, kind, None if importance is None else importance.numpy()))
