@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from ollama_forge.architectures.model_class import ModelClass
 
 _MARKS = (0.4375, 54)  # values that no class has as a default
 _MISSING = re.compile(r"KeyError: (.*)")
-_MAX_SUPPLEMENTS = 8
+_MAX_SUPPLIED = 8
 
 
 class Forward:
@@ -37,28 +36,24 @@ class Forward:
             model_type, architecture: those of the config.
 
         Raises:
-            ForgeError: the class has no complete default config, or the converter takes none.
+            ForgeError: the class has no complete default config, or the converter does not take it.
         """
-        self.session, self.arch, self.architecture = session, arch, architecture
+        self.session, self.arch, self.model_type, self.architecture = session, arch, model_type, architecture
         self.model_class = ModelClass({"model_type": model_type})
         self.supplied: dict[str, Path | None] = {}
-        self._answers: dict[str, dict[str, Any]] = {}
-        self.base = self.completed({"model_type": model_type})
-        for _ in range(_MAX_SUPPLEMENTS):
+        self._answers: dict[str, dict[str, Any] | ConverterError] = {}
+        self.base = self._completed({})
+        for _ in range(_MAX_SUPPLIED):
             try:
                 self.metadata(self.base)
                 break
             except ConverterError as error:
                 self._supply(error)
 
-    def completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config with the defaults of its class for all that it does not name.
-
-        Raises:
-            ForgeError: the class rejects the config.
-        """
-        found = json.loads(json.dumps(self.model_class.complete(config), default=str))
-        return {**found, "model_type": self.model_class.model_type, "architectures": [self.architecture]}
+    def _completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        named = {"model_type": self.model_type, **config}
+        found = json.loads(json.dumps(self.model_class.complete(named), default=str))
+        return {**found, "model_type": self.model_type, "architectures": [self.architecture]}
 
     def complete(self, values: Mapping[Path, Any]) -> dict[str, Any]:
         """A complete config with these values; those that depend on them are the class's own choice.
@@ -66,34 +61,34 @@ class Forward:
         Raises:
             ForgeError: the class rejects the values.
         """
-        config: dict[str, Any] = {"model_type": self.model_class.model_type}
+        config: dict[str, Any] = {}
         for path, value in values.items():
-            path = self.supplied.get(path[0]) or path if len(path) == 1 else path
-            if len(path) > 1 and path[0] not in config:
-                config[path[0]] = self.base.get(path[0]) or {}
-            config = with_value(config, path, value)
-        return self._with_supplements(self.completed(config), values)
-
-    def _with_supplements(self, config: dict[str, Any], values: Mapping[Path, Any]) -> dict[str, Any]:
-        for key, path in self.supplied.items():
-            default = self.base.get(key) if path is None else value_at(config, path)
-            config[key] = values.get((key,), default)
-        return config
+            target = self.supplied.get(path[0]) or path
+            if len(target) > 1 and target[0] not in config:
+                config[target[0]] = self.base.get(target[0]) or {}
+            config = with_value(config, target, value)
+        found = self._completed(config)
+        for key, target in self.supplied.items():
+            found[key] = values.get((key,), self.base[key] if target is None else value_at(found, target))
+        return found
 
     def _supply(self, error: ConverterError) -> None:
-        """Supply the key that the converter misses; raise the error if it misses none, or misses it again."""
+        """Supply a key that the converter misses; raise the error if it misses none, or misses it again."""
         missing = _MISSING.search(error.message)
-        names = _names(missing[1]) if missing else []
-        key = next((name for name in names if name not in self.supplied), None)
+        names = re.findall(r"'(\w+)'", missing[1]) if missing else []
+        key = next((name for name in names if name not in self.base), None)
         if key is None:
             raise error
-        for mark in _MARKS:
-            marked = leaves(self.completed({"model_type": self.model_class.model_type, key: mark}))
-            path = next((path for path, value in marked.items() if value == mark and path != (key,)), None)
-            if path is not None:
-                break
-        self.supplied[key] = path
+        self.supplied[key] = path = self._stands_for(key)
         self.base[key] = _MARKS[1] if path is None else value_at(self.base, path)
+
+    def _stands_for(self, key: str) -> Path | None:
+        """The path at which the class puts the value of a key that it knows by an older name."""
+        for mark in _MARKS:
+            for path, value in leaves(self._completed({key: mark})).items():
+                if value == mark and path != (key,):
+                    return path
+        return None
 
     def metadata(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys ``ARCH.*`` that the converter writes for a complete config.
@@ -117,10 +112,10 @@ class Forward:
             try:
                 self._answers[key] = self.session.ask("metadata", config=config, shapes={})
             except ConverterError as error:
-                self._answers[key] = {"error": error}
+                self._answers[key] = error
         answer = self._answers[key]
-        if "error" in answer:
-            raise answer["error"]
+        if isinstance(answer, ConverterError):
+            raise answer
         return answer
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -133,8 +128,3 @@ class Forward:
         shapes = {name: list(shape) for name, shape in hub_shapes(config).items()}
         written = self.session.ask("tensors", config=config, shapes=shapes)["shapes"]
         return {name: tuple(shape) for name, shape in written.items()}
-
-
-def _names(text: str) -> list[str]:
-    """The keys that the message of a KeyError names: ``'n_ctx'``, or ``"could not find any of: ['a', 'b']"``."""
-    return re.findall(r"'(\w+)'", str(ast.literal_eval(text))) or re.findall(r"'(\w+)'", text)
