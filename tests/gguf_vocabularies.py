@@ -117,7 +117,9 @@ def gemma4_model(path: Path) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=900, min_frequency=1, show_progress=False, max_token_length=6)
     backend.train_from_iterator([text.replace(" ", "\u2581") for text in texts()[:60]], trainer)
     vocabulary = backend.get_vocab()
-    merges = [" ".join(merge) for merge in json.loads(backend.to_str())["model"]["merges"] if "\n" not in "".join(merge)]
+    merges = [
+        " ".join(merge) for merge in json.loads(backend.to_str())["model"]["merges"] if "\n" not in "".join(merge)
+    ]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *bytes_, *sorted(vocabulary, key=vocabulary.__getitem__), "<turn|>"]
     types = [CONTROL, CONTROL, CONTROL, UNKNOWN, *[BYTE] * 256, *[NORMAL] * len(vocabulary), CONTROL]
