@@ -113,7 +113,7 @@ def test_what_is_encoded_is_decoded(tmp_path: Path) -> None:
     [
         (["</s>"], {"eos_token_id": "</s>"}, ["</s>"]),
         (["<eos>", "<end_of_turn>"], {"eos_token_id": "<eos>"}, ["<eos>", "<end_of_turn>"]),
-        (["<a>", "<b>", "<c>"], {"eos_token_id": "<a>", "eot_token_id": "<b>", "eom_token_id": "<c>"}, ["<a>", "<b>", "<c>"]),
+        ([*"αβγ"], {"eos_token_id": "α", "eot_token_id": "β", "eom_token_id": "γ"}, [*"αβγ"]),
         (["<|return|>", "<|call|>", "<|end|>"], {"eos_token_id": "<|return|>"}, ["<|return|>", "<|call|>"]),
         (["<|end|>"], {}, ["<|end|>"]),
         (["<x>"], {}, []),
