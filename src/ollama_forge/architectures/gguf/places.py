@@ -199,6 +199,7 @@ def _stored(program: Program, output: Any) -> Stored:
         if values.min() != values.max():
             raise NotMoved("its values are computed in several ways")
         made.append(float(values.flat[0]))
+        del values
     for stored, function in _STORED.items():
         if np.allclose(made, [function(constant) for constant in _CONSTANTS], rtol=1e-5):
             return stored
