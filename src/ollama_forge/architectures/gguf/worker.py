@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,21 @@ def tensors(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Names and shapes, the row length last, of the tensors that the converter writes."""
     model = converter(config, shapes, no_values)
     written: dict[str, list[int]] = {}
-    for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
-        block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
+    with tokenizer(config):
+        for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
+            block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+            written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
     return {"shapes": written}
+
+
+@contextlib.contextmanager
+def tokenizer(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block, there is a tokenizer.json with as many tokens as the model has; the converter counts them."""
+    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
+    path = Path("tokenizer.json")
+    path.write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
+    yield
+    path.unlink()
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
@@ -158,16 +169,13 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     import gguf
     from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
-    # Some models have entries of the vocabulary without a token, which the converter counts.
-    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
-    Path("tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
     model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
     gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
-    model.prepare_tensors()
-    Path("tokenizer.json").unlink()
+    with tokenizer(config):
+        model.prepare_tensors()
     known: dict[str, tuple[list[str], list[Any], str]] = {}
     answer: dict[str, Any] = {}
     for name in list(outputs):
