@@ -6,31 +6,27 @@ row of a float32 tensor ``[rows, row length]``.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import libgguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from ollama_forge.checkpoints.formats.base import WHOLE
 from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES
+from ollama_forge.checkpoints.gguf.types import block_size
+from ollama_forge.checkpoints.gguf.types import can_encode as can_encode
+from ollama_forge.checkpoints.gguf.types import nearest_encodable as nearest_encodable
 from ollama_forge.errors import ForgeError
 
 PLAIN_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 """torch's type for each type whose values have no blocks."""
-ENCODABLE = frozenset({
-    *PLAIN_TYPES, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
-    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4,
-    Type.IQ4_NL, Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S,
-})  # fmt: skip
-_K_QUANTS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
-# types with blocks of 32 and about as many bits, for rows whose length is no multiple of 256
-FALLBACKS = {
-    Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
-}  # fmt: skip
+_LARGEST = 65504.0  # of float16, the type of all scales but those of MXFP4; libgguf aborts on some larger values
+_PREPARING = threading.Lock()
+_prepared: set[Type] = set()
 
 
 def decode_rows(data: Tensor, kind: Type, columns: slice = WHOLE) -> Tensor:
@@ -46,7 +42,7 @@ def decode_rows(data: Tensor, kind: Type, columns: slice = WHOLE) -> Tensor:
     Raises:
         ForgeError: values of this type cannot be decoded.
     """
-    block, size = map(int, GGML_QUANT_SIZES[kind])
+    block, size = block_size(kind)
     start, stop, _ = columns.indices(data.shape[1] // size * block)
     first, last = start // block, -(-stop // block)
     some = data[:, first * size : last * size].contiguous()
@@ -84,8 +80,10 @@ def encode_rows(values: Tensor, kind: Type, importance: Tensor | None = None) ->
             raise _unfit(kind)
         return data
     rows: Any = values.float().contiguous().numpy()
-    if not np.isfinite(rows).all():
+    largest = np.abs(rows).max(initial=0)
+    if not (largest <= _LARGEST or (kind == Type.MXFP4 and np.isfinite(largest))):
         raise _unfit(kind)
+    _prepare(kind)
     data = torch.from_numpy(libgguf.quantize_rows(rows, kind, None if importance is None else importance.numpy()))
     if not torch.isfinite(decode_rows(data, kind)).all():
         raise _unfit(kind)
@@ -109,7 +107,7 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
         power = torch.frexp(values.abs().clamp_min(info.smallest_normal)).exponent - 1
         return torch.ldexp(torch.full_like(values, info.eps), power)
     if kind not in BLOCK_TYPES:
-        decoded = decode_rows(data, kind).view(len(data), -1, int(GGML_QUANT_SIZES[kind][0])).abs()
+        decoded = decode_rows(data, kind).view(len(data), -1, block_size(kind)[0]).abs()
         return (values.abs().view_as(decoded) + decoded.amax(2, keepdim=True)).view_as(values)
     layout = BLOCK_TYPES[kind]
     scales = layout.scales(data.reshape(-1, layout.bytes))
@@ -117,36 +115,17 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
     scale = scales.scale.unsqueeze(2)
     levels = groups if scales.minimum is None else groups + scales.minimum.unsqueeze(2)
     levels = levels / torch.where(scale == 0, 1, scale)
-    beyond = (levels - levels.clamp(layout.levels[0], layout.levels[-1])).abs_()
+    beyond = (levels - levels.clamp(*layout.range)).abs_()
     distance = (layout.numbers.spacing(levels) + beyond) * scale.abs()
     return torch.where(scale == 0, levels.abs(), distance).view_as(values)
 
 
-def can_encode(kind: Type) -> bool:
-    """Whether an edited tensor keeps this type."""
-    return kind in ENCODABLE
-
-
-def nearest_encodable(kind: Type, row_length: int) -> Type:
-    """The type that stands in for one that cannot be encoded: the K-quant with the nearest number of bits.
-
-    If the row length is no multiple of its block size, this is the K-quant's substitute with smaller blocks.
-    """
-    bits = bits_per_value(kind)
-    return fit_row_length(min(_K_QUANTS, key=lambda other: abs(bits_per_value(other) - bits)), row_length)
-
-
-def fit_row_length(kind: Type, row_length: int) -> Type:
-    """The type, or its substitute if the row length is no multiple of its block size; F16 if neither fits."""
-    for fitting in (kind, FALLBACKS.get(kind, Type.F16)):
-        if row_length % GGML_QUANT_SIZES[fitting][0] == 0:
-            return fitting
-    return Type.F16
-
-
-def bits_per_value(kind: Type) -> float:
-    block, size = GGML_QUANT_SIZES[kind]
-    return float(size * 8 / block)
+def _prepare(kind: Type) -> None:
+    """Let libgguf build the tables of a type: it does so when the type is first encoded, in one thread at most."""
+    with _PREPARING:
+        if kind not in _prepared:
+            libgguf.quantize_rows(np.ones((1, block_size(kind)[0]), np.float32), kind)
+            _prepared.add(kind)
 
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,5 +135,5 @@ def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unfit(kind: Type) -> ForgeError:
     return ForgeError(
-        f"values are NaN, infinite or too large for {kind.name}", "lower --strength, or use another model"
+        f"NaN, infinite values, or values too large for {kind.name}", "lower --strength, or use another model"
     )
