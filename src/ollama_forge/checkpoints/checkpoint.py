@@ -65,6 +65,11 @@ class Checkpoint:
         return self.folder.name if self.kind == "folder" else self.label
 
     @property
+    def location(self) -> Path:
+        """Where the weights are: the folder, or the GGUF file."""
+        return self.folder
+
+    @property
     def has_stray_quantization_config(self) -> bool:
         """Whether config.json names a quantisation although all weights are floats."""
         return self.quantisation is not None and self.has_float_weights

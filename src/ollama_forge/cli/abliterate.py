@@ -184,7 +184,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Continue even if the base model refuses less than 20 % of harmful prompts.",
 )
 @click.option("--no-escalate", is_flag=True, help="Use the documented default edit, and try no others.")
-@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or that of a .gguf source).")
+@click.option(
+    "--quant",
+    metavar="TYPE[,TYPE]",
+    help="Types of the GGUF files, a file for each (default Q4_K_M; a GGUF source keeps the types of its tensors).",
+)
+@click.option("--imatrix", metavar="FILE", help="Importance matrix for quantising, as llama-imatrix writes it.")
+@opt.base_option
+@opt.keep_checkpoint_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
 @click.option(
@@ -223,7 +230,11 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
-        export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
+        base=options["base"],
+        keep_checkpoint=options["keep_checkpoint"],
+        export=ExportSettings(
+            options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
+        ),
         ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}

@@ -47,10 +47,10 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(line, markup=False, soft_wrap=True)
     folder = report.folder
     outputs = {
-        "checkpoint": folder / "checkpoint",
-        "edit file": edit_file_path(folder / "checkpoint"),
+        **{"checkpoint" if path.is_dir() else "edited file": path for path in report.written},
+        "edit file": edit_file_path(report.written[0]),
         "direction": folder / "refusal.pt",
-        **({} if report.file is None else {f"GGUF, {report.file.quant}": report.file.path}),
+        **{f"GGUF, {file.quant}": file.path for file in report.files},
         **({} if report.modelfile is None else {"Modelfile": report.modelfile}),
         "report": folder / "report.json",
     }
@@ -59,7 +59,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     for line in report.ollama_lines():
         console.print(line, markup=False, soft_wrap=True)
     console.print(
-        f"talk to it: ollama-forge abliterate chat --checkpoint {folder / 'checkpoint'}",
+        f"talk to it: ollama-forge abliterate chat --checkpoint {report.weights}",
         markup=False,
         soft_wrap=True,
     )

@@ -81,6 +81,14 @@ allow_partial_option = click.option(
     help="Edit a model even if not all of its writers and readers are proven (see inspect). The unproven ones are left "
     "as they are, and the provenance and the model card name them.",
 )
+base_option = click.option(
+    "--base",
+    metavar="MODEL",
+    help="Hugging Face release of a GGUF model: Hub id or folder. The edit is computed on it and applied to the file.",
+)
+keep_checkpoint_option = click.option(
+    "--keep-checkpoint", is_flag=True, help="Also write the edited GGUF model as a bf16 checkpoint."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 talk_options = _combined(

@@ -25,6 +25,8 @@ class RunSettings:
     Attributes:
         edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
+        base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
+        keep_checkpoint: also write a checkpoint of an edited GGUF file.
         evaluate: measure the models on report prompts.
         verify: verify the written weights.
     """
@@ -42,6 +44,8 @@ class RunSettings:
     max_kl: float = 0.2
     allow_few_refusals: bool = False
     allow_partial: bool = False
+    base: str | None = None
+    keep_checkpoint: bool = False
     out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True
@@ -61,6 +65,25 @@ class RunSettings:
             UsageError: settings exclude each other, or ``pick`` is unknown.
         """
         return ChoiceSettings(self.edit, self.pick, self.escalate, self.max_kl, self.allow_few_refusals)
+
+    def check_source(self, *, is_file: bool) -> None:
+        """Check the settings that have a meaning for one kind of source.
+
+        Args:
+            is_file: whether the source is a GGUF file, which is edited in place.
+
+        Raises:
+            UsageError: a setting has no meaning for the source.
+        """
+        if not is_file and self.keep_checkpoint:
+            raise UsageError(
+                "--keep-checkpoint has no meaning for a model that is no GGUF file", "its checkpoint is always written"
+            )
+        if is_file and self.out_dtype != OutDtype.AUTO and not self.keep_checkpoint:
+            raise UsageError(
+                "--out-dtype has no meaning for a GGUF file, whose tensors keep their types",
+                "use --quant for other types, or add --keep-checkpoint",
+            )
 
     def check(self) -> None:
         """Check all settings before anything is fetched or loaded.

@@ -30,6 +30,10 @@ class GgufCheckpoint(Checkpoint):
     def path(self) -> Path:
         return self.file.path
 
+    @property
+    def location(self) -> Path:
+        return self.file.path
+
     @cached_property
     def tensors(self) -> GgufTensors:
         return GgufTensors(self.folder, self.file, self.layout)
