@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
 from ollama_forge.search.ladder import MAX_FAILURE_RATE
@@ -47,8 +46,8 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(line, markup=False, soft_wrap=True)
     folder = report.folder
     outputs = {
-        **{"checkpoint" if path.is_dir() else "edited file": path for path in report.written},
-        "edit file": edit_file_path(report.written[0]),
+        **{"checkpoint": path for path in report.written if path.is_dir()},
+        **({} if report.edit_file is None else {"edit file": report.edit_file}),
         "direction": folder / "refusal.pt",
         **{f"GGUF, {file.quant}": file.path for file in report.files},
         **({} if report.modelfile is None else {"Modelfile": report.modelfile}),
@@ -59,7 +58,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     for line in report.ollama_lines():
         console.print(line, markup=False, soft_wrap=True)
     console.print(
-        f"talk to it: ollama-forge abliterate chat --checkpoint {report.weights}",
+        f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}",
         markup=False,
         soft_wrap=True,
     )

@@ -94,6 +94,8 @@ def _report(
         checks=checks,
         seconds=cache.seconds,
         folder=ready.folder,
+        written=tuple(ready.written_paths),
+        edit_file=ready.edit_file,
         files=exported.files,
         file_problem=exported.file_problem,
         tokens=exported.tokens,

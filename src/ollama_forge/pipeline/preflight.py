@@ -90,6 +90,13 @@ class Preflight:
         return folders if self.written_file is None else [*folders, self.written_file]
 
     @property
+    def edit_file(self) -> Path:
+        """The edit file, beside the edited weights."""
+        if self.written_file is not None:
+            return edit_file_path(self.export.path)
+        return edit_file_path(self.checkpoint_folder)
+
+    @property
     def provenance_folders(self) -> list[Path]:
         """The folders with the provenance of the edited weights."""
         return [self.checkpoint_folder] * self.writes_checkpoint + [self.folder] * (self.written_file is not None)

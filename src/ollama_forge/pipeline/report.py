@@ -34,6 +34,8 @@ class Report:
         files: the GGUF files; if there are none, ``file_problem`` says why.
         tokens: the check of the file's tokens; None if it was not done.
         registered: the model in Ollama; if None, ``ollama_problem`` says why.
+        written: the edited checkpoint's folder, or the GGUF files of a GGUF source, or both.
+        edit_file: the edit file.
         modelfile: path of the Modelfile for ``ollama create``.
         commands: shell commands that register the file; empty if it is registered.
         certificate: what is proven of the architecture, as ``describe_certificate`` gives it.
@@ -48,6 +50,8 @@ class Report:
     checks: tuple[Check, ...] | None
     seconds: Mapping[str, float]
     folder: Path
+    written: tuple[Path, ...] = ()
+    edit_file: Path | None = None
     files: tuple[QuantisedFile, ...] = ()
     file_problem: str = ""
     tokens: TokenCheck | None = None
