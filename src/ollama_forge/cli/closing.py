@@ -45,8 +45,9 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     for line in report.file_lines():
         console.print(line, markup=False, soft_wrap=True)
     folder = report.folder
+    checkpoint = next((path for path in report.written if path.is_dir()), None)
     outputs = {
-        **{"checkpoint": path for path in report.written if path.is_dir()},
+        **({} if checkpoint is None else {"checkpoint": checkpoint}),
         **({} if report.edit_file is None else {"edit file": report.edit_file}),
         "direction": folder / "refusal.pt",
         **{f"GGUF, {file.quant}": file.path for file in report.files},

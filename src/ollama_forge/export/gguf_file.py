@@ -126,4 +126,3 @@ def measure_file(
         model = GgufModel(server, tokenizer)
         detect_thought(model)
         return measure_answers(model, prompts, kl, file.row_name, seconds=seconds)
-

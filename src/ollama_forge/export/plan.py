@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf
 from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.errors import ForgeError, UsageError
@@ -101,7 +101,8 @@ class ExportPlan:
     @property
     def outtype(self) -> str:
         """The converter's ``--outtype``: a 16-bit type that is the only one wanted, else that of the checkpoint."""
-        return {("F16",): "f16", ("BF16",): "bf16"}.get(tuple(file.quant for file in self.files), "auto")
+        quants = {file.quant for file in self.files}
+        return "f16" if quants == {"F16"} else "bf16" if quants == {"BF16"} else "auto"
 
     @property
     def disk_space(self) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
-from ollama_forge.edits.checkpoint_folder import check_output, output_size
-from ollama_forge.edits.gguf_output import gguf_output_size
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
@@ -28,6 +27,7 @@ from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.sources.resolve import resolve
 
 _EDITED = "edited.gguf"
+_METADATA = 64 << 20  # upper bound in bytes on the header of a GGUF file
 PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 
 
@@ -99,7 +99,8 @@ class Preflight:
     @property
     def provenance_folders(self) -> list[Path]:
         """The folders with the provenance of the edited weights."""
-        return [self.checkpoint_folder] * self.writes_checkpoint + [self.folder] * (self.written_file is not None)
+        file = [] if self.written_file is None else [self.folder]
+        return [*([self.checkpoint_folder] if self.writes_checkpoint else []), *file]
 
     @property
     def direction_file(self) -> Path:
@@ -172,5 +173,6 @@ def _written_size(source: Checkpoint, settings: RunSettings, *, in_place: bool) 
     """Upper bound in bytes on the size of the edited weights."""
     if not isinstance(source, GgufCheckpoint):
         return output_size(source, settings.out_dtype)
-    file = gguf_output_size(source, exact=not in_place)
-    return file + (output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0)
+    file = sum(tensor.size for tensor in source.file.tensors) + _METADATA
+    floats = 0 if in_place else source.parameters * 2
+    return file + floats + (output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0)

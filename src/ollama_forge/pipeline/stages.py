@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
@@ -45,8 +46,8 @@ from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
 from ollama_forge.progress import say, status
 from ollama_forge.records import to_json
-from ollama_forge.sources.gguf import gguf_checkpoint_of
 from ollama_forge.search.ladder import Choice
+from ollama_forge.sources.gguf import gguf_checkpoint_of
 from ollama_forge.text.tokenizer import Tokenizer
 
 _MODEL = ("torch", "transformers")  # a model's outputs depend on their versions
@@ -161,7 +162,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                 settings=choice.settings,
                 direction=direction,
                 provenance=provenance,
-                exact=not ready.export.in_place,
+                edited_as=None if ready.export.in_place else GGMLQuantizationType.BF16,
             )
         assert applied is not None
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
