@@ -53,28 +53,35 @@ class Integers:
 
 @dataclass(frozen=True)
 class Levels:
-    """Some numbers, in ascending order."""
+    """Some integers, in ascending order."""
 
-    numbers: tuple[float, ...]
+    numbers: tuple[int, ...]
 
     @cached_property
     def _numbers(self) -> Tensor:
-        return torch.tensor(self.numbers)
+        return torch.tensor(self.numbers, dtype=torch.float32)
 
-    def places(self, values: Tensor) -> Tensor:
-        """The place of the nearest number of each value."""
-        return torch.bucketize(values, (self._numbers[1:] + self._numbers[:-1]) / 2)
+    @cached_property
+    def _nearest(self) -> Tensor:
+        """The place of the nearest integer for each half, from the first integer on."""
+        halves = torch.arange(2 * self.numbers[0], 2 * self.numbers[-1] + 1) / 2
+        return torch.bucketize(halves, (self._numbers[1:] + self._numbers[:-1]) / 2, right=True)
+
+    def _places(self, values: Tensor) -> Tensor:
+        """The place of the nearest integer of each value. Where it changes, between two integers, is at a half."""
+        halves = (values * 2).floor_().clamp_(2 * self.numbers[0], 2 * self.numbers[-1])
+        return self._nearest[halves.sub_(2 * self.numbers[0]).int()]
 
     def spacing(self, values: Tensor) -> Tensor:
         above = torch.bucketize(values, self._numbers).clamp_(1, len(self.numbers) - 1)
         return self._numbers.diff()[above - 1]
 
     def nearest(self, values: Tensor) -> Tensor:
-        return self._numbers[self.places(values)]
+        return self._numbers[self._places(values)]
 
     def other(self, values: Tensor, nearest: Tensor) -> Tensor:
         side = (values - nearest).sign_().long()
-        return self._numbers[(self.places(values) + side).clamp_(0, len(self.numbers) - 1)]
+        return self._numbers[self._places(values).add_(side).clamp_(0, len(self.numbers) - 1)]
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,10 @@ class Minifloat:
         return torch.where(other.abs() > self.largest, nearest, other)
 
 
+FLOAT16 = Minifloat(mantissa=10, smallest_normal=2.0**-14, largest=65504.0)
+BFLOAT16 = Minifloat(mantissa=7, smallest_normal=2.0**-126, largest=(2 - 2.0**-7) * 2.0**127)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Products of a matrix that rounding should not change: ``basis^T W`` for axis 0, ``W basis`` for axis 1.
@@ -128,16 +139,21 @@ class Kept:
         """The products, ``[k, m]``."""
         return self.basis.T @ (matrix if self.axis == 0 else matrix.T)
 
+    def matrix_of(self, products: Tensor) -> Tensor:
+        """The smallest matrix with these products ``[k, m]``."""
+        matrix = self.basis @ products
+        return matrix if self.axis == 0 else matrix.T
+
     def turned(self) -> Kept:
         """The same for the transposed matrix."""
         return Kept(self.basis, 1 - self.axis)
 
 
-def round_keeping(values: Tensor, scale: Tensor, kind: Minifloat, kept: Kept | None) -> Tensor:
+def round_keeping(values: Tensor, scale: Tensor, kind: Numbers, kept: Kept | None) -> Tensor:
     """Round ``values`` ``[n, m]`` to numbers of ``kind`` times ``scale``, keeping the products ``kept``.
 
     Args:
-        scale: positive, broadcastable to ``values``.
+        scale: broadcastable to ``values``.
 
     Returns:
         The numbers of ``kind`` ``[n, m]``, without the scale: the neighbours of ``values / scale``.
@@ -164,7 +180,7 @@ def _cancel(scaled: Tensor, rounded: Tensor, other: Tensor, scale: Tensor, basis
     In each row, a value's price is the growth of its squared error per unit of the product that it moves.
     """
     steps, flipped = (other - rounded) * scale, torch.zeros_like(scaled, dtype=torch.bool)
-    growth = (other + rounded).sub_(scaled, alpha=2).abs_().mul_(scale)  # of the squared error, per unit of the step
+    growth = (other + rounded).sub_(scaled, alpha=2).mul_(scale).abs_()  # of the squared error, per unit of the step
     excess = ((rounded - scaled) * scale) @ basis  # [m, k]
     noise = _NOISE * ((scaled * scale).abs_() @ basis.abs())
     for direction, own, least in zip(basis.T, excess.T, noise.T, strict=True):
