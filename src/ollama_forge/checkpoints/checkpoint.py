@@ -23,8 +23,8 @@ class Checkpoint:
 
     Attributes:
         folder: the folder with config.json and the safetensors files.
-        label: the ``--model`` that the user gave, for messages.
-        kind: hub, folder, gguf, pickled (converted .bin files) or demo.
+        label: the ``--model`` that the user gave, for messages; of an Ollama model its name.
+        kind: hub, folder, gguf, ollama (a GGUF file in Ollama's store), pickled (converted .bin files) or demo.
         revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the demo's adapter; None for a
             folder.
     """

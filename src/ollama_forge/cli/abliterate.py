@@ -197,6 +197,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
 )
+@click.option(
+    "--as-adapter",
+    is_flag=True,
+    help="Make no second copy of the weights: add a small adapter, which holds the edit, to the model of --model "
+    "ollama:NAME. Only edits without a norm rule are tried.",
+)
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
 @click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
@@ -235,7 +241,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
+        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)

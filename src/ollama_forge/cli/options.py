@@ -67,7 +67,7 @@ def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, demo or demo-base."
+    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, ollama:NAME, demo or demo-base."
 )
 trust_option = click.option(
     "--trust-remote-code",

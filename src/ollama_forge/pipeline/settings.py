@@ -16,6 +16,7 @@ from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.search.choose import ChoiceSettings
+from ollama_forge.sources.ollama_store import SCHEME
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,14 @@ class RunSettings:
         Raises:
             UsageError: settings exclude each other, or ``pick`` is unknown.
         """
-        return ChoiceSettings(self.edit, self.pick, self.escalate, self.max_kl, self.allow_few_refusals)
+        return ChoiceSettings(
+            self.edit,
+            self.pick,
+            self.escalate,
+            self.max_kl,
+            self.allow_few_refusals,
+            norm_rules=not self.ollama.as_adapter,
+        )
 
     def check_source(self, *, is_file: bool) -> None:
         """Check the settings that have a meaning for one kind of source.
@@ -93,6 +101,8 @@ class RunSettings:
                 each other.
         """
         check_ollama_name(self.name)
+        if self.ollama.as_adapter:
+            self._check_adapter()
         OutDtype.parse(self.out_dtype)
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
@@ -103,3 +113,16 @@ class RunSettings:
         self.load.check()
         if self.load.load_in_8bit:
             check_8bit(choosing.first_candidate.settings)
+
+    def _check_adapter(self) -> None:
+        """Check that ``--as-adapter`` is possible, and that no option is given that it leaves without effect."""
+        if not self.model.startswith(SCHEME):
+            raise UsageError(
+                f"--as-adapter adds the edit to a model that Ollama has, and --model {self.model} is none",
+                "give --model ollama:NAME, or leave out --as-adapter",
+            )
+        if self.export.customised:
+            raise UsageError(
+                "--as-adapter writes no GGUF file of the model, so that options of that file have no effect",
+                "leave out --quant, --no-requantize and --llama-cpp-dir",
+            )

@@ -340,6 +340,7 @@ def register(registration: Registration, file: QuantisedFile) -> Stage[Registere
         "name": registration.name,
         "file": file_digest(file.path),
         "template": to_json(registration.template),
+        "source": registration.source and to_json(registration.source),
         "url": registration.state and registration.state.url,
     }
     return Stage("ollama", Registered, needs, lambda: registration.register(file.path))

@@ -19,6 +19,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
 from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
+from ollama_forge.sources.ollama_store import SCHEME, ollama_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -29,8 +30,8 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
     Downloads and converted ``.bin`` files are cached.
 
     Args:
-        model: ``demo``, ``demo-base``, a ``.gguf`` file, a folder, a Hub id, or a GGUF file on the Hub
-            (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
+        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a GGUF
+            file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
         revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
 
@@ -85,12 +86,14 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
         path.is_file()
     except (OSError, RuntimeError) as error:
         raise ForgeError(f"{model} does not exist", str(error)) from None
-    if revision is not None and (model in ("demo", "demo-base") or path.exists()):
+    if revision is not None and (model in ("demo", "demo-base") or model.startswith(SCHEME) or path.exists()):
         raise ForgeError(
             f"--revision has no meaning for {model}", "leave it out: it selects a branch, tag or commit of a Hub id"
         )
     if model in ("demo", "demo-base") and not path.exists():
         return demo_checkpoint(model)
+    if model.startswith(SCHEME):
+        return ollama_checkpoint(model)
     if path.is_file():
         return gguf_checkpoint(path, model)
     if path.is_dir():
@@ -99,7 +102,9 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     if reference is not None:
         return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        raise ForgeError(f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, demo or demo-base")
+        raise ForgeError(
+            f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+        )
     return None
 
 
