@@ -24,7 +24,7 @@ from ollama_forge.pipeline.resume import FOLDER
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.sources.resolve import resolve
+from ollama_forge.sources.resolve import resolve, resolve_gguf
 
 _EDITED = "edited.gguf"
 _METADATA = 64 << 20  # upper bound in bytes on the header of a GGUF file
@@ -93,7 +93,7 @@ class Preflight:
     def edit_file(self) -> Path:
         """The edit file, beside the edited weights."""
         if self.written_file is not None:
-            return edit_file_path(self.export.path)
+            return self.export.path.with_suffix(".edit.safetensors")
         return edit_file_path(self.checkpoint_folder)
 
     @property
@@ -151,8 +151,7 @@ def preflight(settings: RunSettings) -> Preflight:
     settings.check()
     split = settings.prompts.load(max_pairs())
     trust = settings.load.trust_remote_code
-    base = None if settings.base is None else resolve(settings.base, settings.revision, trust_remote_code=trust)
-    source = resolve(settings.model, None if base else settings.revision, base=base, trust_remote_code=trust)
+    source, computed_on = _resolve(settings)
     settings.check_source(is_file=isinstance(source, GgufCheckpoint))
     examined = examine(source, trust_remote_code=trust)
     model_map = examined.require_proven(source.label, settings.edit, allow_partial=settings.allow_partial)
@@ -163,10 +162,20 @@ def preflight(settings: RunSettings) -> Preflight:
     export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
     registration = plan_registration(source, settings.name, settings.folder, settings.ollama)
     size = _written_size(source, settings, in_place=export.in_place)
-    ready = Preflight(settings, source, base or source, examined, split, export, registration, size)
+    ready = Preflight(settings, source, computed_on, examined, split, export, registration, size)
     if ready.writes_checkpoint:
         check_output(ready.checkpoint_folder, 0)
     return ready
+
+
+def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
+    """The model to edit, and the one to compute the edit on."""
+    trust = settings.load.trust_remote_code
+    if settings.base is None:
+        source = resolve(settings.model, settings.revision, trust_remote_code=trust)
+        return source, source
+    base = resolve(settings.base, settings.revision, trust_remote_code=trust)
+    return resolve_gguf(settings.model, None, base), base
 
 
 def _written_size(source: Checkpoint, settings: RunSettings, *, in_place: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
+from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
 from ollama_forge.edits.gguf_output import write_gguf
 from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.proven import describe_certificate
+from ollama_forge.edits.provenance import describe_edit, write_provenance
+from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement, first_token_kl, measure
 from ollama_forge.evaluation.tokens import TokenCheck
@@ -153,17 +158,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                     provenance=provenance,
                 )
         if ready.written_file is not None:
-            assert isinstance(ready.source, GgufCheckpoint)
-            applied = write_gguf(
-                ready.source,
-                ready.model_map,
-                plan,
-                ready.written_file,
-                settings=choice.settings,
-                direction=direction,
-                provenance=provenance,
-                edited_as=None if ready.export.in_place else GGMLQuantizationType.BF16,
-            )
+            applied = _write_file(ready, plan, direction, choice.settings, provenance)
         assert applied is not None
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
         digests = {
@@ -174,8 +169,51 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         }
         return Written(hashes, digests)
 
-    edit_files = [edit_file_path(path) for path in ready.written_paths]
-    return Stage("write", Written, needs, do, [*ready.written_paths, *edit_files], ("safetensors", "libgguf"))
+    edit_files = {edit_file_path(ready.checkpoint_folder)} if ready.writes_checkpoint else set()
+    return Stage(
+        "write",
+        Written,
+        needs,
+        do,
+        [*ready.written_paths, *sorted(edit_files | {ready.edit_file})],
+        ("safetensors", "libgguf"),
+    )
+
+
+def _write_file(
+    ready: Preflight,
+    plan: EditPlan,
+    direction: RefusalDirection,
+    settings: EditSettings,
+    provenance: Mapping[str, Any],
+) -> AppliedEdit:
+    """Write the edited GGUF file, and beside it the edit file, the provenance and the model card."""
+    source = ready.source
+    assert isinstance(source, GgufCheckpoint)
+    assert ready.written_file is not None
+    own = ready.export.in_place
+    applied = write_gguf(
+        source,
+        ready.model_map,
+        plan,
+        ready.written_file,
+        settings=settings,
+        direction=direction,
+        provenance=provenance,
+        edited_as=None if own else GGMLQuantizationType.BF16,
+    )
+    applied.record.save(ready.edit_file)
+    write_provenance(
+        describe_edit(source, ready.model_map, plan, settings, direction),
+        ready.model_map,
+        plan,
+        applied,
+        ready.folder / PROVENANCE,
+        ready.folder / CARD,
+        output={"files": [file.path.name for file in ready.export.files]},
+        provenance=provenance,
+    )
+    return applied
 
 
 @dataclass(frozen=True)

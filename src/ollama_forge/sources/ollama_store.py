@@ -16,7 +16,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
-from ollama_forge.sources.dequantised import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint
 from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names
 
 SCHEME = "ollama:"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ollama_forge.architectures.gguf.forward import Forward
-from ollama_forge.architectures.gguf.leaves import Path, leaves, value_at
+from ollama_forge.architectures.gguf.leaves import Path, leaves
 from ollama_forge.architectures.gguf.probe import Effect, probe, same
 from ollama_forge.errors import ForgeError
 

@@ -16,7 +16,6 @@ from ollama_forge.architectures.cache import cached
 from ollama_forge.architectures.gguf.forward import Forward
 from ollama_forge.architectures.gguf.invert import Difference, Inversion, Wanted
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
-from ollama_forge.architectures.twin.shrink import text_path
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf
 from ollama_forge.errors import ForgeError

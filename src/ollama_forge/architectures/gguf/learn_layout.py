@@ -276,8 +276,7 @@ def _is_partition(parts: list[Part]) -> bool:
     if len(shared) > 1 or total != math.prod(parts[0].shape):
         return False
     return all(
-        sorted(index for own in ([sets[0]] if axis not in shared else sets) for index in own[axis])
-        == list(range(size))
+        sorted(index for own in ([sets[0]] if axis not in shared else sets) for index in own[axis]) == list(range(size))
         for axis, size in enumerate(parts[0].shape)
     )
 

@@ -119,6 +119,7 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     The parts are those of ``ollama_forge.checkpoints.gguf.layout``. A tensor that is made from the config has none.
     """
     import gguf
+
     from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
     # Some models have entries of the vocabulary without a token, which the converter counts.
