@@ -70,6 +70,7 @@ class Program:
             return np.asarray(value(output))
         finally:
             self.coordinate = None
+            done.clear()  # the function above refers to itself, so it and what it refers to would stay for a while
 
     def inputs(self, output: Any) -> tuple[str, dict[str, Shape]]:
         """What an output is made from.
@@ -155,11 +156,12 @@ def parts_of(program: Program, output: Any, inputs: dict[str, Shape]) -> tuple[P
     found: list[list[list[Integers]]] = [[] for _ in segments]
     firsts: list[list[int]] = [[] for _ in segments]
     for axis in range(max(map(len, inputs.values()))):
-        index = _Coordinates(run(output, _axis_index(axis)), stored)
+        index = _Coordinates(run(output, _axis_index(axis)), stored)  # the largest of these arrays: one at a time
         for at, (start, end) in enumerate(segments):
             if axis < len(inputs[owners[at]]):
                 found[at].append(index.profiles(start, end))
                 firsts[at].append(index.at_row(start))
+        del index
     parts: list[Part] = []
     for (start, end), owner, profile, first in zip(segments, owners, found, firsts, strict=True):
         whole = Part(owner, inputs[owner], start, end - start, tuple(first), ((),) * len(first), stored)
@@ -197,6 +199,7 @@ def _stored(program: Program, output: Any) -> Stored:
         if values.min() != values.max():
             raise NotMoved("its values are computed in several ways")
         made.append(float(values.flat[0]))
+        del values
     for stored, function in _STORED.items():
         if np.allclose(made, [function(constant) for constant in _CONSTANTS], rtol=1e-5):
             return stored
@@ -238,16 +241,24 @@ class _Coordinates:
         profiles = [self.along(axis, start) for axis in range(self.values.ndim)]
         profiles = [profile - (profile[start] if axis == 0 else profile[0]) for axis, profile in enumerate(profiles)]
         profiles[0] = profiles[0][start:end]
-        first, others = self.at_row(start), np.zeros((), dtype=np.int64)
-        for profile in profiles[1:]:
-            others = others[..., None] + profile
-        step = max(1, _CHUNK // max(others.size, 1))
-        for low in range(start, end, step):
-            high = min(low + step, end)
-            rows = profiles[0][low - start : high - start].reshape(-1, *[1] * others.ndim)
-            if not np.array_equal(self.decode(self.values[low:high]), first + rows + others):
-                raise NotMoved("its elements are in no regular order")
+        if not self.is_sum(self.values[start:end], self.at_row(start), profiles):
+            raise NotMoved("its elements are in no regular order")
         return profiles
+
+    def is_sum(self, values: Floats, first: int, profiles: Sequence[Integers]) -> bool:
+        """Whether every coordinate is ``first`` plus its steps along all axes; a block of elements at a time."""
+        if values.size <= _CHUNK:
+            total = np.full((), first, dtype=np.int64)
+            for profile in profiles:
+                total = total[..., None] + profile
+            return np.array_equal(self.decode(values), total)
+        rows, *others = profiles
+        if len(values) == 1:
+            return self.is_sum(values[0], first + int(rows[0]), others)
+        middle = len(values) // 2
+        return self.is_sum(values[:middle], first, [rows[:middle], *others]) and self.is_sum(
+            values[middle:], first, [rows[middle:], *others]
+        )
 
 
 def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part]:

@@ -128,7 +128,7 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
-    model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
+    gguf.GGUFWriter.add_tensor = lambda writer, name, tensor, **_: outputs.update({name: tensor})
     gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
     model.prepare_tensors()
     Path("tokenizer.json").unlink()
