@@ -1,4 +1,4 @@
-"""What llama.cpp's converter writes for a config of one Hugging Face class: metadata, and names and shapes of tensors."""
+"""What llama.cpp's converter writes for a config of one class: metadata, and names and shapes of tensors."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class Forward:
         """
         config: dict[str, Any] = {}
         for path, value in values.items():
-            target = self.supplied.get(path[0]) or path
+            target: Path = self.supplied.get(path[0]) or path
             if len(target) > 1 and target[0] not in config:
                 config[target[0]] = self.base.get(target[0]) or {}
             config = with_value(config, target, value)
         found = self._completed(config)
-        for key, target in self.supplied.items():
-            found[key] = values.get((key,), self.base[key] if target is None else value_at(found, target))
+        for key, other in self.supplied.items():
+            found[key] = values.get((key,), self.base[key] if other is None else value_at(found, other))
         return found
 
     def _supply(self, error: ConverterError) -> None:
@@ -105,6 +105,14 @@ class Forward:
             ConverterError: the converter does not take the config.
         """
         return dict(self._ask(config)["extra"])
+
+    def absent(self, config: Mapping[str, Any]) -> list[Path]:
+        """The paths that the converter looks for in a complete config and does not find.
+
+        Raises:
+            ConverterError: the converter does not take the config.
+        """
+        return [tuple(path) for path in self._ask(config)["absent"]]
 
     def _ask(self, config: Mapping[str, Any]) -> dict[str, Any]:
         key = json.dumps(config, sort_keys=True, default=str)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,50 +10,20 @@ import numpy as np
 from ollama_forge.architectures.gguf.forward import Forward
 from ollama_forge.architectures.gguf.leaves import Path, leaves
 from ollama_forge.architectures.gguf.probe import Effect, probe, same
+from ollama_forge.architectures.gguf.rope_moves import scaled_rope
+from ollama_forge.architectures.gguf.wanted import Difference, Wanted, as_config, nice
 from ollama_forge.errors import ForgeError
 
 _ROUNDS = 8
+_TOLERANCE = 2e-5  # relative, of vectors that the converter computes in float32
 _SMALL = range(9)
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _SHARED, _VOCABULARY = ("tie_word_embeddings",), ("vocab_size",)
 
-Shape = tuple[int, ...]
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the converter is to write.
-
-    Attributes:
-        metadata: the keys ``ARCH.*`` of the file.
-        shapes: names and shapes of the file's tensors, the row length last.
-        computed: the values of the vectors that may have been computed from the config, by name.
-    """
-
-    metadata: Mapping[str, Any]
-    shapes: Mapping[str, Shape]
-    computed: Mapping[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference between what the converter writes and what is wanted; None where one of them has nothing."""
-
-    name: str
-    written: Any
-    wanted: Any
-
-    @property
-    def is_extra(self) -> bool:
-        """Whether the converter writes a key that the file lacks."""
-        return self.wanted is None
-
-    def __str__(self) -> str:
-        return f"{self.name} is {_shown(self.written)} instead of {_shown(self.wanted)}"
-
-
-def _shown(value: Any) -> str:
-    return "absent" if value is None else str(value)
+Move = dict[Path, Any]
+Differences = Callable[[Mapping[str, Any]], list[Difference]]
+Moves = Callable[[list[Difference]], Iterator[Move]]
 
 
 class Inversion:
@@ -65,13 +34,14 @@ class Inversion:
         config: the complete config.
     """
 
-    def __init__(self, forward: Forward, wanted: Wanted) -> None:
+    def __init__(self, forward: Forward, wanted: Wanted, values: Mapping[Path, Any]) -> None:
+        """Start from some values, which may be changed."""
         self.forward, self.wanted = forward, wanted
-        self.values: dict[Path, Any] = {}
+        self.values: dict[Path, Any] = dict(values)
         self.config = forward.base
 
-    def run(self) -> None:
-        """Find the values.
+    def start(self) -> list[Difference]:
+        """Give the values that the metadata tell directly, and return what differs.
 
         Raises:
             ForgeError: the class or the converter rejects them.
@@ -79,7 +49,19 @@ class Inversion:
         self.set_vocabulary()
         self.set_depth()
         self.assign(probe(self.forward, self.config))
-        self.correct(self.metadata_differences, self.metadata_moves)
+        return self.metadata_differences(self.config)
+
+    def finish(self) -> list[Difference]:
+        """Find the other values, and return what still differs.
+
+        Raises:
+            ForgeError: the class or the converter rejects them.
+        """
+        left = self.correct(self.metadata_differences, self.metadata_moves)
+        if any(not difference.is_extra for difference in left):
+            return left
+        self.drop_zeros()
+        return left + self.correct(self.tensor_differences, self.tensor_moves)
 
     def set(self, values: Mapping[Path, Any]) -> None:
         self.values.update(values)
@@ -160,16 +142,19 @@ class Inversion:
             for key in {**wanted, **told}
             if key not in told or key not in wanted or not same(told[key], wanted[key])
         ]
+        computed = self.forward.computed(config)
+        for name in {**self.wanted.computed, **computed}:
+            left, right = computed.get(name), self.wanted.computed.get(name)
+            if left is None or right is None or not _close(left, right):
+                found.append(Difference(name, left, right))
         return sorted(found, key=lambda difference: difference.is_extra)
 
-    def correct(self, differences: Any, moves: Any) -> None:
-        """Change one value after the other, each time the one that leaves the fewest differences."""
+    def correct(self, differences: Differences, moves: Moves) -> list[Difference]:
+        """Change one value after the other, each time the one that leaves the fewest differences; return what is left."""
+        found = differences(self.config)
         for _ in range(_ROUNDS):
-            found = differences(self.config)
-            if not found:
-                return
             best, best_score = None, _score(found)
-            for move in moves(found):
+            for move in moves(found) if found else ():
                 try:
                     config = self.forward.complete({**self.values, **move})
                     score = _score(differences(config))
@@ -180,12 +165,21 @@ class Inversion:
                     if score == (0, 0):
                         break
             if best is None:
-                return
+                break
             self.set(best)
+            found = differences(self.config)
+        return found
 
-    def differences(self) -> list[Difference]:
-        """What is left."""
-        return self.metadata_differences(self.config) + self.tensor_differences(self.config)
+    def drop_zeros(self) -> None:
+        """Take None for 0 where the converter writes the same: a window of 0 tokens means that there is none."""
+        zeros = [path for path, value in self.values.items() if value == 0 and type(value) is int]
+        for path in [path for path in zeros if not path[-1].endswith("token_id")]:
+            try:
+                config = self.forward.complete({**self.values, path: None})
+                if self.metadata_differences(config) == self.metadata_differences(self.config):
+                    self.set({path: None})
+            except ForgeError:
+                continue
 
     def tensor_differences(self, config: Mapping[str, Any]) -> list[Difference]:
         """Where names and shapes of tensors differ."""
@@ -193,9 +187,15 @@ class Inversion:
         names = dict.fromkeys([*wanted, *told])
         return [Difference(n, told.get(n), wanted.get(n)) for n in names if told.get(n) != wanted.get(n)]
 
-    def metadata_moves(self, differences: list[Difference]) -> Iterator[dict[Path, Any]]:
+    def metadata_moves(self, differences: list[Difference]) -> Iterator[Move]:
         effects = probe(self.forward, self.config)
+        if any("rope" in difference.name for difference in differences):
+            yield from scaled_rope(self.forward, self.wanted, self.config)
         yield from self.layer_types(differences)
+        for difference in differences:
+            if difference.written is None:
+                for path in self.forward.absent(self.config):
+                    yield {path: as_config(difference.wanted, None)}
         for difference in differences:
             for path, effect in effects.items():
                 if difference.name in effect.changed:
@@ -203,7 +203,30 @@ class Inversion:
                         if not difference.is_extra or len(path) == 1:
                             yield {path: value}
 
-    def layer_types(self, differences: list[Difference]) -> Iterator[dict[Path, Any]]:
+    def tensor_moves(self, differences: list[Difference]) -> Iterator[Move]:
+        """Flip what is true or false, or let a size follow a tensor's, where the metadata do not tell it."""
+        sizes = {
+            (written, wanted)
+            for difference in differences
+            if difference.written is not None and difference.wanted is not None
+            for written, wanted in zip(difference.written, difference.wanted, strict=False)
+            if written != wanted
+        }
+        for path, value in leaves(self.config).items():
+            if path in self.values:
+                continue
+            if isinstance(value, bool):
+                yield {path: not value}
+            elif value is None:
+                yield from ({path: True}, *({path: wanted} for _, wanted in sizes))
+            elif isinstance(value, int):
+                yield from (
+                    {path: value * wanted // written}
+                    for written, wanted in sizes
+                    if value * wanted % written == 0 and (value == written or value > 1)
+                )
+
+    def layer_types(self, differences: list[Difference]) -> Iterator[Move]:
         """For each list of the kinds of layers: the one from which the lists of the metadata come out."""
         from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
@@ -236,6 +259,10 @@ class Inversion:
         return next((kind for kind in [current, *told] if kind in told and fits(kind)), None)
 
 
+def _close(left: list[float], right: list[float]) -> bool:
+    return len(left) == len(right) and bool(np.allclose(left, right, rtol=_TOLERANCE, atol=0))
+
+
 def _is_of_layers(value: Any, depth: int) -> bool:
     return isinstance(value, list) and len(value) == depth
 
@@ -264,25 +291,8 @@ def _candidates(effect: Effect, difference: Difference) -> Iterator[Any]:
     if numbers and value and written:
         for found in (value * wanted / written, value * written / wanted if wanted else 0.0, value + wanted - written):
             if isinstance(value, float):
-                yield from (_nice(found), found)
+                yield from (nice(found), found)
             elif round(found) == found:
                 yield int(found)
     if isinstance(value, int):
         yield from _SMALL
-
-
-def as_config(wanted: Any, like: Any) -> Any:
-    """A value of the metadata, as a config writes it: a float by the shortest decimal of its float32."""
-    if isinstance(wanted, list):
-        return [as_config(item, like[0] if isinstance(like, list) and like else like) for item in wanted]
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float):
-        return wanted
-    if isinstance(wanted, int):
-        return float(wanted) if isinstance(like, float) else wanted
-    if type(like) is int and wanted == int(wanted):
-        return int(wanted)
-    return _nice(wanted)
-
-
-def _nice(number: float) -> float:
-    return float(str(np.float32(number)))

@@ -10,18 +10,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
+
+import numpy as np
+from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 
 from ollama_forge.architectures.cache import cached
 from ollama_forge.architectures.gguf.forward import Forward
-from ollama_forge.architectures.gguf.invert import Difference, Inversion, Wanted
+from ollama_forge.architectures.gguf.invert import Inversion
+from ollama_forge.architectures.gguf.leaves import Path
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
+from ollama_forge.architectures.gguf.wanted import Difference, Wanted
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
-from ollama_forge.checkpoints.gguf.file import Gguf
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import ForgeError
 from ollama_forge.progress import say, status
 from ollama_forge.quiet import quiet_transformers
 
+_COMPUTED = {
+    f"{TENSOR_NAMES[kind]}.weight"
+    for kind in (MODEL_TENSOR.ROPE_FREQS, MODEL_TENSOR.ROPE_FACTORS_LONG, MODEL_TENSOR.ROPE_FACTORS_SHORT)
+}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _HINT = "give the model's Hugging Face release with --base"
 
@@ -60,26 +70,73 @@ def learn_config(file: Gguf) -> LearnedConfig:
     """As ``config_of``, without the cache."""
     wanted = _wanted(file)
     with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
-        failures: list[tuple[int, str]] = []
-        for model_type, architecture in _candidates(session, file.architecture):
-            try:
-                inversion = Inversion(Forward(session, file.architecture, model_type, architecture), wanted)
-                inversion.run()
-                differences = inversion.differences()
-            except ForgeError as error:
-                failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
-                continue
-            wrong = [difference for difference in differences if not difference.is_extra]
-            if not wrong:
-                return LearnedConfig(_finished(inversion.config, file), _notes(file, differences))
+        inversion, left = _best(session, file, wanted)
+    return LearnedConfig({**inversion.config, "dtype": "bfloat16"}, _notes(file, left))
+
+
+def _best(session: ConverterSession, file: Gguf, wanted: Wanted) -> tuple[Inversion, list[Difference]]:
+    """The candidate from which the converter writes all that is wanted, and the keys that it writes beside."""
+    found: list[tuple[int, Inversion, list[Difference]]] = []
+    failures: list[tuple[int, str]] = []
+    for inversion in _started(session, file, wanted, failures):
+        architecture = inversion.forward.architecture
+        try:
+            left = inversion.finish()
+        except ForgeError as error:
+            failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
+            continue
+        wrong = [difference for difference in left if not difference.is_extra]
+        if wrong:
             failures.append((len(wrong), f"{architecture}: {wrong[0]}"))
-    raise ForgeError(f"no config.json gives the metadata of {file.path}: {min(failures)[1]}", _HINT)
+        elif not left:
+            return inversion, []
+        else:
+            found.append((len(left), inversion, left))
+    if not found:
+        raise ForgeError(f"no config.json gives the metadata of {file.path}: {min(failures)[1]}", _HINT)
+    return min(found, key=lambda entry: entry[0])[1:]
+
+
+def _started(
+    session: ConverterSession, file: Gguf, wanted: Wanted, failures: list[tuple[int, str]]
+) -> Iterator[Inversion]:
+    """The candidates with the values that the metadata tell directly; those of which something differs come last."""
+    others: list[tuple[int, Inversion]] = []
+    for model_type, architecture in _candidates(session, file.architecture):
+        try:
+            forward = Forward(session, file.architecture, model_type, architecture)
+            inversion = Inversion(forward, wanted, _start(file, model_type))
+            wrong = sum(not difference.is_extra for difference in inversion.start())
+        except ForgeError as error:
+            failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
+            continue
+        if wrong:
+            others.append((wrong, inversion))
+        else:
+            yield inversion
+    yield from (inversion for _, inversion in sorted(others, key=lambda entry: entry[0]))
+
+
+def _start(file: Gguf, model_type: str) -> dict[Path, Any]:
+    """The values that are known before: token ids, and what transformers knows about files of this type."""
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING
+
+    defaults = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {})
+    return {(key,): value for key, value in {**defaults, **_token_ids(file)}.items()}
 
 
 def _wanted(file: Gguf) -> Wanted:
     prefix = f"{file.architecture}."
     metadata = {key: value.python() for key, value in file.metadata.items() if key.startswith(prefix)}
-    return Wanted(metadata, {tensor.name: tensor.shape[::-1] for tensor in file.tensors})
+    vectors = [
+        tensor for tensor in file.tensors if tensor.name in _COMPUTED and tensor.type == GGMLQuantizationType.F32
+    ]
+    computed = {tensor.name: _values(file.path, tensor) for tensor in vectors}
+    return Wanted(metadata, {tensor.name: tensor.shape[::-1] for tensor in file.tensors}, computed)
+
+
+def _values(path: FilePath, tensor: Tensor) -> list[float]:
+    return [float(value) for value in np.fromfile(path, "<f4", tensor.shape[0], offset=tensor.start)]
 
 
 def _token_ids(file: Gguf) -> dict[str, int | None]:
@@ -120,8 +177,3 @@ def _notes(file: Gguf, differences: list[Difference]) -> tuple[str, ...]:
         f"{file.path.name} has no {difference.name}, which a current converter writes: taken as {difference.written}"
         for difference in differences
     )
-
-
-def _finished(config: dict[str, Any], file: Gguf) -> dict[str, Any]:
-    """The config with the token ids and the dtype."""
-    return {**config, **_token_ids(file), "dtype": "bfloat16"}

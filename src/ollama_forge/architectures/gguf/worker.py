@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,48 @@ def classes() -> dict[str, list[str]]:
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors."""
+    """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors.
+
+    ``absent`` are the paths that the converter looks for in the config and does not find.
+    """
     model = converter(config, shapes, no_values)
+    absent: dict[tuple[str, ...], None] = {}
+    model.hparams = Watched(model.hparams, absent)
+    model.rope_parameters = Watched(model.rope_parameters, absent, ("rope_parameters",))
     extra = dict(model.generate_extra_tensors())  # it may write metadata too
     model.set_gguf_parameters()
     pairs = (pair for part in model.gguf_writer.kv_data for pair in part.items())
-    return {"values": {key: plain(value.value) for key, value in pairs}, "extra": computed(extra)}
+    values = {key: plain(value.value) for key, value in pairs}
+    return {"values": values, "extra": computed(extra), "absent": list(absent)}
+
+
+class Watched(dict[str, Any]):
+    """A part of a config that notes the paths that are looked for in vain."""
+
+    def __init__(
+        self, part: Mapping[str, Any], absent: dict[tuple[str, ...], None], path: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(
+            (key, Watched(value, absent, (*path, key)) if isinstance(value, dict) else value)
+            for key, value in part.items()
+        )
+        self.absent, self.path = absent, path
+
+    def note(self, key: str) -> None:
+        if not super().__contains__(key):
+            self.absent[*self.path, key] = None
+
+    def __contains__(self, key: object) -> bool:
+        self.note(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.note(key)
+        return super().get(key, default)
 
 
 def computed(tensors: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -72,10 +108,21 @@ def tensors(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Names and shapes, the row length last, of the tensors that the converter writes."""
     model = converter(config, shapes, no_values)
     written: dict[str, list[int]] = {}
-    for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
-        block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
+    with tokenizer(config):
+        for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
+            block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+            written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
     return {"shapes": written}
+
+
+@contextlib.contextmanager
+def tokenizer(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block, there is a tokenizer.json with as many tokens as the model has; the converter counts them."""
+    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
+    path = Path("tokenizer.json")
+    path.write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
+    yield
+    path.unlink()
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
@@ -110,7 +157,8 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
     base = conversion.get_model_class(get_model_architecture(dict(config), ModelType.TEXT))
     model_class = type(base.__name__, (base,), {"model_arch": base.model_arch, "no_mtp": True})
     Path("config.json").write_text(json.dumps(config), encoding="utf-8")
-    return model_class(Path.cwd(), gguf.LlamaFileType.ALL_F32, Path("out.gguf"))
+    hparams = {**config, **ModelBase.load_hparams(Path.cwd(), False)}  # transformers drops old keys that it looks for
+    return model_class(Path.cwd(), gguf.LlamaFileType.ALL_F32, Path("out.gguf"), hparams=hparams)
 
 
 def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -122,16 +170,13 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
 
     from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
-    # Some models have entries of the vocabulary without a token, which the converter counts.
-    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
-    Path("tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
     gguf.GGUFWriter.add_tensor = lambda writer, name, tensor, **_: outputs.update({name: tensor})
     gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
-    model.prepare_tensors()
-    Path("tokenizer.json").unlink()
+    with tokenizer(config):
+        model.prepare_tensors()
     known: dict[str, tuple[list[str], list[Any], str]] = {}
     answer: dict[str, Any] = {}
     for name in list(outputs):
