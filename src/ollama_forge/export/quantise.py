@@ -70,13 +70,8 @@ def quantise(
         ForgeError: the source is cut short or holds NaN, the importance matrix is damaged or is for another model, or
             the disk is full; ``target`` is then unchanged.
     """
-    if needs_imatrix(quant) and imatrix is None:
-        raise UsageError(f"{quant} has too few bits to be written without an importance matrix", "give --imatrix FILE")
     file = read_gguf(source)
-    importance = None if imatrix is None else read_imatrix(imatrix)
-    types = tensor_types(quant, ModelProperties.of(file), file.tensors, has_imatrix=imatrix is not None)
-    if importance is not None:
-        _check_importance(importance, file, types)
+    types, importance = planned_types(file, quant, imatrix)
     changes = {
         "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
         "general.file_type": value_of(file_type(quant)),
@@ -96,6 +91,23 @@ def quantise(
         changes = {**importance.metadata(), **changes}
     rewrite(file, target, types, changes, importance)
     return EMBEDDED
+
+
+def planned_types(
+    file: Gguf, quant: str, imatrix: Path | None
+) -> tuple[Mapping[str, GGMLQuantizationType], ImportanceMatrix | None]:
+    """The type of each tensor of a file that is quantised to a mix, and the importance matrix to use.
+
+    Raises:
+        UsageError, ForgeError: see ``quantise``.
+    """
+    if needs_imatrix(quant) and imatrix is None:
+        raise UsageError(f"{quant} has too few bits to be written without an importance matrix", "give --imatrix FILE")
+    importance = None if imatrix is None else read_imatrix(imatrix)
+    types = tensor_types(quant, ModelProperties.of(file), file.tensors, has_imatrix=imatrix is not None)
+    if importance is not None:
+        _check_importance(importance, file, types)
+    return types, importance
 
 
 def _check_importance(importance: ImportanceMatrix, file: Gguf, types: Mapping[str, GGMLQuantizationType]) -> None:
