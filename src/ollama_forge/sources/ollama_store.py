@@ -234,9 +234,9 @@ def _missing(name: OllamaName) -> ForgeError:
             f"Ollama keeps no models in {_stores()[0]}, nor where its Linux packages do",
             "set OLLAMA_MODELS to its store (one in a container has it elsewhere), or: ollama pull " + name.shown,
         )
-    names = [known.shown for store in stores for known in stored_names(store)]
-    near = difflib.get_close_matches(name.shown, names, n=3, cutoff=0.5)
-    near += [known for known in names if known.partition(":")[0] == name.shown.partition(":")[0] and known not in near]
+    known = [known for store in stores for known in stored_names(store)]
+    near = [other.shown for other in known if other.model.lower() == name.model.lower()]
+    near = near or difflib.get_close_matches(name.shown, [other.shown for other in known], n=3)
     alike = f"it has {', '.join(near)}; or" if near else "`ollama list` shows what it has;"
     return ForgeError(f"Ollama has no model {name.shown} in {stores[0]}", f"{alike} ollama pull {name.shown}")
 
