@@ -34,7 +34,7 @@ def given(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Model:
-    """As in the store; ``template`` is None where there is no such layer, projectors follow the model in ``weights``."""
+    """As in the store; ``template`` is None where there is no such layer, projectors follow the model's weights."""
 
     weights: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
