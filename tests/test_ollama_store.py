@@ -170,16 +170,16 @@ def test_where_stores_are_looked_for(store: Store, monkeypatch: pytest.MonkeyPat
 def test_the_checkpoint_of_a_name(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given: list[Path] = []
+    given: list[tuple[Path, str | None]] = []
 
-    def read(path: Path, label: str) -> Checkpoint:
-        given.append(path)
+    def read(path: Path, label: str, *, sha256: str | None = None) -> Checkpoint:
+        given.append((path, sha256))
         return Checkpoint(path.parent, label, "gguf", "0" * 64)
 
     monkeypatch.setattr(ollama_store, "gguf_checkpoint", read)
     stored = vision(store)
     found = resolve("ollama:VIS")
-    assert given == [stored.weights.path]
+    assert given == [(stored.weights.path, sha256_file(stored.weights.path))]  # which the store knows
     assert (found.kind, found.label, found.public_name) == ("ollama", "vis:latest", "vis:latest")
     assert "has an adapter: the weights under it are computed on" in capsys.readouterr().err
     with pytest.raises(ForgeError, match="--revision has no meaning"):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
-from ollama_forge.sources.dequantised import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint
 from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names
 
 SCHEME = "ollama:"
@@ -71,7 +71,7 @@ class StoredModel:
     requires: str = ""
 
 
-def ollama_checkpoint(model: str) -> Checkpoint:
+def ollama_checkpoint(model: str) -> GgufCheckpoint:
     """The checkpoint of ``ollama:NAME``: the model's GGUF file where it lies; its kind is ``KIND``, its label the name.
 
     Raises:
@@ -83,7 +83,8 @@ def ollama_checkpoint(model: str) -> Checkpoint:
             f"note: {stored.name} has an adapter: the weights under it are computed on and edited, "
             "and a new model in Ollama keeps the adapter"
         )
-    return replace(gguf_checkpoint(stored.weights.path, stored.name), kind=KIND)
+    sha256 = stored.weights.digest.removeprefix("sha256:")
+    return replace(gguf_checkpoint(stored.weights.path, stored.name, sha256=sha256), kind=KIND)
 
 
 def find_model(name: str) -> StoredModel:
