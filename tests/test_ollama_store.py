@@ -24,7 +24,7 @@ from ollama_forge.search.ladder import LADDER
 from ollama_forge.sources import ollama_store
 from ollama_forge.sources.ollama_names import OllamaName
 from ollama_forge.sources.ollama_store import StoredModel, find_model
-from ollama_forge.sources.resolve import resolve
+from ollama_forge.sources.resolve import resolve, resolve_gguf
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
 from tests.ollama_store import Store, gguf_of
@@ -168,7 +168,7 @@ def test_where_stores_are_looked_for(store: Store, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_checkpoint_of_a_name(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     given: list[tuple[Path, str | None]] = []
 
@@ -182,6 +182,8 @@ def test_the_checkpoint_of_a_name(
     assert given == [(stored.weights.path, sha256_file(stored.weights.path))]  # which the store knows
     assert (found.kind, found.label, found.public_name) == ("ollama", "vis:latest", "vis:latest")
     assert "has an adapter: the weights under it are computed on" in capsys.readouterr().err
+    monkeypatch.setattr(ollama_store, "gguf_checkpoint_of", lambda base, path, label: replace(base, label=label))
+    assert resolve_gguf("ollama:vis", None, replace(found, folder=tmp_path)).folder == tmp_path
     with pytest.raises(ForgeError, match="--revision has no meaning"):
         resolve("ollama:vis", "main")
 

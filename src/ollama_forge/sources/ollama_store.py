@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
-from ollama_forge.sources.gguf import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
 from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names
 
 SCHEME = "ollama:"
@@ -71,11 +72,14 @@ class StoredModel:
     requires: str = ""
 
 
-def ollama_checkpoint(model: str) -> GgufCheckpoint:
+def ollama_checkpoint(model: str, base: Checkpoint | None = None) -> GgufCheckpoint:
     """The checkpoint of ``ollama:NAME``: the model's GGUF file where it lies; its kind is ``KIND``, its label the name.
 
+    Args:
+        base: the model that the file was made from, whose config and tokenizer it then has; None to learn them.
+
     Raises:
-        ForgeError: see ``find_model``; or the file cannot be read as a model.
+        ForgeError: see ``find_model``; or the file cannot be read as a model, or does not fit ``base``.
     """
     stored = find_model(model.removeprefix(SCHEME))
     if stored.adapters:
@@ -83,8 +87,10 @@ def ollama_checkpoint(model: str) -> GgufCheckpoint:
             f"note: {stored.name} has an adapter: the weights under it are computed on and edited, "
             "and a new model in Ollama keeps the adapter"
         )
-    sha256 = stored.weights.digest.removeprefix("sha256:")
-    return replace(gguf_checkpoint(stored.weights.path, stored.name, sha256=sha256), kind=KIND)
+    path, sha256 = stored.weights.path, stored.weights.digest.removeprefix("sha256:")
+    if base is None:
+        return replace(gguf_checkpoint(path, stored.name, sha256=sha256), kind=KIND)
+    return replace(gguf_checkpoint_of(base, path, stored.name), kind=KIND)
 
 
 def find_model(name: str) -> StoredModel:
