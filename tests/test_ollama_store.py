@@ -177,7 +177,8 @@ def test_the_checkpoint_of_a_name(
         return Checkpoint(path.parent, label, "gguf", "0" * 64)
 
     monkeypatch.setattr(ollama_store, "gguf_checkpoint", read)
-    stored = vision(store)
+    store.add("vis", model=tiny_gguf(tmp_path / "m.gguf").read_bytes(), adapter=gguf_of("adapter"))
+    stored = find_model("vis")
     found = resolve("ollama:VIS")
     assert given == [(stored.weights.path, sha256_file(stored.weights.path))]  # which the store knows
     assert (found.kind, found.label, found.public_name) == ("ollama", "vis:latest", "vis:latest")
@@ -227,6 +228,18 @@ def test_a_model_that_is_no_gguf_file(
 def test_a_cloud_model_without_a_manifest(store: Store) -> None:
     refused("gpt-oss:120b-cloud", "is a cloud model", "ollama pull gpt-oss:120b")
     refused("gpt-oss:cloud", "is a cloud model", "ollama pull gpt-oss")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"), [(b"llama", b"gptos"), (b"token_embd.weight", b"v.patch_embd.bias")], ids=["name", "tensors"]
+)
+def test_a_file_of_ollamas_own_converter(store: Store, tmp_path: Path, written: bytes, told: bytes) -> None:
+    content = tiny_gguf(tmp_path / "m.gguf").read_bytes()
+    store.add("m", model=content.replace(written, told))
+    with pytest.raises(ForgeError, match="m:latest is in a form of Ollama's own") as caught:
+        resolve("ollama:m")
+    assert told.decode() in caught.value.message
+    assert "ollama pull hf.co/" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["model", "projector"])
@@ -373,6 +386,16 @@ def test_without_ollama_the_modelfile_has_it_all(store: Store, tmp_path: Path) -
     assert "no Ollama at" in registration.problem
     registration.write_modelfile(tmp_path / "edited.gguf")
     assert "RENDERER rr" in (tmp_path / "Modelfile").read_text()
+
+
+def test_a_parameter_of_old_versions_is_kept_except_in_a_modelfile(store: Store, tmp_path: Path) -> None:
+    store.add("m", model=gguf_of("model"), params='{"num_gqa": 8, "num_ctx": 4096, "seed": null}')
+    stored = find_model("m")
+    assert create_request("new", stored_template(stored), source=stored).parameters == {"num_gqa": 8, "num_ctx": 4096}
+    planned(stored, tmp_path).write_modelfile(tmp_path / "edited.gguf")
+    text = (tmp_path / "Modelfile").read_text()
+    assert "# PARAMETER num_gqa left out" in text
+    assert Modelfile.parse(text).parameters == (("num_ctx", "4096"),)
 
 
 def test_two_adapters_cannot_be_created_with_new_weights(fake: FakeOllama, store: Store, tmp_path: Path) -> None:

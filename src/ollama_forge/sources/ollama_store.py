@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
@@ -30,6 +31,7 @@ SERVICE_STORES = (
     "/var/lib/ollama",
     "/var/snap/ollama/common/models",
 )
+_EMBEDDED = ("v.", "mm.", "a.", "s.", "mtp.")  # begin the names of tensors of projectors, in files with the model's
 _LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 
@@ -87,10 +89,25 @@ def ollama_checkpoint(model: str, base: Checkpoint | None = None) -> GgufCheckpo
             f"note: {stored.name} has an adapter: the weights under it are computed on and edited, "
             "and a new model in Ollama keeps the adapter"
         )
+    _require_llamacpp_form(stored)
     path, sha256 = stored.weights.path, stored.weights.digest.removeprefix("sha256:")
     if base is None:
         return replace(gguf_checkpoint(path, stored.name, sha256=sha256), kind=KIND)
     return replace(gguf_checkpoint_of(base, path, stored.name), kind=KIND)
+
+
+def _require_llamacpp_form(stored: StoredModel) -> None:
+    """Raise ForgeError for a file of Ollama's own converter, which llama.cpp reads with a patch of Ollama's."""
+    from gguf import MODEL_ARCH_NAMES
+
+    file = read_gguf(stored.weights.path)
+    embedded = next((tensor.name for tensor in file.tensors if tensor.name.startswith(_EMBEDDED)), None)
+    if embedded is not None or file.architecture not in MODEL_ARCH_NAMES.values():
+        what = f"a tensor {embedded}" if embedded else f"the architecture {file.architecture!r}"
+        raise ForgeError(
+            f"{stored.name} is in a form of Ollama's own ({what}), which llama.cpp does not read",
+            "pull its GGUF release from the Hub (ollama pull hf.co/OWNER/REPO:TYPE), or give its Hugging Face release",
+        )
 
 
 def find_model(name: str) -> StoredModel:
