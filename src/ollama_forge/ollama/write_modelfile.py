@@ -8,7 +8,7 @@ from pathlib import Path
 from ollama_forge.files import write_text
 from ollama_forge.ollama.made_from import create_request
 from ollama_forge.ollama.modelfile import Modelfile, Unwritable
-from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, Value
+from ollama_forge.ollama.parameters import KNOWN, NO_PARAMETERS, Parameters, Value
 from ollama_forge.ollama.template import TemplatePlan
 from ollama_forge.sources.ollama_store import Blob, StoredModel
 
@@ -44,7 +44,7 @@ def write_modelfile(
         ("TEMPLATE", Modelfile(template=request.template)),
         ("SYSTEM", Modelfile(system=request.system)),
         ("RENDERER", Modelfile(renderer=request.renderer, parser=request.parser)),
-        *(("PARAMETER", Modelfile(parameters=(line,))) for line in _lines(request.parameters)),
+        *(("PARAMETER", Modelfile(parameters=(line,))) for line in _lines(request.parameters) if line[0] in KNOWN),
         *(("LICENSE", Modelfile(licenses=(text,))) for text in request.licenses),
         *(("MESSAGE", Modelfile(messages=(turn,))) for turn in request.messages),
         ("REQUIRES", Modelfile(others=(("REQUIRES", request.requires),) if request.requires else ())),
@@ -54,6 +54,8 @@ def write_modelfile(
             texts.append(part.text())
         except Unwritable as error:
             texts.append(f"# {command} left out: {error.message}; ollama-forge sets it where Ollama runs\n")
+    unknown = sorted(set(request.parameters) - set(KNOWN))
+    texts += [f"# PARAMETER {key} left out: Ollama reads no such line any more\n" for key in unknown]
     write_text(path, "".join(texts))
 
 

@@ -13,10 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
-from ollama_forge.sources.gguf import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
 from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names
 
 SCHEME = "ollama:"
@@ -29,6 +31,7 @@ SERVICE_STORES = (
     "/var/lib/ollama",
     "/var/snap/ollama/common/models",
 )
+_EMBEDDED = ("v.", "mm.", "a.", "s.", "mtp.")  # begin the names of tensors of projectors, in files with the model's
 _LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 
@@ -71,11 +74,14 @@ class StoredModel:
     requires: str = ""
 
 
-def ollama_checkpoint(model: str) -> Checkpoint:
+def ollama_checkpoint(model: str, base: Checkpoint | None = None) -> GgufCheckpoint:
     """The checkpoint of ``ollama:NAME``: the model's GGUF file where it lies; its kind is ``KIND``, its label the name.
 
+    Args:
+        base: the model that the file was made from, whose config and tokenizer it then has; None to learn them.
+
     Raises:
-        ForgeError: see ``find_model``; or the file cannot be read as a model.
+        ForgeError: see ``find_model``; or the file cannot be read as a model, or does not fit ``base``.
     """
     stored = find_model(model.removeprefix(SCHEME))
     if stored.adapters:
@@ -83,7 +89,25 @@ def ollama_checkpoint(model: str) -> Checkpoint:
             f"note: {stored.name} has an adapter: the weights under it are computed on and edited, "
             "and a new model in Ollama keeps the adapter"
         )
-    return replace(gguf_checkpoint(stored.weights.path, stored.name), kind=KIND)
+    _require_llamacpp_form(stored)
+    path, sha256 = stored.weights.path, stored.weights.digest.removeprefix("sha256:")
+    if base is None:
+        return replace(gguf_checkpoint(path, stored.name, sha256=sha256), kind=KIND)
+    return replace(gguf_checkpoint_of(base, path, stored.name), kind=KIND)
+
+
+def _require_llamacpp_form(stored: StoredModel) -> None:
+    """Raise ForgeError for a file of Ollama's own converter, which llama.cpp reads with a patch of Ollama's."""
+    from gguf import MODEL_ARCH_NAMES
+
+    file = read_gguf(stored.weights.path)
+    embedded = next((tensor.name for tensor in file.tensors if tensor.name.startswith(_EMBEDDED)), None)
+    if embedded is not None or file.architecture not in MODEL_ARCH_NAMES.values():
+        what = f"a tensor {embedded}" if embedded else f"the architecture {file.architecture!r}"
+        raise ForgeError(
+            f"{stored.name} is in a form of Ollama's own ({what}), which llama.cpp does not read",
+            "pull its GGUF release from the Hub (ollama pull hf.co/OWNER/REPO:TYPE), or give its Hugging Face release",
+        )
 
 
 def find_model(name: str) -> StoredModel:
@@ -234,9 +258,9 @@ def _missing(name: OllamaName) -> ForgeError:
             f"Ollama keeps no models in {_stores()[0]}, nor where its Linux packages do",
             "set OLLAMA_MODELS to its store (one in a container has it elsewhere), or: ollama pull " + name.shown,
         )
-    names = [known.shown for store in stores for known in stored_names(store)]
-    near = difflib.get_close_matches(name.shown, names, n=3, cutoff=0.5)
-    near += [known for known in names if known.partition(":")[0] == name.shown.partition(":")[0] and known not in near]
+    known = [known for store in stores for known in stored_names(store)]
+    near = [other.shown for other in known if other.model.lower() == name.model.lower()]
+    near = near or difflib.get_close_matches(name.shown, [other.shown for other in known], n=3)
     alike = f"it has {', '.join(near)}; or" if near else "`ollama list` shows what it has;"
     return ForgeError(f"Ollama has no model {name.shown} in {stores[0]}", f"{alike} ollama pull {name.shown}")
 

@@ -30,8 +30,8 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
     Downloads and converted ``.bin`` files are cached.
 
     Args:
-        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a GGUF
-            file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
+        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a
+            GGUF file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
         revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
 
@@ -65,12 +65,14 @@ def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool 
 
 
 def resolve_gguf(model: str, revision: str | None, base: Checkpoint) -> GgufCheckpoint:
-    """Find a GGUF file, here or on the Hub, that was made from ``base``, whose config and tokenizer it then has.
+    """Find a GGUF file, here, in Ollama or on the Hub, made from ``base``, whose config and tokenizer it then has.
 
     Raises:
         ForgeError: the file does not exist or does not fit ``base``.
         UsageError: ``model`` is no GGUF file.
     """
+    if model.startswith(SCHEME):
+        return ollama_checkpoint(model, base)
     reference, path = gguf_reference(model), Path(model).expanduser()
     if not path.is_file():
         if reference is None or path.exists():
