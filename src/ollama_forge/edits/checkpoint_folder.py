@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ollama_forge import __version__
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, not_copied
@@ -17,16 +16,14 @@ from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
-from ollama_forge.edits.apply import AppliedEdit, apply_plan, describe_changes, leak_notes
-from ollama_forge.edits.expert_groups import equal, grouped
-from ollama_forge.edits.model_card import model_card, read_license
+from ollama_forge.edits.apply import AppliedEdit, apply_plan, leak_notes
 from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
+from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json, write_text
+from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json
 from ollama_forge.progress import say
-from ollama_forge.records import to_json
 from ollama_forge.system import free_space
 
 CONFIG = "config.json"
@@ -112,41 +109,26 @@ def write_checkpoint(
     check_output(folder, output_size(checkpoint, out_dtype))
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
-    described = to_json(settings) if settings else {}
+    described = describe_edit(checkpoint, model, plan, settings, direction)
     others = not_copied(checkpoint.tensors)
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
     with atomic_folder(folder) as partial:
-        applied = apply_plan(checkpoint, plan, partial, rule, described)
+        applied = apply_plan(checkpoint, plan, partial, rule, described["settings"])
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
-        record = {
-            "tool": "ollama-forge",
-            "version": __version__,
-            "source": {
-                "model": checkpoint.public_name,
-                "kind": checkpoint.kind,
-                "revision": checkpoint.revision,
-                "fingerprint": checkpoint.fingerprint,
-                "model_type": model.model_type,
-                "license": read_license(checkpoint.folder),
-            },
-            "factors": plan.factors,
-            "settings": described,
-            "out_dtype": rule.value,
-            "direction": _describe_direction(direction),
-            "changed": describe_changes(applied, model),
-            "changed_biases": sorted(applied.record.bias_shifts),
-            "skipped": grouped(model, plan.skipped, equal),
-            "left_out": others,
-            "certificate": None,
-            "verified": None,
-            "measurements": None,
-            **(provenance or {}),
-        }
-        write_json(partial / PROVENANCE, record)
-        write_text(partial / CARD, model_card(record))
+        write_provenance(
+            described,
+            model,
+            plan,
+            applied,
+            partial / PROVENANCE,
+            partial / CARD,
+            output={"out_dtype": rule.value},
+            left_out=others,
+            provenance=provenance,
+        )
     applied.record.save(edit_file_path(folder))
     if applied.unpacked:
         forms = sorted({packed.codec.label for packed in checkpoint.tensors.packed.values()})
@@ -199,23 +181,3 @@ def written_config(config: Mapping[str, Any], applied: AppliedEdit) -> dict[str,
     if isinstance(written.get("text_config"), dict):
         written["text_config"] = written_config(written["text_config"], applied)
     return written
-
-
-def update_provenance(folder: Path, **entries: Any) -> None:
-    """Set ``entries`` (``verified``, ``measurements``) in a checkpoint's provenance, and rewrite its model card."""
-    record = {**read_json(folder / PROVENANCE), **entries}
-    write_json(folder / PROVENANCE, record)
-    write_text(folder / CARD, model_card(record))
-
-
-def _describe_direction(direction: RefusalDirection | None) -> dict[str, Any] | None:
-    if direction is None:
-        return None
-    return {
-        "method": direction.method,
-        "layer": direction.layer,
-        "position": direction.position,
-        "count": len(direction.vectors),
-        "per_layer": direction.per_layer,
-        **direction.details,
-    }
