@@ -19,6 +19,10 @@ from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.source_files import source_entry, source_location
+from ollama_forge.edits.undo import Undone
+from ollama_forge.edits.undo import keep_undo as write_undo_of
+from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import load_chat_model
@@ -108,6 +112,7 @@ def apply(
     out_dtype: str = "auto",
     allow_partial: bool = False,
     trust_remote_code: bool = False,
+    keep_undo: bool = False,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited checkpoint tensor by tensor, without loading the model.
 
@@ -120,6 +125,7 @@ def apply(
         out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
         allow_partial: accept a model of which only a part is proven, and edit that part.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
+        keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
 
     Returns:
         The edited checkpoint, and the record of the edit.
@@ -164,4 +170,28 @@ def apply(
     shared = model_map.tied or model_map.copies
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the unembedding is tied to the embedding, so it was edited too")
+    if keep_undo:
+        write_undo_of(source, output_dir)
     return Checkpoint(output_dir, str(output_dir), "folder"), applied
+
+
+def undo(output: Path, target: Path, *, source: str | None = None) -> Undone:
+    """Write the source of an edited checkpoint or GGUF file, byte for byte, checked by hash.
+
+    Args:
+        output: what ``apply`` or ``run`` wrote: a folder, or a ``.gguf`` file.
+        target: the folder to write, or the ``.gguf`` file if the source is one.
+        source: the model that was edited; None to look where it lay, and then for the undo file.
+
+    Raises:
+        UsageError: ``target`` exists, or cannot hold the source.
+        ForgeError: the source is not to be found or has changed and there is no undo file, the undo file is damaged, or
+            the disk is full. Nothing is then written.
+    """
+    place = None
+    if source is not None:
+        place = Path(source).expanduser()
+        if not place.exists():
+            entry = source_entry(output)
+            place = source_location(resolve(source, entry.revision if entry.kind == "hub" else None))
+    return undo_edit(output, target, source=place)
