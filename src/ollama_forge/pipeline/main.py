@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ollama_forge.edits.provenance import update_provenance
 from ollama_forge.edits.proven import describe_certificate
+from ollama_forge.edits.provenance import update_provenance
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.verify import Check

@@ -114,13 +114,26 @@ class Region:
 
 @runtime_checkable
 class WritableCodec(Codec, Protocol):
-    """Also encodes matrices. A matrix of this form has two parts, its codes and their scales."""
+    """Also encodes matrices.
 
-    def fit_scales(self, source: PackedMatrix, regions: Iterable[Region]) -> Tensor:
-        """The scales for new values of a matrix; the source's own, wherever the new values are within their range."""
+    Attributes:
+        steps: a region that is encoded on its own starts and ends at multiples of these numbers of rows and columns, or
+            at the matrix's edge; values in between share their bytes.
+    """
+
+    @property
+    def steps(self) -> tuple[int, int]: ...
+
+    def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
+        """A matrix for new values of ``source``, to be filled by ``encode``.
+
+        Args:
+            regions: all new values. A form whose scales reach over several regions fits them to these values, and keeps
+                the source's own wherever the new values are within their range.
+        """
 
     def encode(self, result: PackedMatrix, region: Region, kept: Kept | None) -> Tensor:
-        """Write the codes of a region into ``result``, whose scales are already in place.
+        """Write a region into ``result``, which ``blank`` made.
 
         Args:
             kept: products of the region's values that rounding should not change.

@@ -34,11 +34,15 @@ class Fp8Codec:
     block: tuple[int, int]
     label = "FP8"
     by_regions = True
+    steps = (1, 1)
 
     def decode(self, matrix: PackedMatrix, rows: slice, columns: slice) -> Tensor:
         return matrix.parts[0][rows, columns].float() * self._scale(matrix, rows, columns)
 
-    def fit_scales(self, source: PackedMatrix, regions: Iterable[Region]) -> Tensor:
+    def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
+        return PackedMatrix(source.shape, self, (torch.empty_like(source.parts[0]), self._fit_scales(source, regions)))
+
+    def _fit_scales(self, source: PackedMatrix, regions: Iterable[Region]) -> Tensor:
         """The source's scales, but a larger one where a value is out of their range: the largest value over 448.
 
         A scale that is a power of two becomes another power of two, as some hardware requires.

@@ -31,12 +31,16 @@ class Mxfp4Codec:
 
     label = "MXFP4"
     by_regions = False
+    steps = (1, 1)
 
     def decode(self, matrix: PackedMatrix, rows: slice, columns: slice) -> Tensor:
         codes, exponents = matrix.parts
         return decode_mxfp4(codes[columns], exponents[columns]).T[rows]
 
-    def fit_scales(self, source: PackedMatrix, regions: Iterable[Region]) -> Tensor:
+    def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
+        return PackedMatrix(source.shape, self, (torch.empty_like(source.parts[0]), self._fit_scales(source, regions)))
+
+    def _fit_scales(self, source: PackedMatrix, regions: Iterable[Region]) -> Tensor:
         """For each block the exponent with the smallest squared error, the source's own among equals."""
         best = source.parts[1].clone()
         for region in regions:

@@ -1,6 +1,6 @@
-"""Round values to small floats so that chosen products with the matrix keep their value.
+"""Round values to the numbers of a small type so that chosen products with the matrix keep their value.
 
-An edit changes each value of a matrix by much less than the spacing of a type with one to three bits of mantissa.
+An edit changes each value of a matrix by much less than the spacing of the numbers of a type of a few bits.
 Rounding to the nearest value undoes such a change almost everywhere, and the removed direction comes back. Here every
 value becomes one of its two neighbours: the nearest one, except where the other one is needed so that the errors cancel
 along the direction of the edit.
@@ -9,6 +9,8 @@ along the direction of the edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,62 @@ from torch import Tensor
 _NOISE = 4 * torch.finfo(torch.float32).eps  # relative error of the division of a value by its scale
 _EXPONENT_BITS = 0x7F800000  # of a float32
 _LAST_MOVES = 3  # values replaced in each column for each direction, to remove what whole steps leave
+
+
+class Numbers(Protocol):
+    """The numbers of a type, before scaling."""
+
+    def spacing(self, values: Tensor) -> Tensor:
+        """The distance of the two neighbours of each value (of the numbers at the end, for values beyond it)."""
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Round each value to the nearest number."""
+
+    def other(self, values: Tensor, nearest: Tensor) -> Tensor:
+        """The neighbour of each value on the side that ``nearest`` is not on; ``nearest`` where there is none."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The integers from ``first`` to ``last``."""
+
+    first: int
+    last: int
+
+    def spacing(self, values: Tensor) -> Tensor:
+        return torch.ones_like(values)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(self.first, self.last)
+
+    def other(self, values: Tensor, nearest: Tensor) -> Tensor:
+        return (values - nearest).sign_().add_(nearest).clamp_(self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Some numbers, in ascending order."""
+
+    numbers: tuple[float, ...]
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return torch.tensor(self.numbers)
+
+    def places(self, values: Tensor) -> Tensor:
+        """The place of the nearest number of each value."""
+        return torch.bucketize(values, (self._numbers[1:] + self._numbers[:-1]) / 2)
+
+    def spacing(self, values: Tensor) -> Tensor:
+        above = torch.bucketize(values, self._numbers).clamp_(1, len(self.numbers) - 1)
+        return self._numbers.diff()[above - 1]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return self._numbers[self.places(values)]
+
+    def other(self, values: Tensor, nearest: Tensor) -> Tensor:
+        side = (values - nearest).sign_().long()
+        return self._numbers[(self.places(values) + side).clamp_(0, len(self.numbers) - 1)]
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf.file import Gguf
+from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
 from ollama_forge.checkpoints.gguf.layout import GgufLayout
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
+from ollama_forge.checkpoints.quantised import Quantisation
+from ollama_forge.files import sha256_file
 
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
     """A GGUF file as a checkpoint. ``folder`` holds config.json and the tokenizer's files, but no weights.
 
-    ``revision`` is the SHA-256 of the file.
+    ``revision`` is the SHA-256 of the file, or None if it was not computed yet.
 
     Attributes:
         file: the file's metadata and tensor table.
@@ -35,6 +37,22 @@ class GgufCheckpoint(Checkpoint):
         return GgufTensors(self.folder, self.file, self.layout)
 
     @cached_property
+    def quantisation(self) -> Quantisation | None:
+        """None: whatever their types, all tensors can be read."""
+        return None
+
+    @cached_property
     def fingerprint(self) -> str:
-        assert self.revision is not None
-        return self.revision
+        """SHA-256 of the file."""
+        return sha256_file(self.path) if self.revision is None else self.revision
+
+    def with_file(self, path: Path, sha256: str | None = None) -> GgufCheckpoint:
+        """The checkpoint of another file with the same tensors and the same architecture, such as an edited one.
+
+        Args:
+            sha256: hash of the file; if None, it is computed when it is needed.
+
+        Raises:
+            ForgeError: the file is damaged.
+        """
+        return replace(self, file=read_gguf(path), label=str(path), kind="gguf", revision=sha256)

@@ -2,15 +2,19 @@
 
 Metadata is kept as bytes, so that rewriting a file changes no value. Unlike ``gguf.GGUFReader``, which builds an object
 per array element, this takes milliseconds for a vocabulary of any size.
+
+A file that is read may come from anywhere: what a header says is checked against the size of the file before anything is
+allocated or repeated by it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,18 @@ from ollama_forge.files import reserve, write_all
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32
+SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 BOOL, STRING, ARRAY = 7, 8, 9
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", BOOL: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _INT64, _FLOAT64 = 4, 11, 12
 _MAX_DIMENSIONS = 8
+_MAX_ALIGNMENT = 1 << 21
+# far more than any model has; each entry takes a few hundred bytes of memory, however few it takes in the file
+_MAX_VALUES, _MAX_TENSORS = 1 << 16, 1 << 18
+_LENGTH = struct.Struct("<Q").unpack_from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """A metadata value: GGUF's type number and the bytes that follow it in the file."""
 
@@ -48,25 +57,27 @@ def value_of(python: str | bool | int | float | Sequence[str]) -> Value:
         return Value(BOOL, struct.pack("<?", python))
     if isinstance(python, int):
         kind = _UINT32 if 0 <= python < 2**32 else _INT64
-        return Value(kind, struct.pack(_SCALARS[kind], python))
+        return Value(kind, struct.pack(f"<{_SCALARS[kind]}", python))
     if isinstance(python, float):
         return Value(_FLOAT64, struct.pack("<d", python))
     return Value(ARRAY, struct.pack("<IQ", STRING, len(python)) + b"".join(map(_string, python)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """A tensor of a file.
 
     Attributes:
         shape: in GGUF's order: the row length first.
         start: offset of the data in the file, in bytes.
+        file: the file that holds the data; empty for a tensor that is not written yet.
     """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     start: int = 0
+    file: Path = field(default=Path(), compare=False)
 
     @property
     def row_length(self) -> int:
@@ -89,11 +100,23 @@ def row_size(kind: GGMLQuantizationType, length: int) -> int:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The metadata and the tensor table of a file."""
+    """The metadata and the tensor table of a file.
+
+    Attributes:
+        path: the file; the first part of a split file.
+        metadata: the metadata; that of the first part of a split file.
+        tensors: the tensors of all parts.
+        parts: the parts of a split file in their order; ``path`` alone for a whole file.
+    """
 
     path: Path
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
+    parts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, "parts", (self.path,))
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata[key].python() if key in self.metadata else default
@@ -104,7 +127,57 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Read a file's metadata and tensor table.
+    """Read the metadata and the tensor table of a file, or of all parts of a split file.
+
+    Args:
+        path: the file, or any part of a split file.
+
+    Raises:
+        ForgeError: a file is missing, not GGUF, truncated or damaged, or has an unknown tensor type.
+    """
+    named = read_part(path)
+    count = named.get(SPLIT_COUNT, 1)
+    return named if count in (0, 1) else _joined([read_part(part) for part in _parts(named, count)])
+
+
+def _parts(named: Gguf, count: Any) -> list[Path]:
+    """The paths of all parts of the split file to which ``named`` belongs."""
+    path, number = named.path, named.get(SPLIT_NUMBER)
+    valid = type(count) is int and type(number) is int and 0 <= number < count
+    ending = f"-{number + 1:05}-of-{count:05}.gguf" if valid else ""
+    if not ending or not path.name.endswith(ending):
+        raise ForgeError(
+            f"{path} is a part of a split GGUF file under another name",
+            "name the parts as they were: NAME-00001-of-00003.gguf, NAME-00002-of-00003.gguf, …",
+        )
+    stem = path.name.removesuffix(ending)
+    parts = [path.with_name(f"{stem}-{n:05}-of-{count:05}.gguf") for n in range(1, count + 1)]
+    absent = [part.name for part in parts if not part.is_file()]
+    if absent:
+        raise ForgeError(
+            f"{path} is one of {count} parts, of which {len(absent)} are missing, such as {absent[0]}",
+            f"download all parts to {path.parent}",
+        )
+    return parts
+
+
+def _joined(parts: Sequence[Gguf]) -> Gguf:
+    """One table over the parts of a split file, in their order."""
+    first = parts[0]
+    for number, part in enumerate(parts):
+        if (part.get(SPLIT_NUMBER), part.get(SPLIT_COUNT)) != (number, len(parts)):
+            raise ForgeError(
+                f"{part.path} is not part {number + 1} of {len(parts)} of a split file", "download all parts again"
+            )
+    tensors = tuple(itertools.chain.from_iterable(part.tensors for part in parts))
+    names = {tensor.name for tensor in tensors}
+    if len(names) < len(tensors) or first.get(SPLIT_TENSORS, len(tensors)) != len(tensors):
+        raise ForgeError(f"the parts of {first.path} do not belong together", "download all parts again")
+    return Gguf(first.path, first.metadata, tensors, tuple(part.path for part in parts))
+
+
+def read_part(path: Path) -> Gguf:
+    """Read the metadata and the tensor table of one file, which may be a part of a split file.
 
     Raises:
         ForgeError: the file is missing, not GGUF, truncated or damaged, or has an unknown tensor type.
@@ -119,7 +192,7 @@ def read_gguf(path: Path) -> Gguf:
         raise ForgeError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
     except EOFError:
         raise ForgeError(f"{path} is truncated", "make or download it again") from None
-    except (ValueError, KeyError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, struct.error) as error:
         raise ForgeError(f"{path} is damaged: {error}", "make or download it again") from None
 
 
@@ -130,26 +203,50 @@ def _read(path: Path, data: mmap.mmap) -> Gguf:
         form = "big-endian GGUF" if version > 0xFFFF else f"GGUF version {version}"
         raise ForgeError(f"{path} is a {form} file", "convert it again with a current llama.cpp")
     n_tensors, n_values = cursor.number("<Q"), cursor.number("<Q")
+    if n_values > _MAX_VALUES or n_tensors > _MAX_TENSORS:
+        raise ValueError(f"it claims {n_tensors} tensors and {n_values} metadata values")
     metadata: dict[str, Value] = {}
     for _ in range(n_values):
-        key, kind = cursor.text(), cursor.number("<I")
+        key, kind = cursor.name(), cursor.number("<I")
+        if key in metadata:
+            raise ValueError(f"the key {key!r} is there twice")
         start = cursor.place
         cursor.skip(kind)
         metadata[key] = Value(kind, bytes(data[start : cursor.place]))
-    table = []
-    for _ in range(n_tensors):
-        name, dimensions = cursor.text(), cursor.number("<I")
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise ValueError(f"{name} has {dimensions} dimensions")
-        shape = tuple(cursor.number("<Q") for _ in range(dimensions))
-        table.append((name, shape, _type_of(path, cursor.number("<I")), cursor.number("<Q")))
-    base = _padded(cursor.place, _alignment(metadata))
-    tensors = tuple(Tensor(name, shape, kind, base + offset) for name, shape, kind, offset in table)
-    if any(tensor.start + tensor.size > len(data) for tensor in tensors):
-        raise EOFError
+    table = [_read_entry(path, cursor) for _ in range(n_tensors)]
+    alignment = _alignment(metadata)
+    base = _padded(cursor.place, alignment)
+    tensors = tuple(Tensor(name, shape, kind, base + offset, path) for name, shape, kind, offset in table)
+    _check_places(tensors, base, alignment, len(data))
+    return Gguf(path, metadata, tensors)
+
+
+def _read_entry(path: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    """An entry of the tensor table: name, shape, type, and offset in the data."""
+    name, dimensions = cursor.name(), cursor.number("<I")
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise ValueError(f"{name!r} has {dimensions} dimensions")
+    shape = tuple(cursor.number("<Q") for _ in range(dimensions))
+    kind, offset = _type_of(path, cursor.number("<I")), cursor.number("<Q")
+    if not all(shape) or math.prod(shape) >= 2**63:
+        raise ValueError(f"{name!r} has the shape {list(shape)}")
+    if shape[0] % GGML_QUANT_SIZES[kind][0]:
+        raise ValueError(f"the rows of {name!r}, {shape[0]} values, are no whole blocks of {kind.name}")
+    return name, shape, kind, offset
+
+
+def _check_places(tensors: Sequence[Tensor], base: int, alignment: int, size: int) -> None:
+    """Check that each tensor lies in the file, aligned, under a name and in a place of its own."""
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("two tensors share a name")
-    return Gguf(path, metadata, tensors)
+    for tensor in tensors:
+        if tensor.start + tensor.size > size:
+            raise EOFError
+        if (tensor.start - base) % alignment:
+            raise ValueError(f"{tensor.name!r} is not aligned")
+    for before, after in itertools.pairwise(sorted(tensors, key=lambda tensor: tensor.start)):
+        if after.start < before.start + before.size:
+            raise ValueError(f"{before.name!r} and {after.name!r} overlap")
 
 
 def _type_of(path: Path, number: int) -> GGMLQuantizationType:
@@ -168,54 +265,75 @@ class _Cursor:
     def __init__(self, data: bytes | mmap.mmap, place: int = 0) -> None:
         self.data, self.place = data, place
 
-    def read(self, count: int) -> bytes:
-        end = self.place + count
-        if end > len(self.data):
+    def move(self, count: int) -> int:
+        """Go on by ``count`` bytes, and return the place before."""
+        before = self.place
+        if count > len(self.data) - before:
             raise EOFError
-        data = self.data[self.place : end]
-        self.place = end
-        return data
+        self.place = before + count
+        return before
+
+    def read(self, count: int) -> bytes:
+        return self.data[self.move(count) : self.place]
 
     def number(self, form: str) -> int:
-        value: int = struct.unpack(form, self.read(struct.calcsize(form)))[0]
+        value: int = struct.unpack_from(form, self.data, self.move(struct.calcsize(form)))[0]
         return value
+
+    def name(self) -> str:
+        """Read the name of a value or a tensor. ``UnicodeDecodeError`` is a ValueError."""
+        return self.read(self.number("<Q")).decode("utf-8")
 
     def text(self) -> str:
         return self.read(self.number("<Q")).decode("utf-8", "surrogateescape")
 
     def array(self) -> tuple[int, int]:
-        """Read an array's element type and length; raise EOFError if fewer bytes than elements follow."""
+        """Read an array's element type and length; raise EOFError if fewer bytes follow than its elements take."""
         kind, count = self.number("<I"), self.number("<Q")
-        if count > len(self.data) - self.place:
+        if kind == ARRAY:  # llama.cpp reads none either
+            raise ValueError("it holds an array of arrays")
+        least = 8 if kind == STRING else struct.calcsize(_scalar_format(kind))
+        if count > (len(self.data) - self.place) // least:
             raise EOFError
         return kind, count
 
     def skip(self, kind: int) -> None:
         if kind == STRING:
-            self.read(self.number("<Q"))
+            self.move(self.number("<Q"))
         elif kind == ARRAY:
             kind, count = self.array()
-            if kind in _SCALARS:
-                self.read(count * struct.calcsize(_SCALARS[kind]))
+            if kind == STRING:
+                self._skip_texts(count)
             else:
-                for _ in range(count):
-                    self.skip(kind)
+                self.move(count * struct.calcsize(_scalar_format(kind)))
         else:
-            self.read(struct.calcsize(_scalar_format(kind)))
+            self.move(struct.calcsize(_scalar_format(kind)))
+
+    def _skip_texts(self, count: int) -> None:
+        data, place, end = self.data, self.place, len(self.data) - 8
+        for _ in range(count):
+            if place > end:
+                raise EOFError
+            place += 8 + _LENGTH(data, place)[0]
+        self.place = place
+        self.move(0)
 
     def decode(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
             kind, count = self.array()
-            return [self.decode(kind) for _ in range(count)]
+            if kind == STRING:
+                return [self.text() for _ in range(count)]
+            form = f"<{count}{_scalar_format(kind)[1]}"
+            return list(struct.unpack_from(form, self.data, self.move(struct.calcsize(form))))
         return self.number(_scalar_format(kind))
 
 
 def _scalar_format(kind: int) -> str:
     if kind not in _SCALARS:
         raise ValueError(f"unknown value type {kind}")
-    return _SCALARS[kind]
+    return f"<{_SCALARS[kind]}"
 
 
 def _string(text: str) -> bytes:
@@ -229,8 +347,8 @@ def _padded(size: int, alignment: int) -> int:
 
 def _alignment(metadata: Mapping[str, Value]) -> int:
     alignment = metadata[ALIGNMENT_KEY].python() if ALIGNMENT_KEY in metadata else DEFAULT_ALIGNMENT
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"invalid alignment {alignment}")
+    if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise ValueError(f"invalid alignment {str(alignment)[:40]!r}")
     return alignment
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ollama_forge.checkpoints.gguf.file import read_gguf
+from ollama_forge.checkpoints.gguf.file import SPLIT_COUNT, read_part
 from ollama_forge.errors import ForgeError
 
 _UNQUANTISED = {0: "F32", 1: "F16", 32: "BF16"}
@@ -46,8 +46,8 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         ForgeError: the file is missing, not GGUF, truncated, one part of a split file, or an adapter.
     """
-    file = read_gguf(path)
-    parts = file.get("split.count", 0)
+    file = read_part(path)
+    parts = file.get(SPLIT_COUNT, 0)
     if parts not in (0, 1):
         raise ForgeError(
             f"{path} is one of the {parts} parts of a split GGUF file", "join them: llama-gguf-split --merge"
