@@ -61,7 +61,8 @@ def converter_session() -> Iterator[ConverterSession]:
         ForgeError: the converter is not installed.
     """
     folder = find_converter(None)
-    libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", "")]))
+    own = str(Path(worker.__file__).parents[3])
+    libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", ""), own]))
     environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-P", str(Path(worker.__file__)), str(folder)]
     with tempfile.TemporaryFile() as log:

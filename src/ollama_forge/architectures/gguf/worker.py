@@ -3,8 +3,8 @@
     python worker.py LLAMA_CPP_DIR
 
 Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
-the request failed. The script imports nothing from this package, because the converter's libraries come first on the
-path. The converter is lazy: it builds what it would write from tensors without values, and a tensor's values are made
+the request failed. The converter's libraries come first on the path, so the script imports only such modules of this
+package that import no library but numpy. The converter is lazy: it builds what it would write from tensors without values, and a tensor's values are made
 up, and passed through its code, where they are asked for.
 """
 
@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
 
     def lazy(name: str, shape: tuple[int, ...]) -> Any:
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
-        return LazyTorchTensor(meta=meta, args=(name,), func=lambda name: values(name, shape))
+        return LazyTorchTensor(meta=meta, args=(name, shape), func=values)
 
     def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:
         items = (
@@ -92,6 +93,43 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         return model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(folder) / "out.gguf")
 
 
+def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """For each tensor that the converter writes: its shape, and the parts that fill it, or why it has none.
+
+    The parts are those of ``ollama_forge.checkpoints.gguf.layout``. A tensor that is made from the config has none.
+    """
+    import gguf
+    from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
+
+    program = Program()
+    model = converter(config, shapes, program.values)
+    outputs: dict[str, Any] = {}
+    model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
+    gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
+    model.prepare_tensors()
+    known: dict[str, tuple[list[str], list[Any], str]] = {}
+    answer: dict[str, Any] = {}
+    for name in list(outputs):
+        output = outputs.pop(name)
+        shape = list(output.shape) or [1]
+        if not isinstance(output, gguf.LazyBase):
+            answer[name] = {"shape": shape, "parts": []}
+            continue
+        key, inputs = program.inputs(output)
+        if key not in known:
+            try:
+                parts, why = [asdict(part) for part in parts_of(program, output, inputs)], ""
+            except NotMoved as error:
+                parts, why = [], str(error)
+            known[key] = list(inputs), parts, why
+        names, parts, why = known[key]
+        named = dict(zip(names, inputs, strict=True))
+        answer[name] = {"shape": shape, "parts": [{**part, "tensor": named[part["tensor"]]} for part in parts]}
+        if why:
+            answer[name]["computed"] = why
+    return {"tensors": answer}
+
+
 def plain(value: Any) -> Any:
     """A metadata value as JSON."""
     if isinstance(value, list | tuple):
@@ -99,7 +137,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | float | str) or value is None else int(value)
 
 
-OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"classes": classes, "metadata": metadata}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"classes": classes, "metadata": metadata, "places": places}
 
 if __name__ == "__main__":
     main()
