@@ -183,22 +183,26 @@ class BlockwiseEdit:
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 
-    def encode(self, blocks: Iterable[EditedBlock]) -> EncodedMatrix:
+    def encode(self, blocks: Iterable[EditedBlock], codec: WritableCodec | None = None) -> EncodedMatrix:
         """Encode the edited matrix in its packed form; rounding keeps what the edit does along its direction.
 
         If there are several blocks, all of them are edited once more beforehand, to find the range of the new values.
+
+        Args:
+            codec: the form to encode in; None for that of the source.
         """
         blocks = list(blocks) if self.one_block else blocks
         held = self._read_packed(None)
-        assert isinstance(held.codec, WritableCodec)
+        codec = codec or held.codec
+        assert isinstance(codec, WritableCodec)
         fitted = (self._region(block) for block in (blocks if self.one_block else self.blocks()))
-        result = held.codec.blank(held, fitted)
+        result = codec.blank(held, fitted)
         kept = kept_products(self.edit, self.expert)
         on_disk = kept.turned() if self.edit.matrix.transposed else kept
         squared, error = 0.0, 0.0
         for block in blocks:
             region, factors = self._region(block), block.after.factors
-            written = held.codec.encode(result, region, on_disk)
+            written = codec.encode(result, region, on_disk)
             error += float(on_disk.product(written.sub_(region.values)).square().sum())
             squared += float(((factors.L.T @ factors.L) * (factors.K.T @ factors.K)).sum())
         changed = tuple(not _same_bytes(*pair) for pair in zip(held.parts, result.parts, strict=True))

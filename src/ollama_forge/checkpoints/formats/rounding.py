@@ -112,6 +112,10 @@ class Minifloat:
         return torch.where(other.abs() > self.largest, nearest, other)
 
 
+FLOAT16 = Minifloat(mantissa=10, smallest_normal=2.0**-14, largest=65504.0)
+BFLOAT16 = Minifloat(mantissa=7, smallest_normal=2.0**-126, largest=(2 - 2.0**-7) * 2.0**127)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Products of a matrix that rounding should not change: ``basis^T W`` for axis 0, ``W basis`` for axis 1.
@@ -133,11 +137,11 @@ class Kept:
         return Kept(self.basis, 1 - self.axis)
 
 
-def round_keeping(values: Tensor, scale: Tensor, kind: Minifloat, kept: Kept | None) -> Tensor:
+def round_keeping(values: Tensor, scale: Tensor, kind: Numbers, kept: Kept | None) -> Tensor:
     """Round ``values`` ``[n, m]`` to numbers of ``kind`` times ``scale``, keeping the products ``kept``.
 
     Args:
-        scale: positive, broadcastable to ``values``.
+        scale: broadcastable to ``values``.
 
     Returns:
         The numbers of ``kind`` ``[n, m]``, without the scale: the neighbours of ``values / scale``.
@@ -164,7 +168,7 @@ def _cancel(scaled: Tensor, rounded: Tensor, other: Tensor, scale: Tensor, basis
     In each row, a value's price is the growth of its squared error per unit of the product that it moves.
     """
     steps, flipped = (other - rounded) * scale, torch.zeros_like(scaled, dtype=torch.bool)
-    growth = (other + rounded).sub_(scaled, alpha=2).abs_().mul_(scale)  # of the squared error, per unit of the step
+    growth = (other + rounded).sub_(scaled, alpha=2).mul_(scale).abs_()  # of the squared error, per unit of the step
     excess = ((rounded - scaled) * scale) @ basis  # [m, k]
     noise = _NOISE * ((scaled * scale).abs_() @ basis.abs())
     for direction, own, least in zip(basis.T, excess.T, noise.T, strict=True):

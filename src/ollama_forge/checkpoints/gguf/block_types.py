@@ -15,7 +15,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from ollama_forge.checkpoints.formats.rounding import Integers, Levels, Numbers
+from ollama_forge.checkpoints.formats.rounding import Integers, Levels
 
 _SIGN = 0x80  # turns int8 into codes that count from -128, and back
 
@@ -91,7 +91,7 @@ class BlockType:
         return int(GGML_QUANT_SIZES[self.type][1])
 
     @cached_property
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Integers | Levels:
         """The levels as numbers to round to."""
         first, last = int(self.levels[0]), int(self.levels[-1])
         return Integers(first, last) if last - first == len(self.levels) - 1 else Levels(self.levels)
@@ -102,6 +102,13 @@ class BlockType:
         for plane in self.planes[1:]:
             codes |= plane.read(blocks)
         return codes ^ _SIGN if self.is_signed else codes
+
+    def codes_of(self, levels: Tensor) -> Tensor:
+        """The codes uint8 of levels ``[n, m]``."""
+        if isinstance(self.numbers, Integers):
+            return (levels - self.numbers.first).to(torch.uint8)
+        places = self.numbers.places(levels)
+        return (places if self.codes_of_levels is None else torch.tensor(self.codes_of_levels)[places]).to(torch.uint8)
 
     def write_codes(self, blocks: Tensor, codes: Tensor) -> None:
         """Replace the codes of blocks ``[n, bytes]`` by ``[n, size]``."""

@@ -46,7 +46,7 @@ def decode_rows(data: Tensor, kind: Type, columns: slice = WHOLE) -> Tensor:
     Raises:
         ForgeError: values of this type cannot be decoded.
     """
-    block, size = map(int, GGML_QUANT_SIZES[kind])
+    block, size = block_size(kind)
     start, stop, _ = columns.indices(data.shape[1] // size * block)
     first, last = start // block, -(-stop // block)
     some = data[:, first * size : last * size].contiguous()
@@ -109,7 +109,7 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
         power = torch.frexp(values.abs().clamp_min(info.smallest_normal)).exponent - 1
         return torch.ldexp(torch.full_like(values, info.eps), power)
     if kind not in BLOCK_TYPES:
-        decoded = decode_rows(data, kind).view(len(data), -1, int(GGML_QUANT_SIZES[kind][0])).abs()
+        decoded = decode_rows(data, kind).view(len(data), -1, block_size(kind)[0]).abs()
         return (values.abs().view_as(decoded) + decoded.amax(2, keepdim=True)).view_as(values)
     layout = BLOCK_TYPES[kind]
     scales = layout.scales(data.reshape(-1, layout.bytes))
@@ -139,14 +139,20 @@ def nearest_encodable(kind: Type, row_length: int) -> Type:
 def fit_row_length(kind: Type, row_length: int) -> Type:
     """The type, or its substitute if the row length is no multiple of its block size; F16 if neither fits."""
     for fitting in (kind, FALLBACKS.get(kind, Type.F16)):
-        if row_length % GGML_QUANT_SIZES[fitting][0] == 0:
+        if row_length % block_size(fitting)[0] == 0:
             return fitting
     return Type.F16
 
 
 def bits_per_value(kind: Type) -> float:
-    block, size = GGML_QUANT_SIZES[kind]
-    return float(size * 8 / block)
+    block, size = block_size(kind)
+    return size * 8 / block
+
+
+def block_size(kind: Type) -> tuple[int, int]:
+    """The number of values and of bytes of a block."""
+    values, size = GGML_QUANT_SIZES[kind]
+    return int(values), int(size)
 
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:

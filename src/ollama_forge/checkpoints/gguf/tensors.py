@@ -64,6 +64,14 @@ class GgufTensors(CheckpointTensors):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._infos.items()}
 
+    def holders(self, name: str) -> list[str]:
+        """The names of the file's tensors that hold a tensor."""
+        return list(dict.fromkeys(tensor.name for tensor, _ in self._held[name]))
+
+    def codec_of(self, name: str, expert: int | None = None) -> GgufMatrixCodec:
+        """The codec of a packed matrix, or of one expert's matrix of a stack."""
+        return _codec(self.places(name, expert))
+
     def places(self, name: str, expert: int | None = None) -> list[Place]:
         """Where each part of a packed matrix, or of one expert's matrix of a stack, is in the file."""
         found = self._places(name, expert)
