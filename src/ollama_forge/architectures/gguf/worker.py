@@ -2,7 +2,7 @@
 
     python worker.py LLAMA_CPP_DIR
 
-Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
+It writes to the working directory, which is to be empty. Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
 the request failed. The converter's libraries come first on the path, so the script imports only such modules of this
 package that import no library but numpy. The converter is lazy: it builds what it would write from tensors without values, and a tensor's values are made
 up, and passed through its code, where they are asked for.
@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -67,13 +66,15 @@ def no_values(name: str, shape: tuple[int, ...]) -> Any:
 def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> Any:
     """The converter's model for a config, with lazy tensors of these names and shapes.
 
+    Layers that predict further tokens (MTP) are left out, as transformers leaves them out.
+
     Args:
         values: makes the values of a tensor, given its name and shape, where they are needed.
     """
     import conversion
     import gguf
     import torch
-    from conversion.base import LazyTorchTensor, ModelType, get_model_architecture
+    from conversion.base import LazyTorchTensor, ModelBase, ModelType, get_model_architecture
 
     def lazy(name: str, shape: tuple[int, ...]) -> Any:
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
@@ -86,11 +87,11 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         )
         return {item[0]: item[1] for item in items if item is not None}
 
+    ModelBase.index_tensors = index_tensors
     base = conversion.get_model_class(get_model_architecture(dict(config), ModelType.TEXT))
-    model_class = type(base.__name__, (base,), {"index_tensors": index_tensors, "model_arch": base.model_arch})
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(folder) / "out.gguf")
+    model_class = type(base.__name__, (base,), {"model_arch": base.model_arch, "no_mtp": True})
+    Path("config.json").write_text(json.dumps(config), encoding="utf-8")
+    return model_class(Path.cwd(), gguf.LlamaFileType.ALL_F32, Path("out.gguf"))
 
 
 def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -101,12 +102,16 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     import gguf
     from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
+    # Some models have entries of the vocabulary without a token, which the converter counts.
+    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
+    Path("tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
     model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
     gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
     model.prepare_tensors()
+    Path("tokenizer.json").unlink()
     known: dict[str, tuple[list[str], list[Any], str]] = {}
     answer: dict[str, Any] = {}
     for name in list(outputs):
