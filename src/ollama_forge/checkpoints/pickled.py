@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ollama_forge.checkpoints.cache_folder import cache_folder
 from ollama_forge.checkpoints.companions import companions
+from ollama_forge.checkpoints.gguf.digest import file_sha256
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, index_shards
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
@@ -42,9 +43,9 @@ def convert_pickled(folder: Path, label: str) -> tuple[Path, str]:
             small.
     """
     names = _bin_files(folder, label)
-    key = sha256_json(
-        {n: [(folder / n).stat().st_size, sha256_file(folder / n)] for n in [*names, *companions(folder)]}
-    )
+    digests = {name: file_sha256(folder / name) for name in names}
+    digests |= {name: sha256_file(folder / name) for name in companions(folder)}
+    key = sha256_json({name: [(folder / name).stat().st_size, digest] for name, digest in digests.items()})
     target = cache_folder("pickled", key[:24])
     if not (target / "config.json").is_file():
         _check_room(folder, names, target)
