@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.compute import compute_direction
@@ -24,6 +26,7 @@ from ollama_forge.edits.undo import Undone
 from ollama_forge.edits.undo import keep_undo as write_undo_of
 from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
+from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import load_chat_model
 from ollama_forge.progress import say
@@ -195,3 +198,33 @@ def undo(output: Path, target: Path, *, source: str | None = None) -> Undone:
             entry = source_entry(output)
             place = source_location(resolve(source, entry.revision if entry.kind == "hub" else None))
     return undo_edit(output, target, source=place)
+
+
+def export_adapter(
+    edit_file: Path,
+    model: str,
+    output: Path,
+    *,
+    form: str = "peft",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the factors of an edit file as an adapter of the model that it edits.
+
+    Args:
+        output: the folder of a PEFT adapter, or the ``.gguf`` file of a GGUF adapter.
+        form: ``peft`` or ``gguf``.
+
+    Raises:
+        UsageError: ``form`` is unknown, or ``output`` is not of that form or would be overwritten.
+        ForgeError: the edit is of another model, or no adapter can express it; or the disk is full.
+    """
+    writer = adapter_format(form)
+    writer.check_output(output)
+    record = EditRecord.load(edit_file)
+    source = resolve(model, revision, trust_remote_code=trust_remote_code)
+    if record.fingerprint != source.fingerprint:
+        say(f"note: the edit was computed from another file than {source.label}; its names and shapes are compared")
+    model_map = examine(source, trust_remote_code=trust_remote_code).model_map
+    entries = {"version": __version__, "base": source.public_name, "factors": record.factors}
+    return writer.write(record, source, model_map, output, {**entries, "settings": json.dumps(dict(record.settings))})

@@ -52,7 +52,7 @@ class WeightFiles:
 
 
 def weight_files(path: Path) -> WeightFiles:
-    """The weights of a checkpoint folder or of a GGUF file.
+    """The weights of a checkpoint folder, or of a GGUF file with all its parts.
 
     Raises:
         ForgeError: the files are missing, damaged or of another format.
@@ -62,8 +62,8 @@ def weight_files(path: Path) -> WeightFiles:
         infos = {info.name: ByteRange(info.file, info.start, info.size) for info in tensors.values()}
         return WeightFiles(path, tuple(tensors.shards), infos)
     found = read_gguf(path)
-    ranges = {tensor.name: ByteRange(path, tensor.start, tensor.size) for tensor in found.tensors}
-    return WeightFiles(path.parent, (path,), ranges)
+    ranges = {tensor.name: ByteRange(tensor.file, tensor.start, tensor.size) for tensor in found.tensors}
+    return WeightFiles(path.parent, found.parts, ranges)
 
 
 def pieces_of(place: ByteRange) -> Iterator[bytearray]:

@@ -12,6 +12,7 @@ from typing import Any
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import PROVENANCE
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.digest import file_sha256
 from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.checkpoints.hub import cached_snapshot
 from ollama_forge.checkpoints.weight_files import hashing, weight_files
@@ -20,7 +21,6 @@ from ollama_forge.files import read_json
 from ollama_forge.sources.remembered import remember_source, remembered_source
 
 _EDITED = "give what apply or run wrote"
-FILES_KEY = "source_files"  # of a GGUF file, after ``ollama_forge.``
 
 
 def source_location(checkpoint: Checkpoint) -> Path:
@@ -36,9 +36,8 @@ def hashing_source(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, st
         A function that waits for the SHA-256 of each file, by the file's path relative to the source's folder.
     """
     found = weight_files(source_location(checkpoint))
-    if isinstance(checkpoint, GgufCheckpoint) and checkpoint.revision is not None and len(found.files) == 1:
-        known = {found.name(found.files[0]): checkpoint.revision}
-        yield lambda: known
+    if isinstance(checkpoint, GgufCheckpoint):  # hashed when it was resolved
+        yield lambda: {found.name(file): file_sha256(file) for file in found.files}
     else:
         with hashing(found.files) as hashes:
             yield lambda: {found.name(file): digest for file, digest in hashes().items()}
@@ -98,9 +97,8 @@ def _read_gguf(path: Path) -> dict[str, Any]:
     file = read_gguf(path)
     if not any(key.startswith("ollama_forge.") for key in file.metadata):
         raise ForgeError(f"{path} has no ollama_forge keys, so it is not an edited GGUF file", _EDITED)
-    stated = {key: file.get(f"ollama_forge.source_{key}") for key in ("kind", "revision", "fingerprint")}
-    files = json.loads(file.get(f"ollama_forge.{FILES_KEY}", "{}"))
-    return {**stated, "model": file.get("ollama_forge.source", ""), "files": files}
+    entry: dict[str, Any] = json.loads(file.get("ollama_forge.source", "{}"))
+    return entry
 
 
 def candidate_sources(entry: SourceEntry) -> Iterator[Path]:

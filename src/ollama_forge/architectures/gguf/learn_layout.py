@@ -70,9 +70,13 @@ def layout_of(config: Mapping[str, Any], file: Gguf) -> GgufLayout:
         ForgeError: the converter is not installed, or does not know the model; the file is not one that it writes for
             this model; or a tensor of the file is not a rearrangement of Hugging Face tensors.
     """
-    folder = find_converter(None)
-    key = {**config, "converter": converter_fingerprint(folder)}
-    return _of_file(cached(LearnedLayout, ".layout.json", key, None, lambda: learn_layout(config)), file)
+    return _of_file(learned_layout(config), file)
+
+
+def learned_layout(config: Mapping[str, Any]) -> LearnedLayout:
+    """What the converter writes for a config, from the cache if it was learned before."""
+    key = {**config, "converter": converter_fingerprint(find_converter(None))}
+    return cached(LearnedLayout, ".layout.json", key, None, lambda: learn_layout(config))
 
 
 def learn_layout(config: Mapping[str, Any]) -> LearnedLayout:
@@ -276,8 +280,7 @@ def _is_partition(parts: list[Part]) -> bool:
     if len(shared) > 1 or total != math.prod(parts[0].shape):
         return False
     return all(
-        sorted(index for own in ([sets[0]] if axis not in shared else sets) for index in own[axis])
-        == list(range(size))
+        sorted(index for own in ([sets[0]] if axis not in shared else sets) for index in own[axis]) == list(range(size))
         for axis, size in enumerate(parts[0].shape)
     )
 

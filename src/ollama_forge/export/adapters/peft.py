@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from ollama_forge.architectures.model_map import ModelMap, Place
-from ollama_forge.models.matrices import as_slice
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.errors import ForgeError
 from ollama_forge.export.adapters.changes import LowRankChange, low_rank_changes
 from ollama_forge.files import atomic_folder, disk_errors, write_json
+from ollama_forge.models.matrices import as_slice
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
