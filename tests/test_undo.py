@@ -91,7 +91,7 @@ def test_gives_every_file_back(tmp_path: Path, form: str, out_dtype: str) -> Non
     assert set(from_file.hashes.values()) <= set(before.values())
 
     undo_path(output).unlink()
-    with pytest.raises(ForgeError, match="is not where it was, and edited.undo does not exist"):
+    with pytest.raises(ForgeError, match=r"is not where it was, and edited\.undo does not exist"):
         undo(output, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     given = undo(output, tmp_path / "given", source=str(tmp_path / "elsewhere"))
@@ -138,7 +138,7 @@ def test_damage_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         flip(output / "model.safetensors", -1)
     shutil.rmtree(source.folder)
-    with pytest.raises(ForgeError, match="do not give the source back|is truncated|undo file of another output"):
+    with pytest.raises(ForgeError, match=r"do not give the source back|is truncated|undo file of another output"):
         undo(output, tmp_path / "back")
     assert {path.name for path in tmp_path.iterdir()} & {"back", "back.partial"} == set()
 

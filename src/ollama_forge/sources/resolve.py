@@ -17,11 +17,14 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
 from ollama_forge.sources.dequantised import gguf_checkpoint
+from ollama_forge.sources.merged_adapter import with_adapter
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, adapter: str | None = None
+) -> Checkpoint:
     """Find ``model``, download or convert it if necessary, and return a safetensors checkpoint that can be edited.
 
     Downloads, dequantised GGUF files and converted ``.bin`` files are cached.
@@ -30,9 +33,11 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
         model: ``demo``, ``demo-base``, a ``.gguf`` file, a folder, or a Hub id.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: accept a model that needs its own Python code.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
 
     Raises:
-        ForgeError: the model does not exist or cannot be edited, or the disk or the memory is too small.
+        ForgeError: the model or the adapter does not exist, the model cannot be edited, the adapter does not fit it, or
+            the disk or the memory is too small.
     """
     checkpoint = _local_checkpoint(model, revision)
     if checkpoint is None:
@@ -43,7 +48,7 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
         require_editable(checkpoint, card_base_model(Path(model).expanduser()))
     if trust_remote_code:
         _say_own_code(checkpoint)
-    return checkpoint
+    return checkpoint if adapter is None else with_adapter(checkpoint, adapter, trust_remote_code=trust_remote_code)
 
 
 def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:

@@ -12,6 +12,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.errors import UsageError
+from ollama_forge.export.adapters.changes import low_rank_changes
 from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.adapters.peft import CONFIG_NAME, write_peft_adapter
 
@@ -64,6 +65,7 @@ def _write_peft(
 def _write_gguf(
     record: EditRecord, source: Checkpoint, model: ModelMap, path: Path, provenance: Mapping[str, str]
 ) -> Path:
+    low_rank_changes(record, model)  # refuses before the converter is asked
     if isinstance(source, GgufCheckpoint):
         layout, architecture = source.layout, source.file.architecture
     else:
