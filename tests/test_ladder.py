@@ -154,7 +154,7 @@ def scripted_trials(refused: int) -> Any:
     """What ``choose_edit`` needs of ``Trials``."""
     return SimpleNamespace(
         base_harmful=counts(refused),
-        choose=lambda max_kl: Choice.of(DOCUMENTED_DEFAULT, "tried", BaseAnswers(counts(refused)), ()),
+        choose=lambda max_kl, **_: Choice.of(DOCUMENTED_DEFAULT, "tried", BaseAnswers(counts(refused)), ()),
     )
 
 

@@ -76,7 +76,7 @@ def download(repo: str, revision: str | None, *, trust_remote_code: bool = False
         if absent:
             raise ForgeError(f"{repo} lacks {len(absent)} of its shards, such as {absent[0]}", "try another revision")
         names = [*weights, *(name for name in sizes if is_companion(name) or name == CARD), *({entry} & {*_INDEXES})]
-        folder = _fetch_files(repo, revision, {name: sizes[name] for name in names})
+        folder = fetch_files(repo, revision, {name: sizes[name] for name in names})
     return Snapshot(folder, _commit(folder), listed.base_model)
 
 
@@ -159,7 +159,15 @@ def fetch_file(repo: str, revision: str | None, name: str) -> Path:
     return Path(hf_hub_download(repo, name, revision=revision))
 
 
-def _fetch_files(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Path:
+def fetch_files(repo: str, revision: str | None, sizes: Mapping[str, int]) -> Path:
+    """Fetch files into the local cache, and return the folder of the snapshot.
+
+    Args:
+        sizes: their sizes in bytes, by name.
+
+    Raises:
+        ForgeError: the disk is too small.
+    """
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -181,7 +189,7 @@ def cached_snapshot(repo: str, revision: str | None) -> Snapshot:
     Raises:
         ForgeError: the cache lacks the model or some of its files; the message names them.
     """
-    folder = _snapshot_folder(repo, revision)
+    folder = snapshot_folder(repo, revision)
     if folder is None:
         raise ForgeError(
             f"{repo} is not in the local cache, and the Hub cannot be reached",
@@ -196,7 +204,8 @@ def cached_snapshot(repo: str, revision: str | None) -> Snapshot:
     return Snapshot(folder, _commit(folder))
 
 
-def _snapshot_folder(repo: str, revision: str | None) -> Path | None:
+def snapshot_folder(repo: str, revision: str | None) -> Path | None:
+    """The folder of a model in the local cache, which may lack files; None if there is none."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 

@@ -24,7 +24,6 @@ _OTHER_FORMATS = {
     "*.bin": "in PyTorch files that transformers does not read",
 }
 _NOT_WEIGHTS = ("adapter_model.*", "training_args.bin", "optimizer*", "scheduler*", "*imatrix*")
-_FETCH_HINT = "download one of them and give the file as --model"
 _FILE_HINT = "give one of these files as --model"
 
 
@@ -34,7 +33,7 @@ def weights_entry(names: Collection[str], label: str, *, on_hub: bool = False) -
     Args:
         names: the files in the top folder.
         label: the model's name for messages.
-        on_hub: whether the files are on the Hub, so that the hint says to download a GGUF file.
+        on_hub: whether the files are on the Hub, so that the hint says how to name one there.
 
     Raises:
         ForgeError: no file holds weights in a supported format; the message names the formats found.
@@ -49,7 +48,8 @@ def no_weights_error(names: Collection[str], label: str, *, on_hub: bool = False
     """The error for a folder or repository without config.json or without weights in a supported format."""
     gguf = _matching(names, "*.gguf")
     if gguf:
-        return ForgeError(f"{label} holds only GGUF files: {_join_names(gguf)}", _FETCH_HINT if on_hub else _FILE_HINT)
+        hint = f"name one of them: --model {label}:{gguf[0]}" if on_hub else _FILE_HINT
+        return ForgeError(f"{label} holds only GGUF files: {_join_names(gguf)}", hint)
     if "adapter_config.json" in names:
         return ForgeError(
             f"{label} is a PEFT adapter, not a model",

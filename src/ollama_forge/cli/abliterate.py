@@ -184,11 +184,24 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Continue even if the base model refuses less than 20 % of harmful prompts.",
 )
 @click.option("--no-escalate", is_flag=True, help="Use the documented default edit, and try no others.")
-@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or that of a .gguf source).")
+@click.option(
+    "--quant",
+    metavar="TYPE[,TYPE]",
+    help="Types of the GGUF files, a file for each (default Q4_K_M; a GGUF source keeps the types of its tensors).",
+)
+@click.option("--imatrix", metavar="FILE", help="Importance matrix for quantising, as llama-imatrix writes it.")
+@opt.base_option
+@opt.keep_checkpoint_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
+)
+@click.option(
+    "--as-adapter",
+    is_flag=True,
+    help="Make no second copy of the weights: add a small adapter, which holds the edit, to the model of --model "
+    "ollama:NAME. Only edits without a norm rule are tried.",
 )
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
@@ -223,8 +236,12 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
-        export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
+        base=options["base"],
+        keep_checkpoint=options["keep_checkpoint"],
+        export=ExportSettings(
+            options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
+        ),
+        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)

@@ -67,7 +67,7 @@ def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, demo or demo-base."
+    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, ollama:NAME, demo or demo-base."
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -80,6 +80,14 @@ allow_partial_option = click.option(
     is_flag=True,
     help="Edit a model even if not all of its writers and readers are proven (see inspect). The unproven ones are left "
     "as they are, and the provenance and the model card name them.",
+)
+base_option = click.option(
+    "--base",
+    metavar="MODEL",
+    help="Hugging Face release of a GGUF model: Hub id or folder. The edit is computed on it and applied to the file.",
+)
+keep_checkpoint_option = click.option(
+    "--keep-checkpoint", is_flag=True, help="Also write the edited GGUF model as a bf16 checkpoint."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 

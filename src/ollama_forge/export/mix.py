@@ -55,6 +55,15 @@ def parse_quant(text: str) -> str:
     return name
 
 
+def parse_quants(text: str) -> tuple[str, ...]:
+    """The canonical names of types, given in any case and separated by commas.
+
+    Raises:
+        UsageError: a type cannot be written.
+    """
+    return tuple(dict.fromkeys(parse_quant(part) for part in text.split(",")))
+
+
 def file_type(quant: str) -> int:
     """The value of ``general.file_type`` for a type."""
     return _FILE_TYPES[quant]

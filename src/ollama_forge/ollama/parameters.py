@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ollama_forge.errors import UsageError
 
 Value = bool | int | float | str | tuple[str, ...]
 Parameters = Mapping[str, Value]
+
+NO_PARAMETERS: Parameters = MappingProxyType({})
 
 STOP = "stop"
 _INT = (

@@ -13,7 +13,7 @@ from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.pipeline import stages
 from ollama_forge.pipeline.disk_space import check_disk_space
-from ollama_forge.pipeline.exporting import Exported, export_checkpoint, register_file
+from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
 from ollama_forge.pipeline.preflight import PROVENANCE_FILES, Preflight, preflight
 from ollama_forge.pipeline.report import Report
 from ollama_forge.pipeline.resume import StageCache
@@ -54,16 +54,14 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         edited = cache.do(stages.measure_written(ready, cache, models, written)) if settings.evaluate else None
         models.drop()
         verified = None if checks is None else checks.passed
-        exported = export_checkpoint(ready, cache, choice, written, verified)
+        exported = export_weights(ready, cache, models, choice, written, verified, edited)
         exported = register_file(ready.registration, cache, exported, verified)
 
         rows = {"base": base, "random direction": control, "edited": edited, **exported.rows}
         report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
-        update_provenance(
-            ready.checkpoint_folder,
-            verified=verified,
-            measurements={name: to_json(row) for name, row in report.rows.items()} or None,
-        )
+        measurements = {name: to_json(row) for name, row in report.rows.items()} or None
+        for folder in ready.provenance_folders:
+            update_provenance(folder, verified=verified, measurements=measurements)
         report.save()
         if options is not None:
             chosen = {
@@ -84,7 +82,7 @@ def _report(
     checks: tuple[Check, ...] | None,
     exported: Exported,
 ) -> Report:
-    file = exported.file
+    file = exported.files[0] if exported.files else None
     unregistered = file is not None and exported.registered is None
     return Report(
         model=ready.source.label,
@@ -96,7 +94,9 @@ def _report(
         checks=checks,
         seconds=cache.seconds,
         folder=ready.folder,
-        file=file,
+        written=tuple(ready.written_paths),
+        edit_file=ready.edit_file,
+        files=exported.files,
         file_problem=exported.file_problem,
         tokens=exported.tokens,
         registered=exported.registered,

@@ -11,7 +11,8 @@ from typing import Any
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
-from ollama_forge.edits.checkpoint_folder import check_output, output_size
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
@@ -19,11 +20,14 @@ from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.ollama.registration import Registration, plan_registration
+from ollama_forge.pipeline.resume import FOLDER
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.sources.resolve import resolve
+from ollama_forge.sources.resolve import resolve, resolve_gguf
 
+_EDITED = "edited.gguf"
+_METADATA = 64 << 20  # upper bound in bytes on the header of a GGUF file
 PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 
 
@@ -33,20 +37,22 @@ class Preflight:
 
     Attributes:
         source: the model to edit.
+        computed_on: the model that the edit is computed on; the source, unless ``--base`` names another one.
         examined: the matrices of the model by role, and what is proven of them.
         split: the prompts to fit, select and report on.
         export: the plan of the GGUF file.
         registration: the plan of the model in Ollama.
-        checkpoint_size: upper bound in bytes on the size of the edited checkpoint.
+        written_size: upper bound in bytes on the size of the edited weights.
     """
 
     settings: RunSettings
     source: Checkpoint
+    computed_on: Checkpoint
     examined: Examined
     split: PromptSplit
     export: ExportPlan
     registration: Registration
-    checkpoint_size: int
+    written_size: int
 
     @property
     def model_map(self) -> ModelMap:
@@ -63,12 +69,49 @@ class Preflight:
         return self.folder / "checkpoint"
 
     @property
+    def written_file(self) -> Path | None:
+        """The edited GGUF file; None if an edited checkpoint is written.
+
+        If all tensors are quantised anew, it is an internal file in which the edited matrices are floats.
+        """
+        if not isinstance(self.source, GgufCheckpoint):
+            return None
+        return self.export.path if self.export.in_place else self.folder / FOLDER / _EDITED
+
+    @property
+    def writes_checkpoint(self) -> bool:
+        """Whether an edited checkpoint is written."""
+        return self.written_file is None or self.settings.keep_checkpoint
+
+    @property
+    def written_paths(self) -> list[Path]:
+        """The edited checkpoint's folder, the edited GGUF file, or both."""
+        folders = [self.checkpoint_folder] if self.writes_checkpoint else []
+        return folders if self.written_file is None else [*folders, self.written_file]
+
+    @property
+    def edit_file(self) -> Path:
+        """The edit file, beside the edited weights."""
+        if self.written_file is not None:
+            return self.export.path.with_suffix(".edit.safetensors")
+        return edit_file_path(self.checkpoint_folder)
+
+    @property
+    def provenance_folders(self) -> list[Path]:
+        """The folders with the provenance of the edited weights."""
+        file = [] if self.written_file is None else [self.folder]
+        return [*([self.checkpoint_folder] if self.writes_checkpoint else []), *file]
+
+    @property
     def direction_file(self) -> Path:
         return self.folder / "refusal.pt"
 
     @property
     def edited_checkpoint(self) -> Checkpoint:
-        """The edited checkpoint; its files exist once it is written."""
+        """The edited weights; their files exist once they are written."""
+        if self.written_file is not None:
+            assert isinstance(self.source, GgufCheckpoint)
+            return self.source.with_file(self.written_file)
         return Checkpoint(self.checkpoint_folder, str(self.checkpoint_folder), "folder")
 
     @cached_property
@@ -81,6 +124,7 @@ class Preflight:
         """Everything that the outputs of the source model depend on."""
         return {
             "fingerprint": self.source.fingerprint,
+            "base": None if self.computed_on is self.source else self.computed_on.fingerprint,
             "companions": self.companions,
             "load": asdict(self.settings.load),
             "lists": self.split.hashes(),
@@ -107,28 +151,37 @@ def preflight(settings: RunSettings) -> Preflight:
     settings.check()
     split = settings.prompts.load(max_pairs())
     trust = settings.load.trust_remote_code
-    source = resolve(settings.model, settings.revision, trust_remote_code=trust)
+    source, computed_on = _resolve(settings)
+    settings.check_source(is_file=isinstance(source, GgufCheckpoint))
     examined = examine(source, trust_remote_code=trust)
     model_map = examined.require_proven(source.label, settings.edit, allow_partial=settings.allow_partial)
     tokenizer = load_tokenizer(source, model_map, settings.load)
     for part in (split.fit, split.select, split.report):
         tokenizer.instructions_ids((*part.harmful, *part.harmless))  # raises on a prompt that the model cannot take
-    size = output_size(source, settings.out_dtype)
-    ready = Preflight(
-        settings,
-        source,
-        examined,
-        split,
-        plan_export(
-            source,
-            settings.model,
-            settings.name,
-            settings.folder,
-            settings.export,
-            keeps_packed=OutDtype.parse(settings.out_dtype).keeps_packed,
-        ),
-        plan_registration(source, settings.name, settings.folder, settings.ollama),
-        size,
-    )
-    check_output(ready.checkpoint_folder, 0)
+    keeps_packed = OutDtype.parse(settings.out_dtype).keeps_packed
+    export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
+    registration = plan_registration(source, settings.name, settings.folder, settings.ollama)
+    size = _written_size(source, settings, in_place=export.in_place)
+    ready = Preflight(settings, source, computed_on, examined, split, export, registration, size)
+    if ready.writes_checkpoint:
+        check_output(ready.checkpoint_folder, 0)
     return ready
+
+
+def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
+    """The model to edit, and the one to compute the edit on."""
+    trust = settings.load.trust_remote_code
+    if settings.base is None:
+        source = resolve(settings.model, settings.revision, trust_remote_code=trust)
+        return source, source
+    base = resolve(settings.base, settings.revision, trust_remote_code=trust)
+    return resolve_gguf(settings.model, None, base), base
+
+
+def _written_size(source: Checkpoint, settings: RunSettings, *, in_place: bool) -> int:
+    """Upper bound in bytes on the size of the edited weights."""
+    if not isinstance(source, GgufCheckpoint):
+        return output_size(source, settings.out_dtype)
+    file = sum(tensor.size for tensor in source.file.tensors) + _METADATA
+    floats = 0 if in_place else source.parameters * 2
+    return file + floats + (output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0)

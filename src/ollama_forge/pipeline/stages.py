@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
+from ollama_forge.edits.gguf_output import write_gguf
 from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.proven import describe_certificate
-from ollama_forge.evaluation.measure import Measurement, measure
+from ollama_forge.edits.provenance import describe_edit, write_provenance
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.measure import Measurement, first_token_kl, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.convert import convert
-from ollama_forge.export.gguf_file import QuantisedFile, check_file_tokens, measure_file, quantise_file
+from ollama_forge.export.gguf_file import (
+    QuantisedFile,
+    QuantisedFiles,
+    check_file_tokens,
+    edited_file,
+    measure_file,
+    quantise_files,
+)
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.files import write_bytes
 from ollama_forge.models.chat_model import load_tokenizer
@@ -35,6 +52,7 @@ from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
 from ollama_forge.progress import say, status
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
+from ollama_forge.sources.gguf import gguf_checkpoint_of
 from ollama_forge.text.tokenizer import Tokenizer
 
 _MODEL = ("torch", "transformers")  # a model's outputs depend on their versions
@@ -76,7 +94,7 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
     }
 
     def do() -> Choice:
-        choice = choose_edit(ready, models.get(ready.source, ready.model_map), files)
+        choice = choose_edit(ready, models.get(ready.computed_on, ready.model_map), files)
         say(f"chosen: {choice.name} ({choice.reason})")
         return choice
 
@@ -98,14 +116,14 @@ def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, ch
 
 @dataclass(frozen=True)
 class Written:
-    """The written checkpoint: the SHA-256 of each edited matrix, and the digest of each file."""
+    """The edited weights: the SHA-256 of each edited matrix, and the digest of each file."""
 
     matrices: dict[str, str]
     files: dict[str, str]
 
 
 def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
-    """Write the edited checkpoint, and its edit file beside it."""
+    """Write the edited weights, and the edit file beside them."""
     folder, files = ready.checkpoint_folder, PlanFiles.of(ready, cache)
     needs = {
         "fingerprint": ready.source.fingerprint,
@@ -115,34 +133,87 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         "plan": {path.name: file_digest(path) for path in files.paths},
         "unproven": ready.examined.unproven,
         "out_dtype": ready.settings.out_dtype,
+        "file": ready.written_file and ready.written_file.name,
+        "checkpoint": ready.writes_checkpoint,
     }
 
     def do() -> Written:
         plan, direction = files.plan(choice)
-        with status("writing the checkpoint"):
-            applied = write_checkpoint(
-                ready.source,
-                ready.model_map,
-                plan,
-                folder,
-                settings=choice.settings,
-                out_dtype=ready.settings.out_dtype,
-                direction=direction,
-                provenance={
-                    "certificate": describe_certificate(ready.examined),
-                    "lists": ready.split.hashes(),
-                    "choice": choice.reason,
-                },
-            )
+        provenance = {
+            "certificate": describe_certificate(ready.examined),
+            "lists": ready.split.hashes(),
+            "choice": choice.reason,
+        }
+        applied: AppliedEdit | None = None
+        if ready.writes_checkpoint:
+            with status("writing the checkpoint"):
+                applied = write_checkpoint(
+                    ready.source,
+                    ready.model_map,
+                    plan,
+                    folder,
+                    settings=choice.settings,
+                    out_dtype=ready.settings.out_dtype,
+                    direction=direction,
+                    provenance=provenance,
+                )
+        if ready.written_file is not None:
+            applied = _write_file(ready, plan, direction, choice.settings, provenance)
+        assert applied is not None
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
         digests = {
-            path.relative_to(folder).as_posix(): file_digest(path)
-            for path in sorted(folder.rglob("*"))
+            path.relative_to(cache.folder.parent).as_posix(): file_digest(path)
+            for root in ready.written_paths
+            for path in (sorted(root.rglob("*")) if root.is_dir() else [root])
             if path.is_file() and path.name not in cache.ignored
         }
         return Written(hashes, digests)
 
-    return Stage("checkpoint", Written, needs, do, [folder, edit_file_path(folder)], ("safetensors",))
+    edit_files = {edit_file_path(ready.checkpoint_folder)} if ready.writes_checkpoint else set()
+    return Stage(
+        "write",
+        Written,
+        needs,
+        do,
+        [*ready.written_paths, *sorted(edit_files | {ready.edit_file})],
+        ("safetensors", "libgguf"),
+    )
+
+
+def _write_file(
+    ready: Preflight,
+    plan: EditPlan,
+    direction: RefusalDirection,
+    settings: EditSettings,
+    provenance: Mapping[str, Any],
+) -> AppliedEdit:
+    """Write the edited GGUF file, and beside it the edit file, the provenance and the model card."""
+    source = ready.source
+    assert isinstance(source, GgufCheckpoint)
+    assert ready.written_file is not None
+    own = ready.export.in_place
+    applied = write_gguf(
+        source,
+        ready.model_map,
+        plan,
+        ready.written_file,
+        settings=settings,
+        direction=direction,
+        provenance=provenance,
+        edited_as=None if own else GGMLQuantizationType.BF16,
+    )
+    applied.record.save(ready.edit_file)
+    write_provenance(
+        describe_edit(source, ready.model_map, plan, settings, direction),
+        ready.model_map,
+        plan,
+        applied,
+        ready.folder / PROVENANCE,
+        ready.folder / CARD,
+        output={"files": [file.path.name for file in ready.export.files]},
+        provenance=provenance,
+    )
+    return applied
 
 
 @dataclass(frozen=True)
@@ -164,7 +235,7 @@ def verify_written(
     def do() -> Verification:
         plan, direction = PlanFiles.of(ready, cache).plan(choice)
         model = models.get(ready.edited_checkpoint)
-        with status("verifying the written checkpoint"):
+        with status("verifying the written weights"):
             return Verification(tuple(verify(ready.source, ready.edited_checkpoint, model, plan, direction)))
 
     needs = {**ready.model_needs, "choice": to_json(choice), "written": to_json(written)}
@@ -172,10 +243,10 @@ def verify_written(
 
 
 def measure_written(ready: Preflight, cache: StageCache, models: ModelHolder, written: Written) -> Stage[Measurement]:
-    """Measure the written checkpoint on report prompts."""
+    """Measure the written weights on report prompts."""
 
     def do() -> Measurement:
-        say("measuring the written checkpoint on report prompts")
+        say("measuring the written weights on report prompts")
         return measure(models.get(ready.edited_checkpoint), ready.split.report, _load_base_log_probs(cache), "edited")[
             0
         ]
@@ -200,15 +271,11 @@ def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Co
         "outtype": plan.outtype,
         "name": plan.name,
         "converter": converter_fingerprint(converter),
-        "own_vocabulary": plan.source_file is None,
     }
 
     def do() -> _Converted:
-        vocabulary = plan.source_file is None  # else the tokenizer of the GGUF source is copied
         with _decoded(ready, cache) as checkpoint:
-            converted = convert(
-                converter, checkpoint, target, outtype=plan.outtype, name=plan.name, vocabulary=vocabulary
-            )
+            converted = convert(converter, checkpoint, target, outtype=plan.outtype, name=plan.name)
         return _Converted(converted.fallback)
 
     return Stage("convert", _Converted, needs, do, [target])
@@ -231,9 +298,12 @@ def _decoded(ready: Preflight, cache: StageCache) -> Iterator[Checkpoint]:
 
 def make_gguf(
     ready: Preflight, cache: StageCache, choice: Choice, written: Written, verified: bool | None
-) -> Stage[QuantisedFile]:
-    """Make the quantised GGUF file, with its provenance in the metadata."""
+) -> Stage[QuantisedFiles]:
+    """Make the quantised GGUF files, with their provenance in the metadata."""
     plan, tool = ready.export, find_tool()
+    if plan.in_place:
+        needs: dict[str, Any] = {"written": to_json(written), "verified": verified}
+        return Stage("gguf", QuantisedFiles, needs, lambda: edited_file(plan, verified), [plan.path])
     source = ready.source.folder.name if ready.source.kind == "folder" else ready.source.label
     provenance: dict[str, Any] = {
         "source": source,
@@ -241,23 +311,26 @@ def make_gguf(
         "edit": {"name": choice.name, "settings": to_json(choice.settings)},
         "lists": ready.split.hashes(),
     }
-    converting = _convert(ready, cache, written)
+    converting = None if ready.written_file is not None else _convert(ready, cache, written)
     needs = {
-        "converted": converting.key,
+        "source": to_json(written) if converting is None else converting.key,
         "provenance": provenance,
         "verified": verified,
-        "quant": plan.quant,
+        "files": to_json(plan.files),
+        "imatrix": plan.imatrix and file_digest(plan.imatrix),
         "tool": tool and [tool, file_digest(Path(tool))],
-        "source": None if plan.source_file is None else ready.source.revision,
     }
 
-    def do() -> QuantisedFile:
+    def do() -> QuantisedFiles:
+        if converting is None:
+            assert ready.written_file is not None
+            return quantise_files(plan, ready.written_file, None, {}, verified)
         fallback = cache.do(converting).fallback
-        file = quantise_file(plan, cache.path(_CONVERTED), fallback, provenance, verified)
+        files = quantise_files(plan, cache.path(_CONVERTED), fallback, provenance, verified)
         cache.path(_CONVERTED).unlink()
-        return file
+        return files
 
-    return Stage("gguf", QuantisedFile, needs, do, [plan.path], ("libgguf", "gguf"))
+    return Stage("gguf", QuantisedFiles, needs, do, [file.path for file in plan.files], ("libgguf", "gguf"))
 
 
 def _tokenizer(ready: Preflight) -> Tokenizer:
@@ -274,14 +347,29 @@ def check_tokens_of_file(ready: Preflight, file: QuantisedFile) -> Stage[TokenCh
     return Stage("tokens", TokenCheck, needs, do, (), ("xllamacpp", "transformers", "tokenizers"))
 
 
-def measure_gguf(ready: Preflight, cache: StageCache, file: QuantisedFile) -> Stage[Measurement]:
-    """Measure the file on report prompts, on the token ids of the checkpoint's tokenizer."""
+def measure_gguf(
+    ready: Preflight, cache: StageCache, models: ModelHolder, file: QuantisedFile, edited: Measurement
+) -> Stage[Measurement]:
+    """Measure a file on report prompts: its weights' divergence by transformers, its answers by llama.cpp.
+
+    The prompts are the token ids of the checkpoint's tokenizer.
+
+    Args:
+        edited: the measurement of the edited weights. llama.cpp gets the time that their answers took.
+    """
 
     def do() -> Measurement:
-        return measure_file(file, _tokenizer(ready), ready.split.report, _load_base_log_probs(cache))
+        say(f"measuring {file.path.name} on report prompts")
+        kl = edited.first_token_kl if ready.export.in_place else divergence()
+        models.drop()
+        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.answer_seconds)
+
+    def divergence() -> Estimate:
+        model = models.get(gguf_checkpoint_of(ready.edited_checkpoint, file.path), ready.model_map)
+        return first_token_kl(model, ready.split.report.harmless, _load_base_log_probs(cache))
 
     needs = {**ready.model_needs, "file": file_digest(file.path)}
-    return Stage("gguf-measure", Measurement, needs, do, (), ("xllamacpp", *_MODEL))
+    return Stage(f"gguf-measure-{file.quant}", Measurement, needs, do, (), ("xllamacpp", "libgguf", *_MODEL))
 
 
 def register(registration: Registration, file: QuantisedFile) -> Stage[Registered]:
@@ -290,6 +378,7 @@ def register(registration: Registration, file: QuantisedFile) -> Stage[Registere
         "name": registration.name,
         "file": file_digest(file.path),
         "template": to_json(registration.template),
+        "source": registration.source and to_json(registration.source),
         "url": registration.state and registration.state.url,
     }
     return Stage("ollama", Registered, needs, lambda: registration.register(file.path))

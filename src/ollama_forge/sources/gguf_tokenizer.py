@@ -87,9 +87,7 @@ class Vocabulary:
     def end_ids(self) -> list[int]:
         """The ids that end an answer: end of sequence, of a turn, of a message."""
         named = [number for number in map(self.id, ("eos", "eot", "eom")) if number is not None]
-        known = [
-            self.ids[token] for token in _ENDS if token in self.ids and _NO_ENDS_IF.get(token, "") not in self.ids
-        ]
+        known = [self.ids[token] for token in _ENDS if token in self.ids and _NO_ENDS_IF.get(token, "") not in self.ids]
         return list(dict.fromkeys([*named, *known]))
 
 
@@ -125,14 +123,26 @@ def write_tokenizer(file: Gguf, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _config(vocabulary))
+    write_json(folder / "generation_config.json", _token_ids(vocabulary))
+    _write_templates(file, folder)
+
+
+def token_ids(file: Gguf) -> dict[str, int | list[int] | None]:
+    """The ids of the first, the last and the padding token, as config.json names them; several may be the last.
+
+    Raises:
+        ForgeError: the file has no tokens.
+    """
+    return _token_ids(Vocabulary.of(file))
+
+
+def _token_ids(vocabulary: Vocabulary) -> dict[str, int | list[int] | None]:
     ends = vocabulary.end_ids
-    ids = {
+    return {
         "bos_token_id": vocabulary.id("bos"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": vocabulary.id("padding"),
     }
-    write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
-    _write_templates(file, folder)
 
 
 def _config(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -170,8 +180,8 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=rule.whole_words))
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     _add_ends(tokenizer, vocabulary, bos=rule.adds_bos)
     return tokenizer
 
@@ -226,12 +236,12 @@ def _escaped(
     tokenizer = Tokenizer(model)
     escaped = normalizers.Replace(" ", _SPACE)
     before = [normalizers.Prepend(_SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*before, escaped])  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([*before, escaped])
     if splits:
         rules = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules)
     after = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
     _add_ends(tokenizer, vocabulary, bos=True)
@@ -271,7 +281,7 @@ def _add_special(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
 
 
 def _strips_after(vocabulary: Vocabulary) -> bool:
-    """Whether special tokens swallow the white space behind them, which a file cannot say: llama.cpp knows it by name."""
+    """Whether special tokens swallow the white space behind them. No file says so; llama.cpp goes by the name too."""
     name = str(vocabulary.file.get("general.name", "")).lower()
     return "phi-3" in name or "phi3" in name
 
@@ -292,7 +302,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, *, bos: bool) -> Non
     def around(part: str) -> list[str]:
         return [f"{piece}:{part[-1]}" for piece in ("bos", part[:2], "eos") if piece in ids or piece == part[:2]]
 
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=around("$A:0"),
         pair=[*around("$A:0"), *around("$B:1")],
         special_tokens=[

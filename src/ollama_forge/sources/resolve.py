@@ -8,16 +8,19 @@ from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.formats.registry import unreadable_tensor
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
+from ollama_forge.checkpoints.hub_gguf import fetch_gguf, gguf_reference
 from ollama_forge.checkpoints.hub_headers import hub_checkpoint
 from ollama_forge.checkpoints.pickled import convert_pickled
 from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
-from ollama_forge.sources.dequantised import gguf_checkpoint
+from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
 from ollama_forge.sources.merged_adapter import with_adapter
+from ollama_forge.sources.ollama_store import SCHEME, ollama_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -25,13 +28,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def resolve(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False, adapter: str | None = None
 ) -> Checkpoint:
-    """Find ``model``, download or convert it if necessary, and return a safetensors checkpoint that can be edited.
+    """Find ``model``, download or convert it if necessary, and return a checkpoint that can be edited.
 
-    Downloads, dequantised GGUF files and converted ``.bin`` files are cached.
+    Downloads and converted ``.bin`` files are cached.
 
     Args:
-        model: ``demo``, ``demo-base``, a ``.gguf`` file, a folder, or a Hub id.
-        revision: branch, tag or commit of a Hub id.
+        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a GGUF
+            file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
+        revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
 
@@ -65,6 +69,21 @@ def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool 
     return checkpoint
 
 
+def resolve_gguf(model: str, revision: str | None, base: Checkpoint) -> GgufCheckpoint:
+    """Find a GGUF file, here or on the Hub, that was made from ``base``, whose config and tokenizer it then has.
+
+    Raises:
+        ForgeError: the file does not exist or does not fit ``base``.
+        UsageError: ``model`` is no GGUF file.
+    """
+    reference, path = gguf_reference(model), Path(model).expanduser()
+    if not path.is_file():
+        if reference is None or path.exists():
+            raise UsageError(f"--base is for a GGUF file, and {model} is none", "leave --base out")
+        path = fetch_gguf(reference, revision)
+    return gguf_checkpoint_of(base, path, model)
+
+
 def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     """The checkpoint of ``model``; None for a Hub id."""
     try:
@@ -72,18 +91,25 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
         path.is_file()
     except (OSError, RuntimeError) as error:
         raise ForgeError(f"{model} does not exist", str(error)) from None
-    if revision is not None and (model in ("demo", "demo-base") or path.exists()):
+    if revision is not None and (model in ("demo", "demo-base") or model.startswith(SCHEME) or path.exists()):
         raise ForgeError(
             f"--revision has no meaning for {model}", "leave it out: it selects a branch, tag or commit of a Hub id"
         )
     if model in ("demo", "demo-base") and not path.exists():
         return demo_checkpoint(model)
+    if model.startswith(SCHEME):
+        return ollama_checkpoint(model)
     if path.is_file():
         return gguf_checkpoint(path, model)
     if path.is_dir():
         return _folder_checkpoint(path.resolve(), model)
+    reference = gguf_reference(model)
+    if reference is not None:
+        return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        raise ForgeError(f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, demo or demo-base")
+        raise ForgeError(
+            f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+        )
     return None
 
 

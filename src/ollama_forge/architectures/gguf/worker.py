@@ -11,6 +11,7 @@ up, and passed through its code, where they are asked for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -52,11 +53,29 @@ def classes() -> dict[str, list[str]]:
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """The metadata that the converter derives from a config, without those about the tokenizer."""
+    """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors."""
     model = converter(config, shapes, no_values)
+    extra = dict(model.generate_extra_tensors())  # it may write metadata too
     model.set_gguf_parameters()
     pairs = (pair for part in model.gguf_writer.kv_data for pair in part.items())
-    return {"values": {key: plain(value.value) for key, value in pairs}}
+    return {"values": {key: plain(value.value) for key, value in pairs}, "extra": computed(extra)}
+
+
+def computed(tensors: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The values of those vectors that the converter has computed from the config."""
+    import torch
+
+    return {name: data.tolist() for name, data in tensors.items() if type(data) is torch.Tensor and data.dim() == 1}
+
+
+def tensors(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Names and shapes, the row length last, of the tensors that the converter writes."""
+    model = converter(config, shapes, no_values)
+    written: dict[str, list[int]] = {}
+    for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
+        block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
+    return {"shapes": written}
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
@@ -100,6 +119,7 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     The parts are those of ``ollama_forge.checkpoints.gguf.layout``. A tensor that is made from the config has none.
     """
     import gguf
+
     from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
     # Some models have entries of the vocabulary without a token, which the converter counts.
@@ -142,7 +162,12 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | float | str) or value is None else int(value)
 
 
-OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"classes": classes, "metadata": metadata, "places": places}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "classes": classes,
+    "metadata": metadata,
+    "tensors": tensors,
+    "places": places,
+}
 
 if __name__ == "__main__":
     main()

@@ -53,28 +53,35 @@ class Integers:
 
 @dataclass(frozen=True)
 class Levels:
-    """Some numbers, in ascending order."""
+    """Some integers, in ascending order."""
 
-    numbers: tuple[float, ...]
+    numbers: tuple[int, ...]
 
     @cached_property
     def _numbers(self) -> Tensor:
-        return torch.tensor(self.numbers)
+        return torch.tensor(self.numbers, dtype=torch.float32)
 
-    def places(self, values: Tensor) -> Tensor:
-        """The place of the nearest number of each value."""
-        return torch.bucketize(values, (self._numbers[1:] + self._numbers[:-1]) / 2)
+    @cached_property
+    def _nearest(self) -> Tensor:
+        """The place of the nearest integer for each half, from the first integer on."""
+        halves = torch.arange(2 * self.numbers[0], 2 * self.numbers[-1] + 1) / 2
+        return torch.bucketize(halves, (self._numbers[1:] + self._numbers[:-1]) / 2, right=True)
+
+    def _places(self, values: Tensor) -> Tensor:
+        """The place of the nearest integer of each value. Where it changes, between two integers, is at a half."""
+        halves = (values * 2).floor_().clamp_(2 * self.numbers[0], 2 * self.numbers[-1])
+        return self._nearest[halves.sub_(2 * self.numbers[0]).int()]
 
     def spacing(self, values: Tensor) -> Tensor:
         above = torch.bucketize(values, self._numbers).clamp_(1, len(self.numbers) - 1)
         return self._numbers.diff()[above - 1]
 
     def nearest(self, values: Tensor) -> Tensor:
-        return self._numbers[self.places(values)]
+        return self._numbers[self._places(values)]
 
     def other(self, values: Tensor, nearest: Tensor) -> Tensor:
         side = (values - nearest).sign_().long()
-        return self._numbers[(self.places(values) + side).clamp_(0, len(self.numbers) - 1)]
+        return self._numbers[self._places(values).add_(side).clamp_(0, len(self.numbers) - 1)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,11 @@ class Kept:
     def product(self, matrix: Tensor) -> Tensor:
         """The products, ``[k, m]``."""
         return self.basis.T @ (matrix if self.axis == 0 else matrix.T)
+
+    def matrix_of(self, products: Tensor) -> Tensor:
+        """The smallest matrix with these products ``[k, m]``."""
+        matrix = self.basis @ products
+        return matrix if self.axis == 0 else matrix.T
 
     def turned(self) -> Kept:
         """The same for the transposed matrix."""

@@ -15,7 +15,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from ollama_forge.checkpoints.formats.rounding import Integers, Levels
+from ollama_forge.checkpoints.formats.rounding import Integers, Levels, Minifloat, Numbers
 
 _SIGN = 0x80  # turns int8 into codes that count from -128, and back
 
@@ -69,17 +69,17 @@ class BlockType:
     Attributes:
         size, bytes: number of values and of bytes of a block.
         planes: the bits of the codes.
-        levels: the numbers that the codes stand for, before scaling, in ascending order.
+        levels: the integer that each code stands for, before scaling.
+        numbers: the same integers, to round to.
         scales: reads the scales of blocks ``[n, bytes]``.
-        codes_of_levels: the code of each level; None if it is the level's place.
         is_signed: whether the codes are stored as int8.
     """
 
     type: Type
     planes: tuple[Plane, ...]
-    levels: tuple[float, ...]
+    levels: tuple[int, ...]
+    numbers: Numbers
     scales: Callable[[Tensor], Scales]
-    codes_of_levels: tuple[int, ...] | None = None
     is_signed: bool = False
 
     @property
@@ -90,11 +90,19 @@ class BlockType:
     def bytes(self) -> int:
         return int(GGML_QUANT_SIZES[self.type][1])
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest level."""
+        return min(self.levels), max(self.levels)
+
     @cached_property
-    def numbers(self) -> Integers | Levels:
-        """The levels as numbers to round to."""
-        first, last = int(self.levels[0]), int(self.levels[-1])
-        return Integers(first, last) if last - first == len(self.levels) - 1 else Levels(self.levels)
+    def _codes(self) -> Tensor:
+        """The code of each level, from the smallest one on; 0 for integers between levels."""
+        first, last = self.range
+        codes = torch.zeros(last - first + 1, dtype=torch.uint8)
+        for code, level in reversed(list(enumerate(self.levels))):  # of two codes of the same level, the first
+            codes[level - first] = code
+        return codes
 
     def codes(self, blocks: Tensor) -> Tensor:
         """The codes of blocks ``[n, bytes]``: uint8 ``[n, size]``."""
@@ -104,11 +112,8 @@ class BlockType:
         return codes ^ _SIGN if self.is_signed else codes
 
     def codes_of(self, levels: Tensor) -> Tensor:
-        """The codes uint8 of levels ``[n, m]``."""
-        if isinstance(self.numbers, Integers):
-            return (levels - self.numbers.first).to(torch.uint8)
-        places = self.numbers.places(levels)
-        return (places if self.codes_of_levels is None else torch.tensor(self.codes_of_levels)[places]).to(torch.uint8)
+        """The codes of levels: uint8 of the same shape."""
+        return self._codes[(levels - self.range[0]).int()]
 
     def write_codes(self, blocks: Tensor, codes: Tensor) -> None:
         """Replace the codes of blocks ``[n, bytes]`` by ``[n, size]``."""
@@ -163,39 +168,35 @@ def _iq4_xs(blocks: Tensor) -> Scales:
     return Scales(_half(blocks, 0) * ((low | (high << 4)).float() - 32), None)
 
 
-def _counting(first: int, count: int) -> tuple[float, ...]:
-    return tuple(map(float, range(first, first + count)))
+_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_E2M1_DOUBLED = Minifloat(mantissa=1, smallest_normal=2.0, largest=12.0)
 
 
-_IQ4_LEVELS = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
-_MXFP4_LEVELS = tuple(map(float, (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)))
-_MXFP4_CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
-_HIGH_5 = Plane(2, 4, 1, bits=1, low=4)
+def _counting(
+    kind: Type, planes: tuple[Plane, ...], first: int, scales: Callable[[Tensor], Scales], is_signed: bool = False
+) -> BlockType:
+    """A type whose codes count levels from ``first`` on."""
+    levels = range(first, first + (1 << sum(plane.bits for plane in planes)))
+    return BlockType(kind, planes, tuple(levels), Integers(levels[0], levels[-1]), scales, is_signed)
+
 
 BLOCK_TYPES = {
     entry.type: entry
     for entry in (
-        BlockType(Type.Q4_0, (Plane(2, 16, 16, bits=4),), _counting(-8, 16), _one),
-        BlockType(Type.Q4_1, (Plane(4, 16, 16, bits=4),), _counting(0, 16), _one_with_minimum),
-        BlockType(Type.Q5_0, (Plane(6, 16, 16, bits=4), _HIGH_5), _counting(-16, 32), _one),
-        BlockType(
-            Type.Q5_1, (Plane(8, 16, 16, bits=4), Plane(4, 4, 1, bits=1, low=4)), _counting(0, 32), _one_with_minimum
-        ),
-        BlockType(Type.Q8_0, (Plane(2, 32, 32, bits=8),), _counting(-128, 256), _one, is_signed=True),
-        BlockType(Type.Q2_K, (Plane(16, 64, 32, bits=2),), _counting(0, 4), _q2_k),
-        BlockType(
-            Type.Q3_K, (Plane(32, 64, 32, bits=2), Plane(0, 32, 32, bits=1, low=2)), _counting(-4, 8), _q3_k
-        ),
-        BlockType(Type.Q4_K, (Plane(16, 128, 32, bits=4),), _counting(0, 16), _q4_k),
-        BlockType(
-            Type.Q5_K, (Plane(48, 128, 32, bits=4), Plane(16, 32, 32, bits=1, low=4)), _counting(0, 32), _q4_k
-        ),
-        BlockType(
-            Type.Q6_K, (Plane(0, 128, 64, bits=4), Plane(128, 64, 32, bits=2, low=4)), _counting(-32, 64), _q6_k
-        ),
-        BlockType(Type.MXFP4, (Plane(1, 16, 16, bits=4),), _MXFP4_LEVELS, _mxfp4, codes_of_levels=_MXFP4_CODES),
-        BlockType(Type.IQ4_NL, (Plane(2, 16, 16, bits=4),), _IQ4_LEVELS, _one),
-        BlockType(Type.IQ4_XS, (Plane(8, 128, 16, bits=4),), _IQ4_LEVELS, _iq4_xs),
+        _counting(Type.Q4_0, (Plane(2, 16, 16, bits=4),), -8, _one),
+        _counting(Type.Q4_1, (Plane(4, 16, 16, bits=4),), 0, _one_with_minimum),
+        _counting(Type.Q5_0, (Plane(6, 16, 16, bits=4), Plane(2, 4, 1, bits=1, low=4)), -16, _one),
+        _counting(Type.Q5_1, (Plane(8, 16, 16, bits=4), Plane(4, 4, 1, bits=1, low=4)), 0, _one_with_minimum),
+        _counting(Type.Q8_0, (Plane(2, 32, 32, bits=8),), -128, _one, is_signed=True),
+        _counting(Type.Q2_K, (Plane(16, 64, 32, bits=2),), 0, _q2_k),
+        _counting(Type.Q3_K, (Plane(32, 64, 32, bits=2), Plane(0, 32, 32, bits=1, low=2)), -4, _q3_k),
+        _counting(Type.Q4_K, (Plane(16, 128, 32, bits=4),), 0, _q4_k),
+        _counting(Type.Q5_K, (Plane(48, 128, 32, bits=4), Plane(16, 32, 32, bits=1, low=4)), 0, _q4_k),
+        _counting(Type.Q6_K, (Plane(0, 128, 64, bits=4), Plane(128, 64, 32, bits=2, low=4)), -32, _q6_k),
+        BlockType(Type.MXFP4, (Plane(1, 16, 16, bits=4),), _MXFP4_LEVELS, _E2M1_DOUBLED, _mxfp4),
+        BlockType(Type.IQ4_NL, (Plane(2, 16, 16, bits=4),), _IQ4_LEVELS, Levels(_IQ4_LEVELS), _one),
+        BlockType(Type.IQ4_XS, (Plane(8, 128, 16, bits=4),), _IQ4_LEVELS, Levels(_IQ4_LEVELS), _iq4_xs),
     )
-}  # fmt: skip
-"""The layout of each type whose values have a scale of their group."""
+}
+"""The layout of each type in which groups of values share a scale."""

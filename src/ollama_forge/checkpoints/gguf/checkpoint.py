@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.digest import files_sha256
 from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
 from ollama_forge.checkpoints.gguf.layout import GgufLayout
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
-from ollama_forge.checkpoints.quantised import Quantisation
-from ollama_forge.files import sha256_file
+from ollama_forge.checkpoints.quantised import Quantisation, quantisation_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class GgufCheckpoint(Checkpoint):
     def path(self) -> Path:
         return self.file.path
 
+    @property
+    def location(self) -> Path:
+        return self.file.path
+
     @cached_property
     def tensors(self) -> GgufTensors:
         return GgufTensors(self.folder, self.file, self.layout)
@@ -41,10 +45,15 @@ class GgufCheckpoint(Checkpoint):
         """None: whatever their types, all tensors can be read."""
         return None
 
+    @property
+    def has_stray_quantization_config(self) -> bool:
+        """Whether config.json, that of the file's base then, names a quantisation."""
+        return quantisation_of(self._stored_config) is not None
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the file."""
-        return sha256_file(self.path) if self.revision is None else self.revision
+        return files_sha256(self.file.parts) if self.revision is None else self.revision
 
     def with_file(self, path: Path, sha256: str | None = None) -> GgufCheckpoint:
         """The checkpoint of another file with the same tensors and the same architecture, such as an edited one.

@@ -117,7 +117,7 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
     scale = scales.scale.unsqueeze(2)
     levels = groups if scales.minimum is None else groups + scales.minimum.unsqueeze(2)
     levels = levels / torch.where(scale == 0, 1, scale)
-    beyond = (levels - levels.clamp(layout.levels[0], layout.levels[-1])).abs_()
+    beyond = (levels - levels.clamp(*layout.range)).abs_()
     distance = (layout.numbers.spacing(levels) + beyond) * scale.abs()
     return torch.where(scale == 0, levels.abs(), distance).view_as(values)
 

@@ -3,8 +3,8 @@
 Metadata is kept as bytes, so that rewriting a file changes no value. Unlike ``gguf.GGUFReader``, which builds an object
 per array element, this takes milliseconds for a vocabulary of any size.
 
-A file that is read may come from anywhere: what a header says is checked against the size of the file before anything is
-allocated or repeated by it.
+A file may come from anywhere: what its header says is checked against the size of the file before anything is allocated
+or repeated by it.
 """
 
 from __future__ import annotations

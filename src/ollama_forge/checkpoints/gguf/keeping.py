@@ -2,7 +2,8 @@
 
 An edit changes each value by less than the spacing of most types, and encoding alone would undo most of it. Each block
 takes the scales with the smaller squared error: those it had before the edit, or new ones from libgguf. With scales
-fixed, ``round_keeping`` chooses the codes.
+fixed, ``round_keeping`` chooses the codes. In types with codebooks (IQ1 to IQ3) a code stands for several values; there
+libgguf encodes several times, each time after the products' errors have been subtracted from the values.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from ollama_forge.checkpoints.formats.rounding import BFLOAT16, FLOAT16, Kept, round_keeping
 from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES, BlockType
-from ollama_forge.checkpoints.gguf.codec import block_size, decode_rows, encode_rows
+from ollama_forge.checkpoints.gguf.codec import PLAIN_TYPES, block_size, decode_rows, encode_rows
 from ollama_forge.system import usable_cores
 
+_ENCODINGS = 6  # of types with codebooks
 _CHUNK = 1 << 20  # values that are encoded at a time on each core, in about ten float32 tensors
 _FLOATS = {Type.F16: FLOAT16, Type.BF16: BFLOAT16}
 
@@ -45,8 +47,6 @@ def encode_keeping(
     previous: Tensor | None = None,
 ) -> EncodedRows:
     """Encode rows, keeping products of the matrix that they form.
-
-    Types with codebooks (IQ1 to IQ3) are encoded by libgguf alone: their products change by what encoding changes.
 
     Args:
         values: float32 ``[rows, row length]``: whole columns for products along axis 0, whole rows for axis 1.
@@ -104,21 +104,36 @@ class _Rows:
         if self.kind in _FLOATS and kept is not None:
             numbers = round_keeping(self.values, torch.ones(1, 1), _FLOATS[self.kind], kept)
             return encode_rows(numbers, self.kind)
-        if self.previous is None:
-            unchanged, data = None, encode_rows(self.values, self.kind, self.importance)
-        else:
+        unchanged = None
+        if self.previous is not None:
             before = decode_rows(self.previous, self.kind)
             unchanged = self._by_blocks(before == self.values).all(1)
             if unchanged.all():
                 return self.previous
-            data = encode_rows(self.values, self.kind, self.importance)
         layout = BLOCK_TYPES.get(self.kind)
         if layout is not None:
-            data = self._with_codes(layout, self._with_scales(layout, data), kept)
-        if unchanged is not None and unchanged.any():
-            assert self.previous is not None
+            new = encode_rows(self.values, self.kind, self.importance)
+            data = self._with_codes(layout, self._with_scales(layout, new), kept)
+        elif kept is not None and self.kind not in PLAIN_TYPES:
+            data = self._encode_again(kept)
+        else:
+            data = encode_rows(self.values, self.kind, self.importance)
+        if unchanged is not None and self.previous is not None:
             data = self._either(unchanged, self.previous, data)
         return data
+
+    def _encode_again(self, kept: Kept) -> Tensor:
+        """The best of several encodings of values from which the products' errors are subtracted."""
+        aim, best, least = self.values, None, torch.inf
+        for _ in range(_ENCODINGS):
+            data = encode_rows(aim, self.kind, self.importance)
+            errors = kept.product(decode_rows(data, self.kind).sub_(self.values))
+            size = float(errors.norm())
+            if best is None or size < least:
+                best, least = data, size
+            aim = aim - kept.matrix_of(errors)
+        assert best is not None
+        return best
 
     def _with_scales(self, layout: BlockType, data: Tensor) -> Tensor:
         """The blocks of ``data``, or those before the edit where their scales fit the new values better."""

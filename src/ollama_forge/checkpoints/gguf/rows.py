@@ -96,9 +96,7 @@ def _lines(
     line_axis = matrix if across_axis == matrix + 1 else matrix + 1
     if any(s.axis != last and s.size > 1 for s in steps[across_axis]):
         return None
-    indices = [
-        first[axis] + _row_indices(steps[axis], (count, *shape[1:last])) for axis in range(len(target))
-    ]
+    indices = [first[axis] + _row_indices(steps[axis], (count, *shape[1:last])) for axis in range(len(target))]
     rows = np.arange(count * math.prod(shape[1:last]), dtype=np.int64)
     if expert is not None:
         rows = np.flatnonzero(indices[0] == expert)
