@@ -54,6 +54,7 @@ def compute_dir(
     output: Path,
     *,
     revision: str | None = None,
+    adapter: str | None = None,
     prompts: PromptSettings | None = None,
     load: LoadSettings | None = None,
     direction: DirectionSettings | None = None,
@@ -63,6 +64,7 @@ def compute_dir(
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
     Args:
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
             model, they are written to an edit file beside ``output``.
         allow_partial: accept a model of which only a part is proven; factors are fitted to that part.
@@ -83,7 +85,7 @@ def compute_dir(
     split = uncapped.load(registered_method(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
-    source = resolve(model, revision, trust_remote_code=load.trust_remote_code)
+    source = resolve(model, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     examined = examine(source, trust_remote_code=load.trust_remote_code)
     model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
     chat = load_chat_model(source, load, model_map)
@@ -111,6 +113,7 @@ def apply(
     edit_file: Path | None = None,
     per_layer: bool | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
     settings: EditSettings | None = None,
     out_dtype: str = "auto",
     allow_partial: bool = False,
@@ -124,6 +127,7 @@ def apply(
         edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
         per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
             the file says so.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         settings: settings of the edit with ``refusal_pt``; None for the documented default.
         out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
         allow_partial: accept a model of which only a part is proven, and edit that part.
@@ -146,7 +150,7 @@ def apply(
     if edit_file is None:
         settings = settings or EditSettings()
         check_edit(settings)
-    source = resolve(model, revision, trust_remote_code=trust_remote_code)
+    source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     if edit_file is not None:

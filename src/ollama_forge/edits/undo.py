@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, companions
-from ollama_forge.checkpoints.tensors import INDEX_NAME
+from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
 from ollama_forge.checkpoints.weight_files import ByteRange, pieces_of, weight_files
 from ollama_forge.edits.source_files import SourceEntry, candidate_sources, files_at, source_entry, source_location
 from ollama_forge.edits.undo_file import read_undo, restored, undo_path, write_undo
@@ -61,7 +61,7 @@ def undo(output: Path, target: Path, *, source: Path | None = None) -> Undone:
     The bytes come from the source where it still lies, else from the undo file beside the output.
 
     Args:
-        output: an edited checkpoint's folder, or an edited GGUF file.
+        output: an edited checkpoint's folder, an edited GGUF file, or a folder with one such file.
         target: the folder to write, or the ``.gguf`` file if the source is one.
         source: the folder or GGUF file of the source; None to look where it lay.
 
@@ -70,6 +70,7 @@ def undo(output: Path, target: Path, *, source: Path | None = None) -> Undone:
         ForgeError: the output was not edited by this program; the source has changed, or is not to be found and there
             is no undo file; the undo file is damaged; or the disk is full. Nothing is then written.
     """
+    output = _weights_in(output)
     entry = source_entry(output)
     _check_target(target, entry)
     for place in [source] if source is not None else candidate_sources(entry):
@@ -171,6 +172,16 @@ def _from_undo_file(entry: SourceEntry, output: Path, kept: Path) -> _Made:
         others = {name: output / name for name in companions(output) if name not in hashes}
     size = sum(place.size for place in (*ranges.values(), *weights.tensors.values()))
     return _Made(contents, hashes, size, others)
+
+
+def _weights_in(output: Path) -> Path:
+    """The one GGUF file of a folder that holds no checkpoint; any other path as it is."""
+    if output.is_dir() and not any((output / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        files = sorted(output.glob("*.gguf"))
+        if len(files) > 1:
+            raise UsageError(f"{output} holds {len(files)} GGUF files", f"give one of them, such as {files[0]}")
+        return files[0] if files else output
+    return output
 
 
 def _check_target(target: Path, entry: SourceEntry) -> None:
