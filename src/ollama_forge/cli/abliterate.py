@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -19,6 +20,7 @@ def abliterate() -> None:
 
 
 abliterate.add_command(serve)
+abliterate.add_command(export_adapter)
 
 
 @abliterate.command("compute-dir")
@@ -41,6 +43,7 @@ def compute_dir(**options: Any) -> None:
         options["model"],
         Path(options["output"]),
         revision=options["revision"],
+        adapter=options["adapter"],
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
@@ -83,11 +86,28 @@ def compute_dir(**options: Any) -> None:
 @opt.base_option
 @opt.keep_checkpoint_option
 @opt.allow_partial_option
+@opt.adapter_option
+@opt.keep_undo_option
+@click.option(
+    "--undo",
+    is_flag=True,
+    help="Give back the model that --model, a checkpoint or GGUF file of apply or run, was made from, byte for byte: "
+    "from where it lay, from --source, or from the undo file.",
+)
+@click.option("--source", metavar="MODEL", help="With --undo: the model that was edited, if it was moved.")
 @opt.trust_option
 @opt.json_option
-def apply(**options: Any) -> None:
+@click.pass_context
+def apply(ctx: click.Context, /, **options: Any) -> None:
     """Edit a direction out of a model's weights on disk (or amplify it), without loading the model."""
     require_abliterate("apply")
+    if options["undo"]:
+        from ollama_forge.cli.undone import undo
+
+        undo(ctx, options)
+        return
+    if options["source"] is not None:
+        raise UsageError("--source is for --undo", "--model names the model to edit")
     from ollama_forge.api import GgufOptions, apply
     from ollama_forge.cli.applied import applied_json, print_applied
     from ollama_forge.export.mix import parse_quants
@@ -100,6 +120,7 @@ def apply(**options: Any) -> None:
         edit_file=_path(options["edit_file"]),
         per_layer=options["per_layer"],
         revision=options["revision"],
+        adapter=options["adapter"],
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
         gguf=GgufOptions(
@@ -109,6 +130,7 @@ def apply(**options: Any) -> None:
             keep_checkpoint=options["keep_checkpoint"],
             base=options["base"],
         ),
+        keep_undo=options["keep_undo"],
         allow_partial=options["allow_partial"],
         trust_remote_code=options["trust_remote_code"],
     )
@@ -121,6 +143,7 @@ def apply(**options: Any) -> None:
 @abliterate.command("inspect")
 @opt.model_option
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.adapter_option
 @opt.factors_option
 @opt.edit_options
 @opt.trust_option
@@ -137,6 +160,7 @@ def inspect(**options: Any) -> None:
     found = inspect(
         options["model"],
         revision=options["revision"],
+        adapter=options["adapter"],
         settings=opt.edit_settings(options),
         trust_remote_code=options["trust_remote_code"],
     )
@@ -200,6 +224,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--imatrix", metavar="FILE", help="Importance matrix for quantising, as llama-imatrix writes it.")
 @opt.base_option
 @opt.keep_checkpoint_option
+@opt.keep_undo_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
 @click.option(
@@ -232,6 +257,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         name=options["name"],
         output_dir=options["output_dir"],
         revision=options["revision"],
+        adapter=options["adapter"],
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
@@ -246,6 +272,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         verify=not options["no_verify"],
         base=options["base"],
         keep_checkpoint=options["keep_checkpoint"],
+        keep_undo=options["keep_undo"],
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
@@ -295,6 +322,7 @@ def chat(**options: Any) -> None:
         name=options["name"],
         checkpoint=options["checkpoint"],
         revision=options["revision"],
+        adapter=options["adapter"],
         load=opt.load_settings(options),
         wishes=Wishes(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
         images=read_images(options["images"]),

@@ -12,10 +12,13 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.weight_files import weight_files
 from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
+from ollama_forge.edits.source_files import source_location
+from ollama_forge.errors import UsageError
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
@@ -162,6 +165,13 @@ def preflight(settings: RunSettings) -> Preflight:
     export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
     registration = plan_registration(source, settings.name, settings.folder, settings.ollama)
     size = _written_size(source, settings, in_place=export.in_place)
+    if settings.keep_undo:
+        if isinstance(source, GgufCheckpoint) and not export.in_place:
+            raise UsageError(
+                "--keep-undo would keep a second copy of the GGUF file, as every tensor gets another type",
+                "leave it out, and keep the file itself",
+            )
+        size += sum(file.stat().st_size for file in weight_files(source_location(source)).files)
     ready = Preflight(settings, source, computed_on, examined, split, export, registration, size)
     if ready.writes_checkpoint:
         check_output(ready.checkpoint_folder, 0)
@@ -172,7 +182,7 @@ def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
     """The model to edit, and the one to compute the edit on."""
     trust = settings.load.trust_remote_code
     if settings.base is None:
-        source = resolve(settings.model, settings.revision, trust_remote_code=trust)
+        source = resolve(settings.model, settings.revision, trust_remote_code=trust, adapter=settings.adapter)
         return source, source
     base = resolve(settings.base, settings.revision, trust_remote_code=trust)
     return resolve_gguf(settings.model, None, base), base

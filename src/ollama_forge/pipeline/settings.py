@@ -24,10 +24,12 @@ class RunSettings:
     """The settings of a run.
 
     Attributes:
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
         keep_checkpoint: also write a checkpoint of an edited GGUF file.
+        keep_undo: also write undo files beside the edited weights.
         evaluate: measure the models on report prompts.
         verify: verify the written weights.
     """
@@ -36,6 +38,7 @@ class RunSettings:
     name: str
     output_dir: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     prompts: PromptSettings = field(default_factory=PromptSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     direction: DirectionSettings = field(default_factory=DirectionSettings)
@@ -47,6 +50,7 @@ class RunSettings:
     allow_partial: bool = False
     base: str | None = None
     keep_checkpoint: bool = False
+    keep_undo: bool = False
     out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True
@@ -103,6 +107,10 @@ class RunSettings:
         check_ollama_name(self.name)
         if self.ollama.as_adapter:
             self._check_adapter()
+        if self.adapter is not None and self.base is not None:
+            raise UsageError(
+                "--adapter cannot be merged into a GGUF file, which --base is for", "leave out one of them"
+            )
         OutDtype.parse(self.out_dtype)
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):

@@ -27,6 +27,8 @@ from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.undo import keep_undo
+from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement, first_token_kl, measure
 from ollama_forge.evaluation.tokens import TokenCheck
@@ -125,6 +127,8 @@ class Written:
 def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
     """Write the edited weights, and the edit file beside them."""
     folder, files = ready.checkpoint_folder, PlanFiles.of(ready, cache)
+    kept = ready.written_paths if ready.settings.keep_undo else []
+    undo_files = [undo_path(output) for output in kept]
     needs = {
         "fingerprint": ready.source.fingerprint,
         "companions": ready.companions,
@@ -135,6 +139,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         "out_dtype": ready.settings.out_dtype,
         "file": ready.written_file and ready.written_file.name,
         "checkpoint": ready.writes_checkpoint,
+        "undo": [path.name for path in undo_files],
     }
 
     def do() -> Written:
@@ -160,6 +165,8 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         if ready.written_file is not None:
             applied = _write_file(ready, plan, direction, choice.settings, provenance)
         assert applied is not None
+        for output in kept:
+            keep_undo(ready.source, output)
         hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
         digests = {
             path.relative_to(cache.folder.parent).as_posix(): file_digest(path)
@@ -175,7 +182,7 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         Written,
         needs,
         do,
-        [*ready.written_paths, *sorted(edit_files | {ready.edit_file})],
+        [*ready.written_paths, *sorted(edit_files | {ready.edit_file}), *undo_files],
         ("safetensors", "libgguf"),
     )
 

@@ -19,12 +19,15 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
 from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
+from ollama_forge.sources.merged_adapter import with_adapter
 from ollama_forge.sources.ollama_store import SCHEME, ollama_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, adapter: str | None = None
+) -> Checkpoint:
     """Find ``model``, download or convert it if necessary, and return a checkpoint that can be edited.
 
     Downloads and converted ``.bin`` files are cached.
@@ -34,9 +37,11 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
             GGUF file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
         revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
 
     Raises:
-        ForgeError: the model does not exist or cannot be edited, or the disk or the memory is too small.
+        ForgeError: the model or the adapter does not exist, the model cannot be edited, the adapter does not fit it, or
+            the disk or the memory is too small.
     """
     checkpoint = _local_checkpoint(model, revision)
     if checkpoint is None:
@@ -47,7 +52,7 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
         require_editable(checkpoint, card_base_model(Path(model).expanduser()))
     if trust_remote_code:
         _say_own_code(checkpoint)
-    return checkpoint
+    return checkpoint if adapter is None else with_adapter(checkpoint, adapter, trust_remote_code=trust_remote_code)
 
 
 def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
