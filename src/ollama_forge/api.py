@@ -208,7 +208,9 @@ def apply(
     elif adapter is None:
         source = resolve_gguf(model, revision, base)
     else:
-        raise UsageError("--adapter is merged into a checkpoint, and --base is for a GGUF file", "leave out one of them")
+        raise UsageError(
+            "--adapter is merged into a checkpoint, and --base is for a GGUF file", "leave out one of them"
+        )
     gguf.check_source(source, out_dtype)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)

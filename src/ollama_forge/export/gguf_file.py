@@ -14,7 +14,7 @@ from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure_answers
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
-from ollama_forge.export.quantise import find_tool, quantise
+from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
 from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, llama_server
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, detect_thought
 from ollama_forge.progress import say, status
@@ -97,11 +97,13 @@ def quantise_files(
     return QuantisedFiles(tuple(made))
 
 
-def edited_file(plan: ExportPlan, verified: bool | None) -> QuantisedFiles:
-    """The edited GGUF file, whose tensors keep the types of its source."""
-    file = plan.files[0]
-    size = file.path.stat().st_size
-    return QuantisedFiles((QuantisedFile(file.path, file.quant, size, IN_PLACE, None, True, verified),))
+def edited_files(plan: ExportPlan, verified: bool | None) -> QuantisedFiles:
+    """The edited files of a GGUF source, which are written already."""
+    by = IN_PLACE if plan.in_place else EMBEDDED
+    files = (
+        QuantisedFile(file.path, file.quant, file.path.stat().st_size, by, None, True, verified) for file in plan.files
+    )
+    return QuantisedFiles(tuple(files))
 
 
 def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:

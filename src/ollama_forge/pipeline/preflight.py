@@ -19,18 +19,16 @@ from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
 from ollama_forge.edits.source_files import source_location
 from ollama_forge.errors import UsageError
+from ollama_forge.export.edited_gguf import edit_file_of, written_size
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.ollama.registration import Registration, plan_registration
-from ollama_forge.pipeline.resume import FOLDER
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.sources.resolve import resolve, resolve_gguf
 
-_EDITED = "edited.gguf"
-_METADATA = 64 << 20  # upper bound in bytes on the header of a GGUF file
 PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 
 
@@ -72,38 +70,31 @@ class Preflight:
         return self.folder / "checkpoint"
 
     @property
-    def written_file(self) -> Path | None:
-        """The edited GGUF file; None if an edited checkpoint is written.
-
-        If all tensors are quantised anew, it is an internal file in which the edited matrices are floats.
-        """
-        if not isinstance(self.source, GgufCheckpoint):
-            return None
-        return self.export.path if self.export.in_place else self.folder / FOLDER / _EDITED
+    def edits_file(self) -> bool:
+        """Whether the source is a GGUF file, so that the edited weights are GGUF files too."""
+        return isinstance(self.source, GgufCheckpoint)
 
     @property
     def writes_checkpoint(self) -> bool:
         """Whether an edited checkpoint is written."""
-        return self.written_file is None or self.settings.keep_checkpoint
+        return not self.edits_file or self.settings.keep_checkpoint
 
     @property
     def written_paths(self) -> list[Path]:
-        """The edited checkpoint's folder, the edited GGUF file, or both."""
-        folders = [self.checkpoint_folder] if self.writes_checkpoint else []
-        return folders if self.written_file is None else [*folders, self.written_file]
+        """The edited weights: the checkpoint's folder, the GGUF files of a GGUF source, or both."""
+        files = [file.path for file in self.export.files] if self.edits_file else []
+        return [*files, *([self.checkpoint_folder] if self.writes_checkpoint else [])]
 
     @property
     def edit_file(self) -> Path:
         """The edit file, beside the edited weights."""
-        if self.written_file is not None:
-            return self.export.path.with_suffix(".edit.safetensors")
-        return edit_file_path(self.checkpoint_folder)
+        return edit_file_of(self.export.path) if self.edits_file else edit_file_path(self.checkpoint_folder)
 
     @property
     def provenance_folders(self) -> list[Path]:
         """The folders with the provenance of the edited weights."""
-        file = [] if self.written_file is None else [self.folder]
-        return [*([self.checkpoint_folder] if self.writes_checkpoint else []), *file]
+        folders = [self.checkpoint_folder] if self.writes_checkpoint else []
+        return [self.folder, *folders] if self.edits_file else folders
 
     @property
     def direction_file(self) -> Path:
@@ -112,9 +103,8 @@ class Preflight:
     @property
     def edited_checkpoint(self) -> Checkpoint:
         """The edited weights; their files exist once they are written."""
-        if self.written_file is not None:
-            assert isinstance(self.source, GgufCheckpoint)
-            return self.source.with_file(self.written_file)
+        if isinstance(self.source, GgufCheckpoint):
+            return self.source.with_file(self.export.path)
         return Checkpoint(self.checkpoint_folder, str(self.checkpoint_folder), "folder")
 
     @cached_property
@@ -164,7 +154,7 @@ def preflight(settings: RunSettings) -> Preflight:
     keeps_packed = OutDtype.parse(settings.out_dtype).keeps_packed
     export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
     registration = plan_registration(source, settings.name, settings.folder, settings.ollama)
-    size = _written_size(source, settings, in_place=export.in_place)
+    size = _written_size(source, settings, export)
     if settings.keep_undo:
         if isinstance(source, GgufCheckpoint) and not export.in_place:
             raise UsageError(
@@ -188,10 +178,10 @@ def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
     return resolve_gguf(settings.model, None, base), base
 
 
-def _written_size(source: Checkpoint, settings: RunSettings, *, in_place: bool) -> int:
+def _written_size(source: Checkpoint, settings: RunSettings, export: ExportPlan) -> int:
     """Upper bound in bytes on the size of the edited weights."""
     if not isinstance(source, GgufCheckpoint):
         return output_size(source, settings.out_dtype)
-    file = sum(tensor.size for tensor in source.file.tensors) + _METADATA
-    floats = 0 if in_place else source.parameters * 2
-    return file + floats + (output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0)
+    checkpoint = output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0
+    quants = [] if export.in_place else [file.quant for file in export.files]
+    return written_size(source, quants, export.imatrix) + checkpoint

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.companions import CARD, PROVENANCE
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
-from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
-from ollama_forge.edits.gguf_output import write_gguf
 from ollama_forge.edits.hooks import hooked
-from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.proven import describe_certificate
-from ollama_forge.edits.provenance import describe_edit, write_provenance
-from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.evaluation.intervals import Estimate
@@ -34,11 +27,12 @@ from ollama_forge.evaluation.measure import Measurement, first_token_kl, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.convert import convert
+from ollama_forge.export.edited_gguf import GgufEdit, write_edited_files
 from ollama_forge.export.gguf_file import (
     QuantisedFile,
     QuantisedFiles,
     check_file_tokens,
-    edited_file,
+    edited_files,
     measure_file,
     quantise_files,
 )
@@ -126,7 +120,7 @@ class Written:
 
 def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
     """Write the edited weights, and the edit file beside them."""
-    folder, files = ready.checkpoint_folder, PlanFiles.of(ready, cache)
+    folder, planned = ready.checkpoint_folder, PlanFiles.of(ready, cache)
     kept = ready.written_paths if ready.settings.keep_undo else []
     undo_files = [undo_path(output) for output in kept]
     needs = {
@@ -134,16 +128,17 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         "companions": ready.companions,
         "lists": ready.split.hashes(),
         "choice": to_json(choice),
-        "plan": {path.name: file_digest(path) for path in files.paths},
+        "plan": {path.name: file_digest(path) for path in planned.paths},
         "unproven": ready.examined.unproven,
         "out_dtype": ready.settings.out_dtype,
-        "file": ready.written_file and ready.written_file.name,
+        "files": to_json(ready.export.files) if ready.edits_file else None,
+        "imatrix": ready.edits_file and ready.export.imatrix and file_digest(ready.export.imatrix),
         "checkpoint": ready.writes_checkpoint,
         "undo": [path.name for path in undo_files],
     }
 
     def do() -> Written:
-        plan, direction = files.plan(choice)
+        plan, direction = planned.plan(choice)
         provenance = {
             "certificate": describe_certificate(ready.examined),
             "lists": ready.split.hashes(),
@@ -162,8 +157,11 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
                     direction=direction,
                     provenance=provenance,
                 )
-        if ready.written_file is not None:
-            applied = _write_file(ready, plan, direction, choice.settings, provenance)
+        if isinstance(ready.source, GgufCheckpoint):
+            export = ready.export
+            edit = GgufEdit(ready.source, ready.model_map, plan, choice.settings, direction, provenance, export.imatrix)
+            files = {file.path: None if export.in_place else file.quant for file in export.files}
+            applied = write_edited_files(edit, files, ready.folder).applied
         assert applied is not None
         for output in kept:
             keep_undo(ready.source, output)
@@ -185,42 +183,6 @@ def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]
         [*ready.written_paths, *sorted(edit_files | {ready.edit_file}), *undo_files],
         ("safetensors", "libgguf"),
     )
-
-
-def _write_file(
-    ready: Preflight,
-    plan: EditPlan,
-    direction: RefusalDirection,
-    settings: EditSettings,
-    provenance: Mapping[str, Any],
-) -> AppliedEdit:
-    """Write the edited GGUF file, and beside it the edit file, the provenance and the model card."""
-    source = ready.source
-    assert isinstance(source, GgufCheckpoint)
-    assert ready.written_file is not None
-    own = ready.export.in_place
-    applied = write_gguf(
-        source,
-        ready.model_map,
-        plan,
-        ready.written_file,
-        settings=settings,
-        direction=direction,
-        provenance=provenance,
-        edited_as=None if own else GGMLQuantizationType.BF16,
-    )
-    applied.record.save(ready.edit_file)
-    write_provenance(
-        describe_edit(source, ready.model_map, plan, settings, direction),
-        ready.model_map,
-        plan,
-        applied,
-        ready.folder / PROVENANCE,
-        ready.folder / CARD,
-        output={"files": [file.path.name for file in ready.export.files]},
-        provenance=provenance,
-    )
-    return applied
 
 
 @dataclass(frozen=True)
@@ -308,9 +270,10 @@ def make_gguf(
 ) -> Stage[QuantisedFiles]:
     """Make the quantised GGUF files, with their provenance in the metadata."""
     plan, tool = ready.export, find_tool()
-    if plan.in_place:
-        needs: dict[str, Any] = {"written": to_json(written), "verified": verified}
-        return Stage("gguf", QuantisedFiles, needs, lambda: edited_file(plan, verified), [plan.path])
+    outputs = [file.path for file in plan.files]
+    if ready.edits_file:
+        done: dict[str, Any] = {"written": to_json(written), "verified": verified}
+        return Stage("gguf", QuantisedFiles, done, lambda: edited_files(plan, verified), outputs)
     source = ready.source.folder.name if ready.source.kind == "folder" else ready.source.label
     provenance: dict[str, Any] = {
         "source": source,
@@ -318,9 +281,9 @@ def make_gguf(
         "edit": {"name": choice.name, "settings": to_json(choice.settings)},
         "lists": ready.split.hashes(),
     }
-    converting = None if ready.written_file is not None else _convert(ready, cache, written)
+    converting = _convert(ready, cache, written)
     needs = {
-        "source": to_json(written) if converting is None else converting.key,
+        "converted": converting.key,
         "provenance": provenance,
         "verified": verified,
         "files": to_json(plan.files),
@@ -329,15 +292,12 @@ def make_gguf(
     }
 
     def do() -> QuantisedFiles:
-        if converting is None:
-            assert ready.written_file is not None
-            return quantise_files(plan, ready.written_file, None, {}, verified)
         fallback = cache.do(converting).fallback
         files = quantise_files(plan, cache.path(_CONVERTED), fallback, provenance, verified)
         cache.path(_CONVERTED).unlink()
         return files
 
-    return Stage("gguf", QuantisedFiles, needs, do, [file.path for file in plan.files], ("libgguf", "gguf"))
+    return Stage("gguf", QuantisedFiles, needs, do, outputs, ("libgguf", "gguf"))
 
 
 def _tokenizer(ready: Preflight) -> Tokenizer:
@@ -367,7 +327,8 @@ def measure_gguf(
 
     def do() -> Measurement:
         say(f"measuring {file.path.name} on report prompts")
-        kl = edited.first_token_kl if ready.export.in_place else divergence()
+        same = file.path == ready.edited_checkpoint.location
+        kl = edited.first_token_kl if same else divergence()
         models.drop()
         return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.answer_seconds)
 
