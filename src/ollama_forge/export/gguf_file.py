@@ -22,6 +22,7 @@ from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
 
 IN_PLACE = "in place"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class QuantisedFile:
         pre_tokenizer_fallback: the pre-tokenizer used because the converter does not know the checkpoint's; else None.
         tokenizer_of_source: whether the file has the tokenizer of a GGUF source.
         verified: whether the checkpoint passed verification; None if it was not verified.
+        base: the model to which the file, an adapter, is added; None if the file is a model.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class QuantisedFile:
     pre_tokenizer_fallback: str | None
     tokenizer_of_source: bool = False
     verified: bool | None = None
+    base: Path | None = None
 
     @property
     def row_name(self) -> str:
@@ -106,9 +109,14 @@ def edited_files(plan: ExportPlan, verified: bool | None) -> QuantisedFiles:
     return QuantisedFiles(tuple(files))
 
 
+def adapter_file(path: Path, base: Path) -> QuantisedFiles:
+    """An adapter for the GGUF file ``base``."""
+    return QuantisedFiles((QuantisedFile(path, ADAPTER, path.stat().st_size, IN_PLACE, None, True, None, base),))
+
+
 def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
     """Compare the tokens that llama.cpp makes with the file with those of the checkpoint's tokenizer."""
-    with status("checking tokens"), llama_server(file.path, TOKENIZING_CONTEXT) as server:
+    with status("checking tokens"), llama_server(file.base or file.path, TOKENIZING_CONTEXT) as server:
         return check_tokens(tokenizer, server.tokenize)
 
 
@@ -124,7 +132,8 @@ def measure_file(
     ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
     longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
-    with llama_server(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
+    path, adapter = (file.path, None) if file.base is None else (file.base, file.path)
+    with llama_server(path, longest + ANSWER_TOKENS, SLOTS, adapter=adapter) as server:
         model = GgufModel(server, tokenizer)
         detect_thought(model)
         return measure_answers(model, prompts, kl, file.row_name, seconds=seconds)

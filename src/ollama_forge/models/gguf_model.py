@@ -65,12 +65,13 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
+def llama_server(path: Path, context: int, slots: int = 1, *, adapter: Path | None = None) -> Iterator[LlamaServer]:
     """Run a llama.cpp server for a GGUF file inside the block.
 
     Args:
         context: maximum number of tokens of a request.
         slots: number of parallel requests.
+        adapter: a GGUF adapter to add to the model.
 
     Raises:
         ForgeError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -80,7 +81,7 @@ def llama_server(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServ
             "running a GGUF file needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
         )
     command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
-    command += [str(context * slots), str(slots), str(usable_cores())]
+    command += [str(context * slots), str(slots), str(usable_cores()), *([] if adapter is None else [str(adapter)])]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:

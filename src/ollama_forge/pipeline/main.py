@@ -50,8 +50,9 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
         models.drop()  # writing the weights needs no loaded model
         written = cache.do(stages.write(ready, cache, choice))
-        checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if settings.verify else None
-        edited = cache.do(stages.measure_written(ready, cache, models, written)) if settings.evaluate else None
+        verifies = settings.verify and ready.adapter_file is None
+        checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if verifies else None
+        edited = cache.do(stages.measure_written(ready, cache, models, choice, written)) if settings.evaluate else None
         models.drop()
         verified = None if checks is None else checks.passed
         exported = export_weights(ready, cache, models, choice, written, verified, edited)

@@ -23,6 +23,7 @@ from ollama_forge.export.edited_gguf import edit_file_of, written_size
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
+from ollama_forge.names import file_stem
 from ollama_forge.ollama.registration import Registration, plan_registration
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
@@ -70,6 +71,13 @@ class Preflight:
         return self.folder / "checkpoint"
 
     @property
+    def adapter_file(self) -> Path | None:
+        """The GGUF adapter that is written in place of edited weights; None unless ``--as-adapter`` is given."""
+        return (
+            self.folder / f"{file_stem(self.settings.name)}-adapter.gguf" if self.settings.ollama.as_adapter else None
+        )
+
+    @property
     def edits_file(self) -> bool:
         """Whether the source is a GGUF file, so that the edited weights are GGUF files too."""
         return isinstance(self.source, GgufCheckpoint)
@@ -82,17 +90,23 @@ class Preflight:
     @property
     def written_paths(self) -> list[Path]:
         """The edited weights: the checkpoint's folder, the GGUF files of a GGUF source, or both."""
+        if self.adapter_file is not None:
+            return [self.adapter_file]
         files = [file.path for file in self.export.files] if self.edits_file else []
         return [*files, *([self.checkpoint_folder] if self.writes_checkpoint else [])]
 
     @property
     def edit_file(self) -> Path:
         """The edit file, beside the edited weights."""
+        if self.adapter_file is not None:
+            return edit_file_of(self.adapter_file)
         return edit_file_of(self.export.path) if self.edits_file else edit_file_path(self.checkpoint_folder)
 
     @property
     def provenance_folders(self) -> list[Path]:
         """The folders with the provenance of the edited weights."""
+        if self.adapter_file is not None:
+            return []
         folders = [self.checkpoint_folder] if self.writes_checkpoint else []
         return [self.folder, *folders] if self.edits_file else folders
 

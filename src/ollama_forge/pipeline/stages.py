@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +20,22 @@ from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint, write_decoded
 from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.planned_record import planned_record
 from ollama_forge.edits.proven import describe_certificate
+from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Measurement, first_token_kl, measure
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check, verify
+from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.convert import convert
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_files
 from ollama_forge.export.gguf_file import (
     QuantisedFile,
     QuantisedFiles,
+    adapter_file,
     check_file_tokens,
     edited_files,
     measure_file,
@@ -119,6 +124,37 @@ class Written:
 
 
 def write(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
+    """Write the edited weights and the edit file beside them; or the edit as an adapter."""
+    return _write_weights(ready, cache, choice) if ready.adapter_file is None else _write_adapter(ready, cache, choice)
+
+
+def _write_adapter(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
+    """Write the edit as a GGUF adapter, and its edit file."""
+    planned, path, source = PlanFiles.of(ready, cache), ready.adapter_file, ready.source
+    assert path is not None
+    assert isinstance(source, GgufCheckpoint)
+    needs = {
+        "fingerprint": source.fingerprint,
+        "choice": to_json(choice),
+        "plan": {file.name: file_digest(file) for file in planned.paths},
+        "unproven": ready.examined.unproven,
+    }
+
+    def do() -> Written:
+        plan, direction = planned.plan(choice)
+        record = planned_record(source, plan, to_json(choice.settings))
+        described = describe_edit(source, ready.model_map, plan, choice.settings, direction)
+        provenance = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+        write_gguf_adapter(
+            record, ready.model_map, source.layout, source.file.architecture, path, provenance=provenance
+        )
+        record.save(ready.edit_file)
+        return Written({}, {path.name: file_digest(path)})
+
+    return Stage("write", Written, needs, do, [path, ready.edit_file], ("libgguf",))
+
+
+def _write_weights(ready: Preflight, cache: StageCache, choice: Choice) -> Stage[Written]:
     """Write the edited weights, and the edit file beside them."""
     folder, planned = ready.checkpoint_folder, PlanFiles.of(ready, cache)
     kept = ready.written_paths if ready.settings.keep_undo else []
@@ -211,10 +247,17 @@ def verify_written(
     return Stage("verify", Verification, needs, do, (), _MODEL)
 
 
-def measure_written(ready: Preflight, cache: StageCache, models: ModelHolder, written: Written) -> Stage[Measurement]:
-    """Measure the written weights on report prompts."""
+def measure_written(
+    ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice, written: Written
+) -> Stage[Measurement]:
+    """Measure the written weights, or the model with the written adapter, on report prompts."""
 
     def do() -> Measurement:
+        if ready.adapter_file is not None:
+            say("measuring the model with the adapter on report prompts")
+            model = models.get(ready.source, ready.model_map)
+            with hooked(model, PlanFiles.of(ready, cache).plan(choice)[0]):
+                return measure(model, ready.split.report, _load_base_log_probs(cache), "edited")[0]
         say("measuring the written weights on report prompts")
         return measure(models.get(ready.edited_checkpoint), ready.split.report, _load_base_log_probs(cache), "edited")[
             0
@@ -271,6 +314,11 @@ def make_gguf(
     """Make the quantised GGUF files, with their provenance in the metadata."""
     plan, tool = ready.export, find_tool()
     outputs = [file.path for file in plan.files]
+    adapter = ready.adapter_file
+    if adapter is not None:
+        base = ready.source.location
+        needs: dict[str, Any] = {"written": to_json(written)}
+        return Stage("gguf", QuantisedFiles, needs, lambda: adapter_file(adapter, base), [adapter])
     if ready.edits_file:
         done: dict[str, Any] = {"written": to_json(written), "verified": verified}
         return Stage("gguf", QuantisedFiles, done, lambda: edited_files(plan, verified), outputs)
@@ -327,7 +375,7 @@ def measure_gguf(
 
     def do() -> Measurement:
         say(f"measuring {file.path.name} on report prompts")
-        same = file.path == ready.edited_checkpoint.location
+        same = file.base is not None or file.path == ready.edited_checkpoint.location
         kl = edited.first_token_kl if same else divergence()
         models.drop()
         return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.answer_seconds)
