@@ -85,9 +85,7 @@ class Model:
         """A GGUF file of this model as a checkpoint with the folder's config and tokenizer."""
         file = read_gguf(path)
         layout = layout_of(self.checkpoint.config, file)
-        return GgufCheckpoint(
-            self.checkpoint.folder, str(path), "gguf", sha256_file(path), file=file, layout=layout
-        )
+        return GgufCheckpoint(self.checkpoint.folder, str(path), "gguf", sha256_file(path), file=file, layout=layout)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A worker that runs a GGUF file with an adapter in llama.cpp, as ``models/llamacpp_worker.py`` runs one without.
 
-    python llamacpp_adapter.py FILE.gguf ADAPTER.gguf
+python llamacpp_adapter.py FILE.gguf ADAPTER.gguf
 """
 
 from __future__ import annotations

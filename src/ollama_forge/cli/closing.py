@@ -58,11 +58,10 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(f"{name}: {path} ({human_size(_size(path))})", markup=False, soft_wrap=True)
     for line in report.ollama_lines():
         console.print(line, markup=False, soft_wrap=True)
-    console.print(
-        f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}",
-        markup=False,
-        soft_wrap=True,
-    )
+    if report.file is None or report.file.base is None:  # an adapter alone cannot be run here
+        console.print(
+            f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}", markup=False, soft_wrap=True
+        )
 
 
 def _size(path: Path) -> int:

@@ -193,9 +193,11 @@ def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _written_size(source: Checkpoint, settings: RunSettings, export: ExportPlan) -> int:
-    """Upper bound in bytes on the size of the edited weights."""
+    """Upper bound in bytes on the size of the edited weights; 0 for an adapter, which is small."""
     if not isinstance(source, GgufCheckpoint):
         return output_size(source, settings.out_dtype)
+    if settings.ollama.as_adapter:
+        return 0
     checkpoint = output_size(source, settings.out_dtype) if settings.keep_checkpoint else 0
     quants = [] if export.in_place else [file.quant for file in export.files]
     return written_size(source, quants, export.imatrix) + checkpoint
