@@ -60,7 +60,7 @@ def test_an_engine_answers_as_many_prompts_as_time_allows(
     row = measure_answers(Clerk(clock), PROMPTS, KL, "file", seconds=seconds)
     assert (row.harmful.refusal, row.harmful.total) == (harmful, harmful)
     assert (row.harmless.refusal, row.harmless.total) == (0, harmless)
-    assert (row.first_token_kl, row.answer_seconds) == (KL, harmful + harmless)
+    assert row.first_token_kl == KL
     assert row.harmful.refusal_rate.low == pytest.approx(harmful / (harmful + 3.8415), abs=1e-3)  # Wilson's bound
 
 

@@ -64,7 +64,6 @@ class Measurement:
 
     Attributes:
         first_token_kl: mean KL divergence from the base model on harmless prompts, in nats; 0 for the base model.
-        answer_seconds: time that the answers took.
         thought: how thoughts before the answers were handled.
         not_english: number of answers that are clearly not English; refusal markers exist in English alone.
     """
@@ -74,7 +73,6 @@ class Measurement:
     first_token_kl: Estimate
     thought: Thought = Thought.NONE
     not_english: int = 0
-    answer_seconds: float = 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,7 +123,7 @@ def measure(
         ``[prompts, vocabulary]``. They take 311 MB for 512 prompts (the default maximum of the report part) and a
         vocabulary of 152,000.
     """
-    tokenizer, started = model.tokenizer, time.monotonic()
+    tokenizer = model.tokenizer
     harmful, harmless = (tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
     decided = _refuses(tokenizer)
     with bar(title, len(harmful) + len(harmless)) as advance:
@@ -138,7 +136,7 @@ def measure(
             assert both.first is not None
             first, answered = both.first, both.ids
     kl = bootstrap_mean(kl_per_prompt(first if base_log_probs is None else base_log_probs, first).tolist())
-    return _measurement(tokenizer, refused, answered, kl, time.monotonic() - started), first
+    return _measurement(tokenizer, refused, answered, kl), first
 
 
 def first_token_kl(model: ScoringModel, harmless: Sequence[str], base_log_probs: Tensor) -> Estimate:
@@ -172,7 +170,7 @@ def measure_answers(
             for side, out in zip(sides, answers, strict=True):
                 wave = side[start : start + _WAVE]
                 out += answer_after_thoughts(model, wave, ANSWER_TOKENS, decided=decided, progress=advance)
-    return _measurement(tokenizer, *answers, kl, time.monotonic() - started)
+    return _measurement(tokenizer, *answers, kl)
 
 
 def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
@@ -188,13 +186,11 @@ def _first_log_probs(model: ScoringModel, instructions: Sequence[str]) -> Tensor
     return first_log_probs(model, tokenizer.instructions_ids(instructions))
 
 
-def _measurement(
-    tokenizer: Tokenizer, refused: Sequence[Ids], answered: Sequence[Ids], kl: Estimate, seconds: float
-) -> Measurement:
+def _measurement(tokenizer: Tokenizer, refused: Sequence[Ids], answered: Sequence[Ids], kl: Estimate) -> Measurement:
     texts = [[tokenizer.decode(ids) for ids in answers] for answers in (refused, answered)]
     counts = [Counts.of([classify(text) for text in side]) for side in texts]
     not_english = sum(map(count_not_english, texts))
-    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english, round(seconds, 2))
+    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english)
 
 
 def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_log_probs: Tensor) -> float:

@@ -47,7 +47,7 @@ def export_weights(
     choice: Choice,
     written: stages.Written,
     verified: bool | None,
-    edited: Measurement | None,
+    edited: stages.TimedMeasurement | None,
 ) -> Exported:
     """Make the GGUF files, compare their tokens with the checkpoint's, and measure them.
 

@@ -58,7 +58,12 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         exported = export_weights(ready, cache, models, choice, written, verified, edited)
         exported = register_file(ready.registration, cache, exported, verified)
 
-        rows = {"base": base, "random direction": control, "edited": edited, **exported.rows}
+        rows: dict[str, Measurement | None] = {
+            "base": base,
+            "random direction": control,
+            "edited": None if edited is None else edited.row,
+        }
+        rows |= exported.rows
         report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
         measurements = {name: to_json(row) for name, row in report.rows.items()} or None
         for folder in ready.provenance_folders:

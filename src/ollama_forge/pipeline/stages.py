@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ from ollama_forge.export.gguf_file import (
 )
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.files import write_bytes
-from ollama_forge.models.chat_model import load_tokenizer
+from ollama_forge.models.chat_model import ChatModel, load_tokenizer
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
@@ -247,23 +248,34 @@ def verify_written(
     return Stage("verify", Verification, needs, do, (), _MODEL)
 
 
+@dataclass(frozen=True)
+class TimedMeasurement:
+    """A measurement, and the time that it took in seconds."""
+
+    row: Measurement
+    seconds: float
+
+
 def measure_written(
     ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice, written: Written
-) -> Stage[Measurement]:
+) -> Stage[TimedMeasurement]:
     """Measure the written weights, or the model with the written adapter, on report prompts."""
 
-    def do() -> Measurement:
-        if ready.adapter_file is not None:
-            say("measuring the model with the adapter on report prompts")
-            model = models.get(ready.source, ready.model_map)
-            with hooked(model, PlanFiles.of(ready, cache).plan(choice)[0]):
-                return measure(model, ready.split.report, _load_base_log_probs(cache), "edited")[0]
-        say("measuring the written weights on report prompts")
-        return measure(models.get(ready.edited_checkpoint), ready.split.report, _load_base_log_probs(cache), "edited")[
-            0
-        ]
+    def do() -> TimedMeasurement:
+        if ready.adapter_file is None:
+            say("measuring the written weights on report prompts")
+            return timed(models.get(ready.edited_checkpoint))
+        say("measuring the model with the adapter on report prompts")
+        model = models.get(ready.source, ready.model_map)
+        with hooked(model, PlanFiles.of(ready, cache).plan(choice)[0]):
+            return timed(model)
 
-    return Stage("measure", Measurement, {**ready.model_needs, "written": to_json(written)}, do, (), _MODEL)
+    def timed(model: ChatModel) -> TimedMeasurement:
+        base, started = _load_base_log_probs(cache), time.monotonic()
+        row = measure(model, ready.split.report, base, "edited")[0]
+        return TimedMeasurement(row, round(time.monotonic() - started, 1))
+
+    return Stage("measure", TimedMeasurement, {**ready.model_needs, "written": to_json(written)}, do, (), _MODEL)
 
 
 @dataclass(frozen=True)
@@ -363,22 +375,22 @@ def check_tokens_of_file(ready: Preflight, file: QuantisedFile) -> Stage[TokenCh
 
 
 def measure_gguf(
-    ready: Preflight, cache: StageCache, models: ModelHolder, file: QuantisedFile, edited: Measurement
+    ready: Preflight, cache: StageCache, models: ModelHolder, file: QuantisedFile, edited: TimedMeasurement
 ) -> Stage[Measurement]:
     """Measure a file on report prompts: its weights' divergence by transformers, its answers by llama.cpp.
 
     The prompts are the token ids of the checkpoint's tokenizer.
 
     Args:
-        edited: the measurement of the edited weights. llama.cpp gets the time that their answers took.
+        edited: the measurement of the edited weights. llama.cpp gets the time that it took.
     """
 
     def do() -> Measurement:
         say(f"measuring {file.path.name} on report prompts")
         same = file.base is not None or file.path == ready.edited_checkpoint.location
-        kl = edited.first_token_kl if same else divergence()
+        kl = edited.row.first_token_kl if same else divergence()
         models.drop()
-        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.answer_seconds)
+        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.seconds)
 
     def divergence() -> Estimate:
         model = models.get(gguf_checkpoint_of(ready.edited_checkpoint, file.path), ready.model_map)
