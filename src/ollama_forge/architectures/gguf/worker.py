@@ -81,7 +81,7 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
         return LazyTorchTensor(meta=meta, args=(name, shape), func=values)
 
-    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:
+    def index_tensors(self: Any, *_: Any, **_options: Any) -> dict[str, Callable[[], Any]]:
         items = (
             self.filter_tensors((name, lambda name=name, shape=shape: lazy(name, tuple(shape))))
             for name, shape in shapes.items()
