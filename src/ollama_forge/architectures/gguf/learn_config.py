@@ -165,7 +165,13 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
     ]
     if not found:
         raise ForgeError(f"transformers has no causal LM of the architecture {arch!r}", _HINT)
-    return iter(sorted(found, key=lambda entry: _spelled(entry[0].removesuffix("_text")) != _spelled(arch)))
+    return iter(sorted(found, key=lambda entry: _unlikeliness(arch, *entry)))
+
+
+def _unlikeliness(arch: str, model_type: str, architecture: str) -> tuple[bool, bool]:
+    """Types that are spelled like the GGUF architecture come first, then those spelled like the class."""
+    spelled = _spelled(model_type.removesuffix("_text"))
+    return spelled != _spelled(arch), not _spelled(architecture).startswith(spelled)
 
 
 def _spelled(name: str) -> str:

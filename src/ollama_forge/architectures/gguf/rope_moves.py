@@ -45,7 +45,7 @@ def _marked(forward: Forward, wanted: Wanted, config: Mapping[str, Any], kind: M
         if not new:
             break
         for other in new:
-            marks |= _mark(forward, wanted, config, {**kind, **marks}, other, _MARK + len(marks))
+            marks |= _mark(forward, wanted, config, kind, marks, other)
     try:
         told, computed = _written(forward, with_values(config, {**kind, **marks}))
     except ConverterError:
@@ -66,14 +66,27 @@ def _written(forward: Forward, config: Mapping[str, Any]) -> tuple[dict[str, Any
 
 
 def _mark(
-    forward: Forward, wanted: Wanted, config: Mapping[str, Any], values: Mapping[Path, Any], path: Path, mark: int
+    forward: Forward,
+    wanted: Wanted,
+    config: Mapping[str, Any],
+    kind: Mapping[Path, Any],
+    marks: Mapping[Path, Any],
+    path: Path,
 ) -> dict[Path, Any]:
-    """A number that the converter takes as this value, or a list of as many as a vector of the file has."""
-    lengths = sorted({len(vector) for vector in wanted.computed.values()})
-    for value in (mark, *([float(mark)] * length for length in lengths)):
+    """A number that the converter takes as this value, or a list of as many as a vector of the file has.
+
+    It may take a list only beside another list.
+    """
+    mark = _MARK + len(marks)
+    attempts: list[dict[Path, Any]] = [{path: mark}]
+    for length in sorted({len(vector) for vector in wanted.computed.values()}):
+        alone = {path: [float(mark)] * length}
+        attempts.append(alone)
+        attempts += [{**alone, other: [float(m)] * length} for other, m in marks.items() if isinstance(m, int)]
+    for attempt in attempts:
         try:
-            forward.metadata(with_values(config, {**values, path: value}))
+            forward.metadata(with_values(config, {**kind, **marks, **attempt}))
         except ConverterError:
             continue
-        return {path: value}
+        return attempt
     return {}

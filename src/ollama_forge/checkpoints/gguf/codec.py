@@ -6,6 +6,7 @@ row of a float32 tensor ``[rows, row length]``.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import libgguf
@@ -23,6 +24,9 @@ from ollama_forge.errors import ForgeError
 
 PLAIN_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 """torch's type for each type whose values have no blocks."""
+_LARGEST = 65504.0  # of float16, the type of all scales but those of MXFP4; libgguf aborts on some larger values
+_PREPARING = threading.Lock()
+_prepared: set[Type] = set()
 
 
 def decode_rows(data: Tensor, kind: Type, columns: slice = WHOLE) -> Tensor:
@@ -76,8 +80,10 @@ def encode_rows(values: Tensor, kind: Type, importance: Tensor | None = None) ->
             raise _unfit(kind)
         return data
     rows: Any = values.float().contiguous().numpy()
-    if not np.isfinite(rows).all():
+    largest = np.abs(rows).max(initial=0)
+    if not (largest <= _LARGEST or (kind == Type.MXFP4 and np.isfinite(largest))):
         raise _unfit(kind)
+    _prepare(kind)
     data = torch.from_numpy(libgguf.quantize_rows(rows, kind, None if importance is None else importance.numpy()))
     if not torch.isfinite(decode_rows(data, kind)).all():
         raise _unfit(kind)
@@ -112,6 +118,14 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
     beyond = (levels - levels.clamp(*layout.range)).abs_()
     distance = (layout.numbers.spacing(levels) + beyond) * scale.abs()
     return torch.where(scale == 0, levels.abs(), distance).view_as(values)
+
+
+def _prepare(kind: Type) -> None:
+    """Let libgguf build the tables of a type: it does so when the type is first encoded, in one thread at most."""
+    with _PREPARING:
+        if kind not in _prepared:
+            libgguf.quantize_rows(np.ones((1, block_size(kind)[0]), np.float32), kind)
+            _prepared.add(kind)
 
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
