@@ -22,6 +22,7 @@ from ollama_forge.architectures.gguf.invert import Inversion
 from ollama_forge.architectures.gguf.leaves import Path
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
 from ollama_forge.architectures.gguf.wanted import Difference, Wanted
+from ollama_forge.architectures.twin.shrink import text_path
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import ForgeError
@@ -108,6 +109,8 @@ def _started(
     for model_type, architecture in _candidates(session, file.architecture):
         try:
             forward = Forward(session, file.architecture, model_type, architecture)
+            if text_path(forward.base):
+                raise ForgeError("transformers has only a multimodal model of this class")
             inversion = Inversion(forward, wanted, _start(file, model_type))
             wrong = sum(not difference.is_extra for difference in inversion.start())
         except ForgeError as error:
