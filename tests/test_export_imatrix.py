@@ -132,7 +132,7 @@ def test_one_for_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-1.0]])
 def test_values_that_are_no_mean_squares(tmp_path: Path, values: list[float]) -> None:
-    with pytest.raises(ForgeError, match=r"is damaged: blk\.0\.attn_q\.weight holds NaN"):
+    with pytest.raises(ForgeError, match=r"is damaged: 'blk\.0\.attn_q\.weight' holds NaN"):
         read_imatrix(older_form(tmp_path / "i.dat", {ATTENTION: np.array([values])}))
 
 

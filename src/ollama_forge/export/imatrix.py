@@ -83,7 +83,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         raise ForgeError(f"{path} is not an importance matrix: {error}", _HINT) from None
     for name, values in found.entries.items():
         if not np.isfinite(values).all() or (values < 0).any():
-            raise ForgeError(f"{path} is damaged: {name} holds NaN, infinite or negative values", _HINT)
+            raise ForgeError(f"{path} is damaged: {name!r} holds NaN, infinite or negative values", _HINT)
     return found
 
 
@@ -109,7 +109,7 @@ def _from_gguf(path: Path) -> ImportanceMatrix:
 
 def _values(data: Any, tensor: Tensor) -> Floats:
     if tensor.type != Type.F32:
-        raise ValueError(f"{tensor.name} is {tensor.type.name} instead of F32")
+        raise ValueError(f"{tensor.name!r} is {tensor.type.name} instead of F32")
     data.seek(tensor.start)
     return np.frombuffer(data.read(tensor.size), np.float32)
 
