@@ -10,7 +10,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -119,12 +118,17 @@ def _names(types: Types) -> Any:
     return lambda tensor: (tensor.type.name, types[tensor.name].name)
 
 
+def kept_metadata(source: Mapping[str, Value]) -> dict[str, Value]:
+    """The metadata of a file, without what an earlier edit added, and without what a split file says of its parts."""
+    return {key: value for key, value in source.items() if not key.startswith((PREFIX, _SPLIT))}
+
+
 def edited_metadata(source: Mapping[str, Value], entries: Mapping[str, Any]) -> dict[str, Value]:
     """The source's metadata with ``entries`` under ``ollama_forge.*``: text as it is, anything else as JSON.
 
     The entries of an earlier edit move to ``ollama_forge.history``, a list of their values that ends with the latest.
     """
-    kept = {key: value for key, value in source.items() if not key.startswith((PREFIX, _SPLIT))}
+    kept = kept_metadata(source)
     earlier = {key: value.python() for key, value in source.items() if key.startswith(PREFIX)}
     history = json.loads(earlier.pop(HISTORY, "[]"))
     if earlier:
@@ -183,10 +187,11 @@ class _GgufWriter:
         self.checkpoint, self.plan, self.file, self.out = checkpoint, plan, file, out
         self.importance = importance
         self.label = checkpoint.label
-        source = checkpoint.tensors
-        self.views = [(source, GgufTensors(source.folder, file, source.layout))]
-        while (again := _further_copies(self.views[-1][0], plan)) is not None:
-            self.views.append((again, GgufTensors(source.folder, file, again.layout)))
+        copies: GgufCheckpoint | None = checkpoint
+        self.views: list[tuple[GgufTensors, GgufTensors]] = []
+        while copies is not None:
+            self.views.append((copies.tensors, GgufTensors(checkpoint.folder, file, copies.layout)))
+            copies = copies.further_copies(plan.changed_tensors)
         self.records: dict[str, MatrixRecord] = {}
         self.bias_shifts: dict[str, Values] = {}
         self.changed: set[str] = set()
@@ -266,14 +271,3 @@ class _GgufWriter:
         for source, target in self.views:
             if name in source:
                 yield source, target
-
-
-def _further_copies(tensors: GgufTensors, plan: EditPlan) -> GgufTensors | None:
-    """The copies of planned tensors that a file holds beside those of ``tensors``; None if there are none.
-
-    A file may hold the embedding a second time, as its unembedding.
-    """
-    used = {holder for name in tensors for holder in tensors.holders(name)}
-    layout = replace(tensors.layout, parts={k: v for k, v in tensors.layout.parts.items() if k not in used})
-    rest = GgufTensors(tensors.folder, tensors.file, layout)
-    return rest if rest.keys() & plan.changed_tensors else None

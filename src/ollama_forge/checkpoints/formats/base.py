@@ -119,10 +119,13 @@ class WritableCodec(Codec, Protocol):
     Attributes:
         steps: a region that is encoded on its own starts and ends at multiples of these numbers of rows and columns, or
             at the matrix's edge; values in between share their bytes.
+        rounds_values: whether each value is rounded to a number near it; else one code stands for several values.
     """
 
     @property
     def steps(self) -> tuple[int, int]: ...
+    @property
+    def rounds_values(self) -> bool: ...
 
     def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
         """A matrix for new values of ``source``, to be filled by ``encode``.

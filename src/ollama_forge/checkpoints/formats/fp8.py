@@ -35,6 +35,7 @@ class Fp8Codec:
     label = "FP8"
     by_regions = True
     steps = (1, 1)
+    rounds_values = True
 
     def decode(self, matrix: PackedMatrix, rows: slice, columns: slice) -> Tensor:
         return matrix.parts[0][rows, columns].float() * self._scale(matrix, rows, columns)

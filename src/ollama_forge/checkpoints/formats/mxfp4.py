@@ -32,6 +32,7 @@ class Mxfp4Codec:
     label = "MXFP4"
     by_regions = False
     steps = (1, 1)
+    rounds_values = True
 
     def decode(self, matrix: PackedMatrix, rows: slice, columns: slice) -> Tensor:
         codes, exponents = matrix.parts

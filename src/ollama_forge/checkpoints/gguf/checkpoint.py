@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,3 +70,16 @@ class GgufCheckpoint(Checkpoint):
             ForgeError: the file is damaged.
         """
         return replace(self, file=read_gguf(path), label=str(path), kind="gguf", revision=sha256)
+
+    def further_copies(self, names: Collection[str]) -> GgufCheckpoint | None:
+        """The same file, as a checkpoint of the copies that it holds beside those of ``tensors``.
+
+        A file may hold the embedding a second time, as its unembedding.
+
+        Args:
+            names: the tensors to look for; None is returned if there is no further copy of any of them.
+        """
+        used = {holder for name in self.tensors for holder in self.tensors.holders(name)}
+        parts = {name: parts for name, parts in self.layout.parts.items() if name not in used}
+        rest = replace(self, layout=replace(self.layout, parts=parts))
+        return rest if rest.tensors.keys() & set(names) else None

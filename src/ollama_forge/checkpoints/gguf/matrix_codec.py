@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ollama_forge.checkpoints.formats.base import PackedMatrix, Region
 from ollama_forge.checkpoints.formats.rounding import Kept
-from ollama_forge.checkpoints.gguf.codec import decode_rows, spacing
+from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES
+from ollama_forge.checkpoints.gguf.codec import PLAIN_TYPES, decode_rows, spacing
 from ollama_forge.checkpoints.gguf.file import row_size
 from ollama_forge.checkpoints.gguf.keeping import encode_keeping
 from ollama_forge.checkpoints.gguf.rows import Lines
@@ -82,6 +83,10 @@ class GgufMatrixCodec:
         sizes = (block_size(member.type)[0] if ordered else member.length for member in self.members)
         across = max(sizes) if ordered else sum(sizes)
         return (1, across) if self.axis == _ROWS else (across, 1)
+
+    @property
+    def rounds_values(self) -> bool:
+        return all(member.type in PLAIN_TYPES or member.type in BLOCK_TYPES for member in self.members)
 
     def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
         """A matrix that holds the source's bytes, so that blocks whose values did not change keep theirs.

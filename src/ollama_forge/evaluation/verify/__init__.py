@@ -6,10 +6,12 @@ Every bound follows from the storage type, the dimensions of the model and the v
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 from ollama_forge.architectures.model_map import Matrix, Role
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check, Worst
@@ -51,18 +53,21 @@ def verify(
         return ReaderProbe(norms, matrix, vectors)
 
     edited, added, read = Worst(), Worst(), Worst()
-    for edit in plan.edits.values():
-        matrix = edit.matrix
-        fault = _fault(source, written, matrix)
-        if fault is not None:
-            edited.fail(fault)
-            continue
-        probe = probe_of(matrix)
-        for expert in experts_of(matrix):
-            products = compare_edit(source, written, edit, expert, probe.inputs(expert), edited)
-            place = matrix.tensor if expert is None else f"{matrix.tensor}[{expert}]"
-            probe.judge(products, place, added if adds_to_stream(matrix) else read)
-        return_freed_memory()
+    for before, after in _copies(source, written, plan):
+        for edit in plan.edits.values():
+            matrix = edit.matrix
+            if before is not source and matrix.tensor not in before.tensors:
+                continue
+            fault = _fault(before, after, matrix)
+            if fault is not None:
+                edited.fail(fault)
+                continue
+            probe = probe_of(matrix)
+            for expert in experts_of(matrix):
+                products = compare_edit(before, after, edit, expert, probe.inputs(expert), edited)
+                place = matrix.tensor if expert is None else f"{matrix.tensor}[{expert}]"
+                probe.judge(products, place, added if adds_to_stream(matrix) else read)
+            return_freed_memory()
     if (copy := _differing_copy(source, written, plan)) is not None:
         edited.fail(copy)
     checks = [finite, edited.check("edited matrices and biases are the planned edit, rounded once")]
@@ -73,13 +78,24 @@ def verify(
     return [*checks, compare_unedited(source, written, plan)]
 
 
+def _copies(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """The two checkpoints, and those of the further copies of edited tensors that a GGUF file may hold."""
+    yield source, written
+    if isinstance(source, GgufCheckpoint) and isinstance(written, GgufCheckpoint):
+        before, after = source.further_copies(plan.changed_tensors), written.further_copies(plan.changed_tensors)
+        while before is not None and after is not None:
+            yield before, after
+            before, after = before.further_copies(plan.changed_tensors), after.further_copies(plan.changed_tensors)
+
+
 def _fault(source: Checkpoint, written: Checkpoint, matrix: Matrix) -> str | None:
     """Why the tensors of an edited matrix cannot be compared with the plan; None if they can."""
     for name in [matrix.tensor] if matrix.bias is None else [matrix.tensor, matrix.bias]:
         if name not in written.tensors.shapes:
             return f"{name} is missing"
         stored, found = stored_as(source.tensors, name), stored_as(written.tensors, name)
-        if found[1] != stored[1] or found[0] not in (stored[0], "BF16"):
+        may_differ = isinstance(source, GgufCheckpoint)  # ``compare_unedited`` checks the types of the file's tensors
+        if found[1] != stored[1] or not (may_differ or found[0] in (stored[0], "BF16")):
             return f"{name} is stored as {found[0]} {found[1]}"
     return None
 

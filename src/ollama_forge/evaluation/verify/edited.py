@@ -4,7 +4,7 @@ A written value is the planned edit, computed in float32 and rounded once to the
 within a bound ``a`` of the exact edit ``E``, and rounding moves a value by at most half the distance to its neighbour.
 The written value is therefore at most ``a + ulp(|E| + a) / 2`` from ``E``. In a packed form (FP8, MXFP4) a value may be
 rounded either up or down, to numbers whose distance follows from the written scale: it is at most ``a + ulp(|E| + a)``
-from ``E``.
+from ``E``. There the sum of all values is compared too (``_AppliedShare``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.formats.base import TORCH_TYPES, WHOLE, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.base import TORCH_TYPES, WHOLE, Codec, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.edits.blocks import kept_products
 from ollama_forge.edits.factors import (
     EditedMatrix,
     Factors,
@@ -39,6 +41,8 @@ _EXPONENT = 0x7FF << 52  # of a float64
 _UNDERFLOW = torch.finfo(torch.float32).tiny
 _BLOCK = 1 << 20  # values of a matrix that are compared at a time, in about ten float64 tensors
 _ROWS, _COLUMNS = 0, 1
+_DEVIATIONS = 8  # of the share of an edit that was applied
+_SHARE_OF_CODEBOOKS = 0.4  # that a type with codebooks may change of an edit, and of the products that it leaves
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,14 @@ def compare_edit(
     matrix, matrix_worst = edit.matrix, Worst()
     products = torch.zeros(3, len(probe), matrix.out_features, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
-    parts: list[_Reference] = []
+    parts, applied = list[_Reference](), _AppliedShare(_projection(edit, expert))
     for before, after, rows, columns, spacing in _blocks(source.tensors, written.tensors, edit, expert):
         rule, index = _rule_for(edit.rule, expert, rows, columns)
         exact = _reference(before.double(), rule, edit, index)
-        rounding = spacing(exact.weight.abs() + exact.error)
+        rounding = spacing(exact.weight, exact.error)
         place = _stored_index(matrix, expert, rows, columns)
         matrix_worst.update((after.double() - exact.weight).abs(), exact.error + rounding, place)
+        applied.add(before.double(), exact.weight, after.double(), exact.error)
         rescaled = before.double() * exact.scale
         for number, values in enumerate((after.double(), exact.weight, rescaled)):
             products[number, :, rows] += probe[:, columns] @ values.T
@@ -151,10 +156,71 @@ def compare_edit(
     if matrix.bias is not None and (edit.bias_edit is not None or adds_to_stream(matrix)):
         biases = _compare_bias(source, written, edit, expert, parts, matrix_worst)
         products += biases.unsqueeze(1) if adds_to_stream(matrix) else 0
+    if (packed := written.tensors.packed.get(matrix.tensor)) is not None:
+        place_of_share = f"the size of the edit of {matrix.tensor}{'' if expert is None else [expert]}"
+        applied.judge(place_of_share, matrix_worst, packed.codec)
     planned = products[1] if matrix_worst.passed else products[0]
     worst.merge(matrix_worst)
     norm, norm_before = squares.sqrt().tolist()
     return Products(products[0], planned, products[2], norm, norm_before)
+
+
+class _AppliedShare:
+    """How much of the planned change along its direction a matrix got.
+
+    In a packed form, each value's edit may be much smaller than its rounding, so that values alone do not tell an edit
+    from none. All of them together do. With ``P`` the planned change ``E - W``, projected on the products that the edit
+    is about (``kept_products``), and ``e = W' - E`` the rounding errors, the share ``1 + <e, P> / <P, P>`` is 1 as far
+    as the errors are independent, to a standard deviation of ``sqrt(sum e^2 P^2) / <P, P>``. Types with few numbers
+    also shrink all values by a share of ``|e|^2 / |E|^2``, and the products of ``E`` with them.
+    """
+
+    _DEVIATIONS = 8  # values that share a code are not independent
+
+    def __init__(self, kept: Kept | None) -> None:
+        self.kept = kept
+        self.along = self.planned = self.variance = self.rounded = self.size = self.overlap = self.arithmetic = 0.0
+
+    def add(self, before: Tensor, exact: Tensor, after: Tensor, error: Tensor) -> None:
+        """Add a block.
+
+        Args:
+            error: the bound on the error of float32 arithmetic.
+        """
+        change, rounding = self._projected(exact - before), after - exact
+        products = rounding * change
+        self.along += float(products.sum())
+        self.variance += float(products.square().sum())
+        self.planned += float(change.square().sum())
+        self.rounded += float(rounding.square().sum())
+        self.size += float(exact.square().sum())
+        self.overlap += float((exact * change).sum())
+        self.arithmetic += float((error * change.abs()).sum())
+
+    def _projected(self, change: Tensor) -> Tensor:
+        if self.kept is None:
+            return change
+        basis = self.kept.basis.double()
+        return basis @ (basis.T @ change) if self.kept.axis == 0 else (change @ basis) @ basis.T
+
+    def judge(self, place: str, worst: Worst, codec: Codec) -> None:
+        """Update ``worst`` with the distance of the share from 1, and the bound on it."""
+        if not self.planned:
+            return
+        assert isinstance(codec, WritableCodec)
+        if codec.rounds_values:
+            bound = _DEVIATIONS * self.variance**0.5 + 2 * abs(self.overlap) * self.rounded / (self.size or 1.0)
+        else:
+            bound = _SHARE_OF_CODEBOOKS * (self.planned + abs(self.overlap))
+        values = torch.tensor([abs(self.along), bound + self.arithmetic], dtype=torch.float64) / self.planned
+        worst.update(values[:1], values[1:], lambda _: place)
+
+
+def _projection(edit: MatrixEdit, expert: int | None) -> Kept | None:
+    """The products that an edit is about; None if its whole change is, as with given factors without a norm rule."""
+    if isinstance(edit.rule, FixedFactors) and edit.rescale is Rescale.NONE:
+        return None
+    return kept_products(edit, expert)
 
 
 def adds_to_stream(matrix: Matrix) -> bool:
@@ -263,10 +329,11 @@ def _stored_index(matrix: Matrix, expert: int | None, rows: slice, columns: slic
 
 def _blocks(
     source: CheckpointTensors, written: CheckpointTensors, edit: MatrixEdit, expert: int | None
-) -> Iterator[tuple[Tensor, Tensor, slice, slice, Callable[[Tensor], Tensor]]]:
+) -> Iterator[tuple[Tensor, Tensor, slice, slice, Callable[[Tensor, Tensor], Tensor]]]:
     """Blocks of a matrix ``[out, in]``: as in the source and as written, in their storage types (float32 if packed).
 
-    With each block come its rows and columns, and a function that gives the largest rounding error at a magnitude.
+    With each block come its rows and columns, and a function that gives the largest rounding error of values that
+    are known up to an error.
     """
     axis = _axis(edit)
     sizes = (edit.matrix.out_features, edit.matrix.in_features)
@@ -322,13 +389,17 @@ class _StoredMatrix:
             return self.decoded(part, WHOLE) if self.axis == _ROWS else self.decoded(WHOLE, part)
         return self.stored(part.start, part.stop)
 
-    def rounding(self, rows: slice, columns: slice) -> Callable[[Tensor], Tensor]:
-        """The largest rounding error at positive float64 magnitudes of some rows and columns of ``W``."""
+    def rounding(self, rows: slice, columns: slice) -> Callable[[Tensor, Tensor], Tensor]:
+        """The largest rounding error of float64 values of some rows and columns of ``W``, known up to an error."""
         packed = self.packed
         if packed is None:
-            return lambda magnitudes: _half_spacing(magnitudes, self.dtype)
+            return lambda values, error: _half_spacing(values.abs() + error, self.dtype)
         codec = packed.codec
         assert isinstance(codec, WritableCodec)
-        if self.matrix.transposed:
-            return lambda magnitudes: codec.spacing(packed, Region(columns, rows, magnitudes.T)).T.double()
-        return lambda magnitudes: codec.spacing(packed, Region(rows, columns, magnitudes)).double()
+
+        def spacing(values: Tensor) -> Tensor:
+            if self.matrix.transposed:
+                return codec.spacing(packed, Region(columns, rows, values.T)).T.double()
+            return codec.spacing(packed, Region(rows, columns, values)).double()
+
+        return lambda values, error: torch.maximum(spacing(values - error), spacing(values + error))

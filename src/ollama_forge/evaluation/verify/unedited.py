@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.formats.base import PackedTensor
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.storage import FLOAT_TYPES, encode_tensor, stored_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.evaluation.verify.checks import Check
+from ollama_forge.evaluation.verify.unedited_gguf import gguf_faults
 from ollama_forge.system import return_freed_memory
 
 _PIECE = 8 << 20  # values compared at a time
@@ -16,6 +20,8 @@ _SHOWN_FAULTS = 4
 
 def compare_unedited(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> Check:
     """Check that source and written checkpoint have the same tensors, and that only edited tensors differ."""
+    if isinstance(source, GgufCheckpoint) and isinstance(written, GgufCheckpoint):
+        return _check(gguf_faults(source, written, plan))
     before, after = source.tensors, written.tensors
     faults = dict.fromkeys(before.shapes.keys() - after.shapes.keys(), "missing")
     faults |= dict.fromkeys(after.shapes.keys() - before.shapes.keys(), "not in the source")
@@ -27,6 +33,10 @@ def compare_unedited(source: Checkpoint, written: Checkpoint, plan: EditPlan) ->
     for name in sorted(_extras(before) if after.packed else ()):
         if (fault := _bytes_fault(before, after, name)) is not None:
             faults[name] = fault
+    return _check(faults)
+
+
+def _check(faults: Mapping[str, str]) -> Check:
     where = ", ".join(f"{name} ({faults[name]})" for name in sorted(faults)[:_SHOWN_FAULTS])
     return Check("all other tensors are the source's", not faults, float(len(faults)), 0.0, where)
 
