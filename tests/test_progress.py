@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,6 @@ from tqdm.auto import tqdm
 
 from ollama_forge import progress
 from ollama_forge.quiet import bars_on_terminals_only, no_bars, quiet_transformers
-from ollama_forge.sources import dequantised as gguf_source
-from tests import test_gguf_source
 
 
 def test_a_bar_that_is_told_nothing_yet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,10 +40,3 @@ def test_bars_of_libraries_are_silent_inside_the_block_alone(capsys: pytest.Capt
     assert capsys.readouterr().err == ""
     list(tqdm(range(3), desc="after"))
     assert "after" in capsys.readouterr().err
-
-
-def test_dequantising_leaves_no_bar_in_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    test_gguf_source.write(tmp_path / "tiny.gguf", q8=True)
-    gguf_source.dequantise(tmp_path / "tiny.gguf", tmp_path / "model")
-    assert (tmp_path / "model" / "config.json").is_file()
-    assert capfd.readouterr().err == ""

@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(h
         tmp_path, hub.url, *((f"owner/{name}", None) for name in names)
     )
     assert gguf["message"] == "owner/gguf holds only GGUF files: a-Q4_K_M.gguf, b-Q8_0.gguf"
-    assert "download one of them" in gguf["hint"]
+    assert gguf["hint"] == "name one of them: --model owner/gguf:a-Q4_K_M.gguf"
     assert "of a diffusion model: diffusion_pytorch_model.safetensors" in diffusion["message"]
     assert awq["message"].startswith("owner/awq is quantised (AWQ, library autoawq)")
     assert awq["hint"] == "use the unquantised model, owner/tiny according to the model card"

@@ -30,10 +30,6 @@ class GgufReference:
     repo: str
     name: str | None
 
-    @property
-    def label(self) -> str:
-        return f"{self.repo}:{self.name}" if self.name else self.repo
-
 
 def gguf_reference(model: str) -> GgufReference | None:
     """Parse ``owner/repo:FILE.gguf``, ``owner/repo:TYPE`` or ``hf.co/owner/repo[:TYPE]``; None for anything else."""

@@ -14,7 +14,6 @@ from ollama_forge.checkpoints.gguf.digest import files_sha256
 from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_folder, sha256_json, write_json
-from ollama_forge.progress import status
 from ollama_forge.sources.gguf_tokenizer import token_ids, write_tokenizer
 
 _NOT_MODELS = {
@@ -36,15 +35,13 @@ def gguf_checkpoint(path: Path, label: str, *, sha256: str | None = None) -> Ggu
     """
     file = read_model(path)
     digest = sha256 or files_sha256(file.parts)
-    with status(f"reading {path.name}"):
-        config = {**config_of(file), **token_ids(file)}
-        folder = cache_folder("gguf-metadata", sha256_json([digest, config])[:24])
-        if not (folder / "config.json").is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_folder(folder) as partial:
-                write_tokenizer(file, partial)
-                write_json(partial / "config.json", config)
-        return _checkpoint(folder, label, digest, config, file)
+    config = {**config_of(file), **token_ids(file)}
+    folder = cache_folder("gguf-metadata", sha256_json([digest, config])[:24])
+    if not (folder / "config.json").is_file():
+        with atomic_folder(folder) as partial:
+            write_tokenizer(file, partial)
+            write_json(partial / "config.json", config)
+    return _checkpoint(folder, label, digest, config, file)
 
 
 def gguf_checkpoint_of(model: Checkpoint, path: Path, label: str | None = None) -> GgufCheckpoint:

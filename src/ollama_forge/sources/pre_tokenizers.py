@@ -1,8 +1,8 @@
 """How a byte-level tokenizer splits text into words, by the name that a GGUF file has for it.
 
 A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) and leaves the rule to the reader. These are the rules of
-the models' own tokenizer.json files, and of llama.cpp where it splits in another way. Each pattern splits the words that
-the patterns before it have made: what it matches becomes a word, and so does what lies between two matches.
+the models' own tokenizer.json files. Each pattern splits the words that the patterns before it have made: what it
+matches becomes a word, and so does what lies between two matches.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ _NO_SIGNS = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _WORDS_AND_SIGNS = (
     rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
-_CASED_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώ"
-    "ᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
-    "Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+_NOT_LISTED = (  # cased letters that DeepSeek's list of them leaves out
+    r"\x{560}-\x{588}\x{10C7}-\x{10FF}\x{1C80}-\x{1C88}\x{2D00}-\x{2D2D}\x{A790}-\x{AB68}\x{10570}-\x{105BC}"
+    r"\x{16E40}-\x{16E7F}\x{1D400}-\x{1DFFF}"
 )
 
 _RULES = {
@@ -108,7 +107,7 @@ _RULES = {
     "deepseek-llm": PreTokenizer(
         (
             r"[\r\n]",
-            rf"\s?[{_CASED_LETTERS}]+",
+            rf"\s?[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{_NOT_LISTED}]]+",
             r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
             r"\s+$",
             "[一-龥ࠀ-一가-퟿]+",

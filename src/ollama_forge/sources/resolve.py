@@ -53,6 +53,8 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
 def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
     """Like ``resolve``, but a model on the Hub is not downloaded, and a model that cannot be edited is no error.
 
+    A GGUF file on the Hub is downloaded.
+
     Raises:
         ForgeError: the model does not exist or cannot be read.
     """

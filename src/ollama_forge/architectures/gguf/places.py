@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -36,7 +37,7 @@ _MAX_PARTS = 4096
 _TOLERANCE = 0.2  # of a coordinate that exp and log went over
 
 
-class NotMoved(Exception):
+class NotMovedError(Exception):
     """The program does not only move elements."""
 
 
@@ -70,6 +71,7 @@ class Program:
             return np.asarray(value(output))
         finally:
             self.coordinate = None
+            done.clear()  # the function above refers to itself, so it and what it refers to would stay for a while
 
     def inputs(self, output: Any) -> tuple[str, dict[str, Shape]]:
         """What an output is made from.
@@ -137,35 +139,35 @@ def parts_of(program: Program, output: Any, inputs: dict[str, Shape]) -> tuple[P
         inputs: as ``Program.inputs`` returns them.
 
     Raises:
-        NotMoved: a value is computed, or the order of the elements follows no rule that a part can express.
+        NotMovedError: a value is computed, or the order of the elements follows no rule that a part can express.
     """
     stored = _stored(program, output)
     names = list(inputs)
     run = program.run
     tensor = _Coordinates(run(output, _constants({name: at * UNIT for at, name in enumerate(names)})), stored)
-    rows = tensor.values.shape[0]
-    starts = [0, *(np.flatnonzero(np.diff(tensor.along(0))) + 1).tolist(), rows]
-    segments = [(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    changes = np.flatnonzero(np.diff(tensor.along(0))) + 1
+    segments = list(pairwise([0, *changes.tolist(), len(tensor.values)]))
     for start, end in segments:
         profiles = tensor.profiles(start, end)
         if any(profile.any() for profile in profiles):
-            raise NotMoved("it holds several tensors side by side")
+            raise NotMovedError("it holds several tensors side by side")
     owners = [names[tensor.at_row(start)] for start, _ in segments]
     del tensor
     found: list[list[list[Integers]]] = [[] for _ in segments]
     firsts: list[list[int]] = [[] for _ in segments]
     for axis in range(max(map(len, inputs.values()))):
-        index = _Coordinates(run(output, _axis_index(axis)), stored)
+        index = _Coordinates(run(output, _axis_index(axis)), stored)  # the largest of these arrays: one at a time
         for at, (start, end) in enumerate(segments):
             if axis < len(inputs[owners[at]]):
                 found[at].append(index.profiles(start, end))
                 firsts[at].append(index.at_row(start))
+        del index
     parts: list[Part] = []
     for (start, end), owner, profile, first in zip(segments, owners, found, firsts, strict=True):
         whole = Part(owner, inputs[owner], start, end - start, tuple(first), ((),) * len(first), stored)
         parts += _split(whole, profile)
         if len(parts) > _MAX_PARTS:
-            raise NotMoved("its rows are in no regular order")
+            raise NotMovedError("its rows are in no regular order")
     return tuple(parts)
 
 
@@ -195,12 +197,13 @@ def _stored(program: Program, output: Any) -> Stored:
     for constant in _CONSTANTS:
         values = program.run(output, lambda _, shape, c=constant: torch.tensor(c).expand(shape))  # type: ignore[misc]
         if values.min() != values.max():
-            raise NotMoved("its values are computed in several ways")
+            raise NotMovedError("its values are computed in several ways")
         made.append(float(values.flat[0]))
+        del values
     for stored, function in _STORED.items():
         if np.allclose(made, [function(constant) for constant in _CONSTANTS], rtol=1e-5):
             return stored
-    raise NotMoved("its values are computed")
+    raise NotMovedError("its values are computed")
 
 
 class _Coordinates:
@@ -220,34 +223,43 @@ class _Coordinates:
         return self.decode(self.values[tuple(place)])
 
     def decode(self, values: Floats) -> Integers:
+        found: NDArray[Any]
         if self.stored is Stored.MINUS_EXP:
             found = np.log(-values.astype(np.float64)) / UNIT
         else:
             found = (values - np.float32(self.stored is Stored.PLUS_ONE)) / np.float32(UNIT)
         whole = np.rint(found)
         if np.abs(found - whole).max() > _TOLERANCE:
-            raise NotMoved("its values are mixed")
+            raise NotMovedError("its values are mixed")
         return whole.astype(np.int64)
 
     def profiles(self, start: int, end: int) -> list[Integers]:
         """For each axis, what the coordinate grows by from its first index, in rows ``start`` to ``end``.
 
         Raises:
-            NotMoved: in some element, it is not the sum over the axes.
+            NotMovedError: in some element, it is not the sum over the axes.
         """
         profiles = [self.along(axis, start) for axis in range(self.values.ndim)]
         profiles = [profile - (profile[start] if axis == 0 else profile[0]) for axis, profile in enumerate(profiles)]
         profiles[0] = profiles[0][start:end]
-        first, others = self.at_row(start), np.zeros((), dtype=np.int64)
-        for profile in profiles[1:]:
-            others = others[..., None] + profile
-        step = max(1, _CHUNK // max(others.size, 1))
-        for low in range(start, end, step):
-            high = min(low + step, end)
-            rows = profiles[0][low - start : high - start].reshape(-1, *[1] * others.ndim)
-            if not np.array_equal(self.decode(self.values[low:high]), first + rows + others):
-                raise NotMoved("its elements are in no regular order")
+        if not self.is_sum(self.values[start:end], self.at_row(start), profiles):
+            raise NotMovedError("its elements are in no regular order")
         return profiles
+
+    def is_sum(self, values: Floats, first: int, profiles: Sequence[Integers]) -> bool:
+        """Whether every coordinate is ``first`` plus its steps along all axes; a block of elements at a time."""
+        if values.size <= _CHUNK:
+            total = np.full((), first, dtype=np.int64)
+            for profile in profiles:
+                total = total[..., None] + profile
+            return np.array_equal(self.decode(values), total)
+        rows, *others = profiles
+        if len(values) == 1:
+            return self.is_sum(values[0], first + int(rows[0]), others)
+        middle = len(values) // 2
+        return self.is_sum(values[:middle], first, [rows[:middle], *others]) and self.is_sum(
+            values[middle:], first, [rows[middle:], *others]
+        )
 
 
 def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part]:
@@ -262,7 +274,7 @@ def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part
         steps = np.stack([of_axis[axis] for of_axis in profiles], axis=1)
         digits = _digits(steps)
         if math.prod(count for count, _ in digits) < len(steps):
-            raise NotMoved("its columns are in no regular order")
+            raise NotMovedError("its columns are in no regular order")
         others.append((axis, digits))
     rows = np.stack([of_axis[0] for of_axis in profiles], axis=1)
     low = 0
@@ -270,8 +282,8 @@ def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part
         digits = _digits(rows[low:])
         count = math.prod(count for count, _ in digits)
         first = tuple(int(start + step) for start, step in zip(whole.first, rows[low], strict=True))
-        steps = tuple(tuple(_steps(axis, [(0, digits), *others])) for axis in range(len(profiles)))
-        yield replace(whole, start=whole.start + low, count=count, first=first, steps=steps)
+        taken = tuple(tuple(_steps(axis, [(0, digits), *others])) for axis in range(len(profiles)))
+        yield replace(whole, start=whole.start + low, count=count, first=first, steps=taken)
         low += count
 
 
@@ -293,14 +305,14 @@ def _digits(steps: Integers) -> list[Digit]:
         steps: int64 ``[count, axes]``.
 
     Raises:
-        NotMoved: an element occurs twice.
+        NotMovedError: an element occurs twice.
     """
     found: list[Digit] = []
     left = steps - steps[0]
     while len(left) > 1:
         stride = left[1]
         if not stride.any():
-            raise NotMoved("it holds an element twice")
+            raise NotMovedError("it holds an element twice")
         run = _true_until(np.arange(len(left))[:, None] * stride == left)
         found.append((run, stride))
         blocks = left[: len(left) // run * run].reshape(-1, run, left.shape[1])

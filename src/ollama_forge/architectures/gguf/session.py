@@ -65,9 +65,10 @@ def converter_session() -> Iterator[ConverterSession]:
     libraries = os.pathsep.join(filter(None, [str(folder / "gguf-py"), os.environ.get("PYTHONPATH", ""), own]))
     environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-P", str(Path(worker.__file__)), str(folder)]
-    with tempfile.TemporaryFile() as log:
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as scratch:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8", env=environment
+            command, stdin=pipe, stdout=pipe, stderr=log, encoding="utf-8", env=environment, cwd=scratch
         )
         try:
             yield ConverterSession(process)

@@ -3,22 +3,23 @@
     python worker.py LLAMA_CPP_DIR
 
 Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
-the request failed. The converter's libraries come first on the path, so the script imports only such modules of this
-package that import no library but numpy. The converter is lazy: it builds what it would write from tensors without values, and a tensor's values are made
-up, and passed through its code, where they are asked for.
+the request failed. The script writes to the working directory, which is to be empty. The converter's libraries come
+first on the path, so it imports only such modules of this package that import no library but numpy. The converter is
+lazy: it builds what it would write from tensors without values, and a tensor's values are made up, and passed through
+its code, where they are asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MakeValues = Callable[[str, tuple[int, ...]], Any]
 Shapes = Mapping[str, list[int]]
@@ -53,11 +54,29 @@ def classes() -> dict[str, list[str]]:
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """The metadata that the converter derives from a config, without those about the tokenizer."""
+    """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors."""
     model = converter(config, shapes, no_values)
+    extra = dict(model.generate_extra_tensors())  # it may write metadata too
     model.set_gguf_parameters()
     pairs = (pair for part in model.gguf_writer.kv_data for pair in part.items())
-    return {"values": {key: plain(value.value) for key, value in pairs}}
+    return {"values": {key: plain(value.value) for key, value in pairs}, "extra": computed(extra)}
+
+
+def computed(tensors: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The values of those vectors that the converter has computed from the config."""
+    import torch
+
+    return {name: data.tolist() for name, data in tensors.items() if type(data) is torch.Tensor and data.dim() == 1}
+
+
+def tensors(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Names and shapes, the row length last, of the tensors that the converter writes."""
+    model = converter(config, shapes, no_values)
+    written: dict[str, list[int]] = {}
+    for name, data in itertools.chain(model.generate_extra_tensors(), model.get_tensors()):
+        block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        written.update((new, list(made.shape)) for new, made in model.modify_tensors(data, name, block))
+    return {"shapes": written}
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
@@ -67,13 +86,15 @@ def no_values(name: str, shape: tuple[int, ...]) -> Any:
 def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> Any:
     """The converter's model for a config, with lazy tensors of these names and shapes.
 
+    Layers that predict further tokens (MTP) are left out, as transformers leaves them out.
+
     Args:
         values: makes the values of a tensor, given its name and shape, where they are needed.
     """
     import conversion
     import gguf
     import torch
-    from conversion.base import LazyTorchTensor, ModelType, get_model_architecture
+    from conversion.base import LazyTorchTensor, ModelBase, ModelType, get_model_architecture
 
     def lazy(name: str, shape: tuple[int, ...]) -> Any:
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
@@ -86,11 +107,11 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         )
         return {item[0]: item[1] for item in items if item is not None}
 
+    ModelBase.index_tensors = index_tensors
     base = conversion.get_model_class(get_model_architecture(dict(config), ModelType.TEXT))
-    model_class = type(base.__name__, (base,), {"index_tensors": index_tensors, "model_arch": base.model_arch})
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return model_class(Path(folder), gguf.LlamaFileType.ALL_F32, Path(folder) / "out.gguf")
+    model_class = type(base.__name__, (base,), {"model_arch": base.model_arch, "no_mtp": True})
+    Path("config.json").write_text(json.dumps(config), encoding="utf-8")
+    return model_class(Path.cwd(), gguf.LlamaFileType.ALL_F32, Path("out.gguf"))
 
 
 def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -99,14 +120,20 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     The parts are those of ``ollama_forge.checkpoints.gguf.layout``. A tensor that is made from the config has none.
     """
     import gguf
-    from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
 
+    from ollama_forge.architectures.gguf.places import NotMovedError, Program, parts_of
+
+    # Some models have entries of the vocabulary without a token, which the converter counts.
+    tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
+    Path("tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
-    model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
-    gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
+    writer, quants = cast("Any", gguf.GGUFWriter), cast("Any", gguf.quants)
+    writer.add_tensor = lambda _, name, tensor, **options: outputs.update({name: tensor})
+    quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
     model.prepare_tensors()
+    Path("tokenizer.json").unlink()
     known: dict[str, tuple[list[str], list[Any], str]] = {}
     answer: dict[str, Any] = {}
     for name in list(outputs):
@@ -119,7 +146,7 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         if key not in known:
             try:
                 parts, why = [asdict(part) for part in parts_of(program, output, inputs)], ""
-            except NotMoved as error:
+            except NotMovedError as error:
                 parts, why = [], str(error)
             known[key] = list(inputs), parts, why
         names, parts, why = known[key]
@@ -137,7 +164,12 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | float | str) or value is None else int(value)
 
 
-OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {"classes": classes, "metadata": metadata, "places": places}
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "classes": classes,
+    "metadata": metadata,
+    "tensors": tensors,
+    "places": places,
+}
 
 if __name__ == "__main__":
     main()

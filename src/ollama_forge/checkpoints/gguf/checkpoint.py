@@ -32,6 +32,10 @@ class GgufCheckpoint(Checkpoint):
     def path(self) -> Path:
         return self.file.path
 
+    @property
+    def public_name(self) -> str:
+        return self.path.name if self.kind == "gguf" else super().public_name
+
     @cached_property
     def tensors(self) -> GgufTensors:
         return GgufTensors(self.folder, self.file, self.layout)

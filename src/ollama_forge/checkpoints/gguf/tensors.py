@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ class GgufTensors(CheckpointTensors):
 
     def __init__(self, folder: Path, file: Gguf, layout: GgufLayout) -> None:
         self.folder, self.file, self.layout = folder, file, layout
-        self.shards = [file.path]
+        self.shards = [*file.parts]
         self.wrappers, self.absent = (), frozenset()
         self._held = _held_whole(file, layout)
         self._infos = {name: self._info(name, held) for name, held in self._held.items()}
@@ -44,7 +46,7 @@ class GgufTensors(CheckpointTensors):
     def _info(self, name: str, held: list[Held]) -> TensorInfo:
         shape = self.layout.shapes[name]
         start = held[0][0].start if _is_stored_as_read(held) else 0
-        return TensorInfo(name, _DTYPE, shape, self.file.path, start, start + math.prod(shape) * _ITEM)
+        return TensorInfo(name, _DTYPE, shape, held[0][0].file, start, start + math.prod(shape) * _ITEM)
 
     def lies_in_file(self, name: str) -> bool:
         return _is_stored_as_read(self._held[name])
@@ -87,12 +89,7 @@ class GgufTensors(CheckpointTensors):
     def read_packed(self, name: str, expert: int | None = None) -> PackedMatrix:
         places = self.places(name, expert)
         rows, columns = self._infos[name].shape[-2:]
-        with self.file.path.open("rb", buffering=0) as file:
-            try:
-                parts = tuple(place.read(file) for place in places)
-            except EOFError:
-                raise self._truncated() from None
-        return PackedMatrix((rows, columns), _codec(places), parts)
+        return PackedMatrix((rows, columns), _codec(places), tuple(map(_read_place, places)))
 
     def read_bytes(self, name: str, start: int = 0, size: int | None = None) -> bytearray:
         """Read ``size`` bytes of a tensor's float32 values from offset ``start``; by default all."""
@@ -120,17 +117,12 @@ class GgufTensors(CheckpointTensors):
     def _unpacked(self, name: str) -> Values:
         """All values of a tensor that is not packed, row-major, as float32."""
         values = torch.empty(self._infos[name].count)
-        with self.file.path.open("rb", buffering=0) as file:
-            for tensor, part in self._held[name]:
-                offset, size = _byte_range(tensor, part)
-                try:
-                    rows = torch.frombuffer(read_at(file, offset, size), dtype=torch.uint8)
-                except EOFError:
-                    raise self._truncated() from None
-                decoded = decode_rows(rows.view(_row_count(tensor, part), -1), tensor.type)
-                values[torch.from_numpy(flat_indices(tensor, part).reshape(-1))] = _loaded(
-                    decoded.reshape(-1), part.stored
-                )
+        for tensor, part in self._held[name]:
+            offset, size = _byte_range(tensor, part)
+            with _opened(tensor) as file:
+                rows = torch.frombuffer(read_at(file, offset, size), dtype=torch.uint8)
+            decoded = decode_rows(rows.view(_row_count(tensor, part), -1), tensor.type)
+            values[torch.from_numpy(flat_indices(tensor, part).reshape(-1))] = _loaded(decoded.reshape(-1), part.stored)
         return values
 
     def encoded(self, name: str, values: Values) -> Iterator[tuple[int, memoryview]]:
@@ -154,8 +146,20 @@ class GgufTensors(CheckpointTensors):
             _same_parts(self.read_packed(first, expert), self.read_packed(second, expert)) for expert in experts
         )
 
-    def _truncated(self) -> ForgeError:
-        return ForgeError(f"{self.file.path} is truncated", "make or download it again")
+
+@contextmanager
+def _opened(tensor: Tensor) -> Iterator[FileIO]:
+    """Open the file that holds a tensor; a file that has become too short raises a ForgeError inside the block."""
+    with tensor.file.open("rb", buffering=0) as file:
+        try:
+            yield file
+        except EOFError:
+            raise ForgeError(f"{tensor.file} is truncated", "make or download it again") from None
+
+
+def _read_place(place: Place) -> Values:
+    with _opened(place.tensor) as file:
+        return place.read(file)
 
 
 def _held_whole(file: Gguf, layout: GgufLayout) -> dict[str, list[Held]]:
