@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,14 @@ import gguf
 import numpy as np
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S")
 MIXES = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L",
-    "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
+    "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
+)  # fmt: skip
+MIXES_WITH_IMATRIX = (
+    "Q4_0", "Q5_0", "Q4_K_M", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M",
+    "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
 
@@ -98,13 +103,34 @@ def finish(made: gguf.GGUFWriter) -> None:
     made.close()
 
 
+def write_imatrix(path: Path, tensors: dict[str, Any]) -> None:
+    """An importance matrix that has the same importance for all inputs of every matrix."""
+    matrices = {name: shape for name, (shape, _) in tensors.items() if len(shape) > 1}
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(matrices)))
+        for name, shape in matrices.items():
+            values = np.ones(shape[0] * (shape[2] if len(shape) > 2 else 1), np.float32)
+            file.write(struct.pack("<i", len(name)) + name.encode())
+            file.write(struct.pack("<ii", 1, len(values)) + values.tobytes())
+
+
 def listed(tool: str, path: Path) -> dict[str, Any]:
-    """The tensors of a file, and the types that the tool's dry run prints for each mix."""
+    """The tensors of a file, and the types that the tool's dry run prints for each mix, without and with imatrix."""
     reader = gguf.GGUFReader(path)
     tensors = {t.name: [list(map(int, t.shape)), t.tensor_type.name] for t in reader.tensors}
+    imatrix = path.with_suffix(".imatrix")
+    write_imatrix(imatrix, tensors)
+    return {
+        "tensors": tensors,
+        "types": printed_types([tool], path, MIXES, list(tensors)),
+        "types with imatrix": printed_types([tool, "--imatrix", str(imatrix)], path, MIXES_WITH_IMATRIX, list(tensors)),
+    }
+
+
+def printed_types(command: list[str], path: Path, mixes: tuple[str, ...], tensors: list[str]) -> dict[str, str]:
     types: dict[str, str] = {}
-    for mix in MIXES:
-        done = subprocess.run([tool, "--dry-run", str(path), mix], capture_output=True, text=True, check=False)
+    for mix in mixes:
+        done = subprocess.run([*command, "--dry-run", str(path), mix], capture_output=True, text=True, check=False)
         if done.returncode:
             continue  # the tool has no fallback for rows that blocks of 32 do not divide
         found = {}
@@ -114,7 +140,7 @@ def listed(tool: str, path: Path) -> dict[str, Any]:
                 found[entry[1]] = (entry[3] or entry[2]).upper()
         assert set(found) == set(tensors), (path, mix, set(tensors) ^ set(found))
         types[mix] = " ".join(found[name] for name in tensors)
-    return {"tensors": tensors, "types": types}
+    return types
 
 
 def rows() -> dict[str, np.ndarray]:

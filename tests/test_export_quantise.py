@@ -77,13 +77,15 @@ def properties_of(model: dict[str, Any], folder: Path) -> mix.ModelProperties:
     return mix.ModelProperties.of(Gguf(folder, metadata, ()))
 
 
+@pytest.mark.parametrize("imatrix", [False, True], ids=["", "imatrix"])
 @pytest.mark.parametrize("name", MODELS)
-def test_types_are_those_that_the_real_tool_printed(tmp_path: Path, name: str) -> None:
+def test_types_are_those_that_the_real_tool_printed(tmp_path: Path, name: str, imatrix: bool) -> None:
     model = MODELS[name]
     tensors = [Tensor(tensor, tuple(shape), Type[kind]) for tensor, (shape, kind) in model["tensors"].items()]
-    assert len(model["types"]) >= 9
-    for quant, real in model["types"].items():
-        ours = mix.tensor_types(quant, properties_of(model, tmp_path), tensors)
+    printed = model["types with imatrix" if imatrix else "types"]
+    assert len(printed) >= 9
+    for quant, real in printed.items():
+        ours = mix.tensor_types(quant, properties_of(model, tmp_path), tensors, has_imatrix=imatrix)
         assert " ".join(ours[tensor.name].name for tensor in tensors) == real, quant
 
 
@@ -92,7 +94,11 @@ def test_names_of_types() -> None:
     assert {"Q2_K", "Q3_K_S", "Q3_K_L", "Q5_K_M", "Q6_K", "Q8_0", "F16", "BF16"} <= set(mix.QUANTS)
     assert all(mix.quant_of_file_type(mix.file_type(quant)) == quant for quant in mix.QUANTS)
     assert mix.file_type("Q4_K_M") == 15
-    assert mix.quant_of_file_type(19) is None
+    assert mix.quant_of_file_type(37) is None
+    assert mix.parse_quants("q8_0, Q4_K,q8_0") == ("Q8_0", "Q4_K_M")
+    assert [quant for quant in mix.QUANTS if mix.needs_imatrix(quant)] == [
+        "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS",
+    ]  # fmt: skip
     assert mix.quant_of_file_type(None) is None
     with pytest.raises(UsageError, match="'Q9_K' is not a type") as caught:
         mix.parse_quant("Q9_K")
@@ -226,12 +232,12 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_broken(tmp_path, b"earlier")
 
 
-def test_a_full_disk_noticed_by_a_worker(tmp_path: Path) -> None:
+def test_a_full_disk_noticed_by_a_thread(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     source = read_gguf(model(tmp_path))
     tensor = source.tensors[0]
-    jobs = list(quantise._jobs(tensor, Tensor(tensor.name, tensor.shape, Type.Q8_0)))
+    jobs = list(quantise._jobs(tensor, Tensor(tensor.name, tensor.shape, Type.Q8_0), None))
     with pytest.raises(ForgeError, match=r"cannot quantise .*(No space left|seek)"):
         quantise._encode_all(source.path, Path("/dev/full"), jobs, lambda _: None)
 
@@ -241,16 +247,5 @@ def test_a_source_cut_short(tmp_path: Path) -> None:
     target.write_bytes(b"earlier")
     source.write_bytes(source.read_bytes()[:-4000])
     with pytest.raises(ForgeError, match="truncated"):
-        quantise.quantise(source, target, "Q4_K_M", NOTHING)
-    nothing_broken(tmp_path, b"earlier")
-
-
-def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dying = tmp_path / "dying.py"
-    dying.write_text("import sys\nsys.stdin.readline()\nsys.exit(1)\n", encoding="utf-8")
-    source, target = model(tmp_path), tmp_path / "out.gguf"
-    target.write_bytes(b"earlier")
-    monkeypatch.setattr(quantise.quantise_worker, "__file__", str(dying))
-    with pytest.raises(ForgeError, match="a worker process died"):
         quantise.quantise(source, target, "Q4_K_M", NOTHING)
     nothing_broken(tmp_path, b"earlier")

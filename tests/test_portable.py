@@ -98,7 +98,6 @@ def test_the_portable_run(tmp_path: Path) -> None:
     assert {
         f"-c lacks {name}" for name in ("sendfile", "copy_file_range", "fdatasync", "posix_fallocate", "folders")
     } <= missed
-    assert "quantise_worker.py os ollama_forge.files" in missed
 
 
 def test_chat_needs_no_readline(monkeypatch: pytest.MonkeyPatch) -> None:

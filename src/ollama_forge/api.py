@@ -9,6 +9,7 @@ from pathlib import Path
 from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import DirectionSettings
@@ -27,12 +28,13 @@ from ollama_forge.edits.undo import keep_undo as write_undo_of
 from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
 from ollama_forge.export.adapters.registry import adapter_format
+from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import load_chat_model
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
-from ollama_forge.sources.resolve import resolve
+from ollama_forge.sources.resolve import resolve, resolve_gguf
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,54 @@ def compute_dir(
     return ComputedDirection(computed, output, edit_file_beside(output))
 
 
+@dataclass(frozen=True)
+class GgufOptions:
+    """What ``apply`` writes for a GGUF source, beside the defaults.
+
+    Attributes:
+        output: the file to write, instead of a folder.
+        quants: types to encode all tensors in, one file for each; empty for one file in the source's own types.
+        imatrix: an importance matrix for ``quants``.
+        keep_checkpoint: also write the edited checkpoint, to ``checkpoint`` in the folder.
+        base: the Hugging Face release that the file was made from. Its config and tensor names are used, and a
+            direction or an edit file that was computed on it is accepted.
+    """
+
+    output: Path | None = None
+    quants: tuple[str, ...] = ()
+    imatrix: Path | None = None
+    keep_checkpoint: bool = False
+    base: str | None = None
+
+    def check(self, output_dir: Path | None) -> None:
+        """Raise UsageError if options exclude each other."""
+        if (output_dir is None) == (self.output is None):
+            raise UsageError("give either --output-dir or --output", "--output FILE.gguf is for a GGUF source")
+        if self.output is not None and (self.keep_checkpoint or len(self.quants) > 1):
+            raise UsageError(
+                "--output takes one file alone", "use --output-dir for several types and --keep-checkpoint"
+            )
+        if self.imatrix is not None and not self.quants:
+            raise UsageError("--imatrix is for --quant", "leave it out: without --quant, tensors keep their types")
+
+    def check_source(self, source: Checkpoint, out_dtype: str) -> None:
+        """Raise UsageError for options that have no meaning for the source."""
+        if not isinstance(source, GgufCheckpoint):
+            if self != GgufOptions():
+                raise UsageError(
+                    f"{source.label} is not a GGUF file, which --output, --quant and --keep-checkpoint are for",
+                    "leave them out; run makes a GGUF file of a checkpoint",
+                )
+        elif out_dtype != "auto" and not (self.keep_checkpoint and out_dtype == "bf16"):
+            raise UsageError(
+                f"--out-dtype {out_dtype} has no meaning for a GGUF file",
+                "tensors keep their types unless --quant is given, and --keep-checkpoint writes bf16",
+            )
+
+
 def apply(
     model: str,
-    output_dir: Path,
+    output_dir: Path | None = None,
     *,
     refusal_pt: Path | None = None,
     edit_file: Path | None = None,
@@ -116,13 +163,15 @@ def apply(
     adapter: str | None = None,
     settings: EditSettings | None = None,
     out_dtype: str = "auto",
+    gguf: GgufOptions | None = None,
     allow_partial: bool = False,
     trust_remote_code: bool = False,
     keep_undo: bool = False,
 ) -> tuple[Checkpoint, AppliedEdit]:
-    """Write the edited checkpoint tensor by tensor, without loading the model.
+    """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
     Args:
+        output_dir: the folder to write; None if ``gguf`` has an ``output``.
         refusal_pt: the file of the direction to edit out; exactly one of ``refusal_pt`` and ``edit_file`` is given.
         edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
         per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
@@ -130,19 +179,29 @@ def apply(
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         settings: settings of the edit with ``refusal_pt``; None for the documented default.
         out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
+        gguf: options for a GGUF source.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
         keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
 
     Returns:
-        The edited checkpoint, and the record of the edit.
+        The edited checkpoint (that of the first GGUF file), and the record of the edit.
 
     Raises:
         UsageError: both or none of the files are given, the method does not support a setting, or the method needs
-            fitted factors, which only an edit file holds.
+            fitted factors, which only an edit file holds; or an option has no meaning for the source.
         ForgeError: the direction is of another model, the architecture cannot be learned or is not proven, weights are
             damaged, or the disk is full.
     """
+    gguf = gguf or GgufOptions()
+    gguf.check(output_dir)
+    if keep_undo and gguf.quants:
+        raise UsageError(
+            "with --quant every tensor gets another type, so that --keep-undo would keep a second copy of the file",
+            "leave --keep-undo out, and keep the file itself",
+        )
+    if adapter is not None and gguf.base is not None:
+        raise UsageError("--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them")
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
@@ -150,20 +209,38 @@ def apply(
     if edit_file is None:
         settings = settings or EditSettings()
         check_edit(settings)
-    source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
+    base = None if gguf.base is None else resolve(gguf.base, trust_remote_code=trust_remote_code)
+    if base is not None:
+        source: Checkpoint = resolve_gguf(model, revision, base)
+    else:
+        source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
+    gguf.check_source(source, out_dtype)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
+    known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
     if edit_file is not None:
-        plan = EditRecord.load(edit_file).plan(model_map, source.fingerprint)
+        record = EditRecord.load(edit_file)
+        plan = record.plan(model_map, record.fingerprint if record.fingerprint in known else source.fingerprint)
         direction = None
     else:
         assert refusal_pt is not None
         assert settings is not None
         direction = RefusalDirection.load(refusal_pt, model_map.d_model, model_map.n_layers, per_layer=per_layer)
-        if direction.details.get("model_fingerprint") not in (None, source.fingerprint):
+        if direction.details.get("model_fingerprint") not in (None, *known):
             say(f"note: {refusal_pt} was computed from another model of the same dimensions")
         read = vector_reader(source.tensors)
         plan = method(settings.factors).plan(model_map, direction, FittedFactors(), settings, read)
+    provenance = {"certificate": describe_certificate(examined)}
+    shared = model_map.tied or model_map.copies
+    if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
+        say("note: the unembedding is tied to the embedding, so it is edited too")
+    if isinstance(source, GgufCheckpoint):
+        edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
+        edited, applied = _write_gguf(edit, output_dir, gguf)
+        if keep_undo:
+            write_undo_of(source, edited.path)
+        return edited, applied
+    assert output_dir is not None
     applied = write_checkpoint(
         source,
         model_map,
@@ -172,14 +249,20 @@ def apply(
         settings=settings,
         out_dtype=out_dtype,
         direction=direction,
-        provenance={"certificate": describe_certificate(examined)},
+        provenance=provenance,
     )
-    shared = model_map.tied or model_map.copies
-    if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
-        say("note: the unembedding is tied to the embedding, so it was edited too")
     if keep_undo:
         write_undo_of(source, output_dir)
     return Checkpoint(output_dir, str(output_dir), "folder"), applied
+
+
+def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[GgufCheckpoint, AppliedEdit]:
+    if folder is not None:
+        written = write_edited_folder(edit, folder, options.quants, keep_checkpoint=options.keep_checkpoint)
+    else:
+        assert options.output is not None
+        written = write_edited_file(edit, options.output, next(iter(options.quants), None))
+    return edit.checkpoint.with_file(written.files[0]), written.applied
 
 
 def undo(output: Path, target: Path, *, source: str | None = None) -> Undone:

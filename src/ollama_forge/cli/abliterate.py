@@ -63,7 +63,8 @@ def compute_dir(**options: Any) -> None:
 
 @abliterate.command("apply")
 @opt.model_option
-@click.option("--output-dir", required=True, metavar="DIR", help="Folder to write the edited checkpoint to.")
+@click.option("--output-dir", metavar="DIR", help="Folder to write the edited checkpoint, or GGUF file, to.")
+@click.option("--output", metavar="FILE.gguf", help="File to write, instead of a folder, if --model is a GGUF file.")
 @click.option("--refusal-pt", metavar="FILE", help="Direction to edit out, as compute-dir writes it.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Edit file of compute-dir --factors or of an earlier apply.")
 @click.option(
@@ -76,6 +77,14 @@ def compute_dir(**options: Any) -> None:
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
+@click.option(
+    "--quant",
+    metavar="TYPE[,TYPE]",
+    help="Encode all tensors of a GGUF source in this type, a file for each (default: each keeps its own type).",
+)
+@click.option("--imatrix", metavar="FILE", help="Importance matrix for --quant, as llama-imatrix writes it.")
+@opt.base_option
+@opt.keep_checkpoint_option
 @opt.allow_partial_option
 @opt.adapter_option
 @opt.keep_undo_option
@@ -99,11 +108,12 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
         return
     if options["source"] is not None:
         raise UsageError("--source is for --undo", "--model names the model to edit")
-    from ollama_forge.api import apply
-    from ollama_forge.edits.checkpoint_folder import edit_file_path
+    from ollama_forge.api import GgufOptions, apply
+    from ollama_forge.cli.applied import applied_json, print_applied
+    from ollama_forge.export.mix import parse_quants
 
-    folder = Path(options["output_dir"])
-    _, applied = apply(
+    folder = _path(options["output_dir"])
+    written, applied = apply(
         options["model"],
         folder,
         refusal_pt=_path(options["refusal_pt"]),
@@ -114,22 +124,20 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
         keep_undo=options["keep_undo"],
+        gguf=GgufOptions(
+            output=_path(options["output"]),
+            quants=parse_quants(options["quant"]) if options["quant"] else (),
+            imatrix=_path(options["imatrix"]),
+            keep_checkpoint=options["keep_checkpoint"],
+            base=options["base"],
+        ),
         allow_partial=options["allow_partial"],
         trust_remote_code=options["trust_remote_code"],
     )
     if options["as_json"]:
-        print(
-            json.dumps(
-                {
-                    "checkpoint": str(folder),
-                    "edit": str(edit_file_path(folder)),
-                    "changed": sorted(applied.changed),
-                }
-            )
-        )
-        return
-    print(f"{len(applied.changed)} tensors changed: {folder}")
-    print(f"edit file: {edit_file_path(folder)}")
+        print(json.dumps(applied_json(written, applied, folder)))
+    else:
+        print_applied(written, applied, folder)
 
 
 @abliterate.command("inspect")

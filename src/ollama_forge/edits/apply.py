@@ -109,6 +109,7 @@ class _EditWriter:
     def __init__(self, checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype) -> None:
         self.checkpoint, self.plan, self.folder, self.out_dtype = checkpoint, plan, folder, out_dtype
         self.tensors = checkpoint.tensors
+        self.names = _shard_names(self.tensors)
         self.owners = {part: tensor for tensor in self.tensors.packed.values() for part in tensor.parts + tensor.extras}
         edited = [tensor for name, tensor in self.tensors.packed.items() if name in plan.edits]
         kept = out_dtype.keeps_packed and all(tensor.is_writable for tensor in edited)
@@ -128,17 +129,17 @@ class _EditWriter:
         with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
             for shard in self.tensors.shards:
                 outputs = self.outputs_of(shard)
-                with ShardWriter(self.folder / shard.name, outputs) as writer:
+                with ShardWriter(self.folder / self.names[shard], outputs) as writer:
                     for out in outputs:
                         if out.copied is not None:
                             writer.copy(out.copied)
                         else:
                             writer.write(self.computed_bytes(out))
                             return_freed_memory()
-                        weight_map[out.name] = shard.name
+                        weight_map[out.name] = self.names[shard]
                         stored[out.dtype] += out.size
                         advance(1)
-            if self.tensors.shards != [self.tensors.folder / SINGLE_NAME]:
+            if list(self.names.values()) != [SINGLE_NAME]:
                 index = {"metadata": {"total_size": stored.total()}, "weight_map": weight_map}
                 write_json(self.folder / INDEX_NAME, index)
         record = EditRecord(
@@ -171,7 +172,8 @@ class _EditWriter:
         edited = info.name in self.plan.edits or info.name in self.biases
         if owner is not None:
             edited = owner.name in self.plan.edits and info.name in owner.parts
-        return OutputTensor(info.name, dtype, info.shape, None if edited or dtype != info.dtype else info)
+        copied = dtype == info.dtype and not edited and self.tensors.lies_in_file(info.name)
+        return OutputTensor(info.name, dtype, info.shape, info if copied else None)
 
     def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         owner = self.owners.get(out.name)
@@ -254,6 +256,12 @@ class _EditWriter:
         if bytes(data) != bytes(source):
             self.changed.add(info.name)
         yield data
+
+
+def _shard_names(tensors: CheckpointTensors) -> dict[Path, str]:
+    """The name of the file to write for each file of the source; a GGUF file becomes one safetensors file."""
+    ending = Path(SINGLE_NAME).suffix
+    return {shard: shard.name if shard.suffix == ending else SINGLE_NAME for shard in tensors.shards}
 
 
 def bias_shifts(tensors: CheckpointTensors, edit: MatrixEdit, bias: Tensor, label: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ollama_forge.architectures.read_matrix import read_matrix
-from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, Region, WritableCodec
+from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, PackedTensor, Region, WritableCodec
 from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
@@ -122,12 +122,20 @@ class BlockwiseEdit:
 
     Args:
         label: name of the checkpoint, for messages.
+        form: the packed form to encode the matrix in; None for its own.
 
     Raises:
         ForgeError: (while iterating over the blocks) the matrix holds NaN or infinite values.
     """
 
-    def __init__(self, tensors: CheckpointTensors, edit: MatrixEdit, expert: int | None, label: str) -> None:
+    def __init__(
+        self,
+        tensors: CheckpointTensors,
+        edit: MatrixEdit,
+        expert: int | None,
+        label: str,
+        form: WritableCodec | None = None,
+    ) -> None:
         self.tensors, self.edit, self.expert, self.label = tensors, edit, expert, label
         matrix = edit.matrix
         self.packed = tensors.packed.get(matrix.tensor)
@@ -138,8 +146,8 @@ class BlockwiseEdit:
         self.disk_axis = 0 if axis is None else axis ^ matrix.transposed
         self.axis_length = self.shape[self.disk_axis]
         other = self.shape[1 - self.disk_axis]
-        codec = None if self.packed is None else self.packed.codec
-        step = codec.steps[self.disk_axis] if isinstance(codec, WritableCodec) else 1
+        self.form = form or _writable(self.packed)
+        step = self.form.steps[self.disk_axis] if self.form else 1
         self.block_length = self.axis_length if self.one_block else max(step, BLOCK // other // step * step)
         self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
         self._held: PackedMatrix | None = None  # the matrix in its packed form
@@ -183,26 +191,23 @@ class BlockwiseEdit:
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 
-    def encode(self, blocks: Iterable[EditedBlock], codec: WritableCodec | None = None) -> EncodedMatrix:
+    def encode(self, blocks: Iterable[EditedBlock]) -> EncodedMatrix:
         """Encode the edited matrix in its packed form; rounding keeps what the edit does along its direction.
 
         If there are several blocks, all of them are edited once more beforehand, to find the range of the new values.
-
-        Args:
-            codec: the form to encode in; None for that of the source.
         """
         blocks = list(blocks) if self.one_block else blocks
         held = self._read_packed(None)
-        codec = codec or held.codec
-        assert isinstance(codec, WritableCodec)
+        form = self.form
+        assert form is not None
         fitted = (self._region(block) for block in (blocks if self.one_block else self.blocks()))
-        result = codec.blank(held, fitted)
+        result = form.blank(held, fitted)
         kept = kept_products(self.edit, self.expert)
         on_disk = kept.turned() if self.edit.matrix.transposed else kept
         squared, error = 0.0, 0.0
         for block in blocks:
             region, factors = self._region(block), block.after.factors
-            written = codec.encode(result, region, on_disk)
+            written = form.encode(result, region, on_disk)
             error += float(on_disk.product(written.sub_(region.values)).square().sum())
             squared += float(((factors.L.T @ factors.L) * (factors.K.T @ factors.K)).sum())
         changed = tuple(not _same_bytes(*pair) for pair in zip(held.parts, result.parts, strict=True))
@@ -267,5 +272,12 @@ class BlockwiseEdit:
         return FixedFactors(left, right[start:stop]), None
 
 
+def _writable(packed: PackedTensor | None) -> WritableCodec | None:
+    """The form of a packed tensor, if new values can be stored in it."""
+    return packed.codec if packed is not None and isinstance(packed.codec, WritableCodec) else None
+
+
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    return one.nbytes == other.nbytes and torch.equal(
+        *(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    )

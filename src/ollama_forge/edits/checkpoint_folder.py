@@ -12,6 +12,7 @@ from typing import Any
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, not_copied
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
 from ollama_forge.directions.direction import RefusalDirection
@@ -111,7 +112,7 @@ def write_checkpoint(
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
     described = describe_edit(checkpoint, model, plan, settings, direction)
-    others = not_copied(checkpoint.tensors)
+    others = [] if isinstance(checkpoint, GgufCheckpoint) else not_copied(checkpoint.tensors)
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")

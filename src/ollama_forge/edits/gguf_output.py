@@ -23,9 +23,10 @@ from torch import Tensor as Values
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
-from ollama_forge.checkpoints.gguf.codec import can_encode, decode_rows, encode_rows, nearest_encodable
+from ollama_forge.checkpoints.gguf.codec import decode_rows, encode_rows
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, row_size, value_of, write_header
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
+from ollama_forge.checkpoints.gguf.types import can_encode, nearest_encodable
 from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
@@ -57,47 +58,53 @@ def write_gguf(
     settings: EditSettings | None,
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
-    edited_as: GGMLQuantizationType | None = None,
+    types: Types | None = None,
+    importance: Mapping[str, Values] | None = None,
 ) -> AppliedEdit:
     """Write the edited file to ``path`` atomically. Memory is bounded by the largest matrix in its stored form.
 
     Args:
         provenance: further entries for the metadata, such as ``certificate`` and ``lists``.
-        edited_as: a type without blocks for the edited tensors, if they are quantised afterwards; None for their own
-            types. A type that cannot be encoded becomes the nearest K-quant.
+        types: the types to encode the edited tensors in, by the names of the file's tensors; None for their own, or the
+            nearest K-quant where that cannot be encoded.
+        importance: for tensors of the file, the importance of each value of a row, ``[matrices, row length]``.
 
     Raises:
         UsageError: ``path`` is the source, or lies in the store of an Ollama.
         ForgeError: too little disk space, a damaged source, or a failed write; ``path`` is then unchanged.
     """
-    types = planned_types(checkpoint, plan, edited_as)
+    planned = planned_types(checkpoint, plan, types)
     described = describe_edit(checkpoint, model, plan, settings, direction)
     with hashing_source(checkpoint) as hashes:
         described["source"]["files"] = hashes()
     metadata = edited_metadata(checkpoint.file.metadata, {**described, **(provenance or {})})
-    check_target(checkpoint, path, file_size(checkpoint.file, metadata, types))
-    if edited_as is None:
-        _say_changed_types(checkpoint.file, types)
+    check_target(checkpoint, path, file_size(checkpoint.file, metadata, planned))
+    if types is None:
+        _say_changed_types(checkpoint.file, planned)
     with atomic_file(path) as partial, disk_errors(path), partial.open("w+b", buffering=0) as out:
-        tensors = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in checkpoint.file.tensors]
+        tensors = [Tensor(tensor.name, tensor.shape, planned[tensor.name]) for tensor in checkpoint.file.tensors]
         placed = write_header(out, metadata, tensors)
-        writer = _GgufWriter(checkpoint, plan, Gguf(partial, metadata, placed), out)
+        writer = _GgufWriter(checkpoint, plan, Gguf(partial, metadata, placed), out, importance or {})
         return writer.run(described["settings"])
 
 
 # -- before writing -------------------------------------------------------------------------------------------------
 
 
-def planned_types(checkpoint: GgufCheckpoint, plan: EditPlan, edited_as: GGMLQuantizationType | None = None) -> Types:
+def planned_types(
+    checkpoint: GgufCheckpoint, plan: EditPlan, types: Types | None = None
+) -> dict[str, GGMLQuantizationType]:
     """The type of each tensor of the edited file; see ``write_gguf``."""
     names, parts = plan.changed_tensors, checkpoint.layout.parts
-    types = {}
+    planned: dict[str, GGMLQuantizationType] = {}
     for tensor in checkpoint.file.tensors:
-        edited = any(part.tensor in names for part in parts.get(tensor.name, ()))
-        own = tensor.type if can_encode(tensor.type) else nearest_encodable(tensor.type, tensor.row_length)
-        matrix = len(tensor.shape) > 1
-        types[tensor.name] = tensor.type if not edited else edited_as if edited_as is not None and matrix else own
-    return types
+        planned[tensor.name] = tensor.type
+        if any(part.tensor in names for part in parts.get(tensor.name, ())):
+            if types is not None:
+                planned[tensor.name] = types[tensor.name]
+            elif not can_encode(tensor.type):
+                planned[tensor.name] = nearest_encodable(tensor.type, tensor.row_length)
+    return planned
 
 
 def _say_changed_types(file: Gguf, types: Types) -> None:
@@ -170,8 +177,11 @@ class _GgufWriter:
         out: the file, open for reading and writing.
     """
 
-    def __init__(self, checkpoint: GgufCheckpoint, plan: EditPlan, file: Gguf, out: FileIO) -> None:
+    def __init__(
+        self, checkpoint: GgufCheckpoint, plan: EditPlan, file: Gguf, out: FileIO, importance: Mapping[str, Values]
+    ) -> None:
         self.checkpoint, self.plan, self.file, self.out = checkpoint, plan, file, out
+        self.importance = importance
         self.label = checkpoint.label
         source = checkpoint.tensors
         self.views = [(source, GgufTensors(source.folder, file, source.layout))]
@@ -226,9 +236,8 @@ class _GgufWriter:
         name, sums = edit.matrix.tensor, MatrixSums()
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
-            blockwise = BlockwiseEdit(source, edit, expert, self.label)
-            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
-            encoded = blockwise.encode(counted, target.codec_of(name, expert))
+            blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert, self.importance))
+            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
             size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
             for place, rows in zip(target.places(name, expert), encoded.parts, strict=True):
                 place.write(self.out, rows)

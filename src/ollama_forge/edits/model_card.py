@@ -31,15 +31,16 @@ def model_card(record: Mapping[str, Any]) -> str:
     """The text of the model card.
 
     Args:
-        record: the content of ``abliteration.json``.
+        record: the content of ``abliteration.json``; that of GGUF files has an entry ``files``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     source = record["source"]
+    gguf = "files" in record
     data = ModelCardData(
         base_model=source["model"] if source["kind"] == "hub" else None,
-        library_name="transformers",
-        tags=["abliteration", "ollama-forge"],
+        library_name=None if gguf else "transformers",
+        tags=["abliteration", "ollama-forge", *(["gguf"] if gguf else [])],
         **(source.get("license") or {}),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(record)}"))

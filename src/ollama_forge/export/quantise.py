@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 import queue
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
+import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
+from numpy.typing import NDArray
 
+from ollama_forge.checkpoints.gguf.codec import decode_rows, encode_rows
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
-from ollama_forge.errors import ForgeError
-from ollama_forge.export import quantise_worker
-from ollama_forge.export.mix import PLAIN, ModelProperties, file_type, tensor_types
-from ollama_forge.files import atomic_file, copy_range, disk_errors, partial_of
+from ollama_forge.errors import ForgeError, UsageError, error_line
+from ollama_forge.export.imatrix import ImportanceMatrix, read_imatrix
+from ollama_forge.export.mix import (
+    PLAIN,
+    ModelProperties,
+    file_type,
+    needs_imatrix,
+    tensor_needs_imatrix,
+    tensor_types,
+)
+from ollama_forge.files import atomic_file, copy_range, disk_errors, partial_of, read_at, write_all
 from ollama_forge.progress import bar, say, status
 from ollama_forge.system import usable_cores
 
@@ -36,20 +45,33 @@ def find_tool() -> str | None:
     return shutil.which(TOOL)
 
 
-def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value], tool: str | None = None) -> str:
+def quantise(
+    source: Path,
+    target: Path,
+    quant: str,
+    changes: Mapping[str, Value],
+    tool: str | None = None,
+    *,
+    imatrix: Path | None = None,
+) -> str:
     """Write ``source`` to ``target`` atomically, with the types of a mix and changed metadata.
 
     Args:
+        source: a file of tensors of any types that can be decoded.
         changes: metadata to add or replace.
         tool: path of ``llama-quantize``; if it fails, a note says so and the embedded quantiser is used.
+        imatrix: path of an importance matrix, as ``llama-imatrix`` writes it.
 
     Returns:
         The tool's name, or ``embedded``.
 
     Raises:
-        ForgeError: the source is cut short or holds NaN, or the disk is full; ``target`` is then unchanged.
+        UsageError: the type needs an importance matrix.
+        ForgeError: the source is cut short or holds NaN, the importance matrix is damaged or is for another model, or
+            the disk is full; ``target`` is then unchanged.
     """
     file = read_gguf(source)
+    types, importance = planned_types(file, quant, imatrix)
     changes = {
         "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
         "general.file_type": value_of(file_type(quant)),
@@ -59,20 +81,62 @@ def quantise(source: Path, target: Path, quant: str, changes: Mapping[str, Value
     if tool is not None and plain and quant not in PLAIN:  # the tool treats quantised tensors differently
         tool_target = partial_of(target.with_name(target.name + ".tool"))
         try:
-            if _run_tool(tool, source, tool_target, quant, len(file.tensors)):
+            if _run_tool(tool, source, tool_target, quant, imatrix, len(file.tensors)):
                 quantised = read_gguf(tool_target)
                 rewrite(quantised, target, {tensor.name: tensor.type for tensor in quantised.tensors}, changes)
                 return Path(tool).name
         finally:
             tool_target.unlink(missing_ok=True)
-    rewrite(file, target, tensor_types(quant, ModelProperties.of(file), file.tensors), changes)
+    if importance is not None:
+        changes = {**importance.metadata(), **changes}
+    rewrite(file, target, types, changes, importance)
     return EMBEDDED
 
 
-def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -> bool:
+def planned_types(
+    file: Gguf, quant: str, imatrix: Path | None
+) -> tuple[Mapping[str, GGMLQuantizationType], ImportanceMatrix | None]:
+    """The type of each tensor of a file that is quantised to a mix, and the importance matrix to use.
+
+    Raises:
+        UsageError, ForgeError: see ``quantise``.
+    """
+    if needs_imatrix(quant) and imatrix is None:
+        raise UsageError(f"{quant} has too few bits to be written without an importance matrix", "give --imatrix FILE")
+    importance = None if imatrix is None else read_imatrix(imatrix)
+    types = tensor_types(quant, ModelProperties.of(file), file.tensors, has_imatrix=imatrix is not None)
+    if importance is not None:
+        _check_importance(importance, file, types)
+    return types, importance
+
+
+def _check_importance(importance: ImportanceMatrix, file: Gguf, types: Mapping[str, GGMLQuantizationType]) -> None:
+    """Say which quantised tensors the importance matrix lacks.
+
+    Raises:
+        ForgeError: it is for another model, or lacks a tensor that gets too few bits without it.
+    """
+    quantised = [t for t in file.tensors if types[t.name] != t.type and types[t.name] not in _PLAIN_TYPES]
+    lacking = [tensor for tensor in quantised if importance.of(tensor) is None]
+    for tensor in lacking:
+        if tensor_needs_imatrix(tensor.name, types[tensor.name]):
+            raise ForgeError(
+                f"{importance.path} has no entry for {tensor.name}, which {types[tensor.name].name} needs",
+                "give an importance matrix of this model, or a type with more bits",
+            )
+    if lacking:
+        more = f" and {len(lacking) - 1} more of {len(quantised)} tensors" if len(lacking) > 1 else ""
+        say(f"note: {importance.path.name} has no entry for {lacking[0].name}{more}, quantised without it")
+
+
+def _run_tool(tool: str, source: Path, target: Path, quant: str, imatrix: Path | None, tensors: int) -> bool:
+    options = [] if imatrix is None else ["--imatrix", str(imatrix)]
     with status(f"{Path(tool).name} {quant}"):
         done = subprocess.run(
-            [tool, str(source), str(target), quant], stdin=subprocess.DEVNULL, capture_output=True, check=False
+            [tool, *options, str(source), str(target), quant],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
         )
     reason = f"exit status {done.returncode}"
     if done.returncode == 0:
@@ -88,24 +152,37 @@ def _run_tool(tool: str, source: Path, target: Path, quant: str, tensors: int) -
 
 @dataclass(frozen=True)
 class _Job:
-    """Rows to quantise: a byte range of the source, the types of source and target, and an offset in the target."""
+    """Rows to encode.
 
+    Attributes:
+        source_start, source_size: place of the rows in the source, in bytes.
+        target_start: offset of the encoded rows in the target.
+        importance: the weight of each value of a row.
+    """
+
+    tensor: Tensor
+    type: GGMLQuantizationType
     source_start: int
     source_size: int
-    source_type: int
     target_start: int
-    target_type: int
-    row_length: int
-    tensor: str
+    importance: NDArray[np.float32] | None
 
-    def line(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
+    def run(self, source: FileIO, target: FileIO) -> None:
+        data = torch.frombuffer(read_at(source, self.source_start, self.source_size), dtype=torch.uint8)
+        rows = decode_rows(data.view(-1, row_size(self.tensor.type, self.tensor.row_length)), self.tensor.type)
+        importance = None if self.importance is None else torch.from_numpy(self.importance)
+        target.seek(self.target_start)
+        write_all(target, encode_rows(rows, self.type, importance).numpy().data)
 
 
 def rewrite(
-    file: Gguf, target: Path, types: Mapping[str, GGMLQuantizationType], changes: Mapping[str, Value | None]
+    file: Gguf,
+    target: Path,
+    types: Mapping[str, GGMLQuantizationType],
+    changes: Mapping[str, Value | None],
+    importance: ImportanceMatrix | None = None,
 ) -> None:
-    """Write ``file`` to ``target``; tensors whose type changes are quantised, all others are copied.
+    """Write ``file`` to ``target``; tensors whose type changes are encoded again, all others are copied.
 
     Memory is bounded by a few blocks of rows per core, whatever the size of the tensors.
 
@@ -130,7 +207,7 @@ def rewrite(
                             count = min(_COPY_CHUNK, before.size - done)
                             copy_range(source, before.start + done, count, out)
                             advanced(count)
-        jobs = [job for before, after in pairs if before.type != after.type for job in _jobs(before, after)]
+        jobs = [job for before, after in pairs if before.type != after.type for job in _jobs(before, after, importance)]
         _encode_all(file.path, partial, jobs, advanced)
 
 
@@ -146,76 +223,74 @@ class _Megabytes:
         self.advance(self.bytes // _MEGABYTE - before)
 
 
-def _jobs(before: Tensor, after: Tensor) -> Iterator[_Job]:
+def _jobs(before: Tensor, after: Tensor, importance: ImportanceMatrix | None) -> Iterator[_Job]:
     length = before.row_length
     source_row, target_row = row_size(before.type, length), row_size(after.type, length)
-    block_rows = max(1, _BLOCK_VALUES // length)
-    for row in range(0, before.rows, block_rows):
-        yield _Job(
-            source_start=before.start + row * source_row,
-            source_size=min(block_rows, before.rows - row) * source_row,
-            source_type=int(before.type),
-            target_start=after.start + row * target_row,
-            target_type=int(after.type),
-            row_length=length,
-            tensor=before.name,
-        )
+    weights = None if importance is None else importance.of(before)
+    matrices = 1 if weights is None else len(weights)
+    rows, block_rows = before.rows // matrices, max(1, _BLOCK_VALUES // length)
+    for matrix in range(matrices):
+        for row in range(matrix * rows, (matrix + 1) * rows, block_rows):
+            count = min(block_rows, (matrix + 1) * rows - row)
+            yield _Job(
+                before,
+                after.type,
+                before.start + row * source_row,
+                count * source_row,
+                after.start + row * target_row,
+                None if weights is None else weights[matrix],
+            )
 
 
 def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable[[int], None]) -> None:
-    """Distribute the jobs to one worker process per core; the first failure stops all of them."""
+    """Distribute the jobs to one thread per core; the first failure stops all of them."""
     waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    count = min(usable_cores(), len(jobs))
     failures: list[str] = []
     lock = threading.Lock()
-    command = [sys.executable, "-P", str(Path(quantise_worker.__file__)), str(source), str(target)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-    def drive(worker: subprocess.Popen[str]) -> None:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        while not failures:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                worker.stdin.write(job.line())
-                worker.stdin.flush()
-                answer = worker.stdout.readline().strip()
-            except OSError:
-                answer = ""
-            with lock:
-                if answer == "ok":
-                    done(job.source_size)
-                else:
-                    failures.append(f"{job.tensor}: {answer or 'a worker process died (out of memory?)'}")
+    def work() -> None:
+        try:
+            with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
+                while not failures:
+                    job = waiting.get_nowait()
+                    reason = _failure(job, reading, writing)
+                    with lock:
+                        if reason is None:
+                            done(job.source_size)
+                        else:
+                            failures.append(f"{job.tensor.name}: {reason}")
+        except queue.Empty:
+            return
+        except OSError as error:
+            failures.append(error_line(error))
 
-    workers = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            errors="replace",
-            env=environment,
-        )
-        for _ in range(count)
-    ]
-    threads = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in workers]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(usable_cores(), len(jobs)))]
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
+    except BaseException:
+        failures.append("interrupted")
+        for thread in threads:
+            thread.join()
+        raise
     if failures:
         raise ForgeError(
             f"cannot quantise {failures[0]}", "free disk space or memory, or use an undamaged copy of the model"
         )
+
+
+def _failure(job: _Job, source: FileIO, target: FileIO) -> str | None:
+    """Why a job failed; None if it did not."""
+    try:
+        job.run(source, target)
+    except EOFError:
+        return "the source is truncated"
+    except ForgeError as error:
+        return error.message
+    except (OSError, MemoryError, RuntimeError) as error:
+        return error_line(error)
+    return None

@@ -11,26 +11,18 @@ from typing import Any
 import libgguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from ollama_forge.checkpoints.formats.base import WHOLE
 from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES
+from ollama_forge.checkpoints.gguf.types import block_size
+from ollama_forge.checkpoints.gguf.types import can_encode as can_encode
+from ollama_forge.checkpoints.gguf.types import nearest_encodable as nearest_encodable
 from ollama_forge.errors import ForgeError
 
 PLAIN_TYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 """torch's type for each type whose values have no blocks."""
-ENCODABLE = frozenset({
-    *PLAIN_TYPES, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0,
-    Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4,
-    Type.IQ4_NL, Type.IQ4_XS, Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.IQ2_XS, Type.IQ2_XXS, Type.IQ1_M, Type.IQ1_S,
-})  # fmt: skip
-_K_QUANTS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
-# types with blocks of 32 and about as many bits, for rows whose length is no multiple of 256
-FALLBACKS = {
-    Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
-}  # fmt: skip
 
 
 def decode_rows(data: Tensor, kind: Type, columns: slice = WHOLE) -> Tensor:
@@ -122,39 +114,6 @@ def spacing(data: Tensor, kind: Type, values: Tensor) -> Tensor:
     return torch.where(scale == 0, levels.abs(), distance).view_as(values)
 
 
-def can_encode(kind: Type) -> bool:
-    """Whether an edited tensor keeps this type."""
-    return kind in ENCODABLE
-
-
-def nearest_encodable(kind: Type, row_length: int) -> Type:
-    """The type that stands in for one that cannot be encoded: the K-quant with the nearest number of bits.
-
-    If the row length is no multiple of its block size, this is the K-quant's substitute with smaller blocks.
-    """
-    bits = bits_per_value(kind)
-    return fit_row_length(min(_K_QUANTS, key=lambda other: abs(bits_per_value(other) - bits)), row_length)
-
-
-def fit_row_length(kind: Type, row_length: int) -> Type:
-    """The type, or its substitute if the row length is no multiple of its block size; F16 if neither fits."""
-    for fitting in (kind, FALLBACKS.get(kind, Type.F16)):
-        if row_length % block_size(fitting)[0] == 0:
-            return fitting
-    return Type.F16
-
-
-def bits_per_value(kind: Type) -> float:
-    block, size = block_size(kind)
-    return size * 8 / block
-
-
-def block_size(kind: Type) -> tuple[int, int]:
-    """The number of values and of bytes of a block."""
-    values, size = GGML_QUANT_SIZES[kind]
-    return int(values), int(size)
-
-
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as values of another type; copied if they are not aligned."""
     return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
@@ -162,5 +121,5 @@ def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unfit(kind: Type) -> ForgeError:
     return ForgeError(
-        f"values are NaN, infinite or too large for {kind.name}", "lower --strength, or use another model"
+        f"NaN, infinite values, or values too large for {kind.name}", "lower --strength, or use another model"
     )

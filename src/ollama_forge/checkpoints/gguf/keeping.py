@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ollama_forge.checkpoints.formats.rounding import BFLOAT16, FLOAT16, Kept, round_keeping
 from ollama_forge.checkpoints.gguf.block_types import BLOCK_TYPES, BlockType
-from ollama_forge.checkpoints.gguf.codec import PLAIN_TYPES, block_size, decode_rows, encode_rows
+from ollama_forge.checkpoints.gguf.codec import PLAIN_TYPES, decode_rows, encode_rows
+from ollama_forge.checkpoints.gguf.types import block_size
 from ollama_forge.system import usable_cores
 
 _ENCODINGS = 6  # of types with codebooks
@@ -50,7 +51,7 @@ def encode_keeping(
 
     Args:
         values: float32 ``[rows, row length]``: whole columns for products along axis 0, whole rows for axis 1.
-        importance: the weight of the squared error of each value of a row, ``[row length]``.
+        importance: the weight of the squared error of each value of a row, ``[row length]``, for the choice of scales.
         previous: bytes of the rows before the edit. Blocks whose values did not change keep their bytes.
 
     Raises:
@@ -102,6 +103,7 @@ class _Rows:
     def encode(self, kept: Kept | None) -> Tensor:
         """The bytes of the rows."""
         if self.kind in _FLOATS and kept is not None:
+            encode_rows(self.values, self.kind)  # refuses values that are too large
             numbers = round_keeping(self.values, torch.ones(1, 1), _FLOATS[self.kind], kept)
             return encode_rows(numbers, self.kind)
         unchanged = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,13 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from ollama_forge.checkpoints.formats.base import PackedMatrix
-from ollama_forge.checkpoints.gguf.codec import decode_rows
+from ollama_forge.checkpoints.formats.base import PackedMatrix, Region
+from ollama_forge.checkpoints.formats.rounding import Kept
+from ollama_forge.checkpoints.gguf.codec import decode_rows, spacing
+from ollama_forge.checkpoints.gguf.file import row_size
+from ollama_forge.checkpoints.gguf.keeping import encode_keeping
 from ollama_forge.checkpoints.gguf.rows import Lines
+from ollama_forge.checkpoints.gguf.types import block_size
 
 _ROWS = 0
 Indices = slice | Tensor
@@ -19,11 +24,16 @@ Indices = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Lines of a matrix that are rows of one GGUF tensor, whose type and row length these are."""
+    """Lines of a matrix that are rows of one GGUF tensor, whose type and row length these are.
+
+    Attributes:
+        importance: the weight of the squared error of each value of a row, for encoding; None for equal weights.
+    """
 
     type: GGMLQuantizationType
     length: int
     lines: Lines
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +74,80 @@ class GgufMatrixCodec:
                 out[at_lines.unsqueeze(1), _as_indices(at_across)] = values
         assert out is not None
         return out
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Along a line whole blocks, and all of it if its values are in another order; lines one by one."""
+        ordered = all(member.lines.across is None for member in self.members)
+        sizes = (block_size(member.type)[0] if ordered else member.length for member in self.members)
+        across = max(sizes) if ordered else sum(sizes)
+        return (1, across) if self.axis == _ROWS else (across, 1)
+
+    def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
+        """A matrix that holds the source's bytes, so that blocks whose values did not change keep theirs.
+
+        If the source is of another type, it holds zeros.
+        """
+        parts = []
+        for member, part in zip(self.members, source.parts, strict=True):
+            size = row_size(member.type, member.length)
+            same = isinstance(source.codec, GgufMatrixCodec) and source.codec.label == self.label
+            parts.append(part.clone() if same else torch.zeros(len(part), size, dtype=torch.uint8))
+        return PackedMatrix(source.shape, self, tuple(parts))
+
+    def encode(self, result: PackedMatrix, region: Region, kept: Kept | None) -> Tensor:
+        lines, across, values = self._by_lines(region)
+        turned = kept if kept is None or self.axis == _ROWS else kept.turned()
+        written = torch.empty(values.shape)
+        for part, member in zip(result.parts, self.members, strict=True):
+            chosen, at_lines = _chosen_lines(member.lines, lines)
+            at_across, stored = _stored_across(member, across)
+            rows = part[chosen, stored]
+            place = _indices(at_lines, at_across)
+            weights = member.importance if member.importance is None else member.importance[_of_row(member, across)]
+            own = (
+                None if turned is None else Kept(turned.basis[at_lines if turned.axis == 0 else at_across], turned.axis)
+            )
+            encoded = encode_keeping(values[place], member.type, own, weights, rows)
+            part[chosen, stored] = encoded.data
+            written[place] = encoded.written
+        return written if self.axis == _ROWS else written.T
+
+    def spacing(self, matrix: PackedMatrix, region: Region) -> Tensor:
+        lines, across, values = self._by_lines(region)
+        found = torch.empty(values.shape)
+        for part, member in zip(matrix.parts, self.members, strict=True):
+            chosen, at_lines = _chosen_lines(member.lines, lines)
+            at_across, stored = _stored_across(member, across)
+            place = _indices(at_lines, at_across)
+            found[place] = spacing(part[chosen, stored], member.type, values[place])
+        return found if self.axis == _ROWS else found.T
+
+    def _by_lines(self, region: Region) -> tuple[slice, slice, Tensor]:
+        """A region as lines, their parts, and the values ``[lines, parts]``."""
+        if self.axis == _ROWS:
+            return region.rows, region.columns, region.values
+        return region.columns, region.rows, region.values.T
+
+
+def _stored_across(member: Member, wanted: slice) -> tuple[Indices, slice]:
+    """Which of the wanted values of a line a row holds, in its order, and in which bytes."""
+    if member.lines.across is not None:  # the wanted values are all of the line
+        return _as_slice(member.lines.across), slice(None)
+    block, size = block_size(member.type)
+    return slice(0, wanted.stop - wanted.start), slice(wanted.start // block * size, -(-wanted.stop // block) * size)
+
+
+def _of_row(member: Member, wanted: slice) -> slice:
+    """The values of a row that are wanted."""
+    return wanted if member.lines.across is None else slice(None)
+
+
+def _indices(lines: Indices, across: Indices) -> tuple[Indices, Indices]:
+    """An index of the values of some lines at some places."""
+    if isinstance(lines, slice) or isinstance(across, slice):
+        return lines, across
+    return lines.unsqueeze(1), across
 
 
 def _chosen_lines(held: Lines, wanted: slice) -> tuple[slice, Indices]:

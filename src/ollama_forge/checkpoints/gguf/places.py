@@ -33,6 +33,11 @@ class Place:
         return row_size(self.tensor.type, self.tensor.row_length)
 
     @property
+    def matrix(self) -> int:
+        """The number of the tensor's matrix, of a stack of matrices, in which the rows are."""
+        return (self.first + self.lines.low) // self.tensor.shape[1] if len(self.tensor.shape) > 2 else 0
+
+    @property
     def start(self) -> int:
         """Offset in the file of the first byte of the rows."""
         return self.tensor.start + (self.first + self.lines.low) * self.row_size

@@ -57,7 +57,7 @@ class GgufTensors(CheckpointTensors):
             if len(info.shape) == 2 or (len(info.shape) == 3 and min(info.shape[1:]) > 1):
                 places = self._places(name, None if len(info.shape) == 2 else 0)
                 if places is not None:
-                    found[name] = PackedTensor(name, info.shape, _codec(places), (name,))
+                    found[name] = PackedTensor(name, info.shape, _codec(places, {}), (name,))
         return found
 
     @cached_property
@@ -68,9 +68,15 @@ class GgufTensors(CheckpointTensors):
         """The names of the file's tensors that hold a tensor."""
         return list(dict.fromkeys(tensor.name for tensor, _ in self._held[name]))
 
-    def codec_of(self, name: str, expert: int | None = None) -> GgufMatrixCodec:
-        """The codec of a packed matrix, or of one expert's matrix of a stack."""
-        return _codec(self.places(name, expert))
+    def codec_of(
+        self, name: str, expert: int | None = None, importance: Mapping[str, Values] | None = None
+    ) -> GgufMatrixCodec:
+        """The codec of a packed matrix, or of one expert's matrix of a stack.
+
+        Args:
+            importance: for tensors of the file, the importance of each value of a row, ``[matrices, row length]``.
+        """
+        return _codec(self.places(name, expert), importance or {})
 
     def places(self, name: str, expert: int | None = None) -> list[Place]:
         """Where each part of a packed matrix, or of one expert's matrix of a stack, is in the file."""
@@ -100,7 +106,7 @@ class GgufTensors(CheckpointTensors):
                 parts = tuple(place.read(file) for place in places)
             except EOFError:
                 raise self._truncated() from None
-        return PackedMatrix((rows, columns), _codec(places), parts)
+        return PackedMatrix((rows, columns), _codec(places, {}), parts)
 
     def read_bytes(self, name: str, start: int = 0, size: int | None = None) -> bytearray:
         """Read ``size`` bytes of a tensor's float32 values from offset ``start``; by default all."""
@@ -188,9 +194,13 @@ def _held_whole(file: Gguf, layout: GgufLayout) -> dict[str, list[Held]]:
     return whole
 
 
-def _codec(places: list[Place]) -> GgufMatrixCodec:
-    members = tuple(Member(place.tensor.type, place.tensor.row_length, place.lines) for place in places)
-    return GgufMatrixCodec(places[0].lines.axis, members)
+def _codec(places: list[Place], importance: Mapping[str, Values]) -> GgufMatrixCodec:
+    def weights(place: Place) -> Values | None:
+        entry = importance.get(place.tensor.name)
+        return None if entry is None else entry[place.matrix]
+
+    members = (Member(p.tensor.type, p.tensor.row_length, p.lines, weights(p)) for p in places)
+    return GgufMatrixCodec(places[0].lines.axis, tuple(members))
 
 
 def _is_stored_as_read(held: list[Held]) -> bool:

@@ -1,0 +1,220 @@
+"""What ``apply`` writes for a GGUF source: the edited file, in its own types or in others, and its records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGML_QUANT_VERSION
+
+from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.checkpoints.companions import CARD, PROVENANCE
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.file import read_gguf, value_of
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.apply import AppliedEdit, leak_notes
+from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size, write_checkpoint
+from ollama_forge.edits.gguf_output import PREFIX, Types, file_size, planned_types, write_gguf
+from ollama_forge.edits.plan import EditPlan
+from ollama_forge.edits.provenance import describe_edit, write_provenance
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.mix import file_type
+from ollama_forge.export.quantise import planned_types as planned_types_of_mix
+from ollama_forge.export.quantise import rewrite
+from ollama_forge.files import atomic_folder, partial_of
+from ollama_forge.names import file_stem
+from ollama_forge.progress import say
+
+CHECKPOINT = "checkpoint"
+_ENDING = ".gguf"
+_RECORDS = 1 << 20  # upper bound in bytes: provenance and model card
+
+
+@dataclass(frozen=True)
+class GgufEdit:
+    """An edit of a GGUF file that is to be written.
+
+    Attributes:
+        provenance: further entries for the records, such as ``certificate`` and ``lists``.
+        imatrix: an importance matrix for encoding all tensors in another type.
+    """
+
+    checkpoint: GgufCheckpoint
+    model: ModelMap
+    plan: EditPlan
+    settings: EditSettings | None
+    direction: RefusalDirection | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True)
+class EditedGguf:
+    """What was written.
+
+    Attributes:
+        files: the GGUF files, one for each type.
+        edit_file: the edit file of the first of them.
+        checkpoint: the folder of the edited checkpoint; None if none was written.
+    """
+
+    files: tuple[Path, ...]
+    edit_file: Path
+    applied: AppliedEdit
+    checkpoint: Path | None = None
+
+
+def write_edited_folder(
+    edit: GgufEdit, folder: Path, quants: Sequence[str] = (), *, keep_checkpoint: bool = False
+) -> EditedGguf:
+    """Write ``<stem>.gguf``, ``<stem>.edit.safetensors``, provenance and model card to ``folder``, atomically.
+
+    Args:
+        quants: types to encode all tensors in, one file for each; empty for one file in the source's own types.
+        keep_checkpoint: also write the edited checkpoint, in bf16, to ``folder/checkpoint``.
+
+    Raises:
+        UsageError: ``folder`` holds the source, or something that this program did not write.
+        ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
+    """
+    if any(part.resolve().is_relative_to(folder.resolve()) for part in edit.checkpoint.file.parts):
+        raise UsageError(f"{folder} holds the model itself", "give another folder for the edited model")
+    check_output(folder, _needed(edit, quants, keep_checkpoint))
+    stem = _stem(edit.checkpoint)
+    names = [f"{_without_type(stem)}-{quant}{_ENDING}" for quant in quants] or [stem + _ENDING]
+    edit_name = edit_file_of(Path(names[0])).name
+    with atomic_folder(folder) as partial:
+        wanted: list[str | None] = [*quants] or [None]
+        written = [_write(edit, partial / name, quant) for name, quant in zip(names, wanted, strict=True)]
+        written[0].record.save(partial / edit_name)
+        _write_records(edit, written[0], partial / PROVENANCE, partial / CARD, names)
+        if keep_checkpoint:
+            _write_checkpoint(edit, partial / CHECKPOINT)
+    kept = folder / CHECKPOINT if keep_checkpoint else None
+    return EditedGguf(tuple(folder / name for name in names), folder / edit_name, written[0], kept)
+
+
+def write_edited_file(edit: GgufEdit, path: Path, quant: str | None = None) -> EditedGguf:
+    """Write the edited file to ``path``, and beside it ``<stem>.edit.safetensors`` and ``<stem>.abliteration.json``.
+
+    Args:
+        quant: a type to encode all tensors in; None for the source's own types.
+
+    Raises:
+        UsageError: ``path`` is the source, a file that this program did not write, or does not end in ``.gguf``.
+        ForgeError: too little disk space, a damaged source, or a failed write; ``path`` is then unchanged.
+    """
+    if path.suffix != _ENDING:
+        raise UsageError(f"--output {path} does not end in {_ENDING}", "for example --output edited.gguf")
+    if path.is_file() and not _is_edited(path) and not path.samefile(edit.checkpoint.path):
+        raise UsageError(f"{path} is not a file that this program wrote", "give a new file")
+    applied = _write(edit, path, quant)
+    applied.record.save(edit_file_of(path))
+    _write_records(edit, applied, path.with_suffix(f".{PROVENANCE}"), None, [path.name])
+    return EditedGguf((path,), edit_file_of(path), applied)
+
+
+def edit_file_of(path: Path) -> Path:
+    """The edit file beside an edited GGUF file: ``<stem>.edit.safetensors``."""
+    return edit_file_path(path.with_suffix(""))
+
+
+def _write(edit: GgufEdit, path: Path, quant: str | None) -> AppliedEdit:
+    """Write one file. Edited tensors are encoded in their final type from the exact edit, never twice."""
+    if quant is None:
+        return _write_gguf(edit, path)
+    types, matrix = planned_types_of_mix(edit.checkpoint.file, quant, edit.imatrix)
+    entries = {} if matrix is None else {t.name: matrix.of(t) for t in edit.checkpoint.file.tensors}
+    importance = {name: torch.from_numpy(entry) for name, entry in entries.items() if entry is not None}
+    half = partial_of(path.with_name(f"{path.name}.edited"))
+    try:
+        applied = _write_gguf(edit, half, types, importance)
+        changes = {
+            "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
+            "general.file_type": value_of(file_type(quant)),
+            **({} if matrix is None else matrix.metadata()),
+        }
+        rewrite(read_gguf(half), path, types, changes, matrix)
+    finally:
+        half.unlink(missing_ok=True)
+    return applied
+
+
+def _write_gguf(
+    edit: GgufEdit, path: Path, types: Types | None = None, importance: Mapping[str, torch.Tensor] | None = None
+) -> AppliedEdit:
+    applied = write_gguf(
+        edit.checkpoint,
+        edit.model,
+        edit.plan,
+        path,
+        settings=edit.settings,
+        direction=edit.direction,
+        provenance=edit.provenance,
+        types=types,
+        importance=importance,
+    )
+    for note in leak_notes(applied):
+        say(note)
+    return applied
+
+
+def _write_records(edit: GgufEdit, applied: AppliedEdit, path: Path, card: Path | None, files: list[str]) -> None:
+    write_provenance(
+        describe_edit(edit.checkpoint, edit.model, edit.plan, edit.settings, edit.direction),
+        edit.model,
+        edit.plan,
+        applied,
+        path,
+        card,
+        output={"files": files},
+        provenance=edit.provenance,
+    )
+
+
+def _write_checkpoint(edit: GgufEdit, folder: Path) -> None:
+    write_checkpoint(
+        edit.checkpoint,
+        edit.model,
+        edit.plan,
+        folder,
+        settings=edit.settings,
+        out_dtype="bf16",
+        direction=edit.direction,
+        provenance=edit.provenance,
+    )
+
+
+def _needed(edit: GgufEdit, quants: Sequence[str], keep_checkpoint: bool) -> int:
+    """Upper bound in bytes on the size of the folder while it is written."""
+    checkpoint, file = edit.checkpoint, edit.checkpoint.file
+    own = file_size(file, file.metadata, planned_types(checkpoint, edit.plan))
+    total = (output_size(checkpoint, "bf16") if keep_checkpoint else 0) + _RECORDS
+    if not quants:
+        return total + own
+    mixes = [planned_types_of_mix(file, quant, edit.imatrix)[0] for quant in quants]
+    halves = [file_size(file, file.metadata, planned_types(checkpoint, edit.plan, mix)) for mix in mixes]
+    return total + sum(file_size(file, file.metadata, mix) for mix in mixes) + max(halves)
+
+
+def _stem(checkpoint: GgufCheckpoint) -> str:
+    """The name of the edited file, without its ending: that of the source."""
+    return file_stem(checkpoint.public_name).removesuffix(_ENDING)
+
+
+def _without_type(stem: str) -> str:
+    """A file's stem without the type that it ends in, such as ``.Q4_1``."""
+    found = re.fullmatch(r"(.+)[-.](I?Q\d\w*|[BF]F?\d\d|MXFP4)", stem, re.IGNORECASE)
+    return found[1] if found else stem
+
+
+def _is_edited(path: Path) -> bool:
+    try:
+        return any(key.startswith(PREFIX) for key in read_gguf(path).metadata)
+    except ForgeError:
+        return False
