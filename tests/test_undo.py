@@ -31,6 +31,7 @@ from tests import tiny
 from tests.gguf_models import Model, gguf_models
 from tests.packed import fp8_model
 from tests.test_apply import packed_gpt_oss
+from tests.test_cli import complaint, forge
 
 R = tiny.unit_vector(7)
 __all__ = ["gguf_models"]  # a fixture
@@ -181,6 +182,16 @@ def test_an_undo_file_writes_only_inside_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="is not an undo file"):
         undo(output, tmp_path / "back")
     assert not (tmp_path / "outside").exists()
+
+
+def test_options_that_undo_does_not_take_are_refused(tmp_path: Path) -> None:
+    command = ("abliterate", "apply", "--model", "edited")
+    for options, message in (
+        (("--undo", "--output-dir", "back", "--strength", "2"), "--strength has no meaning with --undo"),
+        (("--undo",), "give either --output-dir or --output"),
+        (("--source", "model", "--output-dir", "back"), "--source is for --undo"),
+    ):
+        assert message in complaint(forge(*command, *options, folder=tmp_path), 2)[0]
 
 
 # -- GGUF files ----------------------------------------------------------------------------------------------------
