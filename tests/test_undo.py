@@ -26,12 +26,15 @@ from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json, sha256_file
+from ollama_forge.ollama.registration import OllamaSettings
+from ollama_forge.pipeline import run
 from ollama_forge.sources import remembered
 from tests import tiny
 from tests.gguf_models import Model, gguf_models
 from tests.packed import fp8_model
 from tests.test_apply import packed_gpt_oss
 from tests.test_cli import complaint, forge
+from tests.test_run import settings
 
 R = tiny.unit_vector(7)
 __all__ = ["gguf_models"]  # a fixture
@@ -184,6 +187,16 @@ def test_an_undo_file_writes_only_inside_its_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
+def test_run_keeps_undo(tmp_path: Path) -> None:
+    planned = settings(tmp_path, evaluate=False, verify=False, keep_undo=True, ollama=OllamaSettings(register=False))
+    before = contents(Path(planned.model))
+    run(planned)
+    shutil.rmtree(planned.model)
+    output = tmp_path / "out" / "checkpoint"
+    assert undo(output, tmp_path / "back").taken_from == undo_path(output)
+    assert contents(tmp_path / "back") == before
+
+
 def test_options_that_undo_does_not_take_are_refused(tmp_path: Path) -> None:
     command = ("abliterate", "apply", "--model", "edited")
     for options, message in (
@@ -199,10 +212,10 @@ def test_options_that_undo_does_not_take_are_refused(tmp_path: Path) -> None:
 
 def edited_file(source: GgufCheckpoint, path: Path) -> Path:
     model = map_checkpoint(source)
-    settings = EditSettings(targets=("attention", "mlp"), skip_begin_layers=1, skip_end_layers=0)
+    chosen = EditSettings(targets=("attention", "mlp"), skip_begin_layers=1, skip_end_layers=0)
     direction = RefusalDirection(tiny.unit_vector(3, model.d_model).unsqueeze(0), layer=1)
-    plan = plan_orthogonal(model, direction, settings, vector_reader(source.tensors))
-    write_gguf(source, model, plan, path, settings=settings)
+    plan = plan_orthogonal(model, direction, chosen, vector_reader(source.tensors))
+    write_gguf(source, model, plan, path, settings=chosen)
     return path
 
 
