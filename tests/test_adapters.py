@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,19 +23,21 @@ from ollama_forge.api import export_adapter
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.gguf.converter import find_converter
+from ollama_forge.checkpoints.gguf.file import Tensor as Entry
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.factors import Rescale
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_peft_adapter
-from ollama_forge.export.convert import convert
 from ollama_forge.files import read_json, write_json
 from ollama_forge.sources.resolve import resolve
-from tests import families, llamacpp_adapter, tiny
+from tests import llamacpp_adapter, tiny
+from tests.gguf_models import Model, gguf_models
 from tests.packed import fp8_decoded, fp8_model
-from tests.test_export_convert import byte_pairs
 
+__all__ = ["gguf_models"]  # a fixture
 PROMPTS = [[5, 40, 77, 130], [9, 200, 31, 31, 8, 61, 100]]
 LETTER = 2 + ord("a")
 ALL_TOKENS = 1 << 20
@@ -59,13 +62,13 @@ def edit_of(source: Checkpoint, model: ModelMap, chosen: Callable[[Matrix], bool
             torch.randn(*stack, size, rank, generator=generator) / size**0.5
             for size in (matrix.out_features, matrix.in_features)
         )
-        records[matrix.tensor] = MatrixRecord(left, 2 * right, 1.5 * scale, Rescale.NONE)
+        records[matrix.tensor] = MatrixRecord(left, 4 * right, 1.5 * scale, Rescale.NONE)
     return EditRecord("least-squares", source.fingerprint, records)
 
 
-def edited_model(source: Checkpoint, model: ModelMap, edit: EditRecord, folder: Path) -> Any:
+def edited_model(source: Checkpoint, model: ModelMap, edit: EditRecord, folder: Path, **config: Any) -> Any:
     write_checkpoint(source, model, edit.plan(model, source.fingerprint), folder, settings=None)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
 
 
 @torch.no_grad()
@@ -141,39 +144,51 @@ def _next(client: httpx.Client, prompt: list[int], scale: float) -> Tensor:
 
 
 GGUF_CASES: dict[str, Callable[[Matrix], bool]] = {
-    "mistral": lambda matrix: True,  # rows of q and k are permuted
+    "llama": lambda matrix: matrix.layer is None or matrix.layer < 2,  # rows of q and k are permuted; not tied
     "gpt2": not_tables,  # transposed
-    "falcon": not_tables,  # q, k and v are regrouped
+    "gpt_neox": not_tables,  # q, k and v are regrouped
     "qwen3_moe": not_tables,  # experts are stacked
 }
-
-
-def convertible(family: str, folder: Path) -> Checkpoint:
-    """A model that llama.cpp's converter takes: with a merge in its tokenizer, and keys of older configs."""
-    model: Any = tiny.build(family) if family in tiny.FAMILIES else families.build(family)
-    model.resize_token_embeddings(tiny.VOCABULARY + 1)
-    source = tiny.save(model.half().float(), folder)
-    byte_pairs((("t", "h"),)).save_pretrained(folder)
-    older = {"gpt2": {"n_ctx": 512}, "qwen3_moe": {"norm_topk_prob": True}}.get(family, {})
-    write_json(folder / "config.json", {**read_json(folder / "config.json"), **older})
-    return source
+LIKE_LLAMA_CPP = {"qwen3_moe": {"norm_topk_prob": True}}  # which llama.cpp takes for granted
 
 
 @pytest.mark.parametrize("family", GGUF_CASES)
-def test_gguf_adapter_is_the_edit(tmp_path: Path, family: str) -> None:
-    source = convertible(family, tmp_path / "model")
+def test_gguf_adapter_is_the_edit(tmp_path: Path, gguf_models: Mapping[str, Model], family: str) -> None:
+    source, chosen = gguf_models[family].checkpoint, GGUF_CASES[family]
+    file = gguf_models[family].with_types(tmp_path / "base.gguf", lambda tensor: Type.F16)
     model = map_checkpoint(source)
-    edit = edit_of(source, model, GGUF_CASES[family])
+    adapter = tmp_path / "adapter.gguf"
+    write_gguf_adapter(edit_of(source, model, chosen), model, file.layout, file.file.architecture, adapter)
+    edited = {}
+    for scale in (0.0, 1.0, -0.5):
+        edit = edit_of(source, model, chosen, scale)
+        made = edited_model(source, model, edit, tmp_path / str(scale), **LIKE_LLAMA_CPP.get(family, {}))
+        edited[scale] = log_probs(made)
+    with llama_cpp(file.path, adapter) as adapted:
+        for scale, expected in edited.items():
+            torch.testing.assert_close(adapted(scale), expected, rtol=0, atol=0.05)
+    assert all((edited[0.0] - edited[scale]).abs().max() > 0.5 for scale in (1.0, -0.5))
+
+
+def test_gguf_adapter_needs_no_gguf_file(tmp_path: Path, gguf_models: Mapping[str, Model]) -> None:
+    source = gguf_models["llama"].checkpoint
+    file = gguf_models["llama"].opened(gguf_models["llama"].path)
+    model = map_checkpoint(source)
+    edit = edit_of(source, model, GGUF_CASES["llama"])
     edit.save(tmp_path / "edit.safetensors")
-    export_adapter(tmp_path / "edit.safetensors", str(source.folder), tmp_path / "adapter.gguf", form="gguf")
-    convert(find_converter(None), source, tmp_path / "base.gguf", outtype="f16", name="Base")
-    with llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as adapted:
-        for scale in (0.0, 1.0, -0.5):
-            scaled = edit_of(source, model, GGUF_CASES[family], scale)
-            edited = log_probs(edited_model(source, model, scaled, tmp_path / f"edited {scale}"))
-            print(family, scale, (adapted(scale) - edited).abs().max(), (adapted(0.0) - edited).abs().max())
-            torch.testing.assert_close(adapted(scale), edited, rtol=0, atol=0.05)
-            assert scale == 0 or (adapted(0.0) - edited).abs().max() > 0.5
+    export_adapter(tmp_path / "edit.safetensors", str(source.folder), tmp_path / "one.gguf", form="gguf")
+    write_gguf_adapter(edit, model, file.layout, file.file.architecture, tmp_path / "other.gguf")
+    one, other = (read_gguf(tmp_path / name) for name in ("one.gguf", "other.gguf"))
+    assert one.architecture == other.architecture == "llama"
+    assert one.get("adapter.lora.alpha") == 2.0
+    assert {t.name: held(t) for t in one.tensors} == {t.name: held(t) for t in other.tensors}
+    assert str(tmp_path).encode() not in one.path.read_bytes()
+
+
+def held(tensor: Entry) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.size)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------

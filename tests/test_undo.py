@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from ollama_forge.api import apply, undo
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.gguf_output import write_gguf
+from ollama_forge.edits.orthogonal import plan_orthogonal
+from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json, sha256_file
+from ollama_forge.ollama.registration import OllamaSettings
+from ollama_forge.pipeline import run
 from ollama_forge.sources import remembered
 from tests import tiny
+from tests.gguf_models import Model, gguf_models
 from tests.packed import fp8_model
 from tests.test_apply import packed_gpt_oss
+from tests.test_cli import complaint, forge
+from tests.test_run import settings
 
 R = tiny.unit_vector(7)
+__all__ = ["gguf_models"]  # a fixture
 
 
 def bf16(folder: Path) -> Checkpoint:
@@ -170,3 +185,63 @@ def test_an_undo_file_writes_only_inside_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ForgeError, match="is not an undo file"):
         undo(output, tmp_path / "back")
     assert not (tmp_path / "outside").exists()
+
+
+def test_run_keeps_undo(tmp_path: Path) -> None:
+    planned = settings(tmp_path, evaluate=False, verify=False, keep_undo=True, ollama=OllamaSettings(register=False))
+    before = contents(Path(planned.model))
+    run(planned)
+    shutil.rmtree(planned.model)
+    output = tmp_path / "out" / "checkpoint"
+    assert undo(output, tmp_path / "back").taken_from == undo_path(output)
+    assert contents(tmp_path / "back") == before
+
+
+def test_options_that_undo_does_not_take_are_refused(tmp_path: Path) -> None:
+    command = ("abliterate", "apply", "--model", "edited")
+    for options, message in (
+        (("--undo", "--output-dir", "back", "--strength", "2"), "--strength has no meaning with --undo"),
+        (("--undo",), "give either --output-dir or --output"),
+        (("--source", "model", "--output-dir", "back"), "--source is for --undo"),
+    ):
+        assert message in complaint(forge(*command, *options, folder=tmp_path), 2)[0]
+
+
+# -- GGUF files ----------------------------------------------------------------------------------------------------
+
+
+def edited_file(source: GgufCheckpoint, path: Path) -> Path:
+    model = map_checkpoint(source)
+    chosen = EditSettings(targets=("attention", "mlp"), skip_begin_layers=1, skip_end_layers=0)
+    direction = RefusalDirection(tiny.unit_vector(3, model.d_model).unsqueeze(0), layer=1)
+    plan = plan_orthogonal(model, direction, chosen, vector_reader(source.tensors))
+    write_gguf(source, model, plan, path, settings=chosen)
+    return path
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q4_1])
+def test_gives_a_gguf_file_back(tmp_path: Path, gguf_models: Mapping[str, Model], kind: Type) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    source = gguf_models["qwen3_moe"].with_types(folder / "model.gguf", lambda tensor: kind)
+    with source.path.open("ab") as file:
+        file.write(b"what a program left behind the tensors")
+    source = gguf_models["qwen3_moe"].opened(source.path)
+    before = sha256_file(source.path)
+    output = edited_file(source, tmp_path / "edited.gguf")
+    kept = keep_undo(source, output)
+    assert kept == tmp_path / "edited.gguf.undo"
+    assert kept.stat().st_size < 0.9 * source.path.stat().st_size  # the embeddings and layer 0 are in the output
+    assert str(tmp_path).encode() not in output.read_bytes() + kept.read_bytes()
+
+    assert undo(output, tmp_path / "back").taken_from == source.path
+    assert sha256_file(tmp_path / "back" / "model.gguf") == before
+    source.path.rename(folder / "moved.gguf")
+    assert undo(output, tmp_path / "back.gguf").taken_from == kept
+    assert sha256_file(tmp_path / "back.gguf") == before
+    flip(output, next(tensor.start for tensor in read_gguf(output).tensors if tensor.name == "token_embd.weight"))
+    with pytest.raises(ForgeError, match="do not give the source back"):
+        undo(output, tmp_path / "again.gguf")
+    assert {path.name for path in tmp_path.iterdir()} & {"again.gguf", "again.gguf.partial"} == set()
+    given = undo(output, tmp_path / "given.gguf", source=str(folder / "moved.gguf"))
+    assert (given.taken_from, sha256_file(tmp_path / "given.gguf")) == (folder / "moved.gguf", before)

@@ -195,6 +195,13 @@ def apply(
     """
     gguf = gguf or GgufOptions()
     gguf.check(output_dir)
+    if keep_undo and gguf.quants:
+        raise UsageError(
+            "with --quant every tensor gets another type, so that --keep-undo would keep a second copy of the file",
+            "leave --keep-undo out, and keep the file itself",
+        )
+    if adapter is not None and gguf.base is not None:
+        raise UsageError("--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them")
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
@@ -235,7 +242,7 @@ def apply(
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
         edited, applied = _write_gguf(edit, output_dir, gguf)
         if keep_undo:
-            write_undo_of(source, edited.location)
+            write_undo_of(source, edited.path)
         return edited, applied
     assert output_dir is not None
     applied = write_checkpoint(
@@ -253,7 +260,7 @@ def apply(
     return Checkpoint(output_dir, str(output_dir), "folder"), applied
 
 
-def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[Checkpoint, AppliedEdit]:
+def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[GgufCheckpoint, AppliedEdit]:
     if folder is not None:
         written = write_edited_folder(edit, folder, options.quants, keep_checkpoint=options.keep_checkpoint)
     else:

@@ -123,6 +123,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
         adapter=options["adapter"],
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
+        keep_undo=options["keep_undo"],
         gguf=GgufOptions(
             output=_path(options["output"]),
             quants=parse_quants(options["quant"]) if options["quant"] else (),
@@ -130,7 +131,6 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
             keep_checkpoint=options["keep_checkpoint"],
             base=options["base"],
         ),
-        keep_undo=options["keep_undo"],
         allow_partial=options["allow_partial"],
         trust_remote_code=options["trust_remote_code"],
     )

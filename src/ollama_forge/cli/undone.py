@@ -21,8 +21,6 @@ def undo(ctx: click.Context, options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: an option is given that has no meaning for it, or none says where to write.
     """
-    from ollama_forge.api import undo
-
     given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     for parameter in ctx.command.params:
         if parameter.name in given - _USED:
@@ -30,6 +28,8 @@ def undo(ctx: click.Context, options: Mapping[str, Any]) -> None:
     targets = [Path(options[name]) for name in ("output_dir", "output") if options.get(name)]
     if len(targets) != 1:
         raise UsageError("give either --output-dir or --output", "--output FILE.gguf is for a GGUF source")
+    from ollama_forge.api import undo
+
     written = undo(Path(options["model"]), targets[0], source=options["source"])
     if options["as_json"]:
         described = {"path": str(written.path), "taken_from": str(written.taken_from), "sha256": dict(written.hashes)}
