@@ -34,7 +34,7 @@ def given(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Model:
-    """As in the store; ``template`` is None where there is no such layer."""
+    """As in the store; ``template`` is None where there is no such layer, projectors follow the model's weights."""
 
     weights: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
@@ -45,6 +45,8 @@ class Model:
     parameters: dict[str, Any] = field(default_factory=dict)
     licenses: list[str] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
+    requires: str = ""
+    drafts: list[str] = field(default_factory=list)
 
 
 class Failure(Exception):  # noqa: N818
@@ -68,6 +70,8 @@ class FakeOllama:
         self.ends_with_error = ""
         self.stops_without_success = False
         self.ignores_renderers = False
+        self.drops_projectors = False
+        self.drops_adapters = False
         self.renderer_of_its_own = ""
         self.breaks_after: int | None = None
         self.blob_status = 0
@@ -95,6 +99,9 @@ class FakeOllama:
             else:
                 model = Model()
                 yield from self._from_files(body, model)
+            if len(body.get("adapters", {})) > 1:
+                raise Failure("only one adapter is currently supported")
+            model.adapters += [] if self.drops_adapters else body.get("adapters", {}).values()
             yield from self._layers(body, model)
         except Failure as error:
             yield {"error": str(error)}
@@ -113,6 +120,9 @@ class FakeOllama:
             if digest not in self.blobs:
                 raise Failure(f"open /models/blobs/{digest.replace(':', '-')}: no such file or directory")
             data = self.blobs[digest]
+            if b"mmproj" in data[:200]:
+                model.weights += [] if self.drops_projectors else [digest]
+                continue
             if body.get("quantize") and file_type(data) not in (0, 1, 32):
                 raise Failure("quantization is only supported for F16, BF16 and F32 models")
             if body.get("quantize"):
@@ -120,17 +130,18 @@ class FakeOllama:
             yield {"status": "verifying conversion"}
             stored = self.keep(b"rewritten " + data)
             yield layer(stored)
-            model.weights.append(stored)
+            model.weights.insert(0, stored)
             if b"<|im_start|>" in data:
                 model.template, model.parameters = CHATML, {"stop": CHATML_STOP}
                 if not body.get("template"):
                     yield {"status": "using autodetected template chatml"}
-        model.adapters = list(body.get("adapters", {}).values())
+        model.drafts = list(body.get("draft_files", {}).values())
 
     def _layers(self, body: dict[str, Any], model: Model) -> Iterator[dict[str, Any]]:
         if not self.ignores_renderers:
             model.renderer = body.get("renderer") or model.renderer or self.renderer_of_its_own
             model.parser = body.get("parser") or model.parser
+        model.requires = body.get("requires") or model.requires
         for part in ("template", "system", "messages"):
             if body.get(part):
                 setattr(model, part, body[part])
@@ -148,6 +159,7 @@ class FakeOllama:
         texts += [(part.upper(), getattr(model, part)) for part in ("system", "renderer", "parser")]
         lines = [*(f"FROM /models/blobs/{digest.replace(':', '-')}" for digest in model.weights[:1])]
         lines += [f"ADAPTER /models/blobs/{digest.replace(':', '-')}" for digest in model.adapters]
+        lines += [f"DRAFT /models/blobs/{digest.replace(':', '-')}" for digest in model.drafts]
         lines += [f"FROM /models/blobs/{digest.replace(':', '-')}" for digest in model.weights[1:]]
         lines += [f"{command} {quote(text)}" for command, text in texts if text]
         single = [(k, v) for key, held in model.parameters.items() for k, v in spread(key, held)]
@@ -162,11 +174,12 @@ class FakeOllama:
             "template": model.template or NONE,
             "system": model.system,
             "messages": model.messages,
+            "requires": model.requires,
         }
         rest = {
             "details": {"parent_model": "", "format": "gguf", "family": "llama", "quantization_level": "Q4_1"},
             "model_info": {"general.architecture": "llama"},
-            "capabilities": ["completion"],
+            "capabilities": ["completion", *(["vision"] if model.weights[1:] else [])],
         }
         return {**{key: value for key, value in answer.items() if value}, **rest}
 

@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType as Type
 
-from ollama_forge.checkpoints.gguf.file import Value, read_gguf, value_of
+from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.checkpoint_folder import output_size
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.tokens import Mismatch, TokenCheck
-from ollama_forge.export import gguf_file, quantise
-from ollama_forge.export.gguf_file import QuantisedFile, tokenizer_metadata
-from ollama_forge.export.plan import ExportSettings, plan_export
+from ollama_forge.export import gguf_file
+from ollama_forge.export.gguf_file import QuantisedFile
+from ollama_forge.export.plan import ExportSettings
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.pipeline import RunSettings, disk_space, exporting, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
-from ollama_forge.sources.resolve import resolve
 from ollama_forge.system import free_space
-from tests import fake_ollama, planted, test_gguf_source, tiny
+from tests import fake_ollama, planted, tiny
 from tests.test_export_convert import byte_pairs
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -69,7 +67,7 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     assert (report.file.path, report.file.quant, report.file.size) == (path, "Q8_0", path.stat().st_size)
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (Q8_0)"]
     ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
-    assert ours.harmful.total == checkpoint.harmful.total
+    assert 32 <= ours.harmful.total <= checkpoint.harmful.total
     assert (
         abs(ours.first_token_kl.value - checkpoint.first_token_kl.value) < 0.05 * checkpoint.first_token_kl.value + 0.01
     )
@@ -79,7 +77,7 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     assert set(stored["measurements"]) == set(report.rows)
     assert stored["gguf"]["tokens"]["texts"] >= 200
     assert stored["gguf"]["pre_tokenizer_fallback"] == "default"
-    assert {"gguf", "tokens", "gguf-measure"} <= set(stored["seconds"])
+    assert {"gguf", "tokens", "gguf-measure-Q8_0"} <= set(stored["seconds"])
 
 
 def test_the_file_says_where_it_comes_from(done: tuple[RunSettings, Report]) -> None:
@@ -114,7 +112,7 @@ def test_a_second_run_makes_nothing_again(
     again = run(made)
     assert {**again.to_json(), "seconds": 0} == {**first.to_json(), "seconds": 0}
     said = capsys.readouterr().err
-    for stage in ("gguf", "tokens", "gguf-measure"):
+    for stage in ("gguf", "tokens", "gguf-measure-Q8_0"):
         assert f"{stage}: done before, unchanged" in said
 
 
@@ -192,7 +190,7 @@ def test_a_failed_verification_still_makes_the_file_marked_and_unregistered(
     assert read_gguf(made.folder / "org-tiny-x.gguf").get("ollama_forge.verified") == "no"
     stored = read_json(made.folder / "report.json")
     assert stored["gguf"]["verified"] is False
-    assert stored["ollama"] == {"made": None, "problem": "the checkpoint failed verification"}
+    assert stored["ollama"] == {"made": None, "problem": "the weights failed verification"}
 
 
 def test_what_cannot_be_converted_is_said_and_the_rest_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,43 +236,6 @@ def test_room_is_asked_for_before_the_work(
     assert free_space(tmp_path) > needed
 
 
-# a GGUF file as source
-
-
-def typed(path: Path, number: int) -> Path:
-    """A tiny file that says it is of a type, with a token that is no text."""
-    plain = path.with_name("plain.gguf")
-    test_gguf_source.write(plain)
-    file = read_gguf(plain)
-    changes: dict[str, Value | None] = {
-        "general.file_type": value_of(number),
-        "tokenizer.ggml.pre": value_of("smollm"),
-        "tokenizer.chat_template": value_of(tiny.TEMPLATE + "{# its own #}"),
-    }
-    quantise.rewrite(file, path, {tensor.name: tensor.type for tensor in file.tensors}, changes)
-    return path
-
-
-def test_a_gguf_source_keeps_its_type_tokenizer_and_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
-    source = typed(tmp_path / "source.gguf", 7)
-    report = run(settings(tmp_path, source, export=ExportSettings(), evaluate=False))
-    assert report.file is not None
-    assert (report.file.quant, report.file.pre_tokenizer_fallback) == ("Q8_0", None)
-    before, after = read_gguf(source), read_gguf(report.file.path)
-    kept = [key for key in before.metadata if key.startswith("tokenizer.")]
-    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.pre", "tokenizer.chat_template"} <= set(
-        kept
-    )
-    for key in kept:
-        assert after.metadata[key] == before.metadata[key], key
-    assert after.get("tokenizer.chat_template").endswith("{# its own #}")
-    assert next(t for t in after.tensors if t.name == "blk.0.attn_q.weight").type == Type.Q8_0
-    assert "GGUF (Q8_0)" not in report.rows
-    assert report.tokens is not None
-    assert report.file.tokenizer_of_source
-
-
 def test_a_file_that_garbles_text_is_not_passed_over() -> None:
     mismatch = Mismatch("the sea", ("theĠ", "s"), ("the", "Ġs"))
     check = TokenCheck(220, 3, 2, (mismatch,))
@@ -290,22 +251,12 @@ def test_a_file_that_garbles_text_is_not_passed_over() -> None:
     assert "garbles" not in kept
 
 
-def test_a_source_of_a_type_that_is_not_written_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
-    path = typed(tmp_path / "source.gguf", 19)  # IQ2_XXS
-    made = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings())
-    assert made.quant == "Q4_K_M"
-    assert "the GGUF file will be Q4_K_M" in made.notes[0]
-    told = plan_export(resolve(str(path)), str(path), "x", tmp_path / "out", ExportSettings("Q5_K_S"))
-    assert told.quant == "Q5_K_S"
-
-
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    path = typed(tmp_path / "source.gguf", 7)
-    file = read_gguf(path)
-    other = replace(file, metadata={**file.metadata, "tokenizer.ggml.tokens": value_of(["a", "b"])})
-    assert set(tokenizer_metadata(file, file)) == {key for key in file.metadata if key.startswith("tokenizer.")}
-    with pytest.raises(ForgeError, match="has 2 tokens and 262 embeddings"):
-        tokenizer_metadata(other, file)
+def test_several_types_of_one_checkpoint(done: tuple[RunSettings, Report], tmp_path: Path) -> None:
+    made = replace(done[0], export=ExportSettings("q8_0,Q4_K_M"), output_dir=str(tmp_path / "out"), evaluate=False)
+    report = run(made)
+    names = ["org-tiny-x-Q8_0.gguf", "org-tiny-x-Q4_K_M.gguf"]
+    assert [file.path.name for file in report.files] == names
+    assert [read_gguf(made.folder / name).get("general.file_type") for name in names] == [7, 15]
+    stored = read_json(made.folder / "report.json")["gguf"]
+    assert (stored["file"], [other["file"] for other in stored["others"]]) == (names[0], names[1:])
+    assert f"FROM ./{names[0]}" in (made.folder / "Modelfile").read_text(encoding="utf-8")

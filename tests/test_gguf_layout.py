@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ollama_forge.architectures.gguf.file_layout import file_layout
 from ollama_forge.architectures.gguf.hub_tensors import hub_shapes
 from ollama_forge.architectures.gguf.learn_layout import layout_of, learn_layout
+from ollama_forge.architectures.gguf.outputs import Output, check_complete
 from ollama_forge.architectures.gguf.places import NotMovedError, Program, parts_of
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
 from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf, value_of
@@ -78,6 +80,8 @@ MODELS: _Configs = {
     "falcon": _sized("falcon", new_decoder_architecture=True, num_kv_heads=2),
     "phi3": _sized("phi3"),
     "gemma2": _sized("gemma2", head_dim=8),
+    "gemma3_text": _sized("gemma3_text", head_dim=8),
+    "cohere2": _sized("cohere2", sliding_window=32),
     "mixtral": _sized("mixtral", num_local_experts=5),
     "qwen3_moe": _sized(
         "qwen3_moe", moe_intermediate_size=20, num_experts=6, num_experts_per_tok=2, tie_word_embeddings=False
@@ -90,7 +94,7 @@ MODELS: _Configs = {
         "mamba", hidden_size=32, state_size=6, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, eos_token_id=1
     ),
 }
-_OLD_KEYS = {"gpt2": {"n_ctx": 512}, "gpt_neox": {"rotary_pct": 0.25}}
+_OLD_KEYS = {"gpt2": {"n_ctx": 512}, "gpt_neox": {"rotary_pct": 0.25}, "cohere2": {"rotary_pct": 1.0}}
 """Keys that the converter asks for, and transformers no longer writes."""
 _FUNCTIONS: dict[Stored, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     Stored.SAME: lambda x: x,
@@ -264,6 +268,45 @@ def test_leading_axes_of_size_1_may_be_dropped(files: Path, session: ConverterSe
     (part,) = file_layout(learned, _with(file, {name: (48,)})).parts[name]
     assert (part.shape, part.start, part.count) == ((1, 48), 0, 48)
     assert part.steps == ((), (Steps(0, (48,), (1,)),))
+
+
+def test_the_language_model_of_a_wrapper(session: ConverterSession) -> None:
+    config = AutoConfig.for_model(
+        "mistral3",
+        text_config={**_SIZES, "model_type": "mistral"},
+        vision_config={"model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ).to_dict()
+    learned = learn_layout({**config, "architectures": ["Mistral3ForConditionalGeneration"]}, session)
+    held = {part.tensor for output in learned.outputs.values() for part in output.parts}
+    assert "blk.1.ffn_down.weight" in learned.outputs
+    assert {name.partition(".")[0] for name in held} == {"language_model"}
+
+
+def test_computed_values_are_refused_with_the_reason(files: Path, session: ConverterSession) -> None:
+    learned = learn_layout(_config(files, "qwen2"), session)
+    computed = replace(learned.outputs["output_norm.weight"], parts=(), computed="its values are computed")
+    outputs = {**learned.outputs, "output_norm.weight": computed}
+    with pytest.raises(ForgeError, match="holds no Hugging Face tensor as it is: its values are computed"):
+        file_layout(replace(learned, outputs=outputs), read_gguf(files / "qwen2.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "complete"),
+    [
+        ([(0, 4), (4, 2)], True),
+        ([(4, 2), (0, 4)], True),
+        ([(0, 4)], False),
+        ([(0, 4), (3, 2)], False),
+        ([(0, 6), (0, 6)], False),
+    ],
+)
+def test_each_element_is_to_be_held_once(parts: list[tuple[int, int]], complete: bool) -> None:
+    outputs = {}
+    for number, (first, count) in enumerate(parts):
+        steps = ((Steps(0, (count,), (1,)),), (Steps(1, (3,), (1,)),))
+        outputs[f"g{number}"] = Output((count, 3), (Part("x", (6, 3), 0, count, (first, 0), steps),))
+    with nullcontext() if complete else pytest.raises(ForgeError, match="does not hold each element of x once"):
+        check_complete(outputs)
 
 
 def test_a_layout_is_learned_once(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,11 @@ def test_a_group_ends_once_a_strength_suffices_or_costs_more_than_another_that_d
     assert LADDER[4][0].name in script.tried
 
 
+def test_without_any_candidate_there_is_no_choice() -> None:
+    with pytest.raises(ForgeError, match="none of the edits that an adapter can hold"):
+        climb(Scripted({}).attempt, list, base=BASE, max_kl=MAX_KL, default=None)
+
+
 def test_a_choice_is_one_flat_record() -> None:
     choice = Scripted({FIRST: (0.1, 4, 1)}).climb()
     value = to_json(choice)
@@ -154,7 +159,7 @@ def scripted_trials(refused: int) -> Any:
     """What ``choose_edit`` needs of ``Trials``."""
     return SimpleNamespace(
         base_harmful=counts(refused),
-        choose=lambda max_kl: Choice.of(DOCUMENTED_DEFAULT, "tried", BaseAnswers(counts(refused)), ()),
+        choose=lambda max_kl, **_: Choice.of(DOCUMENTED_DEFAULT, "tried", BaseAnswers(counts(refused)), ()),
     )
 
 

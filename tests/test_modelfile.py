@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.ollama.modelfile import Modelfile, Unwritable, quoted
 from ollama_forge.ollama.parameters import parse_assignments, read_shown
-from ollama_forge.ollama.register import write_modelfile
 from ollama_forge.ollama.template import TemplatePlan
+from ollama_forge.ollama.write_modelfile import write_modelfile
 from tests.fake_ollama import go, recorded
 
 PIECES = [

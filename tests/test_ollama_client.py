@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from ollama_forge import doctor
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
-from ollama_forge.ollama.address import ollama_url
 from ollama_forge.ollama.client import Client, CreateRequest, OllamaState, Shown, digest_of
+from ollama_forge.ollama_address import ollama_url
 from tests import fake_ollama
 from tests.fake_ollama import FakeOllama, Model, recorded
 

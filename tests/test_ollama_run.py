@@ -40,7 +40,7 @@ def finish(folder: Path, settings: OllamaSettings | None = None, *, name: str = 
     registration = plan(folder, settings, name=name)
     gguf = folder / "made.gguf"
     file = QuantisedFile(gguf, "Q8_0", gguf.stat().st_size, "embedded", None)
-    return register_file(registration, StageCache(folder), Exported(file), None)
+    return register_file(registration, StageCache(folder), Exported((file,)), None)
 
 
 @pytest.fixture

@@ -141,6 +141,14 @@ def test_two_depths_of_one_layer_are_tried_once(make: Any) -> None:
     assert [group[0].direction for group in trials._groups()][2:] == list(LATE)[:2]
 
 
+def test_without_norm_rules_only_edits_that_an_adapter_can_hold_are_tried(make: Any) -> None:
+    trials: Trials = make()
+    assert list(trials._groups(norm_rules=False)) == [group for group in trials._groups() if group in LADDER[2:]]
+    choice = trials.choose(0.2, norm_rules=False)
+    assert choice.trials
+    assert not any(trial.settings.norm_preserving for trial in choice.trials)
+
+
 def test_a_group_that_the_model_rules_out_is_left_out(
     make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

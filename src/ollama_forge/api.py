@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
@@ -20,7 +22,12 @@ from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.source_files import source_entry, source_location
+from ollama_forge.edits.undo import Undone
+from ollama_forge.edits.undo import keep_undo as write_undo_of
+from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
+from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import load_chat_model
@@ -49,6 +56,7 @@ def compute_dir(
     output: Path,
     *,
     revision: str | None = None,
+    adapter: str | None = None,
     prompts: PromptSettings | None = None,
     load: LoadSettings | None = None,
     direction: DirectionSettings | None = None,
@@ -58,6 +66,7 @@ def compute_dir(
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
     Args:
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
             model, they are written to an edit file beside ``output``.
         allow_partial: accept a model of which only a part is proven; factors are fitted to that part.
@@ -78,7 +87,7 @@ def compute_dir(
     split = uncapped.load(registered_method(edit.factors).pairs)
     for note in split.notes:
         say(f"note: {note}")
-    source = resolve(model, revision, trust_remote_code=load.trust_remote_code)
+    source = resolve(model, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     examined = examine(source, trust_remote_code=load.trust_remote_code)
     model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
     chat = load_chat_model(source, load, model_map)
@@ -151,11 +160,13 @@ def apply(
     edit_file: Path | None = None,
     per_layer: bool | None = None,
     revision: str | None = None,
+    adapter: str | None = None,
     settings: EditSettings | None = None,
     out_dtype: str = "auto",
     gguf: GgufOptions | None = None,
     allow_partial: bool = False,
     trust_remote_code: bool = False,
+    keep_undo: bool = False,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
@@ -165,11 +176,13 @@ def apply(
         edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
         per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
             the file says so.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         settings: settings of the edit with ``refusal_pt``; None for the documented default.
         out_dtype: the rule for storage types: ``auto``, ``keep`` or ``bf16`` (see ``edits/out_dtype.py``).
         gguf: options for a GGUF source.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
+        keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
 
     Returns:
         The edited checkpoint (that of the first GGUF file), and the record of the edit.
@@ -182,6 +195,13 @@ def apply(
     """
     gguf = gguf or GgufOptions()
     gguf.check(output_dir)
+    if keep_undo and gguf.quants:
+        raise UsageError(
+            "with --quant every tensor gets another type, so that --keep-undo would keep a second copy of the file",
+            "leave --keep-undo out, and keep the file itself",
+        )
+    if adapter is not None and gguf.base is not None:
+        raise UsageError("--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them")
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
@@ -190,10 +210,14 @@ def apply(
         settings = settings or EditSettings()
         check_edit(settings)
     base = None if gguf.base is None else resolve(gguf.base, trust_remote_code=trust_remote_code)
-    if base is not None:
-        source: Checkpoint = resolve_gguf(model, revision, base)
+    if base is None:
+        source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
+    elif adapter is None:
+        source = resolve_gguf(model, revision, base)
     else:
-        source = resolve(model, revision, trust_remote_code=trust_remote_code)
+        raise UsageError(
+            "--adapter is merged into a checkpoint, and --base is for a GGUF file", "leave out one of them"
+        )
     gguf.check_source(source, out_dtype)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
@@ -216,7 +240,10 @@ def apply(
         say("note: the unembedding is tied to the embedding, so it is edited too")
     if isinstance(source, GgufCheckpoint):
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
-        return _write_gguf(edit, output_dir, gguf)
+        edited, applied = _write_gguf(edit, output_dir, gguf)
+        if keep_undo:
+            write_undo_of(source, edited.path)
+        return edited, applied
     assert output_dir is not None
     applied = write_checkpoint(
         source,
@@ -228,13 +255,67 @@ def apply(
         direction=direction,
         provenance=provenance,
     )
+    if keep_undo:
+        write_undo_of(source, output_dir)
     return Checkpoint(output_dir, str(output_dir), "folder"), applied
 
 
-def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[Checkpoint, AppliedEdit]:
+def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[GgufCheckpoint, AppliedEdit]:
     if folder is not None:
         written = write_edited_folder(edit, folder, options.quants, keep_checkpoint=options.keep_checkpoint)
     else:
         assert options.output is not None
         written = write_edited_file(edit, options.output, next(iter(options.quants), None))
     return edit.checkpoint.with_file(written.files[0]), written.applied
+
+
+def undo(output: Path, target: Path, *, source: str | None = None) -> Undone:
+    """Write the source of an edited checkpoint or GGUF file, byte for byte, checked by hash.
+
+    Args:
+        output: what ``apply`` or ``run`` wrote: a folder, or a ``.gguf`` file.
+        target: the folder to write, or the ``.gguf`` file if the source is one.
+        source: the model that was edited; None to look where it lay, and then for the undo file.
+
+    Raises:
+        UsageError: ``target`` exists, or cannot hold the source.
+        ForgeError: the source is not to be found or has changed and there is no undo file, the undo file is damaged, or
+            the disk is full. Nothing is then written.
+    """
+    place = None
+    if source is not None:
+        place = Path(source).expanduser()
+        if not place.exists():
+            entry = source_entry(output)
+            place = source_location(resolve(source, entry.revision if entry.kind == "hub" else None))
+    return undo_edit(output, target, source=place)
+
+
+def export_adapter(
+    edit_file: Path,
+    model: str,
+    output: Path,
+    *,
+    form: str = "peft",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the factors of an edit file as an adapter of the model that it edits.
+
+    Args:
+        output: the folder of a PEFT adapter, or the ``.gguf`` file of a GGUF adapter.
+        form: ``peft`` or ``gguf``.
+
+    Raises:
+        UsageError: ``form`` is unknown, or ``output`` is not of that form or would be overwritten.
+        ForgeError: the edit is of another model, or no adapter can express it; or the disk is full.
+    """
+    writer = adapter_format(form)
+    writer.check_output(output)
+    record = EditRecord.load(edit_file)
+    source = resolve(model, revision, trust_remote_code=trust_remote_code)
+    if record.fingerprint != source.fingerprint:
+        say(f"note: the edit was computed from another file than {source.label}; its names and shapes are compared")
+    model_map = examine(source, trust_remote_code=trust_remote_code).model_map
+    entries = {"version": __version__, "base": source.public_name, "factors": record.factors}
+    return writer.write(record, source, model_map, output, {**entries, "settings": json.dumps(dict(record.settings))})

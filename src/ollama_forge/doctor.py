@@ -16,7 +16,7 @@ import httpx
 from ollama_forge import __version__
 from ollama_forge.errors import install_hint
 from ollama_forge.files import human_size
-from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
+from ollama_forge.ollama_address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.system import available_memory, cache_root, free_space, usable_cores
 
 _BASE = install_hint("abliterate")

@@ -23,8 +23,8 @@ class Checkpoint:
 
     Attributes:
         folder: the folder with config.json and the safetensors files.
-        label: the ``--model`` that the user gave, for messages.
-        kind: hub, folder, gguf, pickled (converted .bin files) or demo.
+        label: the ``--model`` that the user gave, for messages; of an Ollama model its name.
+        kind: hub, folder, gguf, ollama (a GGUF file in Ollama's store), pickled (converted .bin files) or demo.
         revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the demo's adapter; None for a
             folder.
     """
@@ -63,6 +63,11 @@ class Checkpoint:
         if self.kind in ("gguf", "pickled"):
             return Path(self.label).resolve().name
         return self.folder.name if self.kind == "folder" else self.label
+
+    @property
+    def location(self) -> Path:
+        """Where the weights are: the folder, or the GGUF file."""
+        return self.folder
 
     @property
     def has_stray_quantization_config(self) -> bool:

@@ -53,7 +53,7 @@ def no_weights_error(names: Collection[str], label: str, *, on_hub: bool = False
     if "adapter_config.json" in names:
         return ForgeError(
             f"{label} is a PEFT adapter, not a model",
-            "merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+            f"give its base model as --model, and --adapter {label}",
         )
     weights = [name for name in names if not any(fnmatchcase(name, other) for other in _NOT_WEIGHTS)]
     for pattern, layout in _OTHER_FORMATS.items():

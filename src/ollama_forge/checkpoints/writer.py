@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -45,12 +45,15 @@ class ShardWriter:
     A background thread writes and copies while the caller computes the next tensor. At most ``_MAX_WAITING`` computed
     chunks wait in memory; copies hold no memory. A later call, at the latest ``close``, raises the thread's exception.
 
+    Args:
+        metadata: further entries of the header's ``__metadata__``.
+
     Raises:
         ForgeError: a source file is truncated, or ``close`` is called before all data is written.
         OSError: the disk cannot be written.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self._bytes_left = sum(tensor.size for tensor in tensors)
         self._file: FileIO = path.open("wb", buffering=0)
@@ -59,7 +62,7 @@ class ShardWriter:
         self._last: Future[None] | None = None
         self._failure: BaseException | None = None
         self._unsynced = 0
-        self._submit(self._append, memoryview(_header(tensors)))
+        self._submit(self._append, memoryview(_header(tensors, metadata or {})))
 
     def write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Append computed data. A chunk must not change until the writer is closed."""
@@ -134,8 +137,8 @@ class ShardWriter:
             self._release()
 
 
-def _header(tensors: Sequence[OutputTensor]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.size

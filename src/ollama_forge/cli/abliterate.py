@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -19,6 +20,7 @@ def abliterate() -> None:
 
 
 abliterate.add_command(serve)
+abliterate.add_command(export_adapter)
 
 
 @abliterate.command("compute-dir")
@@ -41,6 +43,7 @@ def compute_dir(**options: Any) -> None:
         options["model"],
         Path(options["output"]),
         revision=options["revision"],
+        adapter=options["adapter"],
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
@@ -83,11 +86,28 @@ def compute_dir(**options: Any) -> None:
 @opt.base_option
 @opt.keep_checkpoint_option
 @opt.allow_partial_option
+@opt.adapter_option
+@opt.keep_undo_option
+@click.option(
+    "--undo",
+    is_flag=True,
+    help="Give back the model that --model, a checkpoint or GGUF file of apply or run, was made from, byte for byte: "
+    "from where it lay, from --source, or from the undo file.",
+)
+@click.option("--source", metavar="MODEL", help="With --undo: the model that was edited, if it was moved.")
 @opt.trust_option
 @opt.json_option
-def apply(**options: Any) -> None:
+@click.pass_context
+def apply(ctx: click.Context, /, **options: Any) -> None:
     """Edit a direction out of a model's weights on disk (or amplify it), without loading the model."""
     require_abliterate("apply")
+    if options["undo"]:
+        from ollama_forge.cli.undone import undo
+
+        undo(ctx, options)
+        return
+    if options["source"] is not None:
+        raise UsageError("--source is for --undo", "--model names the model to edit")
     from ollama_forge.api import GgufOptions, apply
     from ollama_forge.cli.applied import applied_json, print_applied
     from ollama_forge.export.mix import parse_quants
@@ -100,8 +120,10 @@ def apply(**options: Any) -> None:
         edit_file=_path(options["edit_file"]),
         per_layer=options["per_layer"],
         revision=options["revision"],
+        adapter=options["adapter"],
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
+        keep_undo=options["keep_undo"],
         gguf=GgufOptions(
             output=_path(options["output"]),
             quants=parse_quants(options["quant"]) if options["quant"] else (),
@@ -121,6 +143,7 @@ def apply(**options: Any) -> None:
 @abliterate.command("inspect")
 @opt.model_option
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.adapter_option
 @opt.factors_option
 @opt.edit_options
 @opt.trust_option
@@ -137,6 +160,7 @@ def inspect(**options: Any) -> None:
     found = inspect(
         options["model"],
         revision=options["revision"],
+        adapter=options["adapter"],
         settings=opt.edit_settings(options),
         trust_remote_code=options["trust_remote_code"],
     )
@@ -192,11 +216,25 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Continue even if the base model refuses less than 20 % of harmful prompts.",
 )
 @click.option("--no-escalate", is_flag=True, help="Use the documented default edit, and try no others.")
-@click.option("--quant", metavar="TYPE", help="Type of the GGUF file (default Q4_K_M, or that of a .gguf source).")
+@click.option(
+    "--quant",
+    metavar="TYPE[,TYPE]",
+    help="Types of the GGUF files, a file for each (default Q4_K_M; a GGUF source keeps the types of its tensors).",
+)
+@click.option("--imatrix", metavar="FILE", help="Importance matrix for quantising, as llama-imatrix writes it.")
+@opt.base_option
+@opt.keep_checkpoint_option
+@opt.keep_undo_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
+)
+@click.option(
+    "--as-adapter",
+    is_flag=True,
+    help="Make no second copy of the weights: add a small adapter, which holds the edit, to the model of --model "
+    "ollama:NAME. Only edits without a norm rule are tried.",
 )
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
@@ -219,6 +257,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         name=options["name"],
         output_dir=options["output_dir"],
         revision=options["revision"],
+        adapter=options["adapter"],
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
@@ -231,8 +270,13 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],
         verify=not options["no_verify"],
-        export=ExportSettings(options["quant"], not options["no_requantize"], options["llama_cpp_dir"]),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"]),
+        base=options["base"],
+        keep_checkpoint=options["keep_checkpoint"],
+        keep_undo=options["keep_undo"],
+        export=ExportSettings(
+            options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
+        ),
+        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)
@@ -278,6 +322,7 @@ def chat(**options: Any) -> None:
         name=options["name"],
         checkpoint=options["checkpoint"],
         revision=options["revision"],
+        adapter=options["adapter"],
         load=opt.load_settings(options),
         wishes=Wishes(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
         images=read_images(options["images"]),

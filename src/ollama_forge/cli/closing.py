@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
 from ollama_forge.search.ladder import MAX_FAILURE_RATE
@@ -46,11 +45,12 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     for line in report.file_lines():
         console.print(line, markup=False, soft_wrap=True)
     folder = report.folder
+    checkpoint = next((path for path in report.written if path.is_dir()), None)
     outputs = {
-        "checkpoint": folder / "checkpoint",
-        "edit file": edit_file_path(folder / "checkpoint"),
+        **({} if checkpoint is None else {"checkpoint": checkpoint}),
+        **({} if report.edit_file is None else {"edit file": report.edit_file}),
         "direction": folder / "refusal.pt",
-        **({} if report.file is None else {f"GGUF, {report.file.quant}": report.file.path}),
+        **{f"GGUF, {file.quant}": file.path for file in report.files},
         **({} if report.modelfile is None else {"Modelfile": report.modelfile}),
         "report": folder / "report.json",
     }
@@ -58,11 +58,10 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(f"{name}: {path} ({human_size(_size(path))})", markup=False, soft_wrap=True)
     for line in report.ollama_lines():
         console.print(line, markup=False, soft_wrap=True)
-    console.print(
-        f"talk to it: ollama-forge abliterate chat --checkpoint {folder / 'checkpoint'}",
-        markup=False,
-        soft_wrap=True,
-    )
+    if report.file is None or report.file.base is None:  # an adapter alone cannot be run here
+        console.print(
+            f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}", markup=False, soft_wrap=True
+        )
 
 
 def _size(path: Path) -> int:

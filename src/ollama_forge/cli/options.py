@@ -67,7 +67,7 @@ def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, demo or demo-base."
+    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, ollama:NAME, demo or demo-base."
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -89,10 +89,19 @@ base_option = click.option(
 keep_checkpoint_option = click.option(
     "--keep-checkpoint", is_flag=True, help="Also write the edited GGUF model as a bf16 checkpoint."
 )
+adapter_option = click.option(
+    "--adapter", metavar="ADAPTER", help="PEFT adapter to merge into the model first: a folder or Hub id."
+)
+keep_undo_option = click.option(
+    "--keep-undo",
+    is_flag=True,
+    help="Also write <output>.undo, with which apply --undo gives the model back where it is no longer at hand.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 talk_options = _combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
+    adapter_option,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",

@@ -68,6 +68,7 @@ def serve(**options: Any) -> None:
             _model_of(options["name"], options["checkpoint"]),
             options["revision"],
             trust_remote_code=load.trust_remote_code,
+            adapter=options["adapter"],
         )
         name = servable(options["name"] or _default_name(checkpoint))
         with status(f"loading {name}"):

@@ -22,6 +22,7 @@ from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json
 from ollama_forge.progress import say
@@ -115,10 +116,11 @@ def write_checkpoint(
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder) as partial, hashing_source(checkpoint) as hashes:
         applied = apply_plan(checkpoint, plan, partial, rule, described["settings"])
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
+            described["source"]["files"] = hashes()
         write_provenance(
             described,
             model,

@@ -35,6 +35,7 @@ from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, check_finite
 from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import atomic_file, copy_range, disk_errors, human_size, read_at, write_all
 from ollama_forge.progress import bar, say
@@ -73,6 +74,8 @@ def write_gguf(
     """
     planned = planned_types(checkpoint, plan, types)
     described = describe_edit(checkpoint, model, plan, settings, direction)
+    with hashing_source(checkpoint) as hashes:
+        described["source"]["files"] = hashes()
     metadata = edited_metadata(checkpoint.file.metadata, {**described, **(provenance or {})})
     check_target(checkpoint, path, file_size(checkpoint.file, metadata, planned))
     if types is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -15,15 +16,17 @@ from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.greedy import first_log_probs
-from ollama_forge.models.protocol import AnsweringModel
+from ollama_forge.models.protocol import AnsweringModel, ScoringModel
 from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.language import count_not_english
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.closed_thought import Thought
-from ollama_forge.text.tokenizer import Ids
+from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 ANSWER_TOKENS = 64
+LEAST_ANSWERS = 32
+_WAVE = 16  # prompts of each list between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
 
 
 def measure(
-    model: AnsweringModel, prompts: PartPrompts, base_log_probs: Tensor | None, title: str
+    model: ScoringModel, prompts: PartPrompts, base_log_probs: Tensor | None, title: str
 ) -> tuple[Measurement, Tensor]:
     """Generate greedy answers of up to 64 tokens (after any thought) to all prompts of a part, and measure them.
 
@@ -121,27 +124,73 @@ def measure(
         vocabulary of 152,000.
     """
     tokenizer = model.tokenizer
-
-    def decided(ids: Ids) -> bool:
-        return is_surely_refusal(tokenizer.decode(ids))
-
     harmful, harmless = (tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
+    decided = _refuses(tokenizer)
     with bar(title, len(harmful) + len(harmless)) as advance:
         refused = answer_after_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=advance)
         if tokenizer.thought.must_run:
-            closed = [tokenizer.closed_ids(instruction) for instruction in prompts.harmless]
-            first = model.answer(closed, 0, keep_first=True).first
+            first = _first_log_probs(model, prompts.harmless)
             answered = answer_after_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
         else:  # the prefill of the answers gives the first-token log-probabilities too
             both = model.answer(harmless, ANSWER_TOKENS, decided=decided, keep_first=True, progress=advance)
+            assert both.first is not None
             first, answered = both.first, both.ids
-    assert first is not None
-    divergence = kl_per_prompt(first if base_log_probs is None else base_log_probs, first)
+    kl = bootstrap_mean(kl_per_prompt(first if base_log_probs is None else base_log_probs, first).tolist())
+    return _measurement(tokenizer, refused, answered, kl), first
+
+
+def first_token_kl(model: ScoringModel, harmless: Sequence[str], base_log_probs: Tensor) -> Estimate:
+    """Mean first-token KL divergence from the base model on harmless instructions, with its interval.
+
+    Args:
+        base_log_probs: the base model's first-token log-probabilities, float32 ``[prompts, vocabulary]``.
+    """
+    return bootstrap_mean(kl_per_prompt(base_log_probs, _first_log_probs(model, harmless)).tolist())
+
+
+def measure_answers(
+    model: AnsweringModel, prompts: PartPrompts, kl: Estimate, title: str, *, seconds: float, least: int = LEAST_ANSWERS
+) -> Measurement:
+    """Measure the answers to as many prompts of a part as ``seconds`` allow, the first of each list.
+
+    Args:
+        kl: the first-token KL divergence of the model's weights, measured apart.
+        title: the label of the progress bar.
+        seconds: no prompts are begun after this time, if ``least`` of each list are answered.
+        least: number of prompts of each list that are answered in any case.
+    """
+    tokenizer, started = model.tokenizer, time.monotonic()
+    sides = tuple(tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
+    decided = _refuses(tokenizer)
+    answers: tuple[list[Ids], list[Ids]] = ([], [])
+    with bar(title, sum(map(len, sides))) as advance:
+        for start in range(0, max(map(len, sides)), _WAVE):
+            if start >= least and time.monotonic() - started > seconds:
+                break
+            for side, out in zip(sides, answers, strict=True):
+                wave = side[start : start + _WAVE]
+                out += answer_after_thoughts(model, wave, ANSWER_TOKENS, decided=decided, progress=advance)
+    return _measurement(tokenizer, *answers, kl)
+
+
+def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
+    """Whether an unfinished answer is surely a refusal, so that it may end there."""
+    return lambda ids: is_surely_refusal(tokenizer.decode(ids))
+
+
+def _first_log_probs(model: ScoringModel, instructions: Sequence[str]) -> Tensor:
+    """The first token's log-probabilities after an empty thought; ``[prompts, vocabulary]``."""
+    tokenizer = model.tokenizer
+    if tokenizer.thought.must_run:
+        return first_log_probs(model, [tokenizer.closed_ids(instruction) for instruction in instructions])
+    return first_log_probs(model, tokenizer.instructions_ids(instructions))
+
+
+def _measurement(tokenizer: Tokenizer, refused: Sequence[Ids], answered: Sequence[Ids], kl: Estimate) -> Measurement:
     texts = [[tokenizer.decode(ids) for ids in answers] for answers in (refused, answered)]
     counts = [Counts.of([classify(text) for text in side]) for side in texts]
     not_english = sum(map(count_not_english, texts))
-    kl = bootstrap_mean(divergence.tolist())
-    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english), first
+    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english)
 
 
 def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_log_probs: Tensor) -> float:
@@ -155,8 +204,6 @@ def count_answers(model: ChatModel, prompts: Sequence[Ids], progress: Callable[[
     Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
     """
 
-    def decided(ids: Ids) -> bool:
-        return is_surely_refusal(model.tokenizer.decode(ids))
-
+    decided = _refuses(model.tokenizer)
     answers = answer_after_thoughts(model, prompts, ANSWER_TOKENS, decided=decided, progress=progress)
     return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])

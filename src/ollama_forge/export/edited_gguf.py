@@ -119,6 +119,37 @@ def write_edited_file(edit: GgufEdit, path: Path, quant: str | None = None) -> E
     return EditedGguf((path,), edit_file_of(path), applied)
 
 
+def write_edited_files(edit: GgufEdit, files: Mapping[Path, str | None], folder: Path) -> EditedGguf:
+    """Write one file for each type, and to ``folder`` the provenance, the model card and the first file's edit file.
+
+    Args:
+        files: for each file the type to encode all tensors in; None for the source's own types.
+
+    Raises:
+        UsageError: a file is the source.
+        ForgeError: too little disk space, a damaged source, or a failed write; no file is then half-written.
+    """
+    written = [_write(edit, path, quant) for path, quant in files.items()]
+    edit_file = folder / edit_file_of(next(iter(files))).name
+    written[0].record.save(edit_file)
+    _write_records(edit, written[0], folder / PROVENANCE, folder / CARD, [path.name for path in files])
+    return EditedGguf(tuple(files), edit_file, written[0])
+
+
+def written_size(checkpoint: GgufCheckpoint, quants: Sequence[str], imatrix: Path | None) -> int:
+    """Upper bound in bytes on the size of edited files while they are written, whatever the edit.
+
+    Args:
+        quants: types to encode all tensors in, one file for each; empty for one file in the source's own types.
+    """
+    file = checkpoint.file
+    own = file_size(file, file.metadata, {tensor.name: tensor.type for tensor in file.tensors}) + _RECORDS
+    if not quants:
+        return own
+    mixes = [file_size(file, file.metadata, planned_types_of_mix(file, quant, imatrix)[0]) for quant in quants]
+    return own + sum(mixes) + max(mixes)
+
+
 def edit_file_of(path: Path) -> Path:
     """The edit file beside an edited GGUF file: ``<stem>.edit.safetensors``."""
     return edit_file_path(path.with_suffix(""))

@@ -8,31 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ollama_forge import __version__
-from ollama_forge.checkpoints.gguf.file import Gguf, Value, read_gguf, value_of
-from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure
+from ollama_forge.checkpoints.gguf.file import value_of
+from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure_answers
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
-from ollama_forge.export.quantise import find_tool, quantise
+from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
 from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, llama_server
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, detect_thought
 from ollama_forge.progress import say, status
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
 
+IN_PLACE = "in place"
+ADAPTER = "adapter"
+
 
 @dataclass(frozen=True)
 class QuantisedFile:
-    """The GGUF file of a run.
+    """A GGUF file of a run.
 
     Attributes:
-        quantised_by: ``embedded``, or the name of the external tool.
+        quantised_by: ``embedded``, the name of the external tool, or ``in place`` if only edited tensors are new.
         pre_tokenizer_fallback: the pre-tokenizer used because the converter does not know the checkpoint's; else None.
         tokenizer_of_source: whether the file has the tokenizer of a GGUF source.
         verified: whether the checkpoint passed verification; None if it was not verified.
+        base: the model to which the file, an adapter, is added; None if the file is a model.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class QuantisedFile:
     pre_tokenizer_fallback: str | None
     tokenizer_of_source: bool = False
     verified: bool | None = None
+    base: Path | None = None
 
     @property
     def row_name(self) -> str:
@@ -61,68 +64,76 @@ class QuantisedFile:
         }
 
 
-def quantise_file(
-    plan: ExportPlan, converted: Path, fallback: str | None, provenance: Mapping[str, Any], verified: bool | None
-) -> QuantisedFile:
-    """Quantise the converted file as planned, with its provenance in the metadata.
+@dataclass(frozen=True)
+class QuantisedFiles:
+    """The GGUF files of a run; the first one is registered in Ollama."""
+
+    files: tuple[QuantisedFile, ...]
+
+
+def quantise_files(
+    plan: ExportPlan, source: Path, fallback: str | None, provenance: Mapping[str, Any], verified: bool | None
+) -> QuantisedFiles:
+    """Quantise a file to every planned type, with its provenance in the metadata.
 
     Args:
+        source: the converted checkpoint, or the edited GGUF file.
         fallback: the pre-tokenizer used if the converter did not know the checkpoint's; else None.
         provenance: entries about the edit, written under ``ollama_forge.``.
 
     Raises:
-        ForgeError: quantising failed; ``plan.path`` is unchanged.
+        ForgeError: quantising failed; files that are not whole are not written.
     """
-    say(f"making {plan.path.name} ({plan.quant})")
     marked = {"version": __version__, "verified": {True: "yes", False: "no", None: "not checked"}[verified]}
     changes = {
         f"ollama_forge.{key}": value_of(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
         for key, value in {**marked, **provenance}.items()
     }
-    if plan.source_file is not None:
-        changes |= tokenizer_metadata(plan.source_file, read_gguf(converted))
-    quantised_by = quantise(converted, plan.path, plan.quant, changes, find_tool())
+    of_source, made = plan.source_file is not None, []
+    for file in plan.files:
+        say(f"making {file.path.name} ({file.quant})")
+        tool = quantise(source, file.path, file.quant, changes, find_tool(), imatrix=plan.imatrix)
+        size = file.path.stat().st_size
+        made.append(QuantisedFile(file.path, file.quant, size, tool, fallback, of_source, verified))
     if fallback:
         say(f"warning: llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
-    size, tokenizer_of_source = plan.path.stat().st_size, plan.source_file is not None
-    return QuantisedFile(plan.path, plan.quant, size, quantised_by, fallback, tokenizer_of_source, verified)
+    return QuantisedFiles(tuple(made))
+
+
+def edited_files(plan: ExportPlan, verified: bool | None) -> QuantisedFiles:
+    """The edited files of a GGUF source, which are written already."""
+    by = IN_PLACE if plan.in_place else EMBEDDED
+    files = (
+        QuantisedFile(file.path, file.quant, file.path.stat().st_size, by, None, True, verified) for file in plan.files
+    )
+    return QuantisedFiles(tuple(files))
+
+
+def adapter_file(path: Path, base: Path) -> QuantisedFiles:
+    """An adapter for the GGUF file ``base``."""
+    return QuantisedFiles((QuantisedFile(path, ADAPTER, path.stat().st_size, IN_PLACE, None, True, None, base),))
 
 
 def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
     """Compare the tokens that llama.cpp makes with the file with those of the checkpoint's tokenizer."""
-    with status("checking tokens"), llama_server(file.path, TOKENIZING_CONTEXT) as server:
+    with status("checking tokens"), llama_server(file.base or file.path, TOKENIZING_CONTEXT) as server:
         return check_tokens(tokenizer, server.tokenize)
 
 
 def measure_file(
-    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, base_log_probs: Tensor
+    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, kl: Estimate, *, seconds: float
 ) -> Measurement:
-    """Measure the file with llama.cpp, on the same token ids as the checkpoint.
+    """Measure the answers of the file with llama.cpp, on the same token ids as the checkpoint.
 
     Args:
-        base_log_probs: the base model's first-token log-probabilities on the harmless prompts, float32
-            ``[prompts, vocabulary]``.
+        kl: the first-token KL divergence of the file's weights.
+        seconds: the time for the answers; where llama.cpp is slower than that, it answers fewer prompts.
     """
-    say(f"measuring {file.path.name} on report prompts")
     ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
     longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
-    with llama_server(file.path, longest + ANSWER_TOKENS, SLOTS) as server:
-        model = GgufModel(server, tokenizer, vocabulary=base_log_probs.shape[1])
+    path, adapter = (file.path, None) if file.base is None else (file.base, file.path)
+    with llama_server(path, longest + ANSWER_TOKENS, SLOTS, adapter=adapter) as server:
+        model = GgufModel(server, tokenizer)
         detect_thought(model)
-        return measure(model, prompts, base_log_probs, file.row_name)[0]
-
-
-def tokenizer_metadata(source: Gguf, converted: Gguf) -> dict[str, Value]:
-    """The metadata of the source's tokenizer and chat template, to copy into a converted file.
-
-    Raises:
-        ForgeError: the number of the source's tokens differs from the number of the converted file's embeddings.
-    """
-    tokens = len(source.get("tokenizer.ggml.tokens", ()))
-    embeddings = next((tensor.rows for tensor in converted.tensors if tensor.name == "token_embd.weight"), tokens)
-    if tokens != embeddings:
-        raise ForgeError(
-            f"{source.path} has {tokens} tokens and {embeddings} embeddings", "use an undamaged copy of the file"
-        )
-    return {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}
+        return measure_answers(model, prompts, kl, file.row_name, seconds=seconds)

@@ -20,13 +20,14 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.inspection.inspection import Inspection, MatrixRow, Sizes
 from ollama_forge.inspection.loud_channels import LOUD, LoudChannel, loud_channels, norm_tensors
 from ollama_forge.inspection.rows import matrix_rows, unused_tensors
-from ollama_forge.sources.resolve import look_up, require_editable
+from ollama_forge.sources.resolve import look_up, require_editable, resolve
 
 
 def inspect(
     model: str,
     *,
     revision: str | None = None,
+    adapter: str | None = None,
     settings: EditSettings | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
@@ -36,6 +37,7 @@ def inspect(
 
     Args:
         revision: branch, tag or commit of a Hub id.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first, which is then downloaded as a whole.
         settings: settings of the edit; None for the documented default.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
 
@@ -45,7 +47,10 @@ def inspect(
     """
     settings = settings or EditSettings()
     check_edit(settings)
-    checkpoint = look_up(model, revision, trust_remote_code=trust_remote_code)
+    if adapter is None:
+        checkpoint = look_up(model, revision, trust_remote_code=trust_remote_code)
+    else:
+        checkpoint = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
     try:
         require_editable(checkpoint, _base_model(checkpoint))
         examined = examine(checkpoint, trust_remote_code=trust_remote_code)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
-from torch import Tensor
 
 from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models import llamacpp_worker
@@ -26,7 +24,6 @@ from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SLOTS = 8
 TOKENIZING_CONTEXT = 256
-_ALL_TOKENS = 1 << 20  # more than any vocabulary has
 _LOG_MARK = re.compile(r"^[\d.]+ [A-Z] (?:\w+: )?")
 
 
@@ -68,12 +65,13 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServer]:
+def llama_server(path: Path, context: int, slots: int = 1, *, adapter: Path | None = None) -> Iterator[LlamaServer]:
     """Run a llama.cpp server for a GGUF file inside the block.
 
     Args:
         context: maximum number of tokens of a request.
         slots: number of parallel requests.
+        adapter: a GGUF adapter to add to the model.
 
     Raises:
         ForgeError: xllamacpp is not installed, or llama.cpp cannot load the file.
@@ -83,7 +81,7 @@ def llama_server(path: Path, context: int, slots: int = 1) -> Iterator[LlamaServ
             "running a GGUF file needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
         )
     command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
-    command += [str(context * slots), str(slots), str(usable_cores())]
+    command += [str(context * slots), str(slots), str(usable_cores()), *([] if adapter is None else [str(adapter)])]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:
@@ -114,12 +112,10 @@ class GgufModel:
 
     Args:
         tokenizer: the tokenizer of the checkpoint.
-        vocabulary: number of the checkpoint's logits.
     """
 
-    def __init__(self, server: LlamaServer, tokenizer: Tokenizer, *, vocabulary: int) -> None:
-        self.server, self.tokenizer, self.vocabulary = server, tokenizer, vocabulary
-        self.letter = tokenizer.backend("a", add_special_tokens=False).input_ids[-1]
+    def __init__(self, server: LlamaServer, tokenizer: Tokenizer) -> None:
+        self.server, self.tokenizer = server, tokenizer
 
     def answer(
         self,
@@ -127,49 +123,23 @@ class GgufModel:
         max_new_tokens: int,
         *,
         decided: Decided | None = None,
-        keep_first: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Answers:
         """See ``AnsweringModel.answer``. ``decided`` is ignored: checking it would take longer than it saves."""
 
-        def answer_one(prompt: Ids) -> tuple[Ids, Tensor | None]:
-            ids = self._answer_ids(prompt, max_new_tokens) if max_new_tokens else []
-            return ids, self._first_log_probs(prompt) if keep_first else None
+        def answer_one(prompt: Ids) -> Ids:
+            return self._answer_ids(prompt, max_new_tokens)
 
         out: list[Ids] = []
-        first: list[Tensor] = []
         with ThreadPoolExecutor(SLOTS) as pool:
-            for ids, scores in pool.map(answer_one, prompts):
+            for ids in pool.map(answer_one, prompts):
                 out.append(ids)
-                if scores is not None:
-                    first.append(scores)
                 if progress:
                     progress(1)
-        return Answers(out, torch.stack(first) if first else None)
+        return Answers(out, None)
 
     def _answer_ids(self, prompt: Ids, count: int) -> Ids:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
         ids: Ids = self.server.post("/completion", body)["tokens"]
         end = next((place for place, token in enumerate(ids) if token in self.tokenizer.end_ids), len(ids))
         return ids[:end]
-
-    def _first_log_probs(self, prompt: Ids) -> Tensor:
-        """Log-probabilities of the first token over the checkpoint's vocabulary.
-
-        Ids that the GGUF file lacks get its lowest log-probability. llama.cpp omits the probabilities if the sampled
-        token ends the answer or is an incomplete character, so a bias forces it to sample a letter. The probabilities
-        are those before the bias.
-        """
-        body = {
-            "prompt": prompt,
-            "n_predict": 1,
-            "temperature": 0,
-            "n_probs": _ALL_TOKENS,
-            "logit_bias": [[self.letter, 1e6]],
-        }
-        found = self.server.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
-        ids = torch.tensor([entry["id"] for entry in found])
-        values = torch.tensor([entry["logprob"] for entry in found], dtype=torch.float64)
-        scores = torch.full((max(self.vocabulary, int(ids.max()) + 1),), float(values.min()), dtype=torch.float64)
-        scores[ids] = values
-        return scores[: self.vocabulary].log_softmax(-1).float()  # llama.cpp's probabilities sum to 1 only within 1e-4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.batching import by_length, pad_left, shared_prefix
-from ollama_forge.models.protocol import AnsweringModel, Answers, Decided, ForwardModel
+from ollama_forge.models.protocol import Answers, Decided, ForwardModel, ScoringModel
 from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75  # drop finished rows when at most this share of the batch is unfinished
@@ -28,7 +28,7 @@ def answer(
     keep_first: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
-    """``AnsweringModel.answer`` for a model in memory.
+    """``ScoringModel.answer`` for a model in memory.
 
     ``keep_first`` keeps float32 ``[prompts, vocabulary]`` in memory: 311 MB for 512 prompts and 152,000 tokens.
     """
@@ -58,7 +58,7 @@ def answer(
     return Answers(out, first)
 
 
-def first_log_probs(model: AnsweringModel, prompts: Sequence[Ids]) -> Tensor:
+def first_log_probs(model: ScoringModel, prompts: Sequence[Ids]) -> Tensor:
     """Natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU."""
     first = model.answer(prompts, 0, keep_first=True).first
     assert first is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -34,7 +36,7 @@ class ModelHolder:
     def __init__(self, settings: LoadSettings) -> None:
         self.settings = settings
         self._model: ChatModel | None = None
-        self._folder: object = None
+        self._location: Path | None = None
 
     def get(self, checkpoint: Checkpoint, model_map: ModelMap | None = None) -> ChatModel:
         """Load a checkpoint, or return the cached model.
@@ -45,10 +47,10 @@ class ModelHolder:
         Raises:
             ForgeError: the checkpoint cannot be loaded.
         """
-        if self._model is None or self._folder != checkpoint.folder:
+        if self._model is None or self._location != checkpoint.location:
             self.drop()
             self._model = load_chat_model(checkpoint, self.settings, model_map)
-            self._folder = checkpoint.folder
+            self._location = checkpoint.location
         return self._model
 
     def drop(self) -> None:

@@ -1,6 +1,6 @@
 """A worker process that runs llama.cpp: a crash in its native code ends this process, not the run.
 
-    python llamacpp_worker.py FILE.gguf CONTEXT SLOTS THREADS
+    python llamacpp_worker.py FILE.gguf CONTEXT SLOTS THREADS [ADAPTER.gguf]
 
 It prints the loopback address that it listens on, and ends when its stdin is closed. It imports nothing from this
 package.
@@ -21,6 +21,7 @@ def main() -> None:
     params.n_ctx, params.n_parallel = context, slots
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0) for adapter in sys.argv[5:]]
     params.warmup = False
     params.verbosity = 1  # errors only
     server = xllamacpp.Server(params)

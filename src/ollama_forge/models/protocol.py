@@ -41,16 +41,29 @@ class AnsweringModel(Protocol):
         max_new_tokens: int,
         *,
         decided: Decided | None = None,
-        keep_first: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Answers:
         """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
 
         Args:
             decided: called with the token ids of an unfinished answer; True allows the model to end the answer there.
-            keep_first: return the first token's log-probabilities.
             progress: called with the number of newly answered prompts.
         """
+
+
+class ScoringModel(AnsweringModel, Protocol):
+    """A model that also returns the log-probabilities of an answer's first token."""
+
+    def answer(
+        self,
+        prompts: Sequence[Ids],
+        max_new_tokens: int,
+        *,
+        decided: Decided | None = None,
+        keep_first: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Answers:
+        """See ``AnsweringModel.answer``. ``keep_first`` returns the first token's log-probabilities."""
 
 
 class ForwardModel(Protocol):

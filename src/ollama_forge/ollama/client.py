@@ -15,9 +15,9 @@ import httpx
 import ollama
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.ollama.address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.ollama.modelfile import Modelfile
 from ollama_forge.ollama.parameters import Parameters, read_shown
+from ollama_forge.ollama_address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.progress import bar, say
 
 FILES_SINCE = (0, 5, 5)  # `files` in create
@@ -77,9 +77,11 @@ class Shown:
     Attributes:
         template: its TEMPLATE, ``{{ .Prompt }}`` where it has none.
         messages: role and content.
-        weights, adapters: digests of their blobs, ``sha256:<hex>``; projectors count as weights.
+        weights, adapters: digests of their blobs, ``sha256:<hex>``; projectors follow the model among the weights.
         quantization: the type of the weights, as Ollama names it.
         draft: whether a draft model belongs to it.
+        requires: the oldest version of Ollama that runs it.
+        capabilities: what Ollama lets it do: ``completion``, ``vision``, ``tools``, ….
     """
 
     name: str
@@ -94,6 +96,13 @@ class Shown:
     adapters: tuple[str, ...] = ()
     quantization: str = ""
     draft: bool = False
+    requires: str = ""
+    capabilities: tuple[str, ...] = ()
+
+    @property
+    def projectors(self) -> tuple[str, ...]:
+        """Digests of the projectors."""
+        return self.weights[1:]
 
     @property
     def has_template(self) -> bool:
@@ -101,12 +110,16 @@ class Shown:
 
     @classmethod
     def of(cls, name: str, answer: dict[str, Any]) -> Shown:
-        """Parse the JSON of ``/api/show``; its Modelfile is read only for what has no JSON field."""
-        template, system = answer.get("template") or "", answer.get("system") or ""
-        head = Modelfile.parse(_head(answer.get("modelfile") or "", template, system))
+        """Parse the JSON of ``/api/show``; its Modelfile is read only for what has no JSON field.
+
+        The template in the JSON may be that of the GGUF file, which Ollama then uses; the Modelfile has the TEMPLATE.
+        """
+        modelfile, system = answer.get("modelfile") or "", answer.get("system") or ""
+        template = answer.get("template") or ""
+        head = Modelfile.parse(_head(modelfile, template, system))
         return cls(
             name=name,
-            template=template,
+            template=head.template or template,
             renderer=answer.get("renderer") or head.renderer,
             parser=answer.get("parser") or head.parser,
             parameters=read_shown(answer.get("parameters") or ""),
@@ -117,24 +130,33 @@ class Shown:
             adapters=_digests(head.adapters),
             quantization=(answer.get("details") or {}).get("quantization_level") or "",
             draft=any(command == "DRAFT" for command, _ in head.others),
+            requires=answer.get("requires") or "",
+            capabilities=tuple(answer.get("capabilities") or ()),
         )
 
 
 @dataclass(frozen=True)
 class CreateRequest:
-    """The body of ``POST /api/create``; empty fields are not sent. ``files`` and ``adapters`` are (name, digest)."""
+    """The body of ``POST /api/create``; empty fields are not sent.
+
+    Attributes:
+        source: the Ollama model of which everything that is not given is inherited.
+        files, adapters, drafts: name and digest of GGUF files that Ollama has as blobs; projectors are among ``files``.
+    """
 
     model: str
     source: str = ""
     files: tuple[tuple[str, str], ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
+    drafts: tuple[tuple[str, str], ...] = ()
     template: str = ""
     system: str = ""
     renderer: str = ""
     parser: str = ""
     parameters: Parameters = field(default_factory=dict)
-    license: str = ""
+    licenses: tuple[str, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
+    requires: str = ""
     quantize: str = ""
 
     def body(self) -> dict[str, Any]:
@@ -143,13 +165,15 @@ class CreateRequest:
             "from": self.source,
             "files": dict(self.files),
             "adapters": dict(self.adapters),
+            "draft_files": dict(self.drafts),
             "template": self.template,
             "system": self.system,
             "renderer": self.renderer,
             "parser": self.parser,
             "parameters": dict(self.parameters),
-            "license": self.license,
+            "license": self.licenses[0] if len(self.licenses) == 1 else self.licenses,
             "messages": [{"role": role, "content": content} for role, content in self.messages],
+            "requires": self.requires,
             "quantize": self.quantize,
         }
         return {key: value for key, value in given.items() if value}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ollama_forge.errors import UsageError
 
 Value = bool | int | float | str | tuple[str, ...]
 Parameters = Mapping[str, Value]
+
+NO_PARAMETERS: Parameters = MappingProxyType({})
 
 STOP = "stop"
 _INT = (
@@ -18,7 +21,7 @@ _INT = (
 )  # fmt: skip
 _FLOAT = ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 _BOOL = ("use_mmap",)
-_KNOWN = (*_INT, *_FLOAT, *_BOOL, STOP)
+KNOWN = (*_INT, *_FLOAT, *_BOOL, STOP)
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))", re.DOTALL)
@@ -37,8 +40,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Value]:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"--parameter {assignment} is not k=v", "for example --parameter temperature=0.5")
-        if key not in _KNOWN:
-            raise UsageError(f"--parameter {key}: Ollama knows no such parameter", ", ".join(_KNOWN))
+        if key not in KNOWN:
+            raise UsageError(f"--parameter {key}: Ollama knows no such parameter", ", ".join(KNOWN))
         if key == STOP:
             stops.append(text)
         else:

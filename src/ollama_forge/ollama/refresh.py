@@ -99,7 +99,7 @@ def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
         parser=wanted.parser,
         system=wanted.system,
         parameters=wanted.parameters,
-        license=wanted.license,
+        licenses=(wanted.license,) if wanted.license else (),
         messages=wanted.messages,
     )
 

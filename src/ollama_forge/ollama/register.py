@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import write_text
 from ollama_forge.names import check_ollama_name
 from ollama_forge.ollama.client import RENDERER_SINCE, Client, CreateRequest, Shown, digest_of
-from ollama_forge.ollama.modelfile import Modelfile, Unwritable
-from ollama_forge.ollama.parameters import STOP, Parameters, Value
+from ollama_forge.ollama.made_from import create_request, numbered, require_source, send_blobs, with_adapter
+from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, Value
 from ollama_forge.ollama.template import TemplatePlan
+from ollama_forge.sources.ollama_store import StoredModel
 
 QUANTIZE_TYPES = ("Q4_K_S", "Q4_K_M", "Q8_0", "F16", "BF16", "F32")  # what Ollama makes
 
-_NO_PARAMETERS: Parameters = MappingProxyType({})
 _NO_CHAT_TEMPLATE = (
     "the file has no chat template and none was copied: prompts reach the model bare; name a model with --template-from"
 )
+_COMPARED = ("template", "renderer", "parser", "system", "license", "messages", "weights", "adapters", "requires")
 _OLD_FOR_RENDERER = ".".join(map(str, RENDERER_SINCE))
 
 
@@ -95,14 +93,16 @@ def register(
     *,
     plan: TemplatePlan,
     system: str = "",
-    parameters: Parameters = _NO_PARAMETERS,
+    parameters: Parameters = NO_PARAMETERS,
     quantize: str = "",
+    source: StoredModel | None = None,
 ) -> Registered:
     """Upload ``gguf`` unless Ollama has it, create ``name``, and compare the result with the request.
 
     Args:
         parameters: take precedence over the stop parameters of ``plan``.
         quantize: a result of ``check_quantize``.
+        source: the Ollama model that was edited, all of whose other layers the new model gets; None if it was none.
 
     Raises:
         UsageError: a name Ollama refuses.
@@ -110,36 +110,85 @@ def register(
     """
     check_ollama_name(name)
     header = read_header(gguf)
-    wanted = all_parameters(plan, parameters)
     digest = digest_of(gguf)
     sent = client.send(gguf, digest)
-    request = CreateRequest(
-        model=name,
-        files=((_file_name(gguf), digest),),
-        template=plan.template,
-        system=system,
-        renderer=plan.renderer,
-        parser=plan.parser,
-        parameters=wanted,
+    request = replace(
+        create_request(name, plan, system=system, parameters=parameters, source=source),
+        files=((_file_name(gguf), digest), *numbered("projector", source.projectors if source else ())),
         quantize=quantize,
     )
-    client.make(request)
-    shown = shown_after(client, name)
-    asked = Shown(name, plan.template, plan.renderer, plan.parser, wanted, system)
     note = plan.note if plan.source or header.has_chat_template else _NO_CHAT_TEMPLATE
+    if source is not None:
+        note = f"with all layers of {source.name} but its weights"
+        send_blobs(client, source)
+    client.make(request)
+    shown, asked = shown_after(client, name), _asked(request)
     return Registered(
         name,
         shown,
         template_from=plan.source,
         sent=sent,
         notes=(*((note,) if note else ()), *_added(asked, shown)),
-        differences=differences(asked, shown),
+        differences=(*differences(asked, shown), *_lost(client, source, shown)),
     )
 
 
-def all_parameters(plan: TemplatePlan, parameters: Parameters) -> dict[str, Value]:
-    """The plan's stop parameters and the user's parameters; the user's take precedence."""
-    return {**({STOP: plan.stop} if plan.stop else {}), **parameters}
+def register_adapter(client: Client, adapter: Path, name: str, source: StoredModel) -> Registered:
+    """Create ``name`` as ``source`` with one more adapter, and compare the result with the request.
+
+    Args:
+        adapter: a LoRA adapter as GGUF file, for the weights of ``source``.
+
+    Raises:
+        UsageError: a name Ollama refuses.
+        ForgeError: this Ollama does not have ``source``, or it fails; no half-made model of that name is left.
+    """
+    check_ollama_name(name)
+    require_source(client, source)
+    digest = digest_of(adapter)
+    sent = client.send(adapter, digest)
+    client.make(CreateRequest(name, source=source.name, adapters=((_file_name(adapter), digest),)))
+    shown = shown_after(client, name)
+    return Registered(
+        name,
+        shown,
+        template_from=source.name,
+        sent=sent,
+        notes=(f"{source.name} with an adapter, which holds the edit",),
+        differences=(*differences(with_adapter(source, digest), shown), *_lost(client, source, shown)),
+    )
+
+
+def _asked(request: CreateRequest) -> Shown:
+    """What Ollama should show of a model made from files; the digest under which it stores weights is its own."""
+    return Shown(
+        request.model,
+        template=request.template,
+        renderer=request.renderer,
+        parser=request.parser,
+        parameters=request.parameters,
+        system=request.system,
+        license="\n".join(request.licenses),
+        messages=request.messages,
+        adapters=tuple(digest for _, digest in request.adapters),
+        requires=request.requires,
+    )
+
+
+def _lost(client: Client, source: StoredModel | None, shown: Shown) -> tuple[str, ...]:
+    """What the new model lacks of the Ollama model that was edited, each as a clause."""
+    if source is None:
+        return ()
+    lost = []
+    if len(shown.projectors) < len(source.projectors):
+        lost.append(f"it has {len(shown.projectors)} of {len(source.projectors)} projectors")
+    if source.drafts and not shown.draft:
+        lost.append("it has no draft model")
+    before = client.shown(source.name)
+    missing = [] if before is None else [each for each in before.capabilities if each not in shown.capabilities]
+    if missing:
+        lost.append(f"it lost {', '.join(missing)}, which {source.name} is capable of")
+    return tuple(lost)
 
 
 def shown_after(client: Client, name: str) -> Shown:
@@ -154,7 +203,7 @@ def differences(asked: Shown, shown: Shown) -> tuple[str, ...]:
     """Requested properties that the model does not have, each as a clause."""
     found = [
         f"its {part} is {_short(getattr(shown, part))}, not {_short(getattr(asked, part))}"
-        for part in ("template", "renderer", "parser", "system", "license", "messages", "weights", "adapters")
+        for part in _COMPARED
         if getattr(asked, part) and getattr(asked, part) != getattr(shown, part)
     ]
     return (
@@ -191,43 +240,6 @@ def _short(value: object) -> str:
 
 def _file_name(gguf: Path) -> str:
     return gguf.name.replace("\\", "-").replace(":", "-")  # Ollama refuses both
-
-
-def write_modelfile(
-    path: Path,
-    gguf: Path,
-    plan: TemplatePlan,
-    *,
-    system: str = "",
-    parameters: Parameters = _NO_PARAMETERS,
-) -> None:
-    """Write a Modelfile for ``ollama create NAME -f path``; a ``gguf`` in the same folder is named relatively.
-
-    A text that a Modelfile cannot hold is left out, and a comment says so.
-    """
-    near = gguf.resolve().parent == path.resolve().parent
-    source = f"./{gguf.name}" if near else str(gguf.resolve())
-    texts = [Modelfile(sources=(source,)).text()]
-    for part in (
-        Modelfile(template=plan.template),
-        Modelfile(system=system),
-        Modelfile(renderer=plan.renderer, parser=plan.parser),
-        Modelfile(parameters=tuple(_lines(all_parameters(plan, parameters)))),
-    ):
-        try:
-            texts.append(part.text())
-        except Unwritable as error:
-            what = "TEMPLATE" if part.template else "SYSTEM" if part.system else "PARAMETER"
-            texts.append(f"# {what} left out: {error.message}; ollama-forge convert sets it\n")
-    write_text(path, "".join(texts))
-
-
-def _lines(parameters: Mapping[str, Value]) -> list[tuple[str, str]]:
-    lines = []
-    for key, value in parameters.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            lines.append((key, str(each).lower() if isinstance(each, bool) else str(each)))
-    return lines
 
 
 def commands(gguf: Path, name: str, modelfile: Path, *, template_from: str | None = None) -> tuple[str, str]:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.errors import UsageError
 from ollama_forge.ollama.client import Client, OllamaState
-from ollama_forge.ollama.register import Registered, commands, register, write_modelfile
-from ollama_forge.ollama.template import TemplatePlan, check_template_source, template_plan
+from ollama_forge.ollama.made_from import require_one_adapter, require_source
+from ollama_forge.ollama.register import Registered, commands, register, register_adapter
+from ollama_forge.ollama.template import TemplatePlan, check_template_source, stored_template, template_plan
+from ollama_forge.ollama.write_modelfile import write_adapter_modelfile, write_modelfile
 from ollama_forge.progress import say
+from ollama_forge.sources.ollama_store import KIND, StoredModel, find_model
 
 MODELFILE = "Modelfile"
 
@@ -21,13 +25,23 @@ class OllamaSettings:
     Attributes:
         register: False to leave Ollama alone.
         template_from: the Ollama model whose template, renderer, parser and stop parameters it gets.
+        as_adapter: whether the file is an adapter, which is added to the Ollama model that was edited.
+
+    Raises:
+        UsageError: ``template_from`` is no name of a model, or is given with ``as_adapter``.
     """
 
     register: bool = True
     template_from: str | None = None
+    as_adapter: bool = False
 
     def __post_init__(self) -> None:
         check_template_source(self.template_from)
+        if self.as_adapter and self.template_from is not None:
+            raise UsageError(
+                "--as-adapter keeps the template of the edited model, so that --template-from has no effect",
+                "leave out one of them",
+            )
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class Registration:
         modelfile: where the Modelfile goes, for ``ollama create``.
         state: the Ollama that was found; None where it is to be left alone.
         template: template, renderer, parser and stops that the model gets.
+        source: the Ollama model that is edited, whose other layers the model gets; None if it is none.
     """
 
     name: str
@@ -46,6 +61,7 @@ class Registration:
     settings: OllamaSettings
     state: OllamaState | None
     template: TemplatePlan
+    source: StoredModel | None = None
 
     @property
     def problem(self) -> str:
@@ -62,12 +78,16 @@ class Registration:
             say(f"warning: {warning}")
 
     def write_modelfile(self, gguf: Path) -> None:
-        """Write what ``ollama create`` needs to register the file."""
-        write_modelfile(self.modelfile, gguf, self.template)
+        """Write what ``ollama create`` needs to register the file: a model's, or with ``as_adapter`` an adapter's."""
+        if self.settings.as_adapter and self.source is not None:
+            write_adapter_modelfile(self.modelfile, gguf, self.source)
+        else:
+            write_modelfile(self.modelfile, gguf, self.template, source=self.source)
 
-    def commands(self, gguf: Path) -> tuple[str, str]:
-        """What to type to register the file by hand."""
-        return commands(gguf, self.name, self.modelfile, template_from=self.settings.template_from)
+    def commands(self, gguf: Path) -> tuple[str, ...]:
+        """What to type to register the file by hand; the Modelfile alone has the layers of an Ollama model."""
+        own, theirs = commands(gguf, self.name, self.modelfile, template_from=self.settings.template_from)
+        return (own, theirs) if self.source is None else (theirs,)
 
     def is_gone(self) -> bool:
         """Whether Ollama lacks the model."""
@@ -75,26 +95,37 @@ class Registration:
             return client.shown(self.name) is None
 
     def register(self, gguf: Path) -> Registered:
-        """Register the file.
+        """Register the file: a model's, or with ``as_adapter`` an adapter's.
 
         Raises:
             ForgeError: Ollama fails or goes away.
         """
         say(f"registering {self.name} in Ollama")
         with Client() as client:
-            return register(client, gguf, self.name, plan=self.template)
+            if self.settings.as_adapter and self.source is not None:
+                return register_adapter(client, gguf, self.name, self.source)
+            return register(client, gguf, self.name, plan=self.template, source=self.source)
 
 
 def plan_registration(source: Checkpoint, name: str, folder: Path, settings: OllamaSettings) -> Registration:
     """Look whether Ollama is there, and where the model's template will come from.
 
     Raises:
-        ForgeError: a server of this project answers in Ollama's place, or the template's source is not there.
+        ForgeError: a server of this project answers in Ollama's place, the template's source is not there, or Ollama
+            cannot create a model with the layers of the one that is edited.
     """
     state, template = None, TemplatePlan()
+    stored = find_model(source.label) if source.kind == KIND else None
+    if stored is not None and not settings.as_adapter:
+        require_one_adapter(stored)
     if settings.register:
         with Client() as client:
             state = client.state()
             there = None if state.problem else client
-            template = template_plan(there, settings.template_from, source.label, source.kind)
-    return Registration(name, folder / MODELFILE, settings, state, template)
+            if there is not None and stored is not None and settings.as_adapter:
+                require_source(there, stored)
+            if stored is None or settings.template_from is not None:
+                template = template_plan(there, settings.template_from, source.label, source.kind)
+    if stored is not None and settings.template_from is None:
+        template = stored_template(stored)
+    return Registration(name, folder / MODELFILE, settings, state, template, stored)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
-from ollama_forge.ollama.parameters import STOP
+from ollama_forge.ollama.parameters import STOP, Parameters
 
 if TYPE_CHECKING:
     from ollama_forge.ollama.client import Client, Shown
+    from ollama_forge.sources.ollama_store import StoredModel
 
 _LEFT_TO_FILE = "Ollama goes by the chat template in the file"
 _IF_TOOLS_LACK = (
@@ -35,6 +36,17 @@ class TemplatePlan:
     parser: str = ""
     stop: tuple[str, ...] = ()
     note: str = ""
+
+
+def stored_template(stored: StoredModel) -> TemplatePlan:
+    """The template, renderer, parser and stop parameters of a model in Ollama's store."""
+    return TemplatePlan(
+        source=stored.name,
+        template=stored.template,
+        renderer=stored.renderer,
+        parser=stored.parser,
+        stop=_stops(stored.parameters),
+    )
 
 
 def check_template_source(template_from: str | None) -> None:
@@ -85,15 +97,19 @@ def template_plan(
 
 
 def _copied(shown: Shown) -> TemplatePlan:
-    stop = shown.parameters.get(STOP, ())
     return TemplatePlan(
         source=shown.name,
         template=shown.template,
         renderer=shown.renderer,
         parser=shown.parser,
-        stop=stop if isinstance(stop, tuple) else (str(stop),),
+        stop=_stops(shown.parameters),
         note=f"template copied from {shown.name}",
     )
+
+
+def _stops(parameters: Parameters) -> tuple[str, ...]:
+    stop = parameters.get(STOP, ())
+    return stop if isinstance(stop, tuple) else (str(stop),)
 
 
 def _same_names(hub_id: str) -> tuple[str, ...]:

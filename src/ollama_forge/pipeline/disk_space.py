@@ -18,12 +18,11 @@ def check_disk_space(ready: Preflight, cache: StageCache) -> None:
         ForgeError: too little space is free.
     """
     checkpoint, file = _unfinished_outputs(ready, cache)
-    needed = ready.checkpoint_size * checkpoint + ready.export.disk_space * file
+    needed = ready.written_size * checkpoint + ready.export.disk_space * file
     free = free_space(ready.folder)
     if needed > free:
-        parts = ["checkpoint"] * checkpoint + [f"16-bit GGUF and {ready.export.quant}"] * bool(
-            file and ready.export.disk_space
-        )
+        quants = " and ".join(planned.quant for planned in ready.export.files)
+        parts = ["edited weights"] * checkpoint + [f"GGUF files, {quants}"] * bool(file and ready.export.disk_space)
         raise ForgeError(
             f"this run needs {human_size(needed)} ({', '.join(parts)}), "
             f"but only {human_size(free)} are free at {ready.folder}",

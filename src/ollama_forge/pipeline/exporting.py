@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.gguf_model import llamacpp_is_installed
+from ollama_forge.models.holder import ModelHolder
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline import stages
@@ -22,57 +24,64 @@ class Exported:
     """The results of the last stages.
 
     Attributes:
-        file: the GGUF file; if None, ``file_problem`` says why.
-        tokens, measurement: the check of the file's tokens and the measurement of the file; None if it was not done.
+        files: the GGUF files; if there are none, ``file_problem`` says why.
+        tokens: the check of their tokens; None if it was not done.
+        rows: the measurements of the files by the names of their rows.
         registered: the model in Ollama; if None, ``ollama_problem`` says why.
         failure: an error to raise after the report is written.
     """
 
-    file: QuantisedFile | None = None
+    files: tuple[QuantisedFile, ...] = ()
     tokens: TokenCheck | None = None
-    measurement: Measurement | None = None
+    rows: Mapping[str, Measurement] = field(default_factory=dict)
     registered: Registered | None = None
     file_problem: str = ""
     ollama_problem: str = "there is no GGUF file"
     failure: ForgeError | None = None
 
-    @property
-    def rows(self) -> dict[str, Measurement]:
-        """The measurement of the file under its row name, if there is one."""
-        return {} if self.file is None or self.measurement is None else {self.file.row_name: self.measurement}
 
-
-def export_checkpoint(
-    ready: Preflight, cache: StageCache, choice: Choice, written: stages.Written, verified: bool | None
+def export_weights(
+    ready: Preflight,
+    cache: StageCache,
+    models: ModelHolder,
+    choice: Choice,
+    written: stages.Written,
+    verified: bool | None,
+    edited: stages.TimedMeasurement | None,
 ) -> Exported:
-    """Make the GGUF file, compare its tokens with the checkpoint's, and measure it.
+    """Make the GGUF files, compare their tokens with the checkpoint's, and measure them.
 
     Args:
         verified: whether the written weights passed verification; None if they were not verified.
+        edited: the measurement of the written weights; None to measure nothing.
     """
     if ready.export.problem:
         return Exported(file_problem=ready.export.problem)
     exported = Exported()
     try:
-        file = cache.do(stages.make_gguf(ready, cache, choice, written, verified))
-        exported = replace(exported, file=file)
+        files = cache.do(stages.make_gguf(ready, cache, choice, written, verified)).files
+        exported = replace(exported, files=files)
         if llamacpp_is_installed():
-            exported = replace(exported, tokens=cache.do(stages.check_tokens_of_file(ready, file)))
-            if ready.settings.evaluate:
-                exported = replace(exported, measurement=cache.do(stages.measure_gguf(ready, cache, file)))
+            exported = replace(exported, tokens=cache.do(stages.check_tokens_of_file(ready, files[0])))
+            for file in files if edited is not None else ():
+                assert edited is not None
+                row = cache.do(stages.measure_gguf(ready, cache, models, file, edited))
+                exported = replace(exported, rows={**exported.rows, file.row_name: row})
     except ForgeError as failure:
-        return replace(exported, file_problem="" if exported.file else failure.message, failure=failure)
+        return replace(exported, file_problem="" if exported.files else failure.message, failure=failure)
+    finally:
+        models.drop()
     return exported
 
 
 def register_file(registration: Registration, cache: StageCache, exported: Exported, verified: bool | None) -> Exported:
     """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off."""
-    file = exported.file
-    if file is None:
+    if not exported.files:
         return exported
+    file = exported.files[0]
     registration.write_modelfile(file.path)
     if verified is False:
-        return replace(exported, ollama_problem="the checkpoint failed verification")
+        return replace(exported, ollama_problem="the weights failed verification")
     if registration.problem:
         return replace(exported, ollama_problem=registration.problem)
     try:

@@ -13,7 +13,7 @@ from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.pipeline import stages
 from ollama_forge.pipeline.disk_space import check_disk_space
-from ollama_forge.pipeline.exporting import Exported, export_checkpoint, register_file
+from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
 from ollama_forge.pipeline.preflight import PROVENANCE_FILES, Preflight, preflight
 from ollama_forge.pipeline.report import Report
 from ollama_forge.pipeline.resume import StageCache
@@ -50,20 +50,24 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
         models.drop()  # writing the weights needs no loaded model
         written = cache.do(stages.write(ready, cache, choice))
-        checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if settings.verify else None
-        edited = cache.do(stages.measure_written(ready, cache, models, written)) if settings.evaluate else None
+        verifies = settings.verify and ready.adapter_file is None
+        checks = cache.do(stages.verify_written(ready, cache, models, choice, written)) if verifies else None
+        edited = cache.do(stages.measure_written(ready, cache, models, choice, written)) if settings.evaluate else None
         models.drop()
         verified = None if checks is None else checks.passed
-        exported = export_checkpoint(ready, cache, choice, written, verified)
+        exported = export_weights(ready, cache, models, choice, written, verified, edited)
         exported = register_file(ready.registration, cache, exported, verified)
 
-        rows = {"base": base, "random direction": control, "edited": edited, **exported.rows}
+        rows: dict[str, Measurement | None] = {
+            "base": base,
+            "random direction": control,
+            "edited": None if edited is None else edited.row,
+        }
+        rows |= exported.rows
         report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
-        update_provenance(
-            ready.checkpoint_folder,
-            verified=verified,
-            measurements={name: to_json(row) for name, row in report.rows.items()} or None,
-        )
+        measurements = {name: to_json(row) for name, row in report.rows.items()} or None
+        for folder in ready.provenance_folders:
+            update_provenance(folder, verified=verified, measurements=measurements)
         report.save()
         if options is not None:
             chosen = {
@@ -84,7 +88,7 @@ def _report(
     checks: tuple[Check, ...] | None,
     exported: Exported,
 ) -> Report:
-    file = exported.file
+    file = exported.files[0] if exported.files else None
     unregistered = file is not None and exported.registered is None
     return Report(
         model=ready.source.label,
@@ -96,7 +100,9 @@ def _report(
         checks=checks,
         seconds=cache.seconds,
         folder=ready.folder,
-        file=file,
+        written=tuple(ready.written_paths),
+        edit_file=ready.edit_file,
+        files=exported.files,
         file_problem=exported.file_problem,
         tokens=exported.tokens,
         registered=exported.registered,

@@ -31,9 +31,11 @@ class Report:
     Attributes:
         rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
         checks: the checks of the written weights; None if they were not verified.
-        file: the GGUF file; if None, ``file_problem`` says why.
+        files: the GGUF files; if there are none, ``file_problem`` says why.
         tokens: the check of the file's tokens; None if it was not done.
         registered: the model in Ollama; if None, ``ollama_problem`` says why.
+        written: the edited checkpoint's folder, or the GGUF files of a GGUF source, or both.
+        edit_file: the edit file.
         modelfile: path of the Modelfile for ``ollama create``.
         commands: shell commands that register the file; empty if it is registered.
         certificate: what is proven of the architecture, as ``describe_certificate`` gives it.
@@ -48,7 +50,9 @@ class Report:
     checks: tuple[Check, ...] | None
     seconds: Mapping[str, float]
     folder: Path
-    file: QuantisedFile | None = None
+    written: tuple[Path, ...] = ()
+    edit_file: Path | None = None
+    files: tuple[QuantisedFile, ...] = ()
     file_problem: str = ""
     tokens: TokenCheck | None = None
     registered: Registered | None = None
@@ -56,6 +60,11 @@ class Report:
     modelfile: Path | None = None
     commands: tuple[str, ...] = field(default=())
     certificate: Mapping[str, Any] | None = None
+
+    @property
+    def file(self) -> QuantisedFile | None:
+        """The GGUF file that is registered in Ollama, the first one."""
+        return self.files[0] if self.files else None
 
     @property
     def verified(self) -> bool | None:
@@ -82,6 +91,7 @@ class Report:
             else {"passed": self.verified, "checks": [to_json(check) for check in self.checks]},
             "gguf": {
                 **({} if self.file is None else self.file.described()),
+                "others": [file.described() for file in self.files[1:]],
                 "problem": self.file_problem,
                 "tokens": None if self.tokens is None else to_json(self.tokens),
             },

@@ -16,6 +16,7 @@ from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.search.choose import ChoiceSettings
+from ollama_forge.sources.ollama_store import SCHEME
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,12 @@ class RunSettings:
     """The settings of a run.
 
     Attributes:
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
+        base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
+        keep_checkpoint: also write a checkpoint of an edited GGUF file.
+        keep_undo: also write undo files beside the edited weights.
         evaluate: measure the models on report prompts.
         verify: verify the written weights.
     """
@@ -33,6 +38,7 @@ class RunSettings:
     name: str
     output_dir: str | None = None
     revision: str | None = None
+    adapter: str | None = None
     prompts: PromptSettings = field(default_factory=PromptSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     direction: DirectionSettings = field(default_factory=DirectionSettings)
@@ -42,6 +48,9 @@ class RunSettings:
     max_kl: float = 0.2
     allow_few_refusals: bool = False
     allow_partial: bool = False
+    base: str | None = None
+    keep_checkpoint: bool = False
+    keep_undo: bool = False
     out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True
@@ -60,7 +69,33 @@ class RunSettings:
         Raises:
             UsageError: settings exclude each other, or ``pick`` is unknown.
         """
-        return ChoiceSettings(self.edit, self.pick, self.escalate, self.max_kl, self.allow_few_refusals)
+        return ChoiceSettings(
+            self.edit,
+            self.pick,
+            self.escalate,
+            self.max_kl,
+            self.allow_few_refusals,
+            norm_rules=not self.ollama.as_adapter,
+        )
+
+    def check_source(self, *, is_file: bool) -> None:
+        """Check the settings that have a meaning for one kind of source.
+
+        Args:
+            is_file: whether the source is a GGUF file, which is edited in place.
+
+        Raises:
+            UsageError: a setting has no meaning for the source.
+        """
+        if not is_file and self.keep_checkpoint:
+            raise UsageError(
+                "--keep-checkpoint has no meaning for a model that is no GGUF file", "its checkpoint is always written"
+            )
+        if is_file and self.out_dtype != OutDtype.AUTO and not self.keep_checkpoint:
+            raise UsageError(
+                "--out-dtype has no meaning for a GGUF file, whose tensors keep their types",
+                "use --quant for other types, or add --keep-checkpoint",
+            )
 
     def check(self) -> None:
         """Check all settings before anything is fetched or loaded.
@@ -70,6 +105,12 @@ class RunSettings:
                 each other.
         """
         check_ollama_name(self.name)
+        if self.ollama.as_adapter:
+            self._check_adapter()
+        if self.adapter is not None and self.base is not None:
+            raise UsageError(
+                "--adapter cannot be merged into a GGUF file, which --base is for", "leave out one of them"
+            )
         OutDtype.parse(self.out_dtype)
         choosing = self.choosing
         if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
@@ -80,3 +121,16 @@ class RunSettings:
         self.load.check()
         if self.load.load_in_8bit:
             check_8bit(choosing.first_candidate.settings)
+
+    def _check_adapter(self) -> None:
+        """Check that ``--as-adapter`` is possible, and that no option is given that it leaves without effect."""
+        if not self.model.startswith(SCHEME):
+            raise UsageError(
+                f"--as-adapter adds the edit to a model that Ollama has, and --model {self.model} is none",
+                "give --model ollama:NAME, or leave out --as-adapter",
+            )
+        if self.export.customised:
+            raise UsageError(
+                "--as-adapter writes no GGUF file of the model, so that options of that file have no effect",
+                "leave out --quant, --no-requantize and --llama-cpp-dir",
+            )

@@ -23,9 +23,11 @@ class ChoiceSettings:
         escalate: whether the ladder is tried if the documented default does not suffice.
         max_kl: largest first-token KL divergence, in nats, of an edit that may be chosen.
         allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
+        norm_rules: False if only edits without a norm rule may be chosen, because an adapter is to hold the edit.
 
     Raises:
-        UsageError: ``max_kl`` is not a positive number, ``pick`` is unknown, or the method does not support a setting.
+        UsageError: ``max_kl`` is not a positive number, ``pick`` is unknown, the method does not support a setting, or
+            the settings name an edit with a norm rule although ``norm_rules`` is False.
     """
 
     edit: EditSettings | None = None
@@ -33,6 +35,7 @@ class ChoiceSettings:
     escalate: bool = True
     max_kl: float = 0.2
     allow_few_refusals: bool = False
+    norm_rules: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_kl) and self.max_kl > 0):
@@ -43,6 +46,11 @@ class ChoiceSettings:
                 raise UsageError("--pick excludes the options of an edit", "leave out --pick or those options")
         if self.edit is not None:
             check_edit(self.edit)
+        if not (self.norm_rules or self.climbs) and self.first_candidate.settings.norm_preserving:
+            raise UsageError(
+                f"--as-adapter: {self.first_candidate.name} restores norms after the edit, which no adapter can hold",
+                "add --no-norm-preserving, or --factors least-squares, which has no norm rule",
+            )
 
     @property
     def first_candidate(self) -> Candidate:
@@ -69,7 +77,7 @@ def choose_edit(trials: Trials, settings: ChoiceSettings) -> Choice:
         base.require_refusals()
     if settings.climbs:
         say("trying edits on select prompts")
-        return trials.choose(settings.max_kl)
+        return trials.choose(settings.max_kl, norm_rules=settings.norm_rules)
     if settings.edit is not None:
         reason = "set by options"
     else:

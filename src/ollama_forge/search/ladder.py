@@ -186,8 +186,9 @@ def climb(
     *,
     base: BaseAnswers,
     max_kl: float,
+    default: Candidate | None = DOCUMENTED_DEFAULT,
 ) -> Choice:
-    """Try the documented default; if it does not suffice, try the groups of the ladder and choose the best candidate.
+    """Try the default; if it does not suffice, try the groups of the ladder and choose the best candidate.
 
     A candidate suffices if its first-token KL is at most ``max_kl`` and at most 10 % of the harmful prompts fail. The
     rest of a group is skipped once a candidate suffices, or its KL exceeds that of a candidate that suffices.
@@ -196,15 +197,19 @@ def climb(
         try_candidate: measures a candidate; it does not count answers if the KL exceeds the bound it is given.
         groups: returns the groups of candidates of rising strength; called only if the default does not suffice.
         base: classes of the unedited model's answers; its rate of degenerate answers is not counted as failures.
+        default: the candidate to try first; None if no candidate of the ladder is preferred.
+
+    Raises:
+        ForgeError: there is no candidate to try.
     """
 
     def suffices(trial: Trial) -> bool:
         return trial.first_token_kl <= max_kl and trial.failure_rate(base) <= MAX_FAILURE_RATE
 
-    trials = [try_candidate(DOCUMENTED_DEFAULT, None)]
-    if suffices(trials[0]):
+    trials = [] if default is None else [try_candidate(default, None)]
+    if default is not None and suffices(trials[0]):
         reason = f"{_refusals_left(trials[0])}, at a first-token KL of {trials[0].first_token_kl:.3f}"
-        return Choice.of(DOCUMENTED_DEFAULT, reason, base, trials)
+        return Choice.of(default, reason, base, trials)
     for group in groups():
         for candidate in group:
             bound = min([max_kl, *(trial.first_token_kl for trial in trials if suffices(trial))])
@@ -212,6 +217,11 @@ def climb(
             trials.append(trial)
             if trial.refused is None or suffices(trial):
                 break
+    if not trials:
+        raise ForgeError(
+            "none of the edits that an adapter can hold is possible with this model",
+            "leave out --as-adapter, or give an edit with --no-norm-preserving",
+        )
     within = [trial for trial in trials if trial.first_token_kl <= max_kl and trial.refused is not None]
     enough = [trial for trial in within if suffices(trial)]
     if enough:

@@ -35,6 +35,7 @@ from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.search.ladder import (
     CONFIGURED,
+    DOCUMENTED_DEFAULT,
     LADDER,
     LATE,
     SEPARATING,
@@ -145,8 +146,12 @@ class Trials:
             counts = None if bound is not None and kl > bound else self._count_answers(candidate.name, self._harmful)
         return Trial.of(candidate, kl, counts, len(self._harmful))
 
-    def choose(self, max_kl: float) -> Choice:
-        """Try the documented default and, if it does not suffice, the ladder; see ``climb``."""
+    def choose(self, max_kl: float, *, norm_rules: bool = True) -> Choice:
+        """Try the documented default and, if it does not suffice, the ladder; see ``climb``.
+
+        Args:
+            norm_rules: False to try only edits without a norm rule.
+        """
         base = BaseAnswers(self.base_harmful, self._count_answers("base model, select prompts", self._harmless))
 
         def attempt(candidate: Candidate, bound: float | None) -> Trial:
@@ -154,14 +159,17 @@ class Trials:
             say(f"  {trial.summary(max_kl)}")
             return trial
 
-        return climb(attempt, self._groups, base=base, max_kl=max_kl)
+        default = DOCUMENTED_DEFAULT if norm_rules else None  # it has a norm rule
+        return climb(attempt, lambda: self._groups(norm_rules), base=base, max_kl=max_kl, default=default)
 
-    def _groups(self) -> Iterator[tuple[Candidate, ...]]:
+    def _groups(self, norm_rules: bool = True) -> Iterator[tuple[Candidate, ...]]:
         """The ladder's groups, without groups that do not fit this model and groups that repeat an earlier edit."""
         seen: set[tuple[float | None, EditSettings]] = set()
         has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
         for group in (*LADDER, *(WITHOUT_EXPERTS if has_experts else ())):
             first = group[0]
+            if first.settings.norm_preserving and not norm_rules:
+                continue
             try:
                 self.plan(first)
             except ForgeError as error:

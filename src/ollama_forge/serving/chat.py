@@ -46,6 +46,7 @@ def chat(
     name: str | None,
     checkpoint: str | None,
     revision: str | None = None,
+    adapter: str | None = None,
     load: LoadSettings,
     wishes: Wishes | None = None,
     images: Sequence[bytes] = (),
@@ -57,6 +58,7 @@ def chat(
     else the model is loaded into this process.
 
     Args:
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         images: the bytes of image files, which are sent with the first message.
 
     Raises:
@@ -65,7 +67,7 @@ def chat(
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
-    talker = _server_for(name, load, server) or _load(name, checkpoint, revision, load)
+    talker = (None if adapter else _server_for(name, load, server)) or _load(name, checkpoint, revision, load, adapter)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
@@ -88,7 +90,9 @@ def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | N
     return found
 
 
-def _load(name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings) -> Talker:
+def _load(
+    name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings, adapter: str | None
+) -> Talker:
     from ollama_forge.serving.served import ServedModel
     from ollama_forge.serving.talkers import LocalTalker
     from ollama_forge.sources.resolve import resolve
@@ -99,7 +103,7 @@ def _load(name: str | None, checkpoint: str | None, revision: str | None, load: 
             raise ForgeError(f"there is no {folder}", f"ollama-forge abliterate run --model … --name {name} makes it")
         checkpoint = str(folder)
     assert checkpoint is not None
-    source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code)
+    source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     label = name or Path(source.label).name
     with status(f"loading {label}"):
         return LocalTalker(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))

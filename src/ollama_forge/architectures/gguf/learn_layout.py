@@ -32,13 +32,22 @@ def layout_of(config: Mapping[str, Any], file: Gguf) -> GgufLayout:
         ForgeError: the converter is not installed or rejects the model; the file is not one that it writes for this
             model; or it computes a tensor's values in a way that is not known.
     """
+    return file_layout(learned_layout(config), file)
+
+
+def learned_layout(config: Mapping[str, Any]) -> LearnedLayout:
+    """What the converter writes for a config, from the cache if it was learned before.
+
+    Raises:
+        ForgeError: as ``layout_of``.
+    """
 
     def learn() -> LearnedLayout:
         with converter_session() as session:
             return learn_layout(config, session)
 
     key = {**config, "converter": converter_fingerprint(find_converter(None))}
-    return file_layout(cached(LearnedLayout, ".layout.json", key, None, learn), file)
+    return cached(LearnedLayout, ".layout.json", key, None, learn)
 
 
 def learn_layout(config: Mapping[str, Any], session: ConverterSession) -> LearnedLayout:

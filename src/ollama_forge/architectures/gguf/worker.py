@@ -40,17 +40,21 @@ def main() -> None:
         answers.flush()
 
 
-def classes() -> dict[str, list[str]]:
-    """For each GGUF architecture, the Hugging Face architectures that the converter writes as it."""
+def classes(arch: str) -> dict[str, Any]:
+    """The Hugging Face architectures that the converter writes as a GGUF architecture."""
     import conversion
     import gguf
 
-    found: dict[str, list[str]] = {}
-    for name in conversion.TEXT_MODEL_MAP:
+    name = next((kind.name for kind, spelled in gguf.MODEL_ARCH_NAMES.items() if spelled == arch), None)
+    named = f"MODEL_ARCH.{name}"
+    sources = Path(str(conversion.__file__)).parent.glob("*.py")
+    modules = {path.stem for path in sources if named in path.read_text(encoding="utf-8")}  # others take seconds
+    found = []
+    for architecture, module in conversion.TEXT_MODEL_MAP.items():
         with contextlib.suppress(Exception):  # a class may want a package that is not installed
-            arch = conversion.get_model_class(name).model_arch
-            found.setdefault(gguf.MODEL_ARCH_NAMES[arch], []).append(name)
-    return found
+            if module in modules and conversion.get_model_class(architecture).model_arch.name == name:
+                found.append(architecture)
+    return {"classes": found}
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
         return LazyTorchTensor(meta=meta, args=(name, shape), func=values)
 
-    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:
+    def index_tensors(self: Any, *_: Any, **_options: Any) -> dict[str, Callable[[], Any]]:
         items = (
             self.filter_tensors((name, lambda name=name, shape=shape: lazy(name, tuple(shape))))
             for name, shape in shapes.items()

@@ -34,6 +34,10 @@ class GgufCheckpoint(Checkpoint):
         return self.file.path
 
     @property
+    def location(self) -> Path:
+        return self.file.path
+
+    @property
     def public_name(self) -> str:
         return self.path.name if self.kind == "gguf" else super().public_name
 

@@ -1,0 +1,327 @@
+"""Adapters made of edits: the base with the adapter computes what the edited model does, or the export refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ollama_forge.api import export_adapter
+from ollama_forge.architectures.learn import map_checkpoint
+from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.file import Tensor as Entry
+from ollama_forge.checkpoints.gguf.file import read_gguf
+from ollama_forge.edits.checkpoint_folder import write_checkpoint
+from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
+from ollama_forge.edits.factors import Rescale
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.export.adapters.gguf import write_gguf_adapter
+from ollama_forge.export.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_peft_adapter
+from ollama_forge.files import read_json, write_json
+from ollama_forge.sources.resolve import resolve
+from tests import llamacpp_adapter, tiny
+from tests.gguf_models import Model, gguf_models
+from tests.packed import fp8_decoded, fp8_model
+
+__all__ = ["gguf_models"]  # a fixture
+PROMPTS = [[5, 40, 77, 130], [9, 200, 31, 31, 8, 61, 100]]
+LETTER = 2 + ord("a")
+ALL_TOKENS = 1 << 20
+TABLES = {Role.EMBEDDING, Role.UNEMBEDDING, Role.POSITION}
+
+
+def factors(module: str, out: int, inputs: int) -> dict[str, Tensor]:
+    name = f"base_model.model.{module}"
+    return {f"{name}.lora_A.weight": torch.ones(2, inputs), f"{name}.lora_B.weight": torch.ones(out, 2)}
+
+
+def edit_of(source: Checkpoint, model: ModelMap, chosen: Callable[[Matrix], bool], scale: float = 1.0) -> EditRecord:
+    """An edit that changes all chosen matrices by random factors; the rank of readers is 2, that of writers is 1."""
+    records = {}
+    for number, matrix in enumerate(model.matrices):
+        if not chosen(matrix):
+            continue
+        generator = torch.Generator().manual_seed(number)
+        stack = (matrix.shape[0],) if matrix.experts else ()
+        rank = 1 if matrix.writes else 2
+        left, right = (
+            torch.randn(*stack, size, rank, generator=generator) / size**0.5
+            for size in (matrix.out_features, matrix.in_features)
+        )
+        records[matrix.tensor] = MatrixRecord(left, 4 * right, 1.5 * scale, Rescale.NONE)
+    return EditRecord("least-squares", source.fingerprint, records)
+
+
+def edited_model(source: Checkpoint, model: ModelMap, edit: EditRecord, folder: Path, **config: Any) -> Any:
+    write_checkpoint(source, model, edit.plan(model, source.fingerprint), folder, settings=None)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
+
+
+@torch.no_grad()
+def log_probs(model: Any) -> Tensor:
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in PROMPTS])
+
+
+# -- PEFT --------------------------------------------------------------------------------------------------------
+
+
+def not_tables(matrix: Matrix) -> bool:
+    return matrix.role not in TABLES
+
+
+PEFT_CASES: dict[str, Callable[[Matrix], bool]] = {
+    "mistral": lambda matrix: True,  # its tables are not tied
+    "gpt2": not_tables,  # Conv1D, with q, k and v in one matrix
+    "phi3": not_tables,
+}
+
+
+@pytest.mark.parametrize("family", PEFT_CASES)
+def test_peft_adapter_is_the_edit(tmp_path: Path, family: str) -> None:
+    source = tiny.save(tiny.build(family), tmp_path / "model")
+    model = map_checkpoint(source)
+    edit = edit_of(source, model, PEFT_CASES[family])
+    edit.save(tmp_path / "edit.safetensors")
+    edited = log_probs(edited_model(source, model, edit, tmp_path / "edited"))
+    export_adapter(tmp_path / "edit.safetensors", str(source.folder), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    before = log_probs(base)
+    adapted = log_probs(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert (before - edited).abs().max() > 0.5
+    torch.testing.assert_close(adapted, edited, rtol=0, atol=2e-4)
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert len(config["target_modules"]) == len(edit.matrices)
+    assert str(tmp_path).encode() not in (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_peft_refuses_stacked_experts(tmp_path: Path) -> None:
+    source = tiny.save(tiny.build("gpt_oss"), tmp_path / "model")
+    model = map_checkpoint(source)
+    edit = edit_of(source, model, lambda matrix: matrix.is_expert)
+    with pytest.raises(ForgeError, match="not the weight of a linear layer"):
+        write_peft_adapter(edit, model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def llama_cpp(file: Path, adapter: Path) -> Iterator[Callable[[float], Tensor]]:
+    """A function that computes log-probabilities with the adapter at a scale."""
+    command = [sys.executable, "-P", llamacpp_adapter.__file__, str(file), str(adapter)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().decode().strip()
+        try:
+            with httpx.Client(base_url=address, timeout=None, trust_env=False) as client:
+                yield lambda scale: torch.stack([_next(client, prompt, scale) for prompt in PROMPTS])
+        finally:
+            process.kill()
+
+
+def _next(client: httpx.Client, prompt: list[int], scale: float) -> Tensor:
+    body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": ALL_TOKENS, "cache_prompt": False}
+    body |= {"logit_bias": [[LETTER, 1e6]], "lora": [{"id": 0, "scale": scale}]}
+    found = client.post("/completion", json=body).json()["completion_probabilities"][0]["top_logprobs"]
+    row = torch.empty(len(found))
+    row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
+    return row.log_softmax(-1)
+
+
+GGUF_CASES: dict[str, Callable[[Matrix], bool]] = {
+    "llama": lambda matrix: matrix.layer is None or matrix.layer < 2,  # rows of q and k are permuted; not tied
+    "gpt2": not_tables,  # transposed
+    "gpt_neox": not_tables,  # q, k and v are regrouped
+    "qwen3_moe": not_tables,  # experts are stacked
+}
+LIKE_LLAMA_CPP = {"qwen3_moe": {"norm_topk_prob": True}}  # which llama.cpp takes for granted
+
+
+@pytest.mark.parametrize("family", GGUF_CASES)
+def test_gguf_adapter_is_the_edit(tmp_path: Path, gguf_models: Mapping[str, Model], family: str) -> None:
+    source, chosen = gguf_models[family].checkpoint, GGUF_CASES[family]
+    file = gguf_models[family].with_types(tmp_path / "base.gguf", lambda tensor: Type.F16)
+    model = map_checkpoint(source)
+    adapter = tmp_path / "adapter.gguf"
+    write_gguf_adapter(edit_of(source, model, chosen), model, file.layout, file.file.architecture, adapter)
+    edited = {}
+    for scale in (0.0, 1.0, -0.5):
+        edit = edit_of(source, model, chosen, scale)
+        made = edited_model(source, model, edit, tmp_path / str(scale), **LIKE_LLAMA_CPP.get(family, {}))
+        edited[scale] = log_probs(made)
+    with llama_cpp(file.path, adapter) as adapted:
+        for scale, expected in edited.items():
+            torch.testing.assert_close(adapted(scale), expected, rtol=0, atol=0.05)
+    assert all((edited[0.0] - edited[scale]).abs().max() > 0.5 for scale in (1.0, -0.5))
+
+
+def test_gguf_adapter_needs_no_gguf_file(tmp_path: Path, gguf_models: Mapping[str, Model]) -> None:
+    source = gguf_models["llama"].checkpoint
+    file = gguf_models["llama"].opened(gguf_models["llama"].path)
+    model = map_checkpoint(source)
+    edit = edit_of(source, model, GGUF_CASES["llama"])
+    edit.save(tmp_path / "edit.safetensors")
+    export_adapter(tmp_path / "edit.safetensors", str(source.folder), tmp_path / "one.gguf", form="gguf")
+    write_gguf_adapter(edit, model, file.layout, file.file.architecture, tmp_path / "other.gguf")
+    one, other = (read_gguf(tmp_path / name) for name in ("one.gguf", "other.gguf"))
+    assert one.architecture == other.architecture == "llama"
+    assert one.get("adapter.lora.alpha") == 2.0
+    assert {t.name: held(t) for t in one.tensors} == {t.name: held(t) for t in other.tensors}
+    assert str(tmp_path).encode() not in one.path.read_bytes()
+
+
+def held(tensor: Entry) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.size)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------
+
+
+def peft_adapter(source: Checkpoint, folder: Path, **settings: Any) -> Tensor:
+    """Save a random adapter of a model, and return the log-probabilities with it."""
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return log_probs(model.eval())
+
+
+MERGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "patterns": (
+        "llama",
+        {
+            "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"], "use_rslora": True,
+            "rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"o_proj": 3},
+        },
+    ),
+    "Conv1D": ("gpt2", {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "tables": ("mistral", {"r": 2, "target_modules": ["embed_tokens", "v_proj"], "modules_to_save": ["lm_head"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_merging_computes_what_peft_does(tmp_path: Path, case: str) -> None:
+    family, settings = MERGED[case]
+    source = tiny.save(tiny.build(family), tmp_path / "model")
+    adapted = peft_adapter(source, tmp_path / "adapter", **settings)
+    merged = resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
+    assert merged.public_name == "model + adapter"
+    found = log_probs(AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32))
+    before = log_probs(AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32))
+    assert (adapted - before).abs().max() > 0.1
+    torch.testing.assert_close(found, adapted, rtol=0, atol=2e-4)
+    stamp = (merged.folder / "config.json").stat().st_mtime_ns
+    assert resolve(str(source.folder), adapter=str(tmp_path / "adapter")).folder == merged.folder
+    assert (merged.folder / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_merging_into_fp8_decodes_and_rounds_once(tmp_path: Path) -> None:
+    source = fp8_model(tmp_path / "model", "block")
+    left, right = torch.randn(tiny.D, 2), torch.randn(2, tiny.D)
+    name = "base_model.model.model.layers.1.self_attn.o_proj"
+    (tmp_path / "adapter").mkdir()
+    save_file({f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}, tmp_path / "adapter" / WEIGHTS_NAME)
+    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA", "r": 2, "lora_alpha": 1})
+    merged = resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
+    expected = fp8_decoded(source)
+    expected["model.layers.1.self_attn.o_proj.weight"] += 0.5 * left @ right
+    held = load_file(merged.folder / "model.safetensors")
+    assert held.keys() == expected.keys()
+    for tensor, values in held.items():
+        assert torch.equal(values, expected[tensor].bfloat16()), tensor
+    assert "quantization_config" not in read_json(merged.folder / "config.json")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "more than low-rank factors"),
+    "bias": ({"bias": "lora_only"}, "changes biases"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "changes the base weights too"),
+    "experts": ({"target_parameters": ["mlp.experts.down_proj"]}, "more than low-rank factors"),
+    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "not LORA"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_adapters_are_refused(tmp_path: Path, case: str) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "model")
+    settings, message = REFUSED[case]
+    (tmp_path / "adapter").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / WEIGHTS_NAME)
+    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA", **settings})
+    with pytest.raises(ForgeError, match=message):
+        resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
+
+
+UNFITTING: dict[str, tuple[dict[str, Tensor], str]] = {
+    "unknown module": (factors("model.layers.9.self_attn.o_proj", 32, 32), "which .* does not have"),
+    "shape": (factors("model.layers.1.self_attn.o_proj", 32, 48), "changes .* as 32x48, and .* has it as 32x32"),
+    "tied": (factors("model.embed_tokens", tiny.VOCABULARY, 32), "embedding and unembedding in one"),
+    "one factor": ({"base_model.model.x.lora_A.weight": torch.zeros(2, 3)}, "only one factor"),
+    "resized": ({"base_model.model.model.norm.weight": torch.zeros(7)}, "changes .* as 7, and .* has it as 32"),
+}
+
+
+@pytest.mark.parametrize("case", UNFITTING)
+def test_adapters_of_other_models_are_refused(tmp_path: Path, case: str) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "model")
+    tensors, message = UNFITTING[case]
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS_NAME)
+    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA"})
+    with pytest.raises(ForgeError, match=message):
+        resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
+
+
+# -- what no adapter can express -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+@pytest.mark.parametrize("reason", ["norm rule", "bias", "tied", "other model"])
+def test_exports_that_would_not_be_the_edit_are_refused(tmp_path: Path, form: str, reason: str) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "model")
+    model = map_checkpoint(source)
+    edit = edit_of(source, model, lambda m: m.role is (Role.EMBEDDING if reason == "tied" else Role.O))
+    name, record = next(iter(edit.matrices.items()))
+    message = {
+        "norm rule": "norm rule scales the columns",
+        "bias": "changes 1 biases",
+        "tied": "is the unembedding too",
+        "other model": "from another model",
+    }[reason]
+    if reason == "norm rule":
+        edit = replace(edit, matrices={name: replace(record, rescale=Rescale.COLUMNS)})
+    elif reason == "bias":
+        edit = replace(edit, bias_shifts={"model.norm.bias": torch.ones(3), "other.bias": torch.zeros(3)})
+    elif reason == "other model":
+        edit = replace(edit, matrices={name: replace(record, L=torch.zeros(7, 1))})
+    edit.save(tmp_path / "edit.safetensors")
+    output = tmp_path / ("adapter.gguf" if form == "gguf" else "adapter")
+    with pytest.raises(ForgeError, match=message):
+        export_adapter(tmp_path / "edit.safetensors", str(source.folder), output, form=form)
+    assert not output.exists()
+
+
+def test_outputs_of_the_other_form_are_refused(tmp_path: Path) -> None:
+    for form, output in (("peft", "x.gguf"), ("gguf", "folder"), ("mlx", "folder")):
+        with pytest.raises(UsageError):
+            export_adapter(tmp_path / "edit.safetensors", "model", tmp_path / output, form=form)
