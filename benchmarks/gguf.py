@@ -71,8 +71,16 @@ model = load(Path(sys.argv[1]))
 print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
+PEAK = """
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+def reset_peak():
+    open("/proc/self/clear_refs", "w").write("5")  # else a new process starts with the peak of its parent
+    return peak()
+"""
 EDITED = """
-import json, resource, statistics, sys, time
+import json, statistics, sys, time
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
 from ollama_forge.api import GgufOptions, apply
@@ -85,8 +93,7 @@ vector = torch.randn(d, generator=torch.Generator().manual_seed(0))
 refusal = target.with_suffix(".pt")
 RefusalDirection((vector / vector.norm()).unsqueeze(0), layer=1).save(refusal)
 settings = EditSettings(targets=tuple(sys.argv[3].split(",")))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, started = peak(), time.perf_counter()
+before, started = reset_peak(), time.perf_counter()
 written, applied = apply(str(source), refusal_pt=refusal, settings=settings, gguf=GgufOptions(output=target))
 seconds, more = time.perf_counter() - started, peak() - before
 def raw(path):
@@ -103,7 +110,7 @@ told = {"seconds": seconds, "peak": more, "changed": len(differ), "planned": len
 print(json.dumps({**told, "as_planned": differ == holders}))
 """
 THROUGH = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch, transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -120,8 +127,7 @@ from ollama_forge.export.quantise import quantise
 from ollama_forge.sources.resolve import resolve
 folder = Path(sys.argv[2])
 folder.mkdir()
-peak = lambda: max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-before, started = peak(), time.perf_counter()
+before, started = reset_peak(), time.perf_counter()
 source = resolve(sys.argv[1])
 model, settings = examine(source).model_map, EditSettings()
 vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
@@ -158,7 +164,9 @@ def loading(name: str, path: Path) -> bool:
 
 def measured(code: str, *arguments: str) -> dict[str, Any]:
     """The object that a process of its own prints last."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + code, *arguments], check=True, stdout=subprocess.PIPE, text=True
+    )
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
