@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -36,7 +37,7 @@ _MAX_PARTS = 4096
 _TOLERANCE = 0.2  # of a coordinate that exp and log went over
 
 
-class NotMoved(Exception):
+class NotMovedError(Exception):
     """The program does not only move elements."""
 
 
@@ -138,19 +139,18 @@ def parts_of(program: Program, output: Any, inputs: dict[str, Shape]) -> tuple[P
         inputs: as ``Program.inputs`` returns them.
 
     Raises:
-        NotMoved: a value is computed, or the order of the elements follows no rule that a part can express.
+        NotMovedError: a value is computed, or the order of the elements follows no rule that a part can express.
     """
     stored = _stored(program, output)
     names = list(inputs)
     run = program.run
     tensor = _Coordinates(run(output, _constants({name: at * UNIT for at, name in enumerate(names)})), stored)
-    rows = tensor.values.shape[0]
-    starts = [0, *(np.flatnonzero(np.diff(tensor.along(0))) + 1).tolist(), rows]
-    segments = [(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    changes = np.flatnonzero(np.diff(tensor.along(0))) + 1
+    segments = list(pairwise([0, *changes.tolist(), len(tensor.values)]))
     for start, end in segments:
         profiles = tensor.profiles(start, end)
         if any(profile.any() for profile in profiles):
-            raise NotMoved("it holds several tensors side by side")
+            raise NotMovedError("it holds several tensors side by side")
     owners = [names[tensor.at_row(start)] for start, _ in segments]
     del tensor
     found: list[list[list[Integers]]] = [[] for _ in segments]
@@ -167,7 +167,7 @@ def parts_of(program: Program, output: Any, inputs: dict[str, Shape]) -> tuple[P
         whole = Part(owner, inputs[owner], start, end - start, tuple(first), ((),) * len(first), stored)
         parts += _split(whole, profile)
         if len(parts) > _MAX_PARTS:
-            raise NotMoved("its rows are in no regular order")
+            raise NotMovedError("its rows are in no regular order")
     return tuple(parts)
 
 
@@ -197,12 +197,13 @@ def _stored(program: Program, output: Any) -> Stored:
     for constant in _CONSTANTS:
         values = program.run(output, lambda _, shape, c=constant: torch.tensor(c).expand(shape))  # type: ignore[misc]
         if values.min() != values.max():
-            raise NotMoved("its values are computed in several ways")
+            raise NotMovedError("its values are computed in several ways")
         made.append(float(values.flat[0]))
+        del values
     for stored, function in _STORED.items():
         if np.allclose(made, [function(constant) for constant in _CONSTANTS], rtol=1e-5):
             return stored
-    raise NotMoved("its values are computed")
+    raise NotMovedError("its values are computed")
 
 
 class _Coordinates:
@@ -222,26 +223,27 @@ class _Coordinates:
         return self.decode(self.values[tuple(place)])
 
     def decode(self, values: Floats) -> Integers:
+        found: NDArray[Any]
         if self.stored is Stored.MINUS_EXP:
             found = np.log(-values.astype(np.float64)) / UNIT
         else:
             found = (values - np.float32(self.stored is Stored.PLUS_ONE)) / np.float32(UNIT)
         whole = np.rint(found)
         if np.abs(found - whole).max() > _TOLERANCE:
-            raise NotMoved("its values are mixed")
+            raise NotMovedError("its values are mixed")
         return whole.astype(np.int64)
 
     def profiles(self, start: int, end: int) -> list[Integers]:
         """For each axis, what the coordinate grows by from its first index, in rows ``start`` to ``end``.
 
         Raises:
-            NotMoved: in some element, it is not the sum over the axes.
+            NotMovedError: in some element, it is not the sum over the axes.
         """
         profiles = [self.along(axis, start) for axis in range(self.values.ndim)]
         profiles = [profile - (profile[start] if axis == 0 else profile[0]) for axis, profile in enumerate(profiles)]
         profiles[0] = profiles[0][start:end]
         if not self.is_sum(self.values[start:end], self.at_row(start), profiles):
-            raise NotMoved("its elements are in no regular order")
+            raise NotMovedError("its elements are in no regular order")
         return profiles
 
     def is_sum(self, values: Floats, first: int, profiles: Sequence[Integers]) -> bool:
@@ -272,7 +274,7 @@ def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part
         steps = np.stack([of_axis[axis] for of_axis in profiles], axis=1)
         digits = _digits(steps)
         if math.prod(count for count, _ in digits) < len(steps):
-            raise NotMoved("its columns are in no regular order")
+            raise NotMovedError("its columns are in no regular order")
         others.append((axis, digits))
     rows = np.stack([of_axis[0] for of_axis in profiles], axis=1)
     low = 0
@@ -280,8 +282,8 @@ def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part
         digits = _digits(rows[low:])
         count = math.prod(count for count, _ in digits)
         first = tuple(int(start + step) for start, step in zip(whole.first, rows[low], strict=True))
-        steps = tuple(tuple(_steps(axis, [(0, digits), *others])) for axis in range(len(profiles)))
-        yield replace(whole, start=whole.start + low, count=count, first=first, steps=steps)
+        taken = tuple(tuple(_steps(axis, [(0, digits), *others])) for axis in range(len(profiles)))
+        yield replace(whole, start=whole.start + low, count=count, first=first, steps=taken)
         low += count
 
 
@@ -303,14 +305,14 @@ def _digits(steps: Integers) -> list[Digit]:
         steps: int64 ``[count, axes]``.
 
     Raises:
-        NotMoved: an element occurs twice.
+        NotMovedError: an element occurs twice.
     """
     found: list[Digit] = []
     left = steps - steps[0]
     while len(left) > 1:
         stride = left[1]
         if not stride.any():
-            raise NotMoved("it holds an element twice")
+            raise NotMovedError("it holds an element twice")
         run = _true_until(np.arange(len(left))[:, None] * stride == left)
         found.append((run, stride))
         blocks = left[: len(left) // run * run].reshape(-1, run, left.shape[1])

@@ -2,10 +2,11 @@
 
     python worker.py LLAMA_CPP_DIR
 
-It writes to the working directory, which is to be empty. Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
-the request failed. The converter's libraries come first on the path, so the script imports only such modules of this
-package that import no library but numpy. The converter is lazy: it builds what it would write from tensors without values, and a tensor's values are made
-up, and passed through its code, where they are asked for.
+Each line on stdin is a request, a JSON object with ``op``; the answer on stdout is one JSON object, with ``error`` if
+the request failed. The script writes to the working directory, which is to be empty. The converter's libraries come
+first on the path, so it imports only such modules of this package that import no library but numpy. The converter is
+lazy: it builds what it would write from tensors without values, and a tensor's values are made up, and passed through
+its code, where they are asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MakeValues = Callable[[str, tuple[int, ...]], Any]
 Shapes = Mapping[str, list[int]]
@@ -128,8 +129,10 @@ def tokenizer(config: Mapping[str, Any]) -> Iterator[None]:
     tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
     path = Path("tokenizer.json")
     path.write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
-    yield
-    path.unlink()
+    try:
+        yield
+    finally:
+        path.unlink()
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
@@ -153,7 +156,7 @@ def converter(config: Mapping[str, Any], shapes: Shapes, values: MakeValues) -> 
         meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shape)
         return LazyTorchTensor(meta=meta, args=(name, shape), func=values)
 
-    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], Any]]:
+    def index_tensors(self: Any, *_: Any, **_options: Any) -> dict[str, Callable[[], Any]]:
         items = (
             self.filter_tensors((name, lambda name=name, shape=shape: lazy(name, tuple(shape))))
             for name, shape in shapes.items()
@@ -174,13 +177,15 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     The parts are those of ``ollama_forge.checkpoints.gguf.layout``. A tensor that is made from the config has none.
     """
     import gguf
-    from ollama_forge.architectures.gguf.places import NotMoved, Program, parts_of
+
+    from ollama_forge.architectures.gguf.places import NotMovedError, Program, parts_of
 
     program = Program()
     model = converter(config, shapes, program.values)
     outputs: dict[str, Any] = {}
-    model.gguf_writer.add_tensor = lambda name, tensor, **_: outputs.update({name: tensor})
-    gguf.quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
+    writer, quants = cast("Any", gguf.GGUFWriter), cast("Any", gguf.quants)
+    writer.add_tensor = lambda _, name, tensor, **options: outputs.update({name: tensor})
+    quants.quantize = lambda data, kind: data  # the values as they are before they are rounded
     with tokenizer(config):
         model.prepare_tensors()
     known: dict[str, tuple[list[str], list[Any], str]] = {}
@@ -195,7 +200,7 @@ def places(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         if key not in known:
             try:
                 parts, why = [asdict(part) for part in parts_of(program, output, inputs)], ""
-            except NotMoved as error:
+            except NotMovedError as error:
                 parts, why = [], str(error)
             known[key] = list(inputs), parts, why
         names, parts, why = known[key]
