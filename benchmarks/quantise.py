@@ -21,10 +21,9 @@ QUANT = "Q4_K_M"
 SOURCE_OF_CHILD = """
 import resource, sys
 from pathlib import Path
-from ollama_forge.export.quantise import _cores, quantise
+from ollama_forge.export.quantise import quantise
 quantise(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], {})
-own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(own, worker, _cores())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -83,9 +82,9 @@ def main() -> int:
             embedded.append(seconds)
             if tool:
                 native.append(timed([tool, str(converted), out, QUANT])[0])
-        own, worker, count = map(int, said.split())
+        peak_kilobytes = int(said)
         took = statistics.median(embedded)
-        peak = f"peak {own / 1024:.0f} MB and {count} x {worker / 1024:.0f} MB"
+        peak = f"peak {peak_kilobytes / 1024:.0f} MB"
         print(f"embedded quantiser, {QUANT}, with the start of the interpreter: {took:.2f} s, {peak}")
         ratio = 0.0
         if tool:

@@ -221,6 +221,22 @@ def test_a_quantised_file_is_quantised_again(tmp_path: Path) -> None:
     assert after.get("general.file_type") == mix.file_type("Q8_0")
 
 
+def test_a_split_file_becomes_one(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=2)
+    values = {f"blk.{n}.attn_q.weight": np.full((4, 256), n + 1, np.float32) for n in range(3)}
+    for name, rows in values.items():
+        writer.add_tensor(name, rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    target = tmp_path / "out.gguf"
+    quantise.quantise(tmp_path / "model-00001-of-00002.gguf", target, "Q8_0", NOTHING)
+    assert not [key for key in read_gguf(target).metadata if key.startswith("split.")]
+    for name, rows in values.items():
+        assert np.allclose(gguf.quants.dequantize(held(target, name), Type.Q8_0), rows, rtol=0.01)
+
+
 def test_experts_of_mxfp4_stay_as_they_are(tmp_path: Path) -> None:
     experts = Tensor("blk.0.ffn_up_exps.weight", (256, 64, 4), Type.MXFP4)
     counts = Tensor("blk.0.counts.weight", (256, 2), Type.I32)
@@ -260,7 +276,7 @@ def test_a_full_disk_noticed_by_a_thread(tmp_path: Path) -> None:
     tensor = source.tensors[0]
     jobs = list(quantise._jobs(tensor, Tensor(tensor.name, tensor.shape, Type.Q8_0), None))
     with pytest.raises(ForgeError, match=r"cannot quantise .*(No space left|seek)"):
-        quantise._encode_all(source.path, Path("/dev/full"), jobs, lambda _: None)
+        quantise._encode_all(source, Path("/dev/full"), jobs, lambda _: None)
 
 
 def test_a_source_cut_short(tmp_path: Path) -> None:

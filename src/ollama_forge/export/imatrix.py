@@ -10,7 +10,6 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from ollama_forge.checkpoints.gguf.file import MAGIC, Tensor, Value, read_gguf, value_of
 from ollama_forge.errors import ForgeError
+from ollama_forge.files import read_at
 
 Floats = NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -91,11 +91,10 @@ def _from_gguf(path: Path) -> ImportanceMatrix:
     file = read_gguf(path)
     tensors = {tensor.name: tensor for tensor in file.tensors}
     entries = {}
-    with path.open("rb") as data:
-        for name, sums in tensors.items():
-            counts = tensors.get(name.removesuffix(_SUMS) + _COUNTS)
-            if name.endswith(_SUMS) and counts is not None:
-                entries[name.removesuffix(_SUMS)] = _means(_values(data, sums), _values(data, counts))
+    for name, sums in tensors.items():
+        counts = tensors.get(name.removesuffix(_SUMS) + _COUNTS)
+        if name.endswith(_SUMS) and counts is not None:
+            entries[name.removesuffix(_SUMS)] = _means(_values(sums), _values(counts))
     if not entries:
         raise ValueError("it has no tensors whose names end with .in_sum2 and .counts")
     datasets, chunks = file.get("imatrix.datasets"), file.get("imatrix.chunk_count")
@@ -107,11 +106,11 @@ def _from_gguf(path: Path) -> ImportanceMatrix:
     )
 
 
-def _values(data: Any, tensor: Tensor) -> Floats:
+def _values(tensor: Tensor) -> Floats:
     if tensor.type != Type.F32:
         raise ValueError(f"{tensor.name!r} is {tensor.type.name} instead of F32")
-    data.seek(tensor.start)
-    return np.frombuffer(data.read(tensor.size), np.float32)
+    with tensor.file.open("rb", buffering=0) as file:
+        return np.frombuffer(read_at(file, tensor.start, tensor.size), np.float32)
 
 
 def _means(sums: Floats, counts: Floats) -> Floats:

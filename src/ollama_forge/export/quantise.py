@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -38,6 +39,7 @@ _BLOCK_VALUES = 1 << 20
 _COPY_CHUNK = 64 << 20
 _PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MEGABYTE = 1_000_000
+_SPLIT = "split."  # metadata of the parts of a split file
 
 
 def find_tool() -> str | None:
@@ -167,8 +169,10 @@ class _Job:
     target_start: int
     importance: NDArray[np.float32] | None
 
-    def run(self, source: FileIO, target: FileIO) -> None:
-        data = torch.frombuffer(read_at(source, self.source_start, self.source_size), dtype=torch.uint8)
+    def run(self, sources: Mapping[Path, FileIO], target: FileIO) -> None:
+        data = torch.frombuffer(
+            read_at(sources[self.tensor.file], self.source_start, self.source_size), dtype=torch.uint8
+        )
         rows = decode_rows(data.view(-1, row_size(self.tensor.type, self.tensor.row_length)), self.tensor.type)
         importance = None if self.importance is None else torch.from_numpy(self.importance)
         target.seek(self.target_start)
@@ -182,7 +186,7 @@ def rewrite(
     changes: Mapping[str, Value | None],
     importance: ImportanceMatrix | None = None,
 ) -> None:
-    """Write ``file`` to ``target``; tensors whose type changes are encoded again, all others are copied.
+    """Write ``file`` to ``target``, one file; tensors whose type changes are encoded again, all others are copied.
 
     Memory is bounded by a few blocks of rows per core, whatever the size of the tensors.
 
@@ -191,7 +195,7 @@ def rewrite(
         changes: metadata to add or replace; None removes an entry.
     """
     changed = {**file.metadata, **changes}
-    metadata = {key: value for key, value in changed.items() if value is not None}
+    metadata = {key: value for key, value in changed.items() if value is not None and not key.startswith(_SPLIT)}
     tensors = [Tensor(tensor.name, tensor.shape, types[tensor.name]) for tensor in file.tensors]
     total = sum(tensor.size for tensor in file.tensors)
     with atomic_file(target) as partial, bar(f"writing {target.name} (MB)", total // _MEGABYTE + 1) as advance:
@@ -199,16 +203,22 @@ def rewrite(
         with disk_errors(target), partial.open("wb", buffering=0) as out:
             placed = write_header(out, metadata, tensors)
             pairs = list(zip(file.tensors, placed, strict=True))
-            with file.path.open("rb", buffering=0) as source:
+            with ExitStack() as stack:
+                sources = _opened(file, stack)
                 for before, after in pairs:
                     if before.type == after.type:
                         out.seek(after.start)
                         for done in range(0, before.size, _COPY_CHUNK):
                             count = min(_COPY_CHUNK, before.size - done)
-                            copy_range(source, before.start + done, count, out)
+                            copy_range(sources[before.file], before.start + done, count, out)
                             advanced(count)
         jobs = [job for before, after in pairs if before.type != after.type for job in _jobs(before, after, importance)]
-        _encode_all(file.path, partial, jobs, advanced)
+        _encode_all(file, partial, jobs, advanced)
+
+
+def _opened(file: Gguf, stack: ExitStack) -> dict[Path, FileIO]:
+    """The files that hold the tensors, opened until the stack is left."""
+    return {part: stack.enter_context(part.open("rb", buffering=0)) for part in file.parts}
 
 
 class _Megabytes:
@@ -242,7 +252,7 @@ def _jobs(before: Tensor, after: Tensor, importance: ImportanceMatrix | None) ->
             )
 
 
-def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable[[int], None]) -> None:
+def _encode_all(file: Gguf, target: Path, jobs: Sequence[_Job], done: Callable[[int], None]) -> None:
     """Distribute the jobs to one thread per core; the first failure stops all of them."""
     waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
     for job in jobs:
@@ -252,10 +262,11 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
 
     def work() -> None:
         try:
-            with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
+            with ExitStack() as stack, target.open("r+b", buffering=0) as out:
+                sources = _opened(file, stack)
                 while not failures:
                     job = waiting.get_nowait()
-                    reason = _failure(job, reading, writing)
+                    reason = _failure(job, sources, out)
                     with lock:
                         if reason is None:
                             done(job.source_size)
@@ -283,10 +294,10 @@ def _encode_all(source: Path, target: Path, jobs: Sequence[_Job], done: Callable
         )
 
 
-def _failure(job: _Job, source: FileIO, target: FileIO) -> str | None:
+def _failure(job: _Job, sources: Mapping[Path, FileIO], target: FileIO) -> str | None:
     """Why a job failed; None if it did not."""
     try:
-        job.run(source, target)
+        job.run(sources, target)
     except EOFError:
         return "the source is truncated"
     except ForgeError as error:

@@ -19,6 +19,9 @@ from torch import Tensor
 _NOISE = 4 * torch.finfo(torch.float32).eps  # relative error of the division of a value by its scale
 _EXPONENT_BITS = 0x7F800000  # of a float32
 _LAST_MOVES = 3  # values replaced in each column for each direction, to remove what whole steps leave
+_LAST_PAIRS = 2  # pairs of values replaced after them
+_PAIR_VALUES = 1 << 20  # that pairs are chosen from at a time
+_ENOUGH = 1e-4  # of a product's error before any replacement, below which no pairs are tried
 
 
 class Numbers(Protocol):
@@ -183,6 +186,7 @@ def _cancel(scaled: Tensor, rounded: Tensor, other: Tensor, scale: Tensor, basis
     growth = (other + rounded).sub_(scaled, alpha=2).mul_(scale).abs_()  # of the squared error, per unit of the step
     excess = ((rounded - scaled) * scale) @ basis  # [m, k]
     noise = _NOISE * ((scaled * scale).abs_() @ basis.abs())
+    enough = torch.maximum(noise, _ENOUGH * excess.abs())
     for direction, own, least in zip(basis.T, excess.T, noise.T, strict=True):
         wanted = torch.where(own.abs() > least, own, 0).unsqueeze(1)
         moves = steps * direction
@@ -197,6 +201,10 @@ def _cancel(scaled: Tensor, rounded: Tensor, other: Tensor, scale: Tensor, basis
     moves = torch.where(flipped, -steps, steps)
     for _ in range(_LAST_MOVES * basis.shape[1]):
         _flip_best(flipped, moves, excess, basis, noise)
+    for _ in range(_LAST_PAIRS * basis.shape[1]):
+        left = (excess.abs() > enough).any(1).nonzero().squeeze(1)
+        for rows in torch.split(left, max(1, _PAIR_VALUES // basis.shape[0])):
+            _flip_pairs(rows, flipped, moves, excess, basis)
     return torch.where(flipped, other, rounded)
 
 
@@ -209,3 +217,30 @@ def _flip_best(flipped: Tensor, moves: Tensor, excess: Tensor, basis: Tensor, no
     excess[rows] += moves[rows, columns].unsqueeze(1) * basis[columns]
     moves[rows, columns] *= -1
     flipped[rows, columns] ^= True
+
+
+def _flip_pairs(rows: Tensor, flipped: Tensor, moves: Tensor, excess: Tensor, basis: Tensor) -> None:
+    """Flip in each of some rows two values that together make the largest of the products' errors ``[m, k]`` smallest.
+
+    Where each single value moves a product too far, the difference of two of them may not.
+    """
+    errors, steps = excess[rows], moves[rows]
+    largest = errors.abs().argmax(1)
+    changes = steps * basis.T[largest]
+    order = torch.from_numpy(np.argsort(changes.numpy(), axis=1))
+    ordered = changes.gather(1, order)
+    wanted = -errors.gather(1, largest.unsqueeze(1)) - changes  # of the partner of each value
+    above = torch.searchsorted(ordered, wanted).clamp_(max=ordered.shape[1] - 1)
+    places = torch.stack([above, (above - 1).clamp_(min=0)])  # [2, rows, n]
+    missed = (torch.stack([ordered.gather(1, place) for place in places]) - wanted).abs_()
+    partners = torch.stack([order.gather(1, place) for place in places])
+    missed[partners == torch.arange(changes.shape[1])] = torch.inf  # a value is not its own partner
+    here, first = torch.arange(len(rows)), missed.amin(0).argmin(1)
+    partner = partners[missed[:, here, first].argmin(0), here, first]
+    pairs = torch.stack([first, partner], 1)
+    after = errors + (steps.gather(1, pairs).unsqueeze(2) * basis[pairs]).sum(1)
+    better = after.square().sum(1) < errors.square().sum(1)
+    rows, pairs = rows[better], pairs[better]
+    excess[rows] = after[better]
+    moves[rows.unsqueeze(1), pairs] *= -1
+    flipped[rows.unsqueeze(1), pairs] ^= True
