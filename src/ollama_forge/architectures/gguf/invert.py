@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ollama_forge.architectures.gguf.forward import Forward
-from ollama_forge.architectures.gguf.leaves import Path, leaves
+from ollama_forge.architectures.gguf.leaves import Path, leaves, with_value
 from ollama_forge.architectures.gguf.probe import Effect, probe, same
 from ollama_forge.architectures.gguf.rope_moves import scaled_rope
 from ollama_forge.architectures.gguf.wanted import Difference, Shape, Wanted, as_config, nice
@@ -34,9 +34,13 @@ class Inversion:
         config: the complete config.
     """
 
-    def __init__(self, forward: Forward, wanted: Wanted, values: Mapping[Path, Any]) -> None:
-        """Start from some values, which may be changed."""
-        self.forward, self.wanted = forward, wanted
+    def __init__(self, forward: Forward, wanted: Wanted, values: Mapping[Path, Any], words: Sequence[str] = ()) -> None:
+        """Start from some values, which may be changed.
+
+        Args:
+            words: those that the converter knows as values of a config.
+        """
+        self.forward, self.wanted, self.words = forward, wanted, words
         self.values: dict[Path, Any] = dict(values)
         self.config = forward.base
 
@@ -151,7 +155,7 @@ class Inversion:
         return sorted(found, key=lambda difference: difference.is_extra)
 
     def correct(self, differences: Differences, moves: Moves) -> list[Difference]:
-        """Change one value after the other, each time the one that leaves the fewest differences; return what is left."""
+        """Change one value after the other, the one that leaves the fewest differences; return what is left."""
         found = differences(self.config)
         for _ in range(_ROUNDS):
             best, best_score = None, _score(found)
@@ -227,10 +231,11 @@ class Inversion:
         if any("rope" in difference.name for difference in differences):
             yield from scaled_rope(self.forward, self.wanted, self.config)
         yield from self.layer_types(differences)
+        absent = self.forward.absent(self.config)
         for difference in differences:
             if difference.written is None:
-                for path in self.forward.absent(self.config):
-                    yield {path: as_config(difference.wanted, None)}
+                yield from ({path: as_config(difference.wanted, None)} for path in absent)
+                yield from ({path: word} for path in absent if self.is_word(path) for word in self.words)
         for difference in differences:
             for path, effect in effects.items():
                 if difference.name in effect.changed:
@@ -239,6 +244,14 @@ class Inversion:
                             yield {path: value}
             if not difference.is_extra:
                 yield from self.pairs(difference, effects)
+
+    def is_word(self, path: Path) -> bool:
+        """Whether the converter rejects words that it does not know as a value."""
+        try:
+            self.forward.metadata(with_value(self.config, path, "?"))
+        except ForgeError as error:
+            return "?" in error.message
+        return False
 
     def pairs(self, difference: Difference, effects: Mapping[Path, Effect]) -> Iterator[Move]:
         """A switch is flipped, so that a value is written as it is."""
@@ -307,11 +320,13 @@ class Inversion:
 
     def layer_types_of_tensors(self) -> Iterator[Move]:
         """For each list of the kinds of layers: the one with which each layer has the tensors that the file has."""
+        from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+
         for path, value in leaves(self.config).items():
             if not _is_of_kinds(value):
                 continue
             told = {}
-            for kind in dict.fromkeys(value):
+            for kind in dict.fromkeys([*value, *ALLOWED_LAYER_TYPES]):
                 try:
                     told[kind] = self.forward.tensors(self.forward.complete({**self.values, path: [kind] * len(value)}))
                 except ForgeError:
@@ -325,8 +340,8 @@ class Inversion:
                 yield {path: chosen}
 
 
-def _of_layer(shapes: Mapping[str, Shape], layer: int) -> dict[str, Shape]:
-    return {name: shape for name, shape in shapes.items() if name.startswith(f"blk.{layer}.")}
+def _of_layer(shapes: Mapping[str, Shape], layer: int) -> set[str]:
+    return {name for name in shapes if name.startswith(f"blk.{layer}.")}
 
 
 def _is_of_kinds(value: Any) -> bool:

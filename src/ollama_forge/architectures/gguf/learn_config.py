@@ -8,7 +8,7 @@ metadata nor the tensors tell (``hidden_act``, for instance) has the default of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -22,7 +22,6 @@ from ollama_forge.architectures.gguf.invert import Inversion
 from ollama_forge.architectures.gguf.leaves import Path
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
 from ollama_forge.architectures.gguf.wanted import Difference, Wanted
-from ollama_forge.architectures.twin.shrink import text_path
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint, find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor
 from ollama_forge.errors import ForgeError
@@ -63,7 +62,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
     }
 
     def learn() -> LearnedConfig:
-        with status(f"learning the config of {file.path.name}"), quiet_transformers(), converter_session() as session:
+        with status(f"learning the config of {file.path.name}"), converter_session() as session:
             return learn_config(session, file)
 
     learned = cached(LearnedConfig, ".config.json", key, None, learn)
@@ -74,7 +73,8 @@ def config_of(file: Gguf) -> dict[str, Any]:
 
 def learn_config(session: ConverterSession, file: Gguf) -> LearnedConfig:
     """As ``config_of``, asking a running converter."""
-    inversion, left = _best(session, file, _wanted(file))
+    with quiet_transformers():
+        inversion, left = _best(session, file, _wanted(file))
     return LearnedConfig({**inversion.config, "dtype": "bfloat16"}, _notes(file, left))
 
 
@@ -106,12 +106,11 @@ def _started(
 ) -> Iterator[Inversion]:
     """The candidates with the values that the metadata tell directly; those of which something differs come last."""
     others: list[tuple[int, Inversion]] = []
-    for model_type, architecture in _candidates(session, file.architecture):
+    told = session.ask("classes", arch=file.architecture)
+    for model_type, architecture in _candidates(file.architecture, told["classes"]):
         try:
             forward = Forward(session, file.architecture, model_type, architecture)
-            if text_path(forward.base):
-                raise ForgeError("transformers has only a multimodal model of this class")
-            inversion = Inversion(forward, wanted, _start(file, model_type))
+            inversion = Inversion(forward, wanted, _start(file, model_type), told["words"])
             wrong = sum(not difference.is_extra for difference in inversion.start())
         except ForgeError as error:
             failures.append((len(wanted.metadata), f"{architecture}: {error.message}"))
@@ -149,15 +148,18 @@ def _token_ids(file: Gguf) -> dict[str, int | None]:
     return {key: file.get(f"tokenizer.ggml.{name}_token_id") for key, name in _TOKENS.items()}
 
 
-def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str]]:
+def _candidates(arch: str, known: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Model types of causal LMs with the converter's names of their classes; those spelled like ``arch`` come first.
+
+    Args:
+        known: the classes that the converter writes as ``arch``.
 
     Raises:
         ForgeError: there are none.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = session.ask("classes", arch=arch)["classes"]
     if not known:
         raise ForgeError(
             f"llama.cpp's converter does not know the architecture {arch!r}",
@@ -167,11 +169,16 @@ def _candidates(session: ConverterSession, arch: str) -> Iterator[tuple[str, str
     found = [
         (model_type, names[name.lower()])
         for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-        if isinstance(name, str) and name.lower() in names
+        if isinstance(name, str)
+        and name.lower() in names
+        and "text_config" not in CONFIG_MAPPING[model_type].sub_configs
     ]
     if not found:
         raise ForgeError(f"transformers has no causal LM of the architecture {arch!r}", _HINT)
-    return iter(sorted(found, key=lambda entry: _unlikeliness(arch, *entry)))
+    likeliest: dict[str, str] = {}  # some types share a class
+    for model_type, architecture in sorted(found, key=lambda entry: _unlikeliness(arch, *entry)):
+        likeliest.setdefault(architecture, model_type)
+    return ((model_type, architecture) for architecture, model_type in likeliest.items())
 
 
 def _unlikeliness(arch: str, model_type: str, architecture: str) -> tuple[bool, bool]:

@@ -52,10 +52,8 @@ def probe(forward: Forward, config: Mapping[str, Any]) -> dict[Path, Effect]:
     told = forward.metadata(config)
     found = {}
     for path, value in leaves(config).items():
-        other = _other(value)
-        if other is None:
-            continue
-        after = _metadata(forward, config, path, other)
+        tried = ((other, _metadata(forward, config, path, other)) for other in _others(value))
+        other, after = next(((other, after) for other, after in tried if after is not None), (None, None))
         if after is None:
             continue
         keys = [key for key in {**told, **after} if not same(told.get(key), after.get(key))]
@@ -76,16 +74,16 @@ def _metadata(forward: Forward, config: Mapping[str, Any], path: Path, value: An
         return None
 
 
-def _other(value: Any) -> Any:
-    """Another value of the same kind; None if there is none."""
+def _others(value: Any) -> list[Any]:
+    """Other values of the same kind, the one that is least likely to be found elsewhere first."""
     if value is None:
-        return _SET
+        return [_SET]
     if isinstance(value, bool):
-        return not value
+        return [not value]
     if isinstance(value, int):
-        return 2 * value + 6
+        return [2 * value + 6, 2 * value]  # the converter may check that one size divides another
     if isinstance(value, float):
-        return value / 2 if value else 0.5
+        return [value / 2 if value else 0.5]
     if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
-        return [_other(item) for item in value]
-    return None
+        return [[_others(item)[0] for item in value]]
+    return []

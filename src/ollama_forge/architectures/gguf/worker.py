@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -41,20 +42,22 @@ def main() -> None:
 
 
 def classes(arch: str) -> dict[str, Any]:
-    """The Hugging Face architectures that the converter writes as a GGUF architecture."""
+    """The Hugging Face architectures that the converter writes as a GGUF architecture, and words that it knows."""
     import conversion
     import gguf
 
     name = next((kind.name for kind, spelled in gguf.MODEL_ARCH_NAMES.items() if spelled == arch), None)
     named = f"MODEL_ARCH.{name}"
-    sources = Path(str(conversion.__file__)).parent.glob("*.py")
-    modules = {path.stem for path in sources if named in path.read_text(encoding="utf-8")}  # others take seconds
+    paths = Path(str(conversion.__file__)).parent.glob("*.py")
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    modules = {module for module, source in sources.items() if named in source}  # to import all takes seconds
     found = []
     for architecture, module in conversion.TEXT_MODEL_MAP.items():
         with contextlib.suppress(Exception):  # a class may want a package that is not installed
             if module in modules and conversion.get_model_class(architecture).model_arch.name == name:
                 found.append(architecture)
-    return {"classes": found}
+    words = [word for module in ("base", *modules) for word in re.findall(r' == "(\w+)"', sources[module])]
+    return {"classes": found, "words": sorted(set(words))}
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
