@@ -31,6 +31,9 @@ from tests.test_export_convert import byte_pairs
 MERGES = (("t", "h"),)
 VOCABULARY = tiny.VOCABULARY + len(MERGES)
 D = 256  # the rows of K-quants are multiples of it
+R = tiny.unit_vector(7, D)
+R = (R - R.mean()) / (R - R.mean()).norm()  # a layer norm removes the mean
+PROBES, LOUDNESS = (100, 101), 10.0
 _IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 _SIZES: dict[str, Any] = {
     "hidden_size": D,
@@ -49,8 +52,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {
         "n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 256, **_IDS, "bos_token_id": 1
     },
-    "gemma2": {**_SIZES, "tie_word_embeddings": True},
-    "qwen3_moe": {**_SIZES, "moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {**_SIZES, "tie_word_embeddings": True, "query_pre_attn_scalar": 64},
+    "qwen3_moe": {
+        **_SIZES, "moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True
+    },
     "gpt_oss": {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128},
 }  # fmt: skip
 _ON_THE_HUB: dict[str, dict[str, Any]] = {"gpt_neox": {"rotary_pct": 0.25}, "gpt2": {"n_ctx": 256}}
@@ -88,16 +93,25 @@ class Model:
         return GgufCheckpoint(self.checkpoint.folder, str(path), "gguf", sha256_file(path), file=file, layout=layout)
 
 
+_MADE: dict[str, Model] = {}
+
+
 @pytest.fixture(scope="session")
 def gguf_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Model]:
+    """All families. They are converted once, however many modules import the fixture."""
+    if not _MADE:
+        _MADE.update(_convert(tmp_path_factory.mktemp("gguf")))
+    return _MADE
+
+
+def _convert(root: Path) -> dict[str, Model]:
     """All families, converted in one process."""
-    root = tmp_path_factory.mktemp("gguf")
     models = {family: Model(build(family, root / family), root / f"{family}.gguf") for family in FAMILIES}
     bare = {model.checkpoint.folder: model.path.with_suffix(".bare") for model in models.values()}
     llama_cpp = find_converter(None)
     jobs = [str(part) for pair in bare.items() for part in pair]
     command = [sys.executable, "-P", "-c", _CONVERT, str(Path(converter_worker.__file__).parent), str(llama_cpp), *jobs]
-    subprocess.run(command, check=True, env=_environment(llama_cpp))
+    subprocess.run(command, check=True, capture_output=True, env=_environment(llama_cpp))
     for model in models.values():
         file = read_gguf(bare[model.checkpoint.folder])
         retype(replace(file, metadata={**file.metadata, **_tokenizer()}), model.path, lambda tensor: tensor.type)
@@ -113,15 +127,32 @@ def build(family: str, folder: Path) -> Checkpoint:
             spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(torch.randn_like(parameter) * spread + (parameter.ndim == 1))
     model.tie_weights()
+    _add_probes(model)
     model.save_pretrained(folder)
     byte_pairs(MERGES).save_pretrained(folder)
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **_ON_THE_HUB.get(family, {})})
     return Checkpoint(folder, folder.name, "folder")
 
 
+def _add_probes(model: Any) -> None:
+    """Make the logits of two tokens differ by the component of the stream along ``R``, where the head is untied."""
+    norm = next(
+        module for name, module in model.named_modules() if name.endswith((".norm", "final_layer_norm", "ln_f"))
+    )
+    head = model.get_output_embeddings().weight
+    if head is model.get_input_embeddings().weight:
+        return
+    with torch.no_grad():
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.zero_()
+        head[PROBES[0]] = LOUDNESS * R / norm.weight
+        head[PROBES[1]] = -head[PROBES[0]]
+
+
 def retype(file: Gguf, target: Path, choose: Callable[[Tensor], Type]) -> None:
     """Write an F32 file with other types; the metadata are the file's."""
-    types = {tensor.name: choose(tensor) if len(tensor.shape) > 1 else tensor.type for tensor in file.tensors}
+    matrices = {t.name for t in file.tensors if len(t.shape) > 1 and t.name.endswith(".weight")}
+    types = {tensor.name: choose(tensor) if tensor.name in matrices else tensor.type for tensor in file.tensors}
     with target.open("wb", buffering=0) as out:
         placed = write_header(out, file.metadata, [replace(t, type=types[t.name]) for t in file.tensors])
         for before, after in zip(file.tensors, placed, strict=True):

@@ -172,7 +172,8 @@ class _AppliedShare:
     from none. All of them together do. With ``P`` the planned change ``E - W``, projected on the products that the edit
     is about (``kept_products``), and ``e = W' - E`` the rounding errors, the share ``1 + <e, P> / <P, P>`` is 1 as far
     as the errors are independent, to a standard deviation of ``sqrt(sum e^2 P^2) / <P, P>``. Types with few numbers
-    also shrink all values by a share of ``|e|^2 / |E|^2``, and the products of ``E`` with them.
+    also shrink all values by a share of ``|e|^2 / |E|^2``, and the products of ``E`` with them. Types with codebooks
+    choose one code for several values, whose errors depend on each other.
     """
 
     _DEVIATIONS = 8  # values that share a code are not independent
