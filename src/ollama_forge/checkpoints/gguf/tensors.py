@@ -59,7 +59,7 @@ class GgufTensors(CheckpointTensors):
             if len(info.shape) == 2 or (len(info.shape) == 3 and min(info.shape[1:]) > 1):
                 places = self._places(name, None if len(info.shape) == 2 else 0)
                 if places is not None:
-                    found[name] = PackedTensor(name, info.shape, _codec(places, {}), (name,))
+                    found[name] = PackedTensor(name, info.shape, _codec(places), (name,))
         return found
 
     @cached_property
@@ -78,7 +78,7 @@ class GgufTensors(CheckpointTensors):
         Args:
             importance: for tensors of the file, the importance of each value of a row, ``[matrices, row length]``.
         """
-        return _codec(self.places(name, expert), importance or {})
+        return _codec(self.places(name, expert), importance)
 
     def places(self, name: str, expert: int | None = None) -> list[Place]:
         """Where each part of a packed matrix, or of one expert's matrix of a stack, is in the file."""
@@ -103,7 +103,7 @@ class GgufTensors(CheckpointTensors):
     def read_packed(self, name: str, expert: int | None = None) -> PackedMatrix:
         places = self.places(name, expert)
         rows, columns = self._infos[name].shape[-2:]
-        return PackedMatrix((rows, columns), _codec(places, {}), tuple(map(_read_place, places)))
+        return PackedMatrix((rows, columns), _codec(places), tuple(map(_read_place, places)))
 
     def read_bytes(self, name: str, start: int = 0, size: int | None = None) -> bytearray:
         """Read ``size`` bytes of a tensor's float32 values from offset ``start``; by default all."""
@@ -198,9 +198,9 @@ def _held_whole(file: Gguf, layout: GgufLayout) -> dict[str, list[Held]]:
     return whole
 
 
-def _codec(places: list[Place], importance: Mapping[str, Values]) -> GgufMatrixCodec:
+def _codec(places: list[Place], importance: Mapping[str, Values] | None = None) -> GgufMatrixCodec:
     def weights(place: Place) -> Values | None:
-        entry = importance.get(place.tensor.name)
+        entry = (importance or {}).get(place.tensor.name)
         return None if entry is None else entry[place.matrix]
 
     members = (Member(p.tensor.type, p.tensor.row_length, p.lines, weights(p)) for p in places)
