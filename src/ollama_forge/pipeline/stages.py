@@ -242,7 +242,9 @@ def verify_written(
         plan, direction = PlanFiles.of(ready, cache).plan(choice)
         model = models.get(ready.edited_checkpoint)
         with status("verifying the written weights"):
-            return Verification(tuple(verify(ready.source, ready.edited_checkpoint, model, plan, direction)))
+            requantised = ready.edits_file and not ready.export.in_place
+            checks = verify(ready.source, ready.edited_checkpoint, model, plan, direction, requantised=requantised)
+            return Verification(tuple(checks))
 
     needs = {**ready.model_needs, "choice": to_json(choice), "written": to_json(written)}
     return Stage("verify", Verification, needs, do, (), _MODEL)
