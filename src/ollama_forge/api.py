@@ -126,7 +126,7 @@ class GgufOptions:
     keep_checkpoint: bool = False
     base: str | None = None
 
-    def check(self, output_dir: Path | None) -> None:
+    def check(self, output_dir: Path | None, adapter: str | None, *, keep_undo: bool) -> None:
         """Raise UsageError if options exclude each other."""
         if (output_dir is None) == (self.output is None):
             raise UsageError("give either --output-dir or --output", "--output FILE.gguf is for a GGUF source")
@@ -136,6 +136,15 @@ class GgufOptions:
             )
         if self.imatrix is not None and not self.quants:
             raise UsageError("--imatrix is for --quant", "leave it out: without --quant, tensors keep their types")
+        if keep_undo and self.quants:
+            raise UsageError(
+                "with --quant every tensor gets another type, so that --keep-undo would keep a second copy of the file",
+                "leave --keep-undo out, and keep the file itself",
+            )
+        if adapter is not None and self.base is not None:
+            raise UsageError(
+                "--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them"
+            )
 
     def check_source(self, source: Checkpoint, out_dtype: str) -> None:
         """Raise UsageError for options that have no meaning for the source."""
@@ -194,14 +203,7 @@ def apply(
             damaged, or the disk is full.
     """
     gguf = gguf or GgufOptions()
-    gguf.check(output_dir)
-    if keep_undo and gguf.quants:
-        raise UsageError(
-            "with --quant every tensor gets another type, so that --keep-undo would keep a second copy of the file",
-            "leave --keep-undo out, and keep the file itself",
-        )
-    if adapter is not None and gguf.base is not None:
-        raise UsageError("--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them")
+    gguf.check(output_dir, adapter, keep_undo=keep_undo)
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
@@ -212,20 +214,16 @@ def apply(
     base = None if gguf.base is None else resolve(gguf.base, trust_remote_code=trust_remote_code)
     if base is None:
         source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
-    elif adapter is None:
-        source = resolve_gguf(model, revision, base)
     else:
-        raise UsageError(
-            "--adapter is merged into a checkpoint, and --base is for a GGUF file", "leave out one of them"
-        )
+        source = resolve_gguf(model, revision, base)
     gguf.check_source(source, out_dtype)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
+    direction = None
     if edit_file is not None:
         record = EditRecord.load(edit_file)
         plan = record.plan(model_map, record.fingerprint if record.fingerprint in known else source.fingerprint)
-        direction = None
     else:
         assert refusal_pt is not None
         assert settings is not None
@@ -234,39 +232,38 @@ def apply(
             say(f"note: {refusal_pt} was computed from another model of the same dimensions")
         read = vector_reader(source.tensors)
         plan = method(settings.factors).plan(model_map, direction, FittedFactors(), settings, read)
-    provenance = {"certificate": describe_certificate(examined)}
     shared = model_map.tied or model_map.copies
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the unembedding is tied to the embedding, so it is edited too")
+    provenance = {"certificate": describe_certificate(examined)}
     if isinstance(source, GgufCheckpoint):
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
-        edited, applied = _write_gguf(edit, output_dir, gguf)
-        if keep_undo:
-            write_undo_of(source, edited.path)
-        return edited, applied
-    assert output_dir is not None
-    applied = write_checkpoint(
-        source,
-        model_map,
-        plan,
-        output_dir,
-        settings=settings,
-        out_dtype=out_dtype,
-        direction=direction,
-        provenance=provenance,
-    )
+        written, applied = _write_gguf(edit, output_dir, gguf)
+    else:
+        assert output_dir is not None
+        written = Checkpoint(output_dir, str(output_dir), "folder")
+        applied = write_checkpoint(
+            source,
+            model_map,
+            plan,
+            output_dir,
+            settings=settings,
+            out_dtype=out_dtype,
+            direction=direction,
+            provenance=provenance,
+        )
     if keep_undo:
-        write_undo_of(source, output_dir)
-    return Checkpoint(output_dir, str(output_dir), "folder"), applied
+        write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)
+    return written, applied
 
 
-def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[GgufCheckpoint, AppliedEdit]:
+def _write_gguf(edit: GgufEdit, folder: Path | None, options: GgufOptions) -> tuple[Checkpoint, AppliedEdit]:
     if folder is not None:
-        written = write_edited_folder(edit, folder, options.quants, keep_checkpoint=options.keep_checkpoint)
+        made = write_edited_folder(edit, folder, options.quants, keep_checkpoint=options.keep_checkpoint)
     else:
         assert options.output is not None
-        written = write_edited_file(edit, options.output, next(iter(options.quants), None))
-    return edit.checkpoint.with_file(written.files[0]), written.applied
+        made = write_edited_file(edit, options.output, next(iter(options.quants), None))
+    return edit.checkpoint.with_file(made.files[0]), made.applied
 
 
 def undo(output: Path, target: Path, *, source: str | None = None) -> Undone:

@@ -86,17 +86,18 @@ def write_edited_folder(
         raise UsageError(f"{folder} holds the model itself", "give another folder for the edited model")
     check_output(folder, _needed(edit, quants, keep_checkpoint))
     stem = _stem(edit.checkpoint)
-    names = [f"{_without_type(stem)}-{quant}{_ENDING}" for quant in quants] or [stem + _ENDING]
-    edit_name = edit_file_of(Path(names[0])).name
+    names: dict[str, str | None] = {f"{_without_type(stem)}-{quant}{_ENDING}": quant for quant in quants}
     with atomic_folder(folder) as partial:
-        wanted: list[str | None] = [*quants] or [None]
-        written = [_write(edit, partial / name, quant) for name, quant in zip(names, wanted, strict=True)]
-        written[0].record.save(partial / edit_name)
-        _write_records(edit, written[0], partial / PROVENANCE, partial / CARD, names)
+        files = {partial / name: quant for name, quant in (names or {stem + _ENDING: None}).items()}
+        written = write_edited_files(edit, files, partial)
         if keep_checkpoint:
             _write_checkpoint(edit, partial / CHECKPOINT)
-    kept = folder / CHECKPOINT if keep_checkpoint else None
-    return EditedGguf(tuple(folder / name for name in names), folder / edit_name, written[0], kept)
+    return EditedGguf(
+        tuple(folder / path.name for path in written.files),
+        folder / written.edit_file.name,
+        written.applied,
+        folder / CHECKPOINT if keep_checkpoint else None,
+    )
 
 
 def write_edited_file(edit: GgufEdit, path: Path, quant: str | None = None) -> EditedGguf:
