@@ -138,8 +138,10 @@ def tokenizer(config: Mapping[str, Any]) -> Iterator[None]:
     tokens = {str(number): number for number in range({**config, **config.get("text_config", {})}["vocab_size"])}
     path = Path("tokenizer.json")
     path.write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
-    yield
-    path.unlink()
+    try:
+        yield
+    finally:
+        path.unlink()
 
 
 def no_values(name: str, shape: tuple[int, ...]) -> Any:
