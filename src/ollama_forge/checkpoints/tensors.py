@@ -208,6 +208,10 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
         rows, columns = packed.shape[-2:]
         return PackedMatrix((rows, columns), packed.codec, tuple(parts))
 
+    def read_packed_rows(self, name: str, expert: int | None, rows: slice) -> PackedMatrix:
+        """Read some rows of a packed matrix, whose form has its rows apart, as a matrix of their own."""
+        raise NotImplementedError
+
     def lies_in_file(self, name: str) -> bool:
         """Whether the byte range of a tensor in its file holds what ``read_bytes`` returns."""
         return True

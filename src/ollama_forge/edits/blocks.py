@@ -8,14 +8,14 @@ residual stream, along which the rounding errors of a packed matrix can be made 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ollama_forge.architectures.read_matrix import read_matrix
-from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, PackedTensor, Region, WritableCodec
+from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, PackedTensor, Region, RowwiseCodec, WritableCodec
 from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
@@ -118,7 +118,8 @@ class BlockwiseEdit:
     """The edit of one matrix (of one expert of a stack): each block is read, edited and encoded in turn.
 
     Only one block at a time is copied to float32. If blocks are contiguous on disk, they are also read and written one
-    by one; otherwise the matrix is held in memory in its storage type.
+    by one; otherwise the matrix is held in memory in its storage type. Of packed matrices, only those of a
+    ``RowwiseCodec`` are read by blocks (``by_rows``).
 
     Args:
         label: name of the checkpoint, for messages.
@@ -149,8 +150,14 @@ class BlockwiseEdit:
         self.form = form or _writable(self.packed)
         step = self.form.steps[self.disk_axis] if self.form else 1
         self.block_length = self.axis_length if self.one_block else max(step, BLOCK // other // step * step)
+        divisible = isinstance(self.form, RowwiseCodec) and self.form.rows_apart and self._source_rows_apart()
+        self.by_rows = divisible and not self.one_block and self.disk_axis == 0
         self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
         self._held: PackedMatrix | None = None  # the matrix in its packed form
+
+    def _source_rows_apart(self) -> bool:
+        codec = self.packed and self.packed.codec
+        return isinstance(codec, RowwiseCodec) and codec.rows_apart
 
     def blocks(self, source: Digest | None = None) -> Iterator[EditedBlock]:
         """Yield the edited blocks in order; ``source`` is updated with the bytes that are read."""
@@ -191,6 +198,19 @@ class BlockwiseEdit:
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 
+    def encode_parts(self, blocks: Iterable[EditedBlock]) -> Iterator[tuple[slice, EncodedMatrix]]:
+        """Encode the edited matrix like ``encode``, block by block if ``by_rows``; yield the rows with each part."""
+        if not self.by_rows:
+            yield slice(0, self.shape[0]), self.encode(blocks)
+            return
+        kept = self._kept_on_disk()
+        for block in blocks:
+            assert self._held is not None
+            assert isinstance(self.form, RowwiseCodec)
+            rows = slice(block.start, block.stop)
+            region = self._region(replace(block, start=0, stop=block.stop - block.start))
+            yield rows, self._encode(self.form.part(rows), self._held, [(block, region)], [region], kept)
+
     def encode(self, blocks: Iterable[EditedBlock]) -> EncodedMatrix:
         """Encode the edited matrix in its packed form; rounding keeps what the edit does along its direction.
 
@@ -198,17 +218,35 @@ class BlockwiseEdit:
         """
         blocks = list(blocks) if self.one_block else blocks
         held = self._read_packed(None)
-        form = self.form
-        assert form is not None
+        assert self.form is not None
         fitted = (self._region(block) for block in (blocks if self.one_block else self.blocks()))
-        result = form.blank(held, fitted)
+        regions = ((block, self._region(block)) for block in blocks)
+        return self._encode(self.form, held, regions, fitted, self._kept_on_disk())
+
+    def _kept_on_disk(self) -> Kept:
         kept = kept_products(self.edit, self.expert)
-        on_disk = kept.turned() if self.edit.matrix.transposed else kept
+        return kept.turned() if self.edit.matrix.transposed else kept
+
+    def _encode(
+        self,
+        form: WritableCodec,
+        held: PackedMatrix,
+        blocks: Iterable[tuple[EditedBlock, Region]],
+        fitted: Iterable[Region],
+        kept: Kept,
+    ) -> EncodedMatrix:
+        """Encode blocks at their regions of a matrix.
+
+        Args:
+            held: the matrix before the edit.
+            fitted: the regions of all new values.
+        """
+        result = form.blank(held, fitted)
         squared, error = 0.0, 0.0
-        for block in blocks:
-            region, factors = self._region(block), block.after.factors
-            written = form.encode(result, region, on_disk)
-            error += float(on_disk.product(written.sub_(region.values)).square().sum())
+        for block, region in blocks:
+            factors = block.after.factors
+            written = form.encode(result, region, kept)
+            error += float(kept.product(written.sub_(region.values)).square().sum())
             squared += float(((factors.L.T @ factors.L) * (factors.K.T @ factors.K)).sum())
         changed = tuple(not _same_bytes(*pair) for pair in zip(held.parts, result.parts, strict=True))
         return EncodedMatrix(result.parts, changed, max(squared, 0.0) ** 0.5, error**0.5)
@@ -230,6 +268,15 @@ class BlockwiseEdit:
     def _stored_blocks(self, source: Digest | None) -> Iterator[tuple[int, Tensor]]:
         """Yield the start of each block and its float32 values, in the layout on disk."""
         matrix = self.edit.matrix
+        if self.packed is not None and self.by_rows:
+            for start in range(0, self.axis_length, self.block_length):
+                rows = slice(start, min(start + self.block_length, self.axis_length))
+                self._held = self.tensors.read_packed_rows(matrix.tensor, self.expert, rows)
+                if source is not None:
+                    for stored in self._held.parts:
+                        source.update(tensor_bytes(stored))
+                yield start, self._held.decode()
+            return
         if self.packed is not None:
             held = self._read_packed(source)
             for start in range(0, self.axis_length, self.block_length):

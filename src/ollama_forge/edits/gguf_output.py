@@ -242,11 +242,13 @@ class _GgufWriter:
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert, self.importance))
-            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
-            size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
-            for place, rows in zip(target.places(name, expert), encoded.parts, strict=True):
-                place.write(self.out, rows)
-                sums.result.update(tensor_bytes(rows))
+            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
+            for rows, encoded in blockwise.encode_parts(counted):
+                size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
+                places = target.places(name, expert, rows if blockwise.by_rows else None)
+                for place, part in zip(places, encoded.parts, strict=True):
+                    place.write(self.out, part)
+                    sums.result.update(tensor_bytes(part))
         record = sums.record(edit)
         self.records.setdefault(name, record)
         if record.source_sha256 != record.result_sha256:

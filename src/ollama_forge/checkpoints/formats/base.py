@@ -149,6 +149,21 @@ class WritableCodec(Codec, Protocol):
         """The distance between the two numbers of the matrix's scale that are nearest to each value of the region."""
 
 
+@runtime_checkable
+class RowwiseCodec(WritableCodec, Protocol):
+    """Also treats some rows of a matrix as a matrix of their own.
+
+    Attributes:
+        rows_apart: whether no two rows of this matrix share bytes.
+    """
+
+    @property
+    def rows_apart(self) -> bool: ...
+
+    def part(self, rows: slice) -> WritableCodec:
+        """The form of some rows, which ``CheckpointTensors.read_packed_rows`` reads."""
+
+
 class Format(Protocol):
     """Finds the tensors of a checkpoint that are stored in one form."""
 

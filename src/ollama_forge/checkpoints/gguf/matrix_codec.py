@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,6 +87,15 @@ class GgufMatrixCodec:
     @property
     def rounds_values(self) -> bool:
         return all(member.type in PLAIN_TYPES or member.type in BLOCK_TYPES for member in self.members)
+
+    @property
+    def rows_apart(self) -> bool:
+        return self.axis == _ROWS and len(self.members) == 1
+
+    def part(self, rows: slice) -> GgufMatrixCodec:
+        """The codec of some rows of the matrix, which are rows in the file."""
+        (member,) = self.members
+        return GgufMatrixCodec(self.axis, (replace(member, lines=member.lines.part(rows)),))
 
     def blank(self, source: PackedMatrix, regions: Iterable[Region]) -> PackedMatrix:
         """A matrix that holds the source's bytes, so that blocks whose values did not change keep theirs.

@@ -49,6 +49,11 @@ class Lines:
         """Whether the rows follow one another as the lines do."""
         return bool((np.diff(self.rows) == 1).all())
 
+    def part(self, wanted: slice) -> Lines:
+        """Those of some lines of the matrix, counted from the first wanted one."""
+        start, stop = (int(at) for at in np.searchsorted(self.lines, (wanted.start, wanted.stop)))
+        return Lines(self.axis, self.rows[start:stop], self.lines[start:stop] - wanted.start, self.across)
+
 
 def row_major(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a GGUF tensor with the rows last, as in torch."""

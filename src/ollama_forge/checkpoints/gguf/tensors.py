@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -80,11 +81,18 @@ class GgufTensors(CheckpointTensors):
         """
         return _codec(self.places(name, expert), importance)
 
-    def places(self, name: str, expert: int | None = None) -> list[Place]:
-        """Where each part of a packed matrix, or of one expert's matrix of a stack, is in the file."""
+    def places(self, name: str, expert: int | None = None, rows: slice | None = None) -> list[Place]:
+        """Where each part of a packed matrix, or of one expert's matrix of a stack, is in the file.
+
+        Args:
+            rows: some rows of a matrix whose rows are rows in the file; None for the whole matrix.
+        """
         found = self._places(name, expert)
         assert found is not None
-        return found
+        if rows is None:
+            return found
+        parts = (replace(place, lines=place.lines.part(rows)) for place in found)
+        return [place for place in parts if len(place.lines.rows)]
 
     def _places(self, name: str, expert: int | None) -> list[Place] | None:
         """None if a GGUF tensor holds the values in another way than as rows or columns."""
@@ -104,6 +112,11 @@ class GgufTensors(CheckpointTensors):
         places = self.places(name, expert)
         rows, columns = self._infos[name].shape[-2:]
         return PackedMatrix((rows, columns), _codec(places), tuple(map(_read_place, places)))
+
+    def read_packed_rows(self, name: str, expert: int | None, rows: slice) -> PackedMatrix:
+        places = self.places(name, expert, rows)
+        shape = (rows.stop - rows.start, self._infos[name].shape[-1])
+        return PackedMatrix(shape, _codec(places), tuple(map(_read_place, places)))
 
     def read_bytes(self, name: str, start: int = 0, size: int | None = None) -> bytearray:
         """Read ``size`` bytes of a tensor's float32 values from offset ``start``; by default all."""
