@@ -384,15 +384,16 @@ def measure_gguf(
     The prompts are the token ids of the checkpoint's tokenizer.
 
     Args:
-        edited: the measurement of the edited weights. llama.cpp gets the time that it took.
+        edited: the measurement of the edited weights. That of the file gets as much time.
     """
 
     def do() -> Measurement:
         say(f"measuring {file.path.name} on report prompts")
+        end = time.monotonic() + edited.seconds
         same = file.base is not None or file.path == ready.edited_checkpoint.location
         kl = edited.row.first_token_kl if same else divergence()
         models.drop()
-        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.seconds)
+        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=end - time.monotonic())
 
     def divergence() -> Estimate:
         model = models.get(gguf_checkpoint_of(ready.edited_checkpoint, file.path), ready.model_map)
