@@ -152,8 +152,7 @@ def component_of_stream(model: ChatModel) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q8_0, Type.MXFP4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), zip(FAMILIES, itertools.cycle([Type.Q4_K, Type.MXFP4, Type.Q8_0])))
 def test_readers_too(family: str, kind: Type, gguf_models: Mapping[str, Model], tmp_path: Path) -> None:
     source = gguf_models[family].with_types(tmp_path / "source.gguf", lambda _: kind)
     written, plan, applied = edited(source, tmp_path / "edited.gguf", ALL)
