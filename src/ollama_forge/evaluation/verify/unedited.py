@@ -18,10 +18,14 @@ _PIECE = 8 << 20  # values compared at a time
 _SHOWN_FAULTS = 4
 
 
-def compare_unedited(source: Checkpoint, written: Checkpoint, plan: EditPlan) -> Check:
-    """Check that source and written checkpoint have the same tensors, and that only edited tensors differ."""
+def compare_unedited(source: Checkpoint, written: Checkpoint, plan: EditPlan, *, requantised: bool = False) -> Check:
+    """Check that source and written checkpoint have the same tensors, and that only edited tensors differ.
+
+    Args:
+        requantised: whether all tensors of a GGUF file may be of other types, and differ by rounding.
+    """
     if isinstance(source, GgufCheckpoint) and isinstance(written, GgufCheckpoint):
-        return _check(gguf_faults(source, written, plan))
+        return _check(gguf_faults(source, written, plan, requantised=requantised))
     before, after = source.tensors, written.tensors
     faults = dict.fromkeys(before.shapes.keys() - after.shapes.keys(), "missing")
     faults |= dict.fromkeys(after.shapes.keys() - before.shapes.keys(), "not in the source")

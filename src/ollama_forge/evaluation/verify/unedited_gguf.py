@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import FileIO
 
 import torch
-from gguf import GGMLQuantizationType
 
 from ollama_forge.checkpoints.formats.base import PackedMatrix, Region, WritableCodec
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
-from ollama_forge.checkpoints.gguf.file import Tensor
+from ollama_forge.checkpoints.gguf.codec import decode_rows, spacing
+from ollama_forge.checkpoints.gguf.file import Tensor, row_size
 from ollama_forge.checkpoints.gguf.tensors import GgufTensors
 from ollama_forge.edits.gguf_output import kept_metadata, planned_types
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.files import read_at
 from ollama_forge.system import return_freed_memory
 
-_UNQUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+_OF_TYPES = ("general.file_type", "general.quantization_version", "quantize.imatrix.")
 _PIECE = 8 << 20  # bytes compared at a time
 
 
-def gguf_faults(source: GgufCheckpoint, written: GgufCheckpoint, plan: EditPlan) -> dict[str, str]:
+def gguf_faults(
+    source: GgufCheckpoint, written: GgufCheckpoint, plan: EditPlan, *, requantised: bool
+) -> dict[str, str]:
     """The differences that no edit explains: by metadata key, or by the name of a tensor of the file or the model.
 
     The written file may have further keys ``ollama_forge.*``. Edited tensors may be of other types: of the nearest
-    K-quant if the source's cannot be encoded, or F32 or BF16 in a file that is yet to be quantised.
+    K-quant if the source's cannot be encoded.
+
+    Args:
+        requantised: all tensors may be of other types, and then have the source's values but for rounding.
     """
-    faults = dict(_metadata_faults(source, written))
+    faults = dict(_metadata_faults(source, written, _OF_TYPES if requantised else ()))
     before, after = ({tensor.name: tensor for tensor in made.file.tensors} for made in (source, written))
     faults |= dict.fromkeys(before.keys() - after.keys(), "missing")
     faults |= dict.fromkeys(after.keys() - before.keys(), "not in the source")
@@ -38,18 +44,24 @@ def gguf_faults(source: GgufCheckpoint, written: GgufCheckpoint, plan: EditPlan)
         if found.shape != before[name].shape:
             faults[name] = f"of shape {found.shape}"
         elif _is_edited(source, name, plan):
-            if found.type not in (types[name], *_UNQUANTISED):
+            if found.type != types[name] and not requantised:
                 faults[name] = f"stored as {found.type.name}"
         elif found.type != before[name].type:
-            faults[name] = f"stored as {found.type.name}"
+            if not requantised or not _same_but_for_rounding(before[name], found):
+                faults[name] = f"stored as {found.type.name}"
         elif not _same_bytes(before[name], found):
             faults[name] = "differs"
     return faults or dict(_faults_beside_edits(source.tensors, written.tensors, plan))
 
 
-def _metadata_faults(source: GgufCheckpoint, written: GgufCheckpoint) -> Iterator[tuple[str, str]]:
-    """Differences of the metadata, apart from what an edit adds."""
-    before, after = (kept_metadata(made.file.metadata) for made in (source, written))
+def _metadata_faults(
+    source: GgufCheckpoint, written: GgufCheckpoint, ignored: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Differences of the metadata, apart from what an edit adds, and from keys that start with one of ``ignored``."""
+    before, after = (
+        {key: value for key, value in kept_metadata(made.file.metadata).items() if not key.startswith(ignored)}
+        for made in (source, written)
+    )
     for key in before.keys() | after.keys():
         if key not in after:
             yield key, "missing"
@@ -72,6 +84,27 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
             if read_at(first, one.start + start, count) != read_at(second, other.start + start, count):
                 return False
     return True
+
+
+def _same_but_for_rounding(before: Tensor, after: Tensor) -> bool:
+    """Whether a tensor has another one's values, rounded to its type."""
+    step = max(1, _PIECE // before.row_length)
+    with before.file.open("rb", buffering=0) as source, after.file.open("rb", buffering=0) as written:
+        for start in range(0, before.rows, step):
+            count = min(step, before.rows - start)
+            old, new = _read_rows(source, before, start, count), _read_rows(written, after, start, count)
+            values = decode_rows(old, before.type)
+            error = decode_rows(new, after.type).sub_(values).abs_()
+            if not (error <= spacing(new, after.type, values)).all():
+                return False
+            return_freed_memory()
+    return True
+
+
+def _read_rows(file: FileIO, tensor: Tensor, start: int, count: int) -> torch.Tensor:
+    size = row_size(tensor.type, tensor.row_length)
+    data = read_at(file, tensor.start + start * size, count * size)
+    return torch.frombuffer(data, dtype=torch.uint8).view(count, size)
 
 
 def _faults_beside_edits(source: GgufTensors, written: GgufTensors, plan: EditPlan) -> Iterator[tuple[str, str]]:
