@@ -61,15 +61,6 @@ from transformers import AutoModelForCausalLM
 def load(path):
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
 """
-TIMED = """
-import resource, sys, time
-from pathlib import Path
-import torch, transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
-{load}
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-model = load(Path(sys.argv[1]))
-print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
 
 PEAK = """
 def peak():
@@ -78,6 +69,15 @@ def peak():
 def reset_peak():
     open("/proc/self/clear_refs", "w").write("5")  # else a new process starts with the peak of its parent
     return peak()
+"""
+TIMED = """
+import sys, time
+from pathlib import Path
+import torch, transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
+{load}
+before, started = reset_peak(), time.perf_counter()
+model = load(Path(sys.argv[1]))
+print(time.perf_counter() - started, peak() - before)
 """
 EDITED = """
 import json, statistics, sys, time
@@ -143,7 +143,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak() - bef
 
 def timed(load: str, path: Path) -> tuple[float, float]:
     """Seconds of loading a file, and the megabytes by which it raises the peak of memory."""
-    command = [sys.executable, "-c", TIMED.format(load=load), str(path)]
+    command = [sys.executable, "-c", PEAK + TIMED.format(load=load), str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, megabytes = map(float, done.stdout.split()[-2:])
     return seconds, megabytes
