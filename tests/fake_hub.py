@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tests.http_servers import QuietServer
@@ -150,3 +152,25 @@ def environment(home: Path, endpoint: str, **extra: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     return {**kept, **settings, **extra}
+
+
+def ask_in_process(
+    script: str, home: Path, endpoint: str, *questions: tuple[str, str | None], **extra: str
+) -> list[dict[str, Any]]:
+    """Run a script in a process of its own, as huggingface_hub reads its settings once; it prints an answer a question.
+
+    Args:
+        script: takes the questions, each a model and a revision, as JSON in its first argument.
+        extra: further environment variables.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(questions)],
+        env=environment(home, endpoint, **extra),
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,12 +16,11 @@ from ollama_forge.architectures.gguf.learn_layout import layout_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.codec import encode_rows
-from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
 from ollama_forge.checkpoints.storage import tensor_bytes
-from ollama_forge.export import converter_worker
 from ollama_forge.files import read_json, sha256_file, write_all, write_json
 from tests import tiny
+from tests.converted import convert_all
 from tests.test_export_convert import byte_pairs
 
 MERGES = (("t", "h"),)
@@ -60,17 +55,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _ON_THE_HUB: dict[str, dict[str, Any]] = {"gpt_neox": {"rotary_pct": 0.25}, "gpt2": {"n_ctx": 256}}
 """What a config.json on the Hub has, and one that transformers writes today lacks."""
-_CONVERT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import converter_worker, transformers
-def refuse(*_, **__): raise ValueError("so the converter takes config.json as it is")
-transformers.AutoConfig.from_pretrained = refuse
-folder, jobs = sys.argv[2], sys.argv[3:]
-for source, target in zip(jobs[::2], jobs[1::2]):
-    sys.argv = ["", folder, converter_worker.NO_VOCABULARY, source, "--outfile", target, "--outtype", "f32"]
-    converter_worker.main()
-"""
 
 
 @dataclass(frozen=True)
@@ -93,25 +77,11 @@ class Model:
         return GgufCheckpoint(self.checkpoint.folder, str(path), "gguf", sha256_file(path), file=file, layout=layout)
 
 
-_MADE: dict[str, Model] = {}
-
-
-@pytest.fixture(scope="session")
-def gguf_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Model]:
-    """All families. They are converted once, however many modules import the fixture."""
-    if not _MADE:
-        _MADE.update(_convert(tmp_path_factory.mktemp("gguf")))
-    return _MADE
-
-
-def _convert(root: Path) -> dict[str, Model]:
-    """All families, converted in one process."""
+def convert_families(root: Path) -> dict[str, Model]:
+    """Models of all families in a folder. The tests take them from the fixture ``gguf_models``."""
     models = {family: Model(build(family, root / family), root / f"{family}.gguf") for family in FAMILIES}
     bare = {model.checkpoint.folder: model.path.with_suffix(".bare") for model in models.values()}
-    llama_cpp = find_converter(None)
-    jobs = [str(part) for pair in bare.items() for part in pair]
-    command = [sys.executable, "-P", "-c", _CONVERT, str(Path(converter_worker.__file__).parent), str(llama_cpp), *jobs]
-    subprocess.run(command, check=True, capture_output=True, env=_environment(llama_cpp))
+    convert_all(bare)
     for model in models.values():
         file = read_gguf(bare[model.checkpoint.folder])
         retype(replace(file, metadata={**file.metadata, **_tokenizer()}), model.path, lambda tensor: tensor.type)
@@ -186,8 +156,3 @@ def _tokenizer() -> dict[str, Value]:
 
 def _int32s(numbers: list[int]) -> bytes:
     return struct.pack(f"<IQ{len(numbers)}i", 5, len(numbers), *numbers)
-
-
-def _environment(llama_cpp: Path) -> dict[str, str]:
-    libraries = os.pathsep.join(filter(None, [str(llama_cpp / "gguf-py"), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -32,15 +28,15 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_peft_adapter
 from ollama_forge.files import read_json, write_json
+from ollama_forge.models.gguf_model import llama_server
 from ollama_forge.sources.resolve import resolve
-from tests import llamacpp_adapter, tiny
-from tests.gguf_models import Model, gguf_models
+from tests import tiny
+from tests.gguf_models import Model
+from tests.llamacpp_scores import first_log_probs
 from tests.packed import fp8_decoded, fp8_model
 
-__all__ = ["gguf_models"]  # a fixture
 PROMPTS = [[5, 40, 77, 130], [9, 200, 31, 31, 8, 61, 100]]
 LETTER = 2 + ord("a")
-ALL_TOKENS = 1 << 20
 TABLES = {Role.EMBEDDING, Role.UNEMBEDDING, Role.POSITION}
 
 
@@ -120,29 +116,6 @@ def test_peft_refuses_stacked_experts(tmp_path: Path) -> None:
 # -- GGUF --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def llama_cpp(file: Path, adapter: Path) -> Iterator[Callable[[float], Tensor]]:
-    """A function that computes log-probabilities with the adapter at a scale."""
-    command = [sys.executable, "-P", llamacpp_adapter.__file__, str(file), str(adapter)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().decode().strip()
-        try:
-            with httpx.Client(base_url=address, timeout=None, trust_env=False) as client:
-                yield lambda scale: torch.stack([_next(client, prompt, scale) for prompt in PROMPTS])
-        finally:
-            process.kill()
-
-
-def _next(client: httpx.Client, prompt: list[int], scale: float) -> Tensor:
-    body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": ALL_TOKENS, "cache_prompt": False}
-    body |= {"logit_bias": [[LETTER, 1e6]], "lora": [{"id": 0, "scale": scale}]}
-    found = client.post("/completion", json=body).json()["completion_probabilities"][0]["top_logprobs"]
-    row = torch.empty(len(found))
-    row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found])
-    return row.log_softmax(-1)
-
-
 GGUF_CASES: dict[str, Callable[[Matrix], bool]] = {
     "llama": lambda matrix: matrix.layer is None or matrix.layer < 2,  # rows of q and k are permuted; not tied
     "gpt2": not_tables,  # transposed
@@ -164,9 +137,10 @@ def test_gguf_adapter_is_the_edit(tmp_path: Path, gguf_models: Mapping[str, Mode
         edit = edit_of(source, model, chosen, scale)
         made = edited_model(source, model, edit, tmp_path / str(scale), **LIKE_LLAMA_CPP.get(family, {}))
         edited[scale] = log_probs(made)
-    with llama_cpp(file.path, adapter) as adapted:
+    with llama_server(file.path, 512, adapter=adapter) as server:
         for scale, expected in edited.items():
-            torch.testing.assert_close(adapted(scale), expected, rtol=0, atol=0.05)
+            adapted = first_log_probs(server, PROMPTS, LETTER, adapter_scale=scale)
+            torch.testing.assert_close(adapted, expected, rtol=0, atol=0.05)
     assert all((edited[0.0] - edited[scale]).abs().max() > 0.5 for scale in (1.0, -0.5))
 
 

@@ -18,6 +18,7 @@ from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
+from ollama_forge.export import converter_worker
 from ollama_forge.export.convert import (
     convert,
     error_line,
@@ -71,6 +72,16 @@ def test_an_unknown_pre_tokenizer_falls_back_and_conversion_completes(
     assert file.get("general.name") == "Foreign"
     assert len(file.get("tokenizer.ggml.tokens")) == tiny.VOCABULARY + len(FOREIGN)
     assert any(tensor.name == "blk.3.ffn_down.weight" for tensor in file.tensors)
+
+
+def test_the_converter_gets_keys_that_transformers_drops(tmp_path: Path) -> None:
+    def load_hparams(_: Path, *, is_mistral_format: bool) -> dict[str, Any]:
+        return {"hidden_size": 64}
+
+    load = converter_worker.with_all_keys(staticmethod(load_hparams))
+    assert load(tmp_path, is_mistral_format=True) == {"hidden_size": 64}  # no config.json
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "rotary_pct": 0.25}', encoding="utf-8")
+    assert load(tmp_path, is_mistral_format=False) == {"hidden_size": 64, "rotary_pct": 0.25}
 
 
 def test_the_token_check_finds_what_the_fallback_gets_wrong(foreign: tuple[Checkpoint, Path, str | None]) -> None:

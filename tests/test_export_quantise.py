@@ -92,14 +92,11 @@ def test_types_are_those_that_the_real_tool_printed(tmp_path: Path, name: str, i
 def test_names_of_types() -> None:
     assert mix.parse_quant(" q4_k ") == "Q4_K_M"
     assert {"Q2_K", "Q3_K_S", "Q3_K_L", "Q5_K_M", "Q6_K", "Q8_0", "F16", "BF16"} <= set(mix.QUANTS)
-    assert all(mix.quant_of_file_type(mix.file_type(quant)) == quant for quant in mix.QUANTS)
     assert mix.file_type("Q4_K_M") == 15
-    assert mix.quant_of_file_type(37) is None
     assert mix.parse_quants("q8_0, Q4_K,q8_0") == ("Q8_0", "Q4_K_M")
     assert [quant for quant in mix.QUANTS if mix.needs_imatrix(quant)] == [
         "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS",
     ]  # fmt: skip
-    assert mix.quant_of_file_type(None) is None
     with pytest.raises(UsageError, match="'Q9_K' is not a type") as caught:
         mix.parse_quant("Q9_K")
     assert "Q4_K_M" in caught.value.hint

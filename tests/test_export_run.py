@@ -20,7 +20,7 @@ from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.pipeline import RunSettings, disk_space, exporting, run, stages
+from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stages, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
@@ -106,7 +106,7 @@ def test_a_second_run_makes_nothing_again(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr(stages, "convert", never)
+    monkeypatch.setattr(gguf_stages, "convert", never)
     for name in ("quantise", "llama_server"):
         monkeypatch.setattr(gguf_file, name, never)
     again = run(made)
@@ -153,7 +153,7 @@ def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(stages, "convert", never)
+    monkeypatch.setattr(gguf_stages, "convert", never)
     monkeypatch.setattr(exporting, "llamacpp_is_installed", lambda: False)
     report = run(elsewhere)
     assert report.file is not None
@@ -181,7 +181,7 @@ def test_a_failed_verification_still_makes_the_file_marked_and_unregistered(
         raise AssertionError("registered")
 
     monkeypatch.setattr(stages, "write_checkpoint", write_and_spoil)
-    monkeypatch.setattr(exporting.stages, "register", never)
+    monkeypatch.setattr(gguf_stages, "register", never)
     with fake_ollama.running() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         with pytest.raises(ForgeError, match="verification failed"):

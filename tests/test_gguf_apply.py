@@ -25,10 +25,8 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import llama_server
-from tests.gguf_models import FAMILIES, PROBES, Model, R, gguf_models
+from tests.gguf_models import FAMILIES, PROBES, Model, R
 from tests.llamacpp_scores import first_log_probs
-
-__all__ = ["gguf_models"]
 
 pytest.importorskip("xllamacpp")
 WRITERS = EditSettings(targets=("writers", "embedding"), skip_begin_layers=0, skip_end_layers=0, norm_preserving=False)

@@ -18,12 +18,11 @@ from ollama_forge.architectures.gguf import learn_config as learning
 from ollama_forge.architectures.gguf.learn_config import config_of, learn_config
 from ollama_forge.architectures.gguf.rope_factors import llama3_factors, llama3_parameters
 from ollama_forge.architectures.gguf.session import ConverterSession, converter_session
-from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, read_gguf
 from ollama_forge.errors import ForgeError
-from ollama_forge.export.convert import convert
 from tests import tiny
-from tests.gguf_files import encoded, header
+from tests.converted import convert_all
+from tests.gguf_headers import encoded, header
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 48,
@@ -183,7 +182,7 @@ def test_the_file_of_a_whole_conversion(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
     checkpoint = tiny.save(tiny.build("qwen3"), tmp_path / "qwen3")
     path = tmp_path / "qwen3.gguf"
-    convert(find_converter(None), checkpoint, path, outtype="bf16", name="tiny", vocabulary=False)
+    convert_all({checkpoint.folder: path}, "bf16")
     learned = config_of(read_gguf(path))
     told = {key: value for key, value in checkpoint.config.items() if key != "transformers_version"}
     assert {key: learned.get(key) for key in told} == {**told, "dtype": "bfloat16", **dict.fromkeys(_IDS)}

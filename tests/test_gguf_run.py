@@ -23,10 +23,8 @@ from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.pipeline.report import Report
 from ollama_forge.prompts.settings import PromptSettings
 from tests import fake_ollama, tiny
-from tests.gguf_models import Model, gguf_models
+from tests.gguf_models import Model
 from tests.ollama_store import Store, gguf_of
-
-__all__ = ["gguf_models"]
 
 WRITERS = EditSettings(
     targets=("writers",), skip_begin_layers=0, skip_end_layers=0, norm_preserving=False, strength=1.0

@@ -23,9 +23,7 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from tests import tiny
-from tests.gguf_models import D, Model, gguf_models
-
-__all__ = ["gguf_models"]
+from tests.gguf_models import D, Model
 
 CPU = LoadSettings(device="cpu", dtype="float32")
 EDITED = "edited matrices and biases are the planned edit, rounded once"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ollama_forge.checkpoints.hub_gguf import GgufReference, choose, gguf_reference
 from ollama_forge.errors import ForgeError
-from tests.fake_hub import COMMIT, OTHER_COMMIT, Hub, Repository, environment, serving
+from tests.fake_hub import COMMIT, OTHER_COMMIT, Hub, Repository, ask_in_process, serving
 
 FILES = {
     "README.md": b"# GGUF",
@@ -139,18 +136,7 @@ print(json.dumps(answers))
 """
 
 
-def ask(home: Path, endpoint: str, *questions: tuple[str, str | None], **extra: str) -> list[dict[str, Any]]:
-    """fetch_gguf() in a process of its own, as huggingface_hub reads its settings once; one answer a question."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(questions)],
-        env=environment(home, endpoint, **extra),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+ask = partial(ask_in_process, SCRIPT)
 
 
 def test_one_file_is_fetched_once_and_then_had_offline(hub: Hub, tmp_path: Path) -> None:

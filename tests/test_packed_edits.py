@@ -36,7 +36,7 @@ from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.loading import load_module
-from ollama_forge.pipeline import run, stages
+from ollama_forge.pipeline import gguf_stages, run
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.sources.resolve import resolve
 from tests import families, tiny
@@ -248,7 +248,7 @@ def test_a_run_that_keeps_fp8_gives_the_converter_a_decoded_copy(
         given.append((bool(checkpoint.tensors.packed), (checkpoint.folder / "tokenizer.json").is_file()))
         raise ForgeError("seen", "")
 
-    monkeypatch.setattr(stages, "convert", convert)
+    monkeypatch.setattr(gguf_stages, "convert", convert)
     made = run_settings(tmp_path, tmp_path / "model", evaluate=False, verify=False)
     with pytest.raises(ForgeError, match="seen"):
         run(made)

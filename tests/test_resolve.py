@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.sources.resolve import resolve
 from tests import tiny
-from tests.fake_hub import COMMIT, OTHER_COMMIT, TOKEN, Hub, Repository, environment, serving
+from tests.fake_hub import COMMIT, OTHER_COMMIT, TOKEN, Hub, Repository, ask_in_process, serving
 
 
 @pytest.fixture(scope="module")
@@ -165,19 +163,7 @@ print(json.dumps(answers))
 """
 
 
-def ask(home: Path, endpoint: str, *questions: tuple[str, str | None], **extra: str) -> list[dict[str, Any]]:
-    """resolve() in a process of its own, as huggingface_hub reads its settings once; one answer a question."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(questions)],
-        env=environment(home, endpoint, **extra),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+ask = partial(ask_in_process, SCRIPT)
 
 
 def test_a_hub_model_is_fetched_once_and_then_had_offline(hub: Hub, tmp_path: Path) -> None:

@@ -30,14 +30,13 @@ from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import run
 from ollama_forge.sources import remembered
 from tests import tiny
-from tests.gguf_models import Model, gguf_models
+from tests.gguf_models import Model
 from tests.packed import fp8_model
 from tests.test_apply import packed_gpt_oss
 from tests.test_cli import complaint, forge
 from tests.test_run import settings
 
 R = tiny.unit_vector(7)
-__all__ = ["gguf_models"]  # a fixture
 
 
 def bf16(folder: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path
-from ollama_forge.export.edited_gguf import CHECKPOINT, edit_file_of
+from ollama_forge.export.edited_gguf import CHECKPOINT
 
 
 def applied_json(written: Checkpoint, applied: AppliedEdit, folder: Path | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _files(written: GgufCheckpoint, folder: Path | None) -> list[Path]:
 
 
 def _edit_file(written: Checkpoint) -> Path:
-    return edit_file_of(written.path) if isinstance(written, GgufCheckpoint) else edit_file_path(written.folder)
+    return edit_file_path(written.path if isinstance(written, GgufCheckpoint) else written.folder)
 
 
 def _checkpoint(written: Checkpoint, folder: Path | None) -> Path | None:

@@ -35,9 +35,9 @@ _RECORDS = 1 << 20  # upper bound in bytes: provenance and model card
 _LISTED_FILES = 8  # in a note
 
 
-def edit_file_path(folder: Path) -> Path:
-    """The path of the edit file of the checkpoint in ``folder``: beside the folder, because loaders glob inside it."""
-    return folder.with_name(folder.name + ".edit.safetensors")
+def edit_file_path(output: Path) -> Path:
+    """The path of the edit file of a checkpoint folder or a GGUF file: beside it, because loaders glob in folders."""
+    return output.with_name(output.name.removesuffix(".gguf") + ".edit.safetensors")
 
 
 def check_output(folder: Path, needed: int) -> None:

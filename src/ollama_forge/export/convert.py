@@ -67,24 +67,20 @@ def fallback_pre_tokenizer(config: Mapping[str, Any]) -> str:
     return "llama-bpe" if str(config.get("model_type", "")).startswith("gemma3") else "default"
 
 
-def convert(
-    folder: Path, checkpoint: Checkpoint, target: Path, *, outtype: str, name: str, vocabulary: bool = True
-) -> Converted:
+def convert(folder: Path, checkpoint: Checkpoint, target: Path, *, outtype: str, name: str) -> Converted:
     """Run the converter.
 
     Args:
         folder: the llama.cpp folder.
         outtype: f16, bf16, or auto for the 16-bit type of the checkpoint.
         name: the model's name in the metadata.
-        vocabulary: whether to write the tokenizer.
 
     Raises:
         ForgeError: the conversion failed; the message is the converter's, and ``target`` is unchanged.
     """
     with atomic_file(target) as partial:
         command = [sys.executable, "-P", str(Path(converter_worker.__file__)), str(folder)]
-        command += [fallback_pre_tokenizer(checkpoint.config) if vocabulary else converter_worker.NO_VOCABULARY]
-        command += [str(checkpoint.folder)]
+        command += [fallback_pre_tokenizer(checkpoint.config), str(checkpoint.folder)]
         command += ["--outfile", str(partial), "--outtype", outtype, "--model-name", name]
         status, log = _run(command, folder, partial, checkpoint.parameters * 2)
         if status:

@@ -1,21 +1,22 @@
-"""A script that runs llama.cpp's ``convert_hf_to_gguf.py``, with a fallback for pre-tokenizers that it does not know.
+"""A script that runs llama.cpp's ``convert_hf_to_gguf.py`` with two changes, so that it takes more checkpoints.
 
     python converter_worker.py LLAMA_CPP_DIR FALLBACK ARGUMENTS...
 
-FALLBACK is the name of a pre-tokenizer, or ``-`` to write no vocabulary. The script imports nothing from this package,
-because the converter's libraries come first on the path.
+FALLBACK is the name of the pre-tokenizer to write if the converter does not recognise the checkpoint's. The converter
+reads config.json with transformers, which drops keys that the converter needs; here it gets all keys of config.json.
+The script imports nothing from this package, because the converter's libraries come first on the path.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NO_VOCABULARY = "-"
 FELL_BACK = "pre-tokenizer not recognised, falling back to"
 
 
@@ -33,15 +34,16 @@ def with_fallback(recognise: Any, fallback: str) -> Any:
     return recognise_or_fall_back
 
 
-def without_vocabulary(write: Any) -> Any:
-    """Wrap the converter's ``write``: write no vocabulary."""
+def with_all_keys(load: Any) -> Any:
+    """Wrap the converter's static ``load_hparams``: add the keys of config.json that the loaded config lacks."""
 
-    @functools.wraps(write)
-    def write_without(self: Any) -> Any:
-        self.set_vocab = self._set_vocab_none
-        return write(self)
+    @functools.wraps(load)
+    def load_all_keys(folder: Path, *options: Any, **named: Any) -> dict[str, Any]:
+        loaded: dict[str, Any] = load(folder, *options, **named)
+        path = folder / "config.json"
+        return {**json.loads(path.read_text(encoding="utf-8")), **loaded} if path.is_file() else loaded
 
-    return write_without
+    return staticmethod(load_all_keys)
 
 
 def main() -> None:
@@ -54,10 +56,8 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    if fallback == NO_VOCABULARY:
-        wrap_method(spec.name, "write", without_vocabulary)
-    else:
-        wrap_method(spec.name, "get_vocab_base_pre", functools.partial(with_fallback, fallback=fallback))
+    wrap_method(spec.name, "load_hparams", with_all_keys)
+    wrap_method(spec.name, "get_vocab_base_pre", functools.partial(with_fallback, fallback=fallback))
     sys.argv = [str(script), *sys.argv[3:]]
     module.main()
 

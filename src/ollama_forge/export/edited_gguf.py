@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_VERSION
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
-from ollama_forge.checkpoints.gguf.file import read_gguf, value_of
+from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, read_gguf, row_size, value_of
+from ollama_forge.checkpoints.gguf.types import can_encode, nearest_encodable
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.apply import AppliedEdit, leak_notes
 from ollama_forge.edits.checkpoint_folder import check_output, edit_file_path, output_size, write_checkpoint
-from ollama_forge.edits.gguf_output import PREFIX, Types, file_size, planned_types, write_gguf
+from ollama_forge.edits.gguf_output import PREFIX, Types, file_size, write_gguf
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
@@ -84,7 +85,8 @@ def write_edited_folder(
     """
     if any(part.resolve().is_relative_to(folder.resolve()) for part in edit.checkpoint.file.parts):
         raise UsageError(f"{folder} holds the model itself", "give another folder for the edited model")
-    check_output(folder, _needed(edit, quants, keep_checkpoint))
+    checkpoint_size = output_size(edit.checkpoint, "bf16") if keep_checkpoint else 0
+    check_output(folder, written_size(edit.checkpoint, quants, edit.imatrix) + checkpoint_size)
     stem = _stem(edit.checkpoint)
     names: dict[str, str | None] = {f"{_without_type(stem)}-{quant}{_ENDING}": quant for quant in quants}
     with atomic_folder(folder) as partial:
@@ -115,9 +117,9 @@ def write_edited_file(edit: GgufEdit, path: Path, quant: str | None = None) -> E
     if path.is_file() and not _is_edited(path) and not path.samefile(edit.checkpoint.path):
         raise UsageError(f"{path} is not a file that this program wrote", "give a new file")
     applied = _write(edit, path, quant)
-    applied.record.save(edit_file_of(path))
+    applied.record.save(edit_file_path(path))
     _write_records(edit, applied, path.with_suffix(f".{PROVENANCE}"), None, [path.name])
-    return EditedGguf((path,), edit_file_of(path), applied)
+    return EditedGguf((path,), edit_file_path(path), applied)
 
 
 def write_edited_files(edit: GgufEdit, files: Mapping[Path, str | None], folder: Path) -> EditedGguf:
@@ -131,29 +133,37 @@ def write_edited_files(edit: GgufEdit, files: Mapping[Path, str | None], folder:
         ForgeError: too little disk space, a damaged source, or a failed write; no file is then half-written.
     """
     written = [_write(edit, path, quant) for path, quant in files.items()]
-    edit_file = folder / edit_file_of(next(iter(files))).name
+    edit_file = folder / edit_file_path(next(iter(files))).name
     written[0].record.save(edit_file)
     _write_records(edit, written[0], folder / PROVENANCE, folder / CARD, [path.name for path in files])
     return EditedGguf(tuple(files), edit_file, written[0])
 
 
 def written_size(checkpoint: GgufCheckpoint, quants: Sequence[str], imatrix: Path | None) -> int:
-    """Upper bound in bytes on the size of edited files while they are written, whatever the edit.
+    """Upper bound in bytes on the size of edited files and their records while they are written, whatever the edit.
 
     Args:
         quants: types to encode all tensors in, one file for each; empty for one file in the source's own types.
     """
     file = checkpoint.file
-    own = file_size(file, file.metadata, {tensor.name: tensor.type for tensor in file.tensors}) + _RECORDS
     if not quants:
-        return own
-    mixes = [file_size(file, file.metadata, planned_types_of_mix(file, quant, imatrix)[0]) for quant in quants]
-    return own + sum(mixes) + max(mixes)
+        edited = {
+            tensor.name: tensor.type if can_encode(tensor.type) else nearest_encodable(tensor.type, tensor.row_length)
+            for tensor in file.tensors
+        }
+        return _largest_size(file, edited) + _RECORDS
+    mixes = [planned_types_of_mix(file, quant, imatrix)[0] for quant in quants]
+    finished = sum(file_size(file, file.metadata, mix) for mix in mixes)
+    return finished + max(_largest_size(file, mix) for mix in mixes) + _RECORDS
 
 
-def edit_file_of(path: Path) -> Path:
-    """The edit file beside an edited GGUF file: ``<stem>.edit.safetensors``."""
-    return edit_file_path(path.with_suffix(""))
+def _largest_size(file: Gguf, edited: Types) -> int:
+    """Size in bytes of the file if each tensor has the larger of its own type and that of the edited tensor."""
+
+    def larger(tensor: Tensor) -> GGMLQuantizationType:
+        return max(tensor.type, edited[tensor.name], key=lambda kind: row_size(kind, tensor.row_length))
+
+    return file_size(file, file.metadata, {tensor.name: larger(tensor) for tensor in file.tensors})
 
 
 def _write(edit: GgufEdit, path: Path, quant: str | None) -> AppliedEdit:
@@ -220,18 +230,6 @@ def _write_checkpoint(edit: GgufEdit, folder: Path) -> None:
         direction=edit.direction,
         provenance=edit.provenance,
     )
-
-
-def _needed(edit: GgufEdit, quants: Sequence[str], keep_checkpoint: bool) -> int:
-    """Upper bound in bytes on the size of the folder while it is written."""
-    checkpoint, file = edit.checkpoint, edit.checkpoint.file
-    own = file_size(file, file.metadata, planned_types(checkpoint, edit.plan))
-    total = (output_size(checkpoint, "bf16") if keep_checkpoint else 0) + _RECORDS
-    if not quants:
-        return total + own
-    mixes = [planned_types_of_mix(file, quant, edit.imatrix)[0] for quant in quants]
-    halves = [file_size(file, file.metadata, planned_types(checkpoint, edit.plan, mix)) for mix in mixes]
-    return total + sum(file_size(file, file.metadata, mix) for mix in mixes) + max(halves)
 
 
 def _stem(checkpoint: GgufCheckpoint) -> str:

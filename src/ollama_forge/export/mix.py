@@ -88,11 +88,6 @@ def file_type(quant: str) -> int:
     return _FILE_TYPES[quant]
 
 
-def quant_of_file_type(number: object) -> str | None:
-    """The name of a value of ``general.file_type``; None if the type cannot be written."""
-    return next((name for name, known in _FILE_TYPES.items() if known == number), None)
-
-
 def bits_per_weight(quant: str) -> float:
     """Bits per weight of the main type; a mix gives some tensors more."""
     return bits_per_value(_MAIN[quant])

@@ -51,7 +51,7 @@ def create_request(
 
 
 def send_blobs(client: Client, source: StoredModel) -> None:
-    """Upload the projectors, adapters and drafts of ``source``, unless Ollama has them, as that of the store does."""
+    """Upload those projectors, adapters and drafts of ``source`` that this Ollama lacks."""
     for blob in (*source.projectors, *source.adapters, *source.drafts):
         client.send(blob.path, blob.digest)
 
@@ -66,7 +66,7 @@ def require_one_adapter(source: StoredModel) -> None:
 
 
 def require_source(client: Client, source: StoredModel) -> None:
-    """Raise ForgeError unless this Ollama has ``source`` with the weights that were edited; else it would pull it."""
+    """Raise ForgeError unless this Ollama has ``source`` with the weights that were edited; it pulls what it lacks."""
     shown = client.shown(source.name)
     if shown is None or source.weights.digest not in shown.weights:
         having = "has no" if shown is None else "has another"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import human_size
 from ollama_forge.models.holder import ModelHolder
-from ollama_forge.pipeline import stages
+from ollama_forge.pipeline import gguf_stages, stages
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
 from ollama_forge.system import free_space
@@ -39,5 +39,7 @@ def _unfinished_outputs(ready: Preflight, cache: StageCache) -> tuple[bool, bool
     written = cache.peek(stages.write(ready, cache, choice))
     if written is None:
         return True, True
-    made = (cache.is_done(stages.make_gguf(ready, cache, choice, written, passed)) for passed in (None, True, False))
-    return False, not (ready.export.problem or any(made))
+    if ready.export.problem:
+        return False, False
+    making = [gguf_stages.make_gguf(ready, cache, choice, written, passed) for passed in (None, True, False)]
+    return False, not any(cache.is_done(stage) for stage in making)

@@ -13,9 +13,10 @@ from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
-from ollama_forge.pipeline import stages
+from ollama_forge.pipeline import gguf_stages
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.pipeline.stages import TimedMeasurement, Written
 from ollama_forge.search.ladder import Choice
 
 
@@ -45,9 +46,9 @@ def export_weights(
     cache: StageCache,
     models: ModelHolder,
     choice: Choice,
-    written: stages.Written,
+    written: Written,
     verified: bool | None,
-    edited: stages.TimedMeasurement | None,
+    edited: TimedMeasurement | None,
 ) -> Exported:
     """Make the GGUF files, compare their tokens with the checkpoint's, and measure them.
 
@@ -59,13 +60,13 @@ def export_weights(
         return Exported(file_problem=ready.export.problem)
     exported = Exported()
     try:
-        files = cache.do(stages.make_gguf(ready, cache, choice, written, verified)).files
+        files = cache.do(gguf_stages.make_gguf(ready, cache, choice, written, verified)).files
         exported = replace(exported, files=files)
         if llamacpp_is_installed():
-            exported = replace(exported, tokens=cache.do(stages.check_tokens_of_file(ready, files[0])))
+            exported = replace(exported, tokens=cache.do(gguf_stages.check_tokens_of_file(ready, files[0])))
             for file in files if edited is not None else ():
                 assert edited is not None
-                row = cache.do(stages.measure_gguf(ready, cache, models, file, edited))
+                row = cache.do(gguf_stages.measure_gguf(ready, cache, models, file, edited))
                 exported = replace(exported, rows={**exported.rows, file.row_name: row})
     except ForgeError as failure:
         return replace(exported, file_problem="" if exported.files else failure.message, failure=failure)
@@ -87,7 +88,7 @@ def register_file(registration: Registration, cache: StageCache, exported: Expor
     try:
         if registration.is_gone():
             cache.forget("ollama")
-        registered = cache.do(stages.register(registration, file))
+        registered = cache.do(gguf_stages.register(registration, file))
     except ForgeError as failure:
         return replace(exported, ollama_problem=failure.message, failure=exported.failure or failure)
     return replace(exported, registered=registered, ollama_problem="")

@@ -19,7 +19,7 @@ from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.registry import max_pairs
 from ollama_forge.edits.source_files import source_location
 from ollama_forge.errors import UsageError
-from ollama_forge.export.edited_gguf import edit_file_of, written_size
+from ollama_forge.export.edited_gguf import written_size
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import load_tokenizer
@@ -99,8 +99,8 @@ class Preflight:
     def edit_file(self) -> Path:
         """The edit file, beside the edited weights."""
         if self.adapter_file is not None:
-            return edit_file_of(self.adapter_file)
-        return edit_file_of(self.export.path) if self.edits_file else edit_file_path(self.checkpoint_folder)
+            return edit_file_path(self.adapter_file)
+        return edit_file_path(self.export.path if self.edits_file else self.checkpoint_folder)
 
     @property
     def provenance_folders(self) -> list[Path]:

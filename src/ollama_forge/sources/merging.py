@@ -130,7 +130,7 @@ def transposed(change: Addition) -> Addition:
 
 
 def placed(change: Addition, rows: slice, count: int) -> Addition:
-    """The change of a matrix with ``count`` rows of which a change of some rows is known."""
+    """A change of some rows as a change of a matrix with ``count`` rows."""
     left = torch.zeros(count, change.left.shape[1])
     left[rows] = change.left
     return Addition(left, change.right, change.scale)

@@ -73,7 +73,7 @@ class Inversion:
         self.config = self.forward.complete(self.values)
 
     def set_vocabulary(self) -> None:
-        """The vocabulary, and whether the head shares the embedding's weights, follow from the tensors."""
+        """Read the vocabulary's size from the tensors, and whether the head shares the embedding's weights."""
         told: dict[Path, Any] = {}
         if _EMBEDDING in self.wanted.shapes:
             told[_VOCABULARY] = self.wanted.shapes[_EMBEDDING][0]
@@ -82,7 +82,7 @@ class Inversion:
         self.set(told)
 
     def set_depth(self) -> None:
-        """The number of layers comes first: lists of the config have a value for each."""
+        """Set the number of layers. It comes first, because lists of the config have a value for each layer."""
         key = f"{self.forward.arch}.block_count"
         told, wanted = self.forward.metadata(self.config).get(key), self.wanted.metadata.get(key)
         if told is None or wanted is None:
@@ -98,7 +98,7 @@ class Inversion:
                     return
 
     def assign(self, effects: Mapping[Path, Effect]) -> None:
-        """Give each value that a GGUF key equals the file's value of that key."""
+        """Set each value that a GGUF key repeats to the file's value of that key."""
         told: dict[Path, Any] = {}
         for path, effect in effects.items():
             keys = [key for key in effect.changed if effect.equals(key) and key in self.wanted.metadata]
@@ -126,7 +126,7 @@ class Inversion:
         return True
 
     def in_lists(self, effect: Effect) -> Any:
-        """The file's value of what stands for some layers in a list of the metadata, as the config's value does."""
+        """The file's value at the layers of a metadata list that repeat the config's value; None if no list does."""
         for key, (before, after) in effect.changed.items():
             wanted = self.wanted.metadata.get(key)
             if not (isinstance(before, list) and isinstance(after, list) and isinstance(wanted, list)):
@@ -140,7 +140,7 @@ class Inversion:
         return None
 
     def metadata_differences(self, config: Mapping[str, Any]) -> list[Difference]:
-        """Where the metadata differ, those that the file has first."""
+        """The differences of the metadata; those of keys that the file has come first."""
         told, wanted = self.forward.metadata(config), self.wanted.metadata
         found = [
             Difference(key, told.get(key), wanted.get(key))
@@ -155,7 +155,7 @@ class Inversion:
         return sorted(found, key=lambda difference: difference.is_extra)
 
     def correct(self, differences: Differences, moves: Moves) -> list[Difference]:
-        """Change one value after the other, the one that leaves the fewest differences; return what is left."""
+        """Make one change at a time, the one that leaves the fewest differences; return the differences left."""
         found = differences(self.config)
         for _ in range(_ROUNDS):
             best, best_score = None, _score(found)
@@ -176,7 +176,7 @@ class Inversion:
         return found
 
     def follow(self) -> None:
-        """If the converter fails on the tensors: change one value that is not told.
+        """If the converter rejects the tensors, change one value that the metadata do not tell.
 
         So ``num_key_value_heads`` of a model with latent attention is ``num_attention_heads``, which alone is told.
         """
@@ -192,7 +192,7 @@ class Inversion:
                 return
 
     def untold_moves(self) -> Iterator[Move]:
-        """Values that are not told: those with the default of one that is told follow it, switches are flipped."""
+        """Changes of untold values: one with the same default as a told value follows it; a switch is flipped."""
         defaults = leaves(self.forward.base)
         untold = {path: default for path, default in defaults.items() if path not in self.values}
         for path, default in untold.items():
@@ -202,7 +202,7 @@ class Inversion:
         yield from ({path: not default} for path, default in untold.items() if isinstance(default, bool))
 
     def takes(self, config: Mapping[str, Any]) -> bool:
-        """Whether the converter takes the tensors of a config."""
+        """Whether the converter accepts the tensors of a config."""
         try:
             self.forward.tensors(config)
         except ForgeError:
@@ -254,7 +254,7 @@ class Inversion:
         return False
 
     def pairs(self, difference: Difference, effects: Mapping[Path, Effect]) -> Iterator[Move]:
-        """A switch is flipped, so that a value is written as it is."""
+        """Changes of two values: a switch is flipped, so that the converter writes the other value unchanged."""
         own = {path: effect.before for path, effect in effects.items() if difference.name in effect.changed}
         switches = {path: value for path, value in own.items() if isinstance(value, bool)}
         for switch, on in switches.items():
@@ -263,7 +263,7 @@ class Inversion:
                     yield {switch: not on, path: as_config(difference.wanted, value)}
 
     def tensor_moves(self, differences: list[Difference]) -> Iterator[Move]:
-        """Flip what is true or false, or let a size follow a tensor's, where the metadata do not tell it."""
+        """Changes of untold values: a switch is flipped, or a size follows the size of a tensor."""
         yield from self.layer_types_of_tensors()
         sizes = {
             (written, wanted)
@@ -287,7 +287,7 @@ class Inversion:
                 )
 
     def layer_types(self, differences: list[Difference]) -> Iterator[Move]:
-        """For each list of the kinds of layers: the one from which the lists of the metadata come out."""
+        """Changes of each list of layer kinds to the list from which the converter writes the file's metadata."""
         from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
         for path, value in leaves(self.config).items():
@@ -319,7 +319,7 @@ class Inversion:
         return next((kind for kind in [current, *told] if kind in told and fits(kind)), None)
 
     def layer_types_of_tensors(self) -> Iterator[Move]:
-        """For each list of the kinds of layers: the one with which each layer has the tensors that the file has."""
+        """Changes of each list of layer kinds to the list with which each layer has the file's tensors."""
         from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
         for path, value in leaves(self.config).items():

@@ -38,7 +38,7 @@ _HINT = "give the model's Hugging Face release with --base"
 
 @dataclass(frozen=True)
 class LearnedConfig:
-    """A config.json, and what the user is to know about it."""
+    """A config.json, and notes on it for the user."""
 
     config: dict[str, Any]
     notes: tuple[str, ...]
@@ -79,7 +79,7 @@ def learn_config(session: ConverterSession, file: Gguf) -> LearnedConfig:
 
 
 def _best(session: ConverterSession, file: Gguf, wanted: Wanted) -> tuple[Inversion, list[Difference]]:
-    """The candidate from which the converter writes all that is wanted, and the keys that it writes beside."""
+    """The candidate from which the converter writes all that is wanted, and the keys that it writes besides."""
     found: list[tuple[int, Inversion, list[Difference]]] = []
     failures: list[tuple[int, str]] = []
     for inversion in _started(session, file, wanted, failures):
@@ -123,7 +123,7 @@ def _started(
 
 
 def _start(file: Gguf, model_type: str) -> dict[Path, Any]:
-    """The values that are known before: token ids, and what transformers knows about files of this type."""
+    """The values to start from: token ids, and the defaults of transformers' GGUF loader for this model type."""
     from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING
 
     defaults = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {})

@@ -38,7 +38,7 @@ _TOLERANCE = 0.2  # of a coordinate that exp and log went over
 
 
 class NotMovedError(Exception):
-    """The program does not only move elements."""
+    """The program does more than move elements."""
 
 
 class Program:
@@ -190,7 +190,7 @@ def _axis_index(axis: int) -> Coordinate:
 
 
 def _stored(program: Program, output: Any) -> Stored:
-    """What becomes of the values, from what becomes of two constants."""
+    """The function that the program applies to every value, found from its results for two constants."""
     import torch
 
     made = []
@@ -263,7 +263,7 @@ class _Coordinates:
 
 
 def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part]:
-    """The parts along axis 0, each with digits of its own.
+    """Split a part along axis 0 where the order of its rows changes.
 
     Args:
         profiles: for each axis of the tensor and each axis of the output, the steps of the index.
@@ -288,7 +288,7 @@ def _split(whole: Part, profiles: Sequence[Sequence[Integers]]) -> Iterator[Part
 
 
 Digit = tuple[int, Integers]
-"""The number of a digit's values, and the step of each axis with each."""
+"""The number of values of a digit, and the step that it takes along each axis of the Hugging Face tensor."""
 
 
 def _steps(axis: int, digits_of: Sequence[tuple[int, Sequence[Digit]]]) -> Iterator[Steps]:
@@ -322,6 +322,6 @@ def _digits(steps: Integers) -> list[Digit]:
 
 
 def _true_until(rows: NDArray[np.bool_]) -> int:
-    """The number of rows before the first one that is not all true."""
+    """The number of rows before the first row that is not all true."""
     wrong = np.flatnonzero(~rows.all(axis=1))
     return int(wrong[0]) if len(wrong) else len(rows)

@@ -63,7 +63,7 @@ def probe(forward: Forward, config: Mapping[str, Any]) -> dict[Path, Effect]:
 
 
 def _metadata(forward: Forward, config: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any] | None:
-    """The metadata with another value, which may need others that only the class knows; None if there are none."""
+    """The metadata with another value, alone or with what the class derives from it; None if both are rejected."""
     try:
         return forward.metadata(with_value(config, path, value))
     except ConverterError:

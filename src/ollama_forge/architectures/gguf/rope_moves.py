@@ -18,7 +18,7 @@ _MARK = 40  # the first of the numbers that stand for values that are not known 
 
 
 def scaled_rope(forward: Forward, wanted: Wanted, config: Mapping[str, Any]) -> Iterator[dict[Path, Any]]:
-    """For each kind of scaling that transformers knows: the values with which the converter writes what is wanted."""
+    """For each kind of scaling that transformers knows, the values from which the converter writes what is wanted."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for path in [path for path in leaves(config) if path[-1] == _TYPE]:

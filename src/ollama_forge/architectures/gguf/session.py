@@ -18,7 +18,7 @@ from ollama_forge.errors import ForgeError
 
 
 class ConverterError(ForgeError):
-    """The converter rejects what it was asked."""
+    """The converter rejects a request."""
 
 
 class ConverterSession:

@@ -1,4 +1,4 @@
-"""What a GGUF file wants the converter to write, and where that differs from what it writes."""
+"""What the converter is to write for a GGUF file, and how that differs from what it writes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def architecture(names: list[str]) -> dict[str, Any]:
 
 
 def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """What the converter derives from a config: the metadata, without those about the tokenizer, and made-up tensors.
+    """What the converter derives from a config: the metadata without the tokenizer's, and the computed vectors.
 
     ``absent`` are the paths that the converter looks for in the config and does not find.
     """
@@ -86,7 +86,7 @@ def metadata(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
 
 
 class Watched(dict[str, Any]):
-    """A part of a config that notes the paths that are looked for in vain."""
+    """A part of a config that records the absent paths that are looked for."""
 
     def __init__(
         self, part: Mapping[str, Any], absent: dict[tuple[str, ...], None], path: tuple[str, ...] = ()

@@ -52,7 +52,7 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def has_stray_quantization_config(self) -> bool:
-        """Whether config.json, that of the file's base then, names a quantisation."""
+        """Whether config.json names a quantisation, as that of the model that the file was made from may."""
         return quantisation_of(self._stored_config) is not None
 
     @cached_property

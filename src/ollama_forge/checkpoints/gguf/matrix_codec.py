@@ -25,7 +25,7 @@ Indices = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Lines of a matrix that are rows of one GGUF tensor, whose type and row length these are.
+    """The lines of a matrix that are rows of one GGUF tensor, and the type and the row length of that tensor.
 
     Attributes:
         importance: the weight of the squared error of each value of a row, for encoding; None for equal weights.
@@ -78,7 +78,7 @@ class GgufMatrixCodec:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Along a line whole blocks, and all of it if its values are in another order; lines one by one."""
+        """The smallest region, ``(rows, columns)``: whole blocks of a line, all of it if its values are reordered."""
         ordered = all(member.lines.across is None for member in self.members)
         sizes = (block_size(member.type)[0] if ordered else member.length for member in self.members)
         across = max(sizes) if ordered else sum(sizes)
@@ -145,7 +145,7 @@ class GgufMatrixCodec:
 
 
 def _stored_across(member: Member, wanted: slice) -> tuple[Indices, slice]:
-    """Which of the wanted values of a line a row holds, in its order, and in which bytes."""
+    """The wanted values of a line that a row holds, in the row's order, and the bytes that hold them."""
     if member.lines.across is not None:  # the wanted values are all of the line
         return _as_slice(member.lines.across), slice(None)
     block, size = block_size(member.type)

@@ -16,7 +16,7 @@ from ollama_forge.files import read_at, write_all
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """The rows of a GGUF tensor that are one part of a packed matrix.
+    """The rows of a GGUF tensor that hold one part of a packed matrix.
 
     Attributes:
         first: the row of the tensor from which ``lines.rows`` is counted.
@@ -34,7 +34,7 @@ class Place:
 
     @property
     def matrix(self) -> int:
-        """The number of the tensor's matrix, of a stack of matrices, in which the rows are."""
+        """The index of the matrix that holds the rows in a stack of matrices; 0 if the tensor is one matrix."""
         return (self.first + self.lines.low) // self.tensor.shape[1] if len(self.tensor.shape) > 2 else 0
 
     @property

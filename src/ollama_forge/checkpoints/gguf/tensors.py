@@ -190,7 +190,7 @@ def _read_place(place: Place) -> Values:
 
 
 def _held_whole(file: Gguf, layout: GgufLayout) -> dict[str, list[Held]]:
-    """The parts of the file's tensors that hold each Hugging Face tensor, of those that it holds in whole.
+    """For each Hugging Face tensor that the file holds in whole, the parts of the file's tensors that hold it.
 
     Where the file holds a tensor twice, the first of the copies is meant.
     """
