@@ -37,4 +37,4 @@ def undo(ctx: click.Context, options: Mapping[str, Any]) -> None:
         return
     print(f"the source's files, from {written.taken_from}: {written.path}")
     for name, digest in written.hashes.items():
-        print(f"{digest}  {name}")
+        print(f"{digest}  {written.path.name if written.path.is_file() else name}")

@@ -62,7 +62,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
     }
 
     def learn() -> LearnedConfig:
-        with status(f"learning the config of {file.path.name}"), converter_session() as session:
+        with status(f"learning the config of a {file.architecture} file (once)"), converter_session() as session:
             return learn_config(session, file)
 
     learned = cached(LearnedConfig, ".config.json", key, None, learn)
