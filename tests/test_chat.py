@@ -399,7 +399,7 @@ def test_the_command_reads_standard_input(tmp_path: Path) -> None:
     assert odd.stdout
     missing = chat("--name", "nothing")
     assert missing.returncode == 1
-    assert missing.stderr.startswith("error: there is no abliterate-nothing")
+    assert missing.stderr.startswith("error: abliterate-nothing holds no edited model")
     assert chat().returncode == 2
     assert chat("--name", "x", "--think", "--no-think").returncode == 2
     assert chat("--name", "x", "--format", "nowhere.json").returncode == 2

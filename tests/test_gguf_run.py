@@ -14,10 +14,11 @@ from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.files import read_json, sha256_file
 from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.names import run_output
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.pipeline.report import Report
@@ -156,6 +157,19 @@ def test_a_model_of_ollama_gets_an_adapter(source: Path, tmp_path: Path, monkeyp
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (adapter)"]
     assert not list(made.folder.glob("tiny.gguf"))
     assert blob.path.read_bytes() == data
+
+
+def test_a_name_stands_for_what_its_run_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("abliterate-org-tiny-x")
+    folder.mkdir()
+    for name in ("org-tiny-x-adapter.gguf", "other.gguf"):
+        (folder / name).touch()
+    with pytest.raises(ForgeError, match="holds no edited model"):
+        run_output("org/tiny:x")
+    for name in ("org-tiny-x-Q8_0.gguf", "org-tiny-x.gguf", "checkpoint"):
+        (folder / name).mkdir() if name == "checkpoint" else (folder / name).touch()
+        assert run_output("org/tiny:x") == folder / name
 
 
 def test_options_without_a_meaning(source: Path, gguf_models: Mapping[str, Model], tmp_path: Path) -> None:

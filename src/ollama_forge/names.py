@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAMESPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
@@ -35,3 +36,21 @@ def file_stem(name: str) -> str:
 def run_folder(name: str) -> Path:
     """The default output folder of ``run``: ``./abliterate-<name>``."""
     return Path(f"abliterate-{file_stem(name)}")
+
+
+def run_output(name: str) -> Path:
+    """The edited model that a run of this name wrote in its own folder: a checkpoint's folder, or else a GGUF file.
+
+    Raises:
+        ForgeError: there is none.
+    """
+    folder, stem = run_folder(name), file_stem(name)
+    files = [folder / f"{stem}.gguf", *sorted(folder.glob(f"{glob.escape(stem)}-*.gguf"))]
+    models = [path for path in files if path.is_file() and path.name != f"{stem}-adapter.gguf"]
+    if (folder / "checkpoint").is_dir():
+        return folder / "checkpoint"
+    if not models:
+        raise ForgeError(
+            f"{folder} holds no edited model", f"make it with ollama-forge abliterate run --model … --name {name}"
+        )
+    return models[0]

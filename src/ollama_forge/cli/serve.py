@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
-from ollama_forge.errors import ForgeError, UsageError, require_abliterate
-from ollama_forge.names import run_folder
+from ollama_forge.errors import UsageError, require_abliterate
+from ollama_forge.names import run_output
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -83,12 +83,7 @@ def _model_of(name: str | None, checkpoint: str | None) -> str:
     if checkpoint is not None:
         return checkpoint
     assert name is not None
-    folder = run_folder(name) / "checkpoint"
-    if not folder.is_dir():
-        raise ForgeError(
-            f"{folder} does not exist", f"make it with ollama-forge abliterate run --model … --name {name}"
-        )
-    return str(folder)
+    return str(run_output(name))
 
 
 def _default_name(checkpoint: Checkpoint) -> str:

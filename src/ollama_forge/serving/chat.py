@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.names import run_folder
+from ollama_forge.names import run_output
 from ollama_forge.progress import say, status
 from ollama_forge.serving.asks import Message
 from ollama_forge.serving.engines.base import Sampling
@@ -98,10 +98,7 @@ def _load(
     from ollama_forge.sources.resolve import resolve
 
     if name is not None:
-        folder = run_folder(name) / "checkpoint"
-        if not folder.is_dir():
-            raise ForgeError(f"there is no {folder}", f"ollama-forge abliterate run --model … --name {name} makes it")
-        checkpoint = str(folder)
+        checkpoint = str(run_output(name))
     assert checkpoint is not None
     source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     label = name or Path(source.label).name
