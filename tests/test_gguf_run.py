@@ -136,7 +136,9 @@ def test_computed_on_the_hugging_face_release(
     assert any((one.matrices[name].L != other.matrices[name].L).any() for name in one.matrices)  # another direction
 
 
-def test_a_model_of_ollama_gets_an_adapter(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_ollama_gets_an_adapter(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(tmp_path / "store")
     monkeypatch.setenv("OLLAMA_MODELS", str(store.path))
     data = source.read_bytes()
@@ -157,6 +159,7 @@ def test_a_model_of_ollama_gets_an_adapter(source: Path, tmp_path: Path, monkeyp
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (adapter)"]
     assert not list(made.folder.glob("tiny.gguf"))
     assert blob.path.read_bytes() == data
+    assert "the system prompt that smol:latest has in Ollama takes no part here" in capsys.readouterr().err
 
 
 def test_a_name_stands_for_what_its_run_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,9 @@ class Preflight:
         """Print notes on the prompts, the GGUF file and Ollama."""
         for note in self.split.notes:
             say(f"note: {note}")
+        stored = self.registration.source
+        if stored is not None and stored.system and self.settings.load.system is None:
+            say(f"note: the system prompt that {stored.name} has in Ollama takes no part here: --system gives it")
         self.export.announce()
         if not self.export.problem:
             self.registration.announce()
