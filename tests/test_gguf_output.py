@@ -35,9 +35,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.files import partial_of, read_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from tests.gguf_models import Model, R, gguf_models, retype
-
-__all__ = ["gguf_models"]
+from tests.gguf_models import Model, R, retype
 
 SETTINGS = EditSettings(targets=("attention", "mlp", "embedding"), skip_begin_layers=0, skip_end_layers=0)
 DIRECTION = RefusalDirection(R.unsqueeze(0), layer=1)
