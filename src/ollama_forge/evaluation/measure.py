@@ -156,7 +156,8 @@ def measure_answers(
     Args:
         kl: the first-token KL divergence of the model's weights, measured apart.
         title: the label of the progress bar.
-        seconds: no prompts are begun after this time, if ``least`` of each list are answered.
+        seconds: the time for the answers. If ``least`` of each list are answered, no prompts are begun that would take
+            longer.
         least: number of prompts of each list that are answered in any case.
     """
     tokenizer, started = model.tokenizer, time.monotonic()
@@ -165,7 +166,8 @@ def measure_answers(
     answers: tuple[list[Ids], list[Ids]] = ([], [])
     with bar(title, sum(map(len, sides))) as advance:
         for start in range(0, max(map(len, sides)), _WAVE):
-            if start >= least and time.monotonic() - started > seconds:
+            elapsed = time.monotonic() - started
+            if start >= least and elapsed * (start + _WAVE) > seconds * start:  # as slow as the waves before
                 break
             for side, out in zip(sides, answers, strict=True):
                 wave = side[start : start + _WAVE]
