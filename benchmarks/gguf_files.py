@@ -122,7 +122,7 @@ from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import examine
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.export.convert import convert
-from ollama_forge.export.mix import quant_of_file_type
+from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.export.quantise import quantise
 from ollama_forge.sources.resolve import resolve
 folder = Path(sys.argv[2])
@@ -135,8 +135,9 @@ direction = RefusalDirection((vector / vector.norm()).unsqueeze(0), layer=1)
 plan = plan_orthogonal(model, direction, settings, vector_reader(source.tensors))
 write_checkpoint(source, model, plan, folder / "checkpoint", settings=settings, out_dtype="bf16")
 edited = Checkpoint(folder / "checkpoint", "edited", "folder")
-convert(find_converter(None), edited, folder / "bf16.gguf", outtype="bf16", name="edited", vocabulary=False)
-quantise(folder / "bf16.gguf", folder / "out.gguf", quant_of_file_type(source.file.get("general.file_type")), {})
+convert(find_converter(None), edited, folder / "bf16.gguf", outtype="bf16", name="edited")
+quant = plan_export(source, "out", folder, ExportSettings()).files[0].quant
+quantise(folder / "bf16.gguf", folder / "out.gguf", quant, {})
 print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak() - before}))
 """
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from ollama_forge.checkpoints.gguf.file import read_gguf
+from ollama_forge.checkpoints.gguf.file import read_gguf, value_of, write_header
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.export.plan import ExportSettings
+from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json, sha256_file
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.names import run_output
@@ -23,6 +23,7 @@ from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.pipeline.report import Report
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.sources.resolve import resolve
 from tests import fake_ollama, tiny
 from tests.gguf_models import Model
 from tests.ollama_store import Store, gguf_of
@@ -186,3 +187,47 @@ def test_options_without_a_meaning(source: Path, gguf_models: Mapping[str, Model
         with pytest.raises(UsageError, match=match):
             run(replace(settings(tmp_path, ""), **changes))
     assert not (tmp_path / "out").exists()
+
+
+def split(source: Path, folder: Path) -> list[Path]:
+    """A file in two parts, as llama.cpp splits it."""
+    file, data, parts = read_gguf(source), source.read_bytes(), []
+    half = len(file.tensors) // 2
+    for number, tensors in enumerate((file.tensors[:half], file.tensors[half:])):
+        parts.append(folder / f"split-0000{number + 1}-of-00002.gguf")
+        keys = {"split.no": number, "split.count": 2, "split.tensors.count": len(file.tensors)}
+        metadata = {**(file.metadata if number == 0 else {}), **{key: value_of(value) for key, value in keys.items()}}
+        with parts[-1].open("wb", buffering=0) as out:
+            for before, after in zip(tensors, write_header(out, metadata, tensors), strict=True):
+                out.seek(after.start)
+                out.write(data[before.start : before.start + before.size])
+    return parts
+
+
+def test_a_split_file_is_edited_to_one_file(source: Path, tmp_path: Path) -> None:
+    parts = split(source, tmp_path)
+    made = settings(tmp_path, str(parts[1]), evaluate=False)
+    report = run(made)
+    assert report.verified
+    whole = read_gguf(source)
+    joined = read_gguf(made.folder / "tiny.gguf")
+    assert [(t.name, t.shape, t.type) for t in joined.tensors] == [(t.name, t.shape, t.type) for t in whole.tensors]
+    assert joined.parts == (made.folder / "tiny.gguf",)
+
+
+@pytest.mark.parametrize("changes", [{"keep_checkpoint": True}, {"keep_undo": True}])
+def test_an_adapter_leaves_nothing_to_keep(changes: dict[str, Any]) -> None:
+    adapter = OllamaSettings(as_adapter=True)
+    with pytest.raises(UsageError, match="have no effect"):
+        RunSettings(model="ollama:x", name="x", ollama=adapter, edit=WRITERS, **changes).check()
+
+
+def test_an_importance_matrix_has_no_effect_on_floats() -> None:
+    with pytest.raises(UsageError, match="--imatrix has no effect"):
+        ExportSettings(requantize=False, imatrix="x.gguf")
+
+
+def test_the_files_of_a_gguf_source_are_counted_once(source: Path, tmp_path: Path) -> None:
+    checkpoint = resolve(str(source))
+    assert plan_export(checkpoint, "x", tmp_path, ExportSettings("Q8_0")).disk_space == 0
+    assert plan_export(checkpoint, "x", tmp_path, ExportSettings()).files[0].quant == "F32"  # what the file states

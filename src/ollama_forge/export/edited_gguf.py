@@ -25,8 +25,7 @@ from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.mix import file_type
-from ollama_forge.export.quantise import planned_types as planned_types_of_mix
-from ollama_forge.export.quantise import rewrite
+from ollama_forge.export.quantise import mix_types, rewrite
 from ollama_forge.files import atomic_folder, partial_of
 from ollama_forge.names import file_stem
 from ollama_forge.progress import say
@@ -152,7 +151,7 @@ def written_size(checkpoint: GgufCheckpoint, quants: Sequence[str], imatrix: Pat
             for tensor in file.tensors
         }
         return _largest_size(file, edited) + _RECORDS
-    mixes = [planned_types_of_mix(file, quant, imatrix)[0] for quant in quants]
+    mixes = [mix_types(file, quant, imatrix)[0] for quant in quants]
     finished = sum(file_size(file, file.metadata, mix) for mix in mixes)
     return finished + max(_largest_size(file, mix) for mix in mixes) + _RECORDS
 
@@ -170,7 +169,7 @@ def _write(edit: GgufEdit, path: Path, quant: str | None) -> AppliedEdit:
     """Write one file. Edited tensors are encoded in their final type from the exact edit, never twice."""
     if quant is None:
         return _write_gguf(edit, path)
-    types, matrix = planned_types_of_mix(edit.checkpoint.file, quant, edit.imatrix)
+    types, matrix = mix_types(edit.checkpoint.file, quant, edit.imatrix)
     entries = {} if matrix is None else {t.name: matrix.of(t) for t in edit.checkpoint.file.tensors}
     importance = {name: torch.from_numpy(entry) for name, entry in entries.items() if entry is not None}
     half = partial_of(path.with_name(f"{path.name}.edited"))

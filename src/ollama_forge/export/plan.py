@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import LlamaFileType
+
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf
-from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.convert import unsupported_reason
 from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quants
@@ -19,6 +20,7 @@ from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.names import file_stem
 from ollama_forge.progress import say
 
+_OWN_TYPES = "own types"  # of a file that does not state its type
 _MIX_OVERHEAD = 1.2  # upper bound on the bits of a mix relative to its main type
 
 
@@ -43,6 +45,8 @@ class ExportSettings:
             if not self.requantize:
                 raise UsageError("--quant and --no-requantize contradict each other", "leave one of them out")
             object.__setattr__(self, "quant", ",".join(parse_quants(self.quant)))
+        if self.imatrix is not None and not self.requantize:
+            raise UsageError("--no-requantize leaves F16, which --imatrix has no effect on", "leave one of them out")
 
     @property
     def quants(self) -> tuple[str, ...]:
@@ -108,14 +112,13 @@ class ExportPlan:
     def disk_space(self) -> int:
         """Upper bound in bytes on the size of the files and what they are made of; 0 if no file is made.
 
-        An edited GGUF file that keeps its types is not counted: it is what the edit itself writes.
+        The files of a GGUF source are not counted: they are what the edit itself writes.
         """
-        if self.problem or self.in_place:
+        if self.problem or self.source_file is not None:
             return 0
         plain = self.parameters * 2
         ratios = (min(bits_per_weight(file.quant) * _MIX_OVERHEAD, 16) / 16 for file in self.files)
-        made_of = 0 if self.source_file is not None else plain * (1 + self.decodes)
-        return made_of + int(plain * sum(ratios))
+        return plain * (1 + self.decodes) + int(plain * sum(ratios))
 
     def announce(self) -> None:
         """Print notes on the files, and on what cannot be done with them."""
@@ -174,8 +177,15 @@ def _plan_edited_file(
         raise UsageError(
             "--imatrix has no use for a GGUF source that keeps its types", "give --quant to quantise all tensors anew"
         )
-    files = _planned(folder, name, settings.quants or (read_header(source.path).type_name,))
+    files = _planned(folder, name, settings.quants or (_type_name(source.file),))
     return ExportPlan(files, name, None, source.file, not settings.quants, source.parameters, imatrix)
+
+
+def _type_name(file: Gguf) -> str:
+    """The name of the type of most tensors, as the file states it."""
+    stated = file.get("general.file_type")
+    known = next((kind.name for kind in LlamaFileType if kind == stated), _OWN_TYPES)
+    return known.removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 def _planned(folder: Path, name: str, quants: Sequence[str]) -> tuple[PlannedFile, ...]:

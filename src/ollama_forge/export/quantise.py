@@ -73,7 +73,7 @@ def quantise(
             the disk is full; ``target`` is then unchanged.
     """
     file = read_gguf(source)
-    types, importance = planned_types(file, quant, imatrix)
+    types, importance = mix_types(file, quant, imatrix)
     changes = {
         "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
         "general.file_type": value_of(file_type(quant)),
@@ -95,7 +95,7 @@ def quantise(
     return EMBEDDED
 
 
-def planned_types(
+def mix_types(
     file: Gguf, quant: str, imatrix: Path | None
 ) -> tuple[Mapping[str, GGMLQuantizationType], ImportanceMatrix | None]:
     """The type of each tensor of a file that is quantised to a mix, and the importance matrix to use.

@@ -147,6 +147,8 @@ class Preflight:
         stored = self.registration.source
         if stored is not None and stored.system and self.settings.load.system is None:
             say(f"note: the system prompt that {stored.name} has in Ollama takes no part here: --system gives it")
+        if self.adapter_file is not None and self.settings.verify:
+            say("note: no weights are written, so none are verified; the adapter is measured in llama.cpp")
         self.export.announce()
         if not self.export.problem:
             self.registration.announce()
@@ -193,8 +195,8 @@ def _resolve(settings: RunSettings) -> tuple[Checkpoint, Checkpoint]:
     if settings.base is None:
         source = resolve(settings.model, settings.revision, trust_remote_code=trust, adapter=settings.adapter)
         return source, source
-    base = resolve(settings.base, settings.revision, trust_remote_code=trust)
-    return resolve_gguf(settings.model, None, base), base
+    base = resolve(settings.base, trust_remote_code=trust)
+    return resolve_gguf(settings.model, settings.revision, base), base
 
 
 def _written_size(source: Checkpoint, settings: RunSettings, export: ExportPlan) -> int:

@@ -132,5 +132,10 @@ class RunSettings:
         if self.export.customised:
             raise UsageError(
                 "--as-adapter writes no GGUF file of the model, so that options of that file have no effect",
-                "leave out --quant, --no-requantize and --llama-cpp-dir",
+                "leave out --quant, --no-requantize, --imatrix and --llama-cpp-dir",
+            )
+        if self.keep_checkpoint or self.keep_undo:
+            raise UsageError(
+                "--as-adapter leaves the model as it is, so that --keep-checkpoint and --keep-undo have no effect",
+                "leave them out, or leave out --as-adapter",
             )
