@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,11 @@ def test_names_of_types() -> None:
     assert {"Q2_K", "Q3_K_S", "Q3_K_L", "Q5_K_M", "Q6_K", "Q8_0", "F16", "BF16"} <= set(mix.QUANTS)
     assert mix.file_type("Q4_K_M") == 15
     assert mix.parse_quants("q8_0, Q4_K,q8_0") == ("Q8_0", "Q4_K_M")
-    assert [quant for quant in mix.QUANTS if mix.needs_imatrix(quant)] == [
-        "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS",
-    ]  # fmt: skip
+    few_bits = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
+    for quant in mix.QUANTS:
+        mix.check_imatrix(quant, has_imatrix=True)
+        with pytest.raises(UsageError, match="too few bits") if quant in few_bits else nullcontext():
+            mix.check_imatrix(quant, has_imatrix=False)
     with pytest.raises(UsageError, match="'Q9_K' is not a type") as caught:
         mix.parse_quant("Q9_K")
     assert "Q4_K_M" in caught.value.hint

@@ -227,6 +227,15 @@ def test_an_importance_matrix_has_no_effect_on_floats() -> None:
         ExportSettings(requantize=False, imatrix="x.gguf")
 
 
+def test_an_importance_matrix_is_looked_at_before_the_work(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="IQ2_XS has too few bits"):
+        ExportSettings("Q8_0,IQ2_XS")
+    (tmp_path / "damaged.dat").write_bytes(b"\x01\x00\x00\x00\xff")
+    with pytest.raises(ForgeError, match=r"damaged\.dat is not an importance matrix"):
+        run(settings(tmp_path, str(source), export=ExportSettings("Q8_0", imatrix=str(tmp_path / "damaged.dat"))))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_files_of_a_gguf_source_are_counted_once(source: Path, tmp_path: Path) -> None:
     checkpoint = resolve(str(source))
     assert plan_export(checkpoint, "x", tmp_path, ExportSettings("Q8_0")).disk_space == 0

@@ -25,7 +25,7 @@ from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.mix import file_type
-from ollama_forge.export.quantise import mix_types, rewrite
+from ollama_forge.export.quantise import mix_types, rewrite, say_without_importance
 from ollama_forge.files import atomic_folder, partial_of
 from ollama_forge.names import file_stem
 from ollama_forge.progress import say
@@ -170,6 +170,7 @@ def _write(edit: GgufEdit, path: Path, quant: str | None) -> AppliedEdit:
     if quant is None:
         return _write_gguf(edit, path)
     types, matrix = mix_types(edit.checkpoint.file, quant, edit.imatrix)
+    say_without_importance(matrix, edit.checkpoint.file, types)
     entries = {} if matrix is None else {t.name: matrix.of(t) for t in edit.checkpoint.file.tensors}
     importance = {name: torch.from_numpy(entry) for name, entry in entries.items() if entry is not None}
     half = partial_of(path.with_name(f"{path.name}.edited"))

@@ -74,10 +74,10 @@ class QuantisedFiles:
 def quantise_files(
     plan: ExportPlan, source: Path, fallback: str | None, provenance: Mapping[str, Any], verified: bool | None
 ) -> QuantisedFiles:
-    """Quantise a file to every planned type, with its provenance in the metadata.
+    """Quantise a converted file to every planned type, with its provenance in the metadata.
 
     Args:
-        source: the converted checkpoint, or the edited GGUF file.
+        source: the converted checkpoint.
         fallback: the pre-tokenizer used if the converter did not know the checkpoint's; else None.
         provenance: entries about the edit, written under ``ollama_forge.``.
 
@@ -89,12 +89,12 @@ def quantise_files(
         f"ollama_forge.{key}": value_of(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
         for key, value in {**marked, **provenance}.items()
     }
-    of_source, made = plan.source_file is not None, []
+    made = []
     for file in plan.files:
         say(f"making {file.path.name} ({file.quant})")
         tool = quantise(source, file.path, file.quant, changes, find_tool(), imatrix=plan.imatrix)
         size = file.path.stat().st_size
-        made.append(QuantisedFile(file.path, file.quant, size, tool, fallback, of_source, verified))
+        made.append(QuantisedFile(file.path, file.quant, size, tool, fallback, verified=verified))
     if fallback:
         say(f"warning: llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
     return QuantisedFiles(tuple(made))

@@ -73,9 +73,10 @@ def parse_quants(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parse_quant(part) for part in text.split(",")))
 
 
-def needs_imatrix(quant: str) -> bool:
-    """Whether a type has so few bits that it is written with an importance matrix alone."""
-    return quant in _NEED_IMATRIX
+def check_imatrix(quant: str, *, has_imatrix: bool) -> None:
+    """Raise UsageError for a type that has so few bits that it is written with an importance matrix alone."""
+    if quant in _NEED_IMATRIX and not has_imatrix:
+        raise UsageError(f"{quant} has too few bits to be written without an importance matrix", "give --imatrix FILE")
 
 
 def tensor_needs_imatrix(name: str, kind: Type) -> bool:

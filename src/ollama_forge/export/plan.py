@@ -14,7 +14,8 @@ from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import Gguf
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.convert import unsupported_reason
-from ollama_forge.export.mix import DEFAULT, bits_per_weight, parse_quants
+from ollama_forge.export.imatrix import read_imatrix
+from ollama_forge.export.mix import DEFAULT, bits_per_weight, check_imatrix, parse_quants
 from ollama_forge.files import human_size
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.names import file_stem
@@ -45,6 +46,8 @@ class ExportSettings:
             if not self.requantize:
                 raise UsageError("--quant and --no-requantize contradict each other", "leave one of them out")
             object.__setattr__(self, "quant", ",".join(parse_quants(self.quant)))
+            for quant in self.quants:
+                check_imatrix(quant, has_imatrix=self.imatrix is not None)
         if self.imatrix is not None and not self.requantize:
             raise UsageError("--no-requantize leaves F16, which --imatrix has no effect on", "leave one of them out")
 
@@ -146,8 +149,8 @@ def plan_export(
             importance matrix.
     """
     imatrix = None if settings.imatrix is None else Path(settings.imatrix).expanduser()
-    if imatrix is not None and not imatrix.is_file():
-        raise ForgeError(f"{imatrix} does not exist", "give a file that llama-imatrix wrote")
+    if imatrix is not None:
+        read_imatrix(imatrix)  # raises if it is damaged, before any work
     if isinstance(source, GgufCheckpoint):
         return _plan_edited_file(source, name, folder, settings, imatrix)
     converter, problem = _find_converter(source, settings)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from ollama_forge.checkpoints.gguf.codec import decode_rows, encode_rows
 from ollama_forge.checkpoints.gguf.file import Gguf, Tensor, Value, read_gguf, row_size, value_of, write_header
-from ollama_forge.errors import ForgeError, UsageError, error_line
+from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.export.imatrix import ImportanceMatrix, read_imatrix
 from ollama_forge.export.mix import (
     PLAIN,
     ModelProperties,
+    check_imatrix,
     file_type,
-    needs_imatrix,
     tensor_needs_imatrix,
     tensor_types,
 )
@@ -74,6 +74,7 @@ def quantise(
     """
     file = read_gguf(source)
     types, importance = mix_types(file, quant, imatrix)
+    say_without_importance(importance, file, types)
     changes = {
         "general.quantization_version": value_of(int(GGML_QUANT_VERSION)),
         "general.file_type": value_of(file_type(quant)),
@@ -103,32 +104,42 @@ def mix_types(
     Raises:
         UsageError, ForgeError: see ``quantise``.
     """
-    if needs_imatrix(quant) and imatrix is None:
-        raise UsageError(f"{quant} has too few bits to be written without an importance matrix", "give --imatrix FILE")
+    check_imatrix(quant, has_imatrix=imatrix is not None)
     importance = None if imatrix is None else read_imatrix(imatrix)
     types = tensor_types(quant, ModelProperties.of(file), file.tensors, has_imatrix=imatrix is not None)
-    if importance is not None:
-        _check_importance(importance, file, types)
+    for tensor in _without_importance(importance, file, types):
+        if tensor_needs_imatrix(tensor.name, types[tensor.name]):
+            raise ForgeError(
+                f"{imatrix} has no entry for {tensor.name}, which {types[tensor.name].name} needs",
+                "give an importance matrix of this model, or a type with more bits",
+            )
     return types, importance
 
 
-def _check_importance(importance: ImportanceMatrix, file: Gguf, types: Mapping[str, GGMLQuantizationType]) -> None:
-    """Say which quantised tensors the importance matrix lacks.
+def say_without_importance(
+    importance: ImportanceMatrix | None, file: Gguf, types: Mapping[str, GGMLQuantizationType]
+) -> None:
+    """Say which tensors are quantised without the importance matrix, because it lacks them."""
+    lacking = _without_importance(importance, file, types)
+    if importance is not None and lacking:
+        count = len(_quantised(file, types))
+        more = f" and {len(lacking) - 1} more of {count} tensors" if len(lacking) > 1 else ""
+        say(f"note: {importance.path.name} has no entry for {lacking[0].name}{more}, quantised without it")
+
+
+def _without_importance(
+    importance: ImportanceMatrix | None, file: Gguf, types: Mapping[str, GGMLQuantizationType]
+) -> list[Tensor]:
+    """The tensors to quantise that an importance matrix lacks; none without one.
 
     Raises:
-        ForgeError: it is for another model, or lacks a tensor that gets too few bits without it.
+        ForgeError: it is for another model.
     """
-    quantised = [t for t in file.tensors if types[t.name] != t.type and types[t.name] not in _PLAIN_TYPES]
-    lacking = [tensor for tensor in quantised if importance.of(tensor) is None]
-    for tensor in lacking:
-        if tensor_needs_imatrix(tensor.name, types[tensor.name]):
-            raise ForgeError(
-                f"{importance.path} has no entry for {tensor.name}, which {types[tensor.name].name} needs",
-                "give an importance matrix of this model, or a type with more bits",
-            )
-    if lacking:
-        more = f" and {len(lacking) - 1} more of {len(quantised)} tensors" if len(lacking) > 1 else ""
-        say(f"note: {importance.path.name} has no entry for {lacking[0].name}{more}, quantised without it")
+    return [] if importance is None else [t for t in _quantised(file, types) if importance.of(t) is None]
+
+
+def _quantised(file: Gguf, types: Mapping[str, GGMLQuantizationType]) -> list[Tensor]:
+    return [t for t in file.tensors if types[t.name] != t.type and types[t.name] not in _PLAIN_TYPES]
 
 
 def _run_tool(tool: str, source: Path, target: Path, quant: str, imatrix: Path | None, tensors: int) -> bool:
