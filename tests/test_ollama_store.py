@@ -411,7 +411,7 @@ def test_two_adapters_cannot_be_created_with_new_weights(fake: FakeOllama, store
 def test_an_adapter_is_added_as_recorded(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
     same_model(fake, stored)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     with Client() as client:
         made = register_adapter(client, adapter, "newa", stored)
     digest = f"sha256:{sha256_file(adapter)}"
@@ -427,14 +427,14 @@ def test_an_adapter_that_ollama_drops_is_told(fake: FakeOllama, store: Store, tm
     same_model(fake, stored)
     fake.drops_adapters = True
     with Client() as client:
-        made = register_adapter(client, tiny_gguf(tmp_path / "b.gguf", adapter=True), "newa", stored)
+        made = register_adapter(client, tiny_gguf(tmp_path / "b.gguf", holds="adapter"), "newa", stored)
     assert len(made.differences) == 1
     assert "its adapters is" in made.differences[0]
 
 
 def test_an_adapter_for_other_weights_is_refused(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     with pytest.raises(ForgeError, match="has no vis:latest") as caught:
         planned(stored, tmp_path, as_adapter=True)
     assert "OLLAMA_HOST" in caught.value.hint
@@ -449,7 +449,7 @@ def test_an_adapter_for_other_weights_is_refused(fake: FakeOllama, store: Store,
 def test_a_run_adds_its_adapter(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
     same_model(fake, stored)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     registration = planned(stored, tmp_path, as_adapter=True)
     assert registration.register(adapter).name == "new"
     assert fake.bodies("/api/create")[0]["from"] == "vis:latest"
