@@ -20,6 +20,7 @@ from tests.http_servers import QuietServer
 
 TOKEN = "hf_stand_in_token"
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
+REVISIONS = {"main": COMMIT, "v2": OTHER_COMMIT, COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT}
 
 
 @dataclass

@@ -322,15 +322,15 @@ def running() -> Iterator[FakeOllama]:
         server.server_close()
 
 
-def tiny_gguf(path: Path, *, kind: int = 1, chat_template: str = "", split: int = 0, adapter: bool = False) -> Path:
-    """A GGUF file of two tensors; ``kind`` is its general.file_type, by which nothing of it is encoded."""
+def tiny_gguf(path: Path, *, kind: int = 1, chat_template: str = "", split: int = 0, holds: str = "model") -> Path:
+    """A file of two tensors; ``kind`` is general.file_type, by which nothing is encoded, ``holds`` general.type."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
 
     pairs = [
         text("general.architecture") + struct.pack("<I", 8) + text("llama"),
-        text("general.type") + struct.pack("<I", 8) + text("adapter" if adapter else "model"),
+        text("general.type") + struct.pack("<I", 8) + text(holds),
         text("general.file_type") + struct.pack("<II", 4, kind),
         text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + text("a") + text("b") + text("▁c"),
         text("tokenizer.ggml.token_type") + struct.pack("<IIQ", 9, 5, 3) + struct.pack("<3i", 1, 1, 1),

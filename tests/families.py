@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from tests import tiny
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 5,
@@ -27,9 +27,9 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-_HEADS: dict[str, Any] = {**_SIZES, "head_dim": 12}
+_HEADS: dict[str, Any] = {**SIZES, "head_dim": 12}
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2}
-_LATENT: dict[str, Any] = {
+LATENT: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 20,
     "qk_rope_head_dim": 8,
@@ -37,7 +37,7 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 14,
     "num_key_value_heads": 4,
 }
-_ROUTED: dict[str, Any] = {
+ROUTED: dict[str, Any] = {
     "moe_intermediate_size": 20,
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
@@ -85,7 +85,7 @@ WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen2_5_vl": _config(
         "qwen2_5_vl",
-        text_config={**_SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
+        text_config={**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}},
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 20,
@@ -98,7 +98,7 @@ WRAPPERS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "mllama": _config(
         "mllama",
-        text_config={**_SIZES, "bos_token_id": 0, "cross_attention_layers": [1, 3]},
+        text_config={**SIZES, "bos_token_id": 0, "cross_attention_layers": [1, 3]},
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 20,
@@ -140,7 +140,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "mixtral": _config("mixtral", **_HEADS, num_local_experts=6),
     "qwen2_moe": _config(
         "qwen2_moe",
-        **_SIZES,
+        **SIZES,
         **_EXPERTS,
         shared_expert_intermediate_size=28,
         mlp_only_layers=[0],
@@ -155,14 +155,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         shared_expert_intermediate_size=28,
         layer_types=[_LINEAR, _FULL, _LINEAR, _LINEAR, _FULL],
     ),
-    "deepseek_v3": _config("deepseek_v3", **{**_SIZES, **_LATENT}, **_ROUTED),
-    "glm4_moe": _config("glm4_moe", **_HEADS, **_ROUTED),
+    "deepseek_v3": _config("deepseek_v3", **{**SIZES, **LATENT}, **ROUTED),
+    "glm4_moe": _config("glm4_moe", **_HEADS, **ROUTED),
     "llama4_text": _config(
         "llama4_text", **_HEADS, intermediate_size_mlp=72, num_local_experts=6, num_experts_per_tok=1, moe_layers=[1, 3]
     ),
     "jamba": _config(
         "jamba",
-        **_SIZES,
+        **SIZES,
         attn_layer_period=3,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -173,7 +173,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         use_mamba_kernels=False,
     ),
     "lfm2": _config(
-        "lfm2", **_SIZES, layer_types=["conv", "conv", _FULL, "conv", _FULL], block_multiple_of=8, conv_L_cache=3
+        "lfm2", **SIZES, layer_types=["conv", "conv", _FULL, "conv", _FULL], block_multiple_of=8, conv_L_cache=3
     ),
     "nemotron_h": _config(
         "nemotron_h",
@@ -186,7 +186,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "granitemoehybrid": _config(
         "granitemoehybrid",
-        **_SIZES,
+        **SIZES,
         layer_types=["mamba", "attention", "mamba", "mamba", "attention"],
         num_local_experts=6,
         num_experts_per_tok=2,
@@ -205,15 +205,13 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "minimax_m2": _config("minimax_m2", **_HEADS, num_local_experts=6, num_experts_per_tok=2),
     "bloom": _config(
         "bloom",
-        **{
-            name: _SIZES[name] for name in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-        },
+        **{name: SIZES[name] for name in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
         n_layer=5,
         n_head=4,
     ),
     "opt": _config(  # with embeddings narrower than the stream
         "opt",
-        **{name: value for name, value in _SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")},
+        **{name: value for name, value in SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")},
         ffn_dim=80,
         word_embed_proj_dim=20,
     ),

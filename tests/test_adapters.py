@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +30,15 @@ from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_peft_adapter
 from ollama_forge.files import read_json, write_json
 from ollama_forge.models.gguf_model import llama_server
+from ollama_forge.ollama.registration import OllamaSettings
+from ollama_forge.pipeline import run
 from ollama_forge.sources.resolve import resolve
-from tests import tiny
+from tests import planted, processes, tiny
 from tests.gguf_models import Model
 from tests.llamacpp_scores import first_log_probs
 from tests.packed import fp8_decoded, fp8_model
+from tests.test_cli import forge
+from tests.test_run import settings
 
 PROMPTS = [[5, 40, 77, 130], [9, 200, 31, 31, 8, 61, 100]]
 LETTER = 2 + ord("a")
@@ -213,9 +218,7 @@ def test_merging_into_fp8_decodes_and_rounds_once(tmp_path: Path) -> None:
     source = fp8_model(tmp_path / "model", "block")
     left, right = torch.randn(tiny.D, 2), torch.randn(2, tiny.D)
     name = "base_model.model.model.layers.1.self_attn.o_proj"
-    (tmp_path / "adapter").mkdir()
-    save_file({f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}, tmp_path / "adapter" / WEIGHTS_NAME)
-    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA", "r": 2, "lora_alpha": 1})
+    save_adapter(tmp_path, {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}, r=2, lora_alpha=1)
     merged = resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
     expected = fp8_decoded(source)
     expected["model.layers.1.self_attn.o_proj.weight"] += 0.5 * left @ right
@@ -224,6 +227,57 @@ def test_merging_into_fp8_decodes_and_rounds_once(tmp_path: Path) -> None:
     for tensor, values in held.items():
         assert torch.equal(values, expected[tensor].bfloat16()), tensor
     assert "quantization_config" not in read_json(merged.folder / "config.json")
+
+
+@pytest.mark.parametrize(("config", "scale"), [({"r": 2}, 4.0), ({"r": 2, "lora_alpha": 3}, 1.5)])
+def test_the_scale_of_a_config_that_names_no_alpha_is_that_of_peft(
+    tmp_path: Path, config: dict[str, int], scale: float
+) -> None:
+    source = tiny.save(tiny.build("llama"), tmp_path / "model")
+    assert LoraConfig(**config).lora_alpha / 2 == scale
+    name = "model.layers.1.self_attn.o_proj"
+    merged = resolve(str(source.folder), adapter=str(save_adapter(tmp_path, factors(name, tiny.D, tiny.D), **config)))
+    before, after = (load_file(folder / "model.safetensors") for folder in (source.folder, merged.folder))
+    difference = after[f"{name}.weight"] - before[f"{name}.weight"]
+    torch.testing.assert_close(difference, torch.full((tiny.D, tiny.D), 2 * scale))
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+    """An adapter in ``folder / "adapter"``, with no more in its config than is given."""
+    (folder / "adapter").mkdir()
+    save_file(dict(tensors), folder / "adapter" / WEIGHTS_NAME)
+    write_json(folder / "adapter" / CONFIG_NAME, {"peft_type": "LORA", **config})
+    return folder / "adapter"
+
+
+def test_commands_take_the_merged_model(tmp_path: Path) -> None:
+    planted.save(tmp_path / "model")
+    name = "base_model.model.model.layers.1.self_attn.o_proj"
+    left, right = torch.zeros(planted.D, 1), torch.zeros(1, planted.D)
+    left[planted.R], right[0, 0] = -8.0, 1.0  # takes away what writes the refusal
+    save_adapter(tmp_path, {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}, r=1, lora_alpha=1)
+
+    def chat(*options: str) -> str:
+        command = ("-m", "ollama_forge.cli.main", "abliterate", "chat", "--dtype", "float32", "--checkpoint", "model")
+        done = processes.run(*command, *options, input="/set temperature 0\nsteal word1\n", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert (chat(), chat("--adapter", "adapter")) == (f"{planted.REFUSAL}\n", f"{planted.FRIENDLY}\n")
+    done = forge("abliterate", "inspect", "--model", "model", "--adapter", "adapter", "--json", folder=tmp_path)
+    assert json.loads(done.stdout)["model"] == "model + adapter"
+
+
+def test_run_edits_the_merged_model(tmp_path: Path) -> None:
+    planned = settings(tmp_path, evaluate=False, verify=False, ollama=OllamaSettings(register=False))
+    name = "model.layers.0.self_attn.q_proj"
+    adapter = save_adapter(tmp_path, factors(name, planted.D, planted.D), r=2, lora_alpha=0.02)
+    run(replace(planned, adapter=str(adapter)))
+    before, after = (
+        load_file(folder / "model.safetensors")[f"{name}.weight"]
+        for folder in (Path(planned.model), tmp_path / "out" / "checkpoint")
+    )
+    torch.testing.assert_close(after - before, torch.full_like(before, 0.02))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -238,10 +292,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_other_adapters_are_refused(tmp_path: Path, case: str) -> None:
     source = tiny.save(tiny.build("llama"), tmp_path / "model")
-    settings, message = REFUSED[case]
-    (tmp_path / "adapter").mkdir()
-    save_file({"x": torch.zeros(1)}, tmp_path / "adapter" / WEIGHTS_NAME)
-    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA", **settings})
+    config, message = REFUSED[case]
+    save_adapter(tmp_path, {"x": torch.zeros(1)}, **config)
     with pytest.raises(ForgeError, match=message):
         resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
 
@@ -259,9 +311,7 @@ UNFITTING: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_adapters_of_other_models_are_refused(tmp_path: Path, case: str) -> None:
     source = tiny.save(tiny.build("llama"), tmp_path / "model")
     tensors, message = UNFITTING[case]
-    (tmp_path / "adapter").mkdir()
-    save_file(tensors, tmp_path / "adapter" / WEIGHTS_NAME)
-    write_json(tmp_path / "adapter" / CONFIG_NAME, {"peft_type": "LORA"})
+    save_adapter(tmp_path, tensors)
     with pytest.raises(ForgeError, match=message):
         resolve(str(source.folder), adapter=str(tmp_path / "adapter"))
 

@@ -31,16 +31,11 @@ from tests.converted import convert_all
 
 _Configs = dict[str, Callable[[], PretrainedConfig]]
 _SIZES: dict[str, Any] = {
+    **families.SIZES,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": tiny.VOCABULARY,
     "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 _SCALING = {
     "rope_type": "llama3",
@@ -49,21 +44,6 @@ _SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}
-_LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 20,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 14,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
 }
 
 
@@ -88,7 +68,7 @@ MODELS: _Configs = {
     ),
     "gpt_oss": tiny.FAMILIES["gpt_oss"],
     "llama4_text": families.FAMILIES["llama4_text"],
-    "deepseek_v3": _sized("deepseek_v3", **_LATENT),
+    "deepseek_v3": _sized("deepseek_v3", **families.LATENT, **families.ROUTED),
     "qwen3_next": families.FAMILIES["qwen3_next"],
     "mamba": lambda: AutoConfig.for_model(
         "mamba", hidden_size=32, state_size=6, num_hidden_layers=2, vocab_size=tiny.VOCABULARY, eos_token_id=1

@@ -31,21 +31,16 @@ from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json, write_json
 from ollama_forge.models.decoded import decoded_tensors
-from tests import tiny
+from tests import families, tiny
 from tests.converted import convert_all
 from tests.gguf_models import retype
 
 _SIZES: dict[str, Any] = {
+    **families.SIZES,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": tiny.VOCABULARY,
     "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 _EXPERTS: dict[str, Any] = {**_SIZES, "num_experts_per_tok": 2}
 

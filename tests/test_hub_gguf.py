@@ -10,7 +10,7 @@ import pytest
 
 from ollama_forge.checkpoints.hub_gguf import GgufReference, choose, gguf_reference
 from ollama_forge.errors import ForgeError
-from tests.fake_hub import COMMIT, OTHER_COMMIT, Hub, Repository, ask_in_process, serving
+from tests.fake_hub import COMMIT, OTHER_COMMIT, REVISIONS, Hub, Repository, ask_in_process, serving
 
 FILES = {
     "README.md": b"# GGUF",
@@ -110,9 +110,8 @@ def test_what_is_not_one_file_is_listed() -> None:
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    revisions = {"main": COMMIT, "v2": OTHER_COMMIT, COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT}
     repositories = {
-        "owner/tiny": Repository(FILES, revisions),
+        "owner/tiny": Repository(FILES, REVISIONS),
         "owner/large": Repository(FILES, claimed={"tiny-Q8_0.gguf": 10**18}),
         "owner/gated": Repository(FILES, gated=True),
     }

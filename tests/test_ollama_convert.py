@@ -158,12 +158,13 @@ def test_files_cut_short(fake: FakeOllama, gguf: Path, forge: Forge, cut: int) -
 
 def test_files_that_are_no_model(fake: FakeOllama, tmp_path: Path, forge: Forge) -> None:
     split = tiny_gguf(tmp_path / "split.gguf", split=3)
-    adapter = tiny_gguf(tmp_path / "adapter.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "adapter.gguf", holds="adapter")
     text = tmp_path / "text.gguf"
     text.write_text("hello")
     for path, word in (
         (split, "one of the 3 parts"),
         (adapter, "LoRA adapter"),
+        (tiny_gguf(tmp_path / "mmproj.gguf", holds="mmproj"), "a projector"),
         (text, "not a GGUF file"),
         (tmp_path / "none.gguf", "cannot read"),
         (tmp_path, "cannot read"),

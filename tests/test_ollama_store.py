@@ -18,7 +18,7 @@ from ollama_forge.ollama.made_from import create_request
 from ollama_forge.ollama.modelfile import Modelfile
 from ollama_forge.ollama.register import register, register_adapter
 from ollama_forge.ollama.registration import OllamaSettings, plan_registration
-from ollama_forge.ollama.template import stored_template
+from ollama_forge.ollama.template import template_of
 from ollama_forge.pipeline import RunSettings
 from ollama_forge.search.ladder import LADDER
 from ollama_forge.sources import ollama_store
@@ -292,7 +292,7 @@ def test_a_new_model_has_every_layer_as_recorded(fake: FakeOllama, store: Store,
     same_model(fake, stored)
     edited = tiny_gguf(tmp_path / "edited.gguf")
     with Client() as client:
-        made = register(client, edited, "new", plan=stored_template(stored), source=stored)
+        made = register(client, edited, "new", plan=template_of(stored), source=stored)
     digests = {
         "edited.gguf": f"sha256:{sha256_file(edited)}",
         "projector-0.gguf": stored.projectors[0].digest,
@@ -311,7 +311,7 @@ def test_a_new_model_has_every_layer_as_recorded(fake: FakeOllama, store: Store,
 def test_an_ollama_with_another_store_gets_the_blobs(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
     with Client() as client:
-        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=stored_template(stored), source=stored)
+        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=template_of(stored), source=stored)
     assert fake.blob_requests() == ["HEAD", "POST"] * 3
     assert made.differences == ()
 
@@ -321,13 +321,13 @@ def test_a_lost_projector_is_told(fake: FakeOllama, store: Store, tmp_path: Path
     same_model(fake, stored)
     fake.drops_projectors = True
     with Client() as client:
-        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=stored_template(stored), source=stored)
+        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=template_of(stored), source=stored)
     assert made.differences == ("it has 0 of 1 projectors", "it lost vision, which vis:latest is capable of")
 
 
 def test_what_the_user_gives_takes_precedence(store: Store) -> None:
     stored = vision(store)
-    plan = replace(stored_template(stored), stop=("mine",))
+    plan = replace(template_of(stored), stop=("mine",))
     request = create_request("new", plan, system="Mine.", parameters={"temperature": 1.0}, source=stored)
     assert (request.system, request.parameters) == ("Mine.", {"temperature": 1.0, "stop": ("mine",)})
     no_stop = create_request("new", replace(plan, stop=()), source=stored)
@@ -338,7 +338,7 @@ def test_a_draft_model_is_kept(fake: FakeOllama, store: Store, tmp_path: Path) -
     store.add("m", model=gguf_of("model"), draft=gguf_of("draft"))
     stored = find_model("m")
     with Client() as client:
-        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=stored_template(stored), source=stored)
+        made = register(client, tiny_gguf(tmp_path / "e.gguf"), "new", plan=template_of(stored), source=stored)
     assert fake.bodies("/api/create")[0]["draft_files"] == {"draft-0.gguf": stored.drafts[0].digest}
     assert made.differences == ()
 
@@ -391,7 +391,7 @@ def test_without_ollama_the_modelfile_has_it_all(store: Store, tmp_path: Path) -
 def test_a_parameter_of_old_versions_is_kept_except_in_a_modelfile(store: Store, tmp_path: Path) -> None:
     store.add("m", model=gguf_of("model"), params='{"num_gqa": 8, "num_ctx": 4096, "seed": null}')
     stored = find_model("m")
-    assert create_request("new", stored_template(stored), source=stored).parameters == {"num_gqa": 8, "num_ctx": 4096}
+    assert create_request("new", template_of(stored), source=stored).parameters == {"num_gqa": 8, "num_ctx": 4096}
     planned(stored, tmp_path).write_modelfile(tmp_path / "edited.gguf")
     text = (tmp_path / "Modelfile").read_text()
     assert "# PARAMETER num_gqa left out" in text
@@ -411,7 +411,7 @@ def test_two_adapters_cannot_be_created_with_new_weights(fake: FakeOllama, store
 def test_an_adapter_is_added_as_recorded(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
     same_model(fake, stored)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     with Client() as client:
         made = register_adapter(client, adapter, "newa", stored)
     digest = f"sha256:{sha256_file(adapter)}"
@@ -427,14 +427,14 @@ def test_an_adapter_that_ollama_drops_is_told(fake: FakeOllama, store: Store, tm
     same_model(fake, stored)
     fake.drops_adapters = True
     with Client() as client:
-        made = register_adapter(client, tiny_gguf(tmp_path / "b.gguf", adapter=True), "newa", stored)
+        made = register_adapter(client, tiny_gguf(tmp_path / "b.gguf", holds="adapter"), "newa", stored)
     assert len(made.differences) == 1
     assert "its adapters is" in made.differences[0]
 
 
 def test_an_adapter_for_other_weights_is_refused(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     with pytest.raises(ForgeError, match="has no vis:latest") as caught:
         planned(stored, tmp_path, as_adapter=True)
     assert "OLLAMA_HOST" in caught.value.hint
@@ -449,7 +449,7 @@ def test_an_adapter_for_other_weights_is_refused(fake: FakeOllama, store: Store,
 def test_a_run_adds_its_adapter(fake: FakeOllama, store: Store, tmp_path: Path) -> None:
     stored = vision(store)
     same_model(fake, stored)
-    adapter = tiny_gguf(tmp_path / "b.gguf", adapter=True)
+    adapter = tiny_gguf(tmp_path / "b.gguf", holds="adapter")
     registration = planned(stored, tmp_path, as_adapter=True)
     assert registration.register(adapter).name == "new"
     assert fake.bodies("/api/create")[0]["from"] == "vis:latest"

@@ -16,7 +16,7 @@ from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.errors import ForgeError
 from ollama_forge.sources.resolve import resolve
 from tests import tiny
-from tests.fake_hub import COMMIT, OTHER_COMMIT, TOKEN, Hub, Repository, ask_in_process, serving
+from tests.fake_hub import COMMIT, OTHER_COMMIT, REVISIONS, TOKEN, Hub, Repository, ask_in_process, serving
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,9 @@ def hub(folder: Path) -> Iterator[Hub]:
         "onnx/model.safetensors": whole["model.safetensors"],
         "original/params.json": b"{}",
     }
-    revisions = {"main": COMMIT, "v2": OTHER_COMMIT, COMMIT: COMMIT, OTHER_COMMIT: OTHER_COMMIT}
     repositories = {
         **forms(whole),
-        "owner/tiny": Repository(plain, revisions),
+        "owner/tiny": Repository(plain, REVISIONS),
         "owner/gated": Repository(whole, gated=True),
         "owner/private": Repository(whole, private=True),
     }

@@ -37,7 +37,10 @@ def load(checkpoint, name, *, load, max_queue, slots):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
     return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 
-resolve.resolve = lambda model, revision=None, **options: Checkpoint(None, model, "demo")
+def resolved(model, revision, *, trust_remote_code, adapter):
+    return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
+
+resolve.resolve = resolved
 served.ServedModel.load = load
 from ollama_forge.cli.main import main
 main()
@@ -93,6 +96,11 @@ def test_streams_end_cleanly(one: signal.Signals) -> None:
         assert process.returncode == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def test_an_adapter_is_merged_into_the_model() -> None:
+    with serving("--adapter", "tuned") as (_, url):
+        assert ask(url, "/api/show", {"model": "demo-tuned"}).status == 200
 
 
 def test_key_and_origins_of_the_environment() -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from ollama_forge.api import apply, undo
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
-from ollama_forge.checkpoints.gguf.file import read_gguf
+from ollama_forge.checkpoints.gguf.file import read_gguf, value_of
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.gguf_output import write_gguf
 from ollama_forge.edits.orthogonal import plan_orthogonal
@@ -25,12 +27,12 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import read_json, sha256_file
+from ollama_forge.files import read_json, sha256_file, write_json
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import run
 from ollama_forge.sources import remembered
 from tests import tiny
-from tests.gguf_models import Model
+from tests.gguf_models import Model, retype
 from tests.packed import fp8_model
 from tests.test_apply import packed_gpt_oss
 from tests.test_cli import complaint, forge
@@ -186,6 +188,19 @@ def test_an_undo_file_writes_only_inside_its_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
+def test_the_names_of_an_output_stay_inside_the_folder(tmp_path: Path) -> None:
+    output = edited(bf16(tmp_path / "model"), tmp_path / "edited")
+    record = read_json(output / "abliteration.json")
+    (digest,) = record["source"]["files"].values()
+    (tmp_path / "sources" / "model").mkdir(parents=True)
+    shutil.move(tmp_path / "model" / "model.safetensors", tmp_path / "sources" / "outside")
+    record["source"]["files"] = {"../outside": digest}
+    write_json(output / "abliteration.json", record)
+    with pytest.raises(ForgeError, match="does not name the hashes"):
+        undo(output, tmp_path / "back", source=str(tmp_path / "sources" / "model"))
+    assert not (tmp_path / "outside").exists()
+
+
 def test_run_keeps_undo(tmp_path: Path) -> None:
     planned = settings(tmp_path, evaluate=False, verify=False, keep_undo=True, ollama=OllamaSettings(register=False))
     before = contents(Path(planned.model))
@@ -244,3 +259,65 @@ def test_gives_a_gguf_file_back(tmp_path: Path, gguf_models: Mapping[str, Model]
     assert {path.name for path in tmp_path.iterdir()} & {"again.gguf", "again.gguf.partial"} == set()
     given = undo(output, tmp_path / "given.gguf", source=str(folder / "moved.gguf"))
     assert (given.taken_from, sha256_file(tmp_path / "given.gguf")) == (folder / "moved.gguf", before)
+
+
+def test_the_parts_of_a_split_file_are_given_back(tmp_path: Path, gguf_models: Mapping[str, Model]) -> None:
+    model = gguf_models["llama"]
+    folder = tmp_path / "models"
+    folder.mkdir()
+    writer = GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=60)
+    for tensor in GGUFReader(model.path).tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    before = contents(folder)
+    assert set(before) == {"tiny-00001-of-00002.gguf", "tiny-00002-of-00002.gguf"}
+    source = model.opened(folder / "tiny-00001-of-00002.gguf")
+    output = edited_file(source, tmp_path / "edited.gguf")
+    kept = keep_undo(source, output)
+
+    with pytest.raises(UsageError, match="not one GGUF file"):
+        undo(output, tmp_path / "back.gguf")
+    assert undo(output, tmp_path / "back").taken_from == source.path
+    assert contents(tmp_path / "back") == before
+    moved = folder.rename(tmp_path / "moved")
+    assert undo(output, tmp_path / "from file").taken_from == kept
+    assert contents(tmp_path / "from file") == before
+    second = moved / "tiny-00002-of-00002.gguf"
+    assert undo(output, tmp_path / "given", source=str(second)).taken_from == second
+    assert contents(tmp_path / "given") == before
+    second.unlink()
+    with pytest.raises(ForgeError, match="its weight files are missing or have other hashes"):
+        undo(output, tmp_path / "again", source=str(moved))
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_command_keeps_undo_of_a_gguf_file(tmp_path: Path, gguf_models: Mapping[str, Model]) -> None:
+    source = gguf_models["llama"].with_types(tmp_path / "model.gguf", lambda tensor: Type.Q4_K)
+    direction = RefusalDirection(tiny.unit_vector(3, map_checkpoint(source).d_model).unsqueeze(0), layer=1)
+    direction.save(tmp_path / "refusal.pt")
+    before = sha256_file(source.path)
+    command = ("abliterate", "apply", "--model")
+    done = forge(
+        *command, "model.gguf", "--refusal-pt", "refusal.pt", "--output", "edited.gguf", "--keep-undo", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert sha256_file(tmp_path / "edited.gguf") != before
+    source.path.unlink()
+    undone = forge(*command, "edited.gguf", "--undo", "--output", "back.gguf", "--json", folder=tmp_path)
+    assert undone.returncode == 0, undone.stderr
+    assert json.loads(undone.stdout) == {
+        "path": "back.gguf", "taken_from": "edited.gguf.undo", "sha256": {"model.gguf": before}
+    }  # fmt: skip
+    assert sha256_file(tmp_path / "back.gguf") == before
+
+
+def test_a_file_that_a_run_converted_names_what_can_be_undone(tmp_path: Path, gguf_models: Mapping[str, Model]) -> None:
+    file = read_gguf(gguf_models["llama"].path)
+    entries = {"ollama_forge.version": value_of("1"), "ollama_forge.source": value_of("model")}
+    retype(replace(file, metadata={**file.metadata, **entries}), tmp_path / "run.gguf", lambda tensor: tensor.type)
+    with pytest.raises(ForgeError, match="converted from an edited checkpoint, which is what can be undone") as caught:
+        undo(tmp_path / "run.gguf", tmp_path / "back")
+    assert "give the folder of that checkpoint as --model" in caught.value.hint

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def source_entry(output: Path) -> SourceEntry:
     try:
         stated = _read_folder(output) if output.is_dir() else _read_gguf(output)
         files = stated["files"]
-        if not files or not all(isinstance(text, str) for pair in files.items() for text in pair):
+        if not files or not all(is_inside(name) and isinstance(digest, str) for name, digest in files.items()):
             raise TypeError
         revision = stated.get("revision")
         kind = str(stated.get("kind") or "")
@@ -97,8 +97,20 @@ def _read_gguf(path: Path) -> dict[str, Any]:
     file = read_gguf(path)
     if not any(key.startswith("ollama_forge.") for key in file.metadata):
         raise ForgeError(f"{path} has no ollama_forge keys, so it is not an edited GGUF file", _EDITED)
-    entry: dict[str, Any] = json.loads(file.get("ollama_forge.source", "{}"))
+    stated = file.get("ollama_forge.source", "")
+    if not stated.startswith("{"):  # the name alone
+        raise ForgeError(
+            f"{path} was converted from an edited checkpoint, which is what can be undone",
+            "give the folder of that checkpoint as --model; run writes it beside the file",
+        )
+    entry: dict[str, Any] = json.loads(stated)
     return entry
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name stays inside the folder that it is relative to."""
+    place = PurePosixPath(name)
+    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\\" not in name
 
 
 def candidate_sources(entry: SourceEntry) -> Iterator[Path]:

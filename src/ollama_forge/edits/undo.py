@@ -79,7 +79,7 @@ def undo(output: Path, target: Path, *, source: Path | None = None) -> Undone:
             return Undone(target, place, entry.files)
     if source is not None:
         raise ForgeError(
-            f"{source} is not the source of {output}: its weight files have other hashes",
+            f"{source} is not the source of {output}: its weight files are missing or have other hashes",
             "give the model that was edited, as it was then",
         )
     kept = undo_path(output)

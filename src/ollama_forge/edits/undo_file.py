@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ollama_forge.checkpoints.tensors import read_header
 from ollama_forge.checkpoints.weight_files import ByteRange, WeightFiles, pieces_of
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.edits.source_files import is_inside
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import atomic_file, disk_errors
 from ollama_forge.progress import bar
@@ -85,7 +86,7 @@ def read_undo(path: Path) -> tuple[tuple[FileRecipe, ...], dict[str, ByteRange]]
     try:
         described = json.loads(metadata["undo"])
         recipes = tuple(FileRecipe(n, s, tuple((k, v) for k, v in pieces)) for n, s, pieces in described["files"])
-        known = described["format"] == FORMAT and all(_is_inside(r.name) and r.name in tensors for r in recipes)
+        known = described["format"] == FORMAT and all(is_inside(r.name) and r.name in tensors for r in recipes)
     except (KeyError, TypeError, ValueError, AttributeError):
         known = False
     if not known:
@@ -108,12 +109,6 @@ def restored(recipe: FileRecipe, kept: ByteRange, output: WeightFiles) -> Iterat
             at += value
         else:
             raise ForgeError(f"{kept.file} is the undo file of another output", _HINT)
-
-
-def _is_inside(name: Any) -> bool:
-    """Whether a file name stays inside the folder that it is relative to."""
-    place = PurePosixPath(name)
-    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\\" not in name
 
 
 def _compare(source: WeightFiles, output: WeightFiles, file: Path) -> tuple[FileRecipe, list[ByteRange]]:

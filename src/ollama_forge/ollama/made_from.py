@@ -7,7 +7,7 @@ from dataclasses import replace
 from ollama_forge.errors import ForgeError
 from ollama_forge.ollama.client import Client, CreateRequest, Shown
 from ollama_forge.ollama.parameters import NO_PARAMETERS, STOP, Parameters
-from ollama_forge.ollama.template import TemplatePlan
+from ollama_forge.ollama.template import TemplatePlan, template_of
 from ollama_forge.sources.ollama_store import Blob, StoredModel
 
 
@@ -76,21 +76,27 @@ def require_source(client: Client, source: StoredModel) -> None:
         )
 
 
-def with_adapter(source: StoredModel, adapter: str) -> Shown:
-    """What Ollama should show of a model that is ``source`` with one more adapter, which has this digest."""
+def expected(request: CreateRequest) -> Shown:
+    """What Ollama should show of a model made from files; the digest under which it stores weights is its own."""
     return Shown(
-        source.name,
-        template=source.template,
-        renderer=source.renderer,
-        parser=source.parser,
-        parameters=source.parameters,
-        system=source.system,
-        license="\n".join(source.licenses),
-        messages=source.messages,
-        weights=tuple(blob.digest for blob in (source.weights, *source.projectors)),
-        adapters=(*(blob.digest for blob in source.adapters), adapter),
-        requires=source.requires,
+        request.model,
+        template=request.template,
+        renderer=request.renderer,
+        parser=request.parser,
+        parameters=request.parameters,
+        system=request.system,
+        license="\n".join(request.licenses),
+        messages=request.messages,
+        adapters=tuple(digest for _, digest in request.adapters),
+        requires=request.requires,
     )
+
+
+def expected_with_adapter(name: str, source: StoredModel, adapter: str) -> Shown:
+    """What Ollama should show of a model that is ``source`` with one more adapter, which has this digest."""
+    kept = expected(create_request(name, template_of(source), source=source))
+    weights = tuple(blob.digest for blob in (source.weights, *source.projectors))
+    return replace(kept, weights=weights, adapters=(*kept.adapters, adapter))
 
 
 def numbered(stem: str, blobs: tuple[Blob, ...]) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,14 @@ from ollama_forge.checkpoints.gguf.header import read_header
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name
 from ollama_forge.ollama.client import RENDERER_SINCE, Client, CreateRequest, Shown, digest_of
-from ollama_forge.ollama.made_from import create_request, numbered, require_source, send_blobs, with_adapter
+from ollama_forge.ollama.made_from import (
+    create_request,
+    expected,
+    expected_with_adapter,
+    numbered,
+    require_source,
+    send_blobs,
+)
 from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, Value
 from ollama_forge.ollama.template import TemplatePlan
 from ollama_forge.sources.ollama_store import StoredModel
@@ -122,7 +129,7 @@ def register(
         note = f"with all layers of {source.name} but its weights"
         send_blobs(client, source)
     client.make(request)
-    shown, asked = shown_after(client, name), _asked(request)
+    shown, asked = shown_after(client, name), expected(request)
     return Registered(
         name,
         shown,
@@ -155,23 +162,10 @@ def register_adapter(client: Client, adapter: Path, name: str, source: StoredMod
         template_from=source.name,
         sent=sent,
         notes=(f"{source.name} with an adapter, which holds the edit",),
-        differences=(*differences(with_adapter(source, digest), shown), *_lost(client, source, shown)),
-    )
-
-
-def _asked(request: CreateRequest) -> Shown:
-    """What Ollama should show of a model made from files; the digest under which it stores weights is its own."""
-    return Shown(
-        request.model,
-        template=request.template,
-        renderer=request.renderer,
-        parser=request.parser,
-        parameters=request.parameters,
-        system=request.system,
-        license="\n".join(request.licenses),
-        messages=request.messages,
-        adapters=tuple(digest for _, digest in request.adapters),
-        requires=request.requires,
+        differences=(
+            *differences(expected_with_adapter(name, source, digest), shown),
+            *_lost(client, source, shown),
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.ollama.client import Client, OllamaState
 from ollama_forge.ollama.made_from import require_one_adapter, require_source
 from ollama_forge.ollama.register import Registered, commands, register, register_adapter
-from ollama_forge.ollama.template import TemplatePlan, check_template_source, stored_template, template_plan
+from ollama_forge.ollama.template import TemplatePlan, check_template_source, template_of, template_plan
 from ollama_forge.ollama.write_modelfile import write_adapter_modelfile, write_modelfile
 from ollama_forge.progress import say
 from ollama_forge.sources.ollama_store import KIND, StoredModel, find_model
@@ -127,5 +127,5 @@ def plan_registration(source: Checkpoint, name: str, folder: Path, settings: Oll
             if stored is None or settings.template_from is not None:
                 template = template_plan(there, settings.template_from, source.label, source.kind)
     if stored is not None and settings.template_from is None:
-        template = stored_template(stored)
+        template = template_of(stored)
     return Registration(name, folder / MODELFILE, settings, state, template, stored)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
-from ollama_forge.ollama.parameters import STOP, Parameters
+from ollama_forge.ollama.parameters import STOP
 
 if TYPE_CHECKING:
     from ollama_forge.ollama.client import Client, Shown
@@ -38,14 +38,16 @@ class TemplatePlan:
     note: str = ""
 
 
-def stored_template(stored: StoredModel) -> TemplatePlan:
-    """The template, renderer, parser and stop parameters of a model in Ollama's store."""
+def template_of(model: Shown | StoredModel, note: str = "") -> TemplatePlan:
+    """The template, renderer, parser and stop parameters of a model that Ollama shows or has in its store."""
+    stop = model.parameters.get(STOP, ())
     return TemplatePlan(
-        source=stored.name,
-        template=stored.template,
-        renderer=stored.renderer,
-        parser=stored.parser,
-        stop=_stops(stored.parameters),
+        source=model.name,
+        template=model.template,
+        renderer=model.renderer,
+        parser=model.parser,
+        stop=stop if isinstance(stop, tuple) else (str(stop),),
+        note=note,
     )
 
 
@@ -97,19 +99,7 @@ def template_plan(
 
 
 def _copied(shown: Shown) -> TemplatePlan:
-    return TemplatePlan(
-        source=shown.name,
-        template=shown.template,
-        renderer=shown.renderer,
-        parser=shown.parser,
-        stop=_stops(shown.parameters),
-        note=f"template copied from {shown.name}",
-    )
-
-
-def _stops(parameters: Parameters) -> tuple[str, ...]:
-    stop = parameters.get(STOP, ())
-    return stop if isinstance(stop, tuple) else (str(stop),)
+    return template_of(shown, note=f"template copied from {shown.name}")
 
 
 def _same_names(hub_id: str) -> tuple[str, ...]:

@@ -12,15 +12,9 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.digest import files_sha256
 from ollama_forge.checkpoints.gguf.file import Gguf, read_gguf
-from ollama_forge.errors import ForgeError
+from ollama_forge.checkpoints.gguf.header import require_model
 from ollama_forge.files import atomic_folder, sha256_json, write_json
 from ollama_forge.sources.gguf_tokenizer import token_ids, write_tokenizer
-
-_NOT_MODELS = {
-    "adapter": "a LoRA adapter",
-    "mmproj": "a projector for images or sound",
-    "imatrix": "an importance matrix",
-}
 
 
 def gguf_checkpoint(path: Path, label: str, *, sha256: str | None = None) -> GgufCheckpoint:
@@ -33,7 +27,7 @@ def gguf_checkpoint(path: Path, label: str, *, sha256: str | None = None) -> Ggu
     Raises:
         ForgeError: the file is damaged, is no model, or llama.cpp's converter does not write its architecture.
     """
-    file = read_model(path)
+    file = _read_model(path)
     digest = sha256 or files_sha256(file.parts)
     config = {**config_of(file), **token_ids(file)}
     folder = cache_folder("gguf-metadata", sha256_json([digest, config])[:24])
@@ -55,7 +49,7 @@ def gguf_checkpoint_of(model: Checkpoint, path: Path, label: str | None = None) 
     Raises:
         ForgeError: the file is damaged, or does not fit ``model``.
     """
-    file = read_model(path)
+    file = _read_model(path)
     return _checkpoint(model.folder, label or str(path), files_sha256(file.parts), model.config, file)
 
 
@@ -63,17 +57,12 @@ def _checkpoint(folder: Path, label: str, digest: str, config: dict[str, Any], f
     return GgufCheckpoint(folder, label, "gguf", digest, file=file, layout=layout_of(config, file))
 
 
-def read_model(path: Path) -> Gguf:
+def _read_model(path: Path) -> Gguf:
     """Read the metadata and the tensor table of a file that holds a model.
 
     Raises:
         ForgeError: the file is damaged, or holds something else.
     """
     file = read_gguf(path)
-    kind = file.get("general.type", "model")
-    other = _NOT_MODELS.get(str(kind)) or (_NOT_MODELS["mmproj"] if file.architecture == "clip" else None)
-    if other is not None:
-        raise ForgeError(f"{path} is {other}, not a model", "give the .gguf file of the model")
-    if not file.tensors:
-        raise ForgeError(f"{path} holds no tensors", "give the .gguf file of a model")
+    require_model(file)
     return file

@@ -35,7 +35,7 @@ def with_adapter(source: Checkpoint, adapter: str, *, trust_remote_code: bool = 
         ForgeError: the source is a GGUF file; the adapter cannot be read, is not one of LoRA, or does not fit the
             model; or the disk is full.
     """
-    if isinstance(source, GgufCheckpoint) or source.kind == "gguf":
+    if isinstance(source, GgufCheckpoint):
         raise ForgeError(
             f"--adapter cannot be merged into the GGUF file {source.label}",
             "give the Hugging Face release of the model as --model",

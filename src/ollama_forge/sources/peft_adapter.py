@@ -18,6 +18,7 @@ from ollama_forge.sources.merging import Addition
 CONFIG_NAME, WEIGHTS_NAMES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?[AB])(?:\.weight)?")
 _PREFIX = "base_model.model."
+_ALPHA = 8  # of a config that names none, as in PEFT
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base weights as they are
 # settings of LoRA whose adapters are more, or other, than factors
 _UNSUPPORTED = (
@@ -145,7 +146,7 @@ def _addition(adapter: str, config: Mapping[str, Any], module: str, held: Mappin
     if first.ndim != 2 or second.ndim != 2 or second.shape[1] != first.shape[0]:
         raise ForgeError(f"the adapter {adapter} changes {module}, which is no matrix", _MERGE_HINT)
     rank = len(first)
-    alpha = float(_of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", rank)))
+    alpha = float(_of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", _ALPHA)))
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return Addition(first.T, second, scale) if embedding else Addition(second, first.T, scale)
 

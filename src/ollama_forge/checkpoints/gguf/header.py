@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ollama_forge.checkpoints.gguf.file import SPLIT_COUNT, read_part
+from ollama_forge.checkpoints.gguf.file import SPLIT_COUNT, Gguf, read_part
 from ollama_forge.errors import ForgeError
 
-_UNQUANTISED = {0: "F32", 1: "F16", 32: "BF16"}
+_UNQUANTISED = (0, 1, 32)  # F32, F16, BF16
+_NOT_MODELS = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "a projector for images or sound",
+    "imatrix": "an importance matrix",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def read_header(path: Path) -> GgufHeader:
     """Check that ``path`` is a complete GGUF model, without reading its tensors.
 
     Raises:
-        ForgeError: the file is missing, not GGUF, truncated, one part of a split file, or an adapter.
+        ForgeError: the file is missing, not GGUF, truncated, one part of a split file, or holds no model.
     """
     file = read_part(path)
     parts = file.get(SPLIT_COUNT, 0)
@@ -52,7 +57,16 @@ def read_header(path: Path) -> GgufHeader:
         raise ForgeError(
             f"{path} is one of the {parts} parts of a split GGUF file", "join them: llama-gguf-split --merge"
         )
-    if file.get("general.type") == "adapter":
-        raise ForgeError(f"{path} is a LoRA adapter, not a model", "give the .gguf file of the model")
+    require_model(file)
     file_type = file.get("general.file_type")
     return GgufHeader(file_type if isinstance(file_type, int) else None, bool(file.get("tokenizer.chat_template")))
+
+
+def require_model(file: Gguf) -> None:
+    """Raise ForgeError for a file that holds an adapter, a projector, an importance matrix or no tensors."""
+    kind = file.get("general.type", "model")
+    other = _NOT_MODELS.get(str(kind)) or (_NOT_MODELS["mmproj"] if file.architecture == "clip" else None)
+    if other is not None:
+        raise ForgeError(f"{file.path} is {other}, not a model", "give the .gguf file of the model")
+    if not file.tensors:
+        raise ForgeError(f"{file.path} holds no tensors", "give the .gguf file of a model")
