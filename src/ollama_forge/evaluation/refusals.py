@@ -20,7 +20,7 @@ _SENTENCE_END = re.compile(r"[.!?…。！？]+[\"')\]]*(?:\n+|(?=\s))|\n+")
 
 
 class AnswerClass(StrEnum):
-    REFUSAL, ANSWER, DEGENERATE = "refusal", "answer", "degenerate"
+    REFUSAL, DEFLECTION, ANSWER, DEGENERATE = "refusal", "deflection", "answer", "degenerate"
 
 
 def normalised(text: str) -> str:
