@@ -69,7 +69,12 @@ class Reference:
         rows = [found[row] for row in range(len(prompts))]
         counts = torch.tensor([len(top) for top, _ in rows])
         return cls(
-            list(prompts), answers, max_new_tokens, counts, torch.cat([r[0] for r in rows]), torch.cat([r[1] for r in rows])
+            list(prompts),
+            answers,
+            max_new_tokens,
+            counts,
+            torch.cat([r[0] for r in rows]),
+            torch.cat([r[1] for r in rows]),
         )
 
     def of_prompt(self, row: int) -> tuple[Tensor, Tensor]:
@@ -137,9 +142,7 @@ class Divergence:
         return float(torch.quantile(self.answer, 0.95)) if len(self.answer) else float("nan")
 
 
-def divergence(
-    model: ScoringModel, reference: Reference, progress: Callable[[int], None] | None = None
-) -> Divergence:
+def divergence(model: ScoringModel, reference: Reference, progress: Callable[[int], None] | None = None) -> Divergence:
     """The divergence of a model from the base on the base's answers.
 
     Args:

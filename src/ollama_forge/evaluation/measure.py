@@ -154,7 +154,9 @@ def measure_answers(
     return Measured(_measurement(tokenizer, lists, answered, damage), answered)
 
 
-def count_answers(model: AnsweringModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None) -> Counts:
+def count_answers(
+    model: AnsweringModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None
+) -> Counts:
     """Count the classes of the answers of at most 64 tokens to tokenized prompts, for choosing.
 
     Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
@@ -200,9 +202,7 @@ def _answers(prompts: PartPrompts) -> int:
     return len(prompts.general) + sum(map(len, _named(prompts).values()))
 
 
-def _answer_lists(
-    model: AnsweringModel, prompts: PartPrompts, progress: Callable[[int], None]
-) -> dict[str, list[Ids]]:
+def _answer_lists(model: AnsweringModel, prompts: PartPrompts, progress: Callable[[int], None]) -> dict[str, list[Ids]]:
     return _answer(model, _named(prompts), ANSWER_TOKENS, progress)
 
 
@@ -215,9 +215,7 @@ def _answer(
     """The answers to several lists, in common batches."""
     tokenizer = model.tokenizer
     ids = tokenizer.instructions_ids([prompt for prompts in lists.values() for prompt in prompts])
-    answers = iter(
-        answer_after_thoughts(model, ids, max_new_tokens, decided=_refuses(tokenizer), progress=progress)
-    )
+    answers = iter(answer_after_thoughts(model, ids, max_new_tokens, decided=_refuses(tokenizer), progress=progress))
     return {name: [next(answers) for _ in prompts] for name, prompts in lists.items()}
 
 
@@ -229,7 +227,9 @@ def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
 def _measurement(
     tokenizer: Tokenizer, lists: Mapping[str, Sequence[Ids]], general: Sequence[Ids], damage: Damage
 ) -> Measurement:
-    texts = {name: [tokenizer.decode(ids) for ids in answers] for name, answers in {**lists, "general": general}.items()}
+    texts = {
+        name: [tokenizer.decode(ids) for ids in answers] for name, answers in {**lists, "general": general}.items()
+    }
     counts = {name: Counts.of([classify(text) for text in found]) for name, found in texts.items()}
     not_english = count_not_english([*texts["harmful"], *texts["harmless"]])
     return Measurement(**counts, damage=damage, thought=tokenizer.thought, not_english=not_english)

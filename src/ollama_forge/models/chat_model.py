@@ -116,7 +116,9 @@ class ChatModel:
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> list[Ids]:
         return answer(self, prompts, max_new_tokens, support=self.batch_support, **options)
 
-    def forced(self, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int, **options: Any) -> Iterator[Forced]:
+    def forced(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int, **options: Any
+    ) -> Iterator[Forced]:
         """The predictions of the answers' tokens; see ``models.forced.forced``."""
         return forced(self, prompts, answers, max_new_tokens, support=self.batch_support, **options)
 

@@ -42,7 +42,9 @@ def forced(
     counts = [predictions_of(answer, max_new_tokens) for answer in answers]
     inputs = [[*prompt, *answer[: count - 1]] for prompt, answer, count in zip(prompts, answers, counts, strict=True)]
     vocabulary = model.tokenizer.vocabulary or len(model.tokenizer.backend)
-    pending = [(rows, max(counts[row] for row in rows)) for rows in by_length(inputs, model.batch_size, pads=support.pads)]
+    pending = [
+        (rows, max(counts[row] for row in rows)) for rows in by_length(inputs, model.batch_size, pads=support.pads)
+    ]
     while pending:
         rows, keep = pending.pop(0)
         fitting = max(1, _LOGITS_BUDGET // (4 * keep * vocabulary))

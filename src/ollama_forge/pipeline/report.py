@@ -16,7 +16,8 @@ from ollama_forge.evaluation.verify import Check
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import write_json
 from ollama_forge.ollama.register import Registered
-from ollama_forge.prompts.split import Part, PromptSplit
+from ollama_forge.prompts.part import Part
+from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
