@@ -58,12 +58,12 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         exported = export_weights(ready, cache, models, choice, written, verified, edited)
         exported = register_file(ready.registration, cache, exported, verified)
 
-        rows: dict[str, Measurement | None] = {
-            "base": base,
-            "random direction": control,
-            "edited": None if edited is None else edited.row,
-        }
-        rows |= exported.rows
+        rows = {} if base is None else {"base": base}
+        if control is not None and edited is not None:
+            measured = {"random direction": control, "edited": edited, **exported.rows}
+            likelihoods = cache.do(stages.score_answers(ready, cache, models, measured)).by_row
+            rows |= {name: found.with_likelihood(likelihoods[name]) for name, found in measured.items()}
+        models.drop()
         report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
         measurements = {name: to_json(row) for name, row in report.rows.items()} or None
         for folder in ready.provenance_folders:
@@ -84,7 +84,7 @@ def _report(
     ready: Preflight,
     cache: StageCache,
     choice: Choice,
-    rows: Mapping[str, Measurement | None],
+    rows: Mapping[str, Measurement],
     checks: tuple[Check, ...] | None,
     exported: Exported,
 ) -> Report:
@@ -96,7 +96,7 @@ def _report(
         fingerprint=ready.source.fingerprint,
         split=ready.split,
         choice=choice,
-        rows={name: row for name, row in rows.items() if row is not None},
+        rows=rows,
         checks=checks,
         seconds=cache.seconds,
         folder=ready.folder,

@@ -21,8 +21,18 @@ from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
-SCHEMA = 1
-_HEADER = ("model", "harmful refused", "harmless refused", "degenerate (harmless)", "first-token KL")
+SCHEMA = 2
+_HEADER = (
+    "model",
+    "harmful refused",
+    "deflected",
+    "harmless refused",
+    "over-refused",
+    "in context refused",
+    "degenerate",
+    "answer KL",
+    "first-token KL",
+)
 
 
 @dataclass(frozen=True)
@@ -150,17 +160,26 @@ class Report:
         """The header and one line per measurement, as text."""
         lines: list[tuple[str, ...]] = [_HEADER]
         for name, row in self.rows.items():
-            kl = row.first_token_kl
+            in_context = row.second_turn + row.system_prompt
+            harmless = row.harmless + row.general
             lines.append(
                 (
                     name,
                     _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
+                    f"{row.harmful.deflection}/{row.harmful.total}",
                     _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
-                    _rate(row.harmless.degenerate, row.harmless.total, row.harmless.degenerate_rate),
-                    "0" if name == "base" else f"{kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f})",
+                    f"{row.over_refusal.refusal}/{row.over_refusal.total}",
+                    f"{in_context.refusal}/{in_context.total}",
+                    f"{harmless.degenerate}/{harmless.total}",
+                    _nats(row.damage.answer_kl),
+                    _nats(row.damage.first_token_kl),
                 )
             )
         return lines
+
+
+def _nats(found: Estimate) -> str:
+    return "0" if found.high == 0 else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _rate(count: int, total: int, rate: Estimate) -> str:

@@ -42,7 +42,11 @@ class PartPrompts:
     @property
     def lists(self) -> dict[str, tuple[Prompt, ...]]:
         """The lists that hold prompts, by name."""
-        named = {"harmful": self.harmful, "harmless": self.harmless, "general": self.general}
+        named: dict[str, tuple[Prompt, ...]] = {
+            "harmful": self.harmful,
+            "harmless": self.harmless,
+            "general": self.general,
+        }
         named |= {"over_refusal": self.over_refusal, "in_context": self.in_context}
         return {name: prompts for name, prompts in named.items() if prompts}
 
