@@ -10,7 +10,7 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.errors import install_hint
 from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.export.gguf_file import QuantisedFile
@@ -41,6 +41,7 @@ class Report:
 
     Attributes:
         rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
+        noise_floor: the damage that rounding the base model to 8 bits does; None if it was not measured.
         checks: the checks of the written weights; None if they were not verified.
         files: the GGUF files; if there are none, ``file_problem`` says why.
         tokens: the check of the file's tokens; None if it was not done.
@@ -58,6 +59,7 @@ class Report:
     split: PromptSplit
     choice: Choice
     rows: Mapping[str, Measurement]
+    noise_floor: Damage | None
     checks: tuple[Check, ...] | None
     seconds: Mapping[str, float]
     folder: Path
@@ -97,6 +99,7 @@ class Report:
             "certificate": self.certificate,
             "choice": to_json(self.choice),
             "measurements": {name: to_json(row) for name, row in self.rows.items()},
+            "noise_floor": None if self.noise_floor is None else to_json(self.noise_floor),
             "verification": None
             if self.checks is None
             else {"passed": self.verified, "checks": [to_json(check) for check in self.checks]},
@@ -175,6 +178,9 @@ class Report:
                     _nats(row.damage.first_token_kl),
                 )
             )
+        if self.noise_floor is not None:
+            floor = self.noise_floor
+            lines.append(("base rounded to 8 bits", *[""] * 6, _nats(floor.answer_kl), _nats(floor.first_token_kl)))
         return lines
 
 

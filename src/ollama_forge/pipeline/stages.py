@@ -19,15 +19,16 @@ from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
-from ollama_forge.evaluation.divergence import Reference, answer_nll
+from ollama_forge.evaluation.divergence import Reference, answer_nll, divergence
 from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import GENERAL_TOKENS, Measured, Measurement, measure
+from ollama_forge.evaluation.measure import GENERAL_TOKENS, Damage, Measured, Measurement, damage_of, measure
 from ollama_forge.evaluation.measure import measure_base as measure_source
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_files
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.rounded import rounded
 from ollama_forge.pipeline.choosing import PlanFiles, choose_edit
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
@@ -55,6 +56,24 @@ def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> St
 def load_reference(cache: StageCache) -> Reference:
     """The base model's answers to the general report prompts."""
     return Reference.load(cache.path(_REFERENCE))
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The damage that rounding the base model to 8 bits does; None if the memory does not suffice for it."""
+
+    damage: Damage | None
+
+
+def measure_noise_floor(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[NoiseFloor]:
+    """Measure what rounding alone does to the answers to general report prompts, to compare an edit with it."""
+
+    def do() -> NoiseFloor:
+        model, reference = models.get(ready.source, ready.model_map), load_reference(cache)
+        with status("measuring the base model rounded to 8 bits"), rounded(model.module) as fits:
+            return NoiseFloor(damage_of(model, divergence(model, reference)) if fits else None)
+
+    return Stage("noise-floor", NoiseFloor, ready.model_needs, do, (), MODEL_PACKAGES)
 
 
 def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Choice]:
