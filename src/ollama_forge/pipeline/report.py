@@ -159,30 +159,37 @@ class Report:
 
     def table(self) -> list[tuple[str, ...]]:
         """The header and one line per measurement, as text."""
-        lines: list[tuple[str, ...]] = [_HEADER]
-        for name, row in self.rows.items():
-            in_context = row.second_turn + row.system_prompt
-            harmless = row.harmless + row.general
-            lines.append(
-                (
-                    name,
-                    _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
-                    f"{row.harmful.deflection}/{row.harmful.total}",
-                    _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
-                    f"{row.over_refusal.refusal}/{row.over_refusal.total}",
-                    f"{in_context.refusal}/{in_context.total}",
-                    f"{harmless.degenerate}/{harmless.total}",
-                    _nats(row.damage.answer_kl),
-                    _nats(row.damage.first_token_kl),
-                )
+        return table(self.rows, self.noise_floor)
+
+
+def table(rows: Mapping[str, Measurement], noise_floor: Damage | None) -> list[tuple[str, ...]]:
+    """The header and one line per measurement, as text."""
+    lines: list[tuple[str, ...]] = [_HEADER]
+    for name, row in rows.items():
+        in_context = row.second_turn + row.system_prompt
+        harmless = row.harmless + row.general
+        lines.append(
+            (
+                name,
+                _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
+                f"{row.harmful.deflection}/{row.harmful.total}",
+                _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
+                f"{row.over_refusal.refusal}/{row.over_refusal.total}",
+                f"{in_context.refusal}/{in_context.total}",
+                f"{harmless.degenerate}/{harmless.total}",
+                _nats(row.damage.answer_kl),
+                _nats(row.damage.first_token_kl),
             )
-        if self.noise_floor is not None:
-            floor = self.noise_floor
-            lines.append(("base rounded to 8 bits", *[""] * 6, _nats(floor.answer_kl), _nats(floor.first_token_kl)))
-        return lines
+        )
+    if noise_floor is not None:
+        kls = (_nats(noise_floor.answer_kl), _nats(noise_floor.first_token_kl))
+        lines.append(("base rounded to 8 bits", *[""] * 6, *kls))
+    return lines
 
 
-def _nats(found: Estimate) -> str:
+def _nats(found: Estimate | None) -> str:
+    if found is None:
+        return "not available"
     return "0" if found.high == 0 else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
