@@ -61,6 +61,12 @@ if TYPE_CHECKING:
     "--preserve", metavar="FILE", help="Prompts that must still be refused, in the formats of --harmful: counted apart."
 )
 @click.option(
+    "--judge",
+    metavar="URL|MODEL",
+    help="Model that classifies the answers to harmful prompts a second time: an OpenAI-compatible address, or the "
+    "name of a model in Ollama.",
+)
+@click.option(
     "--lm-eval",
     "tasks",
     type=opt.CommaSeparated(str, "name"),
@@ -89,6 +95,7 @@ def evaluate(**options: Any) -> None:
         load=opt.load_settings(options),
         control=not options["no_control"],
         preserve=None if options["preserve"] is None else Path(options["preserve"]),
+        judge=options["judge"],
         tasks=options["tasks"] or (),
         tasks_dir=None if options["tasks_dir"] is None else Path(options["tasks_dir"]),
     )

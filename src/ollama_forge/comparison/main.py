@@ -21,11 +21,12 @@ from ollama_forge.comparison.candidates import (
 from ollama_forge.comparison.capability import Scores, require_tasks
 from ollama_forge.comparison.differences import Difference, difference
 from ollama_forge.comparison.machine import Machine
-from ollama_forge.comparison.report import CandidateEntry, EvaluationReport, Preserved, require_own_folder
+from ollama_forge.comparison.report import CandidateEntry, EvaluationReport, JudgedRows, Preserved, require_own_folder
 from ollama_forge.comparison.same_base import require_same_prompts
 from ollama_forge.comparison.settings import BASE, EvaluateSettings
 from ollama_forge.comparison.stages import Comparison, Row
 from ollama_forge.errors import ForgeError, install_hint
+from ollama_forge.evaluation.judge import Judge
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.models.holder import ModelHolder
@@ -64,6 +65,7 @@ class _Ready:
     settings: EvaluateSettings
     split: PromptSplit
     preserved: tuple[str, ...]
+    judge: Judge | None
     base: BaseModel
     candidates: tuple[Candidate, ...]
     machine: Machine
@@ -84,6 +86,7 @@ def _prepare(settings: EvaluateSettings) -> _Ready:
     split = replace(settings.prompts, num_instructions=1).load(1)  # only the report part is used
     # A note on the part for choosing would mislead: nothing is chosen here.
     split = replace(split, notes=tuple(note for note in split.notes if "select part" not in note))
+    judge = None if settings.judge is None else Judge.parse(settings.judge)
     preserved = () if settings.preserve is None else read_instructions(settings.preserve, settings.prompts.column)
     servers = {address: ChatServer.find(address) for address in settings.engine_urls}
     trust = settings.load.trust_remote_code
@@ -99,7 +102,7 @@ def _prepare(settings: EvaluateSettings) -> _Ready:
         candidates.append(CheckpointCandidate(name, other, base))
     candidates += [GgufCandidate(name, resolve_gguf(name, None, checkpoint), base) for name in settings.ggufs]
     candidates += [ServerCandidate(name, server, base) for name, server in servers.items()]
-    return _Ready(settings, split, tuple(preserved), base, tuple(candidates), Machine.here(settings.load))
+    return _Ready(settings, split, tuple(preserved), judge, base, tuple(candidates), Machine.here(settings.load))
 
 
 def _tokenizer(checkpoint: Checkpoint, settings: EvaluateSettings) -> Tokenizer:
@@ -136,6 +139,7 @@ def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
     base = comparison.measure_base()
     floor = comparison.measure_noise_floor()
     counts = {BASE: comparison.count_preserved(ready.preserved, None)} if ready.preserved else {}
+    judged = {} if ready.judge is None else {BASE: comparison.judge(ready.judge, None)}
     scores: dict[str, Scores | None] = {}
     if settings.tasks:
         scores[BASE] = comparison.score_tasks(settings.tasks, settings.tasks_dir, None)
@@ -148,6 +152,8 @@ def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
         entries[candidate.label] = CandidateEntry(candidate.kind, candidate.identity)
         if ready.preserved:
             counts[candidate.label] = comparison.count_preserved(ready.preserved, candidate)
+        if ready.judge is not None:
+            judged[candidate.label] = comparison.judge(ready.judge, candidate)
         if settings.tasks:
             scores[candidate.label] = comparison.score_tasks(settings.tasks, settings.tasks_dir, candidate)
         control = controls.get(candidate.label)
@@ -169,6 +175,7 @@ def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
         notes=ready.split.notes,
         missing_controls={name: control.made_from for name, control in controls.items() if control.measured is None},
         preserved=None if settings.preserve is None else Preserved(settings.preserve.name, counts),
+        judge=None if settings.judge is None else JudgedRows(settings.judge, judged),
         scores=scores or None,
         seconds=comparison.cache.seconds,
         folder=settings.output_dir,

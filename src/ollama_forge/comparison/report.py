@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ollama_forge.comparison.capability import Scores
 from ollama_forge.comparison.differences import Difference
 from ollama_forge.comparison.machine import Machine
 from ollama_forge.comparison.settings import BASE
+from ollama_forge.comparison.stages import Judged
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, Measurement
@@ -64,6 +66,14 @@ class Preserved:
 
 
 @dataclass(frozen=True)
+class JudgedRows:
+    """The second opinion of a judge on each row's answers to the harmful prompts."""
+
+    name: str
+    rows: Mapping[str, Judged]
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """The results of a comparison.
 
@@ -72,6 +82,7 @@ class EvaluationReport:
         candidates, rows: by row name; the base's is ``base``.
         notes: what a reader must know.
         missing_controls: why a checkpoint has no control, by row name.
+        judge: the judge as the user named it, and its classes of each row's answers; None without one.
         scores: the scores on tasks of lm-eval by row; None for a row whose weights are not at hand.
         seconds: time of each stage in this invocation.
     """
@@ -86,6 +97,7 @@ class EvaluationReport:
     notes: tuple[str, ...]
     missing_controls: Mapping[str, str]
     preserved: Preserved | None
+    judge: JudgedRows | None
     scores: Mapping[str, Scores | None] | None
     seconds: Mapping[str, float]
     folder: Path
@@ -107,6 +119,7 @@ class EvaluationReport:
             "differences": [to_json(found) for found in self.differences],
             "missing_controls": dict(self.missing_controls),
             "preserve": None if self.preserved is None else to_json(self.preserved),
+            "judge": None if self.judge is None else to_json(self.judge),
             "lm_eval": None
             if self.scores is None
             else {name: None if found is None else to_json_scores(found) for name, found in self.scores.items()},
@@ -132,6 +145,8 @@ class EvaluationReport:
             for name, counts in self.preserved.rows.items():
                 lines.append(f"{name}: {counts.refusal} of {counts.total} prompts of {self.preserved.file} refused")
             lines += self.preserved.warnings()
+        if self.judge is not None:
+            lines += [_judge_line(self.judge.name, name, found) for name, found in self.judge.rows.items()]
         for name, scores in (self.scores or {}).items():
             lines += _score_lines(name, scores)
         return lines
@@ -154,6 +169,15 @@ def require_own_folder(folder: Path) -> None:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UsageError(f"{path} is not a report of evaluate", "give another --output-dir")
+
+
+def _judge_line(judge: str, name: str, found: Judged) -> str:
+    kappa = found.agreement.kappa.value
+    return (
+        f"{name}: {judge} calls {found.judge.refusal} of {found.judge.total} answers to harmful prompts refusals, the "
+        f"rules {found.rules.refusal}; they agree on {found.agreement.share.value:.0%}"
+        + ("" if math.isnan(kappa) else f" (kappa {kappa:.2f})")
+    )
 
 
 def _score_lines(name: str, scores: Scores | None) -> list[str]:

@@ -19,6 +19,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.divergence import Reference, answer_nll, divergence
 from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.judge import Agreement, Judge, agreement
 from ollama_forge.evaluation.measure import (
     GENERAL_TOKENS,
     Damage,
@@ -76,6 +77,15 @@ class ControlRow:
     measured: Row | None
     made_from: str
     matrices: int = 0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answers to the harmful prompts, classified by the rules and by a judge."""
+
+    rules: Counts
+    judge: Counts
+    agreement: Agreement
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,19 @@ class Comparison:
             return _Preserved(Counts.of([classify(text) for text in texts]))
 
         return self._of_row("preserve", candidate, _Preserved, {"prompts": list(prompts)}, do).counts
+
+    def judge(self, judge: Judge, candidate: Candidate | None) -> Judged:
+        """A second classification of a candidate's answers to the harmful prompts, of the base's for None."""
+        prompts = self.prompts.harmful
+
+        def do() -> Judged:
+            texts = self._answers(candidate, prompts)
+            with bar("judging", len(texts)) as advance:
+                judged = judge.classify_all(list(zip(prompts, texts, strict=True)), advance)
+            own = [classify(text) for text in texts]
+            return Judged(Counts.of(own), Counts.of(judged), agreement(own, judged))
+
+        return self._of_row("judge", candidate, Judged, {"judge": [judge.url, judge.model]}, do)
 
     def score_tasks(self, tasks: Sequence[str], folder: Path | None, candidate: Candidate | None) -> Scores | None:
         """The scores of a candidate on tasks of lm-eval, of the base for None; None where its weights are not here."""

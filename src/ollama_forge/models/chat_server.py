@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 
 from ollama_forge.errors import ForgeError, UsageError, error_line
+from ollama_forge.ollama_address import is_loopback
 from ollama_forge.prompts.conversation import Prompt, messages_of
 from ollama_forge.text.tokenizer import Tokenizer
 
@@ -21,7 +23,7 @@ _NAMED = 10  # models in a message
 
 @dataclass(frozen=True)
 class ChatServer:
-    """A model on a server.
+    """A model on a server. The API key is the environment's ``OPENAI_API_KEY``, if it is set.
 
     Attributes:
         url: the address, without ``/v1`` and without a slash at the end.
@@ -109,10 +111,12 @@ class ChatServer:
 
 
 def _client(url: str) -> httpx.Client:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     return httpx.Client(
         base_url=url,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
-        transport=httpx.HTTPTransport(retries=_RETRIES),
+        transport=httpx.HTTPTransport(retries=_RETRIES) if is_loopback(httpx.URL(url).host) else None,
         follow_redirects=True,
     )
 
