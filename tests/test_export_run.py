@@ -69,7 +69,8 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
     assert 32 <= ours.harmful.total <= checkpoint.harmful.total
     assert (
-        abs(ours.first_token_kl.value - checkpoint.first_token_kl.value) < 0.05 * checkpoint.first_token_kl.value + 0.01
+        abs(ours.damage.answer_kl.value - checkpoint.damage.answer_kl.value)
+        < 0.05 * checkpoint.damage.answer_kl.value + 0.01
     )
     assert report.tokens is not None
     assert report.tokens.mismatches == 0  # its one pair lies within words, whatever the rules

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 
 from ollama_forge.evaluation.measure import measure
-from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.models.protocol import Decided
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, append_thoughts, detect_thought
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.closed_thought import Thought
@@ -70,9 +69,8 @@ class Thinker:
         max_new_tokens: int,
         *,
         decided: Decided | None = None,
-        keep_first: bool = False,
         progress: Callable[[int], None] | None = None,
-    ) -> Answers:
+    ) -> list[Ids]:
         out = []
         for ids in prompts:
             text = self.tokenizer.marked_text(ids)
@@ -80,8 +78,7 @@ class Thinker:
             answer = self.tokenizer.backend(self.rule(text), add_special_tokens=False).input_ids[:max_new_tokens]
             ends = [n for n in range(1, len(answer) + 1) if decided is not None and decided(answer[:n])]
             out.append(answer[: ends[0]] if ends else answer)
-        first = torch.zeros(len(prompts), 4).log_softmax(-1) if keep_first else None
-        return Answers(out, first)
+        return out
 
 
 def refuses_behind_its_thought(text: str) -> str:

@@ -22,11 +22,9 @@ from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.registry import METHODS, RegisteredMethod, check_edit, method, settings_of
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.files import read_json
 from ollama_forge.models import chat_model
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PartPrompts, PromptSplit
@@ -34,6 +32,7 @@ from ollama_forge.search.ladder import CANDIDATES, CONFIGURED, LADDER, LATE, WIT
 from ollama_forge.search.trials import Trials
 from ollama_forge.text.closed_thought import Thought
 from tests import moe, planted, tiny
+from tests.first_tokens import first_log_probs, kl_per_prompt
 
 LEAST_SQUARES = LADDER[2][0]
 LOAD = LoadSettings(device="cpu", dtype="float32")

@@ -36,7 +36,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     final = report.rows.get("edited")
     if final is not None and final.harmful.refusal_rate.value > MAX_FAILURE_RATE and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
-    if final is not None and final.first_token_kl.value > max_kl:
+    if final is not None and final.damage.first_token_kl.value > max_kl:
         console.print(f"the first-token KL is above {max_kl:g}: answers to harmless prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")

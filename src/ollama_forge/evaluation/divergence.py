@@ -68,14 +68,8 @@ class Reference:
                 found[row] = top.int().cpu(), (logits - scores.logsumexp(-1, keepdim=True)).cpu()
         rows = [found[row] for row in range(len(prompts))]
         counts = torch.tensor([len(top) for top, _ in rows])
-        return cls(
-            list(prompts),
-            answers,
-            max_new_tokens,
-            counts,
-            torch.cat([r[0] for r in rows]),
-            torch.cat([r[1] for r in rows]),
-        )
+        top, log_probs = (torch.cat([row[side] for row in rows]) for side in (0, 1))
+        return cls(list(prompts), answers, max_new_tokens, counts, top, log_probs)
 
     def of_prompt(self, row: int) -> tuple[Tensor, Tensor]:
         """The most probable tokens and their log-probabilities, ``[predictions, TOP]`` each."""
@@ -106,7 +100,7 @@ class Reference:
     def load(cls, path: Path) -> Reference:
         tensors = load_file(path)
         prompts, answers = (
-            [list(map(int, row)) for row in tensors[name].split(tensors[f"{name}.lengths"].tolist())]
+            [row.tolist() for row in torch.split(tensors[name], tensors[f"{name}.lengths"].tolist())]
             for name in ("prompts", "answers")
         )
         with safe_open(path, "pt") as file:

@@ -10,8 +10,7 @@ from typing import Any
 
 from ollama_forge import __version__
 from ollama_forge.checkpoints.gguf.file import value_of
-from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure_answers
+from ollama_forge.evaluation.measure import ANSWER_TOKENS, Damage, Measured, general_ids, measure_answers
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
 from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
@@ -121,19 +120,20 @@ def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
 
 
 def measure_file(
-    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, kl: Estimate, *, seconds: float
-) -> Measurement:
+    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, damage: Damage, *, seconds: float
+) -> Measured:
     """Measure the answers of the file with llama.cpp, on the same token ids as the checkpoint.
 
     Args:
-        kl: the first-token KL divergence of the file's weights.
+        damage: that of the file's weights.
         seconds: the time for the answers; where llama.cpp is slower than that, it answers fewer prompts.
     """
-    ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
+    lists = [prompt for side in prompts.lists.values() for prompt in side]
+    ids = [*tokenizer.instructions_ids(lists), *general_ids(tokenizer, prompts)]
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
     longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
     path, adapter = (file.path, None) if file.base is None else (file.base, file.path)
     with llama_server(path, longest + ANSWER_TOKENS, SLOTS, adapter=adapter) as server:
         model = GgufModel(server, tokenizer)
         detect_thought(model)
-        return measure_answers(model, prompts, kl, file.row_name, seconds=seconds)
+        return measure_answers(model, prompts, damage, file.row_name, seconds=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,19 +43,18 @@ def forced(
     counts = [predictions_of(answer, max_new_tokens) for answer in answers]
     inputs = [[*prompt, *answer[: count - 1]] for prompt, answer, count in zip(prompts, answers, counts, strict=True)]
     vocabulary = model.tokenizer.vocabulary or len(model.tokenizer.backend)
-    pending = [
-        (rows, max(counts[row] for row in rows)) for rows in by_length(inputs, model.batch_size, pads=support.pads)
-    ]
-    while pending:
-        rows, keep = pending.pop(0)
-        fitting = max(1, _LOGITS_BUDGET // (4 * keep * vocabulary))
-        if len(rows) > fitting:
-            pending[:0] = [(rows[start : start + fitting], keep) for start in range(0, len(rows), fitting)]
-            continue
-        logits = model.retry_smaller(lambda rows=rows, keep=keep: _logits(model, [inputs[row] for row in rows], keep))
-        yield Forced(rows, logits, [counts[row] for row in rows])
-        if progress:
-            progress(len(rows))
+    for group in by_length(inputs, model.batch_size, pads=support.pads):
+        keep = max(counts[row] for row in group)
+        for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary))):
+            logits = model.retry_smaller(partial(_logits, model, [inputs[row] for row in rows], keep))
+            yield Forced(rows, logits, [counts[row] for row in rows])
+            if progress:
+                progress(len(rows))
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _logits(model: ForwardModel, inputs: Sequence[Ids], keep: int) -> Tensor:

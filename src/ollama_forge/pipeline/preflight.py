@@ -171,7 +171,8 @@ def preflight(settings: RunSettings) -> Preflight:
     model_map = examined.require_proven(source.label, settings.edit, allow_partial=settings.allow_partial)
     tokenizer = load_tokenizer(source, model_map, settings.load)
     for part in (split.fit, split.select, split.report):
-        tokenizer.instructions_ids((*part.harmful, *part.harmless))  # raises on a prompt that the model cannot take
+        for prompts in part.lists.values():
+            tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take
     keeps_packed = OutDtype.parse(settings.out_dtype).keeps_packed
     export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
     registration = plan_registration(source, settings.name, settings.folder, settings.ollama)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
 from ollama_forge.errors import install_hint
 from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import write_json
 from ollama_forge.ollama.register import Registered
-from ollama_forge.prompts.part import Part
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
-SCHEMA = 1
-_HEADER = ("model", "harmful refused", "harmless refused", "degenerate (harmless)", "first-token KL")
+SCHEMA = 2
+_HEADER = (
+    "model",
+    "harmful refused",
+    "deflected",
+    "harmless refused",
+    "over-refused",
+    "in context refused",
+    "degenerate",
+    "answer KL",
+    "first-token KL",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Report:
 
     Attributes:
         rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
+        noise_floor: the damage that rounding the base model to 8 bits does; None if it was not measured.
         checks: the checks of the written weights; None if they were not verified.
         files: the GGUF files; if there are none, ``file_problem`` says why.
         tokens: the check of the file's tokens; None if it was not done.
@@ -48,6 +58,7 @@ class Report:
     split: PromptSplit
     choice: Choice
     rows: Mapping[str, Measurement]
+    noise_floor: Damage | None
     checks: tuple[Check, ...] | None
     seconds: Mapping[str, float]
     folder: Path
@@ -74,19 +85,19 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
-        parts = {part.value: asdict(getattr(self.split, part.value)) for part in Part}
         return {
             "schema": SCHEMA,
             "version": __version__,
             "model": self.model,
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "prompts": {part: {side: len(lines) for side, lines in sides.items()} for part, sides in parts.items()},
+            "prompts": self.split.counts(),
             "lists": self.split.hashes(),
             "notes": list(self.split.notes),
             "certificate": self.certificate,
             "choice": to_json(self.choice),
             "measurements": {name: to_json(row) for name, row in self.rows.items()},
+            "noise_floor": None if self.noise_floor is None else to_json(self.noise_floor),
             "verification": None
             if self.checks is None
             else {"passed": self.verified, "checks": [to_json(check) for check in self.checks]},
@@ -150,17 +161,29 @@ class Report:
         """The header and one line per measurement, as text."""
         lines: list[tuple[str, ...]] = [_HEADER]
         for name, row in self.rows.items():
-            kl = row.first_token_kl
+            in_context = row.second_turn + row.system_prompt
+            harmless = row.harmless + row.general
             lines.append(
                 (
                     name,
                     _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
+                    f"{row.harmful.deflection}/{row.harmful.total}",
                     _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
-                    _rate(row.harmless.degenerate, row.harmless.total, row.harmless.degenerate_rate),
-                    "0" if name == "base" else f"{kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f})",
+                    f"{row.over_refusal.refusal}/{row.over_refusal.total}",
+                    f"{in_context.refusal}/{in_context.total}",
+                    f"{harmless.degenerate}/{harmless.total}",
+                    _nats(row.damage.answer_kl),
+                    _nats(row.damage.first_token_kl),
                 )
             )
+        if self.noise_floor is not None:
+            floor = self.noise_floor
+            lines.append(("base rounded to 8 bits", *[""] * 6, _nats(floor.answer_kl), _nats(floor.first_token_kl)))
         return lines
+
+
+def _nats(found: Estimate) -> str:
+    return "0" if found.high == 0 else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _rate(count: int, total: int, rate: Estimate) -> str:

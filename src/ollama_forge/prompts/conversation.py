@@ -62,7 +62,7 @@ def read_conversations(path: Path) -> tuple[Conversation, ...]:
         ForgeError: the file is missing or a line does not describe a conversation.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ForgeError(f"{path} cannot be read ({error.strerror})", "check the path") from error
     return tuple(_conversation(path, number, line) for number, line in enumerate(lines, 1) if line.strip())

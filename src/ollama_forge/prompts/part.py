@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Part(StrEnum):
-    """Directions and factors are computed on fit, choices are made on select, and what is shown is measured on report."""
+    """Directions are computed on fit, choices are made on select, and what is shown is measured on report."""
 
     FIT = "fit"
     SELECT = "select"
