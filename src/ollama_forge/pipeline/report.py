@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ollama_forge.evaluation.verify import Check
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import write_json
 from ollama_forge.ollama.register import Registered
-from ollama_forge.prompts.part import Part
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
@@ -86,14 +85,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
-        parts = {part.value: asdict(getattr(self.split, part.value)) for part in Part}
         return {
             "schema": SCHEMA,
             "version": __version__,
             "model": self.model,
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "prompts": {part: {side: len(lines) for side, lines in sides.items()} for part, sides in parts.items()},
+            "prompts": self.split.counts(),
             "lists": self.split.hashes(),
             "notes": list(self.split.notes),
             "certificate": self.certificate,

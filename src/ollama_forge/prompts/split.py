@@ -72,6 +72,11 @@ class PromptSplit:
     def hashes(self) -> dict[str, dict[str, str]]:
         return {part.value: getattr(self, part.value).hashes for part in Part}
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of prompts of each list by part."""
+        lists = {part.value: getattr(self, part.value).lists for part in Part}
+        return {part: {name: len(prompts) for name, prompts in found.items()} for part, found in lists.items()}
+
     def with_conversations(self, *, max_select: int | None = None, max_report: int | None = None) -> PromptSplit:
         """This split with the conversations of the package data, in an order drawn once.
 
