@@ -10,7 +10,8 @@ from rich.table import Table
 
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
-from ollama_forge.search.ladder import MAX_FAILURE_RATE
+
+_FEW = 0.10  # of harmful prompts
 
 
 def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
@@ -34,7 +35,7 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
     final = report.rows.get("edited")
-    if final is not None and final.harmful.refusal_rate.value > MAX_FAILURE_RATE and not climbed:
+    if final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
     divergence = None if final is None else final.damage.first_token_kl
     if divergence is not None and divergence.value > max_kl:

@@ -21,7 +21,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     second_alone = sum(other and not one for one, other in zip(first, second, strict=True))
     differing, fewer = first_alone + second_alone, min(first_alone, second_alone)
     tail = sum(comb(differing, count) for count in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**differing)
+    return min(1.0, 2 * tail / (1 << differing))
 
 
 def bootstrap_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -14,7 +14,8 @@ from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
 from ollama_forge.search import choose
-from ollama_forge.search.ladder import Candidate, Choice
+from ollama_forge.search.candidates import Candidate
+from ollama_forge.search.ladder import Choice
 from ollama_forge.search.trials import Trials
 
 
