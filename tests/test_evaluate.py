@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from ollama_forge.api import apply
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -25,6 +26,8 @@ from ollama_forge.pipeline.report import Report
 from ollama_forge.prompts import general
 from tests import planted, processes, tiny
 from tests.chat_servers import serve
+from tests.gguf_models import Model
+from tests.test_gguf_run import settings as gguf_settings
 from tests.test_run import settings as run_settings
 
 LOAD = LoadSettings(device="cpu", dtype="float32")
@@ -82,7 +85,7 @@ def general_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def done(general_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("run")
-    made = run_settings(folder)
+    made = run_settings(folder, edit=EditSettings())
     made = replace(made, prompts=replace(made.prompts, max_measured=24))
     report = run(made)
     weaker = folder / "weaker"
@@ -142,6 +145,23 @@ def test_two_checkpoints_and_a_server_give_the_figures_of_the_run(done: Finished
     assert f"{done.weaker}: less damage than {done.edited}: answer KL" in said
 
 
+def test_a_gguf_file_gives_the_figures_of_the_run(
+    general_file: Path, gguf_models: Mapping[str, Model], tmp_path: Path
+) -> None:
+    source, edited = tmp_path / "source.gguf", str(tmp_path / "out" / "tiny.gguf")
+    gguf_models["llama"].with_types(source, lambda tensor: Type.Q8_0)
+    made = gguf_settings(tmp_path, str(source))
+    made = replace(made, prompts=replace(made.prompts, max_measured=6))
+    theirs = run(made).rows
+    settings = EvaluateSettings(
+        str(source), ggufs=(edited,), output_dir=tmp_path / "ev", prompts=made.prompts, load=made.load
+    )
+    rows = evaluate(settings).rows
+    assert rows["base"] == theirs["base"]
+    assert rows[edited] == theirs["GGUF (Q8_0)"]
+    assert rows[edited].damage.answer_kl != rows["base"].damage.answer_kl
+
+
 def test_a_second_evaluation_measures_only_what_is_new(done: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     alone = replace(done.settings, checkpoints=(done.weaker,), control=False)
     first = evaluate(alone)
@@ -150,6 +170,7 @@ def test_a_second_evaluation_measures_only_what_is_new(done: Finished, capsys: p
     both = evaluate(replace(alone, checkpoints=(done.weaker, done.edited)))
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("measuring")] == [f"measuring {done.edited}"]
+    assert f"measure {done.weaker}: done before, unchanged" in said
     assert both.rows[done.weaker] == first.rows[done.weaker]
     evaluate(alone, force=True)
     assert "measuring the base model" in capsys.readouterr().err
@@ -199,6 +220,8 @@ def test_a_judge_gives_a_second_opinion(done: Finished, tmp_path: Path) -> None:
     assert found.rules == report.rows[done.edited].harmful
     assert (found.judge.deflection, found.agreement.share.value) == (total, 0)
     assert report.judge.rows["base"].agreement.share.value == 1
+    written = (tmp_path / "report.json").read_text(encoding="utf-8")
+    json.loads(written, parse_constant=pytest.fail)  # kappa is NaN where all agree
     line = f"{done.edited}: {served.url} calls 0 of {total} answers to harmful prompts refusals, the rules 0"
     assert f"{line}; they agree on 0%" in "\n".join(report.lines())
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     "--output-dir", default="evaluation", show_default=True, metavar="DIR", help="Folder to write the report to."
 )
 @opt.model_options
-@opt.batch_options
+@opt.batch_size_option
 @opt.list_options
 @click.option(
     "--max-measured",

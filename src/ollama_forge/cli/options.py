@@ -119,16 +119,17 @@ model_options = _combined(
 talk_options = _combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
 )
-batch_options = _combined(
-    click.option(
-        "--batch-size",
-        default="auto",
-        show_default=True,
-        help="Prompts per batch; auto halves it when memory runs out.",
-    ),
+batch_size_option = click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="Prompts per batch; auto halves it when memory runs out.",
+)
+load_options = _combined(
+    talk_options,
+    batch_size_option,
     click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
 )
-load_options = _combined(talk_options, batch_options)
 list_options = _combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."

@@ -26,12 +26,11 @@ from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.pipeline.stages import MODEL_PACKAGES
 from ollama_forge.progress import bar
 from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
-
-MODEL_PACKAGES = ("torch", "transformers")  # a model's outputs depend on their versions
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,11 @@ class ServerCandidate:
         return None
 
     def measure(self, prompts: PartPrompts, reference: Reference) -> Measured:
+        self.base.models.drop()  # the server may run on this machine
         return measure_texts(self._ask, self.base.tokenizer, prompts, self.label)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        self.base.models.drop()
         with bar(self.label, len(prompts)) as advance:
             return self._ask(prompts, ANSWER_TOKENS, advance)
 

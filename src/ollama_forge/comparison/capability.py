@@ -39,7 +39,9 @@ def require_tasks(tasks: Sequence[str], folder: Path | None) -> None:
         UsageError: a task is unknown.
     """
     if importlib.util.find_spec(PACKAGE) is None:
-        raise ForgeError("--lm-eval needs the package lm-eval, which is not installed", install_hint("lm-eval"))
+        raise ForgeError(
+            "--lm-eval needs the package lm-eval, which is not installed", install_hint("abliterate", "lm-eval")
+        )
     known = set(_manager(folder).all_tasks)
     unknown = [task for task in tasks if task not in known]
     if unknown:

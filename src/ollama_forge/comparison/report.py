@@ -103,8 +103,8 @@ class EvaluationReport:
     folder: Path
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``report.json``."""
-        return {
+        """The content of ``report.json``; what is not a number, or infinite, is null there."""
+        content = {
             "schema": SCHEMA,
             "kind": KIND,
             "version": __version__,
@@ -125,6 +125,7 @@ class EvaluationReport:
             else {name: None if found is None else to_json_scores(found) for name, found in self.scores.items()},
             "seconds": dict(self.seconds),
         }
+        return {key: _finite(value) for key, value in content.items()}
 
     def save(self) -> None:
         """Write ``report.json``."""
@@ -158,17 +159,28 @@ def to_json_scores(scores: Scores) -> dict[str, Any]:
 
 
 def require_own_folder(folder: Path) -> None:
-    """Check that the report would not replace the report of a run.
+    """Check that the report can be written, and would not replace the report of a run.
 
     Raises:
-        UsageError: it would.
+        UsageError: it cannot, or it would.
     """
     path = folder / FILE
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", "give another --output-dir")
     if not path.exists():
         return
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UsageError(f"{path} is not a report of evaluate", "give another --output-dir")
+
+
+def _finite(value: Any) -> Any:
+    """JSON values without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _judge_line(judge: str, name: str, found: Judged) -> str:

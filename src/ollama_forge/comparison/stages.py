@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ollama_forge.comparison.candidates import MODEL_PACKAGES, BaseModel, Candidate, CheckpointCandidate, identity_of
+from ollama_forge.comparison.candidates import BaseModel, Candidate, CheckpointCandidate, identity_of
 from ollama_forge.comparison.capability import Scores, score_tasks
 from ollama_forge.comparison.control import Control, control_from_difference, control_from_record, missing_matrices
 from ollama_forge.edits.checkpoint_folder import edit_file_path
@@ -34,13 +33,13 @@ from ollama_forge.evaluation.refusals import classify
 from ollama_forge.files import sha256_file, sha256_json
 from ollama_forge.models.rounded import rounded
 from ollama_forge.pipeline.resume import Stage, StageCache, versions
+from ollama_forge.pipeline.stages import MODEL_PACKAGES
 from ollama_forge.progress import bar, say, status
 from ollama_forge.prompts.split import PartPrompts
 
 T = TypeVar("T")
 
 _REFERENCE = "base-answers.safetensors"
-_NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
@@ -231,8 +230,8 @@ class Comparison:
                 return answer_nll(self.base.get(), prompts, [list(ids) for ids in answers], GENERAL_TOKENS)
 
         needs = {**self.needs, "answers": answers}
-        stage = Stage(f"likelihood-{_file_name(name, needs)}", Estimate, needs, do, (), MODEL_PACKAGES)
-        return self.cache.do(stage)
+        title = f"likelihood of {name}"
+        return self.cache.do(Stage(_record("likelihood", needs), Estimate, needs, do, (), MODEL_PACKAGES, title))
 
     def _answers(self, candidate: Candidate | None, prompts: Sequence[str]) -> list[str]:
         if candidate is not None:
@@ -251,8 +250,8 @@ class Comparison:
         self, work: str, candidate: Candidate, kind: type[T], needs: Mapping[str, Any], do: Callable[[], T]
     ) -> T:
         own = {**self.needs, **needs, "candidate": dict(candidate.identity)}
-        name = f"{work}-{_file_name(candidate.label, candidate.identity)}"
-        return self.cache.do(Stage(name, kind, own, do, (), candidate.packages))
+        record = _record(f"{work}-{candidate.kind}", candidate.identity)
+        return self.cache.do(Stage(record, kind, own, do, (), candidate.packages, f"{work} {candidate.label}"))
 
 
 @dataclass(frozen=True)
@@ -270,10 +269,9 @@ class _Scored:
     scores: Scores
 
 
-def _file_name(label: str, content: Mapping[str, Any]) -> str:
-    """A name for files, of the end of a label and of the content that it stands for."""
-    end = _NOT_IN_FILE_NAMES.sub("-", label)[-40:].strip("-.")
-    return f"{end}-{sha256_json(dict(content))[:8]}"
+def _record(work: str, content: Mapping[str, Any]) -> str:
+    """The name of the record of some work on some content."""
+    return f"{work}-{sha256_json(dict(content))[:16]}"
 
 
 def _record_beside(path: Path) -> EditRecord | None:

@@ -31,12 +31,13 @@ class Stage(Generic[T]):
     """One stage of a run.
 
     Attributes:
-        name: name of the stage in messages, and of its record on disk.
+        name: name of its record on disk.
         result: type of the result.
         needs: everything that the result depends on: settings, hashes of files, results of earlier stages.
         packages: libraries whose versions the result depends on.
         outputs: files and folders that the stage writes; it is done again if one is missing or changed.
         do: does the work and returns the result.
+        title: name of the stage in messages and times; the record's name by default.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage(Generic[T]):
     do: Callable[[], T]
     outputs: Sequence[Path] = ()
     packages: Sequence[str] = ()
+    title: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -101,14 +103,14 @@ class StageCache:
         started = time.monotonic()
         stored = None if self.force else self._stored(stage)
         if stored is not None:
-            say(f"{stage.name}: done before, unchanged")
+            say(f"{stage.title or stage.name}: done before, unchanged")
             result = from_json(stage.result, stored["result"])
         else:
             self.forget(stage.name)  # the outputs that it describes are about to be replaced
             result = stage.do()
             record = {"key": stage.key, "outputs": self._digests(stage.outputs), "result": to_json(result)}
             write_json(self._record(stage.name), record)
-        self.seconds[stage.name] = round(time.monotonic() - started, 2)
+        self.seconds[stage.title or stage.name] = round(time.monotonic() - started, 2)
         return result
 
     def _record(self, name: str) -> Path:
