@@ -160,7 +160,8 @@ class Report:
         """Tables as text by title, each a header and one line per measurement; none without measurements."""
         if not self.rows:
             return {}
-        answers, damage = [_ANSWERS], [_DAMAGE]
+        answers: list[tuple[str, ...]] = [_ANSWERS]
+        damage: list[tuple[str, ...]] = [_DAMAGE]
         for name, row in self.rows.items():
             answers.append((name, *_answer_cells(row)))
             damage.append((name, *_damage_cells(row.damage)))
