@@ -109,14 +109,11 @@ def evaluate(**options: Any) -> None:
 def _print(report: EvaluationReport) -> None:
     """Print the report on stdout."""
     from rich.console import Console
-    from rich.table import Table
+
+    from ollama_forge.cli.closing import print_tables
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    header, *rows = report.table()
-    table = Table(*header, title="report prompts, 95 % intervals")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_tables(console, report.tables())
     for line in report.lines():
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {report.folder / 'report.json'}", markup=False, soft_wrap=True)

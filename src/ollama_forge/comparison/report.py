@@ -18,7 +18,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.files import read_json, write_json
-from ollama_forge.pipeline.report import table
+from ollama_forge.pipeline.report import tables
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.records import to_json
 
@@ -131,12 +131,12 @@ class EvaluationReport:
         """Write ``report.json``."""
         write_json(self.folder / FILE, self.to_json())
 
-    def table(self) -> list[tuple[str, ...]]:
-        """The header and one line per row, as text."""
-        return table(self.rows, self.noise_floor)
+    def tables(self) -> dict[str, list[tuple[str, ...]]]:
+        """Tables as text by title, each a header and one line per row."""
+        return tables(self.rows, self.noise_floor)
 
     def lines(self) -> list[str]:
-        """Lines to print below the table."""
+        """Lines to print below the tables."""
         lines = [f"note: {note}" for note in self.notes]
         lines += [f"note: {note}" for note in dict.fromkeys(note for row in self.rows.values() for note in row.notes)]
         lines += [f"note: no control for {name}: {reason}" for name, reason in self.missing_controls.items()]
