@@ -11,6 +11,7 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import companions
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.weight_files import weight_files
 from ollama_forge.evaluation.divergence import Reference, divergence
 from ollama_forge.evaluation.measure import (
     ANSWER_TOKENS,
@@ -27,10 +28,23 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokeniz
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.pipeline.stages import MODEL_PACKAGES
-from ollama_forge.progress import bar
+from ollama_forge.progress import bar, status
 from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
+
+
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the answers of a checkpoint depend on: its weights, and its config, tokenizer and template.
+
+    The fingerprint samples the weights, which can miss a weak edit; so the files are hashed whole.
+    """
+    files = {name: sha256_file(checkpoint.folder / name) for name in companions(checkpoint.folder)}
+    if not isinstance(checkpoint, GgufCheckpoint):  # whose fingerprint is the hash of its file
+        found = weight_files(checkpoint.folder)
+        with status(f"hashing {checkpoint.label}"):
+            files |= {found.name(file): sha256_file(file) for file in found.files}
+    return {"fingerprint": checkpoint.fingerprint, "files": files}
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,11 @@ class BaseModel:
     def get(self) -> ChatModel:
         """The loaded base model."""
         return self.models.get(self.checkpoint, self.model_map)
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells its content from that of other models, as JSON values."""
+        return identity_of(self.checkpoint)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -79,12 +98,6 @@ class Candidate(Protocol):
 
     def loaded(self) -> ChatModel | None:
         """Its weights in transformers; None if they are not at hand."""
-
-
-def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the answers of a checkpoint depend on: its weights, and its config, tokenizer and template."""
-    files = {name: sha256_file(checkpoint.folder / name) for name in companions(checkpoint.folder)}
-    return {"fingerprint": checkpoint.fingerprint, "companions": files}
 
 
 @dataclass(frozen=True)

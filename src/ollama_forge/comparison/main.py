@@ -16,7 +16,6 @@ from ollama_forge.comparison.candidates import (
     CheckpointCandidate,
     GgufCandidate,
     ServerCandidate,
-    identity_of,
 )
 from ollama_forge.comparison.capability import Scores, require_tasks
 from ollama_forge.comparison.differences import Difference, difference
@@ -146,7 +145,7 @@ def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
     checkpoints = [candidate for candidate in candidates if isinstance(candidate, CheckpointCandidate)]
     controls = {c.label: comparison.measure_control(c) for c in checkpoints} if settings.control else {}
     rows: dict[str, Row] = {}
-    entries = {BASE: CandidateEntry(BASE, identity_of(ready.base.checkpoint))}
+    entries = {BASE: CandidateEntry(BASE, ready.base.identity)}
     for candidate in candidates:
         rows[candidate.label] = comparison.measure_candidate(candidate)
         entries[candidate.label] = CandidateEntry(candidate.kind, candidate.identity)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ollama_forge.comparison.candidates import BaseModel, Candidate, CheckpointCandidate, identity_of
+from ollama_forge.comparison.candidates import BaseModel, Candidate, CheckpointCandidate
 from ollama_forge.comparison.capability import Scores, score_tasks
 from ollama_forge.comparison.control import Control, control_from_difference, control_from_record, missing_matrices
 from ollama_forge.edits.checkpoint_folder import edit_file_path
@@ -113,7 +113,7 @@ class Comparison:
             force: do every stage again.
         """
         needs = {
-            **identity_of(base.checkpoint),
+            **base.identity,
             "load": {**asdict(base.load), **numerics},
             "lists": prompts.hashes,
         }
