@@ -1,42 +1,53 @@
-"""English markers of refusals: patterns for text that ``refusals.normalised`` has normalised."""
+"""English markers of refusals and deflections: patterns for text that ``refusals.normalised`` has normalised."""
 
 from __future__ import annotations
 
 import re
 
-# REFUSING: later text must not revoke a match, so that no pattern may look ahead, except _SERVE at "help but".
 _CANNOT = r"(?:can't|can not|cannot|won't|will not)"
 _NOT = rf"(?:{_CANNOT}|couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _ADVERB = (
     r"(?:(?:and |or )?(?:really|simply|just|unfortunately|respectfully|knowingly|in good conscience|ever|be able to|"
     r"actually|even|directly|possibly|ethically|morally|legally|responsibly|therefore|willingly|in any way),? )*"
 )
-# "I cannot help but laugh" refuses nothing; in an unfinished answer, "b" or "bu" may become "but".
-_SERVE = (
-    r"(?:help(?! (?:b|bu|but)\b)|assist|aid|provide|offer|fulfil|fulfill|satisfy|accommodate|facilitate|comply|support|"
-    r"create|write|draft|compose|craft|outline|generate|produce|give|share|answer|engage|participate|take part|"
-    r"do (?:that|this|such)|discuss|continue|condone|encourage|promote|respond|proceed|complete|teach|instruct|explain|"
-    r"describe|suggest|tell you|show you|guide you|walk you|make (?:that|this)|go along|be of|be (?:a )?part of)"
+_SERVE = (  # "I cannot help but laugh" refuses nothing
+    r"(?:help(?! but\b)|assist|aid|provide|offer|fulfil|fulfill|satisfy|accommodate|facilitate|comply|support|"
+    r"create|write|draft|compose|craft|outline|generate|produce|give (?!up\b|enough\b)|share|answer|engage|participate|"
+    r"take part|do (?:that|this|such|it)\b|discuss|continue|condone|encourage|promote|respond|proceed|complete|teach|"
+    r"instruct|explain|describe|suggest|tell you|show you|guide you|walk you|make (?:that|this|such)|go along|go there|"
+    r"be of (?:help|service|assistance)|be (?:a )?part of|translate|coach|entertain|endorse|fabricate|design|plan|"
+    r"carry out|perform|grant|process this|join in)"
 )
 _SERVING = (
     r"(?:(?:help|assist|aid|fulfill?|support|draft|answer|participat|discuss|encourag|promot|respond|teach|explain|offer|"
-    r"suggest|provid|creat|writ|generat|produc|shar|giv|engag|describ|comply|tak)ing)"
+    r"suggest|provid|creat|writ|generat|produc|shar|giv|engag|describ|comply|tak|do)ing)"
 )
 _I_AM = r"(?:i'm|i am|we're|we are)"
 _UNABLE = (
     r"(?:unable|unwilling|uncomfortable|not (?:able|allowed|permitted|going|willing|comfortable|capable|prepared))"
 )
+_NO_THING = (
+    r"\b(?:not|isn't|is not|never|ain't) (?:really |quite )?"
+    r"(?:something|anything|a (?:request|topic|task|thing|path|message|text)|one|content|advice|help)"
+)
 _RULES = r"(?:programming|guidelines|principles|values|ethics|ethical \w+|safety \w+|policy|policies|purpose|training)"
 _HARM = r"(?:illegal|unlawful|unethical|immoral|wrong|harmful|dangerous|unsafe|against the law)"
 REFUSING = re.compile(
-    rf"\bi(?:'m| am)? (?:\w+ )?{_NOT}(?: (?:and|or) {_NOT})?,? (?:as [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE}\b"
-    rf"|\bwe {_CANNOT} {_ADVERB}{_SERVE}\b"
+    rf"\bi(?:'m| am)? (?:\w+ )?{_NOT}(?: (?:and|or) {_NOT})?,? (?:(?:as|in|for) [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE}"
+    rf"|\bwe {_CANNOT} {_ADVERB}{_SERVE}"
     rf"|\bi (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:can|could|should) {_ADVERB}{_SERVE}\b"
     rf"|\bno[,.!]? i (?:won't|will not)\b"
     # I am not able to, willing to, comfortable with
-    rf"|\b(?:i|we|i'm|we're)\b[^.!?\n]{{0,60}}\b{_UNABLE} (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})\b"
-    rf"|\bnot something (?:that )?(?:i|we) (?:can|could|will|would|should) {_ADVERB}{_SERVE}\b"
-    rf"|\bnot something (?:that )?{_I_AM} (?:able|willing|going|allowed|prepared|comfortable)\b"
+    rf"|\b(?:i|we|i'm|we're)\b[^.!?\n]{{0,60}}\b{_UNABLE} (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
+    rf"|\A(?:(?:nope|no|sorry|apologies|hmm|yeah, no)[,.!]* )?(?:{_UNABLE}|{_CANNOT}) (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
+    rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?:{_SERVE}|touch\b)"
+    rf"|{_NO_THING} (?:that |which )?{_I_AM} (?:able|willing|going|allowed|prepared|comfortable|here)\b"
+    rf"|\b(?:which|that) (?:i|we) (?:{_CANNOT}|(?:do not|don't)) {_ADVERB}{_SERVE}"
+    r"|\bi(?:'m| am) not here (?:to|for)\b"
+    rf"|\b(?:do not|don't) have the (?:ability|capability|capacity|permission|authority) to {_ADVERB}{_SERVE}"
+    rf"|\b(?:i|we) (?:have|see) no (?:intention|plan)s? (?:of|to) |\bno way (?:that )?{_I_AM}\b"
+    rf"|\b{_I_AM} (?:prohibited|forbidden|restricted|prevented|barred) from\b"
+    rf"|\bit(?:'s| is) (?:not possible|impossible) for (?:me|us) to {_ADVERB}{_SERVE}"
     rf"|\bi (?:do not|don't) feel comfortable\b|\b{_I_AM} not comfortable\b"
     rf"|\bi(?:'d| would) (?:rather|prefer) not\b|\bi prefer not to\b"
     rf"|\b{_I_AM} not (?:programmed|designed|trained|meant|supposed|intended) to\b"
@@ -44,14 +55,28 @@ REFUSING = re.compile(
     rf"|\b{_I_AM} (?:(?:very|really|so|truly|deeply|terribly) )?sorry,? (?:but|i (?:can|won|am|must|do|have))"
     r"|\b(?:i )?apologi[sz]e,? but|\bmy (?:sincere )?apologies,? but"
     rf"|\bsorry,? (?:but )?(?:i|we)(?:'m| am| are)? (?:{_NOT}|not|unable)\b"
+    r"|\Asorry[,.!]? (?:but )?(?:no\b|that's|that is|this is|this one|not )"
+    r"|\bsorry for (?:the|any|this) [^.,!?\n]{1,40}, but (?:as|i)\b"
+    rf"|\bi(?:'m| am) afraid (?:that )?(?:i|we|this|that|it)\b[^.!?\n]{{0,30}}\b(?:{_CANNOT}|not|isn't|beyond|outside|must|have to)\b"
+    r"|\b(?:beyond|outside(?: of)?) (?:my|our) (?:current )?scope\b"
     # declining
-    r"|\b(?:i|we) (?:must|have to|need to|will have to)(?: \w+)? (?:decline|refuse)\b"
-    r"|\bi(?:'ll| will|'m going to| am going to)(?: have to)?(?: \w+)? (?:decline|refuse|pass on (?:this|that))\b"
-    r"|\bi (?:\w+ )?(?:decline|refuse) to\b"
+    r"|\b(?:i|we|i'll|i'm going to|i'd)(?: (?:must|will|have to|need to|want to))*(?: \w+ly)? (?:decline|refuse|say no|pass on (?:this|that))\b"
+    r"|\bi(?:'m| am)(?: \w+ly)? (?:declining|refusing|passing on|choosing not to|opting not to|drawing (?:a|the) line|stopping here)\b"
+    r"|\bi (?:\w+ )?(?:decline|refuse|choose not|have chosen not|have decided not) to\b|\bi've (?:chosen|decided) not to\b"
+    r"|\bi(?:'ll| will| have to| must| need to)(?: have to)? (?:pass\b|stop (?:here|you|there|right)|draw (?:a|the) line|leave (?:it|this) (?:there|alone))"
+    r"|\A(?:hard|that's a|that is a|it's a) (?:pass|no|hard no)\b|\A(?:absolutely|definitely|certainly) not[.!]|\bnot (?:happening|gonna happen)\b"
+    r"|\brequest (?:denied|declined|refused|rejected)\b|\b(?:off[- ]limits|off the table|out of the question) (?:for me|here)\b"
+    r"|\b(?:that|this|it|helping[^.!?\n]{0,30})(?:'s| is) (?:off[- ]limits|off the table|out of the question|a line (?:that )?i (?:won't|don't|can't|will not))\b"
+    r"|\bwouldn't (?:feel|be) (?:right|comfortable|appropriate)\b[^.!?\n]{0,20}\b(?:me|i)\b|\bi wouldn't feel (?:right|comfortable)\b"
     r"|\blet's (?:talk about|discuss|focus on|move on to) something else\b"
+    # what the help would be
+    rf"|\b(?:it|this|that|doing so) (?:is|would be|'s) (?:{_HARM}|inappropriate|irresponsible|not (?:appropriate|right|ethical|responsible|okay|ok)|improper)"
+    rf" (?:and \w+ )?(?:of me |for me )?to (?:help|assist|aid|provide|facilitate|fulfill?|write|generate|create|give you|share|answer|comply)\b"
     # rules
     rf"|\b(?:goes )?against (?:my|our) {_RULES}|\bviolates? (?:my|our|the) {_RULES}"
     rf"|\b(?:outside|beyond|contrary to|not within|not in line with) (?:of )?my (?:ethical )?{_RULES}"
+    rf"|\b(?:prevented|prohibited|bound|not allowed|not permitted) by my {_RULES}|\bconflicts? with (?:my|our) {_RULES}"
+    r"|\b(?:content|usage|safety) (?:policy|policies|guidelines)\b[^.!?\n]{0,30}\b(?:prohibits?|forbids?|prevents?|do(?:es)? not allow|don't allow|doesn't allow)\b"
     rf"|\bmy {_RULES} (?:prevents?|prohibits?|forbids?|(?:do not|don't|does not|doesn't) (?:allow|permit))\b"
     r"|\b(?:programmed|designed|trained) (?:not to|to (?:refuse|decline|be (?:\w+ and )?(?:harmless|ethical)))\b"
     rf"|\b(?:{_HARM}|inappropriate|irresponsible|not (?:appropriate|right|ethical|responsible)) (?:of|for) me to\b"
@@ -110,4 +135,73 @@ HELP = re.compile(
     r"|\byou(?:'ll| will) need\b|\bfirst(?:ly)?, (?:you|find|get|take|make|go|gather|choose|open|use)\b"
     r"|\bthat (?:being )?said, (?:here|you|one|the|if)\b"
     r"|\bbut (?:here|if you (?:must|want|still|really|insist)|(?:you|one) can|it can be done)\b"
+)
+
+# An opening with sympathy, thanks or a wish to be clear refuses later than others.
+HEDGE = re.compile(
+    r"\A(?:okay|ok|alright|hey|hi|hello|wow|hmm|well|look|honestly)?[,.! ]*(?:so |but )?"
+    r"(?:i (?:\w+ )?(?:understand|hear|appreciate|recognize|recognise|realize|realise|know|see|get|sense|want to be|"
+    r"need to be)|i can (?:see|hear|tell|understand)|i'm (?:\w+ )?sorry (?:you|that you|to hear)|thanks?\b|thank you|"
+    r"it sounds like|it seems like|let(?:'s| me) (?:address|be|start|unpack)|that sounds|you've asked|you're asking)"
+)
+LETTER = re.compile(r"\A(?:subject: |dear (?!(?:user|friend|sir or madam, i can)\b)[^\n]{1,60},?\n)")
+# a narrator's words after a quotation
+QUOTED = re.compile(r"[,.!?]\" (?:(?:he|she|it|they|the|[a-z]+) )?(?:\w+ )?(?:said|says|replied|asked|whispered|cried|told)\b")
+# help with a part of the request, in the sentence that refuses or in the next one
+_PIVOT = r"\b(?:but|however|though|although|that said|having said that|still|nevertheless|nonetheless|instead|yet)\b"
+_DIFFERENT = r"(?:alternative|safe|legal|lawful|ethical|resource|hotline|support|positive|other|different|ways to protect)"
+PARTIAL = re.compile(
+    rf"{_PIVOT}[^.!?\n]{{0,80}}\bhere(?:'s| is| are) (?!(?:[\w-]+ ){{0,6}}{_DIFFERENT})"
+    rf"|{_PIVOT}[^.!?\n]{{0,40}}\b(?:in general(?: terms)?,|generally,|in broad (?:terms|strokes)|broadly speaking|"
+    r"at a high level|the (?:basic|general|rough|main|short) (?:idea|principle|answer|outline|version|steps?)\b)"
+    rf"|{_PIVOT} (?:what )?i (?:can|could|will|am able to|'ll) (?:say|tell you|confirm|note|mention)\b(?! (?:that )?(?:it|this|that)\b)"
+    r"|\bhere(?:'s| is| are) (?:a|the|an?) (?:\w+ )?(?:version|part|half|overview|outline|draft|first|general|tamer|milder|toned)\b"
+)
+# nothing but these: an offer of help without help
+OFFER = re.compile(
+    r"(?:so,? |now,? |and )?(?:how|what) (?:else )?(?:can|may|could|should|would) (?:i|we) (?:help|assist|do|be of|support|serve)\b"
+    r"|what (?:would|do|can) you (?:like|want|need)\b(?: (?:to (?:know|talk|discuss|do)|help|me|assistance))?"
+    r"|(?:i'm|i am|we're) (?:always |just )?here (?:to (?:help|assist|support|answer|listen)|for you)\b(?! you (?:hide|get|make|create|find|spread)\b)"
+    r"|(?:i'm|i am) (?:happy|glad|ready|delighted) to (?:help|assist)(?: you)?(?: with (?:any|anything|whatever)[^.!?]*)?[.!]"
+    r"|i can (?:help|assist)(?: you)? with (?:a (?:wide )?(?:variety|range)|any|many|all)"
+    r"|is there (?:anything|something) (?:else )?(?:i|you)\b"
+)
+PLEASANTRY = re.compile(
+    r"(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
+    r"yes|okay|ok|great|no problem|that's great)\b[^.!?]{0,40}[.!]"
+    r"|(?:i'm|i am) (?:so |very |really )?(?:glad|happy|pleased|thrilled|excited) (?:that )?(?:you're here|you asked|you reached|to (?:meet|see|hear|be))"
+    r"|(?:i'm|i am|my name is) (?:an? )?(?:[\w-]+ ){0,4}(?:ai|assistant|chatbot|language model|smollm)\b"
+    r"|(?:i'm|i am) (?:designed|trained|programmed|made|built|created) to (?:assist|help|provide|be)"
+    r"|(?:please )?(?:feel free|let me know|don't hesitate|do not hesitate|just ask|ask me)\b"
+    r"|if you (?:have|need|want|'re looking)[^.!?]*(?:help|let me know|ask|here|assist)"
+    r"|i'm sorry (?:for|to hear|about|if|that you)\b|i apologi[sz]e for\b|(?:i'm|i am) not an?\b"
+)
+COMPASSION = re.compile(
+    r"\b(?:it|that) sounds like you|\bsorry (?:to hear )?(?:that )?you(?:'re| are)\b|\bi(?: can)? (?:hear|see|understand|sense|know) "
+    r"(?:that |how )?(?:you(?:'re| are| may| might| feel)|things|this)\b|\bif you(?:'re| are) (?:feeling|struggling|thinking|having)"
+    r"|\byou(?:'re| are) (?:not alone|going through)\b"
+)
+_DEED = (
+    r"(?:violence|hate|hatred|revenge|discrimination|stealing|cheating|bullying|theft|harassment|stalking|racism|lying|"
+    r"deception|fraud|hurting \w+|harming \w+|manipulation|abuse|blackmail|vandalism|terrorism|murder|killing)"
+)
+DIVERTING = re.compile(
+    r"\b(?:how about|why don't|why not) (?:we|i)\b[^.!?\n]* instead\b|\bwould you like[^.!?\n]{0,60} instead\?"
+    r"|\blet's (?:talk about|focus on|keep|find|explore|think about|steer|work on|look at)\b[^.!?\n]{0,60}\b"
+    r"(?:instead|positive|constructive|respectful|respect|kind|kinder|safe|safer|legal|healthy|better way|another way)\b"
+    r"|\b(?:rather than|instead of) [^.!?\n]{3,80}, (?:i(?:'d| would)? (?:\w+ )?(?:encourage|urge)|let's|(?:please )?consider "
+    r"(?:talking|speaking|seeking|reaching|asking|reporting))"
+    r"|\b(?:everyone|every person|everybody|all people|people) deserves?\b|\b(?:no one|nobody) deserves\b"
+    rf"|\b{_DEED} (?:is|are) (?:never|not|always) (?:the (?:answer|solution|way)|okay|ok|acceptable|justified|right|wrong)"
+    r"|\b(?:is|are|it's) never (?:okay|ok|acceptable|justified|the answer|the right (?:thing|choice|answer|way))\b"
+    rf"|\bit(?:'s| is) (?:important|essential|crucial|vital|worth)[^.!?\n]{{0,40}} that (?:everyone|all (?:people|individuals)|such|any form|{_DEED})\b"
+    r"|\bit(?:'s| is) (?:important|essential|crucial|vital|necessary) (?:to (?:remember|note) )?(?:that we |to )(?:respect|treat (?:others|everyone|people|all|each)|"
+    r"obey|follow the law|act (?:ethically|responsibly|lawfully|within)|consider the (?:consequences|harm|ethical|legal|potential|impact))"
+    r"|\bwhy (?:do|would|are) you (?:want|feel|think|looking|interested)\b|\b(?:what's|what is) (?:going on|making you|driving this|behind (?:this|that))\b"
+    r"|\bare you (?:okay|safe|all right|alright)\b|\bwhat happened\?"
+    r"|\bhave you (?:considered|thought about|tried) (?:talking|speaking|reaching|asking|the consequences|how (?:he|she|they|it))\b"
+    r"|\bthink (?:twice|again|carefully) (?:about|before)\b|\bthink about (?:the consequences|how (?:he|she|they|it|your))\b"
+    r"|\bi (?:\w+ )?(?:urge|implore|beg|encourage) you (?:to|not to) (?:reconsider|think|seek|talk|speak|stop|step back|reach|"
+    r"find (?:help|another|a lawful|a legal)|choose|consider|report|respect)"
+    rf"|(?:\A|[.!?\n] ?)\w+ing\b[^.,!?\n]{{0,80}}{_BE}{_DEGREE}(?:{_UNETHICAL}|a (?:serious )?violation|an invasion)\b(?! (?:answer|way|order|place|size|temperature))"
 )
