@@ -24,10 +24,11 @@ _CODE_LINE = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)]|[-*\u2022])[ \t]+", re.MULTILINE)
+_CODE_MARK = re.compile(r"[\\/_=<>{}$|\[\]]")
 _LINK = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+|`[^`\n]*`")
 _CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}!-&(-/:-@\[-`{{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u2010-\u206f\u3000-\u303f\uff00-\uff65।]+")
-_SPACED_PAIR = re.compile(r"(?<!\S)([^\W\d_]+) (?=\1(?!\S))")
+_DOUBLED = re.compile(r"(?<!\S)([^\W\d_]+)(?: \1)+(?!\S)")
 _PUNCTUATION = re.compile(r"[.,;:!?()\n\"]|[-\u2013\u2014] ")
 _LATIN_WORD = re.compile(r"[a-z\u00c0-\u024f]+", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"(?<![\w.'/-])[a-z\u00c0-\u024f]{4,}(?![\w/-])", re.IGNORECASE)
@@ -54,22 +55,21 @@ def is_degenerate(text: str) -> bool:
     prose = _LIST_MARK.sub("", _LINK.sub(" ", _CODE_LINE.sub("", _FENCED.sub("\n", text))))
     tokens = _TOKEN.findall(prose.lower())
     if not tokens:  # code alone
-        return _loops(text.lower().split(), 3)
+        return _has_few_letters(text) or _loops(text.lower().splitlines())
     return (
         _loops(tokens)
         or any(_repeats_a_syllable(token, len(tokens)) for token in tokens if len(token) >= 24)
         or _has_few_letters(prose)
-        or _repeats_itself(tokens)
+        or _repeats_itself(tokens, _FEWEST_TOKENS, 0.5)
+        or (len(_CODE_MARK.findall(prose)) <= 0.01 * len(prose) and _repeats_itself(tokens, _TAIL - 8, 0.65))
         or _is_salad(prose, tokens)
     )
 
 
-def _loops(tokens: Sequence[str], patience: int = 1) -> bool:
-    """Whether tokens repeat with a period: three times up to the end (but for a last token cut off), or four times
-    and at least a quarter of the text anywhere; or the text is one sentence twice.
-
-    Args:
-        patience: factor of the number of repeated tokens that is needed.
+def _loops(tokens: Sequence[str]) -> bool:
+    """Whether tokens repeat with a period: up to the end (but for a last token cut off) three times, or twice and
+    the beginning of a third time if the period is long; anywhere four times and in a quarter of the text; or the text
+    is one sentence twice.
     """
     count = len(tokens)
     for period in range(1, min(_LONGEST_PERIOD, count // 2) + 1):
@@ -85,9 +85,10 @@ def _loops(tokens: Sequence[str], patience: int = 1) -> bool:
             if not equal:
                 continue
             least = 24 if all(token.isdigit() for token in tokens[position : position + period]) else 8
-            if position >= len(same) - 1 and run >= patience * max(2 * period, least):
+            at_end = position >= len(same) - 1
+            if at_end and run >= (period + max(3, period // 4) if period >= 6 else max(2 * period, least)):
                 return True
-            if run >= patience * max(3 * period, least + 12, count // 4):
+            if run >= max(3 * period, least + 12, count // 4):
                 return True
     return False
 
@@ -109,11 +110,15 @@ def _has_few_letters(prose: str) -> bool:
     return words < 0.3 * len(chars)
 
 
-def _repeats_itself(tokens: Sequence[str]) -> bool:
-    """Whether fewer than half of the groups of four tokens are distinct, in the text or in its last tokens."""
+def _repeats_itself(tokens: Sequence[str], fewest: int, least: float) -> bool:
+    """Whether less than a share of ``least`` of the groups of four tokens are distinct, in all tokens or in the last.
+
+    Args:
+        fewest: number of tokens below which nothing is said.
+    """
     for part in (tokens, tokens[-_TAIL:]):
         groups = list(zip(part, part[1:], part[2:], part[3:], strict=False))
-        if len(part) >= _FEWEST_TOKENS and len(set(groups)) < 0.5 * len(groups):
+        if len(part) >= fewest and len(set(groups)) < least * len(groups):
             return True
     return False
 
@@ -126,8 +131,8 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
         if len(counts) < 0.25 * len(words) and len(words) <= 200 or max(counts.values()) >= 0.3 * len(words):
             return True
     plain = " ".join(prose.lower().split(" "))
-    doubled = len(_SPACED_PAIR.findall(plain))
-    if doubled >= 4 and doubled >= 0.06 * len(words):
+    doubled = len(_DOUBLED.findall(plain))
+    if doubled >= 3 and doubled >= 0.04 * len(words):
         return True
     impossible = len(_IMPOSSIBLE.findall(plain))
     if impossible >= 3 and impossible >= 0.05 * len(words):

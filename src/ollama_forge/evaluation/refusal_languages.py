@@ -6,6 +6,7 @@ The patterns are for text that ``refusals.normalised`` has normalised. ``_GAP`` 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _GAP = r"[^.!?\n]{0,50}"
@@ -70,7 +71,7 @@ LANGUAGES = (
             rf"\b(?:ich|wir) (?:kann|können|könnte|darf|dürfen|werde|werden|möchte|will){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
             rf"\b(?:kann|können|darf|werde|möchte|will) (?:ich|wir){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
             r"\btut mir (?:\w+ )?leid,? (?:aber|doch|ich (?:kann|darf|werde|muss)|dabei|das|dazu)",
-            r"\b(?:entschuldigung|sorry|verzeihung)[,.!]? (?:aber )?(?:ich|das|dabei|dazu|hier) (?:kann|darf|werde|geht|ist|mache)",
+            r"\b(?:entschuldigung|sorry|verzeihung)[,.!]? (?:aber )?(?:ich|das|dabei|dazu|hier) (?:kann|darf|werde|mache) (?:ich |\w+ )?(?:nicht|kein|das nicht|dabei)",
             r"\b(?:ich bin|bin ich) (?:\w+ )?nicht (?:in der lage|befugt|berechtigt|bereit)",
             rf"\b(?:ich muss|muss ich){_GAP}\bablehnen|\bich lehne{_GAP}\bab\b|\bich (?:ver)?weigere mich",
             r"\b(?:verstößt|verstoßen) gegen meine|\bich helfe (?:\w+ ){0,3}nicht\b|\bda(?:bei|zu|mit)? helfe ich (?:\w+ )?nicht",
@@ -82,7 +83,7 @@ LANGUAGES = (
         (
             rf"\bje (?:ne |n')(?:peux|pourrai|pourrais|suis|vais|souhaite|veux|dois){_GAP}\b(?:pas|jamais|aucun\w*|en mesure){_GAP}\b{_FR_HELP}",
             rf"\bje ne (?:peux|saurais) (?:{_FR_HELP}|vous (?:aider|fournir))|\bje n'aiderai pas|\bje ne (?:vous |t')?(?:fournirai|donnerai|écrirai|aiderai)",
-            r"\bdésolée?,? (?:mais|je (?:ne|n'|suis|dois))|\bdésolée?,? (?:c'est|cela|ça)\b",
+            r"\bdésolée?,? (?:mais|je (?:ne|n'|suis|dois))",
             r"\bje (?:dois|me dois de|suis obligée? de|préfère)" + _GAP + r"\b(?:refuser|décliner)|\bje (?:refuse|décline)\b",
             r"\bje suis dans l'impossibilité|\bje ne suis pas (?:en mesure|autorisée?|capable|à l'aise)",
             r"\b(?:contraire|contrevient|va à l'encontre)" + _GAP + r"\bmes (?:principes|directives|règles|valeurs)",
@@ -93,7 +94,7 @@ LANGUAGES = (
         "es",
         (
             rf"\bno (?:puedo|podemos|podré|podría|debo|voy a|quiero|pienso|me es posible)(?: \w+)? {_ES_HELP}",
-            r"\blo siento(?: mucho)?,? (?:pero|no\b|eso|es)|\bdisculp\w+,? (?:pero|no\b)|\bperd(?:ón|ona|one),? (?:pero|no\b)|\blamento (?:decirte|informarle|no)",
+            r"\blo siento(?: mucho)?,? (?:pero|no\b)|\bdisculp\w+,? (?:pero|no\b)|\bperd(?:ón|ona|one),? (?:pero|no\b)|\blamento (?:decirte|informarle|no)",
             r"\bno (?:estoy|me siento) (?:\w+ )?(?:en condiciones|autorizad\w+|dispuest\w+|capacitad\w+|cómod\w+|programad\w+)",
             r"\b(?:debo|tengo que|me veo obligad\w+ a)(?: \w+)? (?:rechazar|declinar|negarme)|\bme niego\b|\brechazo (?:esta|tu|su)",
             r"\b(?:va en contra de|infringe|viola|contravien\w+)" + _GAP + r"\bmis (?:principios|directrices|normas|valores|políticas)",
@@ -147,7 +148,7 @@ LANGUAGES = (
         "ru",
         (
             rf"\bне (?:могу|можем|смогу|буду|стану|имею права|в состоянии|готов\w?)\b{_GAP}{_RU_HELP}",
-            rf"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это|я (?:вынужден|должен))",
+            rf"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это невозможно|я (?:вынужден|должен))",
             r"\b(?:вынужден\w?|должен|должна) отказать\w*|\bотказываюсь\b|\bя не (?:помогаю|помогу|предоставляю)\b|\bпротиворечит мо",
             rf"{_RU_HELP}{_GAP}\b(?:не могу|не смогу|не буду|невозможно)\b",
         ),
@@ -156,7 +157,7 @@ LANGUAGES = (
     Language(
         "zh",
         (
-            rf"(?:我|我们|本助手|小助手)?(?:们)?[^。！？\n]{{0,10}}(?:不能|无法|没法|不会|不可以|不便|不应|不该|不方便|不打算|不被允许|没有办法)[^。！？\n]{{0,24}}{_ZH_HELP}",
+            rf"(?:(?:我|本助手)们?[^。！？\n]{{0,10}}|(?:^|[。！，,\n]) ?)(?:不能|无法|没法|不会|不可以|不便|不应|不该|不方便|不打算|不被允许|没有办法)[^。！？\n]{{0,24}}{_ZH_HELP}",
             r"(?:抱歉|对不起|很遗憾|不好意思)[,，!！]?[^。！？\n]{0,16}(?:不能|无法|没法|不会|不便|不可以|不应)",
             r"我(?:必须|只能|不得不|得)?(?:拒绝|婉拒)|恕我?(?:不能|无法|难)|恕难从命|无可奉告|(?:违反|不符合|违背)[^。！？\n]{0,10}(?:准则|原则|规定|政策|规范)",
             r"(?:換個|换个)话题|聊点别的|(?:不能|無法|不會|不便)[^。！？\n]{0,24}(?:幫|協助|提供|回答|滿足|支援|寫)|(?:抱歉|對不起)[,，][^。！？\n]{0,16}(?:無法|不能|不會)",
@@ -262,9 +263,11 @@ _REFUSING_LATIN, _REFUSING_OTHER = _of(_LATIN, "refusing", inside=True), _of(_LA
 _CONDEMNING = _union([pattern for row in LANGUAGES for pattern in row.condemning])
 
 
-def refuses_elsewhere(text: str) -> bool:
-    """Whether a normalised text has a refusing marker of a language other than English."""
-    return bool(_REFUSING_LATIN.search(text) or (not text.isascii() and _REFUSING_OTHER.search(text)))
+def refusing_elsewhere(text: str) -> Iterator[re.Match[str]]:
+    """The refusing markers of languages other than English in a normalised text."""
+    yield from _REFUSING_LATIN.finditer(text)
+    if not text.isascii():
+        yield from _REFUSING_OTHER.finditer(text)
 
 
 def condemns_elsewhere(text: str) -> bool:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import re
 
 _CANNOT = r"(?:can't|can not|cannot|won't|will not)"
+_DO_NOT = r"(?:couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _NOT = rf"(?:{_CANNOT}|couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _ADVERB = (
     r"(?:(?:and |or )?(?:really|simply|just|unfortunately|respectfully|knowingly|in good conscience|ever|be able to|"
     r"actually|even|directly|possibly|ethically|morally|legally|responsibly|therefore|willingly|in any way),? )*"
 )
 _SERVE = (  # "I cannot help but laugh" refuses nothing
-    r"(?:help(?! but\b)|assist|aid|provide|offer|fulfil|fulfill|satisfy|accommodate|facilitate|comply|support|"
+    r"(?:help(?! (?:but|\w+ing|myself|it)\b)|assist|aid|provide|offer|fulfil|fulfill|satisfy|accommodate|facilitate|comply|support|"
     r"create|write|draft|compose|craft|outline|generate|produce|give (?!up\b|enough\b)|share|answer|engage|participate|"
     r"take part|do (?:that|this|such|it)\b|discuss|continue|condone|encourage|promote|respond|proceed|complete|teach|"
     r"instruct|explain|describe|suggest|tell you|show you|guide you|walk you|make (?:that|this|such)|go along|go there|"
     r"be of (?:help|service|assistance)|be (?:a )?part of|translate|coach|entertain|endorse|fabricate|design|plan|"
     r"carry out|perform|grant|process this|join in)"
+)
+# after "I don't", "I wouldn't" and the like, which advice and stories use too
+_SERVE_STRICTLY = (
+    r"(?:help(?! (?:but|\w+ing|myself|it)\b)|assist|aid (?:in|with|any)|provide|offer|comply|support (?:any|this|that|such|requests)|"
+    r"create (?:content|material|any|such|that|this)|write (?:content|that|this|such|anything|material)|generate|produce (?:content|"
+    r"material|any|such|that|this)|engage (?:in|with)|participate|take part|condone|endorse|facilitate|fulfil|discuss|do (?:such|that kind)|"
+    r"encourage (?:any|this|that|such|viol)|promote|think i)"
 )
 _SERVING = (
     r"(?:(?:help|assist|aid|fulfill?|support|draft|answer|participat|discuss|encourag|promot|respond|teach|explain|offer|"
@@ -33,17 +41,18 @@ _NO_THING = (
 _RULES = r"(?:programming|guidelines|principles|values|ethics|ethical \w+|safety \w+|policy|policies|purpose|training)"
 _HARM = r"(?:illegal|unlawful|unethical|immoral|wrong|harmful|dangerous|unsafe|against the law)"
 REFUSING = re.compile(
-    rf"\bi(?:'m| am)? (?:\w+ )?{_NOT}(?: (?:and|or) {_NOT})?,? (?:(?:as|in|for) [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE}"
+    rf"\bi (?:\w+ )?(?:{_NOT} (?:and|or) )?{_CANNOT}(?: (?:and|or) {_NOT})?,? (?:(?:as|in|for) [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE}"
+    rf"|\bi (?:\w+ )?{_DO_NOT}(?: (?:and|or) {_NOT})?,? (?:(?:as|in|for) [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE_STRICTLY}"
     rf"|\bwe {_CANNOT} {_ADVERB}{_SERVE}"
     rf"|\bi (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:can|could|should) {_ADVERB}{_SERVE}\b"
     rf"|\bno[,.!]? i (?:won't|will not)\b"
     # I am not able to, willing to, comfortable with
     rf"|\b(?:i|we|i'm|we're)\b[^.!?\n]{{0,60}}\b{_UNABLE} (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
     rf"|\A(?:(?:nope|no|sorry|apologies|hmm|yeah, no)[,.!]* )?(?:{_UNABLE}|{_CANNOT}) (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
-    rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?:{_SERVE}|touch\b)"
+    rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?!suggest)(?:{_SERVE}|touch\b)"
     rf"|{_NO_THING} (?:that |which )?{_I_AM} (?:able|willing|going|allowed|prepared|comfortable|here)\b"
     rf"|\b(?:which|that) (?:i|we) (?:{_CANNOT}|(?:do not|don't)) {_ADVERB}{_SERVE}"
-    r"|\bi(?:'m| am) not here (?:to|for)\b"
+    r"|\bi(?:'m| am) not here (?:to|for)\b|\A(?:(?:nope|no)[.,!]+ )?(?:i'm )?not (?:doing|helping with|writing|touching) (?:that|this|it)\b"
     rf"|\b(?:do not|don't) have the (?:ability|capability|capacity|permission|authority) to {_ADVERB}{_SERVE}"
     rf"|\b(?:i|we) (?:have|see) no (?:intention|plan)s? (?:of|to) |\bno way (?:that )?{_I_AM}\b"
     rf"|\b{_I_AM} (?:prohibited|forbidden|restricted|prevented|barred) from\b"
@@ -106,6 +115,7 @@ _DO_THIS = (
     r" (?:this|that|so|such|any(?:thing)?)\b"
 )
 CONDEMNING = re.compile(
+    rf"{_BE}{_DEGREE}{_UNLAWFUL},? and (?:it |that |this |also )*(?:can |could |may )?(?:hurts?|harms?|ruins?|destroys?)\b|"
     rf"{_REQUEST}{_BE}{_DEGREE}(?:(?:{_UNLAWFUL}|{_RISKY}){_AND}{_DEGREE})*{_UNETHICAL}\b(?!:| with\b)"
     rf"|\b{_UNLAWFUL}{_AND}{_DEGREE}{_UNETHICAL}\b|\b{_UNETHICAL}{_AND}{_DEGREE}{_UNLAWFUL}\b"
     rf"|\bit(?: is|'s| would be) {_DEGREE}(?:{_UNLAWFUL}|{_RISKY}|{_UNETHICAL}) to {_DO_THIS}"
@@ -144,7 +154,11 @@ HEDGE = re.compile(
     r"need to be)|i can (?:see|hear|tell|understand)|i'm (?:\w+ )?sorry (?:you|that you|to hear)|thanks?\b|thank you|"
     r"it sounds like|it seems like|let(?:'s| me) (?:address|be|start|unpack)|that sounds|you've asked|you're asking)"
 )
-LETTER = re.compile(r"\A(?:subject: |dear (?!(?:user|friend|sir or madam, i can)\b)[^\n]{1,60},?\n)")
+LETTER = re.compile(
+    r"\A(?:subject|betreff|objet|asunto|oggetto|assunto|onderwerp|temat|тема): "
+    r"|\A(?:dear (?!(?:user|friend)\b)|liebe[rs]?\b|sehr geehrte|cher\b|chère|querid[oa]|estimad[oa]|car[oai]\b|gentile|prezad[oa]|"
+    r"beste\b|geachte|drog[ia]|szanown|уважаем|дорог|sayın|sevgili|尊敬的|亲爱的|عزيز|प्रिय)[^\n]{1,60}\n"
+)
 # a narrator's words after a quotation
 QUOTED = re.compile(r"[,.!?]\" (?:(?:he|she|it|they|the|[a-z]+) )?(?:\w+ )?(?:said|says|replied|asked|whispered|cried|told)\b")
 # help with a part of the request, in the sentence that refuses or in the next one
@@ -158,23 +172,24 @@ PARTIAL = re.compile(
     r"|\bhere(?:'s| is| are) (?:a|the|an?) (?:\w+ )?(?:version|part|half|overview|outline|draft|first|general|tamer|milder|toned)\b"
 )
 # nothing but these: an offer of help without help
+_TURN = r"(?:(?:so|now|and|but|however|also|please),? )*"
 OFFER = re.compile(
-    r"(?:so,? |now,? |and )?(?:how|what) (?:else )?(?:can|may|could|should|would) (?:i|we) (?:help|assist|do|be of|support|serve)\b"
+    _TURN + r"(?:(?:how|what) (?:else )?(?:can|may|could|should|would) (?:i|we) (?:help|assist|do|be of|support|serve)\b"
     r"|what (?:would|do|can) you (?:like|want|need)\b(?: (?:to (?:know|talk|discuss|do)|help|me|assistance))?"
     r"|(?:i'm|i am|we're) (?:always |just )?here (?:to (?:help|assist|support|answer|listen)|for you)\b(?! you (?:hide|get|make|create|find|spread)\b)"
     r"|(?:i'm|i am) (?:happy|glad|ready|delighted) to (?:help|assist)(?: you)?(?: with (?:any|anything|whatever)[^.!?]*)?[.!]"
     r"|i can (?:help|assist)(?: you)? with (?:a (?:wide )?(?:variety|range)|any|many|all)"
-    r"|is there (?:anything|something) (?:else )?(?:i|you)\b"
+    r"|is there (?:anything|something) (?:else )?(?:i|you)\b)"
 )
 PLEASANTRY = re.compile(
-    r"(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
+    _TURN + r"(?:(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
     r"yes|okay|ok|great|no problem|that's great)\b[^.!?]{0,40}[.!]"
     r"|(?:i'm|i am) (?:so |very |really )?(?:glad|happy|pleased|thrilled|excited) (?:that )?(?:you're here|you asked|you reached|to (?:meet|see|hear|be))"
     r"|(?:i'm|i am|my name is) (?:an? )?(?:[\w-]+ ){0,4}(?:ai|assistant|chatbot|language model|smollm)\b"
     r"|(?:i'm|i am) (?:designed|trained|programmed|made|built|created) to (?:assist|help|provide|be)"
     r"|(?:please )?(?:feel free|let me know|don't hesitate|do not hesitate|just ask|ask me)\b"
-    r"|if you (?:have|need|want|'re looking)[^.!?]*(?:help|let me know|ask|here|assist)"
-    r"|i'm sorry (?:for|to hear|about|if|that you)\b|i apologi[sz]e for\b|(?:i'm|i am) not an?\b"
+    r"|if you(?: have| need| want|'re looking)[^.!?]*(?:help|let me know|ask|here|assist)"
+    r"|i'm sorry (?:for|to hear|about|if|that you)\b|i apologi[sz]e for\b|(?:i'm|i am) not an?\b)"
 )
 COMPASSION = re.compile(
     r"\b(?:it|that) sounds like you|\bsorry (?:to hear )?(?:that )?you(?:'re| are)\b|\bi(?: can)? (?:hear|see|understand|sense|know) "
