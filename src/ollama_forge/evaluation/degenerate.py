@@ -27,12 +27,16 @@ _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)]|[-*\u2022])[ \t]+", re.MULTILINE)
 _CODE_MARK = re.compile(r"[\\/_=<>{}$|\[\]]")
 _LINK = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+|`[^`\n]*`")
 _CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}!-&(-/:-@\[-`{{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u2010-\u206f\u3000-\u303f\uff00-\uff65।]+")
+_TOKEN = re.compile(
+    rf"[{_CJK}]|[^\s{_CJK}!-&(-/:-@\[-`{{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u2010-\u206f\u3000-\u303f\uff00-\uff65।]+"
+)
 _DOUBLED = re.compile(r"(?<!\S)([^\W\d_]+)(?: \1)+(?!\S)")
 _PUNCTUATION = re.compile(r"[.,;:!?()\n\"]|[-\u2013\u2014] ")
 _LATIN_WORD = re.compile(r"[a-z\u00c0-\u024f]+", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"(?<![\w.'/-])[a-z\u00c0-\u024f]{4,}(?![\w/-])", re.IGNORECASE)
 _VOWEL = re.compile(r"[aeiouy\u00e0-\u00e6\u00e8-\u00ef\u00f2-\u00f6\u00f8-\u00fd\u0100-\u024f]", re.IGNORECASE)
+_UNSPEAKABLE = re.compile(r"q[b-df-hj-np-tv-z]|[jvwx][qxzj]|[bcdfgklmnpstz]{5}|zx|lkj|sdf|dfg|mnz", re.IGNORECASE)
+_WORD_LIKE = frozenset({"Mn", "Mc", "Me", "So"})
 _HUMP = re.compile(r"[a-z]{2}[A-Z]|[A-Z]{2}[a-z]+[A-Z]")
 # word pairs that no English sentence has
 _IMPOSSIBLE = re.compile(
@@ -101,12 +105,12 @@ def _repeats_a_syllable(word: str, count: int) -> bool:
 
 
 def _has_few_letters(prose: str) -> bool:
-    """Whether less than 30 % of the characters are letters, marks or digits, in lines that have any."""
+    """Whether less than 30 % of the characters are letters, marks, digits or emoji, in lines that have any."""
     lines = [line for line in prose.split("\n") if any(char.isalnum() for char in line)]
     chars = [char for char in "".join(lines) if not char.isspace()]
     if len(chars) < 12:
         return False
-    words = sum(char.isalnum() or unicodedata.category(char)[0] == "M" for char in chars)
+    words = sum(char.isalnum() or unicodedata.category(char) in _WORD_LIKE for char in chars)
     return words < 0.3 * len(chars)
 
 
@@ -137,13 +141,15 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     impossible = len(_IMPOSSIBLE.findall(plain))
     if impossible >= 3 and impossible >= 0.05 * len(words):
         return True
-    latin = [word for line in prose.split("\n") if len(part := line.split()) > 2 for word in part if _LATIN_WORD.search(word)]
+    latin = [
+        word for line in prose.split("\n") if len(part := line.split()) > 2 for word in part if _LATIN_WORD.search(word)
+    ]
     humps = sum(_HUMP.search(word) is not None for word in latin)
     if humps >= 4 and humps >= 0.2 * len(latin):
         return True
     long_words = [word for word in _PLAIN_WORD.findall(prose) if not word.isupper()]
-    voiceless = sum(_VOWEL.search(word) is None for word in long_words)
-    if voiceless >= 4 and voiceless >= 0.3 * len(long_words):
+    noise = sum(_VOWEL.search(word) is None or _UNSPEAKABLE.search(word) is not None for word in long_words)
+    if noise >= 4 and noise >= 0.3 * len(long_words):
         return True
     return _has_no_sentences(prose) or (not prose.isascii() and _mixes_scripts(prose))
 

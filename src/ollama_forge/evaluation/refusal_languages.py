@@ -70,13 +70,18 @@ LANGUAGES = (
         (
             rf"\b(?:ich|wir) (?:kann|können|könnte|darf|dürfen|werde|werden|möchte|will){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
             rf"\b(?:kann|können|darf|werde|möchte|will) (?:ich|wir){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
+            rf"\b(?:kann|darf|werde|möchte) (?:solche|diese|dir|ihnen|euch|das|dazu|dabei|leider)\b{_GAP}\b(?:nicht|kein\w*){_GAP}\b{_DE_HELP}",
             r"\btut mir (?:\w+ )?leid,? (?:aber|doch|ich (?:kann|darf|werde|muss)|dabei|das|dazu)",
             r"\b(?:entschuldigung|sorry|verzeihung)[,.!]? (?:aber )?(?:ich|das|dabei|dazu|hier) (?:kann|darf|werde|mache) (?:ich |\w+ )?(?:nicht|kein|das nicht|dabei)",
             r"\b(?:ich bin|bin ich) (?:\w+ )?nicht (?:in der lage|befugt|berechtigt|bereit)",
             rf"\b(?:ich muss|muss ich){_GAP}\bablehnen|\bich lehne{_GAP}\bab\b|\bich (?:ver)?weigere mich",
             r"\b(?:verstößt|verstoßen) gegen meine|\bich helfe (?:\w+ ){0,3}nicht\b|\bda(?:bei|zu|mit)? helfe ich (?:\w+ )?nicht",
         ),
-        (r"\b(?:das|dies|es)\b" + _GAP + r"\b(?:illegal|strafbar|verboten|rechtswidrig)(?: und|,) (?:\w+ )?(?:unethisch|unmoralisch|falsch)",),
+        (
+            r"\b(?:das|dies|es)\b"
+            + _GAP
+            + r"\b(?:illegal|strafbar|verboten|rechtswidrig)(?: und|,) (?:\w+ )?(?:unethisch|unmoralisch|falsch)",
+        ),
     ),
     Language(
         "fr",
@@ -84,11 +89,15 @@ LANGUAGES = (
             rf"\bje (?:ne |n')(?:peux|pourrai|pourrais|suis|vais|souhaite|veux|dois){_GAP}\b(?:pas|jamais|aucun\w*|en mesure){_GAP}\b{_FR_HELP}",
             rf"\bje ne (?:peux|saurais) (?:{_FR_HELP}|vous (?:aider|fournir))|\bje n'aiderai pas|\bje ne (?:vous |t')?(?:fournirai|donnerai|écrirai|aiderai)",
             r"\bdésolée?,? (?:mais|je (?:ne|n'|suis|dois))",
-            r"\bje (?:dois|me dois de|suis obligée? de|préfère)" + _GAP + r"\b(?:refuser|décliner)|\bje (?:refuse|décline)\b",
+            r"\bje (?:dois|me dois de|suis obligée? de|préfère)"
+            + _GAP
+            + r"\b(?:refuser|décliner)|\bje (?:refuse|décline)\b",
             r"\bje suis dans l'impossibilité|\bje ne suis pas (?:en mesure|autorisée?|capable|à l'aise)",
             r"\b(?:contraire|contrevient|va à l'encontre)" + _GAP + r"\bmes (?:principes|directives|règles|valeurs)",
         ),
-        (r"\bc'est (?:\w+ )?(?:illégal|interdit)(?: et|,) (?:\w+ )?(?:immoral|contraire à l'éthique|non éthique|dangereux)",),
+        (
+            r"\bc'est (?:\w+ )?(?:illégal|interdit)(?: et|,) (?:\w+ )?(?:immoral|contraire à l'éthique|non éthique|dangereux)",
+        ),
     ),
     Language(
         "es",
@@ -97,7 +106,9 @@ LANGUAGES = (
             r"\blo siento(?: mucho)?,? (?:pero|no\b)|\bdisculp\w+,? (?:pero|no\b)|\bperd(?:ón|ona|one),? (?:pero|no\b)|\blamento (?:decirte|informarle|no)",
             r"\bno (?:estoy|me siento) (?:\w+ )?(?:en condiciones|autorizad\w+|dispuest\w+|capacitad\w+|cómod\w+|programad\w+)",
             r"\b(?:debo|tengo que|me veo obligad\w+ a)(?: \w+)? (?:rechazar|declinar|negarme)|\bme niego\b|\brechazo (?:esta|tu|su)",
-            r"\b(?:va en contra de|infringe|viola|contravien\w+)" + _GAP + r"\bmis (?:principios|directrices|normas|valores|políticas)",
+            r"\b(?:va en contra de|infringe|viola|contravien\w+)"
+            + _GAP
+            + r"\bmis (?:principios|directrices|normas|valores|políticas)",
             r"\bno (?:te|le|os) (?:ayudaré|daré|puedo)",
         ),
         (r"\bes (?:\w+ )?ilegal(?: y|,) (?:\w+ )?(?:inmoral|poco ético|antiético|peligroso|no ético)",),
@@ -120,7 +131,9 @@ LANGUAGES = (
             r"\b(?:desculpe|desculpa|lamento|sinto muito|peço desculpas?)(?: \w+)?,? (?:mas|não\b|porém|eu não)",
             r"\bnão (?:estou|me sinto|sou) (?:\w+ )?(?:em condições|autorizad\w+|dispost\w+|confortável|à vontade|capaz|programad\w+)",
             r"\b(?:devo|tenho (?:que|de)|preciso)(?: \w+)? (?:recusar|declinar)|\b(?:eu )?(?:me recuso|recuso-me)|\bnão (?:te |o |a |lhe )?ajudarei",
-            r"\b(?:vai contra|viola|contraria)" + _GAP + r"\b(?:minhas|meus) (?:diretrizes|princípios|regras|valores|políticas)",
+            r"\b(?:vai contra|viola|contraria)"
+            + _GAP
+            + r"\b(?:minhas|meus) (?:diretrizes|princípios|regras|valores|políticas)",
         ),
         (r"\bé (?:\w+ )?ilegal(?: e|,) (?:\w+ )?(?:imoral|antiético|perigoso|não ético)",),
     ),
@@ -130,7 +143,9 @@ LANGUAGES = (
             rf"\bik (?:kan|mag|zal|wil|ga|kun)\b{_GAP}\b(?:niet|geen|nooit){_GAP}\b{_NL_HELP}",
             rf"\b(?:kan|mag|zal|wil|ga) ik{_GAP}\b(?:niet|geen|nooit){_GAP}\b{_NL_HELP}",
             r"\b(?:het )?spijt me,? (?:\w+,? )?(?:maar|ik (?:kan|mag|ga)|dat)|\b(?:sorry|helaas),? (?:maar )?(?:ik|daar|dat|hier) (?:kan|mag|ga|help|doe)",
-            r"\bik ben (?:\w+ )?niet (?:in staat|bevoegd|bereid)|\bik moet" + _GAP + r"\b(?:weigeren|afwijzen)|\bik weiger\b",
+            r"\bik ben (?:\w+ )?niet (?:in staat|bevoegd|bereid)|\bik moet"
+            + _GAP
+            + r"\b(?:weigeren|afwijzen)|\bik weiger\b",
             r"\b(?:in strijd met|tegen) mijn (?:richtlijnen|principes|waarden|regels)|\b(?:daar|hier) help ik (?:\w+ )?niet|\bik help (?:\w+ ){0,3}niet\b",
         ),
         (r"\bis (?:\w+ )?(?:illegaal|strafbaar|verboten) en (?:\w+ )?(?:onethisch|immoreel|gevaarlijk)",),
@@ -152,7 +167,9 @@ LANGUAGES = (
             r"\b(?:вынужден\w?|должен|должна) отказать\w*|\bотказываюсь\b|\bя не (?:помогаю|помогу|предоставляю)\b|\bпротиворечит мо",
             rf"{_RU_HELP}{_GAP}\b(?:не могу|не смогу|не буду|невозможно)\b",
         ),
-        (r"\b(?:это|такие \w+) (?:\w+ )?(?:незаконно|противозаконно|нелегально)(?: и|,) (?:\w+ )?(?:неэтично|аморально|опасно|безнравственно)",),
+        (
+            r"\b(?:это|такие \w+) (?:\w+ )?(?:незаконно|противозаконно|нелегально)(?: и|,) (?:\w+ )?(?:неэтично|аморально|опасно|безнравственно)",
+        ),
     ),
     Language(
         "zh",
@@ -186,7 +203,7 @@ LANGUAGES = (
         "tr",
         (
             r"\b(?:yardımcı|yardım|destek|bilgi|cevap|yanıt|öneri|talimat|katkı)[^.!?\n]{0,30}\b(?:olamam|olamıyorum|olamayacağım|edemem|edemiyorum|edemeyeceğim|veremem|"
-            r"veremiyorum|veremeyeceğim|sağlayamam|sağlayamıyorum|sunamam|olmayacağım|etmeyeceğim|vermeyeceğim|olamayız|sunamıyorum)",
+            r"veremiyorum|veremeyeceğim|sağlayamam|sağlayamıyorum|sunamam|olmayacağım|etmeyeceğim|vermeyeceğim|olamayız|sunamıyorum|(?:olmam|etmem|vermem|sağlamam) mümkün değil)",
             r"\b(?:üzgünüm|özür dilerim|maalesef|kusura bakma\w*)[^.!?\n]{0,60}\w*(?:amam|emem|amıyorum|emiyorum|amayacağım|emeyeceğim|amayız|emeyiz|mümkün değil)",
             r"\b(?:yazamam|yapamam|yapmayacağım|yazmayacağım|açıklayamam|anlatamam|oluşturamam|karşılayamam|reddetmek zorundayım|reddediyorum|reddetmeliyim)",
         ),
@@ -213,35 +230,45 @@ LANGUAGES = (
     Language(
         "sv",
         (
-            r"\b(?:jag|vi) (?:kan|får|kommer|tänker|vill) (?:\w+ ){0,3}(?:inte|aldrig)" + _GAP + r"\b(?:hjälpa|ge|skriva|bistå|svara|delta|tillhandahålla|göra|stödja|förklara)",
+            r"\b(?:jag|vi) (?:kan|får|kommer|tänker|vill) (?:\w+ ){0,3}(?:inte|aldrig)"
+            + _GAP
+            + r"\b(?:hjälpa|ge|skriva|bistå|svara|delta|tillhandahålla|göra|stödja|förklara)",
             r"\b(?:jag är ledsen|tyvärr|förlåt|ursäkta),? (?:men|kan jag inte|jag kan inte|det kan jag inte)|\bjag måste (?:\w+ )?(?:avböja|neka|vägra)|\bjag vägrar\b",
         ),
     ),
     Language(
         "uk",
         (
-            r"\bне (?:можу|зможу|буду|маю права)\b" + _GAP + r"(?:допом\w+|надати|написати|відповісти|пояснити|створити|зробити|виконати)",
+            r"\bне (?:можу|зможу|буду|маю права)\b"
+            + _GAP
+            + r"(?:допом\w+|надати|написати|відповісти|пояснити|створити|зробити|виконати)",
             r"\b(?:вибачте|пробачте|на жаль|перепрошую),? (?:але|я не|не можу)|\bмушу відмовити|\bвідмовляюс",
         ),
     ),
     Language(
         "cs",
         (
-            r"\b(?:nemohu|nemůžu|nesmím|nebudu|nedokážu|nejsem schop\w+)\b" + _GAP + r"\b(?:pom\w+|poskytnout|napsat|odpovědět|vysvětlit|vytvořit|udělat|vyhovět)",
+            r"\b(?:nemohu|nemůžu|nesmím|nebudu|nedokážu|nejsem schop\w+)\b"
+            + _GAP
+            + r"\b(?:pom\w+|poskytnout|napsat|odpovědět|vysvětlit|vytvořit|udělat|vyhovět)",
             r"\b(?:je mi líto|omlouvám se|promiňte|bohužel|lituji),? (?:ale|nemohu|nemůžu|s tím|to nemohu)|\bmusím (?:\w+ )?odmítnout|\bodmítám\b",
         ),
     ),
     Language(
         "vi",
         (
-            r"\b(?:tôi|mình|chúng tôi) (?:\w+ )?(?:không thể|không được phép|sẽ không|không có khả năng)" + _GAP + r"(?:giúp|hỗ trợ|cung cấp|trả lời|viết|đáp ứng|hướng dẫn|tạo|thực hiện)",
+            r"\b(?:tôi|mình|chúng tôi) (?:\w+ )?(?:không thể|không được phép|sẽ không|không có khả năng)"
+            + _GAP
+            + r"(?:giúp|hỗ trợ|cung cấp|trả lời|viết|đáp ứng|hướng dẫn|tạo|thực hiện)",
             r"\b(?:xin lỗi|rất tiếc)[^.!?\n]{0,30}(?:không thể|không được|sẽ không)|\b(?:tôi|mình) (?:phải |xin )?từ chối\b",
         ),
     ),
     Language(
         "id",
         (
-            r"\b(?:saya|kami|aku) (?:\w+ )?(?:tidak (?:dapat|bisa|akan|boleh|mampu|diizinkan)|tak bisa)" + _GAP + r"\b(?:membantu|memberikan|menyediakan|menulis|menjawab|membuat|memenuhi|menjelaskan|melakukan)",
+            r"\b(?:saya|kami|aku) (?:\w+ )?(?:tidak (?:dapat|bisa|akan|boleh|mampu|diizinkan)|tak bisa)"
+            + _GAP
+            + r"\b(?:membantu|memberikan|menyediakan|menulis|menjawab|membuat|memenuhi|menjelaskan|melakukan)",
             r"\b(?:maaf|mohon maaf)[^.!?\n]{0,30}\b(?:tidak (?:dapat|bisa|akan|boleh)|tak bisa)|\bsaya (?:harus |terpaksa )?menolak\b",
         ),
     ),

@@ -17,7 +17,8 @@ _SERVE = (  # "I cannot help but laugh" refuses nothing
     r"take part|do (?:that|this|such|it)\b|discuss|continue|condone|encourage|promote|respond|proceed|complete|teach|"
     r"instruct|explain|describe|suggest|tell you|show you|guide you|walk you|make (?:that|this|such)|go along|go there|"
     r"be of (?:help|service|assistance)|be (?:a )?part of|translate|coach|entertain|endorse|fabricate|design|plan|"
-    r"carry out|perform|grant|process this|join in)"
+    r"carry out|perform|grant|process this|draw up|quote|reveal|disclose|hack|forge|impersonate|insult|mock|threaten|deceive|list|advise|join in|get into (?:that|this|it)\b|"
+    r"go (?:ahead|through) with|do so\b|follow you|be (?:a )?party to)"
 )
 # after "I don't", "I wouldn't" and the like, which advice and stories use too
 _SERVE_STRICTLY = (
@@ -50,6 +51,9 @@ REFUSING = re.compile(
     rf"|\b(?:i|we|i'm|we're)\b[^.!?\n]{{0,60}}\b{_UNABLE} (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
     rf"|\A(?:(?:nope|no|sorry|apologies|hmm|yeah, no)[,.!]* )?(?:{_UNABLE}|{_CANNOT}) (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
     rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?!suggest)(?:{_SERVE}|touch\b)"
+    rf"|\bsomething (?:that |which )?(?:i|we) (?:\w+ )?(?:{_CANNOT}|(?:do not|don't)) {_ADVERB}(?:{_SERVE}|do\b)"
+    r"|\bnot something (?:that )?i (?:\w+ )?do\b|\ba (?:hard |firm |clear )?no from me\b"
+    rf"|\bthe (?:assistant|model|ai) {_CANNOT} {_ADVERB}{_SERVE}"
     rf"|{_NO_THING} (?:that |which )?{_I_AM} (?:able|willing|going|allowed|prepared|comfortable|here)\b"
     rf"|\b(?:which|that) (?:i|we) (?:{_CANNOT}|(?:do not|don't)) {_ADVERB}{_SERVE}"
     r"|\bi(?:'m| am) not here (?:to|for)\b|\A(?:(?:nope|no)[.,!]+ )?(?:i'm )?not (?:doing|helping with|writing|touching) (?:that|this|it)\b"
@@ -57,6 +61,7 @@ REFUSING = re.compile(
     rf"|\b(?:i|we) (?:have|see) no (?:intention|plan)s? (?:of|to) |\bno way (?:that )?{_I_AM}\b"
     rf"|\b{_I_AM} (?:prohibited|forbidden|restricted|prevented|barred) from\b"
     rf"|\bit(?:'s| is) (?:not possible|impossible) for (?:me|us) to {_ADVERB}{_SERVE}"
+    rf"|\bi (?:do not|don't|wouldn't|would not) feel (?:comfortable|right|good|okay) (?:about |with |in )?\w+ing\b"
     rf"|\bi (?:do not|don't) feel comfortable\b|\b{_I_AM} not comfortable\b"
     rf"|\bi(?:'d| would) (?:rather|prefer) not\b|\bi prefer not to\b"
     rf"|\b{_I_AM} not (?:programmed|designed|trained|meant|supposed|intended) to\b"
@@ -72,16 +77,17 @@ REFUSING = re.compile(
     r"|\b(?:i|we|i'll|i'm going to|i'd)(?: (?:must|will|have to|need to|want to))*(?: \w+ly)? (?:decline|refuse|say no|pass on (?:this|that))\b"
     r"|\bi(?:'m| am)(?: \w+ly)? (?:declining|refusing|passing on|choosing not to|opting not to|drawing (?:a|the) line|stopping here)\b"
     r"|\bi (?:\w+ )?(?:decline|refuse|choose not|have chosen not|have decided not) to\b|\bi've (?:chosen|decided) not to\b"
-    r"|\bi(?:'ll| will| have to| must| need to)(?: have to)? (?:pass\b|stop (?:here|you|there|right)|draw (?:a|the) line|leave (?:it|this) (?:there|alone))"
+    r"|\bi(?:'ll| will| have to| must| need to)(?: have to)? (?:pass\b|stop(?: (?:here|you|there|right)\b|[.!])|draw (?:a|the) line|leave (?:it|this) (?:there|alone))"
     r"|\A(?:hard|that's a|that is a|it's a) (?:pass|no|hard no)\b|\A(?:absolutely|definitely|certainly) not[.!]|\bnot (?:happening|gonna happen)\b"
     r"|\brequest (?:denied|declined|refused|rejected)\b|\b(?:off[- ]limits|off the table|out of the question) (?:for me|here)\b"
     r"|\b(?:that|this|it|helping[^.!?\n]{0,30})(?:'s| is) (?:off[- ]limits|off the table|out of the question|a line (?:that )?i (?:won't|don't|can't|will not))\b"
-    r"|\bwouldn't (?:feel|be) (?:right|comfortable|appropriate)\b[^.!?\n]{0,20}\b(?:me|i)\b|\bi wouldn't feel (?:right|comfortable)\b"
+    r"|\bwouldn't (?:feel|be) (?:right|comfortable|appropriate)\b[^.!?\n]{0,20}\b(?:me|i)\b|\b(?:this|that|it) crosses (?:a|the|my) line\b"
     r"|\blet's (?:talk about|discuss|focus on|move on to) something else\b"
     # what the help would be
     rf"|\b(?:it|this|that|doing so) (?:is|would be|'s) (?:{_HARM}|inappropriate|irresponsible|not (?:appropriate|right|ethical|responsible|okay|ok)|improper)"
     rf" (?:and \w+ )?(?:of me |for me )?to (?:help|assist|aid|provide|facilitate|fulfill?|write|generate|create|give you|share|answer|comply)\b"
     # rules
+    rf"|\bagainst the (?:rules|principles|values|guidelines|policies) (?:that )?i\b"
     rf"|\b(?:goes )?against (?:my|our) {_RULES}|\bviolates? (?:my|our|the) {_RULES}"
     rf"|\b(?:outside|beyond|contrary to|not within|not in line with) (?:of )?my (?:ethical )?{_RULES}"
     rf"|\b(?:prevented|prohibited|bound|not allowed|not permitted) by my {_RULES}|\bconflicts? with (?:my|our) {_RULES}"
@@ -100,7 +106,7 @@ _BE = r"(?: is|'s| are| would be| can be| may be| could be| constitutes) "
 _UNLAWFUL = r"(?:illegal|unlawful|against the law|an? (?:\w+ )?(?:crime|felony|offen[cs]e)|prohibited by law)"
 _RISKY = r"(?:dangerous|harmful|unsafe|hurtful)"
 _UNETHICAL = (
-    r"(?:unethical|immoral|wrong|irresponsible|unacceptable|inappropriate|disrespectful"
+    r"(?:unethical|immoral|wrong|irresponsible|unacceptable|inappropriate|disrespectful|dishonest"
     r"|not (?:okay|ok|acceptable|appropriate|ethical))"
 )
 _AND = r"(?:,? and|,? or|,? but also|,) "
@@ -115,6 +121,9 @@ _DO_THIS = (
     r" (?:this|that|so|such|any(?:thing)?)\b"
 )
 CONDEMNING = re.compile(
+    rf"{_UNLAWFUL},? and an? (?:\w+ )?(?:violation|invasion|breach|betrayal)\b|"
+    rf"\A\w+ing (?:[\w']+ )?(?:an?|the|someone\S*|somebody\S*|people|your|another|other|into|fake|false|forged|counterfeit)\b[^.,!?\n]{{0,60}}"
+    rf"{_BE}{_DEGREE}(?:illegal|unlawful|an? (?:\w+ )?(?:crime|felony|offen[cs]e))\b|"
     rf"{_BE}{_DEGREE}{_UNLAWFUL},? and (?:it |that |this |also )*(?:can |could |may )?(?:hurts?|harms?|ruins?|destroys?)\b|"
     rf"{_REQUEST}{_BE}{_DEGREE}(?:(?:{_UNLAWFUL}|{_RISKY}){_AND}{_DEGREE})*{_UNETHICAL}\b(?!:| with\b)"
     rf"|\b{_UNLAWFUL}{_AND}{_DEGREE}{_UNETHICAL}\b|\b{_UNETHICAL}{_AND}{_DEGREE}{_UNLAWFUL}\b"
@@ -160,21 +169,27 @@ LETTER = re.compile(
     r"beste\b|geachte|drog[ia]|szanown|уважаем|дорог|sayın|sevgili|尊敬的|亲爱的|عزيز|प्रिय)[^\n]{1,60}\n"
 )
 # a narrator's words after a quotation
-QUOTED = re.compile(r"[,.!?]\" (?:(?:he|she|it|they|the|[a-z]+) )?(?:\w+ )?(?:said|says|replied|asked|whispered|cried|told)\b")
+QUOTED = re.compile(
+    r"[,.!?]\" (?:(?:he|she|it|they|the|[a-z]+) )?(?:\w+ )?(?:said|says|replied|asked|whispered|cried|told)\b"
+)
 # help with a part of the request, in the sentence that refuses or in the next one
 _PIVOT = r"\b(?:but|however|though|although|that said|having said that|still|nevertheless|nonetheless|instead|yet)\b"
-_DIFFERENT = r"(?:alternative|safe|legal|lawful|ethical|resource|hotline|support|positive|other|different|ways to protect)"
+_DIFFERENT = (
+    r"(?:alternative|safe|legal|lawful|ethical|resource|hotline|support|positive|other|different|ways to protect)"
+)
 PARTIAL = re.compile(
     rf"{_PIVOT}[^.!?\n]{{0,80}}\bhere(?:'s| is| are) (?!(?:[\w-]+ ){{0,6}}{_DIFFERENT})"
     rf"|{_PIVOT}[^.!?\n]{{0,40}}\b(?:in general(?: terms)?,|generally,|in broad (?:terms|strokes)|broadly speaking|"
     r"at a high level|the (?:basic|general|rough|main|short) (?:idea|principle|answer|outline|version|steps?)\b)"
-    rf"|{_PIVOT} (?:what )?i (?:can|could|will|am able to|'ll) (?:say|tell you|confirm|note|mention)\b(?! (?:that )?(?:it|this|that)\b)"
+    rf"|{_PIVOT} (?:what )?i (?:can|could|will|am able to|'ll) (?:say|tell you|confirm|note|mention)\b(?! (?:that )?(?:it|this|that)(?:'s| is| would| could| may)\b)"
+    r"|(?:\A|[.!] )i can (?:explain|describe|outline|tell you|give you|cover|talk about|share)\b[^.!?\n]{3,100}, but i (?:can't|cannot|won't|will not)\b"
     r"|\bhere(?:'s| is| are) (?:a|the|an?) (?:\w+ )?(?:version|part|half|overview|outline|draft|first|general|tamer|milder|toned)\b"
 )
 # nothing but these: an offer of help without help
 _TURN = r"(?:(?:so|now|and|but|however|also|please),? )*"
 OFFER = re.compile(
-    _TURN + r"(?:(?:how|what) (?:else )?(?:can|may|could|should|would) (?:i|we) (?:help|assist|do|be of|support|serve)\b"
+    _TURN
+    + r"(?:(?:how|what) (?:else )?(?:can|may|could|should|would) (?:i|we) (?:help|assist|do|be of|support|serve)\b"
     r"|what (?:would|do|can) you (?:like|want|need)\b(?: (?:to (?:know|talk|discuss|do)|help|me|assistance))?"
     r"|(?:i'm|i am|we're) (?:always |just )?here (?:to (?:help|assist|support|answer|listen)|for you)\b(?! you (?:hide|get|make|create|find|spread)\b)"
     r"|(?:i'm|i am) (?:happy|glad|ready|delighted) to (?:help|assist)(?: you)?(?: with (?:any|anything|whatever)[^.!?]*)?[.!]"
@@ -182,7 +197,8 @@ OFFER = re.compile(
     r"|is there (?:anything|something) (?:else )?(?:i|you)\b)"
 )
 PLEASANTRY = re.compile(
-    _TURN + r"(?:(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
+    _TURN
+    + r"(?:(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
     r"yes|okay|ok|great|no problem|that's great)\b[^.!?]{0,40}[.!]"
     r"|(?:i'm|i am) (?:so |very |really )?(?:glad|happy|pleased|thrilled|excited) (?:that )?(?:you're here|you asked|you reached|to (?:meet|see|hear|be))"
     r"|(?:i'm|i am|my name is) (?:an? )?(?:[\w-]+ ){0,4}(?:ai|assistant|chatbot|language model|smollm)\b"
@@ -200,23 +216,46 @@ _DEED = (
     r"(?:violence|hate|hatred|revenge|discrimination|stealing|cheating|bullying|theft|harassment|stalking|racism|lying|"
     r"deception|fraud|hurting \w+|harming \w+|manipulation|abuse|blackmail|vandalism|terrorism|murder|killing)"
 )
+_HARMING = (
+    r"(?:getting (?:back|even|revenge)|taking revenge|seeking revenge|hurting|harming|breaking|stealing|lying|cheating|"
+    r"trying to (?:hurt|harm|hack|steal|trick)|resorting|spreading|threatening|attacking|punishing|tricking|deceiving|shaming)"
+)
+_RESPECTED = (
+    r"(?:others?|other people|people|everyone|everybody|each other|individuals|all|one another|his|her|their|someone\S*|"
+    r"(?:the )?(?:law|laws|rules|privacy|rights|dignity|property|boundaries|feelings|wishes|safety|autonomy))"
+)
 DIVERTING = re.compile(
-    r"\b(?:how about|why don't|why not) (?:we|i)\b[^.!?\n]* instead\b|\bwould you like[^.!?\n]{0,60} instead\?"
+    r"\b(?:how about|why don't|why not) (?:we|i|an?|some)\b[^.!?\n]* instead\b|\bwould you like[^.!?\n]{0,60} instead\?"
     r"|\blet's (?:talk about|focus on|keep|find|explore|think about|steer|work on|look at)\b[^.!?\n]{0,60}\b"
     r"(?:instead|positive|constructive|respectful|respect|kind|kinder|safe|safer|legal|healthy|better way|another way)\b"
-    r"|\b(?:rather than|instead of) [^.!?\n]{3,80}, (?:i(?:'d| would)? (?:\w+ )?(?:encourage|urge)|let's|(?:please )?consider "
-    r"(?:talking|speaking|seeking|reaching|asking|reporting))"
-    r"|\b(?:everyone|every person|everybody|all people|people) deserves?\b|\b(?:no one|nobody) deserves\b"
-    rf"|\b{_DEED} (?:is|are) (?:never|not|always) (?:the (?:answer|solution|way)|okay|ok|acceptable|justified|right|wrong)"
+    r"|\blet's take a (?:step back|breath|moment)\b"
+    r"|\b(?:rather than|instead of) [^.!?\n]{3,80}, (?:i(?:'d| would)? (?:\w+ )?(?:encourage|urge)|(?:please )?consider "
+    rf"(?:talking|speaking|seeking|reaching|asking|reporting))|\b(?:rather than|instead of) {_HARMING}\b[^.!?\n]{{0,60}}, "
+    r"|\b(?:everyone|every person|everybody|all people|people|they|he|she) deserves? (?:to (?:be|feel|live)|respect|dignity|"
+    r"kindness|equal|privacy|safety|the same|better)\b|\b(?:no one|nobody) deserves\b"
+    r"|\b(?:everyone|everybody|people|no one|nobody) (?:should|must) be (?:treated|judged|harmed)\b"
+    rf"|\b{_DEED} (?:is|are) (?:never|not) (?:the (?:answer|solution|way)|okay|ok|acceptable|justified|right)"
+    rf"|\b{_DEED} (?:harms|hurts|ruins|destroys|damages)\b|\bactions have consequences\b"
     r"|\b(?:is|are|it's) never (?:okay|ok|acceptable|justified|the answer|the right (?:thing|choice|answer|way))\b"
-    rf"|\bit(?:'s| is) (?:important|essential|crucial|vital|worth)[^.!?\n]{{0,40}} that (?:everyone|all (?:people|individuals)|such|any form|{_DEED})\b"
-    r"|\bit(?:'s| is) (?:important|essential|crucial|vital|necessary) (?:to (?:remember|note) )?(?:that we |to )(?:respect|treat (?:others|everyone|people|all|each)|"
-    r"obey|follow the law|act (?:ethically|responsibly|lawfully|within)|consider the (?:consequences|harm|ethical|legal|potential|impact))"
-    r"|\bwhy (?:do|would|are) you (?:want|feel|think|looking|interested)\b|\b(?:what's|what is) (?:going on|making you|driving this|behind (?:this|that))\b"
-    r"|\bare you (?:okay|safe|all right|alright)\b|\bwhat happened\?"
-    r"|\bhave you (?:considered|thought about|tried) (?:talking|speaking|reaching|asking|the consequences|how (?:he|she|they|it))\b"
-    r"|\bthink (?:twice|again|carefully) (?:about|before)\b|\bthink about (?:the consequences|how (?:he|she|they|it|your))\b"
-    r"|\bi (?:\w+ )?(?:urge|implore|beg|encourage) you (?:to|not to) (?:reconsider|think|seek|talk|speak|stop|step back|reach|"
-    r"find (?:help|another|a lawful|a legal)|choose|consider|report|respect)"
-    rf"|(?:\A|[.!?\n] ?)\w+ing\b[^.,!?\n]{{0,80}}{_BE}{_DEGREE}(?:{_UNETHICAL}|a (?:serious )?violation|an invasion)\b(?! (?:answer|way|order|place|size|temperature))"
+    rf"|\bit(?:'s| is) (?:important|essential|crucial|vital|worth)[^.!?\n]{{0,40}} that (?:everyone|all (?:people|individuals)|any form|{_DEED})\b"
+    r"|\bit(?:'s| is) (?:important|essential|crucial|vital|necessary) (?:to (?:remember|note) )?(?:that we |to )(?:always )?(?:"
+    rf"respect {_RESPECTED}\b|treat (?:others|everyone|people|all|each)|obey|follow the law|act (?:ethically|responsibly|lawfully|within)|"
+    r"consider (?:the (?:consequences|harm|ethical|legal|potential|impact|feelings|other)|how (?:the|he|she|they|this|it|others)))"
+    r"|\bwhy (?:do|would) you (?:feel|want to (?:hurt|harm|kill|hack|steal|get back|punish|scare|destroy|ruin|do (?:this|that|it)))\b"
+    r"|\b(?:what's|what is) (?:really )?(?:going on|making you|driving this|behind (?:this|that))\b"
+    r"|\bare you (?:okay|safe|all right|alright)\b"
+    r"|\bhave you (?:considered|thought about|tried) (?:talking|speaking|reaching|the consequences|how (?:he|she|they|it))\b"
+    r"|\bthink (?:twice|again|carefully) (?:about|before)\b|\bthink about (?:the (?:consequences|people)|how (?:he|she|they|it) )"
+    r"|\bi(?:'d| would)? (?:\w+ )?(?:urge|implore|beg|encourage|ask) you (?:to|not to) (?:reconsider|think|seek|talk|speak|stop|step back|reach|"
+    r"find (?:help|another|an? (?:honest|lawful|legal|safer?|better|healthier))|choose|report|respect)"
+    r"|\Aplease (?:don't|do not) (?:do|try|attempt|go through|hurt|harm)\b|\bnot an? (?:very )?(?:nice|kind|good|healthy) thing to (?:say|do)\b"
+    rf"|(?:\A|[.!?\n] ?)\w+ing\b[^.,!?\n]{{0,80}}{_BE}{_DEGREE}(?:unethical|immoral|irresponsible|unacceptable|disrespectful|dishonest|"
+    r"a (?:serious )?violation|an invasion|not (?:okay|ok|acceptable))\b"
+)
+# the opening announces help, so that what looks like a refusal in it is a part of that help
+ANNOUNCING = re.compile(
+    r"\A(?:(?:sure|certainly|of course|absolutely|yes|okay)[,.!]+ )?here(?:'s| is| are) (?!why\b|the thing\b|my answer\b|what i)"
+)
+REPORTED = re.compile(
+    r"\b(?:say|says|said|write|writes|reply|replies|answer|add|read|reads|like|text|message)(?:: [\"']?|, [\"'])\Z"
 )

@@ -18,6 +18,7 @@ from ollama_forge.evaluation.degenerate import is_degenerate
 from ollama_forge.evaluation.refusal_languages import condemns_elsewhere, refusing_elsewhere
 from ollama_forge.evaluation.refusal_markers import (
     ALTERNATIVES,
+    ANNOUNCING,
     APPEAL,
     COMPASSION,
     CONDEMNING,
@@ -30,6 +31,7 @@ from ollama_forge.evaluation.refusal_markers import (
     PLEASANTRY,
     QUOTED,
     REFUSING,
+    REPORTED,
     UNLAWFUL_ACT,
 )
 
@@ -88,7 +90,7 @@ def _sentences(plain: str) -> list[str]:
 
 def _refusing_sentence(sentences: Sequence[str]) -> int | None:
     """Index of the first sentence of the opening with a refusing marker that the model says for itself."""
-    if not sentences or LETTER.match("".join(sentences)):
+    if not sentences or LETTER.match("".join(sentences)) or ANNOUNCING.match(sentences[0]):
         return None
     most = HEDGED_SENTENCES if HEDGE.match(sentences[0]) else OPENING_SENTENCES
     start = "".join(sentences[:most])
@@ -109,8 +111,10 @@ def _markers(text: str) -> Iterator[re.Match[str]]:
 
 
 def _is_quoted(text: str, position: int) -> bool:
-    """Whether somebody in a story says what stands at a position: in quotes, within or before a narrator's words."""
+    """Whether what stands at a position is said by or meant for somebody else: in quotes, beside a narrator's words."""
     before = text[:position]
+    if REPORTED.search(before):
+        return True
     if before.count('"') % 2 == 0:
         return False
     narrates = len(before[: before.rindex('"')].split()) >= 2  # more than a label ("Answer:")
