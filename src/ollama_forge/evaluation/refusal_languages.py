@@ -49,7 +49,7 @@ _PT_HELP = (
 )
 _NL_HELP = (
     r"(?:helpen|bijstaan|ondersteunen|geven|leveren|beantwoorden|schrijven|maken|uitleggen|meewerken|bieden|verstrekken|voldoen|"
-    r"doen|assisteren|meehelpen|opstellen|bespreken|deelnemen)"
+    r"doen|assisteren|meehelpen|opstellen|bespreken|deelnemen|uitvoeren|inwilligen)"
 )
 _PL_HELP = (
     r"(?:pomóc|pomagać|pomogę|udzielić|udzielać|podać|napisać|stworzyć|wyjaśnić|odpowiedzieć|zrobić|spełnić|zrealizować|dostarczyć|"
@@ -205,7 +205,7 @@ LANGUAGES = (
             r"\b(?:yardımcı|yardım|destek|bilgi|cevap|yanıt|öneri|talimat|katkı)[^.!?\n]{0,30}\b(?:olamam|olamıyorum|olamayacağım|edemem|edemiyorum|edemeyeceğim|veremem|"
             r"veremiyorum|veremeyeceğim|sağlayamam|sağlayamıyorum|sunamam|olmayacağım|etmeyeceğim|vermeyeceğim|olamayız|sunamıyorum|(?:olmam|etmem|vermem|sağlamam) mümkün değil)",
             r"\b(?:üzgünüm|özür dilerim|maalesef|kusura bakma\w*)[^.!?\n]{0,60}\w*(?:amam|emem|amıyorum|emiyorum|amayacağım|emeyeceğim|amayız|emeyiz|mümkün değil)",
-            r"\b(?:yazamam|yapamam|yapmayacağım|yazmayacağım|açıklayamam|anlatamam|oluşturamam|karşılayamam|reddetmek zorundayım|reddediyorum|reddetmeliyim)",
+            r"\b(?:yazamam|hazırlayamam|paylaşamam|sunamam|üretemem|yapamam|yapmayacağım|yazmayacağım|açıklayamam|anlatamam|oluşturamam|karşılayamam|reddetmek zorundayım|reddediyorum|reddetmeliyim)",
         ),
         (r"\byasa ?dışı ve (?:\w+ )?(?:etik|ahlak|tehlikeli)",),
     ),
