@@ -18,7 +18,6 @@ from ollama_forge.comparison import capability
 from ollama_forge.comparison.capability import Score, require_tasks, score_tasks
 from ollama_forge.comparison.control import control_from_difference, control_from_record, missing_matrices
 from ollama_forge.comparison.differences import difference
-from ollama_forge.comparison.machine import Machine
 from ollama_forge.directions.compute import random_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
@@ -27,6 +26,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.chat_server import ChatServer
+from ollama_forge.models.machine import Machine
 from ollama_forge.prompts.conversation import Conversation, Message
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny

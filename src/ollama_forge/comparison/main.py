@@ -19,7 +19,6 @@ from ollama_forge.comparison.candidates import (
 )
 from ollama_forge.comparison.capability import Scores, require_tasks
 from ollama_forge.comparison.differences import Difference, difference
-from ollama_forge.comparison.machine import Machine
 from ollama_forge.comparison.report import CandidateEntry, EvaluationReport, JudgedRows, Preserved, require_own_folder
 from ollama_forge.comparison.same_base import require_same_prompts
 from ollama_forge.comparison.settings import BASE, EvaluateSettings
@@ -29,6 +28,7 @@ from ollama_forge.evaluation.judge import Judge
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.machine import Machine
 from ollama_forge.progress import say
 from ollama_forge.prompts.sources import read_instructions
 from ollama_forge.prompts.split import PromptSplit

@@ -11,13 +11,13 @@ from typing import Any
 from ollama_forge import __version__
 from ollama_forge.comparison.capability import Scores
 from ollama_forge.comparison.differences import Difference
-from ollama_forge.comparison.machine import Machine
 from ollama_forge.comparison.settings import BASE
 from ollama_forge.comparison.stages import Judged
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.files import read_json, write_json
+from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline.report import tables
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.records import to_json

@@ -11,15 +11,14 @@ import torch
 
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.device import pick_device, pick_dtype
-from ollama_forge.pipeline.resume import versions
-from ollama_forge.system import usable_cores
+from ollama_forge.system import usable_cores, versions
 
 _PACKAGES = ("torch", "transformers", "xllamacpp")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of a comparison.
+    """The machine and the libraries.
 
     Attributes:
         processor: its name; that of the GPU is in ``accelerator``.
