@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.read_matrix import read_matrix
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.comparison import capability
 from ollama_forge.comparison.capability import Score, require_tasks, score_tasks
 from ollama_forge.comparison.control import control_from_difference, control_from_record, missing_matrices
 from ollama_forge.comparison.differences import difference
@@ -190,8 +190,8 @@ class FakeHarness:
         modules["lm_eval.models.huggingface"].HFLM = make  # type: ignore[attr-defined]
         modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
         for name, module in modules.items():
+            module.__spec__ = ModuleSpec(name, None)
             patch.setitem(sys.modules, name, module)
-        patch.setattr(capability.importlib.util, "find_spec", lambda name: object())
 
 
 def test_lm_eval_scores_the_loaded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_lm_eval_scores_the_loaded_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_lm_eval_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ForgeError, match="which is not installed") as raised:
         require_tasks(["arc_easy"], None)
     assert "lm-eval" in raised.value.hint
