@@ -78,7 +78,7 @@ class Trials:
         self.layers = proposed_layers(self._n_layers)
         self._direction_prompts = split.fit.first(pairs)
         self._context = FitContext(model, split.fit, read, seed)
-        self._select = split.select
+        self.split = split
         self._details = provenance(model, self._direction_prompts, fingerprint, seed)
         self._stats: FitStats | None = None
         self._directions: dict[str, RefusalDirection] = {}
@@ -240,12 +240,12 @@ class Trials:
     @cached_property
     def _harmful(self) -> list[Ids]:
         """Token ids of the harmful select prompts, up to the position where the answer begins."""
-        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self._select.harmful))
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmful))
 
     @cached_property
     def _general(self) -> list[Ids]:
         """Token ids of general select prompts, up to the position where the answer begins."""
-        return general_ids(self.model.tokenizer, self._select)[:MAX_GENERAL]
+        return general_ids(self.model.tokenizer, self.split.select)[:MAX_GENERAL]
 
     @cached_property
     def _prompts(self) -> SelectPrompts:
@@ -257,7 +257,7 @@ class Trials:
     @cached_property
     def _probe_prompts(self) -> ProbePrompts:
         refused = [ids for ids, letter in zip(self._harmful, self.base_harmful.classes, strict=True) if letter == "r"]
-        harmless = [self.model.tokenizer.closed_ids(prompt) for prompt in self._select.harmless]
+        harmless = [self.model.tokenizer.closed_ids(prompt) for prompt in self.split.select.harmless]
         return ProbePrompts.of(self.model, refused, self._general, harmless)
 
     # -- directions -----------------------------------------------------------------------------------------------
