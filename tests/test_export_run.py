@@ -24,6 +24,7 @@ from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stage
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
+from ollama_forge.search.rule import Limits
 from ollama_forge.system import free_space
 from tests import fake_ollama, planted, tiny
 from tests.test_export_convert import byte_pairs
@@ -119,7 +120,7 @@ def test_a_second_run_makes_nothing_again(
 
 def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str]) -> None:
     made, report = done
-    closing_lines(report, climbed=False, max_kl=0.2)
+    closing_lines(report, climbed=False, limits=Limits())
     out = capsys.readouterr().out
     for path in ("checkpoint", "checkpoint.edit.safetensors", "refusal.pt", "org-tiny-x.gguf", "report.json"):
         assert f"{made.folder / path} (" in out

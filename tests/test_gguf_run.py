@@ -23,6 +23,7 @@ from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.pipeline.report import Report
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.search.rule import Limits
 from ollama_forge.sources.resolve import resolve
 from tests import fake_ollama, tiny
 from tests.gguf_models import Model
@@ -107,7 +108,7 @@ def test_records_lie_beside_it(
     record = EditRecord.load(made.folder / "tiny.edit.safetensors")
     assert sorted(record.matrices) == sorted(provenance["changed"])
     assert (made.folder / "checkpoint" / "model.safetensors").is_file()
-    closing_lines(report, climbed=False, max_kl=0.2)
+    closing_lines(report, climbed=False, limits=Limits())
     out = capsys.readouterr().out
     for name in ("tiny.gguf", "tiny.edit.safetensors", "checkpoint", "Modelfile"):
         assert f"{made.folder / name} (" in out

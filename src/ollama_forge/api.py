@@ -103,7 +103,8 @@ def compute_dir(
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
     }
-    EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit)).save(edit_file_beside(output))
+    record = EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
+    record.save(edit_file_beside(output))
     return ComputedDirection(computed, output, edit_file_beside(output))
 
 

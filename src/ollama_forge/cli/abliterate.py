@@ -203,11 +203,18 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.out_dtype_option
 @opt.allow_partial_option
 @click.option(
+    "--max-answer-kl",
+    type=float,
+    default=0.06,
+    show_default=True,
+    help="Largest answer KL divergence on general prompts, in nats a token, of an edit that may be chosen.",
+)
+@click.option(
     "--max-kl",
     type=float,
     default=0.2,
     show_default=True,
-    help="Largest first-token KL divergence of an edit that may be chosen.",
+    help="Largest first-token KL divergence on general prompts of an edit that may be chosen.",
 )
 @click.option("--pick", metavar="NAME", help="Use one of the edits that run tries, by the name that run prints.")
 @click.option(
@@ -265,6 +272,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         pick=options["pick"],
         escalate=not options["no_escalate"],
         max_kl=options["max_kl"],
+        max_answer_kl=options["max_answer_kl"],
         allow_few_refusals=options["allow_few_refusals"],
         allow_partial=options["allow_partial"],
         out_dtype=options["out_dtype"],
@@ -283,7 +291,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:
-        closing_lines(report, climbed=settings.choosing.climbs, max_kl=settings.max_kl)
+        closing_lines(report, climbed=settings.choosing.climbs, limits=settings.choosing.limits)
 
 
 @abliterate.command("chat")

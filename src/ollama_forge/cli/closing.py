@@ -10,21 +10,21 @@ from rich.table import Table
 
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
+from ollama_forge.search.rule import Limits
 
 _FEW = 0.10  # of harmful prompts
 
 
-def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
+def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
     """Print the report on stdout.
 
     Args:
-        climbed: whether the ladder could be tried.
-        max_kl: the largest first-token KL divergence of an edit that may be chosen.
+        climbed: whether other edits than the chosen one were tried.
+        limits: the largest damage of an edit that may be chosen.
     """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    rows = report.table()
-    if len(rows) > 1:
-        table = Table(*rows[0], title="report prompts, 95 % intervals")
+    for title, rows in report.tables().items():
+        table = Table(*rows[0], title=title)
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
@@ -37,8 +37,8 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
     final = report.rows.get("edited")
     if final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
-    if final is not None and final.damage.first_token_kl.value > max_kl:
-        console.print(f"the first-token KL is above {max_kl:g}: answers to harmless prompts change too")
+    if final is not None and final.damage.answer_kl.value > limits.answer_kl:
+        console.print(f"the answer KL is above {limits.answer_kl:g}: answers to ordinary prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
     for line in report.certificate_lines():

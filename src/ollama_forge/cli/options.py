@@ -142,7 +142,8 @@ prompt_options = _combined(
         "--num-instructions",
         type=int,
         metavar="N",
-        help=f"Number of harmful-harmless pairs to compute from ({_default('pairs')}).",
+        help=f"Number of harmful-harmless pairs to compute from ({_default('pairs')}). "
+        "Least squares protects all general prompts beside them.",
     ),
     click.option(
         "--seed",

@@ -45,6 +45,7 @@ def describe_edit(
         },
         "factors": plan.factors,
         "settings": to_json(settings) if settings else {},
+        "fitted_to": plan.fitted_to,
         "direction": _describe_direction(direction),
     }
 

@@ -21,17 +21,16 @@ from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
 SCHEMA = 2
-_HEADER = (
+_ANSWERS = (
     "model",
     "harmful refused",
     "deflected",
-    "harmless refused",
+    "in context",
     "over-refused",
-    "in context refused",
+    "harmless refused",
     "degenerate",
-    "answer KL",
-    "first-token KL",
 )
+_DAMAGE = ("model", "answer KL", "95th percentile", "first-token KL", "answer NLL under base", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -157,29 +156,41 @@ class Report:
         """Write ``report.json``."""
         write_json(self.folder / "report.json", self.to_json())
 
-    def table(self) -> list[tuple[str, ...]]:
-        """The header and one line per measurement, as text."""
-        lines: list[tuple[str, ...]] = [_HEADER]
+    def tables(self) -> dict[str, list[tuple[str, ...]]]:
+        """Tables as text by title, each a header and one line per measurement; none without measurements."""
+        if not self.rows:
+            return {}
+        answers: list[tuple[str, ...]] = [_ANSWERS]
+        damage: list[tuple[str, ...]] = [_DAMAGE]
         for name, row in self.rows.items():
-            in_context = row.second_turn + row.system_prompt
-            harmless = row.harmless + row.general
-            lines.append(
-                (
-                    name,
-                    _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
-                    f"{row.harmful.deflection}/{row.harmful.total}",
-                    _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
-                    f"{row.over_refusal.refusal}/{row.over_refusal.total}",
-                    f"{in_context.refusal}/{in_context.total}",
-                    f"{harmless.degenerate}/{harmless.total}",
-                    _nats(row.damage.answer_kl),
-                    _nats(row.damage.first_token_kl),
-                )
-            )
+            answers.append((name, *_answer_cells(row)))
+            damage.append((name, *_damage_cells(row.damage)))
         if self.noise_floor is not None:
-            floor = self.noise_floor
-            lines.append(("base rounded to 8 bits", *[""] * 6, _nats(floor.answer_kl), _nats(floor.first_token_kl)))
-        return lines
+            damage.append(("base rounded to 8 bits", *_damage_cells(self.noise_floor)))
+        return {"answers to report prompts, 95 % intervals": answers, "damage on general report prompts": damage}
+
+
+def _answer_cells(row: Measurement) -> tuple[str, ...]:
+    in_context, broken = row.second_turn + row.system_prompt, row.harmless + row.general
+    return (
+        _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
+        f"{row.harmful.deflection}/{row.harmful.total}",
+        f"{in_context.refusal}/{in_context.total}",
+        _rate(row.over_refusal.refusal, row.over_refusal.total, row.over_refusal.refusal_rate),
+        _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
+        f"{broken.degenerate}/{broken.total}",
+    )
+
+
+def _damage_cells(damage: Damage) -> tuple[str, ...]:
+    nll = "" if damage.answer_nll is None else f"{damage.answer_nll.value:.3f}"
+    return (
+        _nats(damage.answer_kl),
+        f"{damage.answer_kl_p95:.3f}",
+        _nats(damage.first_token_kl),
+        nll,
+        f"{damage.perplexity:.2f}",
+    )
 
 
 def _nats(found: Estimate) -> str:

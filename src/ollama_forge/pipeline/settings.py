@@ -16,6 +16,7 @@ from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.search.choose import ChoiceSettings
+from ollama_forge.search.rule import Limits
 from ollama_forge.sources.ollama_store import SCHEME
 
 
@@ -25,7 +26,7 @@ class RunSettings:
 
     Attributes:
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
-        edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
+        edit, pick, escalate, max_kl, max_answer_kl, allow_few_refusals: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
         keep_checkpoint: also write a checkpoint of an edited GGUF file.
@@ -45,7 +46,8 @@ class RunSettings:
     edit: EditSettings | None = None
     pick: str | None = None
     escalate: bool = True
-    max_kl: float = 0.2
+    max_kl: float = Limits.first_token_kl
+    max_answer_kl: float = Limits.answer_kl
     allow_few_refusals: bool = False
     allow_partial: bool = False
     base: str | None = None
@@ -74,6 +76,7 @@ class RunSettings:
             self.pick,
             self.escalate,
             self.max_kl,
+            self.max_answer_kl,
             self.allow_few_refusals,
             norm_rules=not self.ollama.as_adapter,
         )
