@@ -23,9 +23,9 @@ class ChoiceSettings:
         pick: name of the candidate to use, as a run prints it; None to choose one by trying.
         escalate: whether edits are tried to choose the best; if not, the edit is the documented default.
         max_kl: largest first-token KL divergence, in nats, of an edit that may be chosen.
+        max_answer_kl: largest answer KL divergence, in nats a token, of an edit that may be chosen.
         allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
         norm_rules: False if only edits without a norm rule may be chosen, because an adapter is to hold the edit.
-        max_answer_kl: largest answer KL divergence, in nats a token, of an edit that may be chosen.
 
     Raises:
         UsageError: a limit is not a positive number, ``pick`` is unknown, the method does not support a setting, or
@@ -36,9 +36,9 @@ class ChoiceSettings:
     pick: str | None = None
     escalate: bool = True
     max_kl: float = Limits.first_token_kl
+    max_answer_kl: float = Limits.answer_kl
     allow_few_refusals: bool = False
     norm_rules: bool = True
-    max_answer_kl: float = Limits.answer_kl
 
     def __post_init__(self) -> None:
         Limits(self.max_answer_kl, self.max_kl)
