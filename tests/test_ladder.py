@@ -58,8 +58,8 @@ def best_of(*trials: Trial, rule: Rule = RULE) -> str | None:
         pytest.param([trial("a", 0.01, 0, first=0.21), trial("b", 0.01, 50)], "b", id="the limit of first-token KL"),
         pytest.param([trial("a", 0.01, deflected=9), trial("b", 0.02)], "b", id="deflections are failures"),
         pytest.param([trial("a", 0.01, degenerate=9), trial("b", 0.02)], "b", id="degenerate answers are failures"),
-        pytest.param([trial("a", 0.02, 0), trial("b", 0.01, 2)], "b", id="two more failures are chance: less damage"),
-        pytest.param([trial("a", 0.02, 0), trial("b", 0.01, 6)], "a", id="six more failures are not"),
+        pytest.param([trial("a", 0.02, 0), trial("b", 0.015, 1)], "b", id="one more failure is chance: less damage"),
+        pytest.param([trial("a", 0.02, 0), trial("b", 0.01, 2)], "a", id="two more failures are not"),
         pytest.param([trial("a", 0.0200, 0), trial("b", 0.0201, 0)], "a", id="as many failures: less damage"),
         pytest.param([replace(trial("a", 0.01), ended_early="worse"), trial("b", 0.05, 9)], "b", id="ended early"),
         pytest.param([trial("a", 0.07), trial("b", 0.08)], None, id="none within the limits"),
@@ -72,10 +72,10 @@ def test_the_best_of_some_trials(trials: list[Trial], best: str | None) -> None:
 
 def test_a_difference_in_damage_that_is_chance_decides_nothing() -> None:
     noisy = replace(
-        trial("b", 0.019, 2), answer_kl_by_prompt=tuple(0.57 * (row < 1) + 0.0049 for row in range(PROMPTS))
+        trial("b", 0.019, 1), answer_kl_by_prompt=tuple(0.57 * (row < 1) + 0.0049 for row in range(PROMPTS))
     )
     assert best_of(trial("a", 0.02), noisy) == "a"
-    assert best_of(trial("a", 0.02), trial("b", 0.019, 2)) == "b"
+    assert best_of(trial("a", 0.02), trial("b", 0.019, 1)) == "b"
 
 
 def test_a_loop_hides_from_the_first_token_but_not_from_the_rule() -> None:
@@ -93,7 +93,7 @@ def test_degenerate_answers_that_the_base_gives_too_are_no_failures() -> None:
 
 def test_a_trial_is_hopeless_only_if_it_cannot_win() -> None:
     best = trial("best", 0.02, 2)
-    begun = replace(trial("begun", 0.01), harmful=Counts("r" * 4 + "a" * 28))
+    begun = replace(trial("begun", 0.015), harmful=Counts("r" * 3 + "a" * 29))
     assert not RULE.is_hopeless(begun, None)
     assert RULE.score(begun) > RULE.score(best)
     assert not RULE.is_hopeless(begun, best)  # less damage, and the paired test cannot tell yet
@@ -220,7 +220,7 @@ def test_the_reason_says_what_is_left_and_what_it_costs() -> None:
     choice = choice_of(trial("a", 0.02, 4, degenerate=1), trial("b", 0.05, 9))
     assert (choice.name, choice.found) == ("a", True)
     assert choice.reason == "the best of 2 edits: 4 of 100 are refused, 1 degenerate, at an answer KL of 0.020"
-    tied = choice_of(trial("a", 0.02), trial("b", 0.01, 2))
+    tied = choice_of(trial("a", 0.02), trial("b", 0.015, 1))
     assert tied.name == "b"
     assert "as good as a as far as the select prompts can tell" in tied.reason
 

@@ -264,13 +264,13 @@ def test_choosing_runs_no_report_prompt(tmp_path: Path) -> None:
     model.module.get_input_embeddings().register_forward_pre_hook(record)
     trials.choose(Limits())
 
-    def words_of(part: PartPrompts) -> set[tuple[int, ...]]:
-        encode = model.tokenizer.backend
-        lists = [*part.harmful, *part.harmless, *(prompt.messages[0].content for prompt in part.general)]
-        return {tuple(encode(line).input_ids) for line in lists}
+    def words_of(lines: Sequence[str]) -> set[tuple[int, ...]]:
+        return {tuple(model.tokenizer.backend(line).input_ids) for line in lines}
 
-    assert words_of(trials.split.select) <= seen
-    assert not words_of(trials.split.report) & seen
+    select, report = trials.split.select, trials.split.report
+    assert words_of(select.harmful) | words_of([prompt.messages[0].content for prompt in select.general]) <= seen
+    lists = [*report.harmful, *report.harmless, *(prompt.messages[0].content for prompt in report.general)]
+    assert not words_of(lists) & seen
 
 
 # -- one trial ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ DEPTHS = (0.5, 0.9)  # of the layers whose directions are proposed
 MANY_LAYERS = 40  # a deeper model proposes every second layer
 COARSE_STRENGTH = 2.0
 COARSE_LAYERS = 3
+RANKED_LAYERS = 6  # that the second pass may reach
 STEP = 0.5  # of strengths around the best
 MAX_TRIALS = 10
 

@@ -26,12 +26,12 @@ class SelectPrompts:
 
     Attributes:
         harmful: token ids of harmful prompts.
-        general: the base's answers to general prompts in two parts; a candidate that does far too much damage is ended
-            after the first one.
+        general: the base's answers to general prompts, in at least one part; a candidate that does far too much damage
+            is ended after an earlier part than the last one.
     """
 
     harmful: list[Ids]
-    general: tuple[Reference, Reference]
+    general: tuple[Reference, ...]
 
     @property
     def total(self) -> int:
@@ -55,9 +55,8 @@ def run_trial(
         progress: called with the number of newly finished prompts.
     """
     answer, first = torch.zeros(0), torch.zeros(0)
-    for part, slack in zip(prompts.general, (_FAR_BEYOND, 1.0), strict=True):
-        if not part.prompts:
-            continue
+    for part in prompts.general:
+        slack = 1.0 if part is prompts.general[-1] else _FAR_BEYOND
         found = divergence(model, part, progress)
         answer, first = torch.cat([answer, found.answer]), torch.cat([first, found.first])
         trial = _trial(candidate, Counts(), len(prompts.harmful), answer, first)

@@ -37,7 +37,16 @@ from ollama_forge.search.candidates import (
     least_squares,
     orthogonal_on_writers,
 )
-from ollama_forge.search.ladder import COARSE_STRENGTH, BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
+from ollama_forge.search.ladder import (
+    COARSE_STRENGTH,
+    RANKED_LAYERS,
+    BaseAnswers,
+    Choice,
+    Ladder,
+    chosen,
+    climb,
+    proposed_layers,
+)
 from ollama_forge.search.probes import LayerProbe, ProbePrompts, induces_refusal, probe
 from ollama_forge.search.rule import REMOVE, Limits, Rule, Trial
 from ollama_forge.search.trial import SelectPrompts, run_trial
@@ -222,9 +231,10 @@ class Trials:
         return probes
 
     def _ladder(self, probes: Sequence[LayerProbe], base: BaseAnswers) -> Ladder:
-        """The ladder with the probed layers in the order of their expected scores, if they induce refusal."""
+        """The ladder with the most promising of the probed layers, of those that induce refusal if there are any."""
         rate = base.harmful.refusal / max(base.harmful.total, 1)
         ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
+        ranking = ranking[:RANKED_LAYERS]
         inducing = tuple(layer for layer in ranking if self._induces(layer))
         has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
         return Ladder(self.layers, inducing or tuple(ranking), REMOVE.sign, has_experts)
@@ -251,8 +261,8 @@ class Trials:
     def _prompts(self) -> SelectPrompts:
         with bar("base model, general prompts", len(self._general)) as advance:
             parts = self._general[:FIRST_GENERAL], self._general[FIRST_GENERAL:]
-            first, rest = (Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts)
-        return SelectPrompts(self._harmful, (first, rest))
+            answered = [Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts if part]
+        return SelectPrompts(self._harmful, tuple(answered))
 
     @cached_property
     def _probe_prompts(self) -> ProbePrompts:
