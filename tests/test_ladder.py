@@ -23,7 +23,7 @@ from ollama_forge.search.candidates import (
 from ollama_forge.search.choose import ChoiceSettings, choose_edit
 from ollama_forge.search.ladder import BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import Limits, Rule, Trial
+from ollama_forge.search.rule import REMOVE, Limits, Rule, Trial
 
 TOTAL = 100
 LIMITS = Limits(answer_kl=0.06, first_token_kl=0.2)
@@ -115,10 +115,10 @@ def test_limits_are_positive_numbers(limits: dict[str, float]) -> None:
 
 
 def test_the_layers_from_half_to_nine_tenths_of_the_depth_are_proposed() -> None:
-    assert proposed_layers(4) == (2, 3)
-    assert proposed_layers(30) == tuple(range(15, 28))
-    assert proposed_layers(80) == tuple(range(40, 73, 2))
-    assert proposed_layers(1) == (0,)
+    assert proposed_layers(4, REMOVE) == (2, 3)
+    assert proposed_layers(30, REMOVE) == tuple(range(15, 28))
+    assert proposed_layers(80, REMOVE) == tuple(range(40, 73, 2))
+    assert proposed_layers(1, REMOVE) == (0,)
 
 
 class Scripted:
@@ -126,7 +126,7 @@ class Scripted:
 
     def __init__(self, outcome: Any, *, has_experts: bool = False) -> None:
         self.outcome, self.tried = outcome, list[str]()
-        self.ladder = Ladder((20, 21, 22, 23), (22, 20, 23), 1.0, has_experts)
+        self.ladder = Ladder((20, 21, 22, 23), (22, 20, 23), REMOVE, has_experts)
 
     def attempt(self, candidate: Candidate, best: Trial | None) -> Trial:
         self.tried.append(candidate.name)

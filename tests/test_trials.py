@@ -307,7 +307,7 @@ def tried(model: Any, harmful: int = 80, best: Trial | None = None) -> Trial:
     base = Looping(model.tokenizer)
     first, rest = (Reference.of(base, [[1, 2, 3]] * 4, 8) for _ in range(2))  # type: ignore[arg-type]
     rule = Rule(Limits(), Counts("r" * harmful), 0.0)
-    return run_trial(model, DOCUMENTED_DEFAULT, SelectPrompts([[1, 2, 3]] * harmful, (first, rest)), rule, best)
+    return run_trial(model, DOCUMENTED_DEFAULT, SelectPrompts([[1, 2, 3]] * harmful, [], (first, rest)), rule, best)
 
 
 def test_an_edit_whose_answers_loop_loses_however_small_its_first_token_kl(make: Any) -> None:

@@ -26,17 +26,19 @@ class SelectPrompts:
 
     Attributes:
         harmful: token ids of harmful prompts.
+        harmless: token ids of harmless prompts; empty if the goal of the edit does not need them.
         general: the base's answers to general prompts, in at least one part; a candidate that does far too much damage
             is ended after an earlier part than the last one.
     """
 
     harmful: list[Ids]
+    harmless: list[Ids]
     general: tuple[Reference, ...]
 
     @property
     def total(self) -> int:
         """The number of all prompts."""
-        return len(self.harmful) + sum(len(part.prompts) for part in self.general)
+        return len(self.harmful) + len(self.harmless) + sum(len(part.prompts) for part in self.general)
 
 
 def run_trial(
@@ -69,7 +71,10 @@ def run_trial(
             return replace(trial, ended_early=f"worse than {best.name}")
         wave = prompts.harmful[start : start + WAVE]
         trial = replace(trial, harmful=trial.harmful + count_answers(model, wave, progress))
-    return trial
+    if not prompts.harmless:
+        return trial
+    trial = replace(trial, harmless=count_answers(model, prompts.harmless, progress))
+    return trial if rule.spares_harmless(trial.harmless) else replace(trial, ended_early="refuses harmless prompts")
 
 
 def _trial(candidate: Candidate, counts: Counts, total: int, answer: Tensor, first: Tensor) -> Trial:
