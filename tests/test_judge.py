@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.judge import Judge, agreement
+from ollama_forge.evaluation.agreement import agreement
+from ollama_forge.evaluation.judge import Judge
 from ollama_forge.evaluation.refusals import AnswerClass
 from tests.http_servers import QuietServer
 

@@ -80,7 +80,7 @@ def _loops(tokens: Sequence[str]) -> bool:
         same = list(map(eq, tokens[period:], tokens))
         if sum(same) < min(8, period):
             continue
-        if period >= 5 and count == 2 * period and all(same):
+        if all(same) and (count == 2 * period if period >= 5 else count >= 6 * period):
             return True
         position = 0
         for equal, group in groupby(same):
@@ -90,9 +90,9 @@ def _loops(tokens: Sequence[str]) -> bool:
                 continue
             least = 24 if all(token.isdigit() for token in tokens[position : position + period]) else 8
             at_end = position >= len(same) - 1
-            if at_end and run >= (period + max(3, period // 4) if period >= 6 else max(2 * period, least)):
+            if at_end and run >= (period + 2 if period >= 8 else max(2 * period, least)):
                 return True
-            if run >= max(3 * period, least + 12, count // 4):
+            if run >= max(3 * period, least + 12, count // 4) or run >= max(3 * period, least, 0.6 * count):
                 return True
     return False
 

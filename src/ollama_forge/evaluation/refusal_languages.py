@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- a pattern on one line is easier to read than one in pieces
 """Refusing and condemning markers of other languages than English, a row a language.
 
 The patterns are for text that ``refusals.normalised`` has normalised. ``_GAP`` stands for a few words of the sentence.
