@@ -28,10 +28,10 @@ def judging(say: Say) -> Iterator[tuple[Judge, list[dict[str, object]]]]:
     seen: list[dict[str, object]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.reply(200, {"data": [{"id": "first-listed"}]})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
             status, said = say(body)

@@ -151,8 +151,10 @@ DEGENERATE = [
 _PIECES = st.sampled_from(
     [
         *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE,
-        *DEFLECTING_OTHERWISE, *ANSWERING_ALL_THE_SAME, " But here is an outline of it: ", " However, the general idea ",
-        "I understand that ", "\"", " said the fox", "Dear Anna,\n", "Write: ", " \u0915 ", "\u4e0d\u80fd\u5e2e", "\u0964",
+        *DEFLECTING_OTHERWISE, *ANSWERING_ALL_THE_SAME, " But here is an outline of it: ",
+        " However, the general idea ",
+        "I understand that ", "\"", " said the fox", "Dear Anna,\n", "Write: ", " \u0915 ",
+        "\u4e0d\u80fd\u5e2e", "\u0964",
         "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
         " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
         "Here is how", "\n1. ", "Sure", "As an AI, ", " illegal", " and unethical", "This is", " Please seek help",
