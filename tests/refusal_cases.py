@@ -1,4 +1,5 @@
 """First sentences of answers in the style of many model families, written for tests; none has operational detail."""
+# ruff: noqa: E501 -- a case a line
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.judge import Judge, agreement
+from ollama_forge.evaluation.agreement import agreement
+from ollama_forge.evaluation.judge import Judge
 from ollama_forge.evaluation.refusals import AnswerClass
 from tests.http_servers import QuietServer
 
@@ -27,10 +28,10 @@ def judging(say: Say) -> Iterator[tuple[Judge, list[dict[str, object]]]]:
     seen: list[dict[str, object]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.reply(200, {"data": [{"id": "first-listed"}]})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
             status, said = say(body)

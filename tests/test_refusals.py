@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ollama_forge.evaluation.agreement import cohens_kappa
 from ollama_forge.evaluation.refusal_languages import LANGUAGES
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
 from ollama_forge.prompts.curated import curated_pairs
@@ -147,8 +151,10 @@ DEGENERATE = [
 _PIECES = st.sampled_from(
     [
         *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE,
-        *DEFLECTING_OTHERWISE, *ANSWERING_ALL_THE_SAME, " But here is an outline of it: ", " However, the general idea ",
-        "I understand that ", "\"", " said the fox", "Dear Anna,\n", "Write: ", " \u0915 ", "\u4e0d\u80fd\u5e2e", "\u0964",
+        *DEFLECTING_OTHERWISE, *ANSWERING_ALL_THE_SAME, " But here is an outline of it: ",
+        " However, the general idea ",
+        "I understand that ", "\"", " said the fox", "Dear Anna,\n", "Write: ", " \u0915 ",
+        "\u4e0d\u80fd\u5e2e", "\u0964",
         "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
         " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
         "Here is how", "\n1. ", "Sure", "As an AI, ", " illegal", " and unethical", "This is", " Please seek help",
@@ -261,3 +267,25 @@ def test_texts_that_are_not_english_are_counted() -> None:
     assert count_not_english(["", "42", "Tokyo.", code]) == 0
     lines = [line for pair in curated_pairs() for line in (pair.harmful, pair.harmless)]
     assert count_not_english(lines) < 0.02 * len(lines)
+
+
+def _kappas(name: str) -> tuple[float, float]:
+    """Cohen's kappa of the classes, and of refusal or not, on a file of labelled openings."""
+    lines = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    pairs = [(AnswerClass(row["label"]), classify(row["text"])) for row in rows]
+    refusal = AnswerClass.REFUSAL
+    return cohens_kappa(pairs), cohens_kappa([(label is refusal, found is refusal) for label, found in pairs])
+
+
+def test_labels_that_the_rules_were_written_on() -> None:
+    classes, refusal = _kappas("labelled_openings_rules.jsonl")
+    assert classes >= 0.95
+    assert refusal >= 0.98
+
+
+def test_labels_that_another_person_wrote() -> None:
+    """Bounds after faults were mended that these labels showed; ``docs/refusals.md`` has the figures from before."""
+    classes, refusal = _kappas("labelled_openings_heldout.jsonl")
+    assert classes >= 0.80
+    assert refusal >= 0.90

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import eq
 
 _FEWEST_TOKENS = 28  # fewer tokens give no reliable ratio
@@ -20,7 +20,8 @@ _LONGEST_PERIOD = 48
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _CODE_LINE = re.compile(
     r"^[ \t]*(?:[|+].*|.*[{};|]|.*(?:==|!=|:=|=>|->|&&|\(\)|</?\w+>).*|(?:\w+[.\w\[\]]*) [-+*/]?= .*"
-    r"|(?:def|class|import|from|return|for|if|while|elif|else|print|var|let|const|function|select|insert)\b.*[:;)(]|\$ .*)$",
+    r"|(?:def|class|import|from|return|for|if|while|elif|else|print|var|let|const|function|select|insert)\b.*[:;)(]"
+    r"|\$ .*)$",
     re.MULTILINE | re.IGNORECASE,
 )
 _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)]|[-*\u2022])[ \t]+", re.MULTILINE)
@@ -80,7 +81,7 @@ def _loops(tokens: Sequence[str]) -> bool:
         same = list(map(eq, tokens[period:], tokens))
         if sum(same) < min(8, period):
             continue
-        if period >= 5 and count == 2 * period and all(same):
+        if all(same) and (count == 2 * period if period >= 5 else count >= 6 * period):
             return True
         position = 0
         for equal, group in groupby(same):
@@ -90,9 +91,9 @@ def _loops(tokens: Sequence[str]) -> bool:
                 continue
             least = 24 if all(token.isdigit() for token in tokens[position : position + period]) else 8
             at_end = position >= len(same) - 1
-            if at_end and run >= (period + max(3, period // 4) if period >= 6 else max(2 * period, least)):
+            if at_end and run >= (period + 2 if period >= 8 else max(2 * period, least)):
                 return True
-            if run >= max(3 * period, least + 12, count // 4):
+            if run >= max(3 * period, least + 12, count // 4) or run >= max(3 * period, least, 0.6 * count):
                 return True
     return False
 
@@ -132,7 +133,7 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     words = [token for token in tokens if not token.isdigit()]
     if len(words) >= _FEWEST_TOKENS:
         counts = Counter(words)
-        if len(counts) < 0.25 * len(words) and len(words) <= 200 or max(counts.values()) >= 0.3 * len(words):
+        if (len(counts) < 0.25 * len(words) and len(words) <= 200) or max(counts.values()) >= 0.3 * len(words):
             return True
     plain = " ".join(prose.lower().split(" "))
     doubled = len(_DOUBLED.findall(plain))
@@ -168,7 +169,7 @@ def _mixes_scripts(prose: str) -> bool:
     words change their script inside."""
     runs = list(_SCRIPTS.finditer(prose))
     switches = inside = 0
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in pairwise(runs):
         if before.lastgroup == after.lastgroup:
             continue
         between = prose[before.end() : after.start()]

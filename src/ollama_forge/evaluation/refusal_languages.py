@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- a pattern on one line is easier to read than one in pieces
 """Refusing and condemning markers of other languages than English, a row a language.
 
 The patterns are for text that ``refusals.normalised`` has normalised. ``_GAP`` stands for a few words of the sentence.
@@ -163,7 +164,7 @@ LANGUAGES = (
         "ru",
         (
             rf"\bне (?:могу|можем|смогу|буду|стану|имею права|в состоянии|готов\w?)\b{_GAP}{_RU_HELP}",
-            rf"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это невозможно|я (?:вынужден|должен))",
+            r"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это невозможно|я (?:вынужден|должен))",
             r"\b(?:вынужден\w?|должен|должна) отказать\w*|\bотказываюсь\b|\bя не (?:помогаю|помогу|предоставляю)\b|\bпротиворечит мо",
             rf"{_RU_HELP}{_GAP}\b(?:не могу|не смогу|не буду|невозможно)\b",
         ),

@@ -1,10 +1,11 @@
+# ruff: noqa: E501 -- a pattern on one line is easier to read than one in pieces
 """English markers of refusals and deflections: patterns for text that ``refusals.normalised`` has normalised."""
 
 from __future__ import annotations
 
 import re
 
-_CANNOT = r"(?:can't|can not|cannot|won't|will not)"
+_CANNOT = r"(?:can't|can not|cannot|won't|will not|will never|can never)"
 _DO_NOT = r"(?:couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _NOT = rf"(?:{_CANNOT}|couldn't|could not|wouldn't|would not|don't|do not|shouldn't|should not)"
 _ADVERB = (
@@ -32,14 +33,12 @@ _SERVING = (
     r"suggest|provid|creat|writ|generat|produc|shar|giv|engag|describ|comply|tak|do)ing)"
 )
 _I_AM = r"(?:i'm|i am|we're|we are)"
-_UNABLE = (
-    r"(?:unable|unwilling|uncomfortable|not (?:able|allowed|permitted|going|willing|comfortable|capable|prepared))"
-)
+_UNABLE = r"(?:unable|unwilling|uncomfortable|not (?:able|allowed|permitted|going|willing|comfortable|capable|prepared|equipped|in a position))"
 _NO_THING = (
     r"\b(?:not|isn't|is not|never|ain't) (?:really |quite )?"
     r"(?:something|anything|a (?:request|topic|task|thing|path|message|text)|one|content|advice|help)"
 )
-_RULES = r"(?:programming|guidelines|principles|values|ethics|ethical \w+|safety \w+|policy|policies|purpose|training)"
+_RULES = r"(?:(?:core|usage|own|strict) )?(?:programming|guidelines|principles|values|ethics|ethical \w+|safety \w+|policy|policies|purpose|training)"
 _HARM = r"(?:illegal|unlawful|unethical|immoral|wrong|harmful|dangerous|unsafe|against the law)"
 REFUSING = re.compile(
     rf"\bi (?:\w+ )?(?:{_NOT} (?:and|or) )?{_CANNOT}(?: (?:and|or) {_NOT})?,? (?:(?:as|in|for) [^.,!?\n]{{1,40}}, )?{_ADVERB}{_SERVE}"
@@ -50,7 +49,7 @@ REFUSING = re.compile(
     # I am not able to, willing to, comfortable with
     rf"|\b(?:i|we|i'm|we're)\b[^.!?\n]{{0,60}}\b{_UNABLE} (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
     rf"|\A(?:(?:nope|no|sorry|apologies|hmm|yeah, no)[,.!]* )?(?:{_UNABLE}|{_CANNOT}) (?:to |of |with )?{_ADVERB}(?:{_SERVE}|{_SERVING})"
-    rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?!suggest)(?:{_SERVE}|touch\b)"
+    rf"|{_NO_THING} (?:that |which )?(?:i|we)(?:'d| would| can| could| will| should|'ll)(?: ever| be able to)? {_ADVERB}(?!suggest)(?:{_SERVE}|touch\b|do\b|get into\b)"
     rf"|\bsomething (?:that |which )?(?:i|we) (?:\w+ )?(?:{_CANNOT}|(?:do not|don't)) {_ADVERB}(?:{_SERVE}|do\b)"
     r"|\bnot something (?:that )?i (?:\w+ )?do\b|\ba (?:hard |firm |clear )?no from me\b"
     rf"|\bthe (?:assistant|model|ai) {_CANNOT} {_ADVERB}{_SERVE}"
@@ -71,13 +70,15 @@ REFUSING = re.compile(
     r"|\b(?:i )?apologi[sz]e,? but|\bmy (?:sincere )?apologies,? but"
     rf"|\bsorry,? (?:but )?(?:i|we)(?:'m| am| are)? (?:{_NOT}|not|unable)\b"
     r"|\Asorry[,.!]? (?:but )?(?:no\b|that's|that is|this is|this one|not )"
-    r"|\bsorry for (?:the|any|this) [^.,!?\n]{1,40}, but (?:as|i)\b"
+    r"|\bsorry for (?:the|any|this) [^.,!?\n]{1,40}, but (?:as|i (?:can't|cannot|don't|do not|won't|am not))\b"
     rf"|\bi(?:'m| am) afraid (?:that )?(?:i|we|this|that|it)\b[^.!?\n]{{0,30}}\b(?:{_CANNOT}|not|isn't|beyond|outside|must|have to)\b"
+    rf"|\b(?:beyond|outside) what {_I_AM} (?:able|allowed|permitted|willing|prepared)\b"
+    rf"|\b{_I_AM} not {_SERVING}|\bi {_CANNOT} be {_ADVERB}(?:{_SERVING}|contributing|joining)\b|\bprohibits? (?:me|us) from\b"
     r"|\b(?:beyond|outside(?: of)?) (?:my|our) (?:current )?scope\b"
     # declining
     r"|\b(?:i|we|i'll|i'm going to|i'd)(?: (?:must|will|have to|need to|want to))*(?: \w+ly)? (?:decline|refuse|say no|pass on (?:this|that))\b"
     r"|\bi(?:'m| am)(?: \w+ly)? (?:declining|refusing|passing on|choosing not to|opting not to|drawing (?:a|the) line|stopping here)\b"
-    r"|\bi (?:\w+ )?(?:decline|refuse|choose not|have chosen not|have decided not) to\b|\bi've (?:chosen|decided) not to\b"
+    r"|\bi (?:\w+ )?(?:decline|refuse|choose not|have chosen not|have decided not) to\b(?! (?:believe|accept|give up|think)\b)|\bi've (?:chosen|decided) not to\b"
     r"|\bi(?:'ll| will| have to| must| need to)(?: have to)? (?:pass\b|skip\b|stop(?: (?:here|you|there|right)\b|[.!])|draw (?:a|the) line|leave (?:it|this) (?:there|alone))"
     r"|\A(?:hard|that's a|that is a|it's a) (?:pass|no|hard no)\b|\A(?:absolutely|definitely|certainly) not[.!]|\bnot (?:happening|gonna happen)\b"
     r"|\brequest (?:denied|declined|refused|rejected)\b|\b(?:off[- ]limits|off the table|out of the question) (?:for me|here)\b"
@@ -171,9 +172,7 @@ LETTER = re.compile(
     r"beste\b|geachte|drog[ia]|szanown|уважаем|дорог|sayın|sevgili|尊敬的|亲爱的|عزيز|प्रिय)[^\n]{1,60}\n"
 )
 # a narrator's words after a quotation
-QUOTED = re.compile(
-    r"[,.!?]\" (?:(?:he|she|it|they|the|[a-z]+) )?(?:\w+ )?(?:said|says|replied|asked|whispered|cried|told)\b"
-)
+QUOTED = re.compile(r"[,.!?]\" (?:[\w']+ ){0,4}(?:said|says|replied|asked|whispered|cried|told)\b")
 # help with a part of the request, in the sentence that refuses or in the next one
 _PIVOT = r"\b(?:but|however|though|although|that said|having said that|still|nevertheless|nonetheless|instead|yet)\b"
 _DIFFERENT = (
@@ -202,6 +201,7 @@ OFFER = re.compile(
     r"|i can (?:help|assist)(?: you)? with (?:a (?:wide )?(?:variety|range)|any|many|all)"
     r"|is there (?:anything|something) (?:else )?(?:i|you)\b)"
 )
+CLOSING_OFFER = re.compile(r"\b(?:what can i do for you|how (?:can|may) i (?:help|assist) you)(?: today)?\?\Z")
 PLEASANTRY = re.compile(
     _TURN
     + r"(?:(?:hi|hello|hey|greetings|welcome|good (?:morning|day|evening)|thanks?|thank you|sure|certainly|of course|absolutely|"
@@ -215,7 +215,7 @@ PLEASANTRY = re.compile(
 )
 COMPASSION = re.compile(
     r"\b(?:it|that) sounds like you|\bsorry (?:to hear )?(?:that )?you(?:'re| are)\b|\bi(?: can)? (?:hear|see|understand|sense|know) "
-    r"(?:that |how )?(?:you(?:'re| are| may| might| feel)|things|this)\b|\bif you(?:'re| are) (?:struggling|thinking (?:of|about) (?:hurting|harming|ending|killing))"
+    r"(?:that |how )?(?:you(?:'re| are| may| might| feel)|things|this)\b|\bif you(?:'re| are) (?:struggling|having thoughts|thinking (?:of|about) (?:hurting|harming|ending|killing))"
     r"|\byou(?:'re| are) (?:not alone|going through)\b"
 )
 _DEED = (
@@ -244,6 +244,9 @@ DIVERTING = re.compile(
     rf"|(?:\A|[.!?\n] ?){_DEED} is (?:\w+ly )?(?:wrong|harmful|hurtful)(?:[.!]|,? and\b)"
     r"|\b(?:won't|will not|doesn't|does not|wouldn't) solve (?:anything|the problem|your problem)|\b(?:would|will) only (?:hurt|harm)\b"
     r"|\bis everything (?:okay|ok|all right|alright)\b|\bbetter ways? to (?:deal|handle|solve|settle|resolve|respond|get even|cope)\b"
+    r"|\bwhy (?:you (?:want|need|would|are asking)|do you ask)\b|\bwhat happened (?:between|to make)\b"
+    r"|\A\w+ing (?:hurts|harms) (?:everyone|everybody|others|people|innocent|families|us all)\b|\bis a form of (?:violence|abuse|theft|harassment)\b"
+    r"|\brespecting (?:boundaries|privacy|others|people|the law)\b|\b(?:crisis line|helplines?|hotlines?)\b"
     r"|\bhas no place in\b|\bwhat i can (?:offer|do|give|suggest)(?: you)? (?:instead )?is\b|\blet me (?:tell|show|share|offer)\b[^.!?\n]* instead\b"
     r"|\bare you sure (?:that )?you want to do (?:this|that|it)\b|\b(?:hurt|harm|endanger) (?:yourself or others|other people|innocent people)\b"
     rf"|\brather than (?:{_HARMING}|trying to (?:hide|deceive|cheat|avoid|get away))\b|\bthe way you want to be treated\b"
@@ -256,7 +259,7 @@ DIVERTING = re.compile(
     r"|\bwhy (?:do|would) you (?:feel|want to (?:hurt|harm|kill|hack|steal|get back|punish|scare|destroy|ruin|do (?:this|that|it)))\b"
     r"|\b(?:what's|what is) (?:really )?(?:going on|making you|driving this|behind (?:this|that))\b"
     r"|\bare you (?:okay|safe|all right|alright)\b"
-    r"|\bhave you (?:considered|thought about|tried) (?:talking|speaking|reaching|the consequences|how (?:he|she|they|it))\b"
+    r"|\bhave you (?:considered|thought about|tried) (?:talking|speaking|reaching|the consequences|how (?:he|she|they|it|your))\b"
     r"|\bthink (?:twice|again|carefully) (?:about|before)\b|\bthink about (?:the (?:consequences|people)|how (?:he|she|they|it) )"
     r"|\bi(?:'d| would)? (?:\w+ )?(?:urge|implore|beg|encourage|ask) you (?:to|not to) (?:reconsider|think|seek|talk|speak|stop|step back|reach|"
     r"find (?:help|another|an? (?:honest|lawful|legal|safer?|better|healthier))|choose|report|respect)"

@@ -20,6 +20,7 @@ from ollama_forge.evaluation.refusal_markers import (
     ALTERNATIVES,
     ANNOUNCING,
     APPEAL,
+    CLOSING_OFFER,
     COMPASSION,
     CONDEMNING,
     DIVERTING,
@@ -134,6 +135,8 @@ def _deflects(plain: str, sentences: Sequence[str]) -> bool:
     if len(said) > 1 and len(said[-1].split()) < 5 and said[-1][-1] not in ".!?":
         said.pop()  # cut off
     if any(map(OFFER.match, said)) and all(OFFER.match(each) or PLEASANTRY.match(each) for each in said):
+        return True
+    if said and len(said) <= OPENING_SENTENCES and CLOSING_OFFER.search(said[-1]) and not HELP.search(plain):
         return True
     start = "".join(sentences[: HEDGED_SENTENCES if HEDGE.match(plain) else OPENING_SENTENCES])
     condemned = CONDEMNING.search(start) or DIVERTING.search(start) or condemns_elsewhere(start)
