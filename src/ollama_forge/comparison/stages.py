@@ -15,10 +15,11 @@ from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.agreement import Agreement, agreement
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.divergence import Reference, answer_nll, divergence
 from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.judge import Agreement, Judge, agreement
+from ollama_forge.evaluation.judge import Judge
 from ollama_forge.evaluation.measure import (
     GENERAL_TOKENS,
     Damage,
