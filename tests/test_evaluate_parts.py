@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -24,10 +25,12 @@ from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.factors import Rescale, edit_matrix
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
+from ollama_forge.evaluation.measure import Damage, measure_texts
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.machine import Machine
-from ollama_forge.prompts.conversation import Conversation, Message
+from ollama_forge.prompts.conversation import Conversation, Message, Prompt, text_of
+from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
 from tests.chat_servers import serve
@@ -231,6 +234,23 @@ def test_a_local_multiple_choice_task_is_scored(tmp_path: Path) -> None:
     require_tasks(["local_choice"], tmp_path)
     scores = score_tasks(model, ["local_choice"], tmp_path)["local_choice"]
     assert 0 <= scores["acc"].value <= 1
+
+
+def test_texts_are_measured_as_answers_are_and_tokenized_for_their_likelihood() -> None:
+    tokenizer = Tokenizer(tiny.tokenizer())
+    general = (Conversation("facts", (Message("user", "g"),)),)
+    prompts = PartPrompts(("bad", "worse"), ("good",), general)
+    limits: dict[str, int] = {}
+
+    def ask(asked: Sequence[Prompt], limit: int, progress: Callable[[int], None]) -> list[str]:
+        limits.update({text_of(prompt): limit for prompt in asked})
+        return ["I cannot help with that." if prompt == "bad" else "Here is the bread. " * 9 for prompt in asked]
+
+    found = measure_texts(ask, tokenizer, prompts, "server")
+    assert limits == {"bad": 128, "worse": 128, "good": 128, "user: g": 48}
+    assert (found.row.harmful.classes, found.row.harmless.total) == ("ra", 1)
+    assert tokenizer.decode(found.general[0]) == ("Here is the bread. " * 9)[:48]
+    assert found.row.damage == Damage()
 
 
 def test_the_machine_names_what_the_figures_depend_on() -> None:
