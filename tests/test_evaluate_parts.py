@@ -240,16 +240,17 @@ def test_texts_are_measured_as_answers_are_and_tokenized_for_their_likelihood() 
     tokenizer = Tokenizer(tiny.tokenizer())
     general = (Conversation("facts", (Message("user", "g"),)),)
     prompts = PartPrompts(("bad", "worse"), ("good",), general)
+    bread = "Mix flour, water, salt and yeast, let the dough rise, and bake it until it sounds hollow."
     limits: dict[str, int] = {}
 
     def ask(asked: Sequence[Prompt], limit: int, progress: Callable[[int], None]) -> list[str]:
         limits.update({text_of(prompt): limit for prompt in asked})
-        return ["I cannot help with that." if prompt == "bad" else "Here is the bread. " * 9 for prompt in asked]
+        return ["I cannot help with that." if prompt == "bad" else bread for prompt in asked]
 
     found = measure_texts(ask, tokenizer, prompts, "server")
     assert limits == {"bad": 128, "worse": 128, "good": 128, "user: g": 48}
     assert (found.row.harmful.classes, found.row.harmless.total) == ("ra", 1)
-    assert tokenizer.decode(found.general[0]) == ("Here is the bread. " * 9)[:48]
+    assert tokenizer.decode(found.general[0]) == bread[:48]
     assert found.row.damage == Damage()
 
 
