@@ -10,6 +10,7 @@ import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
+from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -21,6 +22,7 @@ def abliterate() -> None:
 
 abliterate.add_command(serve)
 abliterate.add_command(export_adapter)
+abliterate.add_command(evaluate)
 
 
 @abliterate.command("compute-dir")

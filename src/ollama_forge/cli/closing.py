@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,11 +25,7 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         limits: the largest damage of an edit that may be chosen.
     """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    for title, rows in report.tables().items():
-        table = Table(*rows[0], title=title)
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+    print_tables(console, report.tables())
     for note in report.split.notes:
         console.print(f"note: {note}", markup=False)
     for note in dict.fromkeys(note for row in report.rows.values() for note in row.notes):
@@ -41,7 +38,8 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
             console.print(line)
     elif final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
-    if final is not None and final.damage.answer_kl.value > limits.answer_kl:
+    divergence = None if final is None else final.damage.answer_kl
+    if divergence is not None and divergence.value > limits.answer_kl:
         console.print(f"the answer KL is above {limits.answer_kl:g}: answers to ordinary prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
@@ -67,6 +65,15 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         console.print(
             f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}", markup=False, soft_wrap=True
         )
+
+
+def print_tables(console: Console, tables: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
+    """Print tables, each a title with a header and its lines."""
+    for title, (header, *rows) in tables.items():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _strengthened(base: Measurement, final: Measurement) -> list[str]:

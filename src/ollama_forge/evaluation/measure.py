@@ -33,20 +33,21 @@ EXACT = Estimate(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Damage:
-    """What an edit did to the answers to general prompts, in nats.
+    """What an edit did to the answers to general prompts, in nats; None: not measured, as a server's answers alone tell
+    nothing of it.
 
     Attributes:
         answer_kl: divergence from the base a token of the base's own answers, mean over prompts.
         answer_kl_p95: its 95th percentile over prompts.
         first_token_kl: divergence from the base at the first token of an answer.
         perplexity: of a passage of a public-domain book.
-        answer_nll: negative log-likelihood under the base a token of the model's own answers; None if not measured.
+        answer_nll: negative log-likelihood under the base a token of the model's own answers.
     """
 
-    answer_kl: Estimate
-    answer_kl_p95: float
-    first_token_kl: Estimate
-    perplexity: float
+    answer_kl: Estimate | None = None
+    answer_kl_p95: float | None = None
+    first_token_kl: Estimate | None = None
+    perplexity: float | None = None
     answer_nll: Estimate | None = None
 
 
@@ -85,10 +86,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement, and the token ids of the model's answers to the general prompts."""
+    """A measurement, and what comparisons with other models need of the answers to the general prompts.
+
+    Attributes:
+        general: token ids of the answers.
+        answer_kl: divergence from the base of each prompt, in nats a token; empty if it was not measured.
+    """
 
     row: Measurement
     general: list[Ids] = field(repr=False)
+    answer_kl: list[float] = field(default_factory=list, repr=False)
 
 
 def measure_base(model: ScoringModel, prompts: PartPrompts, title: str) -> tuple[Measurement, Reference]:
@@ -109,10 +116,11 @@ def measure(model: ScoringModel, prompts: PartPrompts, reference: Reference, tit
         title: the label of the progress bar.
     """
     with bar(title, _answers(prompts) + len(reference.prompts)) as advance:
-        found = damage_of(model, divergence(model, reference, advance))
+        found = divergence(model, reference, advance)
+        damage = damage_of(model, found)
         general = model.answer(reference.prompts, GENERAL_TOKENS, progress=advance)
         lists = _answer_lists(model, prompts, advance)
-    return Measured(_measurement(model.tokenizer, lists, general, found), general)
+    return Measured(_measurement(model.tokenizer, lists, general, damage), general, found.answer.tolist())
 
 
 def damage_of(model: ScoringModel, found: Divergence) -> Damage:
@@ -152,6 +160,33 @@ def measure_answers(
             for name, answers in _answer(model, wave, ANSWER_TOKENS, advance).items():
                 lists[name] += answers
     return Measured(_measurement(tokenizer, lists, answered, damage), answered)
+
+
+Ask = Callable[[Sequence[Prompt], int, Callable[[int], None]], list[str]]
+"""Answers prompts greedily: the prompts, the largest number of tokens, and a function to call with the number done."""
+
+
+def measure_texts(ask: Ask, tokenizer: Tokenizer, prompts: PartPrompts, title: str) -> Measured:
+    """Measure a model that gives texts alone, such as one on a server; what it did to its distributions is unknown.
+
+    Args:
+        tokenizer: that of the base model, for the token ids of the answers to general prompts.
+        title: the label of the progress bar.
+    """
+    with bar(title, _answers(prompts)) as advance:
+        general = ask(prompts.general, GENERAL_TOKENS, advance)
+        lists = {name: ask(side, ANSWER_TOKENS, advance) for name, side in _named(prompts).items()}
+    ids = [tokenizer.backend(text, add_special_tokens=False).input_ids[:GENERAL_TOKENS] for text in general]
+    return Measured(_measurement_of_texts({**lists, "general": general}, Damage(), Thought.NONE), ids)
+
+
+def answer_texts(
+    model: AnsweringModel, prompts: Sequence[Prompt], progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """The greedy answers to prompts, as they are measured: at most 128 tokens, and less for a certain refusal."""
+    ids, decided = model.tokenizer.instructions_ids(prompts), _refuses(model.tokenizer)
+    answers = answer_after_thoughts(model, ids, ANSWER_TOKENS, decided=decided, progress=progress)
+    return [model.tokenizer.decode(answer) for answer in answers]
 
 
 def count_answers(
@@ -230,6 +265,10 @@ def _measurement(
     texts = {
         name: [tokenizer.decode(ids) for ids in answers] for name, answers in {**lists, "general": general}.items()
     }
+    return _measurement_of_texts(texts, damage, tokenizer.thought)
+
+
+def _measurement_of_texts(texts: Mapping[str, Sequence[str]], damage: Damage, thought: Thought) -> Measurement:
     counts = {name: Counts.of([classify(text) for text in found]) for name, found in texts.items()}
     not_english = count_not_english([*texts["harmful"], *texts["harmless"]])
-    return Measurement(**counts, damage=damage, thought=tokenizer.thought, not_english=not_english)
+    return Measurement(**counts, damage=damage, thought=thought, not_english=not_english)

@@ -21,6 +21,7 @@ from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
 SCHEMA = 2
+_NOT_AVAILABLE = "not available"
 _ANSWERS = (
     "model",
     "harmful refused",
@@ -158,16 +159,21 @@ class Report:
 
     def tables(self) -> dict[str, list[tuple[str, ...]]]:
         """Tables as text by title, each a header and one line per measurement; none without measurements."""
-        if not self.rows:
-            return {}
-        answers: list[tuple[str, ...]] = [_ANSWERS]
-        damage: list[tuple[str, ...]] = [_DAMAGE]
-        for name, row in self.rows.items():
-            answers.append((name, *_answer_cells(row)))
-            damage.append((name, *_damage_cells(row.damage)))
-        if self.noise_floor is not None:
-            damage.append(("base rounded to 8 bits", *_damage_cells(self.noise_floor)))
-        return {"answers to report prompts, 95 % intervals": answers, "damage on general report prompts": damage}
+        return tables(self.rows, self.noise_floor)
+
+
+def tables(rows: Mapping[str, Measurement], noise_floor: Damage | None) -> dict[str, list[tuple[str, ...]]]:
+    """Tables as text by title, each a header and one line per measurement; none without measurements."""
+    if not rows:
+        return {}
+    answers: list[tuple[str, ...]] = [_ANSWERS]
+    damage: list[tuple[str, ...]] = [_DAMAGE]
+    for name, row in rows.items():
+        answers.append((name, *_answer_cells(row)))
+        damage.append((name, *_damage_cells(row.damage)))
+    if noise_floor is not None:
+        damage.append(("base rounded to 8 bits", *_damage_cells(noise_floor)))
+    return {"answers to report prompts, 95 % intervals": answers, "damage on general report prompts": damage}
 
 
 def _answer_cells(row: Measurement) -> tuple[str, ...]:
@@ -186,14 +192,16 @@ def _damage_cells(damage: Damage) -> tuple[str, ...]:
     nll = "" if damage.answer_nll is None else f"{damage.answer_nll.value:.3f}"
     return (
         _nats(damage.answer_kl),
-        f"{damage.answer_kl_p95:.3f}",
+        _NOT_AVAILABLE if damage.answer_kl_p95 is None else f"{damage.answer_kl_p95:.3f}",
         _nats(damage.first_token_kl),
         nll,
-        f"{damage.perplexity:.2f}",
+        _NOT_AVAILABLE if damage.perplexity is None else f"{damage.perplexity:.2f}",
     )
 
 
-def _nats(found: Estimate) -> str:
+def _nats(found: Estimate | None) -> str:
+    if found is None:
+        return _NOT_AVAILABLE
     return "0" if found.high == 0 else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
