@@ -86,6 +86,11 @@ def test_a_model_does_not_diverge_from_itself(pair: list[ChatModel], tmp_path: P
     )
 
 
+def test_no_prompts_diverge_nowhere(pair: list[ChatModel]) -> None:
+    nothing = Reference.of(pair[0], [], LIMIT)
+    assert divergence(pair[1], nothing).answer.tolist() == []
+
+
 def test_other_vocabularies_and_broken_models_are_told(pair: list[ChatModel], tmp_path: Path) -> None:
     reference = Reference.of(pair[0], prompts_of(pair[0], 2), LIMIT)
     with pytest.raises(ForgeError, match="different vocabularies"):

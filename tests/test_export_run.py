@@ -40,7 +40,7 @@ def settings(folder: Path, model: Path, **changes: Any) -> RunSettings:
         model=str(model),
         name="org/tiny:x",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=EditSettings(targets=("writers",), skip_begin_layers=0, skip_end_layers=0),
         out_dtype="keep",

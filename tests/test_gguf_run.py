@@ -43,7 +43,7 @@ def settings(folder: Path, model: str, **changes: Any) -> RunSettings:
         model=model,
         name="tiny",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=WRITERS,
         allow_few_refusals=True,  # the weights are random

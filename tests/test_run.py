@@ -39,7 +39,7 @@ def settings(folder: Path, planted_layer: int = 1, **changes: Any) -> RunSetting
         model=str(folder / "model"),
         name="org/planted:tag",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
         load=LoadSettings(device="cpu", dtype="float32"),
     )
     return replace(made, **changes)

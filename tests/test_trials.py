@@ -43,7 +43,7 @@ from ollama_forge.search.candidates import (
 )
 from ollama_forge.search.choose import ChoiceSettings, choose_edit
 from ollama_forge.search.ladder import BaseAnswers
-from ollama_forge.search.rule import Limits, Rule, Trial
+from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
 from ollama_forge.search.trial import SelectPrompts, run_trial
 from ollama_forge.search.trials import MAX_GENERAL, Trials
 from ollama_forge.text.closed_thought import Thought
@@ -189,7 +189,9 @@ def test_a_method_that_does_not_support_the_model_is_left_out(
 # -- planted truth ------------------------------------------------------------------------------------------------
 
 
-def planted_trials(folder: Path, change: Callable[[torch.nn.Module], None] = lambda model: None) -> Trials:
+def planted_trials(
+    folder: Path, change: Callable[[torch.nn.Module], None] = lambda model: None, goal: Goal = REMOVE
+) -> Trials:
     """Trials on a planted model of eight layers whose layer 1 moves the feature; general prompts are of its words."""
     planted_model = planted.build(planted_layer=1, layers=8)
     with torch.no_grad():
@@ -205,7 +207,8 @@ def planted_trials(folder: Path, change: Callable[[torch.nn.Module], None] = lam
     ]
     read = vector_reader(checkpoint.tensors)
     model = ChatModel.load(checkpoint, LOAD)
-    return Trials(model, PromptSplit(*parts), DirectionSettings(), read, pairs=64, fingerprint="f", seed=0)
+    split = PromptSplit(*parts)
+    return Trials(model, split, DirectionSettings(), read, pairs=64, fingerprint="f", seed=0, goal=goal)
 
 
 def loud_channel(model: Any) -> None:

@@ -62,9 +62,9 @@ def _body(record: Mapping[str, Any]) -> str:
         "",
     ]
     if rows:
-        lines += ["| model | harmful refused | harmless refused | first-token KL |", "|---|---|---|---|"]
+        lines += ["| model | harmful refused | harmless refused | answer KL |", "|---|---|---|---|"]
         for name, row in rows.items():
-            bad, good, kl = row["harmful"], row["harmless"], row["damage"]["first_token_kl"]
+            bad, good, kl = row["harmful"], row["harmless"], row["damage"]["answer_kl"]
             lines.append(
                 f"| {name} | {bad['refusal']}/{bad['total']} | {good['refusal']}/{good['total']} "
                 f"| {kl['value']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) |"

@@ -68,7 +68,8 @@ class Reference:
                 found[row] = top.int().cpu(), (logits - scores.logsumexp(-1, keepdim=True)).cpu()
         rows = [found[row] for row in range(len(prompts))]
         counts = torch.tensor([len(top) for top, _ in rows])
-        top, log_probs = (torch.cat([row[side] for row in rows]) for side in (0, 1))
+        nothing = torch.zeros(0, TOP, dtype=torch.int32), torch.zeros(0, TOP)
+        top, log_probs = (torch.cat([row[side] for row in rows]) if rows else nothing[side] for side in (0, 1))
         return cls(list(prompts), answers, max_new_tokens, counts, top, log_probs)
 
     def of_prompt(self, row: int) -> tuple[Tensor, Tensor]:
