@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json, sha256_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
+from ollama_forge.system import versions
 
 T = TypeVar("T")
 
@@ -50,18 +50,6 @@ class Stage(Generic[T]):
     def key(self) -> str:
         """Hash of everything that the result depends on."""
         return sha256_json({"stage": self.name, "version": __version__, **versions(self.packages), **self.needs})
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions by package name; "" for a package that is not installed."""
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-    return {name: version(name) for name in packages}
 
 
 class StageCache:
