@@ -216,6 +216,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     show_default=True,
     help="Largest first-token KL divergence on general prompts of an edit that may be chosen.",
 )
+@click.option(
+    "--strengthen",
+    is_flag=True,
+    help="Choose an edit that makes the model refuse more harmful prompts, and hardly any harmless ones. A negative "
+    "--strength without other options of an edit means the same.",
+)
 @click.option("--pick", metavar="NAME", help="Use one of the edits that run tries, by the name that run prints.")
 @click.option(
     "--allow-few-refusals",
@@ -259,6 +265,8 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
     if options["pick"] is not None and options["no_escalate"]:
         raise UsageError("--pick names the edit, so that --no-escalate has no effect", "leave out one of them")
+    edit = opt.edit_settings(options)
+    strengthen = options["strengthen"] or opt.is_negative_strength_alone(options)
     settings = RunSettings(
         model=options["model"],
         name=options["name"],
@@ -268,7 +276,8 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
-        edit=opt.edit_settings(options),
+        edit=None if opt.is_negative_strength_alone(options) else edit,
+        strengthen=strengthen,
         pick=options["pick"],
         escalate=not options["no_escalate"],
         max_kl=options["max_kl"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
 from ollama_forge.search.rule import Limits
@@ -34,8 +35,11 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         console.print(f"note: {note}", markup=False)
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
-    final = report.rows.get("edited")
-    if final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
+    final, base = report.rows.get("edited"), report.rows.get("base")
+    if final is not None and base is not None and choice.settings.strengthens:
+        for line in _strengthened(base, final):
+            console.print(line)
+    elif final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
     if final is not None and final.damage.answer_kl.value > limits.answer_kl:
         console.print(f"the answer KL is above {limits.answer_kl:g}: answers to ordinary prompts change too")
@@ -63,6 +67,21 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         console.print(
             f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}", markup=False, soft_wrap=True
         )
+
+
+def _strengthened(base: Measurement, final: Measurement) -> list[str]:
+    """What became of refusals that were to be strengthened."""
+    before, after = base.harmful.refusal, final.harmful.refusal
+    rise = final.harmless.refusal - base.harmless.refusal
+    lines = [f"refusals of harmful prompts: {before} before, {after} after, of {final.harmful.total}"]
+    if after < before:
+        lines.append(
+            "this edit removes refusals: an orthogonal edit of negative strength amplifies the component along the "
+            "direction, of either sign; use --strengthen"
+        )
+    if rise > 0:
+        lines.append(f"harmless prompts refused: {rise} more than before, of {final.harmless.total}")
+    return lines
 
 
 def _size(path: Path) -> int:

@@ -293,6 +293,12 @@ def direction_settings(options: dict[str, Any]) -> DirectionSettings:
     )
 
 
+def is_negative_strength_alone(options: dict[str, Any]) -> bool:
+    """Whether a negative strength is the only option of an edit that was given."""
+    given = [key for key in (*EDIT_KEYS, "factors") if options.get(key) is not None]
+    return given == ["strength"] and options["strength"] < 0
+
+
 def edit_settings(options: dict[str, Any]) -> EditSettings | None:
     """The settings of the edit; None if no option of an edit was given.
 

@@ -88,6 +88,7 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
         "escalate": settings.escalate,
         "max_kl": settings.max_kl,
         "max_answer_kl": settings.max_answer_kl,
+        "strengthen": settings.strengthen,
         "allow_few_refusals": settings.allow_few_refusals,
         "num_instructions": settings.prompts.num_instructions,
         "seed": settings.prompts.seed,

@@ -66,7 +66,7 @@ class PromptSettings:
             if lines and 2 * foreign > len(lines):
                 notes += (
                     f"{foreign:,} of your {len(lines):,} {side} lines are not English: "
-                    "refusals in other languages count as answers",
+                    "refusals are recognised in some languages alone (docs/refusals.md)",
                 )
         if downloaded is not None and not curated:
             harmful, harmless, downloaded = list(downloaded.harmful), list(downloaded.harmless), None

@@ -10,7 +10,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.progress import say
 from ollama_forge.search.candidates import CONFIGURED, DOCUMENTED_DEFAULT, Candidate, candidate_named
 from ollama_forge.search.ladder import BaseAnswers, Choice
-from ollama_forge.search.rule import Limits
+from ollama_forge.search.rule import REMOVE, STRENGTHEN, Goal, Limits
 from ollama_forge.search.trials import Trials
 
 
@@ -25,6 +25,7 @@ class ChoiceSettings:
         max_kl: largest first-token KL divergence, in nats, of an edit that may be chosen.
         max_answer_kl: largest answer KL divergence, in nats a token, of an edit that may be chosen.
         allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
+        strengthen: choose an edit that strengthens refusal.
         norm_rules: False if only edits without a norm rule may be chosen, because an adapter is to hold the edit.
 
     Raises:
@@ -38,6 +39,7 @@ class ChoiceSettings:
     max_kl: float = Limits.first_token_kl
     max_answer_kl: float = Limits.answer_kl
     allow_few_refusals: bool = False
+    strengthen: bool = False
     norm_rules: bool = True
 
     def __post_init__(self) -> None:
@@ -48,6 +50,11 @@ class ChoiceSettings:
                 raise UsageError("--pick excludes the options of an edit", "leave out --pick or those options")
         if self.edit is not None:
             check_edit(self.edit)
+        if self.strengthen and not self.climbs:
+            raise UsageError(
+                "--strengthen chooses the edit, and excludes the options of an edit, --pick and --no-escalate",
+                "leave out --strengthen, and give a negative --strength with --factors least-squares; or the others",
+            )
         if not (self.norm_rules or self.climbs) and self.first_candidate.settings.norm_preserving:
             raise UsageError(
                 f"--as-adapter: {self.first_candidate.name} restores norms after the edit, which no adapter can hold",
@@ -67,6 +74,11 @@ class ChoiceSettings:
         return DOCUMENTED_DEFAULT if self.pick is None else candidate_named(self.pick)
 
     @property
+    def goal(self) -> Goal:
+        """What the edit is for."""
+        return STRENGTHEN if self.strengthen or self.first_candidate.settings.strengthens else REMOVE
+
+    @property
     def climbs(self) -> bool:
         """Whether candidates are tried to choose one."""
         return self.edit is None and self.pick is None and self.escalate
@@ -82,7 +94,7 @@ def choose_edit(trials: Trials, settings: ChoiceSettings) -> Choice:
     trials.check(settings.first_candidate)
     say("counting the base model's refusals on select prompts")
     base = BaseAnswers(trials.base_harmful)
-    if not (settings.first_candidate.settings.strengthens or settings.allow_few_refusals):
+    if settings.goal is REMOVE and not settings.allow_few_refusals:
         base.require_refusals()
     if settings.climbs:
         say("trying edits on select prompts")

@@ -9,20 +9,19 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.search.candidates import Candidate, least_squares
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import Rule, Trial
+from ollama_forge.search.rule import Goal, Rule, Trial
 
 MIN_REFUSAL_RATE = 0.20  # of harmful prompts, for a base model with refusals to remove
-DEPTHS = (0.5, 0.9)  # of the layers whose directions are proposed
 MANY_LAYERS = 40  # a deeper model proposes every second layer
-COARSE_STRENGTH = 2.0
 COARSE_LAYERS = 3
+RANKED_LAYERS = 6  # that the second pass may reach
 STEP = 0.5  # of strengths around the best
 MAX_TRIALS = 10
 
 
-def proposed_layers(n_layers: int) -> tuple[int, ...]:
-    """The layers whose directions are probed, in rising order."""
-    first, last = (int(depth * n_layers) for depth in DEPTHS)
+def proposed_layers(n_layers: int, goal: Goal) -> tuple[int, ...]:
+    """The layers whose directions are tried, in rising order."""
+    first, last = (int(depth * n_layers) for depth in goal.depths)
     return tuple(range(first, min(last, n_layers - 1) + 1, 1 if n_layers <= MANY_LAYERS else 2))
 
 
@@ -67,8 +66,8 @@ class Choice(Candidate):
         base: classes of the base model's answers to the select prompts.
         trials: the trials in order; empty if no candidate was tried.
         probes: the probes of layers; empty if no candidate was tried.
-        found: False if candidates were tried and the chosen one does not lower refusals significantly, or is not within
-            the limits of damage.
+        found: False if candidates were tried and the chosen one does not change refusals significantly as it should, or
+            is not within the limits of damage.
     """
 
     reason: str
@@ -90,25 +89,27 @@ class Ladder:
     Attributes:
         layers: the proposed layers, in rising order.
         ranking: those whose directions are tried, the most promising first.
-        sign: sign of the strengths.
+        goal: what the edits are for.
         has_experts: whether attention alone is tried too: what editing experts too is worth differs between models.
     """
 
     layers: tuple[int, ...]
     ranking: tuple[int, ...]
-    sign: float
+    goal: Goal
     has_experts: bool
 
     def coarse(self) -> list[Candidate]:
         """The first pass: the most promising layers at one strength."""
-        return [least_squares(layer, self.sign * COARSE_STRENGTH) for layer in self.ranking[:COARSE_LAYERS]]
+        strength = self.goal.sign * self.goal.strength
+        return [least_squares(layer, strength) for layer in self.ranking[:COARSE_LAYERS]]
 
     def around(self, best: Candidate) -> Iterator[Candidate]:
         """The second pass: the strengths and layers next to those of a least-squares candidate."""
         assert best.layer is not None
         alone, strength = best.settings.mlp_strength is not None, best.settings.strength
-        for near in (strength + self.sign * STEP, strength - self.sign * STEP):
-            if near * self.sign > 0:
+        sign = self.goal.sign
+        for near in (strength + sign * STEP, strength - sign * STEP):
+            if near * sign > 0:
                 yield least_squares(best.layer, near, attention_alone=alone)
         place = self.layers.index(best.layer)
         for layer in (*self.layers[max(place - 1, 0) : place], *self.layers[place + 1 : place + 2]):
@@ -162,8 +163,8 @@ def chosen(trials: Sequence[Trial], probes: Sequence[LayerProbe], rule: Rule, ba
             f"this one changes the model least, at an answer KL of {best.answer_kl:.3f}"
         )
     else:
-        found = rule.lowers_failures(best)
-        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials)
+        found = rule.reaches_goal(best)
+        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, rule.goal)
     edit = best.name, best.direction, best.settings
     return Choice(*edit, reason, base, tuple(trials), tuple(probes), found)
 
@@ -176,9 +177,9 @@ def _reason(best: Trial, trials: Sequence[Trial], rule: Rule) -> str:
     return f"{compared}: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
 
 
-def _nothing_found(best: Trial, trials: Sequence[Trial]) -> str:
+def _nothing_found(best: Trial, trials: Sequence[Trial], goal: Goal) -> str:
     return (
-        f"nothing was found: the best of {len(trials)} edits lowers refusals by no more than chance; "
+        f"nothing was found: the best of {len(trials)} edits {goal.change} refusals by no more than chance; "
         f"with it {_left(best)}"
     )
 

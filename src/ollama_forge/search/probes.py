@@ -59,6 +59,8 @@ class ProbePrompts:
         log_probs: natural log-probability of each opening under the base, ``[prompts]``.
         general: the first tokens of its answers to general prompts.
         harmless: token ids of harmless prompts.
+        harmless_log_probs: natural log-probability under the base that the commonest opening answers each of them,
+            ``[prompts]``.
     """
 
     refused: list[Ids]
@@ -66,6 +68,7 @@ class ProbePrompts:
     log_probs: Tensor
     general: Reference
     harmless: list[Ids]
+    harmless_log_probs: Tensor
 
     @classmethod
     def of(
@@ -75,7 +78,8 @@ class ProbePrompts:
         refused, harmless = list(refused[:MAX_PROMPTS]), list(harmless[:MAX_PROMPTS])
         openings = model.answer(refused, OPENING_TOKENS)
         reference = Reference.of(model, general[:MAX_PROMPTS], GENERAL_TOKENS)
-        return cls(refused, openings, log_probs_of(model, refused, openings), reference, harmless)
+        base = log_probs_of(model, refused, openings)
+        return cls(refused, openings, base, reference, harmless, _refusal_of(model, harmless, openings))
 
 
 def probe(model: ScoringModel, prompts: ProbePrompts, layer: int, strength: float) -> LayerProbe:
@@ -94,14 +98,17 @@ def induces_refusal(model: ChatModel, prompts: ProbePrompts, layer: int, vector:
         layer: the layer after which it is added, at every position.
         vector: ``[d_model]``.
     """
-    if not prompts.openings:
-        return True
-    commonest, _ = Counter(map(tuple, prompts.openings)).most_common(1)[0]
-    openings = [list(commonest)] * len(prompts.harmless)
-    before = log_probs_of(model, prompts.harmless, openings)
     with _added(model, layer, vector):
-        after = log_probs_of(model, prompts.harmless, openings)
-    return bool((after - before).mean() >= 0)
+        after = _refusal_of(model, prompts.harmless, prompts.openings)
+    return bool((after - prompts.harmless_log_probs).mean() >= 0)
+
+
+def _refusal_of(model: ScoringModel, prompts: Sequence[Ids], openings: Sequence[Ids]) -> Tensor:
+    """The natural log-probability that the commonest of some openings answers each prompt, float64 ``[prompts]``."""
+    if not openings:
+        return torch.zeros(len(prompts), dtype=torch.float64)
+    commonest, _ = Counter(map(tuple, openings)).most_common(1)[0]
+    return log_probs_of(model, prompts, [list(commonest)] * len(prompts))
 
 
 def log_probs_of(model: ScoringModel, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:

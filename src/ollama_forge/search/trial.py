@@ -26,17 +26,19 @@ class SelectPrompts:
 
     Attributes:
         harmful: token ids of harmful prompts.
-        general: the base's answers to general prompts in two parts; a candidate that does far too much damage is ended
-            after the first one.
+        harmless: token ids of harmless prompts; empty if the goal of the edit does not need them.
+        general: the base's answers to general prompts, in at least one part; a candidate that does far too much damage
+            is ended after an earlier part than the last one.
     """
 
     harmful: list[Ids]
-    general: tuple[Reference, Reference]
+    harmless: list[Ids]
+    general: tuple[Reference, ...]
 
     @property
     def total(self) -> int:
         """The number of all prompts."""
-        return len(self.harmful) + sum(len(part.prompts) for part in self.general)
+        return len(self.harmful) + len(self.harmless) + sum(len(part.prompts) for part in self.general)
 
 
 def run_trial(
@@ -55,9 +57,8 @@ def run_trial(
         progress: called with the number of newly finished prompts.
     """
     answer, first = torch.zeros(0), torch.zeros(0)
-    for part, slack in zip(prompts.general, (_FAR_BEYOND, 1.0), strict=True):
-        if not part.prompts:
-            continue
+    for part in prompts.general:
+        slack = 1.0 if part is prompts.general[-1] else _FAR_BEYOND
         found = divergence(model, part, progress)
         answer, first = torch.cat([answer, found.answer]), torch.cat([first, found.first])
         trial = _trial(candidate, Counts(), len(prompts.harmful), answer, first)
@@ -70,7 +71,10 @@ def run_trial(
             return replace(trial, ended_early=f"worse than {best.name}")
         wave = prompts.harmful[start : start + WAVE]
         trial = replace(trial, harmful=trial.harmful + count_answers(model, wave, progress))
-    return trial
+    if not prompts.harmless:
+        return trial
+    trial = replace(trial, harmless=count_answers(model, prompts.harmless, progress))
+    return trial if rule.spares_harmless(trial.harmless) else replace(trial, ended_early="refuses harmless prompts")
 
 
 def _trial(candidate: Candidate, counts: Counts, total: int, answer: Tensor, first: Tensor) -> Trial:

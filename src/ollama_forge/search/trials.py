@@ -37,9 +37,17 @@ from ollama_forge.search.candidates import (
     least_squares,
     orthogonal_on_writers,
 )
-from ollama_forge.search.ladder import COARSE_STRENGTH, BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
+from ollama_forge.search.ladder import (
+    RANKED_LAYERS,
+    BaseAnswers,
+    Choice,
+    Ladder,
+    chosen,
+    climb,
+    proposed_layers,
+)
 from ollama_forge.search.probes import LayerProbe, ProbePrompts, induces_refusal, probe
-from ollama_forge.search.rule import REMOVE, Limits, Rule, Trial
+from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
 from ollama_forge.search.trial import SelectPrompts, run_trial
 from ollama_forge.text.tokenizer import Ids
 
@@ -57,6 +65,7 @@ class Trials:
         pairs: number of fit pairs that directions are computed from; factors are fitted to all fit prompts.
         fingerprint: fingerprint of the model's checkpoint, for the sidecars of directions.
         seed: seed of all random draws.
+        goal: what the edits are for.
 
     Attributes:
         layers: the layers whose directions the ladder proposes, in rising order.
@@ -72,13 +81,15 @@ class Trials:
         pairs: int,
         fingerprint: str,
         seed: int,
+        goal: Goal = REMOVE,
     ) -> None:
         self.model, self.settings, self.read, self.seed = model, settings, read, seed
         self._n_layers = model.model_map.n_layers
-        self.layers = proposed_layers(self._n_layers)
+        self.goal = goal
+        self.layers = proposed_layers(self._n_layers, goal)
         self._direction_prompts = split.fit.first(pairs)
         self._context = FitContext(model, split.fit, read, seed)
-        self._select = split.select
+        self.split = split
         self._details = provenance(model, self._direction_prompts, fingerprint, seed)
         self._stats: FitStats | None = None
         self._directions: dict[str, RefusalDirection] = {}
@@ -156,6 +167,12 @@ class Trials:
             return count_answers(self.model, self._harmful, advance)
 
     @cached_property
+    def base_harmless(self) -> Counts:
+        """Classes of the unedited model's answers to the harmless select prompts."""
+        with bar("base model, harmless select prompts", len(self._harmless)) as advance:
+            return count_answers(self.model, self._harmless, advance)
+
+    @cached_property
     def base(self) -> BaseAnswers:
         """Classes of the unedited model's answers to harmful and to general select prompts."""
         decode = self.model.tokenizer.decode
@@ -164,7 +181,8 @@ class Trials:
 
     def rule(self, limits: Limits) -> Rule:
         """The rule by which the best edit of this model is chosen."""
-        return Rule(limits, self.base_harmful, self.base.degenerate_rate)
+        harmless = Counts() if self.goal.max_harmless_rise is None else self.base_harmless
+        return Rule(limits, self.base_harmful, self.base.degenerate_rate, self.goal, harmless)
 
     def try_on_select(self, candidate: Candidate, rule: Rule, best: Trial | None = None) -> Trial:
         """Measure a candidate on the select prompts; the trial is ended once it must lose to ``best``."""
@@ -173,7 +191,7 @@ class Trials:
             return run_trial(self.model, candidate, prompts, rule, best, advance)
 
     def choose(self, limits: Limits, *, norm_rules: bool = True) -> Choice:
-        """Probe the proposed layers, climb the ladder, try two common edits for comparison, and choose the best.
+        """Climb the ladder and choose the best edit; to remove refusals, two common edits are tried for comparison.
 
         Args:
             norm_rules: False to try only edits without a norm rule.
@@ -189,9 +207,9 @@ class Trials:
             return trial
 
         probes, trials = self._probe_layers(), []
-        if probes:
+        if self._fits:
             trials = climb(attempt, self._ladder(probes, base), rule)
-        if norm_rules:
+        if norm_rules and self.goal is REMOVE:
             best = rule.best(trials) or next(iter(trials), None)
             layer = self.layers[len(self.layers) // 2] if best is None or best.layer is None else best.layer
             for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(layer)):
@@ -208,11 +226,16 @@ class Trials:
             return False
         return True
 
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether the model supports least squares."""
+        return self._is_possible(least_squares(self.layers[0], self.goal.sign * self.goal.strength))
+
     def _probe_layers(self) -> list[LayerProbe]:
-        """Probe least squares with the direction of each proposed layer; none if the model does not support it."""
-        candidates = [least_squares(layer, REMOVE.sign * COARSE_STRENGTH) for layer in self.layers]
-        if not self._is_possible(candidates[0]):
+        """Probe least squares with the direction of each proposed layer, by the base's refusals that it removes."""
+        if not self._fits or self.goal is not REMOVE:
             return []
+        candidates = [least_squares(layer, self.goal.sign * self.goal.strength) for layer in self.layers]
         prompts, probes = self._probe_prompts, []
         with bar("probing layers", len(candidates)) as advance:
             for layer, candidate in zip(self.layers, candidates, strict=True):
@@ -222,12 +245,20 @@ class Trials:
         return probes
 
     def _ladder(self, probes: Sequence[LayerProbe], base: BaseAnswers) -> Ladder:
-        """The ladder with the probed layers in the order of their expected scores, if they induce refusal."""
+        """The ladder with the most promising of the probed layers, of those that induce refusal if there are any.
+
+        Without probes the layers are ordered by their distance from the middle one, of every second.
+        """
+        has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
+        if not probes:
+            middle = self.layers[len(self.layers) // 2]
+            spread = sorted(self.layers, key=lambda layer: ((layer - middle) % 2, abs(layer - middle)))
+            return Ladder(self.layers, tuple(spread), self.goal, has_experts)
         rate = base.harmful.refusal / max(base.harmful.total, 1)
         ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
+        ranking = ranking[:RANKED_LAYERS]
         inducing = tuple(layer for layer in ranking if self._induces(layer))
-        has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
-        return Ladder(self.layers, inducing or tuple(ranking), REMOVE.sign, has_experts)
+        return Ladder(self.layers, inducing or tuple(ranking), self.goal, has_experts)
 
     def _induces(self, layer: int) -> bool:
         """Whether the layer's direction, as long as the harmful and the harmless mean are apart, induces refusal."""
@@ -240,24 +271,30 @@ class Trials:
     @cached_property
     def _harmful(self) -> list[Ids]:
         """Token ids of the harmful select prompts, up to the position where the answer begins."""
-        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self._select.harmful))
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmful))
+
+    @cached_property
+    def _harmless(self) -> list[Ids]:
+        """Token ids of the harmless select prompts, up to the position where the answer begins."""
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmless))
 
     @cached_property
     def _general(self) -> list[Ids]:
         """Token ids of general select prompts, up to the position where the answer begins."""
-        return general_ids(self.model.tokenizer, self._select)[:MAX_GENERAL]
+        return general_ids(self.model.tokenizer, self.split.select)[:MAX_GENERAL]
 
     @cached_property
     def _prompts(self) -> SelectPrompts:
         with bar("base model, general prompts", len(self._general)) as advance:
             parts = self._general[:FIRST_GENERAL], self._general[FIRST_GENERAL:]
-            first, rest = (Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts)
-        return SelectPrompts(self._harmful, (first, rest))
+            answered = [Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts if part]
+        harmless = [] if self.goal.max_harmless_rise is None else self._harmless
+        return SelectPrompts(self._harmful, harmless, tuple(answered))
 
     @cached_property
     def _probe_prompts(self) -> ProbePrompts:
         refused = [ids for ids, letter in zip(self._harmful, self.base_harmful.classes, strict=True) if letter == "r"]
-        harmless = [self.model.tokenizer.closed_ids(prompt) for prompt in self._select.harmless]
+        harmless = [self.model.tokenizer.closed_ids(prompt) for prompt in self.split.select.harmless]
         return ProbePrompts.of(self.model, refused, self._general, harmless)
 
     # -- directions -----------------------------------------------------------------------------------------------
