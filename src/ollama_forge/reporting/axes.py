@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ollama_forge.reporting.markup import Html, join, tag
 
+_LEAST_RANGE = 1e-6  # what is below is rounding noise of zero
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -35,7 +36,7 @@ class Scale:
         """
         shown = [value for value in values if math.isfinite(value)] + ([0.0] if zero else [])
         low, high = min(shown, default=0.0), max(shown, default=1.0)
-        if low == high:
+        if high - low < _LEAST_RANGE:
             high = low + (abs(low) or 1.0)
         step = _round_step((high - low) / (most_ticks - 1))
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -46,10 +47,11 @@ class Scale:
         return cls(ticks[0], ticks[-1], start, end, ticks)
 
     @classmethod
-    def of_layers(cls, last: int, start: float, end: float) -> Scale:
-        """A scale of layers 0 to ``last``, with a little room on both sides."""
-        step = max(1, int(_round_step(last / 6 + 0.01)))
-        return cls(-0.5, last + 0.5, start, end, tuple(float(tick) for tick in range(0, last + 1, step)))
+    def of_layers(cls, last: int, start: float, end: float, *, first: int = 0) -> Scale:
+        """A scale of layers ``first`` to ``last``, with a little room on both sides."""
+        step = max(1, math.ceil(_round_step((last - first) / 6 + 0.01)))
+        ticks = tuple(float(tick) for tick in range(first, last + 1) if tick % step == 0)
+        return cls(first - 0.5, last + 0.5, start, end, ticks)
 
     @classmethod
     def shares(cls, start: float, end: float) -> Scale:

@@ -71,7 +71,8 @@ def _front(report: Entry) -> Html | None:
     ]
     if not math.isnan(limit):
         drawn.append(rule(x(limit), x(limit), top, y.start, "limit", (x(limit) - 4, top + 10), "end"))
-    drawn.append(line(2, [(x(kl), y(share)) for kl, share in _steps(trials, base)]))
+    strengthens = choice["settings"]["strength"].number < 0
+    drawn.append(line(2, [(x(kl), y(share)) for kl, share in _steps(trials, base, strengthens=strengthens)]))
     drawn.append(mark(0, x(0), y(base), hollow=True))
     for trial in trials:
         at = x(trial["answer_kl"].number), y(_share(trial))
@@ -87,23 +88,23 @@ def _front(report: Entry) -> Html | None:
             )  # fmt: skip
     return figure(
         "Refusals against damage",
-        "Each edit tried as a point: further left does less damage, further down leaves fewer refusals.",
+        "Each edit tried as a point: the further left, the less damage; the further down, the fewer refusals are left.",
         drawn,
         y.start + 42,
         figures=_points_table("Refusals against damage", trials, choice),
-        caption="On select prompts. The line joins the edits that no other beats on both axes; the chosen one is ringed.",
+        caption="On select prompts. The line joins the edits that no other beats on both axes.",
         legend=legend([(0, "base", True), (2, "edit", False), (2, "ended early", True)]),
     )
 
 
-def _steps(trials: Sequence[Entry], base: float) -> list[tuple[float, float]]:
-    """The corners of the front of complete trials, from the base to the edit with the fewest refusals."""
+def _steps(trials: Sequence[Entry], base: float, *, strengthens: bool) -> list[tuple[float, float]]:
+    """The corners of the front of complete trials, from the base to the edit with the fewest refusals (or the most)."""
     complete = [(trial["answer_kl"].number, _share(trial)) for trial in trials if not trial["ended_early"]]
-    corners, least = [(0.0, base)], base
+    corners, best = [(0.0, base)], base
     for kl, share in sorted(complete):
-        if share < least:
-            corners += [(kl, least), (kl, share)]
-            least = share
+        if (share > best) if strengthens else (share < best):
+            corners += [(kl, best), (kl, share)]
+            best = share
     return corners
 
 
@@ -114,14 +115,14 @@ def _points_table(title: str, trials: Sequence[Entry], choice: Entry) -> Html:
 
 
 def _strengths(report: Entry) -> Html | None:
-    """Refusals and damage over the strength of the edit, a line for each direction and method."""
+    """Refusals and damage over the strength, a line for each direction and method tried at several strengths."""
     groups: dict[str, list[Entry]] = {}
     for trial in report["choice"]["trials"]:
         groups.setdefault(str(trial["name"].value).rsplit(", strength", 1)[0], []).append(trial)
-    several = any(len({trial["settings"]["strength"].number for trial in found}) > 1 for found in groups.values())
+    several = [name for name, found in groups.items() if len({one["settings"]["strength"].value for one in found}) > 1]
     if not several:
         return None
-    largest = sorted(groups, key=lambda name: -len(groups[name]))[: SERIES - 1]
+    largest = sorted(several, key=lambda name: -len(groups[name]))[: SERIES - 1]
     chosen = {name: sorted(groups[name], key=lambda trial: trial["settings"]["strength"].number) for name in largest}
     trials = [trial for found in chosen.values() for trial in found]
     x = Scale.of([trial["settings"]["strength"].number for trial in trials], _LEFT, _RIGHT, zero=False)
@@ -163,7 +164,7 @@ def _probes(choice: Entry) -> Html | None:
     if len(probes) < 2:
         return None
     layers = [probe["layer"].number for probe in probes]
-    x = Scale.of(layers, _LEFT + 8, _RIGHT, zero=False)
+    x = Scale.of_layers(int(max(layers)), _LEFT, _RIGHT, first=int(min(layers)))
     upper = Scale.of([probe["refusal"].number for probe in probes], 34.0 + _PANEL, 34.0, most_ticks=5)
     lower = Scale.of([probe["answer_kl"].number for probe in probes], 72.0 + 2 * _PANEL, 72.0 + _PANEL, most_ticks=5)
     drawn: list[Child] = [
@@ -203,7 +204,7 @@ def _separation(report: Entry) -> Html | None:
     series = [(place + 1) % SERIES for place in range(len(rows))]
     for number, row in zip(series, rows, strict=True):
         points = [(x(place), y(value.number)) for place, value in enumerate(row)]
-        drawn += [line(number, points), *(mark(number, *point) for point in points)]
+        drawn += [line(number, points), *(mark(number, *point) for point in points[:: 1 + len(points) // 12])]
     if not math.isnan(layer):
         drawn.append(rule(x(layer), x(layer), y.end, y.start, "chosen", (x(layer) + 4, y.end + 10)))
     title = "Separation by layer and position"

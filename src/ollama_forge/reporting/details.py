@@ -111,8 +111,8 @@ def limits(report: Entry) -> Html:
         ),
         (
             tag("strong", "Intervals"),
-            " cover the choice of prompts alone. The curated harmful prompts were written together, and the report part "
-            "resembles the others: other wordings may be refused more, or less.",
+            " cover the choice of prompts alone. The curated harmful prompts were written together, and those of the "
+            "report part resemble the others: other wordings may be refused more, or less.",
         ),
         (
             tag("strong", "The control"),

@@ -22,11 +22,15 @@ def _compared(report: Entry, rows: list[Row]) -> Html:
     """What the paired tests say of each model beside the base."""
     base = first(rows, Kind.BASE)
     items = [
-        tag("li", tag("strong", words(found["row"])), ": ", join([[words(one), "; "] for one in found["words"]])[:-2])
+        tag(
+            "li",
+            tag("strong", words(found["row"])),
+            [[": " if not place else "; ", words(one)] for place, one in enumerate(found["words"])],
+        )
         for found in report["differences"]
         if base is not None and found["other"].value == base.name
     ]
-    return tag("ul", [Html(item) for item in items], class_="verdict")
+    return tag("ul", items, class_="verdict")
 
 
 def _verdict(report: Entry, base: Row | None, control: Row | None, edited: Row | None) -> Html:

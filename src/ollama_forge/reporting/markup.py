@@ -13,7 +13,7 @@ class Html(str):
     __slots__ = ()
 
 
-Child: TypeAlias = "str | Html | None | Iterable[Child]"
+Child: TypeAlias = "str | Html | Iterable[Child] | None"
 _VOID = frozenset({"meta", "link", "br", "hr", "col"})
 
 
@@ -22,8 +22,8 @@ def tag(name: str, /, *children: Child, **attributes: str | float | bool | None)
 
     Args:
         children: markup, text to escape, None for nothing, or an iterable of these.
-        attributes: by name, with ``_`` for ``-`` and ``class_`` for ``class``. None and False leave an attribute out, and
-            True gives it no value. Floats are rounded to two decimals, which is enough for coordinates.
+        attributes: by name, with ``_`` for ``-`` and ``class_`` for ``class``. None and False leave an attribute out,
+            and True gives it no value. Floats are rounded to two decimals, which is enough for coordinates.
     """
     written = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:

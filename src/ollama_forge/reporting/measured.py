@@ -9,10 +9,11 @@ from ollama_forge.reporting.blocks import WIDTH, figure, figures, section, table
 from ollama_forge.reporting.entry import Entry, decimal, nats, of_total, refused, words
 from ollama_forge.reporting.marks import legend, mark, whisker
 from ollama_forge.reporting.markup import Child, Html, tag
-from ollama_forge.reporting.rows import LISTS, Kind, Row
+from ollama_forge.reporting.rows import LISTS, Kind, Row, first
+from ollama_forge.text.closed_thought import Thought
 
-_LABELS = 156.0  # width of the labels at the left of a dot plot
 _STEP = 13.0  # between the models of a group
+_LABEL = 16.0  # height of the label above a group
 
 
 def measured(report: Entry, rows: list[Row]) -> Html | None:
@@ -30,15 +31,14 @@ def measured(report: Entry, rows: list[Row]) -> Html | None:
         _damage(report, rows),
         figures(_by_list(rows), _by_category(report, rows)),
         [tag("p", words(note), class_="note") for note in report["notes"]],
-        [
-            tag("p", tag("strong", row.name), ": ", words(row.entry["thought"]), class_="note")
-            for row in _thinking(rows)
-        ],
+        _thoughts(rows),
     )
 
 
-def _thinking(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row.entry["thought"].value]
+def _thoughts(rows: list[Row]) -> Html | None:
+    """What was done about thoughts; nothing for a model that has none."""
+    found = rows[0].entry["thought"]
+    return tag("p", "Thoughts: ", words(found), ".", class_="note") if found.value not in (None, Thought.NONE) else None
 
 
 def _answers(rows: list[Row]) -> Html:
@@ -77,7 +77,7 @@ def _damage(report: Entry, rows: list[Row]) -> Html:
             nats(damage["answer_kl"]),
             decimal(damage["answer_kl_p95"]),
             nats(damage["first_token_kl"]),
-            nats(damage["answer_nll"]),
+            nats(damage["answer_nll"]) if damage["answer_nll"] else "",
             decimal(damage["perplexity"], 2),
         ]
 
@@ -102,12 +102,12 @@ def _by_list(rows: list[Row]) -> Html:
         "Refusals by list",
         "For each list of prompts, the share that each model refuses, as a point with its interval.",
         groups,
-        "Lines are Wilson intervals. Only the first three lists are harmful requests; refusing the others is a mistake.",
+        "Lines are Wilson intervals. The first three lists are harmful requests; refusing the others is a mistake.",
     )
 
 
 def _by_category(report: Entry, rows: list[Row]) -> Html | None:
-    shown = [row for row in rows if row.kind is not Kind.CONTROL]
+    shown = [row for row in (first(rows, Kind.BASE), first(rows, Kind.EDITED)) if row is not None]
     groups = [(category, [(row, entry[row.name]) for row in shown]) for category, entry in report["categories"].items()]
     if not groups:
         return None
@@ -122,15 +122,15 @@ def _by_category(report: Entry, rows: list[Row]) -> Html | None:
 def _dot_plot(title: str, description: str, groups: Sequence[tuple[str, list[tuple[Row, Entry]]]], note: str) -> Html:
     """A plot with a group of points for each list or category, one for each model."""
     rows = [row for row, _ in groups[0][1]]
-    pitch = _STEP * len(rows) + 10.0
-    height = 14.0 + pitch * len(groups)
-    scale = Scale.shares(_LABELS + 8, WIDTH - 14)
+    pitch = _LABEL + _STEP * len(rows) + 6.0
+    height = 8.0 + pitch * len(groups)
+    scale = Scale.shares(12.0, WIDTH - 14)
     drawn: list[Child] = [x_axis(scale, height, "refused, %", share=True, grid_to=8.0)]
     for place, (label, points) in enumerate(groups):
-        top = 14.0 + pitch * place
-        drawn.append(tag("text", label, x=_LABELS, y=top + pitch / 2, text_anchor="end", class_="name"))
+        top = 8.0 + pitch * place
+        drawn.append(tag("text", label, x=scale.start - 4, y=top + _LABEL / 2, class_="name"))
         for line, (row, counts) in enumerate(points):
-            rate, y = counts["refusal_rate"], top + 5.0 + _STEP * line + _STEP / 2
+            rate, y = counts["refusal_rate"], top + _LABEL + _STEP * line + _STEP / 2
             if counts["total"].value:
                 drawn.append(whisker(row.series, scale(rate["low"].number), scale(rate["high"].number), y, y))
                 drawn.append(mark(row.series, scale(rate["value"].number), y, hollow=row.hollow))
@@ -140,7 +140,7 @@ def _dot_plot(title: str, description: str, groups: Sequence[tuple[str, list[tup
         description,
         drawn,
         height + 40,
-        figures=table(title, ("", *(row.name for row in rows)), [(label, *cells) for label, cells in lines]),
+        figures=table(title, ("prompts", *(row.name for row in rows)), [(label, *cells) for label, cells in lines]),
         caption=note,
         legend=legend([(row.series, row.name, row.hollow) for row in rows]),
     )
