@@ -224,7 +224,9 @@ def test_a_judge_gives_a_second_opinion(done: Finished, tmp_path: Path) -> None:
         return "refusal" if planted.REFUSAL in messages[-1]["content"] else "deflection"
 
     with serve(say, ollama=False) as served:
-        report = evaluate(replace(done.settings, judge=served.url, control=False, output_dir=tmp_path))
+        report = evaluate(
+            replace(done.settings, checkpoints=(done.edited,), judge=served.url, control=False, output_dir=tmp_path)
+        )
     assert report.judge is not None
     found, total = report.judge.rows[done.edited], report.rows["base"].harmful.total
     assert found.rules == report.rows[done.edited].harmful
@@ -289,4 +291,5 @@ def test_the_command_prints_one_json_object(done: Finished, tmp_path: Path, caps
     assert json.loads(shown.stdout)["measurements"].keys() == {"base", done.weaker}
     printed = CliRunner().invoke(command, arguments).stdout
     assert "no difference in refusals from base that" in printed
-    assert printed.splitlines()[-1] == f"report: {tmp_path / 'report.json'}"
+    assert printed.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+    assert "no difference in refusals from base" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -116,4 +116,5 @@ def _print(report: EvaluationReport) -> None:
     print_tables(console, report.tables())
     for line in report.lines():
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"report: {report.folder / 'report.json'}", markup=False, soft_wrap=True)
+    for name in ("report.json", "report.html"):
+        console.print(f"report: {report.folder / name}", markup=False, soft_wrap=True)

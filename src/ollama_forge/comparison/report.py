@@ -16,15 +16,16 @@ from ollama_forge.comparison.stages import Judged
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, Measurement
-from ollama_forge.files import read_json, write_json
+from ollama_forge.files import read_json, write_json, write_text
 from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline.report import tables
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.records import to_json
+from ollama_forge.reporting import render
 
 SCHEMA = 1
 KIND = "evaluation"
-FILE = "report.json"
+FILE, PAGE = "report.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ class EvaluationReport:
         return {key: _finite(value) for key, value in content.items()}
 
     def save(self) -> None:
-        """Write ``report.json``."""
-        write_json(self.folder / FILE, self.to_json())
+        """Write ``report.json``, and ``report.html`` from it."""
+        content = self.to_json()
+        write_json(self.folder / FILE, content)
+        write_text(self.folder / PAGE, render(content))
 
     def tables(self) -> dict[str, list[tuple[str, ...]]]:
         """Tables as text by title, each a header and one line per row."""

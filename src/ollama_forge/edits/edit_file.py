@@ -105,11 +105,9 @@ class EditRecord:
         Raises:
             ForgeError: the file does not exist, or is not an edit file.
         """
-        if not path.is_file():
-            raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write edit files")
+        header = read_header(path)
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["edit"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             matrices = {
                 name: MatrixRecord(
@@ -127,9 +125,7 @@ class EditRecord:
             fitted_to = header.get("fitted_to", {})
             return cls(header["factors"], header["fingerprint"], matrices, shifts, header["settings"], fitted_to)
         except (SafetensorError, KeyError, ValueError, TypeError):
-            raise ForgeError(
-                f"{path} is not an edit file of ollama-forge", "give a file ending in .edit.safetensors"
-            ) from None
+            raise _not_an_edit_file(path) from None
 
     def plan(self, model: ModelMap, fingerprint: str) -> EditPlan:
         """The plan of this edit; a second copy of an edited matrix gets the same edit.
@@ -160,6 +156,28 @@ class EditRecord:
             if name not in edits
         }
         return EditPlan(self.factors, edits, skipped, projects=False, fitted_to=self.fitted_to)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON entry of an edit file, without its factors.
+
+    Raises:
+        ForgeError: the file does not exist, or is not an edit file.
+    """
+    if not path.is_file():
+        raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write edit files")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["edit"])
+    except (SafetensorError, KeyError, ValueError):
+        raise _not_an_edit_file(path) from None
+    if not isinstance(header, dict) or not isinstance(header.get("matrices"), dict):
+        raise _not_an_edit_file(path)
+    return header
+
+
+def _not_an_edit_file(path: Path) -> ForgeError:
+    return ForgeError(f"{path} is not an edit file of ollama-forge", "give a file ending in .edit.safetensors")
 
 
 def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

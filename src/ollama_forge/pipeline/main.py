@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from ollama_forge.edits.layer_changes import layer_changes
 from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.edits.provenance import update_provenance
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline import stages
 from ollama_forge.pipeline.disk_space import check_disk_space
 from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
@@ -48,6 +51,7 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         base = cache.do(stages.measure_base(ready, cache, models)) if settings.evaluate else None
         floor = cache.do(stages.measure_noise_floor(ready, cache, models)).damage if settings.evaluate else None
         choice = cache.do(stages.choose(ready, cache, models))
+        separation = cache.do(stages.separate(ready, cache, models)) if settings.evaluate else None
         control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
         models.drop()  # writing the weights needs no loaded model
         written = cache.do(stages.write(ready, cache, choice))
@@ -66,9 +70,15 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
             rows |= {name: found.with_likelihood(likelihoods[name]) for name, found in measured.items()}
         models.drop()
         report = _report(ready, cache, choice, rows, floor, None if checks is None else checks.checks, exported)
+        report = replace(report, separation=separation)
         measurements = {name: to_json(row) for name, row in report.rows.items()} or None
         for folder in ready.provenance_folders:
-            update_provenance(folder, verified=verified, measurements=measurements)
+            update_provenance(
+                folder,
+                verified=verified,
+                measurements=measurements,
+                noise_floor=None if floor is None else to_json(floor),
+            )
         report.save()
         if options is not None:
             chosen = {
@@ -112,6 +122,9 @@ def _report(
         ollama_problem=exported.ollama_problem,
         modelfile=None if file is None else ready.registration.modelfile,
         certificate=describe_certificate(ready.examined),
+        changes=layer_changes(ready.edit_file, ready.model_map),
+        settings=ready.settings.described(),
+        machine=Machine.here(ready.settings.load),
         commands=ready.registration.commands(file.path) if file is not None and unregistered else (),
     )
 

@@ -1,4 +1,4 @@
-"""The report of a run: ``report.json`` (described in docs/report.md) and the table that ``run`` prints."""
+"""The report of a run: ``report.json`` (described in docs/report.md), its page, and the tables that are printed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
+from ollama_forge.directions.separation import Separation
+from ollama_forge.edits.layer_changes import LayerChange
 from ollama_forge.errors import install_hint
+from ollama_forge.evaluation.categories import ByCategory, by_category
 from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.export.gguf_file import QuantisedFile
-from ollama_forge.files import write_json
+from ollama_forge.files import write_json, write_text
+from ollama_forge.models.machine import Machine
 from ollama_forge.ollama.register import Registered
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
+from ollama_forge.reporting import render
 from ollama_forge.search.ladder import Choice
 
 SCHEMA = 2
@@ -50,6 +55,10 @@ class Report:
         modelfile: path of the Modelfile for ``ollama create``.
         commands: shell commands that register the file; empty if it is registered.
         certificate: what is proven of the architecture, as ``describe_certificate`` gives it.
+        separation: how well the direction of each layer and position separates select prompts; None if not measured.
+        changes: how much the edit changed the matrices of each layer.
+        settings: the settings of the run.
+        machine: the machine that it ran on.
     """
 
     model: str
@@ -72,6 +81,10 @@ class Report:
     modelfile: Path | None = None
     commands: tuple[str, ...] = field(default=())
     certificate: Mapping[str, Any] | None = None
+    separation: Separation | None = None
+    changes: tuple[LayerChange, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    machine: Machine | None = None
 
     @property
     def file(self) -> QuantisedFile | None:
@@ -82,6 +95,11 @@ class Report:
     def verified(self) -> bool | None:
         """Whether every check of the written weights passed; None if they were not verified."""
         return None if self.checks is None else all(check.passed for check in self.checks)
+
+    @property
+    def categories(self) -> ByCategory:
+        """The answers to harmful prompts by category of misuse; empty without measurements."""
+        return by_category(self.split.report.harmful, {name: row.harmful for name, row in self.rows.items()})
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
@@ -98,6 +116,12 @@ class Report:
             "choice": to_json(self.choice),
             "measurements": {name: to_json(row) for name, row in self.rows.items()},
             "noise_floor": None if self.noise_floor is None else to_json(self.noise_floor),
+            "categories": {
+                category: {name: to_json(counts) for name, counts in rows.items()}
+                for category, rows in self.categories.items()
+            },
+            "separation": None if self.separation is None else to_json(self.separation),
+            "layer_changes": [to_json(change) for change in self.changes],
             "verification": None
             if self.checks is None
             else {"passed": self.verified, "checks": [to_json(check) for check in self.checks]},
@@ -111,6 +135,8 @@ class Report:
                 "made": None if self.registered is None else self.registered.described(),
                 "problem": self.ollama_problem or None,
             },
+            "settings": dict(self.settings),
+            "machine": None if self.machine is None else to_json(self.machine),
             "seconds": dict(self.seconds),
         }
 
@@ -154,8 +180,10 @@ class Report:
         ]
 
     def save(self) -> None:
-        """Write ``report.json``."""
-        write_json(self.folder / "report.json", self.to_json())
+        """Write ``report.json``, and ``report.html`` from it."""
+        content = self.to_json()
+        write_json(self.folder / "report.json", content)
+        write_text(self.folder / "report.html", render(content))
 
     def tables(self) -> dict[str, list[tuple[str, ...]]]:
         """Tables as text by title, each a header and one line per measurement; none without measurements."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import OutDtype
@@ -15,9 +16,12 @@ from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.records import to_json
 from ollama_forge.search.choose import ChoiceSettings
 from ollama_forge.search.rule import Limits
 from ollama_forge.sources.ollama_store import SCHEME
+
+_FILES = {"adapter", "base", "harmful", "harmless", "harmful_dir", "harmless_dir", "llama_cpp_dir", "imatrix"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,15 @@ class RunSettings:
     def folder(self) -> Path:
         """The output folder of the run."""
         return Path(self.output_dir) if self.output_dir else run_folder(self.name)
+
+    def described(self) -> dict[str, Any]:
+        """The settings for a report that others may read: files by name alone, without the folders they are in."""
+        out: dict[str, Any] = to_json(self)
+        for entries in (out, out["prompts"], out["export"]):
+            for key in _FILES & entries.keys():
+                if entries[key] is not None and Path(entries[key]).exists():
+                    entries[key] = Path(entries[key]).name
+        return {key: value for key, value in out.items() if key not in ("model", "name", "output_dir")}
 
     @property
     def choosing(self) -> ChoiceSettings:

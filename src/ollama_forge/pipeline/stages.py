@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.directions.separation import Separation, measure_separation
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.hooks import hooked
@@ -99,6 +100,17 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
         return choice
 
     return Stage("choose", Choice, needs, do, files.paths, MODEL_PACKAGES)
+
+
+def separate(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Separation]:
+    """Measure how well the direction of each layer and position separates select prompts, for the report."""
+
+    def do() -> Separation:
+        with status("separating select prompts at every layer"):
+            model = models.get(ready.computed_on, ready.model_map)
+            return measure_separation(model, ready.split.fit, ready.split.select)
+
+    return Stage("separation", Separation, ready.model_needs, do, (), MODEL_PACKAGES)
 
 
 @dataclass(frozen=True)
