@@ -51,7 +51,7 @@ def build(planted_layer: int, layers: int = LAYERS) -> LlamaForCausalLM:
         eos_token_id=TOKENS.index("<end>"),
         pad_token_id=TOKENS.index("<end>"),
         tie_word_embeddings=False,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
     )
     model = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():

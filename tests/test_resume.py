@@ -217,7 +217,7 @@ def test_run_toml_is_there_from_the_start_and_says_what_was_chosen(
     chosen = found.pop("chosen")
     assert found == given
     assert chosen["name"] == report.choice.name
-    assert chosen["settings"]["targets"] == ["attention"]
+    assert chosen["settings"]["targets"] == list(report.choice.settings.targets)
 
 
 # a failed verification

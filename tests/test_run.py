@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path, capsys: pytest.Capture
     stamp = (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     second = run(settings(tmp_path))
-    assert capsys.readouterr().err.count("done before, unchanged") == 6
+    assert capsys.readouterr().err.count("done before, unchanged") == 8
     assert (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
     assert {**first.to_json(), "seconds": 0} == {**second.to_json(), "seconds": 0}
     run(settings(tmp_path, edit=EditSettings(strength=0.9)))
