@@ -17,9 +17,6 @@ from ollama_forge.reporting.axes import Scale
 from ollama_forge.reporting.markup import tag
 from tests import made_report
 
-pages = pytest.importorskip("playwright.sync_api")
-axe_run = pytest.importorskip("axe_playwright_python.sync_playwright")
-
 BARE = {"rows": {}, "checks": None, "noise_floor": None, "separation": None, "changes": (), "machine": None}
 # Figures of the page's own words: intervals, lengths of answers and the kept part of a distribution.
 OWN_FIGURES = {"95", "64", "128", "512", "8", "256"}
@@ -41,7 +38,7 @@ def browser() -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("no Chromium is installed")
-    with pages.sync_playwright() as started:
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as started:
         made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield made
         made.close()
@@ -81,7 +78,8 @@ def test_axe_finds_nothing_serious(opened: Any, scheme: str) -> None:
     options: dict[str, Any] = {"resultTypes": ["violations"], "preload": False}
     if scheme == "dark":
         options["runOnly"] = ["color-contrast"]
-    found = axe_run.Axe().run(page, options=options).response["violations"]
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page, options=options).response["violations"]
     assert [(one["id"], [node["html"][:120] for node in one["nodes"]][:3]) for one in found] == []
 
 

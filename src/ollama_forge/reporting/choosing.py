@@ -9,7 +9,7 @@ from ollama_forge.reporting.axes import Scale, x_axis, y_axis
 from ollama_forge.reporting.blocks import WIDTH, figure, figures, section, table
 from ollama_forge.reporting.entry import Entry, count, decimal, general, refused, words
 from ollama_forge.reporting.marks import SERIES, legend, line, mark, rule, whisker
-from ollama_forge.reporting.markup import Child, Html, tag
+from ollama_forge.reporting.markup import Child, Html, join, tag
 
 _LEFT, _RIGHT = 46.0, WIDTH - 14.0
 _PANEL = 150.0  # height of a panel
@@ -230,10 +230,10 @@ def _separation(report: Entry) -> Html | None:
     )
 
 
-def _position_name(found: Entry, place: int) -> str:
-    token = str(found["tokens"][place].value or "").replace("\n", "\u21b5").strip()
-    position = str(found["positions"][place].value).replace("-", "\u2212")
-    return f"{position} {token}" if token else f"{position} (varies)"
+def _position_name(found: Entry, place: int) -> Html:
+    token = found["tokens"][place]
+    name = words(token) if str(token.value or "").strip() else "\u21b5" if token.value == "\n" else "(varies)"
+    return join((decimal(found["positions"][place], 0), " ", name))
 
 
 def _layer_of(direction: str) -> float:

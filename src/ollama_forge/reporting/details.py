@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ollama_forge.reporting.blocks import definitions, section, table
 from ollama_forge.reporting.entry import Entry, count, decimal, general, shown, words
-from ollama_forge.reporting.markup import Child, Html, tag
+from ollama_forge.reporting.markup import Child, Html, separated, tag
 
 _PARTS = ("fit", "select", "report")
 
@@ -17,19 +17,20 @@ def settings(report: Entry) -> Html | None:
     rows = [*chosen, *_flat(report["settings"])]
     if not rows:
         return None
-    lines = [(tag("code", key), general(value)) for key, value in rows]
+    lines = [
+        (tag("code", key), separated(map(general, value), ", ") if isinstance(value.value, list) else general(value))
+        for key, value in rows
+    ]
     return section(
         "Settings", tag("details", tag("summary", "All settings"), table("Settings", ("name", "value"), lines))
     )
 
 
 def _flat(entry: Entry, prefix: str = "") -> Iterator[tuple[str, Entry]]:
-    """The entries of nested objects and lists that hold a value, with their path."""
+    """The entries of nested objects that hold a value or a list, with their path."""
     for key, value in entry.items():
         if isinstance(value.value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value.value, list):
-            yield from ((f"{prefix}{key}[{place}]", item) for place, item in enumerate(value))
         else:
             yield f"{prefix}{key}", value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ollama_forge.reporting.blocks import sentences
 from ollama_forge.reporting.entry import Entry, decimal, nats_interval, of_total, rate_interval, refused, words
-from ollama_forge.reporting.markup import Child, Html, join, tag
+from ollama_forge.reporting.markup import Child, Html, join, separated, tag
 from ollama_forge.reporting.rows import Kind, Row, compare_refusals, first
 
 
@@ -22,11 +22,7 @@ def _compared(report: Entry, rows: list[Row]) -> Html:
     """What the paired tests say of each model beside the base."""
     base = first(rows, Kind.BASE)
     items = [
-        tag(
-            "li",
-            tag("strong", words(found["row"])),
-            [[": " if not place else "; ", words(one)] for place, one in enumerate(found["words"])],
-        )
+        tag("li", tag("strong", words(found["row"])), ": ", separated(map(words, found["words"]), "; "))
         for found in report["differences"]
         if base is not None and found["other"].value == base.name
     ]

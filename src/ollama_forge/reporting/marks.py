@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ollama_forge.reporting.markup import Html, join, tag
+from ollama_forge.reporting.markup import Child, Html, join, tag
 
 _SIZE = 4.5
 _SHAPES = ("circle", "square", "diamond", "triangle", "down", "cross")
@@ -48,7 +48,7 @@ def rule(x1: float, x2: float, y1: float, y2: float, label: str, at: Point, anch
     )
 
 
-def legend(series: Sequence[tuple[int, str, bool]]) -> Html:
+def legend(series: Sequence[tuple[int, Child, bool]]) -> Html:
     """The series of a plot: number, name, and whether its marks are hollow."""
     items = [
         tag(

@@ -42,6 +42,11 @@ def join(children: Child) -> Html:
     return Html("".join(join(child) for child in children))
 
 
+def separated(children: Iterable[Child], by: str) -> Html:
+    """The markup of several children, with a text between each two."""
+    return Html(join(by).join(join(child) for child in children))
+
+
 def _attribute(key: str, value: str | float | bool | None) -> str:
     name = key.rstrip("_").replace("_", "-")
     if value is None or value is False:
