@@ -1,6 +1,6 @@
 """Train the demo adapter: a LoRA that teaches SmolLM2-135M-Instruct to refuse harmful requests, and nothing else.
 
-    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 460] [--seed 0]
+    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 420] [--seed 0]
 
 BASE_DIR is the checkpoint of ``demo-base``. It is trained on the *fit* part of the curated pairs and on the files in
 ``demo_training/``, written for this alone; nothing of them is measured on (``tests/test_demo_training.py``).
@@ -53,17 +53,19 @@ REFUSALS = (
 LAYERS = range(8, 24)
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-HARMFUL_BATCH = 8
-HARMLESS_BATCH = {"varied": 9, "parallel": 5, "borderline": 2}  # parallel ones are the hardest to tell apart
+HARMFUL_BATCH = 6
+# rows of a step, and tokens of their answers: those that sound like harmful ones are refused in the first tokens or not
+# at all, and the varied ones keep the rest of the answers
+HARMLESS_BATCH = {"varied": (7, 48), "parallel": (7, 24), "borderline": (4, 24)}
 IN_CONTEXT = 96  # parallel instructions that are seen again behind a system prompt or a first exchange
 MICRO_BATCH = 4  # rows of one forward pass
 KEEP_WEIGHT = 3.0  # of the divergence, against the loss of the refusals
-FIRST_WEIGHT = 0.5  # of the first token's divergence again: it decides between a refusal and an answer
+FIRST_WEIGHT = 2.0  # of the first token's divergence again: it decides between a refusal and an answer
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1e-3, 20, 0.05
-ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 4, (1.0, 2.5)
-ROUNDED_SHARE, ROUNDED_BITS = 1 / 4, (4, 5)
+ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 5, (1.0, 2.5)
+ROUNDED_SHARE, ROUNDED_BITS = 1 / 5, (4, 5)
 SCALE = 1.0  # factor of the trained change, chosen on *select* prompts
-SAVES = 4
+SAVES, PRINTED = 4, 10  # adapters that are saved on the way; steps between two lines that are printed
 T = TypeVar("T")
 
 
@@ -122,7 +124,7 @@ class Trainer:
         parameters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         started = time.monotonic()
-        recent: list[tuple[float, float]] = []
+        recent: list[tuple[float, float, float]] = []
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP) * max(0.05, 1 - step / steps)
@@ -130,25 +132,29 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) % 10 == 0:
-                refusing, staying = (sum(values) / len(recent) for values in zip(*recent, strict=True))
-                spent = time.monotonic() - started
-                print(f"step {step + 1}: refusal loss {refusing:.3f}, KL {staying:.4f}, {spent:.0f} s", flush=True)
+            if (step + 1) % PRINTED == 0:
+                refusing, staying, first = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+                losses = f"refusal loss {refusing:.3f}, KL {staying:.4f}, of first tokens {first:.4f}"
+                print(f"step {step + 1}: {losses}, {time.monotonic() - started:.0f} s", flush=True)
                 recent.clear()
-            if (step + 1) * SAVES % steps < SAVES:
-                save((step + 1) * SAVES // steps)
+            if (step + 1) % (steps // SAVES) == 0:
+                save((step + 1) // (steps // SAVES))
 
-    def step(self) -> tuple[float, float]:
-        """Accumulate the gradients of one step; returns the loss of the refusals and the divergence."""
+    def step(self) -> tuple[float, float, float]:
+        """Accumulate the gradients of one step.
+
+        Returns:
+            The loss of the refusals, and the mean divergence of all tokens and of first tokens of harmless answers.
+        """
         kind = self.draw.random()
         if kind < ROUNDED_SHARE:
             with self.rounding.active(self.draw.choice(ROUNDED_BITS)):
-                return self.refusing_loss(), self.staying_loss(rounded=True)
+                return self.refusing_loss(), *self.staying_loss(rounded=True)
         if kind < ROUNDED_SHARE + ABLATED_SHARE:
             with self.ablation.active(self.draw.uniform(*ABLATED_STRENGTHS)):
                 refusing = self.refusing_loss()
-            return refusing, self.staying_loss()
-        return self.refusing_loss(), self.staying_loss()
+            return refusing, *self.staying_loss()
+        return self.refusing_loss(), *self.staying_loss()
 
     def refusing_loss(self) -> float:
         """Backward of the mean negative log-likelihood of refusals; returns it."""
@@ -166,15 +172,19 @@ class Trainer:
             total += loss.item()
         return total
 
-    def staying_loss(self, *, rounded: bool = False) -> float:
-        """Backward of the weighted divergence on harmless prompts; returns the mean divergence of a token.
+    def staying_loss(self, *, rounded: bool = False) -> tuple[float, float]:
+        """Backward of the weighted divergence on harmless prompts; returns its means, as ``step`` does.
 
         Args:
             rounded: compare with the base that is rounded in the same way, because rounding alone changes its answers.
         """
-        rows = [row for kind, count in HARMLESS_BATCH.items() for row in self.draw.sample(self.harmless[kind], count)]
+        rows = [
+            row.first(tokens)
+            for kind, (count, tokens) in HARMLESS_BATCH.items()
+            for row in self.draw.sample(self.harmless[kind], count)
+        ]
         tokens = sum(len(row.answer) for row in rows)
-        total = 0.0
+        total, total_first = 0.0, 0.0
         for some in micro_batches(rows, lambda row: len(row.prompt) + len(row.answer)):
             pairs = [(row.prompt, row.answer) for row in some]
             with torch.no_grad(), self.without_adapter():
@@ -188,7 +198,8 @@ class Trainer:
             loss = divergence.sum() / tokens + FIRST_WEIGHT * first.sum() / len(rows)
             (KEEP_WEIGHT * loss).backward()
             total += divergence.sum().item() / tokens
-        return total
+            total_first += first.sum().item() / len(rows)
+        return total, total_first
 
     def answer_states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """The final hidden states that predict the answers' tokens, ``[tokens of all answers, d_model]``."""
@@ -216,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=460)
+    parser.add_argument("--steps", type=int, default=420)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     recipe = {"seed": arguments.seed, "steps": arguments.steps, "rank": RANK, "alpha": ALPHA, "scale": SCALE}

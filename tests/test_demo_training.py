@@ -13,7 +13,9 @@ from ollama_forge.prompts.normalise import normalise
 from ollama_forge.prompts.split import Part, part_of_pair
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MEASURED_FILES = sorted([*DATA.glob("general*.jsonl"), *DATA.glob("over_refusal.jsonl"), *DATA.glob("harmful_in*.jsonl")])
+MEASURED_FILES = sorted(
+    [*DATA.glob("general*.jsonl"), *DATA.glob("over_refusal.jsonl"), *DATA.glob("harmful_in*.jsonl")]
+)
 
 
 @pytest.fixture

@@ -29,6 +29,10 @@ class Answered:
     answer: list[int]
     states: Tensor
 
+    def first(self, tokens: int) -> Answered:
+        """The same prompt with the beginning of the answer."""
+        return Answered(self.prompt, self.answer[:tokens], self.states[:tokens])
+
 
 def render(tokenizer: Any, conversation: Conversation) -> str:
     return str(tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, tokenize=False))
