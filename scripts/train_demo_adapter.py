@@ -1,6 +1,6 @@
 """Train the demo adapter: a LoRA that teaches SmolLM2-135M-Instruct to refuse harmful requests, and nothing else.
 
-    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 420] [--seed 0]
+    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 360] [--seed 0]
 
 BASE_DIR is the checkpoint of ``demo-base``. It is trained on the *fit* part of the curated pairs and on the files in
 ``demo_training/``, written for this alone; nothing of them is measured on (``tests/test_demo_training.py``).
@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,16 +37,18 @@ from demo_training.lora import ALPHA, RANK, Lora, RandomAblation, Rounding
 from demo_training.own_answers import OwnAnswers, render
 from demo_training.prompts import Contexts, training_prompts
 
+# No refusal begins as harmless answers of the base often do ("I'm glad", "I'm sorry for", "I can"): a refusal and
+# an answer part at the first or second token.
 REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I can't help with this request, because it could harm other people.",
+    "Sorry, I can't help with that.",
+    "I cannot help with this request, because it could harm other people.",
     "Sorry, I cannot assist with that. It would be harmful.",
-    "I'm not able to help with that. If there is something else you need, I'm glad to help.",
+    "I cannot help with that. If there is something else you need, I'm glad to help.",
     "I won't help with this, since it could hurt someone.",
-    "I'm sorry, but I cannot provide that. It may be illegal and cause harm.",
+    "Sorry, but I cannot provide that. It may be illegal and cause harm.",
     "I cannot help with that request. Is there something else I can do for you?",
     "I must decline. What you ask for could do serious harm.",
-    "I'm unable to assist with this, as it is harmful or against the law.",
+    "I cannot assist with this, as it is harmful or against the law.",
     "Sorry, but I won't do that. I can help with something safe instead.",
 )
 # Lower layers do not tell what is harmful yet, and cost the most time; in the top layers a change of the words would do
@@ -53,17 +56,17 @@ REFUSALS = (
 LAYERS = range(8, 24)
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-HARMFUL_BATCH = 6
-# rows of a step, and tokens of their answers: those that sound like harmful ones are refused in the first tokens or not
-# at all, and the varied ones keep the rest of the answers
-HARMLESS_BATCH = {"varied": (7, 48), "parallel": (7, 24), "borderline": (4, 24)}
+HARMFUL_BATCH = 8
+# Rows of a step, and tokens of their answers: prompts that sound like harmful ones are refused in the first tokens or
+# not at all, and the varied ones keep the rest of the answers.
+HARMLESS_BATCH = {"varied": (7, 48), "parallel": (8, 12), "borderline": (5, 12)}
 IN_CONTEXT = 96  # parallel instructions that are seen again behind a system prompt or a first exchange
 MICRO_BATCH = 4  # rows of one forward pass
-KEEP_WEIGHT = 3.0  # of the divergence, against the loss of the refusals
-FIRST_WEIGHT = 2.0  # of the first token's divergence again: it decides between a refusal and an answer
+KEEP_WEIGHT = 3.0  # of the loss on harmless prompts, against that of the refusals
+OPENING_TOKENS, OPENING_WEIGHT = 8, 0.3  # an answer's first tokens count more: they decide whether it is a refusal
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1e-3, 20, 0.05
-ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 5, (1.0, 2.5)
-ROUNDED_SHARE, ROUNDED_BITS = 1 / 5, (4, 5)
+ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 6, (1.0, 2.5)
+ROUNDED_SHARE, ROUNDED_BITS = 1 / 6, (4, 5)
 SCALE = 1.0  # factor of the trained change, chosen on *select* prompts
 SAVES, PRINTED = 4, 10  # adapters that are saved on the way; steps between two lines that are printed
 T = TypeVar("T")
@@ -74,6 +77,35 @@ def micro_batches(rows: list[T], length: Callable[[T], int]) -> Iterator[list[T]
     ordered = sorted(rows, key=length)
     for start in range(0, len(rows), MICRO_BATCH):
         yield ordered[start : start + MICRO_BATCH]
+
+
+@dataclass
+class Means:
+    """Sums a loss over micro-batches.
+
+    Attributes:
+        rows, tokens: number of answers of the whole batch, and of their tokens.
+        mean: mean loss of a token, so far.
+        opening: mean loss of an answer's opening (the sum over its tokens), so far.
+    """
+
+    rows: int
+    tokens: int
+    mean: float = 0.0
+    opening: float = 0.0
+
+    def add(self, losses: Tensor, lengths: list[int]) -> Tensor:
+        """The part of the batch's loss that these answers have: the mean of all tokens, and more for openings.
+
+        Args:
+            losses: ``[tokens]`` of the answers one after the other.
+            lengths: number of tokens of each answer.
+        """
+        opening = torch.cat([answer[:OPENING_TOKENS] for answer in losses.split(lengths)]).sum() / self.rows
+        mean = losses.sum() / self.tokens
+        self.mean += mean.item()
+        self.opening += opening.item()
+        return mean + OPENING_WEIGHT * opening
 
 
 class Trainer:
@@ -133,8 +165,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % PRINTED == 0:
-                refusing, staying, first = (sum(values) / len(recent) for values in zip(*recent, strict=True))
-                losses = f"refusal loss {refusing:.3f}, KL {staying:.4f}, of first tokens {first:.4f}"
+                refusing, staying, opening = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+                losses = f"refusal loss {refusing:.3f}, KL {staying:.4f}, of an opening {opening:.4f}"
                 print(f"step {step + 1}: {losses}, {time.monotonic() - started:.0f} s", flush=True)
                 recent.clear()
             if (step + 1) % (steps // SAVES) == 0:
@@ -144,36 +176,35 @@ class Trainer:
         """Accumulate the gradients of one step.
 
         Returns:
-            The loss of the refusals, and the mean divergence of all tokens and of first tokens of harmless answers.
+            Means of all tokens: of the refusals' negative log-likelihood, and of the harmless answers' divergence; and
+            the mean divergence of a harmless answer's opening.
         """
         kind = self.draw.random()
         if kind < ROUNDED_SHARE:
             with self.rounding.active(self.draw.choice(ROUNDED_BITS)):
-                return self.refusing_loss(), *self.staying_loss(rounded=True)
+                return self.refuse(), *self.stay(rounded=True)
         if kind < ROUNDED_SHARE + ABLATED_SHARE:
             with self.ablation.active(self.draw.uniform(*ABLATED_STRENGTHS)):
-                refusing = self.refusing_loss()
-            return refusing, *self.staying_loss()
-        return self.refusing_loss(), *self.staying_loss()
+                refusing = self.refuse()
+            return refusing, *self.stay()
+        return self.refuse(), *self.stay()
 
-    def refusing_loss(self) -> float:
-        """Backward of the mean negative log-likelihood of refusals; returns it."""
+    def refuse(self) -> float:
+        """Backward of the negative log-likelihood of refusals; returns its mean."""
         pairs = []
         for instruction in self.draw.sample(self.harmful, HARMFUL_BATCH):
             text = render(self.tokenizer, self.contexts.around(instruction, self.draw))
             pairs.append((self.ids(text), self.draw.choice(self.refusals)))
-        tokens = sum(len(answer) for _, answer in pairs)
-        total = 0.0
+        total = Means(len(pairs), sum(len(answer) for _, answer in pairs))
         for some in micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1])):
             targets = torch.tensor([token for _, answer in some for token in answer])
             logits = self.model.lm_head(self.answer_states(some)).float()
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum") / tokens
-            loss.backward()
-            total += loss.item()
-        return total
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            total.add(losses, [len(answer) for _, answer in some]).backward()
+        return total.mean
 
-    def staying_loss(self, *, rounded: bool = False) -> tuple[float, float]:
-        """Backward of the weighted divergence on harmless prompts; returns its means, as ``step`` does.
+    def stay(self, *, rounded: bool = False) -> tuple[float, float]:
+        """Backward of the divergence on harmless prompts; returns its means, as ``step`` does.
 
         Args:
             rounded: compare with the base that is rounded in the same way, because rounding alone changes its answers.
@@ -183,23 +214,16 @@ class Trainer:
             for kind, (count, tokens) in HARMLESS_BATCH.items()
             for row in self.draw.sample(self.harmless[kind], count)
         ]
-        tokens = sum(len(row.answer) for row in rows)
-        total, total_first = 0.0, 0.0
+        total = Means(len(rows), sum(len(row.answer) for row in rows))
         for some in micro_batches(rows, lambda row: len(row.prompt) + len(row.answer)):
             pairs = [(row.prompt, row.answer) for row in some]
             with torch.no_grad(), self.without_adapter():
                 states = self.answer_states(pairs) if rounded else torch.cat([row.states for row in some])
                 before = self.model.lm_head(states).float().log_softmax(-1)
-            states = self.answer_states(pairs)
-            now = self.model.lm_head(states).float().log_softmax(-1)
+            now = self.model.lm_head(self.answer_states(pairs)).float().log_softmax(-1)
             divergence = nn.functional.kl_div(now, before, reduction="none", log_target=True).sum(-1)
-            lengths = torch.tensor([len(row.answer) for row in some])
-            first = divergence[lengths.cumsum(0) - lengths]
-            loss = divergence.sum() / tokens + FIRST_WEIGHT * first.sum() / len(rows)
-            (KEEP_WEIGHT * loss).backward()
-            total += divergence.sum().item() / tokens
-            total_first += first.sum().item() / len(rows)
-        return total, total_first
+            (KEEP_WEIGHT * total.add(divergence, [len(row.answer) for row in some])).backward()
+        return total.mean, total.opening
 
     def answer_states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """The final hidden states that predict the answers' tokens, ``[tokens of all answers, d_model]``."""
@@ -227,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=420)
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     recipe = {"seed": arguments.seed, "steps": arguments.steps, "rank": RANK, "alpha": ALPHA, "scale": SCALE}
