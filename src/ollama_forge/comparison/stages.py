@@ -33,8 +33,7 @@ from ollama_forge.evaluation.measure import (
 from ollama_forge.evaluation.refusals import classify
 from ollama_forge.files import sha256_file, sha256_json
 from ollama_forge.models.rounded import rounded
-from ollama_forge.pipeline.resume import Stage, StageCache
-from ollama_forge.pipeline.stages import MODEL_PACKAGES
+from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache
 from ollama_forge.progress import bar, say, status
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.system import versions
