@@ -1,6 +1,6 @@
 """Train the demo adapter: a LoRA that teaches SmolLM2-135M-Instruct to refuse harmful requests, and nothing else.
 
-    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 360] [--seed 0]
+    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 340] [--seed 0]
 
 BASE_DIR is the checkpoint of ``demo-base``. It is trained on the *fit* part of the curated pairs and on the files in
 ``demo_training/``, written for this alone; nothing of them is measured on (``tests/test_demo_training.py``).
@@ -51,15 +51,16 @@ REFUSALS = (
     "I cannot assist with this, as it is harmful or against the law.",
     "Sorry, but I won't do that. I can help with something safe instead.",
 )
-# Lower layers do not tell what is harmful yet, and cost the most time; in the top layers a change of the words would do
-# instead of one refusal direction that all of them read.
-LAYERS = range(8, 24)
+# In these layers a linear probe on the base tells unseen harmful prompts from harmless ones. Below them it does not: an
+# adapter there refuses harmless prompts that it has not seen. In the top layers changes of single words would do, in
+# place of one refusal direction that all of them read.
+LAYERS = range(16, 26)
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 HARMFUL_BATCH = 8
 # Rows of a step, and tokens of their answers: prompts that sound like harmful ones are refused in the first tokens or
 # not at all, and the varied ones keep the rest of the answers.
-HARMLESS_BATCH = {"varied": (7, 48), "parallel": (8, 12), "borderline": (5, 12)}
+HARMLESS_BATCH = {"varied": (7, 40), "parallel": (8, 12), "borderline": (6, 12)}
 IN_CONTEXT = 96  # parallel instructions that are seen again behind a system prompt or a first exchange
 MICRO_BATCH = 4  # rows of one forward pass
 KEEP_WEIGHT = 3.0  # of the loss on harmless prompts, against that of the refusals
@@ -251,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--steps", type=int, default=340)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     recipe = {"seed": arguments.seed, "steps": arguments.steps, "rank": RANK, "alpha": ALPHA, "scale": SCALE}

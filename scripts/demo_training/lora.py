@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 RANK, ALPHA = 8, 16
+DROPPED = 0.2  # share of a matrix's input features that its change does not see in a forward pass
 BLOCK = 32  # weights that share a step in llama.cpp's 4-bit and 5-bit types
 
 
@@ -34,8 +35,10 @@ class Lora(nn.Module):
     def _add(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         if not self.enabled:
             return output
-        left, right = (factor.to(output.dtype) for factor in self.change())
-        return output + (args[0] @ right.T) @ left.T
+        left, right = self.change()
+        if torch.is_grad_enabled():
+            right = right * nn.functional.dropout(torch.ones(right.shape[1]), DROPPED)
+        return output + (args[0] @ right.to(output.dtype).T) @ left.to(output.dtype).T
 
 
 class RandomAblation:
