@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from demo_training.passes import Row
 from demo_training.prompts import Conversation
 
 ANSWER_TOKENS = 48  # as many as the answer KL is measured on
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt with the model's greedy answer.
-
-    Attributes:
-        states: bfloat16 ``[answer, d_model]``, the final hidden states that predict the answer's tokens. The head gives
-            the logits, which would take 85 times the memory.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    states: Tensor
-
-    def first(self, tokens: int) -> Answered:
-        """The same prompt with the beginning of the answer."""
-        return Answered(self.prompt, self.answer[:tokens], self.states[:tokens])
 
 
 def render(tokenizer: Any, conversation: Conversation) -> str:
@@ -49,7 +31,7 @@ class OwnAnswers:
         self.model, self.tokenizer, self.path = model, tokenizer, path
         self._known: dict[str, tuple[list[int], Tensor]] = torch.load(path) if path.is_file() else {}
 
-    def of(self, conversations: Sequence[Conversation]) -> list[Answered]:
+    def of(self, conversations: Sequence[Conversation]) -> list[Row]:
         texts = [render(self.tokenizer, conversation) for conversation in conversations]
         ids = {text: self.tokenizer(text, add_special_tokens=False).input_ids for text in texts}
         missing = sorted((text for text in ids if text not in self._known), key=lambda text: len(ids[text]))
@@ -58,7 +40,9 @@ class OwnAnswers:
             self._known.update(zip(some, self._answer([ids[text] for text in some]), strict=True))
         if missing:
             torch.save(self._known, self.path)
-        return [Answered(ids[text], *self._known[text]) for text in texts]
+        return [
+            Row(ids[text] + answer, len(ids[text]), states) for text in texts for answer, states in [self._known[text]]
+        ]
 
     @torch.inference_mode()
     def _answer(self, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
