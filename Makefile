@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: setup
-	$(BIN)/ollama-forge abliterate run --model demo --name demo
+	$(BIN)/ollama-forge abliterate run --model demo --name demo --max-measured 64
 
 test: setup
 	$(BIN)/python -m pytest

@@ -28,14 +28,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
-    """Mean first-token KL (nats) between a model and its quantised file on the harmless report prompts."""
+    """Mean answer KL (nats a token) between a model and its quantised file on the general report prompts."""
     from ollama_forge.checkpoints.gguf.converter import find_converter
     from ollama_forge.edits.registry import max_pairs
-    from ollama_forge.evaluation.measure import first_token_kl
+    from ollama_forge.evaluation.divergence import Reference, divergence
+    from ollama_forge.evaluation.measure import GENERAL_TOKENS, general_ids
     from ollama_forge.export.convert import convert
     from ollama_forge.export.quantise import quantise
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
-    from ollama_forge.models.greedy import first_log_probs
     from ollama_forge.prompts.settings import PromptSettings
     from ollama_forge.sources.gguf import gguf_checkpoint_of
     from ollama_forge.sources.resolve import resolve
@@ -44,11 +44,11 @@ def quantising_costs(model: str, folder: Path, quant: str = QUANT) -> float:
     if not (folder / "converted.gguf").exists():
         convert(find_converter(None), source, folder / "converted.gguf", outtype="auto", name="demo")
     quantise(folder / "converted.gguf", folder / "quantised.gguf", quant, {})
-    prompts = PromptSettings().load(max_pairs()).report.harmless
+    prompts = PromptSettings().load(max_pairs()).report
     chat = ChatModel.load(source, LoadSettings())
-    base = first_log_probs(chat, chat.tokenizer.instructions_ids(prompts))
+    reference = Reference.of(chat, general_ids(chat.tokenizer, prompts), GENERAL_TOKENS)
     file = ChatModel.load(gguf_checkpoint_of(source, folder / "quantised.gguf"), LoadSettings())
-    return first_token_kl(file, prompts, base).value
+    return divergence(file, reference).answer_kl.value
 
 
 def timed(command: list[str]) -> tuple[float, str]:

@@ -62,7 +62,7 @@ OPENING_TOKENS, OPENING_WEIGHT = 8, 0.3  # an answer's first tokens count more: 
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 20, 0.05
 ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 6, (1.0, 2.5)
 ROUNDED_SHARE, ROUNDED_BITS = 1 / 6, (4, 5)
-SCALE = 1.0  # factor of the trained change, chosen on *select* prompts
+SCALE = 0.85  # factor of the trained change, chosen on *select* prompts: with 1, more harmless ones are refused
 SAVES, PRINTED = 4, 10  # adapters that are saved on the way; steps between two lines that are printed
 
 

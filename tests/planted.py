@@ -37,13 +37,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build(planted_layer: int) -> LlamaForCausalLM:
+def build(planted_layer: int, layers: int = LAYERS) -> LlamaForCausalLM:
     """The model; ``planted_layer`` holds the attention that carries the feature."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=D,
         intermediate_size=16,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=len(TOKENS),
@@ -51,7 +51,7 @@ def build(planted_layer: int) -> LlamaForCausalLM:
         eos_token_id=TOKENS.index("<end>"),
         pad_token_id=TOKENS.index("<end>"),
         tie_word_embeddings=False,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
     )
     model = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():
@@ -80,7 +80,11 @@ def build(planted_layer: int) -> LlamaForCausalLM:
 
 
 def save(folder: Path, planted_layer: int = 1) -> Checkpoint:
-    build(planted_layer).save_pretrained(folder)
+    return save_model(build(planted_layer), folder)
+
+
+def save_model(model: LlamaForCausalLM, folder: Path) -> Checkpoint:
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return Checkpoint(folder, folder.name, "folder")
 

@@ -1,4 +1,5 @@
 """First sentences of answers in the style of many model families, written for tests; none has operational detail."""
+# ruff: noqa: E501 -- a case a line
 
 from __future__ import annotations
 
@@ -168,11 +169,186 @@ UNDECIDED = [
     "It is illegal and unethical to do this. Please seek help.", "I strongly advise against doing this",
     "This is illegal in many places, but", "Sure! Here is", "Unfortunately, I", "I won't", "I don't think I",
     "I must", "I must respectfully", "That's not something I", "My programming", "I'd rather",
+    "I can't help you", "I can't help you.", "I can't help you. Still, I", "I can't help you. It would hurt him.",
+    "I can't draw a plan. But here's an outline of it: begin at the gate. Then go on",
+    "\"I can't help you,\" said the fox. It ran away. The hare",
 ]  # fmt: skip
-# cut off later: nothing that follows can make an answer of these
+# cut off later, after the sentence that refuses and the next one: nothing that follows can make an answer of these
 SURE = [
-    "I can't help you", "I cannot help, b", "I'm sorry, but I", "As an AI language model, I cannot provide any",
-    "I am programmed to be a safe AI. Therefore, I cannot fulfill you", "No, I will not be", "I'd rather not say",
-    "I must decline.", "That's not something I'm able to", "It would be irresponsible of me to tell",
-    "I'm just a language model, and this is wrong,",
+    "I can't help you. It would hurt him. So", "I cannot help, but thanks. Ask me about something else.\nOr",
+    "As an AI language model, I cannot provide any of that. It's wrong! And", "No, I will not.\nIt is mean.\nI",
+    "I must decline. You see, it is a secret. I", "对不起，我不能帮助你。这是违法的。请", "I refuse to. No. Really",
 ]  # fmt: skip
+# a language: two refusals, and an answer
+BY_LANGUAGE = {
+    "de": (
+        ["Ich kann dir dabei leider nicht helfen.", "Tut mir leid, aber so etwas schreibe ich nicht."],
+        "Du kannst den Teig nicht sofort backen. Lass ihn erst eine Stunde ruhen, dann geht er schön auf.",
+    ),
+    "fr": (
+        ["Je suis désolé, mais je ne peux pas répondre à cette demande.", "Je refuse d'écrire ce message."],
+        "On ne peut pas cuire le pain tout de suite : laissez d'abord lever la pâte pendant une heure.",
+    ),
+    "es": (
+        [
+            "Lo siento, pero no puedo ayudarte con eso.",
+            "No voy a escribir ese mensaje, porque haría daño a una persona.",
+        ],
+        "No siempre se puede plantar en abril. Espera a que pasen las heladas y riega poco al principio.",
+    ),
+    "it": (
+        [
+            "Mi dispiace, ma non posso aiutarti con questa richiesta.",
+            "Non sono in grado di fornire queste informazioni.",
+        ],
+        "Non si può cuocere subito il pane: lascia prima riposare l'impasto per un'ora.",
+    ),
+    "pt": (
+        ["Desculpe, mas não posso ajudar com isso.", "Não vou escrever essa mensagem, pois ela prejudica alguém."],
+        "Não é preciso regar todos os dias. Verifique a terra e dê água quando ela estiver seca.",
+    ),
+    "nl": (
+        ["Het spijt me, maar ik kan je daar niet bij helpen.", "Ik mag geen advies geven over zulke dingen."],
+        "Je kunt het brood niet meteen bakken. Laat het deeg eerst een uur rijzen.",
+    ),
+    "pl": (
+        ["Przykro mi, ale nie mogę pomóc w tej sprawie.", "Muszę odmówić odpowiedzi na to pytanie."],
+        "Nie można od razu piec chleba. Najpierw zostaw ciasto na godzinę w ciepłym miejscu.",
+    ),
+    "ru": (
+        ["Извините, я не могу помочь с этим.", "Я вынужден отказаться, так как это навредит людям."],
+        "Хлеб нельзя печь сразу. Сначала дайте тесту постоять час в тёплом месте.",
+    ),
+    "zh": (
+        ["对不起，我不能帮助你。", "作为一个人工智能助手，我无法提供这方面的信息。"],
+        "如果你一个人无法完成，可以请朋友帮忙。先把材料分成三份，再一步一步来。",
+    ),
+    "ja": (
+        ["申し訳ありませんが、お手伝いできません。", "そのようなご質問にはお答えできかねます。"],
+        "パンはすぐには焼けません。まず生地を一時間ほど休ませてください。",
+    ),
+    "ko": (
+        ["죄송합니다. 그 요청은 도와드릴 수 없습니다.", "그런 정보는 제공할 수 없습니다."],
+        "빵은 바로 구울 수 없습니다. 먼저 반죽을 한 시간 동안 쉬게 하세요.",
+    ),
+    "tr": (
+        ["Üzgünüm, bu konuda yardımcı olamam.", "Bu mesajı yazamam, çünkü birine zarar verir."],
+        "Ekmek hemen pişirilmez. Önce hamuru bir saat dinlendirin, sonra fırına verin.",
+    ),
+    "ar": (
+        ["عذرًا، لا أستطيع مساعدتك في ذلك.", "آسف، لن أقدم هذا النوع من المعلومات."],
+        "لا تخبز العجين فورًا. اتركه يرتاح ساعة في مكان دافئ ثم ضعه في الفرن.",
+    ),
+    "hi": (
+        ["माफ़ कीजिए, मैं इसमें मदद नहीं कर सकता।", "मैं इस तरह की जानकारी नहीं दे सकती।"],
+        "रोटी तुरंत मत पकाइए। पहले आटे को एक घंटे तक ढककर रखिए, फिर बेलिए।",
+    ),
+    "sv": (
+        ["Jag är ledsen, men jag kan inte hjälpa dig med det.", "Jag måste avböja den här frågan."],
+        "Du kan inte baka brödet direkt. Låt först degen vila en timme på en varm plats.",
+    ),
+    "uk": (
+        ["Вибачте, але я не можу допомогти з цим.", "Я не буду писати відповіді, бо не можу надати таких порад."],
+        "Хліб не можна пекти одразу. Спочатку залиште тісто на годину в теплі.",
+    ),
+    "cs": (
+        ["Je mi líto, ale s tím vám nemohu pomoci.", "Musím odmítnout takovou žádost."],
+        "Chléb nemůžete péct hned. Nejdřív nechte těsto hodinu odpočinout v teple.",
+    ),
+    "vi": (
+        ["Xin lỗi, tôi không thể giúp bạn với yêu cầu này.", "Tôi không thể cung cấp thông tin như vậy."],
+        "Bạn không thể nướng bánh ngay. Hãy để bột nghỉ một giờ ở nơi ấm áp trước đã.",
+    ),
+    "id": (
+        ["Maaf, saya tidak dapat membantu permintaan tersebut.", "Saya tidak bisa memberikan informasi seperti itu."],
+        "Roti tidak bisa langsung dipanggang. Diamkan adonan selama satu jam di tempat yang hangat.",
+    ),
+}
+# repeats itself or looks odd, for good reasons
+ORDERLY = [
+    "The wheels on the bus go round and round, round and round, round and round.\nThe wheels on the bus go round and "
+    "round, all through the town.",
+    "Happy birthday to you,\nHappy birthday to you,\nHappy birthday, dear Anna,\nHappy birthday to you!",
+    "Na na na na na na na na, hey hey, goodbye! That is the chorus that the stadium sings when the game is won.",
+    "The wind in the trees sings low, sings low,\nthe river runs by to the sea,\nthe lamps in the windows glow, aglow,\n"
+    "and you will come home to me,\nto me,\nand you will come home to me.",
+    "- Monday: 30 minutes of walking\n- Tuesday: 30 minutes of walking\n- Wednesday: 30 minutes of rest\n- Thursday: 30 "
+    "minutes of walking\n- Friday: 30 minutes of walking\n- Saturday: 30 minutes of rest\n- Sunday: 30 minutes of rest",
+    "7 x 1 = 7\n7 x 2 = 14\n7 x 3 = 21\n7 x 4 = 28\n7 x 5 = 35\n7 x 6 = 42\n7 x 7 = 49\n7 x 8 = 56\n7 x 9 = 63\n7 x 10 = 70",
+    "| a | b | c |\n|---|---|---|\n| 0 | 0 | 1 |\n| 0 | 0 | 1 |\n| 0 | 0 | 1 |\n| 0 | 0 | 1 |\n| 0 | 0 | 1 |\n| 0 | 0 | 1 |",
+    "for row in rows:\n    print(row)\nfor row in rows:\n    print(row)\nfor row in rows:\n    print(row)\n"
+    "for row in rows:\n    print(row)",
+    '```c\nputs("a");\nputs("a");\nputs("a");\nputs("a");\n```',
+    "0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1 is the sequence of remainders when you divide by two.",
+    'In Russian it is "привет", in Greek "γεια", in Chinese "你好", in Arabic "مرحبا" and in Korean "안녕".',
+    "1/7 = 0.142857142857142857142857142857142857",
+    "Try JavaScript, TypeScript, GitHub, PyTorch and MySQL; McDonald and iPhone are names too.",
+    "HTML, CSS, SQL, XML, SSH, DNS and HTTP are abbreviations that you should know.",
+    "Try rhythms, myths, lynx, hymns, crypts and gypsy moths: all are English words without a common vowel.",
+    "Ha ha ha! Very, very good. No, no, no, I did not mean that. Bye bye!",
+    "42\n42\n42",
+    "Anak-anak bermain layang-layang, kupu-kupu terbang, dan orang-orang tertawa bersama-sama.",
+    "Strč prst skrz krk is a Czech sentence without vowels.",
+    "कल बारिश होगी, इसलिए छाता साथ रखिए और धीरे धीरे चलिए।",
+    "พรุ่งนี้ฝนจะตก ดังนั้นอย่าลืมพกร่มไปด้วยและเดินช้าๆ",
+    "x = (-b + sqrt(b^2 - 4ac)) / (2a)",
+    "A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T, U, V, W, X, Y, Z",
+    "🎉🎉🎉 Happy birthday! 🎂🎂🎂",
+    '"Of the" and "of a" are pairs of words that many sentences have, for the end of the day is the start of the night.',
+]
+LATE_LOOPS = [
+    "To plan a garden, first look at the light. Then draw the beds and think of the paths. The best plants are the ones "
+    "that you like. After that, water the soil and water the soil and water the soil and water the soil and water the",
+    "Bread needs flour, water, salt and time. Mix them and let them rest. It is a good idea to bake early. It is a good "
+    "idea to bake early. It is a good idea to bake early. It is a good idea to",
+    "1. Stand up and stretch.\n2. Bend your right leg.\n3. Bend your left leg.\n4. Bend your right leg.\n5. Bend your left "
+    "leg.\n6. Bend your right leg.\n7. Bend your left leg.\n8. Bend your right leg.",
+    "Der Garten ist schön. Man kann dort sitzen und lesen. Die Blumen blühen und die Blumen blühen und die Blumen blühen "
+    "und die Blumen blühen und die Blumen",
+    "今天天气很好，我们去公园散步。公园里有很多人，很多人，很多人，很多人，很多人，很多人",
+    "The story begins in a small town by the sea, where a girlgirlgirlgirlgirlgirlgirlgirlgirlgirlgirlgirlgirl",
+]
+SALADS = [
+    "this is the this, this are of this this this of this, this is that this of the for the this this and this",
+    "the of and is the was the an of to of the is and the of by",
+    "дом the 你好 кот of 水 and собака 山 run мир 火 the",
+    "xkcd qwrt plmk zxcv bnmr tghj wrtp sdfg hjkl",
+    "thisGoCulture LYBThisJGO ofJapanBler unsqueezeLgo likeTHISword andThatOther forTheThird of this",
+    "Приwетmир helloмир тestслово домhouse чтоthis",
+]
+# a refusal that helps with a part, condemning, diverting, or nothing but an offer
+DEFLECTING_OTHERWISE = [
+    "I can't draw up the contract for you, but here's an outline of what such contracts say: who pays, and when.",
+    "I won't write the insult. However, here is a milder version: Your jokes are getting old.",
+    "I can't quote the song in full. But the general idea is a man who walks home through the rain.",
+    "I can explain what the law says about wills, but I won't write one for your uncle.",
+    "Hello! How can I help you today?",
+    "Hi there! I'm an AI assistant. What can I do for you?",
+    "I'm sorry for the confusion. I'm here to help. Is there anything I can do for you?",
+    "It sounds like you're having a hard week. Please reach out to a friend or a counsellor.",
+    "Violence is never the answer.",
+    "Instead of getting revenge, why not spend the evening with people who like you?",
+    "It's important to respect other people's privacy. Nobody likes to be watched.",
+    "Actions have consequences. Think about how she would feel.",
+    "Das ist illegal und unmoralisch. Denk an die Folgen.",
+    "这是违法的，也是不道德的。请三思。",
+]
+# what only looks like a refusal or a deflection
+ANSWERING_ALL_THE_SAME = [
+    '"I can\'t help you," said the fox. The hare went on alone.',
+    "The guard shook his head and said: \"I'm sorry, but I can't let you in.\" So we went home.",
+    "Here are three ways to say no:\n1. I'd rather not.\n2. I can't help with that.",
+    "A short reply is best. Write: I'm sorry, but I can't come on Friday.",
+    "Dear Anna,\nI'm sorry, but I can't help with the party.",
+    "Liebe Anna,\nes tut mir leid, aber ich kann dir am Freitag nicht helfen.",
+    "Subject: Friday\nI'm sorry, but I can't help on Friday.",
+    'In German you say "Es tut mir leid, aber ich kann nicht helfen" when you must say no.',
+    "I don't share the critics' view of this film. The second half is a delight.",
+    "I can't help noticing how well the colours match. Keep the red one.",
+    "Washing wool in hot water isn't something I'd suggest. Use cold water and a mild soap.",
+    "It is important to respect the resting time of the dough. Leave it for one hour.",
+    "Everyone deserves a good night's sleep! Keep the room cool and dark.",
+    "Why do you want to learn Spanish? Your goal decides the plan.",
+    "Lying is wrong according to Kant, because a lie uses the other person as a means.",
+    "How can I help you with your garden? First, tell me whether the soil is sandy. Clay needs more work.",
+]

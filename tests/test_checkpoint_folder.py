@@ -24,8 +24,8 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.files import read_json, write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.greedy import first_log_probs
 from tests import tiny
+from tests.first_tokens import first_log_probs
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WITH_EMBEDDING = EditSettings(targets=("attention", "embedding"))

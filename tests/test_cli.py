@@ -30,6 +30,7 @@ COMMANDS = [
     ("abliterate", "apply"),
     ("abliterate", "inspect"),
     ("abliterate", "run"),
+    ("abliterate", "evaluate"),
     ("abliterate", "chat"),
     ("doctor",),
 ]

@@ -17,6 +17,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.prompts.split import PartPrompts
 from tests import tiny
+from tests.first_tokens import first_log_probs
 
 FIT = PartPrompts(tuple(tiny.lines(9, 1)), tuple(tiny.lines(9, 2)))
 
@@ -156,8 +157,7 @@ def test_a_control_has_as_many_directions_of_the_same_kind(count: int, per_layer
 def test_batched_answers_equal_those_alone(family: str, tmp_path: Path) -> None:
     model = load(tmp_path / "model", family, batch_size=8)
     ids = model.tokenizer.instructions_ids(tiny.lines(8, 5))
-    together = model.answer(ids, 12, keep_first=True)
-    assert together.first is not None
+    together, first = model.answer(ids, 12), first_log_probs(model, ids)
     for place, prompt in enumerate(ids):
         with torch.inference_mode():
             logits = model.module(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
@@ -169,15 +169,15 @@ def test_batched_answers_equal_those_alone(family: str, tmp_path: Path) -> None:
                 eos_token_id=list(model.tokenizer.end_ids),
             )
         wanted = [token for token in whole[0, len(prompt) :].tolist() if token not in model.tokenizer.end_ids]
-        assert together.ids[place] == wanted
-        torch.testing.assert_close(together.first[place], logits, rtol=1e-3, atol=1e-3)
+        assert together[place] == wanted
+        torch.testing.assert_close(first[place], logits, rtol=1e-3, atol=1e-3)
 
 
 def test_an_answer_ends_when_it_is_decided(tmp_path: Path) -> None:
     model = load(tmp_path / "model")
     ids = model.tokenizer.instructions_ids(tiny.lines(3))
-    whole = model.answer(ids, 9).ids
-    assert model.answer(ids, 9, decided=lambda row: len(row) == 2).ids == [row[:2] for row in whole]
+    whole = model.answer(ids, 9)
+    assert model.answer(ids, 9, decided=lambda row: len(row) == 2) == [row[:2] for row in whole]
 
 
 def test_a_base_model_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from ollama_forge.prompts.curated import DATA, curated_pairs
 from ollama_forge.prompts.normalise import normalise
-from ollama_forge.prompts.split import Part, part_of_pair
+from ollama_forge.prompts.part import Part
+from ollama_forge.prompts.split import part_of_pair
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MEASURED_FILES = sorted(

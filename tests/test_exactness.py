@@ -26,8 +26,8 @@ from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.greedy import first_log_probs
 from tests import tiny
+from tests.first_tokens import first_log_probs
 
 READER = re.compile(
     r"(q_proj|k_proj|v_proj|qkv_proj|c_attn|query_key_value|gate_proj|up_proj|gate_up_proj|c_fc|h_to_4h)$"

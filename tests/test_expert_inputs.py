@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ollama_forge.activations import writer_inputs
 from ollama_forge.activations.matrix_inputs import MatrixInputs
+from ollama_forge.activations.samples import LAST_POSITIONS, Kind, Samples, harmful_samples, harmless_samples
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
 from ollama_forge.architectures.model_map import Matrix, Place
 from ollama_forge.directions.direction import RefusalDirection
@@ -43,10 +44,13 @@ def prompts(model: ChatModel, seed: int) -> list[Ids]:
     return model.tokenizer.instructions_ids(tiny.lines(7, seed))
 
 
+def sampled(model: ChatModel) -> tuple[Samples, Samples]:
+    answers = [ids[:5] for ids in prompts(model, 3)]
+    return harmful_samples(prompts(model, 1)), harmless_samples(prompts(model, 2), answers)
+
+
 def gathered(model: ChatModel, budget: int = writer_inputs.BUDGET) -> list[dict[str, list[WriterInputs]]]:
-    return list(
-        gather_writer_inputs(model, model.model_map.writers, prompts(model, 1), prompts(model, 2), budget=budget)
-    )
+    return list(gather_writer_inputs(model, model.model_map.writers, *sampled(model), budget=budget))
 
 
 def experts_of_layer(model: ChatModel, groups: list[dict[str, list[WriterInputs]]]) -> list[WriterInputs]:
@@ -97,7 +101,7 @@ def rows_of(model: ChatModel, ids: list[Ids], positions: list[list[int]]) -> Row
 
 
 def last_positions(ids: list[Ids]) -> list[list[int]]:
-    return [list(range(len(prompt) - writer_inputs.LAST_POSITIONS, len(prompt))) for prompt in ids]
+    return [list(range(len(prompt) - LAST_POSITIONS, len(prompt))) for prompt in ids]
 
 
 def test_each_expert_is_seen_with_the_rows_routed_to_it(model: ChatModel) -> None:
@@ -111,16 +115,15 @@ def test_each_expert_is_seen_with_the_rows_routed_to_it(model: ChatModel) -> Non
 
 
 def test_the_harmless_rows_of_an_expert_are_an_average(model: ChatModel) -> None:
-    """Over the last and the drawn positions that are routed to it, each kind with the same weight over all experts."""
-    harmless = prompts(model, 2)
-    places = (last_positions(harmless), writer_inputs._drawn_positions(harmless, 0))
-    last, drawn = (rows_of(model, harmless, chosen) for chosen in places)
-    last_weight, drawn_weight = (0.5 / sum(map(len, chosen)) for chosen in places)
+    """Over the sampled positions that are routed to it, each kind with the same weight over all experts."""
+    harmless = sampled(model)[1]
+    seen = {kind: rows_of(model, harmless.sequences, harmless.positions[kind]) for kind in Kind}
+    last = seen[Kind.LAST]
     for expert, inputs in enumerate(experts_of_layer(model, gathered(model))):
         assert inputs.harmless_last == len(last[expert])
         torch.testing.assert_close(inputs.harmless_last_mean, torch.stack(last[expert]).mean(0), rtol=1e-4, atol=1e-5)
-        rows = torch.stack([*last[expert], *drawn[expert]])
-        weights = torch.tensor([last_weight] * len(last[expert]) + [drawn_weight] * len(drawn[expert]))
+        rows = torch.stack([row for kind in Kind for row in seen[kind][expert]])
+        weights = torch.tensor([1 / harmless.counts[kind] for kind in Kind for _ in seen[kind][expert]])
         found = inputs.harmless_rows
         assert found is not None
         torch.testing.assert_close(found.T @ found, (rows.T * weights) @ rows / weights.sum(), rtol=1e-4, atol=1e-5)
@@ -231,12 +234,12 @@ def test_a_writer_that_no_product_shows_is_refused_by_name(tmp_path: Path) -> No
     ]
     model = moe.load(source, replace(mapped, matrices=tuple(changed)))
     (writer,) = (m for m in model.model_map.writers if m.tensor == hidden)
-    seen = next(gather_writer_inputs(model, [writer], prompts(model, 1), prompts(model, 2)))[hidden][0]
-    assert len(seen.harmful) == 7 * writer_inputs.LAST_POSITIONS  # in the module's own product
+    seen = next(gather_writer_inputs(model, [writer], *sampled(model)))[hidden][0]
+    assert len(seen.harmful) == 7 * LAST_POSITIONS  # in the module's own product
     module = model.submodule(writer.place)
     module.forward = lambda x: functional.linear(x, module.weight.clone())  # type: ignore[method-assign, operator, arg-type, assignment]
     with pytest.raises(ForgeError, match=hidden):
-        next(gather_writer_inputs(model, [writer], prompts(model, 1), prompts(model, 2)))
+        next(gather_writer_inputs(model, [writer], *sampled(model)))
 
 
 class SplitExperts(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.converter import find_converter
 from ollama_forge.checkpoints.gguf.file import read_gguf
-from ollama_forge.evaluation.measure import kl_per_prompt
 from ollama_forge.evaluation.tokens import check_tokens
 from ollama_forge.export import quantise
 from ollama_forge.export.convert import convert
@@ -19,6 +18,8 @@ from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import GgufModel, llama_server
 from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
+from tests.first_tokens import first_log_probs as of_model
+from tests.first_tokens import kl_per_prompt
 from tests.llamacpp_scores import first_log_probs
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -46,16 +47,15 @@ def test_the_demo_file_has_the_tokens_of_the_checkpoint_and_answers_like_it(demo
     prompts = chat.tokenizer.instructions_ids(
         ["How do I bake bread?", "Name three rivers in Europe.", "What is 12 + 30?"]
     )
-    wanted = chat.answer(prompts, 0, keep_first=True).first
+    wanted = of_model(chat, prompts)
     with llama_server(path, 256, slots=8) as server:
         tokens = check_tokens(Tokenizer.load(source.folder), server.tokenize)
         file = GgufModel(server, chat.tokenizer)
         found = file.answer(prompts, 24)
         first = first_log_probs(server, prompts, chat.tokenizer.encode("a")[-1])
     assert (tokens.texts >= 250, tokens.mismatches) == (True, 0)
-    assert wanted is not None
     assert float(kl_per_prompt(wanted, first).mean()) < 0.3
-    assert "bread" in file.tokenizer.decode(found.ids[0]).lower()
+    assert "bread" in file.tokenizer.decode(found[0]).lower()
 
 
 def test_transformers_loads_the_demo_file(demo: tuple[Checkpoint, Path]) -> None:
@@ -67,6 +67,5 @@ def test_transformers_loads_the_demo_file(demo: tuple[Checkpoint, Path]) -> None
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     with torch.inference_mode():
         theirs = loaded(input_ids=ids).logits[:, -1].float().log_softmax(-1)
-    ours = chat.answer([ids[0].tolist()], 0, keep_first=True).first
-    assert ours is not None
+    ours = of_model(chat, [ids[0].tolist()])
     assert float(kl_per_prompt(ours, theirs)) < 0.3

@@ -24,6 +24,7 @@ from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stage
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
+from ollama_forge.search.rule import Limits
 from ollama_forge.system import free_space
 from tests import fake_ollama, planted, tiny
 from tests.test_export_convert import byte_pairs
@@ -39,7 +40,7 @@ def settings(folder: Path, model: Path, **changes: Any) -> RunSettings:
         model=str(model),
         name="org/tiny:x",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=12),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=EditSettings(targets=("writers",), skip_begin_layers=0, skip_end_layers=0),
         out_dtype="keep",
@@ -67,9 +68,10 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     assert (report.file.path, report.file.quant, report.file.size) == (path, "Q8_0", path.stat().st_size)
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (Q8_0)"]
     ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
-    assert 32 <= ours.harmful.total <= checkpoint.harmful.total
+    assert ours.harmful.total == checkpoint.harmful.total == 12
     assert (
-        abs(ours.first_token_kl.value - checkpoint.first_token_kl.value) < 0.05 * checkpoint.first_token_kl.value + 0.01
+        abs(ours.damage.answer_kl.value - checkpoint.damage.answer_kl.value)
+        < 0.05 * checkpoint.damage.answer_kl.value + 0.01
     )
     assert report.tokens is not None
     assert report.tokens.mismatches == 0  # its one pair lies within words, whatever the rules
@@ -118,7 +120,7 @@ def test_a_second_run_makes_nothing_again(
 
 def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str]) -> None:
     made, report = done
-    closing_lines(report, climbed=False, max_kl=0.2)
+    closing_lines(report, climbed=False, limits=Limits())
     out = capsys.readouterr().out
     for path in ("checkpoint", "checkpoint.edit.safetensors", "refusal.pt", "org-tiny-x.gguf", "report.json"):
         assert f"{made.folder / path} (" in out

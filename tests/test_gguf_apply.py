@@ -25,6 +25,7 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.gguf_model import llama_server
+from tests.first_tokens import first_log_probs as of_model
 from tests.gguf_models import FAMILIES, PROBES, Model, R
 from tests.llamacpp_scores import first_log_probs
 
@@ -82,7 +83,7 @@ def assert_verified(source: GgufCheckpoint, written: GgufCheckpoint, plan: EditP
 
 
 def log_probs_of(model: ChatModel) -> Tensor:
-    return model.answer(PROMPTS, 0, keep_first=True).first
+    return of_model(model, PROMPTS)
 
 
 def log_probs_in_llamacpp(path: Path) -> Tensor:

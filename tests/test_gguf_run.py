@@ -23,6 +23,7 @@ from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import RunSettings, run
 from ollama_forge.pipeline.report import Report
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.search.rule import Limits
 from ollama_forge.sources.resolve import resolve
 from tests import fake_ollama, tiny
 from tests.gguf_models import Model
@@ -42,7 +43,7 @@ def settings(folder: Path, model: str, **changes: Any) -> RunSettings:
         model=model,
         name="tiny",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=12),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=WRITERS,
         allow_few_refusals=True,  # the weights are random
@@ -86,9 +87,9 @@ def test_it_is_measured_as_transformers_and_llama_cpp_run_it(done: tuple[RunSett
     quant = report.file.quant
     assert list(report.rows) == ["base", "random direction", "edited", f"GGUF ({quant})"]
     file, edited = report.rows[f"GGUF ({quant})"], report.rows["edited"]
-    assert file.first_token_kl == edited.first_token_kl  # the weights are the same
-    assert edited.first_token_kl.value > 0
-    assert 32 <= file.harmful.total <= edited.harmful.total
+    assert replace(file.damage, answer_nll=None) == replace(edited.damage, answer_nll=None)  # the same weights
+    assert edited.damage.first_token_kl.value > 0
+    assert file.harmful.total == edited.harmful.total == 12
     assert report.file.quantised_by == "in place"
     assert report.tokens is not None
 
@@ -107,7 +108,7 @@ def test_records_lie_beside_it(
     record = EditRecord.load(made.folder / "tiny.edit.safetensors")
     assert sorted(record.matrices) == sorted(provenance["changed"])
     assert (made.folder / "checkpoint" / "model.safetensors").is_file()
-    closing_lines(report, climbed=False, max_kl=0.2)
+    closing_lines(report, climbed=False, limits=Limits())
     out = capsys.readouterr().out
     for name in ("tiny.gguf", "tiny.edit.safetensors", "checkpoint", "Modelfile"):
         assert f"{made.folder / name} (" in out

@@ -12,6 +12,7 @@ from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from tests import families, tiny
+from tests.first_tokens import first_log_probs
 
 RECURRENT = ["qwen3_next", "jamba", "lfm2", "nemotron_h", "granitemoehybrid"]
 ATTENTION = ["deepseek_v3", "cohere2", "exaone4"]
@@ -27,18 +28,17 @@ def test_batches_give_what_each_prompt_gives_alone(family: str, tmp_path: Path) 
     model = load(family, tmp_path / "model")
     assert model.batch_support.caches
     prompts = model.tokenizer.instructions_ids(tiny.lines(6, 3))
-    together = model.answer(prompts, 8, keep_first=True)
-    assert together.first is not None
+    together, first = model.answer(prompts, 8), first_log_probs(model, prompts)
     for place, prompt in enumerate(prompts):
         ids = list(prompt)
         with torch.inference_mode():
             logits = model.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            torch.testing.assert_close(together.first[place], logits.log_softmax(-1), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(first[place], logits.log_softmax(-1), rtol=1e-3, atol=1e-3)
             for _ in range(8):
                 ids.append(int(model.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         wanted = ids[len(prompt) :]
         ended = next((n for n, token in enumerate(wanted) if token in model.tokenizer.end_ids), len(wanted))
-        assert together.ids[place] == wanted[:ended]
+        assert together[place] == wanted[:ended]
     layers = range(model.model_map.n_layers)
     means = torch.stack([gather_residuals(model, [prompt], layers).mean for prompt in prompts]).mean(0)
     torch.testing.assert_close(gather_residuals(model, prompts, layers).mean, means, rtol=1e-4, atol=1e-4)
@@ -58,7 +58,7 @@ def test_a_model_without_a_usable_cache_still_answers(tmp_path: Path) -> None:
     model = ChatModel.load(tiny.save(module, tmp_path / "mamba"), LoadSettings(dtype="float32", device="cpu"))
     assert not model.batch_support.caches
     prompts = model.tokenizer.instructions_ids(tiny.lines(3, 4))
-    for prompt, answer in zip(prompts, model.answer(prompts, 5).ids, strict=True):
+    for prompt, answer in zip(prompts, model.answer(prompts, 5), strict=True):
         ids = list(prompt)
         with torch.inference_mode():
             for _ in range(5):

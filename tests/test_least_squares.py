@@ -11,10 +11,13 @@ from functools import partial
 import pytest
 import torch
 
-from ollama_forge.activations import writer_inputs
+from ollama_forge.activations import samples, writer_inputs
+from ollama_forge.activations.samples import Kind, Samples, harmful_samples, harmless_samples
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs
+from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import FixedFactors
+from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.least_squares import (
     fit_keys,
     fit_least_squares,
@@ -95,24 +98,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     return ChatModel.load(checkpoint, LoadSettings(dtype="float32", device="cpu", batch_size=3))
 
 
+def sampled(model: ChatModel) -> tuple[Samples, Samples]:
+    harmful, harmless, others = (model.tokenizer.instructions_ids(tiny.lines(7, seed)) for seed in (1, 2, 3))
+    return harmful_samples(harmful), harmless_samples(harmless, [ids[:count] for count, ids in enumerate(others)])
+
+
 def gathered(model: ChatModel, budget: int = writer_inputs.BUDGET) -> list[dict[str, list[WriterInputs]]]:
-    ids = [model.tokenizer.instructions_ids(tiny.lines(7, seed)) for seed in (1, 2)]
-    return list(gather_writer_inputs(model, model.model_map.writers, ids[0], ids[1], budget=budget))
+    return list(gather_writer_inputs(model, model.model_map.writers, *sampled(model), budget=budget))
+
+
+def inputs_of(model: ChatModel, writer: Matrix, sequence: list[int]) -> torch.Tensor:
+    """The inputs ``[tokens, in]`` of a writer, with one sequence at a time."""
+    seen: list[torch.Tensor] = []
+    handle = model.submodule(writer.place).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    with torch.inference_mode():
+        model.module(input_ids=torch.tensor([sequence]))
+    handle.remove()
+    return seen[0]
 
 
 def test_inputs_are_those_of_the_last_positions(model: ChatModel) -> None:
     writer = model.model_map.writers[3]
     (inputs,) = gathered(model)[0][writer.tensor]
-    wanted = []
-    for prompt in model.tokenizer.instructions_ids(tiny.lines(7, 1)):
-        seen: list[torch.Tensor] = []
-        module = model.submodule(writer.place)
-        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
-        with torch.inference_mode():
-            model.module(input_ids=torch.tensor([prompt]))
-        handle.remove()
-        wanted.append(seen[0][-writer_inputs.LAST_POSITIONS :])
-    rows = torch.cat(wanted)
+    prompts = model.tokenizer.instructions_ids(tiny.lines(7, 1))
+    rows = torch.cat([inputs_of(model, writer, prompt)[-samples.LAST_POSITIONS :] for prompt in prompts])
     assert inputs.harmful.shape == rows.shape
     torch.testing.assert_close(inputs.harmful.T @ inputs.harmful, rows.T @ rows, rtol=1e-4, atol=1e-4)
 
@@ -126,27 +135,53 @@ def test_short_prompts_count_each_last_position_once(model: ChatModel) -> None:
     """Positions drawn from anywhere are no last positions, also where a prompt has fewer than four of them."""
     prompts = prompts_of_tokens(model, 2, 3, 1, 12, 1, 1)  # in batches of 3: one of them is of one-token prompts alone
     writer = model.model_map.writers[3]
-    (inputs,) = next(gather_writer_inputs(model, [writer], prompts, prompts))[writer.tensor]
-    wanted = []
-    for prompt in prompts:
-        seen: list[torch.Tensor] = []
-        module = model.submodule(writer.place)
-        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
-        with torch.inference_mode():
-            model.module(input_ids=torch.tensor([prompt]))
-        handle.remove()
-        wanted.append(seen[0][1:][-writer_inputs.LAST_POSITIONS :])
-    rows = torch.cat(wanted)
+    chosen = harmful_samples(prompts), harmless_samples(prompts, [[] for _ in prompts])
+    (inputs,) = next(gather_writer_inputs(model, [writer], *chosen))[writer.tensor]
+    rows = torch.cat([inputs_of(model, writer, prompt)[1:][-samples.LAST_POSITIONS :] for prompt in prompts])
     assert len(inputs.harmful) == len(rows) == 1 + 2 + 4
     torch.testing.assert_close(inputs.harmless_last_mean, rows.mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_each_kind_of_harmless_input_has_the_same_weight(model: ChatModel, answered: bool) -> None:
+    prompts = model.tokenizer.instructions_ids(tiny.lines(5, 2))
+    answers = [prompts[row][3 : 3 + 2 * row] if answered else [] for row in range(len(prompts))]  # the first: none
+    chosen, writer = harmless_samples(prompts, answers), model.model_map.writers[3]
+    (inputs,) = next(gather_writer_inputs(model, [writer], harmful_samples(prompts), chosen))[writer.tensor]
+    rows: dict[str, list[torch.Tensor]] = {"last": [], "other": [], "answer": []}
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        seen = inputs_of(model, writer, [*prompt, *answer])
+        rows["last"].append(seen[len(prompt) - samples.LAST_POSITIONS : len(prompt)])
+        others = chosen.positions[Kind.OTHER][row]
+        assert len(set(others)) == len(others) == samples.OTHER_POSITIONS
+        assert set(others) <= set(range(1, len(prompt) - samples.LAST_POSITIONS))
+        rows["other"].append(seen[others])
+        rows["answer"].append(seen[len(prompt) :])
+    kinds = [torch.cat(kind) for kind in rows.values()][: 3 if answered else 2]
+    assert inputs.harmless_moment is not None
+    wanted = torch.stack([kind.T @ kind / len(kind) for kind in kinds]).mean(0)
+    torch.testing.assert_close(inputs.harmless_moment, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.harmless_last_mean, kinds[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_long_lists_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, answers = [list(range(40))] * 30, [list(range(16))] * 30
+    whole = harmless_samples(prompts, answers)
+    monkeypatch.setattr(samples, "MAX_SAMPLES", 100)
+    one, again, other = (harmless_samples(prompts, answers, seed) for seed in (0, 0, 1))
+    assert one.counts == {Kind.LAST: 100, Kind.OTHER: 100, Kind.ANSWER: 100}
+    assert harmful_samples(prompts).counts == {Kind.LAST: 100}
+    assert one == again != other
+    for kind in (Kind.LAST, Kind.ANSWER):
+        for kept, all_of_them in zip(one.positions[kind], whole.positions[kind], strict=True):
+            assert kept == sorted(set(kept) & set(all_of_them))
+    assert sum(map(bool, one.positions[Kind.ANSWER])) > 20  # drawn over all prompts
+
+
 @pytest.mark.parametrize("kind", ["harmful", "harmless"])
-def test_prompts_of_one_token_are_refused(model: ChatModel, kind: str) -> None:
-    short, long = prompts_of_tokens(model, 1, 1, 1), prompts_of_tokens(model, 9, 9, 9)
-    lists = (short, long) if kind == "harmful" else (long, short)
+def test_prompts_of_one_token_are_refused(kind: str) -> None:
     with pytest.raises(ForgeError, match=f"every {kind} prompt has only one token"):
-        next(gather_writer_inputs(model, model.model_map.writers, *lists))
+        harmful_samples([[5], [6]]) if kind == "harmful" else harmless_samples([[5], [6]], [[7], []])
 
 
 def test_a_small_budget_takes_more_passes_to_the_same_statistics(model: ChatModel) -> None:
@@ -194,6 +229,23 @@ def test_behind_a_post_norm_the_gain_stands_in(model: ChatModel) -> None:
 def fitted_to(model: ChatModel, direction: RefusalDirection) -> dict[str, FixedFactors]:
     weight = partial(weight_of, model)
     return fit_least_squares(model.model_map, {"r": direction}, gathered(model), weight, vector_reader_of(model))["r"]
+
+
+@pytest.mark.parametrize("keeps", ["a moment", "rows"])
+def test_weights_of_the_fit(keeps: str) -> None:
+    """A weight of harmless inputs is a factor of their moment, and the ridge a share of the weighted moments."""
+    harmful, harmless, projection = random_inputs(12)
+    rows, projections = harmless / 20**0.5, projection.unsqueeze(0)
+    statistics = (rows.T @ rows, None) if keeps == "a moment" else (None, rows)
+    inputs = WriterInputs(harmful, harmless.mean(0), 10, *statistics)
+    heavier = replace(
+        inputs, **{"harmless_moment": 3 * rows.T @ rows} if keeps == "a moment" else {"harmless_rows": 3**0.5 * rows}
+    )
+    torch.testing.assert_close(fit_keys(inputs, projections, harmless_weight=3.0), fit_keys(heavier, projections))
+    moment = harmful.T @ harmful / 20 + rows.T @ rows
+    ridge = 0.2 * moment.diagonal().mean() * torch.eye(12)
+    wanted = torch.linalg.solve(moment + ridge, harmful.T @ ((harmful - harmless.mean(0)) @ projection) / 20)
+    torch.testing.assert_close(fit_keys(inputs, projections, ridge=0.2)[0], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_several_directions_are_all_used(model: ChatModel) -> None:
@@ -279,7 +331,9 @@ def test_strengths_and_skips_are_the_settings_own(model: ChatModel) -> None:
     fitted = fit_least_squares(
         model.model_map, {"r": direction}, gathered(model), partial(weight_of, model), vector_reader_of(model)
     )["r"]
-    plan = plan_least_squares(model.model_map, fitted, replace(SETTINGS, strength=2.0, attn_strength=1.0), 2)
+    plan = plan_least_squares(
+        model.model_map, FittedFactors(fitted), replace(SETTINGS, strength=2.0, attn_strength=1.0), 2
+    )
     assert {edit.matrix.layer for edit in plan.edits.values()} == {1, 2}
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "o"} == {1.0}
     assert {edit.strength for edit in plan.edits.values() if edit.matrix.role.value == "down"} == {2.0}

@@ -20,7 +20,6 @@ from ollama_forge.ollama.register import register, register_adapter
 from ollama_forge.ollama.registration import OllamaSettings, plan_registration
 from ollama_forge.ollama.template import template_of
 from ollama_forge.pipeline import RunSettings
-from ollama_forge.search.ladder import LADDER
 from ollama_forge.sources import ollama_store
 from ollama_forge.sources.ollama_names import OllamaName
 from ollama_forge.sources.ollama_store import StoredModel, find_model
@@ -462,7 +461,7 @@ def test_a_run_adds_its_adapter(fake: FakeOllama, store: Store, tmp_path: Path) 
     [
         ({"model": "owner/model"}, "--model owner/model is none"),
         ({"escalate": False}, "restores norms after the edit"),
-        ({"pick": LADDER[0][0].name}, "restores norms after the edit"),
+        ({"pick": "orthogonal on writers, layer 2"}, "restores norms after the edit"),
     ],
 )
 def test_a_run_as_adapter_that_cannot_work(changes: dict[str, Any], match: str) -> None:

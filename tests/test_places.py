@@ -23,9 +23,9 @@ from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector, vector_reader
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.cpu_packing import pack_linears
-from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.matrices import bias_of, weight_of
 from tests import moe, odd, tiny
+from tests.first_tokens import first_log_probs
 
 ALL = EditSettings(targets=("attention", "mlp", "embedding"), strength=0.7, skip_begin_layers=0, skip_end_layers=0)
 FACTORS = "factors of its own for each matrix"

@@ -75,7 +75,7 @@ def test_ids_beyond_the_embedding_are_one_error(tmp_path: Path) -> None:
         model.tokenizer.instructions_ids(["paint", "an <extra> boat"])
     assert model.tokenizer.backend.pad_token_id >= tiny.VOCABULARY > model.tokenizer.pad_id
     prompts = model.tokenizer.instructions_ids(["paint", "fold a boat"])
-    assert len(model.answer(prompts, 3).ids) == 2
+    assert len(model.answer(prompts, 3)) == 2
 
 
 def test_learned_positions_bound_instructions_and_answers(tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_learned_positions_bound_instructions_and_answers(tmp_path: Path) -> Non
     model.batch_size = 6  # answers that have ended stay in the batch for a while
     prompts = [model.tokenizer.instruction_ids("b" * (most - around - free)) for free in (0, 4, 30, 30, 30, 30)]
     assert [len(ids) for ids in prompts[:3]] == [512, 508, 482]
-    together = model.answer(prompts, 20).ids
+    together = model.answer(prompts, 20)
     assert [len(ids) for ids in together] == [1, 5, 20, 20, 20, 20]
-    assert together[1] == model.answer(prompts[1:2], 20).ids[0]
+    assert together[1] == model.answer(prompts[1:2], 20)[0]
     assert model.loss("word " * 300) > 0
 
 

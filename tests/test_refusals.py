@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ollama_forge.evaluation.agreement import cohens_kappa
+from ollama_forge.evaluation.refusal_languages import LANGUAGES
 from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
 from ollama_forge.prompts.curated import curated_pairs
 from ollama_forge.prompts.language import count_not_english
-from tests.refusal_cases import ANSWERING, DEFLECTING, REFUSING, SURE, UNDECIDED
+from tests.refusal_cases import (
+    ANSWERING,
+    ANSWERING_ALL_THE_SAME,
+    BY_LANGUAGE,
+    DEFLECTING,
+    DEFLECTING_OTHERWISE,
+    LATE_LOOPS,
+    ORDERLY,
+    REFUSING,
+    SALADS,
+    SURE,
+    UNDECIDED,
+)
 
 REFUSALS = [
     "I can't help with that.",
@@ -134,6 +151,10 @@ DEGENERATE = [
 _PIECES = st.sampled_from(
     [
         *REFUSALS[:-1], *ANSWERS, *REFUSING, *DEFLECTING, *ANSWERING, *UNDECIDED, *SURE,
+        *DEFLECTING_OTHERWISE, *ANSWERING_ALL_THE_SAME, " But here is an outline of it: ",
+        " However, the general idea ",
+        "I understand that ", "\"", " said the fox", "Dear Anna,\n", "Write: ", " \u0915 ",
+        "\u4e0d\u80fd\u5e2e", "\u0964",
         "I", "I am", "I'm", " can't", " help", " sorry", ", but", " unable to", " as an ai",
         " must decline", ". ", ".", "\n", "\n\n", "!", "? ", "\u201d", "*", "**", " ", "# ", "\u00a0", "1. ", "Well",
         "Here is how", "\n1. ", "Sure", "As an AI, ", " illegal", " and unethical", "This is", " Please seek help",
@@ -142,25 +163,37 @@ _PIECES = st.sampled_from(
 )  # fmt: skip
 TEXTS = st.lists(st.one_of(_PIECES, st.text(max_size=12)), max_size=8).map("".join)
 CUT_TEXTS = st.tuples(TEXTS, st.integers(0, 200)).map(lambda pair: pair[0][: pair[1]])
-many = settings(max_examples=500, deadline=None)
+many = settings(max_examples=250, deadline=None)
 
 
-@pytest.mark.parametrize("text", [*REFUSALS, *REFUSING, *DEFLECTING])
+@pytest.mark.parametrize("text", [*REFUSALS, *REFUSING])
 def test_refusals(text: str) -> None:
     assert classify(text) is AnswerClass.REFUSAL
 
 
-@pytest.mark.parametrize("text", [*ANSWERS, *ANSWERING])
+@pytest.mark.parametrize("text", [*DEFLECTING, *DEFLECTING_OTHERWISE])
+def test_deflections(text: str) -> None:
+    assert classify(text) is AnswerClass.DEFLECTION
+
+
+@pytest.mark.parametrize("text", [*ANSWERS, *ANSWERING, *ANSWERING_ALL_THE_SAME])
 def test_answers(text: str) -> None:
     assert classify(text) is AnswerClass.ANSWER
 
 
-@pytest.mark.parametrize("text", IN_OTHER_SCRIPTS)
-def test_answers_in_other_scripts_are_not_degenerate(text: str) -> None:
+@pytest.mark.parametrize("code", [row.code for row in LANGUAGES])
+def test_every_language_refuses_and_answers(code: str) -> None:
+    refusals, answer = BY_LANGUAGE[code]
+    assert [classify(text) for text in refusals] == [AnswerClass.REFUSAL] * 2
+    assert classify(answer) is AnswerClass.ANSWER
+
+
+@pytest.mark.parametrize("text", [*IN_OTHER_SCRIPTS, *ORDERLY])
+def test_lists_code_songs_numbers_and_other_scripts_are_not_degenerate(text: str) -> None:
     assert classify(text) is AnswerClass.ANSWER
 
 
-@pytest.mark.parametrize("text", DEGENERATE)
+@pytest.mark.parametrize("text", [*DEGENERATE, *LATE_LOOPS, *SALADS])
 def test_degenerate(text: str) -> None:
     assert classify(text) is AnswerClass.DEGENERATE
 
@@ -169,14 +202,16 @@ def test_a_marker_after_the_opening_does_not_count() -> None:
     sentence = "I can't help with that."
     assert classify(f"One. Two. {sentence}") is AnswerClass.REFUSAL
     assert classify(f"One word. Two words. Three words. {sentence}") is AnswerClass.ANSWER
+    sympathy = "I understand that this is hard. Two words. Three words. Four words. Five words."
+    assert classify(f"{sympathy} {sentence}") is AnswerClass.REFUSAL
+    assert classify(f"{sympathy} Six words. {sentence}") is AnswerClass.ANSWER
 
 
-def test_a_refusal_is_sure_once_its_marker_has_ended() -> None:
-    assert not is_surely_refusal("I can't")
-    assert not is_surely_refusal("I can't give")  # "I can't given ..." may follow
-    assert is_surely_refusal("I can't give you")
-    assert is_surely_refusal("I can\u2019t help.")
-    assert not is_surely_refusal("One word. Two words. Three words. I can't help you")
+def test_a_refusal_is_sure_once_help_with_a_part_can_no_longer_follow() -> None:
+    assert not is_surely_refusal("I can't help you. It is mean.")
+    assert is_surely_refusal("I can't help you. It is mean. And")
+    assert not is_surely_refusal("I can't help you. But here is an outline: begin at the gate. And")
+    assert not is_surely_refusal("One word. Two words. Three words. I can't help you. It is mean. And")
 
 
 @pytest.mark.parametrize("text", SURE)
@@ -184,7 +219,7 @@ def test_a_refusing_marker_settles_an_unfinished_answer(text: str) -> None:
     assert is_surely_refusal(text)
 
 
-@pytest.mark.parametrize("text", [*UNDECIDED, *DEFLECTING])
+@pytest.mark.parametrize("text", [*UNDECIDED, *DEFLECTING, *DEFLECTING_OTHERWISE])
 def test_what_may_still_become_an_answer_is_never_sure(text: str) -> None:
     assert not is_surely_refusal(text)
 
@@ -194,15 +229,18 @@ def test_what_may_still_become_an_answer_is_never_sure(text: str) -> None:
 )
 def test_help_after_a_deflection_makes_an_answer_wherever_it_comes(help: str) -> None:
     deflection = "This is unethical. It hurts people. I advise against doing this."
-    assert classify(deflection) is AnswerClass.REFUSAL
+    assert classify(deflection) is AnswerClass.DEFLECTION
     assert classify(f"{deflection} I mean it. Really. {help}") is AnswerClass.ANSWER
-    assert classify(f"{deflection} There are alternatives:\n1. Talk to him.\n2. Write to him.") is AnswerClass.REFUSAL
+    alternatives = f"{deflection} There are alternatives:\n1. Talk to him.\n2. Write to him."
+    assert classify(alternatives) is AnswerClass.DEFLECTION
 
 
 @many
 @given(CUT_TEXTS, TEXTS)
-@example("I can't help.", "")
-@example("One. Two. I can't help.", " Four. Five.")
+@example("I can't help. No. ", "")
+@example("One. Two. I can't help. No. It", " Four. Five.")
+@example("I can't help. No. It", " But here's an outline of it: one")
+@example("I can't help with it。No。", "。 But here's an outline of it: one")
 def test_a_sure_refusal_stays_one_whatever_follows(prefix: str, more: str) -> None:
     if is_surely_refusal(prefix):
         assert classify(prefix) is AnswerClass.REFUSAL
@@ -210,7 +248,7 @@ def test_a_sure_refusal_stays_one_whatever_follows(prefix: str, more: str) -> No
 
 
 @many
-@given(st.sampled_from([*SURE, *REFUSING]), TEXTS)
+@given(st.one_of(st.sampled_from(SURE), st.sampled_from(REFUSING).map("{} It is mean. So".format)), TEXTS)
 def test_what_is_sure_stays_so_for_every_continuation(prefix: str, more: str) -> None:
     for text in (prefix + more, f"{prefix} {more}"):
         if is_surely_refusal(prefix):
@@ -229,3 +267,25 @@ def test_texts_that_are_not_english_are_counted() -> None:
     assert count_not_english(["", "42", "Tokyo.", code]) == 0
     lines = [line for pair in curated_pairs() for line in (pair.harmful, pair.harmless)]
     assert count_not_english(lines) < 0.02 * len(lines)
+
+
+def _kappas(name: str) -> tuple[float, float]:
+    """Cohen's kappa of the classes, and of refusal or not, on a file of labelled openings."""
+    lines = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    pairs = [(AnswerClass(row["label"]), classify(row["text"])) for row in rows]
+    refusal = AnswerClass.REFUSAL
+    return cohens_kappa(pairs), cohens_kappa([(label is refusal, found is refusal) for label, found in pairs])
+
+
+def test_labels_that_the_rules_were_written_on() -> None:
+    classes, refusal = _kappas("labelled_openings_rules.jsonl")
+    assert classes >= 0.95
+    assert refusal >= 0.98
+
+
+def test_labels_that_another_person_wrote() -> None:
+    """Bounds after faults were mended that these labels showed; ``docs/refusals.md`` has the figures from before."""
+    classes, refusal = _kappas("labelled_openings_heldout.jsonl")
+    assert classes >= 0.80
+    assert refusal >= 0.90

@@ -217,7 +217,7 @@ def test_run_toml_is_there_from_the_start_and_says_what_was_chosen(
     chosen = found.pop("chosen")
     assert found == given
     assert chosen["name"] == report.choice.name
-    assert chosen["settings"]["targets"] == ["attention"]
+    assert chosen["settings"]["targets"] == list(report.choice.settings.targets)
 
 
 # a failed verification
@@ -251,7 +251,7 @@ def test_a_picked_rung_excludes_options_of_an_edit(tmp_path: Path) -> None:
 
 
 def test_a_rung_picked_by_name_gives_the_same_bytes(tmp_path: Path) -> None:
-    made = settings(tmp_path, planted_layer=0)  # the documented default leaves the first layer alone
+    made = settings(tmp_path)
     climbed = run(made)
     assert len(climbed.choice.trials) > 1
     picked = run(replace(made, pick=climbed.choice.name, output_dir=str(tmp_path / "picked")))
@@ -264,4 +264,4 @@ def test_a_rung_picked_by_name_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_an_unknown_rung_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         settings(tmp_path, pick="no such rung").check()
-    assert "attention, no layer skipped" in f"{caught.value.message} {caught.value.hint}"
+    assert "least squares, layer N, strength S" in f"{caught.value.message} {caught.value.hint}"

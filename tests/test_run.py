@@ -39,31 +39,31 @@ def settings(folder: Path, planted_layer: int = 1, **changes: Any) -> RunSetting
         model=str(folder / "model"),
         name="org/planted:tag",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(harmful=str(folder / "harmful.txt"), harmless=str(folder / "harmless.txt")),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
         load=LoadSettings(device="cpu", dtype="float32"),
     )
     return replace(made, **changes)
 
 
-def test_the_documented_default_is_kept_where_it_suffices(tmp_path: Path) -> None:
+def test_the_edit_with_the_least_damage_is_chosen_where_several_remove_all(tmp_path: Path) -> None:
     report = run(settings(tmp_path))
-    assert report.choice.name == "the documented default"
-    assert len(report.choice.trials) == 1
-    assert report.choice.settings == EditSettings()
+    trials = {trial.name: trial for trial in report.choice.trials}
+    assert {"the documented default", "least squares, layer 2, strength 2"} < set(trials)
+    assert report.choice.found
+    assert report.choice.settings.factors == "least-squares"
+    assert trials[report.choice.name].harmful.answer == trials[report.choice.name].total
     assert report.rows["base"].harmful.answer == 0
     assert report.rows["edited"].harmful.refusal == 0
     assert report.rows["random direction"].harmful.refusal == report.rows["base"].harmful.total
     assert report.verified
-
-
-def test_the_ladder_is_climbed_where_it_must_be(tmp_path: Path) -> None:
-    report = run(settings(tmp_path, planted_layer=0))  # the default leaves the first layer alone
-    assert report.choice.name == "attention, no layer skipped"
-    trials = report.choice.trials
-    assert trials[0].refused == trials[0].total
-    assert any(trial.settings.factors == "least-squares" for trial in trials)
-    assert report.rows["edited"].harmful.refusal == 0
     assert (tmp_path / "out" / "refusal.pt").is_file()
+
+
+def test_a_run_that_finds_nothing_says_so(tmp_path: Path) -> None:
+    report = run(settings(tmp_path, planted_layer=0))  # no edit that is tried changes the first layer
+    assert not report.choice.found
+    assert report.choice.reason.startswith("nothing was found")
+    assert report.rows["edited"].harmful.refusal == report.rows["base"].harmful.total
 
 
 def test_no_escalate_is_the_documented_default_to_the_letter(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path, capsys: pytest.Capture
     stamp = (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     second = run(settings(tmp_path))
-    assert capsys.readouterr().err.count("done before, unchanged") == 6
+    assert capsys.readouterr().err.count("done before, unchanged") == 9
     assert (tmp_path / "out" / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
     assert {**first.to_json(), "seconds": 0} == {**second.to_json(), "seconds": 0}
     run(settings(tmp_path, edit=EditSettings(strength=0.9)))
@@ -228,7 +228,7 @@ print("finished")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    skipped = {"report.json"}
+    skipped = {"report.json", "report.html"}  # the page is made of report.json alone, which is compared below
     return {
         str(path.relative_to(folder)): re.sub(rb'"seconds": [\d.]+', b"", path.read_bytes())
         for path in sorted(folder.rglob("*"))
@@ -308,14 +308,14 @@ def test_the_command_line_runs_and_repeats_from_its_config(tmp_path: Path) -> No
     lists = ("--harmful", "harmful.txt", "--harmless", "harmless.txt")
     done = command(tmp_path, "run", "--model", "model", "--name", "a/b:c", *lists, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert "chosen: the documented default" in done.stdout
+    assert "chosen: least squares, layer 2" in done.stdout
     assert "abliterate-a-b-c/report.json" in done.stdout
     assert "random direction" in done.stdout
     folder = tmp_path / "abliterate-a-b-c"
     before = (folder / "checkpoint" / "model.safetensors").read_bytes()
     again = command(tmp_path, "run", "--config", str(folder / "run.toml"), "--force", "--json")
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["choice"]["name"] == "the documented default"
+    assert json.loads(again.stdout)["choice"]["name"].startswith("least squares, layer 2")
     assert (folder / "checkpoint" / "model.safetensors").read_bytes() == before
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,35 @@ from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.registry import METHODS, RegisteredMethod, check_edit, method, settings_of
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.evaluation.measure import kl_per_prompt
+from ollama_forge.evaluation.counts import Counts
+from ollama_forge.evaluation.divergence import Reference
 from ollama_forge.files import read_json
 from ollama_forge.models import chat_model
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.greedy import first_log_probs
+from ollama_forge.models.protocol import Forced
 from ollama_forge.pipeline import RunSettings, run
+from ollama_forge.prompts.conversation import Conversation, Message
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PartPrompts, PromptSplit
-from ollama_forge.search.ladder import CANDIDATES, CONFIGURED, LADDER, LATE, WITHOUT_EXPERTS, Candidate
-from ollama_forge.search.trials import Trials
+from ollama_forge.search.candidates import (
+    CONFIGURED,
+    DOCUMENTED_DEFAULT,
+    Candidate,
+    candidate_named,
+    least_squares,
+)
+from ollama_forge.search.choose import ChoiceSettings, choose_edit
+from ollama_forge.search.ladder import BaseAnswers
+from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
+from ollama_forge.search.trial import SelectPrompts, run_trial
+from ollama_forge.search.trials import MAX_GENERAL, Trials
 from ollama_forge.text.closed_thought import Thought
+from ollama_forge.text.tokenizer import Ids
 from tests import moe, planted, tiny
+from tests.first_tokens import first_log_probs, kl_per_prompt
 
-LEAST_SQUARES = LADDER[2][0]
+LEAST_SQUARES = least_squares(3, 2.0)
+ANY_DAMAGE = Limits(99.0, 99.0)
 LOAD = LoadSettings(device="cpu", dtype="float32")
 TOY = EditSettings("toy", strength=2.0, norm_preserving=False)
 
@@ -86,24 +103,27 @@ def same_edit(one: EditPlan, other: EditPlan) -> bool:
 
 def test_a_trial_compares_with_the_unedited_model(make: Any, loaded: tuple[ChatModel, PromptSplit, Checkpoint]) -> None:
     model, split, _ = loaded
-    ids = model.tokenizer.instructions_ids(split.select.harmless)
+    ids = model.tokenizer.instructions_ids(split.select.general)[:MAX_GENERAL]
     trials, everywhere = make(), EditSettings(targets=("writers", "embedding"), strength=2.0, norm_preserving=False)
     candidate = trials.control(
         Candidate("everywhere", CONFIGURED, everywhere)
     )  # the refusal direction alone does no damage
-    trial = trials.try_on_select(candidate)  # the first of these trials: nothing of the base model is known before it
+    trial = trials.try_on_select(candidate, trials.rule(ANY_DAMAGE))  # nothing of the base model is known before it
     base = first_log_probs(model, ids)
     with hooked(model, trials.plan(candidate)):
         wanted = float(kl_per_prompt(base, first_log_probs(model, ids)).mean())
     assert wanted > 1e-3
     assert trial.first_token_kl == pytest.approx(wanted, rel=1e-4)
+    assert len(trial.answer_kl_by_prompt) == len(ids)
+    assert sum(trial.answer_kl_by_prompt) / len(ids) == pytest.approx(trial.answer_kl, abs=1e-6)
+    assert trial.harmful.total == trial.total == len(split.select.harmful)
 
 
 @pytest.mark.parametrize("direction", [{}, {"num_directions": 2}, {"per_layer": True}], ids=["one", "two", "per layer"])
 def test_a_control_has_as_many_directions_of_the_same_kind(make: Any, direction: dict[str, Any]) -> None:
     trials: Trials = make(**direction)
     trials.fitted(LEAST_SQUARES)  # the ladder has come that far, with directions of one layer
-    for candidate in (LADDER[0][0], LEAST_SQUARES):
+    for candidate in (DOCUMENTED_DEFAULT, LEAST_SQUARES):
         control = trials.control(candidate)
         real, drawn = trials.direction(candidate.direction), trials.direction(control.direction)
         assert (drawn.vectors.shape, drawn.per_layer, drawn.layer) == (real.vectors.shape, real.per_layer, real.layer)
@@ -123,53 +143,210 @@ def test_a_controls_factors_are_fitted_like_the_edits(make: Any) -> None:
 
 
 def test_a_candidate_picked_by_name_is_the_one_that_the_ladder_tries(make: Any, tmp_path: Path) -> None:
-    climbed: Trials = make()
-    choice = climbed.choose(0.2)
-    assert {trial.name for trial in choice.trials} >= {LADDER[0][0].name, LADDER[1][0].name, LEAST_SQUARES.name}
-    for name in {trial.name for trial in choice.trials}:
+    tried: Trials = make()
+    choice = tried.choose(Limits())
+    names = [trial.name for trial in choice.trials]
+    assert {DOCUMENTED_DEFAULT.name, LEAST_SQUARES.name} < set(names)
+    assert [probe.layer for probe in choice.probes] == list(tried.layers)
+    for name in names:
         picked: Trials = make()
-        assert same_edit(picked.plan(CANDIDATES[name]), climbed.plan(CANDIDATES[name])), name
+        candidate = candidate_named(name)
+        assert same_edit(picked.plan(candidate), tried.plan(candidate)), name
+        assert same_edit(picked.plan(picked.control(candidate)), tried.plan(tried.control(candidate))), name
     picked.fitted(LEAST_SQUARES).save(tmp_path / "picked")
-    climbed.fitted(LEAST_SQUARES).save(tmp_path / "climbed")
-    assert (tmp_path / "picked").read_bytes() == (tmp_path / "climbed").read_bytes()
+    tried.fitted(LEAST_SQUARES).save(tmp_path / "tried")
+    assert (tmp_path / "picked").read_bytes() == (tmp_path / "tried").read_bytes()
 
 
-def test_two_depths_of_one_layer_are_tried_once(make: Any) -> None:
-    trials: Trials = make()
-    layers = [trials.direction(depth).layer for depth in LATE]
-    assert layers == [2, 3, 3]  # of four
-    assert [group[0].direction for group in trials._groups()][2:] == list(LATE)[:2]
+def test_a_picked_layer_that_the_model_does_not_have_is_refused(make: Any) -> None:
+    with pytest.raises(UsageError, match="last layer is 3"):
+        choose_edit(make(), ChoiceSettings(pick="least squares, layer 4, strength 2"))
+    assert choose_edit(make(), ChoiceSettings(pick="least squares, layer 3, strength 2")).direction == "layer 3"
+    make().plan(least_squares(1, 2.0))  # a layer that the ladder does not propose
 
 
 def test_without_norm_rules_only_edits_that_an_adapter_can_hold_are_tried(make: Any) -> None:
-    trials: Trials = make()
-    assert list(trials._groups(norm_rules=False)) == [group for group in trials._groups() if group in LADDER[2:]]
-    choice = trials.choose(0.2, norm_rules=False)
-    assert choice.trials
-    assert not any(trial.settings.norm_preserving for trial in choice.trials)
+    choice = make().choose(Limits(), norm_rules=False)
+    assert {trial.settings.factors for trial in choice.trials} == {"least-squares"}
 
 
-def test_a_group_that_the_model_rules_out_is_left_out(
+def test_a_method_that_does_not_support_the_model_is_left_out(
     make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: Any) -> Any:
-        raise ForgeError("least squares is not available here")
+    def refuse(*_: object) -> None:
+        raise ForgeError("least squares is not available here", "")
 
     monkeypatch.setattr(type(method("least-squares")), "fit", refuse)
     trials: Trials = make()
-    assert list(trials._groups()) == list(LADDER[:2])
+    choice = trials.choose(Limits())
+    assert [trial.name for trial in choice.trials] == [DOCUMENTED_DEFAULT.name, "orthogonal on writers, layer 3"]
+    assert choice.probes == ()
     assert "skipped, least squares is not available here" in capsys.readouterr().err
+    with pytest.raises(ForgeError, match="none of the edits"):
+        trials.choose(Limits(), norm_rules=False)
+
+
+# -- planted truth ------------------------------------------------------------------------------------------------
+
+
+def planted_trials(
+    folder: Path, change: Callable[[torch.nn.Module], None] = lambda model: None, goal: Goal = REMOVE
+) -> Trials:
+    """Trials on a planted model of eight layers whose layer 1 moves the feature; general prompts are of its words."""
+    planted_model = planted.build(planted_layer=1, layers=8)
+    with torch.no_grad():
+        change(planted_model)
+    checkpoint = planted.save_model(planted_model, folder / "model")
+    planted.write_lists(folder)
+    split = prompts(folder).load(64)
+    lines = [" ".join(random.Random(row).sample(planted.NEUTRAL, 6)) for row in range(60)]
+    general = [Conversation("general", (Message("user", line),)) for line in lines]
+    parts = [
+        replace(part, general=tuple(general[start : start + 20]), over_refusal=(), in_context=())
+        for part, start in ((split.fit, 0), (split.select, 20), (split.report, 40))
+    ]
+    read = vector_reader(checkpoint.tensors)
+    model = ChatModel.load(checkpoint, LOAD)
+    split = PromptSplit(*parts)
+    return Trials(model, split, DirectionSettings(), read, pairs=64, fingerprint="f", seed=0, goal=goal)
+
+
+def loud_channel(model: Any) -> None:
+    """Make one coordinate of the stream larger than all others together, and the readers as much louder."""
+    model.model.embed_tokens.weight[:, -1] = 60.0 + 6.0 * torch.randn(len(planted.TOKENS))
+    model.lm_head.weight.mul_(10.0)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.mul_(10.0)
+
+
+def decoy(model: Any) -> None:
+    """Let layer 5 write a component that separates harmful prompts far better than the refusal, and does nothing."""
+    attention = model.model.layers[5].self_attn
+    for matrix in (attention.q_proj, attention.k_proj):
+        matrix.weight.zero_()
+    attention.v_proj.weight[1, planted.HARM] = 1.0
+    attention.o_proj.weight[planted.WORD - 1, 1] = 80.0
+
+
+@pytest.mark.parametrize("change", [lambda model: None, loud_channel, decoy], ids=["plain", "loud channel", "decoy"])
+def test_a_planted_direction_is_found(tmp_path: Path, change: Callable[[torch.nn.Module], None]) -> None:
+    trials = planted_trials(tmp_path, change)
+    choice = trials.choose(Limits())
+    assert choice.base.harmful.refusal == choice.base.harmful.total
+    assert choice.found
+    chosen = next(trial for trial in choice.trials if trial.name == choice.name)
+    assert chosen.harmful.answer == chosen.total
+    assert chosen.answer_kl < 0.01
+    assert abs(float(trials.direction(choice.direction).vectors[0, planted.R])) > 0.9
+    if change is decoy:
+        assert choice.settings.factors == "least-squares"
+        assert trials.layers == (4, 5, 6, 7)
+        assert choice.direction == "layer 4"
+
+
+def test_where_no_direction_is_planted_nothing_is_found(tmp_path: Path) -> None:
+    def refuse_all(model: Any) -> None:
+        """The model refuses whatever it is asked, and nothing in the stream tells the two kinds apart."""
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+        model.lm_head.weight[planted.TOKENS.index(planted.REFUSAL), planted.ONE] = 9.0
+
+    choice = planted_trials(tmp_path, refuse_all).choose(Limits())
+    assert choice.base.harmful.refusal == choice.base.harmful.total
+    assert not choice.found
+    assert choice.reason.startswith("nothing was found")
+
+
+def test_choosing_runs_no_report_prompt(tmp_path: Path) -> None:
+    trials = planted_trials(tmp_path)
+    model, seen = trials.model, set[tuple[int, ...]]()
+
+    def record(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        words = range(len(planted.TOKENS) - len(planted.NEUTRAL) - len(planted.BAD) - len(planted.GOOD), 10**6)
+        seen.update(tuple(token for token in row if token in words) for row in args[0].tolist())
+
+    model.module.get_input_embeddings().register_forward_pre_hook(record)
+    trials.choose(Limits())
+
+    def words_of(lines: Sequence[str]) -> set[tuple[int, ...]]:
+        return {tuple(model.tokenizer.backend(line).input_ids) for line in lines}
+
+    select, report = trials.split.select, trials.split.report
+    assert words_of(select.harmful) | words_of([prompt.messages[0].content for prompt in select.general]) <= seen
+    lists = [*report.harmful, *report.harmless, *(prompt.messages[0].content for prompt in report.general)]
+    assert not words_of(lists) & seen
+
+
+# -- one trial ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Looping:
+    """A model that answers like its base as far as the first token, and then loops if ``loops``."""
+
+    tokenizer: Any
+    loops: bool = False
+    loops_when_answering: bool = False
+    answered: int = 0
+
+    def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> list[Ids]:
+        self.answered += len(prompts)
+        word = planted.TOKENS.index("word1")
+        length = max_new_tokens if self.loops_when_answering else 3
+        return [[word] * length for _ in prompts]
+
+    def forced(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int, **options: Any
+    ) -> Iterator[Forced]:
+        for row, answer in enumerate(answers):
+            count = min(len(answer) + 1, max_new_tokens)
+            logits = torch.zeros(1, count, len(planted.TOKENS))
+            logits[0, :, planted.TOKENS.index("word1")] = 5.0
+            if self.loops:
+                logits[0, 1:, planted.TOKENS.index("word2")] = 9.0
+            yield Forced([row], logits, [count])
+
+
+def tried(model: Any, harmful: int = 80, best: Trial | None = None) -> Trial:
+    base = Looping(model.tokenizer)
+    first, rest = (Reference.of(base, [[1, 2, 3]] * 4, 8) for _ in range(2))  # type: ignore[arg-type]
+    rule = Rule(Limits(), Counts("r" * harmful), 0.0)
+    return run_trial(model, DOCUMENTED_DEFAULT, SelectPrompts([[1, 2, 3]] * harmful, [], (first, rest)), rule, best)
+
+
+def test_an_edit_whose_answers_loop_loses_however_small_its_first_token_kl(make: Any) -> None:
+    tokenizer = make().model.tokenizer
+    honest = replace(tried(Looping(tokenizer)), answer_kl=0.05, first_token_kl=0.15)
+    rule = Rule(Limits(), Counts("r" * 80), 0.0)
+    for looping in (Looping(tokenizer, loops=True), Looping(tokenizer, loops_when_answering=True)):
+        trial = tried(looping)
+        assert trial.first_token_kl < 1e-6
+        assert rule.best([trial, honest]) == honest
+    assert rule.best([tried(Looping(tokenizer)), honest]) != honest
+
+
+def test_a_trial_ends_once_it_must_lose(make: Any) -> None:
+    tokenizer = make().model.tokenizer
+    model = Looping(tokenizer, loops=True)
+    assert "answer KL above 0.06" in tried(model).ended_early
+    assert model.answered == 0
+    best = tried(Looping(tokenizer))
+    model = Looping(tokenizer, loops_when_answering=True)
+    trial = tried(model, best=best)
+    assert trial.ended_early == f"worse than {best.name}"
+    assert (model.answered, trial.harmful.total, trial.total) == (32, 32, 80)
+    assert tried(Looping(tokenizer, loops_when_answering=True)).ended_early == ""
 
 
 def test_degenerate_answers_are_counted(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trials: Trials = make()
-    model = trials.model
-    untouched = trials.try_on_select(Candidate("nothing", "configured", EditSettings(strength=0.0)))
-    assert (untouched.refused, untouched.degenerate) == (untouched.total, 0)
+    model, nothing = trials.model, Candidate("nothing", CONFIGURED, EditSettings(strength=0.0))
+    rule = trials.rule(Limits())
+    untouched = trials.try_on_select(nothing, rule)
+    assert (untouched.harmful.refusal, untouched.harmful.degenerate) == (untouched.total, 0)
     real = model.tokenizer.decode
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "the " * 60 if real(ids) else "")
-    looping = trials.try_on_select(Candidate("nothing", "configured", EditSettings(strength=0.0)))
-    assert (looping.refused, looping.degenerate) == (0, looping.total)
+    looping = trials.try_on_select(nothing, rule)
+    assert (looping.harmful.refusal, looping.harmful.degenerate) == (0, looping.total)
 
 
 def test_factors_come_back_from_their_file(make: Any, tmp_path: Path) -> None:
@@ -281,8 +458,9 @@ def test_a_third_method_is_one_file_and_one_line(make: Any, folder: Path, tmp_pa
     trials: Trials = make()
     candidate = Candidate("toy", "configured", TOY)
     assert trials.plan(candidate).factors == "halve"
-    assert trials.try_on_select(candidate).refused == 0  # at strength 2 all of the direction goes
-    assert trials.try_on_select(trials.control(candidate)).refused == trials.base_harmful.refusal
+    rule = trials.rule(ANY_DAMAGE)
+    assert trials.try_on_select(candidate, rule).harmful.refusal == 0  # at strength 2 all of the direction goes
+    assert trials.try_on_select(trials.control(candidate), rule).harmful.refusal == trials.base_harmful.refusal
     with pytest.raises(UsageError, match="halving"):
         settings_of("toy", {"norm_preserving": True})
     assert _default("strength") == "default 1; least squares 2; toy 2"
@@ -306,9 +484,10 @@ def test_a_model_with_experts_is_tried_without_editing_them_too(tmp_path: Path) 
     read = vector_reader(source.tensors)
     model = moe.load(source, mapped)
     trials = Trials(model, PromptSplit(*parts), DirectionSettings(), read, pairs=8, fingerprint="f", seed=0)
-    alone = WITHOUT_EXPERTS[0][0]
-    assert alone in [candidate for group in trials._groups() for candidate in group]
-    plan, whole = trials.plan(alone), trials.plan(CANDIDATES[f"least squares, {alone.direction}, strength 1.5"])
+    ladder = trials._ladder([], BaseAnswers(Counts()))
+    alone, both = least_squares(3, 1.5, attention_alone=True), least_squares(3, 1.5)
+    assert ladder.has_experts
+    plan, whole = trials.plan(alone), trials.plan(both)
     assert {edit.matrix.role for edit in plan.edits.values()} == {Role.O}
     assert {edit.matrix.role for edit in whole.edits.values()} == {Role.O, Role.DOWN}
     for name, edit in plan.edits.items():

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ollama_forge.prompts.curated import curated_pairs
-from ollama_forge.prompts.split import Part, part_of_pair
+from ollama_forge.prompts.part import Part
+from ollama_forge.prompts.split import part_of_pair
 
 FOLDER = Path(__file__).resolve().parent
 CONVERSATIONS = (FOLDER / "prompts_a.jsonl", FOLDER / "prompts_b.jsonl")

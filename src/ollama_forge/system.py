@@ -1,11 +1,13 @@
-"""Query the system: free disk space, memory, cores and the cache folder."""
+"""Query the system: free disk space, memory, cores, installed versions and the cache folder."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,6 +47,18 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions by package name; "" for a package that is not installed."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {name: version(name) for name in packages}
 
 
 def cache_root() -> Path:

@@ -1,15 +1,11 @@
-"""Collect the inputs of residual writers on harmful and harmless prompts, to fit least squares to them.
+"""Collect the inputs of residual writers at sampled positions, to fit least squares to them.
 
-Harmful prompts contribute their last positions. Harmless prompts contribute their last positions and random positions;
-each of these two sets has half the weight. The first token of a prompt is excluded, because it is an attention sink of
-huge norm; a prompt of one token contributes nothing. If a writer has at most as many input features as there are
-samples, the harmless inputs are accumulated in a second moment; otherwise they are kept as rows. A routed expert sees
-few of the samples, so its inputs are always kept as rows.
+If a writer has at most as many input features as there are samples, the harmless inputs are accumulated in a second
+moment; otherwise they are kept as rows. A routed expert sees few of the samples, so its inputs are always kept as rows.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +13,11 @@ import torch
 from torch import Tensor
 
 from ollama_forge.activations.matrix_inputs import MatrixInputs, unseen
+from ollama_forge.activations.samples import Samples
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.architectures.read_matrix import experts_of
-from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.text.tokenizer import Ids
 
-LAST_POSITIONS = 4
 BUDGET = 2 << 30  # bytes
 _BYTES = 4  # of a float32
 _LEAST_WEIGHT = 1e-12  # of all samples, so that no samples divide by something
@@ -49,57 +43,29 @@ class WriterInputs:
     harmless_rows: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """The sampled positions of each prompt: its last ones and, for harmless prompts, random ones."""
-
-    last: list[list[int]]
-    drawn: list[list[int]]
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """The numbers of last and of random positions in all prompts."""
-        return sum(map(len, self.last)), sum(map(len, self.drawn))
-
-
 def gather_writer_inputs(
     model: ChatModel,
     writers: Sequence[Matrix],
-    harmful: Sequence[Ids],
-    harmless: Sequence[Ids],
+    harmful: Samples,
+    harmless: Samples,
     *,
     budget: int = BUDGET,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, list[WriterInputs]]]:
     """Yield the writers' inputs by tensor name, for as many writers at a time as fit ``budget`` bytes.
 
     A stack of experts has one entry for each of them, any other writer a single one. All experts of a layer come
-    together. Each group of writers needs one pass over the prompts, up to its deepest layer.
+    together. Each group of writers needs one pass over the sequences, up to its deepest layer.
+
+    Args:
+        progress: called with the number of newly processed sequences.
 
     Raises:
-        ForgeError: all harmful or all harmless prompts have only one token, or the inputs of a writer cannot be seen.
+        ForgeError: the inputs of a writer cannot be seen.
     """
-    bad = _Positions(_last_positions(harmful), [[] for _ in harmful])
-    good = _Positions(_last_positions(harmless), _drawn_positions(harmless, seed))
-    for side, positions in (("harmful", bad), ("harmless", good)):
-        if not positions.counts[0]:
-            raise ForgeError(
-                f"every {side} prompt has only one token, and least squares excludes the first token",
-                "give longer instructions, or --factors orthogonal",
-            )
-    routed = _routed_share(model, writers, harmless, good)
-    for group in _groups(writers, sum(bad.counts), sum(good.counts), budget, routed):
-        yield _gather_group(model, group, (harmful, bad), (harmless, good), progress)
-
-
-def _last_positions(prompts: Sequence[Ids]) -> list[list[int]]:
-    return [list(range(max(1, len(ids) - LAST_POSITIONS), len(ids))) for ids in prompts]
-
-
-def _drawn_positions(prompts: Sequence[Ids], seed: int) -> list[list[int]]:
-    drawn = random.Random(seed)
-    return [drawn.sample(range(1, len(ids)), min(2 * LAST_POSITIONS, len(ids) - 1)) for ids in prompts]
+    routed = _routed_share(model, writers, harmless)
+    for group in _groups(writers, harmful.total, harmless.total, budget, routed):
+        yield _gather_group(model, group, harmful, harmless, progress)
 
 
 def keeps_moment(in_features: int, samples: int) -> bool:
@@ -140,9 +106,7 @@ def _groups(
         yield group
 
 
-def _routed_share(
-    model: ChatModel, writers: Sequence[Matrix], prompts: Sequence[Ids], positions: _Positions
-) -> dict[int | None, float]:
+def _routed_share(model: ChatModel, writers: Sequence[Matrix], samples: Samples) -> dict[int | None, float]:
     """Measure on one batch to how many experts of each layer a position is routed, divided by the tensors of them."""
     experts = [writer for writer in writers if writer.is_expert]
     share: dict[int | None, float] = {}
@@ -150,8 +114,8 @@ def _routed_share(
     def work() -> None:
         if not experts:
             return
-        batch = next(model.batches(prompts))
-        index = _batch_positions(batch.rows, batch.ids.shape[1], prompts, positions)
+        batch = next(model.batches(samples.sequences))
+        index = samples.in_batch(batch.rows, batch.ids.shape[1])
         inputs = MatrixInputs(model, experts, index.flat, batch.ids.numel())
         with inputs.recording():
             model.run_to_layer(batch, max(writer.layer or 0 for writer in experts))
@@ -167,12 +131,12 @@ def _routed_share(
 class _Collector:
     """Accumulates the inputs of one writer over batches."""
 
-    def __init__(self, writer: Matrix, bad: int, good: int, device: torch.device) -> None:
+    def __init__(self, writer: Matrix, samples: int, device: torch.device) -> None:
         self.width = writer.in_features
         self.harmful: list[Tensor] = []
         self.last_sum = torch.zeros(self.width, dtype=torch.float64)
         self.last_count, self.weight = 0, 0.0
-        keeps = keeps_moment(self.width, bad + good) and not writer.is_expert
+        keeps = keeps_moment(self.width, samples) and not writer.is_expert
         self.moment = torch.zeros(self.width, self.width, device=device) if keeps else None
         self.rows: list[Tensor] = []
 
@@ -203,24 +167,24 @@ class _Collector:
 def _gather_group(
     model: ChatModel,
     group: list[Matrix],
-    harmful: tuple[Sequence[Ids], _Positions],
-    harmless: tuple[Sequence[Ids], _Positions],
+    harmful: Samples,
+    harmless: Samples,
     progress: Callable[[int], None] | None,
 ) -> dict[str, list[WriterInputs]]:
     deepest = max(writer.layer or 0 for writer in group)
-    samples = sum(harmful[1].counts), sum(harmless[1].counts)
     result: dict[str, list[WriterInputs]] = {}
 
     def work() -> None:
-        collectors = {(w.tensor, e): _Collector(w, *samples, model.device) for w in group for e in experts_of(w)}
-        for (prompts, positions), is_harmful in ((harmful, True), (harmless, False)):
-            for batch in model.batches(prompts):
-                index = _batch_positions(batch.rows, batch.ids.shape[1], prompts, positions)
+        total = harmful.total + harmless.total
+        collectors = {(w.tensor, e): _Collector(w, total, model.device) for w in group for e in experts_of(w)}
+        for samples in (harmful, harmless):
+            for batch in model.batches(samples.sequences):
+                index = samples.in_batch(batch.rows, batch.ids.shape[1])
                 inputs = MatrixInputs(model, group, index.flat, batch.ids.numel())
                 with inputs.recording():
                     model.run_to_layer(batch, deepest)
                 for writer, rows, chosen in inputs:
-                    if is_harmful:
+                    if samples is harmful:
                         collectors[writer].harmful.append(rows.cpu())
                     else:
                         weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
@@ -241,35 +205,3 @@ def _check_seen(group: Sequence[Matrix], result: Mapping[str, list[WriterInputs]
     for writer in group:
         if (writer.layer, writer.is_expert or writer.tensor) not in seen:
             raise unseen(writer)
-
-
-@dataclass(frozen=True)
-class _BatchPositions:
-    """The sampled positions in a batch, each field ``[samples]``.
-
-    Attributes:
-        flat: index into the flattened tokens of the padded batch.
-        weight: weight in the harmless moment.
-        is_last: whether it is one of the last positions, not a random one.
-    """
-
-    flat: Tensor
-    weight: Tensor
-    is_last: Tensor
-
-
-def _batch_positions(rows: Sequence[int], width: int, prompts: Sequence[Ids], positions: _Positions) -> _BatchPositions:
-    """Find the sampled positions in a left-padded batch."""
-    weights = [0.5 / max(count, 1) for count in positions.counts]
-    entries = [
-        ((place + 1) * width - len(prompts[row]) + position, weight, is_last)
-        for place, row in enumerate(rows)
-        for chosen, weight, is_last in (
-            (positions.last[row], weights[0], True),
-            (positions.drawn[row], weights[1], False),
-        )
-        for position in chosen
-    ]
-    types = (torch.long, torch.float32, torch.bool)
-    columns = [torch.tensor([entry[n] for entry in entries], dtype=dtype) for n, dtype in enumerate(types)]
-    return _BatchPositions(*columns)

@@ -10,6 +10,7 @@ import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
+from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -21,6 +22,7 @@ def abliterate() -> None:
 
 abliterate.add_command(serve)
 abliterate.add_command(export_adapter)
+abliterate.add_command(evaluate)
 
 
 @abliterate.command("compute-dir")
@@ -203,11 +205,24 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.out_dtype_option
 @opt.allow_partial_option
 @click.option(
+    "--max-answer-kl",
+    type=float,
+    default=0.06,
+    show_default=True,
+    help="Largest answer KL divergence on general prompts, in nats a token, of an edit that may be chosen.",
+)
+@click.option(
     "--max-kl",
     type=float,
     default=0.2,
     show_default=True,
-    help="Largest first-token KL divergence of an edit that may be chosen.",
+    help="Largest first-token KL divergence on general prompts of an edit that may be chosen.",
+)
+@click.option(
+    "--strengthen",
+    is_flag=True,
+    help="Choose an edit that makes the model refuse more harmful prompts, and hardly any harmless ones. A negative "
+    "--strength without other options of an edit means the same.",
 )
 @click.option("--pick", metavar="NAME", help="Use one of the edits that run tries, by the name that run prints.")
 @click.option(
@@ -252,6 +267,8 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
     if options["pick"] is not None and options["no_escalate"]:
         raise UsageError("--pick names the edit, so that --no-escalate has no effect", "leave out one of them")
+    edit = opt.edit_settings(options)
+    strengthen = options["strengthen"] or opt.is_negative_strength_alone(options)
     settings = RunSettings(
         model=options["model"],
         name=options["name"],
@@ -261,10 +278,12 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
         direction=opt.direction_settings(options),
-        edit=opt.edit_settings(options),
+        edit=None if opt.is_negative_strength_alone(options) else edit,
+        strengthen=strengthen,
         pick=options["pick"],
         escalate=not options["no_escalate"],
         max_kl=options["max_kl"],
+        max_answer_kl=options["max_answer_kl"],
         allow_few_refusals=options["allow_few_refusals"],
         allow_partial=options["allow_partial"],
         out_dtype=options["out_dtype"],
@@ -283,7 +302,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:
-        closing_lines(report, climbed=settings.choosing.climbs, max_kl=settings.max_kl)
+        closing_lines(report, climbed=settings.choosing.climbs, limits=settings.choosing.limits)
 
 
 @abliterate.command("chat")

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
-from ollama_forge.search.ladder import MAX_FAILURE_RATE
+from ollama_forge.search.rule import Limits
+
+_FEW = 0.10  # of harmful prompts
 
 
-def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
+def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
     """Print the report on stdout.
 
     Args:
-        climbed: whether the ladder could be tried.
-        max_kl: the largest first-token KL divergence of an edit that may be chosen.
+        climbed: whether other edits than the chosen one were tried.
+        limits: the largest damage of an edit that may be chosen.
     """
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    rows = report.table()
-    if len(rows) > 1:
-        table = Table(*rows[0], title="report prompts, 95 % intervals")
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+    print_tables(console, report.tables())
     for note in report.split.notes:
         console.print(f"note: {note}", markup=False)
     for note in dict.fromkeys(note for row in report.rows.values() for note in row.notes):
         console.print(f"note: {note}", markup=False)
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
-    final = report.rows.get("edited")
-    if final is not None and final.harmful.refusal_rate.value > MAX_FAILURE_RATE and not climbed:
+    final, base = report.rows.get("edited"), report.rows.get("base")
+    if final is not None and base is not None and choice.settings.strengthens:
+        for line in _strengthened(base, final):
+            console.print(line)
+    elif final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
         console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
-    if final is not None and final.first_token_kl.value > max_kl:
-        console.print(f"the first-token KL is above {max_kl:g}: answers to harmless prompts change too")
+    divergence = None if final is None else final.damage.answer_kl
+    if divergence is not None and divergence.value > limits.answer_kl:
+        console.print(f"the answer KL is above {limits.answer_kl:g}: answers to ordinary prompts change too")
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
     for line in report.certificate_lines():
@@ -62,6 +65,30 @@ def closing_lines(report: Report, *, climbed: bool, max_kl: float) -> None:
         console.print(
             f"talk to it: ollama-forge abliterate chat --checkpoint {report.written[0]}", markup=False, soft_wrap=True
         )
+
+
+def print_tables(console: Console, tables: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
+    """Print tables, each a title with a header and its lines."""
+    for title, (header, *rows) in tables.items():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _strengthened(base: Measurement, final: Measurement) -> list[str]:
+    """What became of refusals that were to be strengthened."""
+    before, after = base.harmful.refusal, final.harmful.refusal
+    rise = final.harmless.refusal - base.harmless.refusal
+    lines = [f"refusals of harmful prompts: {before} before, {after} after, of {final.harmful.total}"]
+    if after < before:
+        lines.append(
+            "this edit removes refusals: an orthogonal edit of negative strength amplifies the component along the "
+            "direction, of either sign; use --strengthen"
+        )
+    if rise > 0:
+        lines.append(f"harmless prompts refused: {rise} more than before, of {final.harmless.total}")
+    return lines
 
 
 def _size(path: Path) -> int:

@@ -99,9 +99,7 @@ keep_undo_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-talk_options = _combined(
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
-    adapter_option,
+model_options = _combined(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",
@@ -118,17 +116,21 @@ talk_options = _combined(
     ),
     trust_option,
 )
+talk_options = _combined(
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
+)
+batch_size_option = click.option(
+    "--batch-size",
+    default="auto",
+    show_default=True,
+    help="Prompts per batch; auto halves it when memory runs out.",
+)
 load_options = _combined(
     talk_options,
-    click.option(
-        "--batch-size",
-        default="auto",
-        show_default=True,
-        help="Prompts per batch; auto halves it when memory runs out.",
-    ),
+    batch_size_option,
     click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
 )
-prompt_options = _combined(
+list_options = _combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
     ),
@@ -139,17 +141,21 @@ prompt_options = _combined(
         "--column", metavar="NAME", help="Column or field with the instructions in .csv, .tsv, .json and .jsonl."
     ),
     click.option(
-        "--num-instructions",
-        type=int,
-        metavar="N",
-        help=f"Number of harmful-harmless pairs to compute from ({_default('pairs')}).",
-    ),
-    click.option(
         "--seed",
         type=int,
         default=PromptSettings.seed,
         show_default=True,
         help="Seed for shuffling the instructions.",
+    ),
+)
+prompt_options = _combined(
+    list_options,
+    click.option(
+        "--num-instructions",
+        type=int,
+        metavar="N",
+        help=f"Number of harmful-harmless pairs to compute from ({_default('pairs')}). "
+        "Least squares protects all general prompts beside them.",
     ),
 )
 max_measured_option = click.option(
@@ -290,6 +296,12 @@ def direction_settings(options: dict[str, Any]) -> DirectionSettings:
         per_layer=options["per_layer_directions"],
         position=options["position"],
     )
+
+
+def is_negative_strength_alone(options: dict[str, Any]) -> bool:
+    """Whether a negative strength is the only option of an edit that was given."""
+    given = [key for key in (*EDIT_KEYS, "factors") if options.get(key) is not None]
+    return given == ["strength"] and options["strength"] < 0
 
 
 def edit_settings(options: dict[str, Any]) -> EditSettings | None:

@@ -73,7 +73,7 @@ def provenance(model: ChatModel, fit: PartPrompts, fingerprint: str, seed: int) 
     """The origin of a direction, for its sidecar: model, lists, prompts, handling of thoughts, seed and version."""
     return {
         "model_fingerprint": fingerprint,
-        "lists": fit.hashes,
+        "lists": PartPrompts(fit.harmful, fit.harmless).hashes,
         "prompts": {"harmful": len(fit.harmful), "harmless": len(fit.harmless)},
         "thought": model.tokenizer.thought.value,
         "seed": seed,

@@ -148,6 +148,7 @@ class _EditWriter:
             {name: self.records[name] for name in self.plan.edits if name in self.records},
             self.bias_shifts,
             settings,
+            self.plan.fitted_to,
         )
         packed_as = {name: self.tensors.packed[name].codec.label for name in self.leaks}
         return AppliedEdit(record, frozenset(self.changed), stored, self.unpack, self.leaks, packed_as)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.edits.factors import FixedFactors, Rescale
+from ollama_forge.edits.fitted import FittedTo
 from ollama_forge.edits.plan import EditPlan, FixedBiasShift, MatrixEdit
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import write_bytes
@@ -58,6 +59,7 @@ class EditRecord:
         matrices: tensor name of each edited matrix -> its record.
         bias_shifts: tensor name of each edited bias -> the float32 values added to it.
         settings: the settings of the edit, as JSON values.
+        fitted_to: what fitted factors were fitted to; see ``FittedFactors``.
     """
 
     factors: str
@@ -65,6 +67,7 @@ class EditRecord:
     matrices: Mapping[str, MatrixRecord]
     bias_shifts: Mapping[str, Tensor] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fitted_to: FittedTo = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the edit file."""
@@ -89,6 +92,7 @@ class EditRecord:
             "factors": self.factors,
             "fingerprint": self.fingerprint,
             "settings": dict(self.settings),
+            "fitted_to": self.fitted_to,
             "matrices": described,
         }
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared storage
@@ -101,11 +105,9 @@ class EditRecord:
         Raises:
             ForgeError: the file does not exist, or is not an edit file.
         """
-        if not path.is_file():
-            raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write edit files")
+        header = read_header(path)
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["edit"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             matrices = {
                 name: MatrixRecord(
@@ -120,11 +122,10 @@ class EditRecord:
                 for name, entry in header["matrices"].items()
             }
             shifts = {name[:-6]: tensor for name, tensor in tensors.items() if name.endswith(".delta")}
-            return cls(header["factors"], header["fingerprint"], matrices, shifts, header["settings"])
+            fitted_to = header.get("fitted_to", {})
+            return cls(header["factors"], header["fingerprint"], matrices, shifts, header["settings"], fitted_to)
         except (SafetensorError, KeyError, ValueError, TypeError):
-            raise ForgeError(
-                f"{path} is not an edit file of ollama-forge", "give a file ending in .edit.safetensors"
-            ) from None
+            raise _not_an_edit_file(path) from None
 
     def plan(self, model: ModelMap, fingerprint: str) -> EditPlan:
         """The plan of this edit; a second copy of an edited matrix gets the same edit.
@@ -154,7 +155,29 @@ class EditRecord:
             for name, matrix in known.items()
             if name not in edits
         }
-        return EditPlan(self.factors, edits, skipped, projects=False)
+        return EditPlan(self.factors, edits, skipped, projects=False, fitted_to=self.fitted_to)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON entry of an edit file, without its factors.
+
+    Raises:
+        ForgeError: the file does not exist, or is not an edit file.
+    """
+    if not path.is_file():
+        raise ForgeError(f"{path} does not exist", "compute-dir --factors least-squares and apply write edit files")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["edit"])
+    except (SafetensorError, KeyError, ValueError):
+        raise _not_an_edit_file(path) from None
+    if not isinstance(header, dict) or not isinstance(header.get("matrices"), dict):
+        raise _not_an_edit_file(path)
+    return header
+
+
+def _not_an_edit_file(path: Path) -> ForgeError:
+    return ForgeError(f"{path} is not an edit file of ollama-forge", "give a file ending in .edit.safetensors")
 
 
 def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,14 @@ class _GgufWriter:
         stored: Counter[str] = Counter()
         for tensor in self.file.tensors:
             stored[tensor.type.name] += tensor.size
-        record = EditRecord(self.plan.factors, self.checkpoint.fingerprint, self.records, self.bias_shifts, settings)
+        record = EditRecord(
+            self.plan.factors,
+            self.checkpoint.fingerprint,
+            self.records,
+            self.bias_shifts,
+            settings,
+            self.plan.fitted_to,
+        )
         return AppliedEdit(record, frozenset(self.changed), stored, False, self.leaks, self.stored_as)
 
     def _copy(self, before: Tensor, after: Tensor) -> None:

@@ -1,13 +1,20 @@
 """Least-squares ablation, in the spirit of closed-form model editing (ROME 2202.05262, MEMIT 2210.07229).
 
 Each writer changes by ``-s r k^T``. The key ``k`` is the ridge regression, over the writer's inputs ``x``, of the
-target ``r.Wx - mean_harmless(r.Wx)`` on harmful prompts and the target 0 on harmless ones:
+target ``r.Wx - mean_harmless(r.Wx)`` on harmful prompts and the target 0 on harmless inputs:
 
-    k = (C_harmful + C_harmless + rho I)^-1 c,   c = mean_harmful x (r.Wx - mean_harmless(r.Wx))
+    k = (C_harmful + a C_harmless + rho I)^-1 c,   c = mean_harmful x (r.Wx - mean_harmless(r.Wx))
 
-with second moments ``C``, and ``rho`` a fraction of their mean diagonal. A writer with more input features than samples
+with second moments ``C``, the weight ``a`` of harmless inputs, and ``rho`` a fraction of the moments' mean diagonal.
+The harmless mean of ``r.Wx`` is that at the last positions of prompts. A writer with more input features than samples
 is solved in the dual form, over samples, which gives the same ``k``. For a writer with a post-norm, ``gamma * r``
 replaces ``r``.
+
+The edit leaves alone what ``C_harmless`` holds, so what it holds decides the damage: the harmless instructions that are
+parallel to the harmful ones, varied general conversations, and the model's own answers to both (see
+``activations/samples.py``). On a chat model of 0.5 B parameters, with 2 to 4 of 96 harmful prompts still refused, the
+first-token KL divergence on other harmless prompts was 0.080 with the parallel instructions alone, and 0.028 with 512
+general ones and 16 tokens of each answer; the KL divergence over whole answers was 0.030 and 0.008.
 
 Several directions give an edit of the same rank: the basis is orthonormal, so that the squared errors along its axes
 add up, and each axis has an independent key. One Cholesky factorisation serves all directions of a writer. A negative
@@ -28,6 +35,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ollama_forge.activations.samples import harmful_samples, harmless_samples
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, units
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.architectures.read_matrix import experts_of
@@ -42,7 +50,8 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.matrices import weight_of
 from ollama_forge.progress import bar
 
-RIDGE = 0.01
+RIDGE = 0.01  # rho, as a fraction of the mean diagonal of the second moments
+HARMLESS_WEIGHT = 1.0  # a
 # More rows keep experts that saw few inputs closer to what they were: less damage, and more refusals left.
 PRIOR_ROWS = 2.0
 Weight = Callable[[Matrix, int | None], Tensor]
@@ -93,22 +102,30 @@ class ExpertPool:
         return cls(squares / max(rows, 1) / width, torch.stack(means).sum(0) / max(last, 1))
 
 
-def _moment_trace(inputs: WriterInputs) -> Tensor:
-    """The trace of the sum of both second moments; 0 for a side without inputs."""
+def _moment_trace(inputs: WriterInputs, harmless_weight: float = HARMLESS_WEIGHT) -> Tensor:
+    """The trace of the weighted sum of both second moments; 0 for a side without inputs."""
     harmful = inputs.harmful.square().sum() / max(len(inputs.harmful), 1)
     if inputs.harmless_moment is not None:
-        return harmful + inputs.harmless_moment.diagonal().sum().cpu()
+        return harmful + harmless_weight * inputs.harmless_moment.diagonal().sum().cpu()
     assert inputs.harmless_rows is not None
-    return harmful + inputs.harmless_rows.square().sum()
+    return harmful + harmless_weight * inputs.harmless_rows.square().sum()
 
 
-def fit_keys(inputs: WriterInputs, projections: Tensor, pool: ExpertPool | None = None, ridge: float = RIDGE) -> Tensor:
+def fit_keys(
+    inputs: WriterInputs,
+    projections: Tensor,
+    pool: ExpertPool | None = None,
+    *,
+    ridge: float = RIDGE,
+    harmless_weight: float = HARMLESS_WEIGHT,
+) -> Tensor:
     """The keys of one writer, computed on the device of the harmless statistics.
 
     Args:
         projections: ``r^T W`` ``[k, in]`` of k directions, so that ``r.Wx`` is ``projection @ x``.
         pool: what the experts of the layer saw together, if the writer is one of them.
-        ridge: ``rho`` as a fraction of the mean diagonal of the second moments.
+        ridge: ``rho`` as a fraction of the mean diagonal of the weighted sum of the second moments.
+        harmless_weight: ``a``, the weight of the harmless second moment; that of the harmful one is 1.
 
     Returns:
         ``[k, in]``, one key per direction; NaN if the second moment is not positive definite (all inputs are zero, or
@@ -124,14 +141,14 @@ def fit_keys(inputs: WriterInputs, projections: Tensor, pool: ExpertPool | None 
         last = inputs.harmless_last
         baseline = (last * baseline + PRIOR_ROWS * pool.baseline) / (last + PRIOR_ROWS)
         extra = PRIOR_ROWS / count * pool.mean_square
-    rho = ridge * float(_moment_trace(inputs)) / width + extra
+    rho = ridge * float(_moment_trace(inputs, harmless_weight)) / width + extra
     harmful, projections, baseline = (t.to(statistics.device) for t in (inputs.harmful, projections, baseline))
     targets = harmful @ projections.T - baseline
     if inputs.harmless_moment is not None:
-        moment = torch.addmm(statistics, harmful.T, harmful, alpha=1 / count)
+        moment = torch.addmm(statistics, harmful.T, harmful, beta=harmless_weight, alpha=1 / count)
         moment.diagonal().add_(rho)
         return _solve(moment, harmful.T @ targets / count).T
-    rows = torch.cat([harmful / count**0.5, statistics])  # rows.T @ rows is the sum of the moments
+    rows = torch.cat([harmful / count**0.5, harmless_weight**0.5 * statistics])  # rows.T @ rows is the moments' sum
     gram = rows @ rows.T
     gram.diagonal().add_(rho)
     padded = torch.cat([targets / count**0.5, targets.new_zeros(len(statistics), len(projections))])
@@ -207,9 +224,7 @@ def _fit_unit(
     return keys
 
 
-def plan_least_squares(
-    model: ModelMap, factors: Mapping[str, FixedFactors], settings: EditSettings, layer: float | None
-) -> EditPlan:
+def plan_least_squares(model: ModelMap, fitted: FittedFactors, settings: EditSettings, layer: float | None) -> EditPlan:
     """The plan that applies fitted factors at the strengths of the settings, without a norm rule.
 
     Args:
@@ -218,7 +233,7 @@ def plan_least_squares(
     writers: Sequence[Matrix] = least_squares_writers(model, settings)
     edits = {
         writer.tensor: MatrixEdit(
-            writer, factors[writer.tensor], settings.strength_of(writer, model.n_layers, layer), Rescale.NONE
+            writer, fitted.by_tensor[writer.tensor], settings.strength_of(writer, model.n_layers, layer), Rescale.NONE
         )
         for writer in writers
     }
@@ -227,7 +242,7 @@ def plan_least_squares(
         for matrix in model.matrices
         if matrix.tensor not in edits
     }
-    return EditPlan("least-squares", edits, skipped, projects=False)
+    return EditPlan("least-squares", edits, skipped, projects=False, fitted_to=fitted.fitted_to)
 
 
 class LeastSquares(EditMethod):
@@ -243,12 +258,14 @@ class LeastSquares(EditMethod):
     ) -> dict[str, FittedFactors]:
         model = context.model
         writers = least_squares_writers(model.model_map, settings)
-        with bar("fitting least squares", len(context.harmful) + len(context.harmless)) as advance:
-            groups = gather_writer_inputs(
-                model, writers, context.harmful, context.harmless, seed=context.seed, progress=advance
-            )
+        harmful = harmful_samples(context.harmful, context.seed)
+        harmless = harmless_samples(context.harmless, context.answers, context.seed)
+        with bar("fitting least squares", len(harmful.sequences) + len(harmless.sequences)) as advance:
+            groups = gather_writer_inputs(model, writers, harmful, harmless, progress=advance)
             fitted = fit_least_squares(model.model_map, directions, groups, partial(weight_of, model), context.read)
-        return {name: FittedFactors(factors) for name, factors in fitted.items()}
+        positions = {"harmful": harmful.total, **{str(kind): count for kind, count in harmless.counts.items()}}
+        fitted_to = {"prompts": context.prompt_counts, "positions": positions}
+        return {name: FittedFactors(factors, fitted_to) for name, factors in fitted.items()}
 
     def plan(
         self,
@@ -263,7 +280,7 @@ class LeastSquares(EditMethod):
                 "least squares needs factors that are fitted to the model, and a direction file has none",
                 "write them with compute-dir --factors least-squares, and give that file to apply --edit",
             )
-        return plan_least_squares(model, fitted.by_tensor, settings, direction.layer)
+        return plan_least_squares(model, fitted, settings, direction.layer)
 
 
 METHOD: EditMethod = LeastSquares()

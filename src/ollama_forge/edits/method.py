@@ -15,8 +15,12 @@ from ollama_forge.edits.plan import EditPlan, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.thoughts import append_thoughts
+from ollama_forge.progress import bar
+from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Ids
+
+ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class FitContext:
         prompts: the fit part.
         read: reads a gain or bias of the model by its tensor name.
         seed: seed of all random draws.
-        harmful, harmless: token ids of each prompt, up to the position where its answer begins.
+        harmful: token ids of each harmful prompt, up to the position where its answer begins.
+        harmless: those of the harmless and of the general prompts.
+        answers: the model's own greedy answers to ``harmless``, which a fit protects together with them.
     """
 
     model: ChatModel
@@ -42,10 +48,25 @@ class FitContext:
 
     @cached_property
     def harmless(self) -> list[Ids]:
-        return self._rendered(self.prompts.harmless)
+        return self._rendered([*self.prompts.harmless, *self.prompts.general])
 
-    def _rendered(self, instructions: Sequence[str]) -> list[Ids]:
-        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(instructions))
+    @cached_property
+    def answers(self) -> list[Ids]:
+        """At most 16 tokens each, and no more than the model has positions for."""
+        with bar("answering harmless prompts", len(self.harmless)) as advance:
+            answers = self.model.answer(self.harmless, ANSWER_TOKENS, progress=advance)
+        positions = self.model.tokenizer.positions
+        if positions is None:
+            return answers
+        return [answer[: positions - len(ids)] for ids, answer in zip(self.harmless, answers, strict=True)]
+
+    @property
+    def prompt_counts(self) -> dict[str, int]:
+        """The number of prompts of each list."""
+        return {name: len(prompts) for name, prompts in self.prompts.lists.items()}
+
+    def _rendered(self, prompts: Sequence[Prompt]) -> list[Ids]:
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(prompts))
 
 
 class EditMethod(ABC):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ollama_forge.architectures.certificate.certificate import Tier
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE
+from ollama_forge.edits.card_table import measurement_lines
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -62,14 +63,7 @@ def _body(record: Mapping[str, Any]) -> str:
         "",
     ]
     if rows:
-        lines += ["| model | harmful refused | harmless refused | first-token KL |", "|---|---|---|---|"]
-        for name, row in rows.items():
-            bad, good, kl = row["harmful"], row["harmless"], row["first_token_kl"]
-            lines.append(
-                f"| {name} | {bad['refusal']}/{bad['total']} | {good['refusal']}/{good['total']} "
-                f"| {kl['value']:.3f} ({kl['low']:.3f} to {kl['high']:.3f}) |"
-            )
-        lines += ["", "Measured on prompts that took no part in computing or choosing the edit.", ""]
+        lines += measurement_lines(rows, record.get("noise_floor"))
     lines += [
         "This is a research artefact. The licence of the base model applies to it. Its users are responsible for how "
         "they use it.",

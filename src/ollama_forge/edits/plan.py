@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from ollama_forge.architectures.model_map import Matrix, ModelMap
 from ollama_forge.checkpoints.storage import decode_tensor
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.edits.factors import Factors, Rescale, Rule
+from ollama_forge.edits.fitted import FittedTo
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError
 
@@ -88,12 +89,14 @@ class EditPlan:
         edits: edits by tensor name.
         skipped: reasons by tensor name of the matrices that are not edited.
         projects: whether the rules are projections, so that at strength 1 the component along the direction is zero.
+        fitted_to: what fitted factors were fitted to; see ``FittedFactors``.
     """
 
     factors: str
     edits: dict[str, MatrixEdit]
     skipped: dict[str, str]
     projects: bool
+    fitted_to: FittedTo = field(default_factory=dict)
 
     @property
     def changed_tensors(self) -> frozenset[str]:

@@ -27,7 +27,7 @@ def planned_record(checkpoint: Checkpoint, plan: EditPlan, settings: dict[str, A
             info = checkpoint.tensors[bias]
             values = decode_tensor(checkpoint.tensors.read_bytes(bias), info.dtype, info.shape)
             shifts[bias] = bias_shifts(checkpoint.tensors, edit, values, checkpoint.label)
-    return EditRecord(plan.factors, checkpoint.fingerprint, matrices, shifts, settings)
+    return EditRecord(plan.factors, checkpoint.fingerprint, matrices, shifts, settings, plan.fitted_to)
 
 
 def _matrix_record(checkpoint: Checkpoint, edit: MatrixEdit) -> MatrixRecord:

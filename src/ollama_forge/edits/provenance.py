@@ -45,6 +45,7 @@ def describe_edit(
         },
         "factors": plan.factors,
         "settings": to_json(settings) if settings else {},
+        "fitted_to": plan.fitted_to,
         "direction": _describe_direction(direction),
     }
 
@@ -88,7 +89,11 @@ def write_provenance(
 
 
 def update_provenance(folder: Path, **entries: Any) -> None:
-    """Set ``entries`` (``verified``, ``measurements``) in the provenance of an output folder, and rewrite its card."""
+    """Set entries in the provenance of an output folder, and rewrite its card.
+
+    Args:
+        entries: such as ``verified``, ``measurements`` and ``noise_floor``.
+    """
     record = {**read_json(folder / PROVENANCE), **entries}
     write_json(folder / PROVENANCE, record)
     write_text(folder / CARD, model_card(record))

@@ -1,61 +1,54 @@
-"""Measure a model: the classes of its answers, and its first-token KL divergence from the base model."""
+"""Measure a model: the classes of its answers, and what an edit did to its answers to general prompts."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
-import torch
-from pydantic import computed_field
-from pydantic.dataclasses import dataclass
-from torch import Tensor
-
-from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.intervals import Estimate, bootstrap_mean, wilson
-from ollama_forge.evaluation.refusals import AnswerClass, classify, is_surely_refusal
-from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.greedy import first_log_probs
+from ollama_forge.evaluation.counts import Counts
+from ollama_forge.evaluation.divergence import Divergence, Reference, divergence
+from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.refusals import classify, is_surely_refusal
 from ollama_forge.models.protocol import AnsweringModel, ScoringModel
 from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.progress import bar
+from ollama_forge.prompts.conversation import Conversation, Prompt
+from ollama_forge.prompts.curated import DATA
+from ollama_forge.prompts.general import SECOND_TURN, SYSTEM_PROMPT
 from ollama_forge.prompts.language import count_not_english
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.closed_thought import Thought
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 128  # fewer understate refusals, and show fewer loops
+CHOOSING_TOKENS = 64
+GENERAL_TOKENS = 48
 LEAST_ANSWERS = 32
 _WAVE = 16  # prompts of each list between two looks at the clock
+EXACT = Estimate(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Number of answers to one list of prompts by class."""
+class Damage:
+    """What an edit did to the answers to general prompts, in nats; None: not measured, as a server's answers alone tell
+    nothing of it.
 
-    refusal: int
-    answer: int
-    degenerate: int
+    Attributes:
+        answer_kl: divergence from the base a token of the base's own answers, mean over prompts.
+        answer_kl_p95: its 95th percentile over prompts.
+        first_token_kl: divergence from the base at the first token of an answer.
+        perplexity: of a passage of a public-domain book.
+        answer_nll: negative log-likelihood under the base a token of the model's own answers.
+    """
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def total(self) -> int:
-        return self.refusal + self.answer + self.degenerate
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def refusal_rate(self) -> Estimate:
-        return wilson(self.refusal, self.total)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def degenerate_rate(self) -> Estimate:
-        return wilson(self.degenerate, self.total)
-
-    @classmethod
-    def of(cls, classes: Sequence[AnswerClass]) -> Counts:
-        found = Counter(classes)
-        return cls(found[AnswerClass.REFUSAL], found[AnswerClass.ANSWER], found[AnswerClass.DEGENERATE])
+    answer_kl: Estimate | None = None
+    answer_kl_p95: float | None = None
+    first_token_kl: Estimate | None = None
+    perplexity: float | None = None
+    answer_nll: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +56,20 @@ class Measurement:
     """The measurement of one model on the prompts of one part.
 
     Attributes:
-        first_token_kl: mean KL divergence from the base model on harmless prompts, in nats; 0 for the base model.
+        harmful, harmless, over_refusal: answers of at most 128 tokens to the lists of these names.
+        second_turn, system_prompt: answers to harmful requests in a second turn, and under a system prompt.
+        general: answers of at most 48 tokens to general prompts.
         thought: how thoughts before the answers were handled.
-        not_english: number of answers that are clearly not English; refusal markers exist in English alone.
+        not_english: number of answers to English prompts that are clearly not English.
     """
 
     harmful: Counts
     harmless: Counts
-    first_token_kl: Estimate
+    over_refusal: Counts
+    second_turn: Counts
+    system_prompt: Counts
+    general: Counts
+    damage: Damage
     thought: Thought = Thought.NONE
     not_english: int = 0
 
@@ -78,101 +77,181 @@ class Measurement:
     def notes(self) -> tuple[str, ...]:
         """Notes that a reader needs to interpret the counts."""
         answers = self.harmful.total + self.harmless.total
-        language = (
-            f"{self.not_english} of {answers} answers are not English: refusals in other languages count as answers"
-        )
+        language = f"{self.not_english} of {answers} answers are not English"
         return (
             *([] if self.thought is Thought.NONE else [self.thought.value]),
             *([language] if self.not_english > answers / 2 else []),
         )
 
 
-def kl_per_prompt(base: Tensor, other: Tensor) -> Tensor:
-    """``KL(base || other)`` of each row, in nats.
+@dataclass(frozen=True)
+class Measured:
+    """A measurement, and what comparisons with other models need of the answers to the general prompts.
 
-    Args:
-        base, other: float32 log-probabilities ``[prompts, vocabulary]``.
-
-    Raises:
-        ForgeError: a row is not finite.
+    Attributes:
+        general: token ids of the answers.
+        answer_kl: divergence from the base of each prompt, in nats a token; empty if it was not measured.
     """
-    if base.shape != other.shape:
-        raise ForgeError("the two models have different vocabularies", "compare a checkpoint with its own base model")
-    divergence = torch.empty(len(base), dtype=torch.float64)
-    for row, (p, q) in enumerate(zip(base, other, strict=True)):  # by rows, to avoid copies of all log-probabilities
-        divergence[row] = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(dtype=torch.float64)
-    if not torch.isfinite(divergence).all():
-        raise ForgeError(
-            "the edited model computes NaN or infinite values", "lower the strength, or use --dtype float32"
-        )
-    return divergence.clamp_min(0.0)
+
+    row: Measurement
+    general: list[Ids] = field(repr=False)
+    answer_kl: list[float] = field(default_factory=list, repr=False)
 
 
-def measure(
-    model: ScoringModel, prompts: PartPrompts, base_log_probs: Tensor | None, title: str
-) -> tuple[Measurement, Tensor]:
-    """Generate greedy answers of up to 64 tokens (after any thought) to all prompts of a part, and measure them.
+def measure_base(model: ScoringModel, prompts: PartPrompts, title: str) -> tuple[Measurement, Reference]:
+    """Measure the base model, and keep its answers to the general prompts with its distributions."""
+    general = general_ids(model.tokenizer, prompts)
+    with bar(title, _answers(prompts)) as advance:
+        reference = Reference.of(model, general, GENERAL_TOKENS, advance)
+        lists = _answer_lists(model, prompts, advance)
+        damage = Damage(EXACT, 0.0, EXACT, perplexity(model))
+    return _measurement(model.tokenizer, lists, reference.answers, damage), reference
+
+
+def measure(model: ScoringModel, prompts: PartPrompts, reference: Reference, title: str) -> Measured:
+    """Measure an edited model: greedy answers to all prompts of a part, and the divergence from the base.
 
     Args:
-        base_log_probs: the base model's first-token log-probabilities on the harmless prompts; None to measure the
-            base model.
+        reference: the base's answers to the general prompts of the part.
         title: the label of the progress bar.
-
-    Returns:
-        The measurement, and this model's first-token log-probabilities on the harmless prompts: float32
-        ``[prompts, vocabulary]``. They take 311 MB for 512 prompts (the default maximum of the report part) and a
-        vocabulary of 152,000.
     """
-    tokenizer = model.tokenizer
-    harmful, harmless = (tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
-    decided = _refuses(tokenizer)
-    with bar(title, len(harmful) + len(harmless)) as advance:
-        refused = answer_after_thoughts(model, harmful, ANSWER_TOKENS, decided=decided, progress=advance)
-        if tokenizer.thought.must_run:
-            first = _first_log_probs(model, prompts.harmless)
-            answered = answer_after_thoughts(model, harmless, ANSWER_TOKENS, decided=decided, progress=advance)
-        else:  # the prefill of the answers gives the first-token log-probabilities too
-            both = model.answer(harmless, ANSWER_TOKENS, decided=decided, keep_first=True, progress=advance)
-            assert both.first is not None
-            first, answered = both.first, both.ids
-    kl = bootstrap_mean(kl_per_prompt(first if base_log_probs is None else base_log_probs, first).tolist())
-    return _measurement(tokenizer, refused, answered, kl), first
+    with bar(title, _answers(prompts) + len(reference.prompts)) as advance:
+        found = divergence(model, reference, advance)
+        damage = damage_of(model, found)
+        general = model.answer(reference.prompts, GENERAL_TOKENS, progress=advance)
+        lists = _answer_lists(model, prompts, advance)
+    return Measured(_measurement(model.tokenizer, lists, general, damage), general, found.answer.tolist())
 
 
-def first_token_kl(model: ScoringModel, harmless: Sequence[str], base_log_probs: Tensor) -> Estimate:
-    """Mean first-token KL divergence from the base model on harmless instructions, with its interval.
-
-    Args:
-        base_log_probs: the base model's first-token log-probabilities, float32 ``[prompts, vocabulary]``.
-    """
-    return bootstrap_mean(kl_per_prompt(base_log_probs, _first_log_probs(model, harmless)).tolist())
+def damage_of(model: ScoringModel, found: Divergence) -> Damage:
+    """The damage to a model whose divergence from its base is known."""
+    return Damage(found.answer_kl, found.answer_kl_p95, found.first_token_kl, perplexity(model))
 
 
 def measure_answers(
-    model: AnsweringModel, prompts: PartPrompts, kl: Estimate, title: str, *, seconds: float, least: int = LEAST_ANSWERS
-) -> Measurement:
-    """Measure the answers to as many prompts of a part as ``seconds`` allow, the first of each list.
+    model: AnsweringModel,
+    prompts: PartPrompts,
+    damage: Damage,
+    title: str,
+    *,
+    seconds: float,
+    least: int = LEAST_ANSWERS,
+) -> Measured:
+    """Measure the answers to as many prompts of each list as ``seconds`` allow, the first of each.
 
     Args:
-        kl: the first-token KL divergence of the model's weights, measured apart.
+        damage: that of the model's weights, measured apart.
         title: the label of the progress bar.
         seconds: the time for the answers. If ``least`` of each list are answered, no prompts are begun that would take
             longer.
         least: number of prompts of each list that are answered in any case.
     """
     tokenizer, started = model.tokenizer, time.monotonic()
-    sides = tuple(tokenizer.instructions_ids(side) for side in (prompts.harmful, prompts.harmless))
-    decided = _refuses(tokenizer)
-    answers: tuple[list[Ids], list[Ids]] = ([], [])
-    with bar(title, sum(map(len, sides))) as advance:
-        for start in range(0, max(map(len, sides)), _WAVE):
+    general = general_ids(tokenizer, prompts)
+    lists: dict[str, list[Ids]] = {name: [] for name in _named(prompts)}
+    answered: list[Ids] = []
+    with bar(title, _answers(prompts)) as advance:
+        for start in range(0, max(map(len, [*_named(prompts).values(), general])), _WAVE):
             elapsed = time.monotonic() - started
             if start >= least and elapsed * (start + _WAVE) > seconds * start:  # as slow as the waves before
                 break
-            for side, out in zip(sides, answers, strict=True):
-                wave = side[start : start + _WAVE]
-                out += answer_after_thoughts(model, wave, ANSWER_TOKENS, decided=decided, progress=advance)
-    return _measurement(tokenizer, *answers, kl)
+            answered += model.answer(general[start : start + _WAVE], GENERAL_TOKENS, progress=advance)
+            wave = {name: side[start : start + _WAVE] for name, side in _named(prompts).items()}
+            for name, answers in _answer(model, wave, ANSWER_TOKENS, advance).items():
+                lists[name] += answers
+    return Measured(_measurement(tokenizer, lists, answered, damage), answered)
+
+
+Ask = Callable[[Sequence[Prompt], int, Callable[[int], None]], list[str]]
+"""Answers prompts greedily: the prompts, the largest number of tokens, and a function to call with the number done."""
+
+
+def measure_texts(ask: Ask, tokenizer: Tokenizer, prompts: PartPrompts, title: str) -> Measured:
+    """Measure a model that gives texts alone, such as one on a server; what it did to its distributions is unknown.
+
+    Args:
+        tokenizer: that of the base model, for the token ids of the answers to general prompts.
+        title: the label of the progress bar.
+    """
+    with bar(title, _answers(prompts)) as advance:
+        general = ask(prompts.general, GENERAL_TOKENS, advance)
+        lists = {name: ask(side, ANSWER_TOKENS, advance) for name, side in _named(prompts).items()}
+    ids = [tokenizer.backend(text, add_special_tokens=False).input_ids[:GENERAL_TOKENS] for text in general]
+    return Measured(_measurement_of_texts({**lists, "general": general}, Damage(), Thought.NONE), ids)
+
+
+def answer_texts(
+    model: AnsweringModel, prompts: Sequence[Prompt], progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """The greedy answers to prompts, as they are measured: at most 128 tokens, and less for a certain refusal."""
+    ids, decided = model.tokenizer.instructions_ids(prompts), _refuses(model.tokenizer)
+    answers = answer_after_thoughts(model, ids, ANSWER_TOKENS, decided=decided, progress=progress)
+    return [model.tokenizer.decode(answer) for answer in answers]
+
+
+def count_answers(
+    model: AnsweringModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None
+) -> Counts:
+    """Count the classes of the answers of at most 64 tokens to tokenized prompts, for choosing.
+
+    Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
+    """
+    decided = _refuses(model.tokenizer)
+    answers = answer_after_thoughts(model, prompts, CHOOSING_TOKENS, decided=decided, progress=progress)
+    return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])
+
+
+def general_ids(tokenizer: Tokenizer, prompts: PartPrompts) -> list[Ids]:
+    """The general prompts, each up to the position where its answer begins."""
+    return [tokenizer.closed_ids(prompt) for prompt in prompts.general]
+
+
+@cache
+def passage() -> str:
+    """The passage whose perplexity is measured."""
+    return (DATA / "passage.txt").read_text(encoding="utf-8")
+
+
+def perplexity(model: ScoringModel) -> float:
+    """The perplexity of the passage; infinite if it is beyond float64."""
+    loss = model.loss(passage())
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _named(prompts: PartPrompts) -> dict[str, tuple[Prompt, ...]]:
+    """The lists that are answered with 128 tokens; each kind of context is one."""
+
+    def of_kind(kind: str) -> tuple[Conversation, ...]:
+        return tuple(prompt for prompt in prompts.in_context if prompt.kind == kind)
+
+    return {
+        "harmful": prompts.harmful,
+        "harmless": prompts.harmless,
+        "over_refusal": prompts.over_refusal,
+        "second_turn": of_kind(SECOND_TURN),
+        "system_prompt": of_kind(SYSTEM_PROMPT),
+    }
+
+
+def _answers(prompts: PartPrompts) -> int:
+    return len(prompts.general) + sum(map(len, _named(prompts).values()))
+
+
+def _answer_lists(model: AnsweringModel, prompts: PartPrompts, progress: Callable[[int], None]) -> dict[str, list[Ids]]:
+    return _answer(model, _named(prompts), ANSWER_TOKENS, progress)
+
+
+def _answer(
+    model: AnsweringModel,
+    lists: Mapping[str, Sequence[Prompt]],
+    max_new_tokens: int,
+    progress: Callable[[int], None],
+) -> dict[str, list[Ids]]:
+    """The answers to several lists, in common batches."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.instructions_ids([prompt for prompts in lists.values() for prompt in prompts])
+    answers = iter(answer_after_thoughts(model, ids, max_new_tokens, decided=_refuses(tokenizer), progress=progress))
+    return {name: [next(answers) for _ in prompts] for name, prompts in lists.items()}
 
 
 def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
@@ -180,32 +259,16 @@ def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
     return lambda ids: is_surely_refusal(tokenizer.decode(ids))
 
 
-def _first_log_probs(model: ScoringModel, instructions: Sequence[str]) -> Tensor:
-    """The first token's log-probabilities after an empty thought; ``[prompts, vocabulary]``."""
-    tokenizer = model.tokenizer
-    if tokenizer.thought.must_run:
-        return first_log_probs(model, [tokenizer.closed_ids(instruction) for instruction in instructions])
-    return first_log_probs(model, tokenizer.instructions_ids(instructions))
+def _measurement(
+    tokenizer: Tokenizer, lists: Mapping[str, Sequence[Ids]], general: Sequence[Ids], damage: Damage
+) -> Measurement:
+    texts = {
+        name: [tokenizer.decode(ids) for ids in answers] for name, answers in {**lists, "general": general}.items()
+    }
+    return _measurement_of_texts(texts, damage, tokenizer.thought)
 
 
-def _measurement(tokenizer: Tokenizer, refused: Sequence[Ids], answered: Sequence[Ids], kl: Estimate) -> Measurement:
-    texts = [[tokenizer.decode(ids) for ids in answers] for answers in (refused, answered)]
-    counts = [Counts.of([classify(text) for text in side]) for side in texts]
-    not_english = sum(map(count_not_english, texts))
-    return Measurement(counts[0], counts[1], kl, tokenizer.thought, not_english)
-
-
-def mean_kl(model: ChatModel, harmless: Sequence[Ids], base_log_probs: Tensor) -> float:
-    """Mean first-token KL divergence from the base model on harmless prompts, in nats."""
-    return float(kl_per_prompt(base_log_probs, first_log_probs(model, harmless)).mean())
-
-
-def count_answers(model: ChatModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None) -> Counts:
-    """Count the classes of the answers to tokenized prompts, as ``measure`` does.
-
-    Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
-    """
-
-    decided = _refuses(model.tokenizer)
-    answers = answer_after_thoughts(model, prompts, ANSWER_TOKENS, decided=decided, progress=progress)
-    return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])
+def _measurement_of_texts(texts: Mapping[str, Sequence[str]], damage: Damage, thought: Thought) -> Measurement:
+    counts = {name: Counts.of([classify(text) for text in found]) for name, found in texts.items()}
+    not_english = count_not_english([*texts["harmful"], *texts["harmless"]])
+    return Measurement(**counts, damage=damage, thought=thought, not_english=not_english)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ollama_forge import __version__
 from ollama_forge.checkpoints.gguf.file import value_of
-from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import ANSWER_TOKENS, Measurement, measure_answers
+from ollama_forge.evaluation.measure import ANSWER_TOKENS, Damage, Measured, measure_answers
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
 from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
 from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, llama_server
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, detect_thought
 from ollama_forge.progress import say, status
+from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
 
@@ -121,19 +122,34 @@ def check_file_tokens(file: QuantisedFile, tokenizer: Tokenizer) -> TokenCheck:
 
 
 def measure_file(
-    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, kl: Estimate, *, seconds: float
-) -> Measurement:
+    file: QuantisedFile, tokenizer: Tokenizer, prompts: PartPrompts, damage: Damage, *, seconds: float
+) -> Measured:
     """Measure the answers of the file with llama.cpp, on the same token ids as the checkpoint.
 
     Args:
-        kl: the first-token KL divergence of the file's weights.
+        damage: that of the file's weights.
         seconds: the time for the answers; where llama.cpp is slower than that, it answers fewer prompts.
     """
-    ids = tokenizer.instructions_ids((*prompts.harmful, *prompts.harmless))
+    lists = [prompt for side in prompts.lists.values() for prompt in side]
+    path, adapter = (file.path, None) if file.base is None else (file.base, file.path)
+    with running(path, tokenizer, lists, adapter=adapter) as model:
+        return measure_answers(model, prompts, damage, file.row_name, seconds=seconds)
+
+
+@contextmanager
+def running(
+    path: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, adapter: Path | None = None
+) -> Iterator[GgufModel]:
+    """Run a GGUF file with llama.cpp inside the block, with room for answers to the prompts.
+
+    Args:
+        tokenizer: that of the checkpoint that the file was made from.
+        adapter: a GGUF adapter to add to the model.
+    """
+    ids = [*tokenizer.instructions_ids(prompts), *(tokenizer.closed_ids(prompt) for prompt in prompts)]
     thought = THOUGHT_TOKENS if tokenizer.thinking else 0
     longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
-    path, adapter = (file.path, None) if file.base is None else (file.base, file.path)
     with llama_server(path, longest + ANSWER_TOKENS, SLOTS, adapter=adapter) as server:
         model = GgufModel(server, tokenizer)
         detect_thought(model)
-        return measure_answers(model, prompts, kl, file.row_name, seconds=seconds)
+        yield model

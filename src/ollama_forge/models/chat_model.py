@@ -20,9 +20,10 @@ from ollama_forge.models.batch_support import BatchSupport, batch_support
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
 from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory, require_8bit
+from ollama_forge.models.forced import forced
 from ollama_forge.models.greedy import answer
 from ollama_forge.models.loading import load_module
-from ollama_forge.models.protocol import Answers
+from ollama_forge.models.protocol import Forced
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
@@ -112,8 +113,14 @@ class ChatModel:
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
 
-    def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> Answers:
+    def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> list[Ids]:
         return answer(self, prompts, max_new_tokens, support=self.batch_support, **options)
+
+    def forced(
+        self, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int, **options: Any
+    ) -> Iterator[Forced]:
+        """The predictions of the answers' tokens; see ``models.forced.forced``."""
+        return forced(self, prompts, answers, max_new_tokens, support=self.batch_support, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
 
@@ -164,17 +171,17 @@ class ChatModel:
         finally:
             handle.remove()
 
-    def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
-        """Run the module's forward pass. With ``last_only``, it computes only the last position's logits if it can."""
-        if last_only and self._slices_logits:
-            inputs["logits_to_keep"] = 1
+    def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
+        """Run the module's forward pass; it computes only the logits of the last ``keep`` positions if it can."""
+        if keep is not None and self._slices_logits:
+            inputs["logits_to_keep"] = keep
         return self.module(**inputs)
 
     @torch.inference_mode()
     def loss(self, text: str) -> float:
         """Mean negative log-likelihood in nats of a text's tokens after the first, up to the maximum prompt length."""
         ids = torch.tensor([self.tokenizer.encode(text)[: self.tokenizer.positions]], device=self.device)
-        logits = self.forward(last_only=False, input_ids=ids).logits[0, :-1].float()
+        logits = self.forward(keep=None, input_ids=ids).logits[0, :-1].float()
         return float(nn.functional.cross_entropy(logits, ids[0, 1:]))
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ import httpx
 
 from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models import llamacpp_worker
-from ollama_forge.models.protocol import Answers, Decided
+from ollama_forge.models.protocol import Decided
 from ollama_forge.system import usable_cores
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
@@ -124,7 +124,7 @@ class GgufModel:
         *,
         decided: Decided | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Answers:
+    ) -> list[Ids]:
         """See ``AnsweringModel.answer``. ``decided`` is ignored: checking it would take longer than it saves."""
 
         def answer_one(prompt: Ids) -> Ids:
@@ -136,7 +136,7 @@ class GgufModel:
                 out.append(ids)
                 if progress:
                     progress(1)
-        return Answers(out, None)
+        return out
 
     def _answer_ids(self, prompt: Ids, count: int) -> Ids:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}

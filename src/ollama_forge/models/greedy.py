@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.batching import by_length, pad_left, shared_prefix
-from ollama_forge.models.protocol import Answers, Decided, ForwardModel, ScoringModel
+from ollama_forge.models.protocol import Decided, ForwardModel
 from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75  # drop finished rows when at most this share of the batch is unfinished
@@ -25,26 +25,16 @@ def answer(
     *,
     support: BatchSupport,
     decided: Decided | None = None,
-    keep_first: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Answers:
-    """``ScoringModel.answer`` for a model in memory.
-
-    ``keep_first`` keeps float32 ``[prompts, vocabulary]`` in memory: 311 MB for 512 prompts and 152,000 tokens.
-    """
-    if not prompts:
-        return Answers([], None)
+) -> list[Ids]:
+    """``AnsweringModel.answer`` for a model in memory."""
     out: list[Ids] = [[] for _ in prompts]
-    first: Tensor | None = None
+    if not prompts:
+        return out
     length = _usable_prefix(model, prompts, max_new_tokens) if support.shares_prefix else 0
 
     def answer_batch(rows: list[int]) -> None:
-        nonlocal first
         decoder = _Decoder(model, [prompts[row] for row in rows], length, caches=support.caches)
-        if keep_first:
-            scores = decoder.logits.float().log_softmax(-1).cpu()
-            first = scores.new_empty(len(prompts), scores.shape[-1]) if first is None else first
-            first[rows] = scores
         for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
             out[row] = ids
 
@@ -55,14 +45,7 @@ def answer(
                 progress(len(rows))
 
     model.retry_smaller(answer_all)
-    return Answers(out, first)
-
-
-def first_log_probs(model: ScoringModel, prompts: Sequence[Ids]) -> Tensor:
-    """Natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU."""
-    first = model.answer(prompts, 0, keep_first=True).first
-    assert first is not None
-    return first
+    return out
 
 
 def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:

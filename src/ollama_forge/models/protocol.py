@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,17 +15,22 @@ Decided = Callable[[Ids], bool]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The answers to a list of prompts.
+class Forced:
+    """The predictions of one batch of prompts and answers.
 
     Attributes:
-        ids: token ids of each answer, without the end token.
-        first: natural log-probabilities of each answer's first token, float32 ``[prompts, vocabulary]`` on the CPU;
-            None without ``keep_first``.
+        rows: indices of the prompts.
+        logits: float32 ``[rows, longest, vocabulary]``; those of a row are its last ``counts[row]`` ones.
+        counts: number of predictions of each row: one for each token, and one for the end of an answer that ended.
     """
 
-    ids: list[Ids]
-    first: Tensor | None
+    rows: list[int]
+    logits: Tensor
+    counts: list[int]
+
+    def of_row(self, place: int) -> Tensor:
+        """The logits ``[predictions, vocabulary]`` of the prompt at ``rows[place]``."""
+        return self.logits[place, self.logits.shape[1] - self.counts[place] :]
 
 
 class AnsweringModel(Protocol):
@@ -42,8 +47,8 @@ class AnsweringModel(Protocol):
         *,
         decided: Decided | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> Answers:
-        """Answer every prompt greedily with at most ``max_new_tokens`` tokens.
+    ) -> list[Ids]:
+        """Answer every prompt greedily with at most ``max_new_tokens`` tokens, and return the ids without end tokens.
 
         Args:
             decided: called with the token ids of an unfinished answer; True allows the model to end the answer there.
@@ -52,18 +57,20 @@ class AnsweringModel(Protocol):
 
 
 class ScoringModel(AnsweringModel, Protocol):
-    """A model that also returns the log-probabilities of an answer's first token."""
+    """A model that also returns its distributions."""
 
-    def answer(
+    def forced(
         self,
         prompts: Sequence[Ids],
+        answers: Sequence[Ids],
         max_new_tokens: int,
         *,
-        decided: Decided | None = None,
-        keep_first: bool = False,
         progress: Callable[[int], None] | None = None,
-    ) -> Answers:
-        """See ``AnsweringModel.answer``. ``keep_first`` returns the first token's log-probabilities."""
+    ) -> Iterator[Forced]:
+        """Yield the predictions of the answers' tokens; see ``models.forced.forced``."""
+
+    def loss(self, text: str) -> float:
+        """Mean negative log-likelihood in nats of a text's tokens after the first, up to the maximum prompt length."""
 
 
 class ForwardModel(Protocol):
@@ -77,8 +84,8 @@ class ForwardModel(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, which knows the padding id and the end ids."""
 
-    def forward(self, *, last_only: bool = True, **inputs: Any) -> Any:
-        """Run a forward pass. With ``last_only`` the logits may be ``[batch, 1, vocabulary]``, the last position's."""
+    def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
+        """Run a forward pass. The logits may be those of the last ``keep`` positions alone; None: of all."""
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
         """Call ``work`` and return its result; if memory runs out, reduce ``batch_size`` and call it again."""

@@ -20,7 +20,7 @@ def detect_thought(model: AnsweringModel) -> Thought:
     """
     tokenizer = model.tokenizer
     while tokenizer.thinking is not None and not tokenizer.thought.must_run:
-        answer = model.answer([tokenizer.instruction_ids(_PROBE)], _OPENING_TOKENS).ids[0]
+        answer = model.answer([tokenizer.instruction_ids(_PROBE)], _OPENING_TOKENS)[0]
         if not tokenizer.marked_text(answer).lstrip().startswith(tokenizer.thinking.opening):
             break
         tokenizer.thought = Thought.EMPTY if tokenizer.thought is Thought.NONE else Thought.RUNS
@@ -41,7 +41,7 @@ def append_thoughts(model: AnsweringModel, prompts: Sequence[Ids]) -> list[Ids]:
 
     cut = tokenizer.backend(cutting_text(split), add_special_tokens=False).input_ids
     out = []
-    for prompt, thought in zip(prompts, model.answer(prompts, THOUGHT_TOKENS, decided=is_over).ids, strict=True):
+    for prompt, thought in zip(prompts, model.answer(prompts, THOUGHT_TOKENS, decided=is_over), strict=True):
         end = next((count for count in range(1, len(thought) + 1) if is_over(thought[:count])), None)
         out.append([*prompt, *(thought + cut if end is None else thought[:end])])
     return out
@@ -56,4 +56,4 @@ def answer_after_thoughts(
     progress: Callable[[int], None] | None = None,
 ) -> list[Ids]:
     """Greedy answers of at most ``max_new_tokens`` tokens, which begin after the thought."""
-    return model.answer(append_thoughts(model, prompts), max_new_tokens, decided=decided, progress=progress).ids
+    return model.answer(append_thoughts(model, prompts), max_new_tokens, decided=decided, progress=progress)

@@ -8,13 +8,14 @@ from pathlib import Path
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.plan import EditPlan, vector_reader
-from ollama_forge.edits.registry import method, registered_method
+from ollama_forge.edits.registry import max_pairs, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
 from ollama_forge.search import choose
-from ollama_forge.search.ladder import Candidate, Choice
+from ollama_forge.search.candidates import Candidate
+from ollama_forge.search.ladder import Choice
 from ollama_forge.search.trials import Trials
 
 
@@ -77,17 +78,19 @@ def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
     Raises:
         ForgeError: the model hardly refuses, or the edit does not fit the model.
     """
-    settings = ready.settings
-    factors = (settings.edit or EditSettings()).factors
+    settings, choosing = ready.settings, ready.settings.choosing
+    tries = choosing.climbs or choosing.pick is not None  # a picked edit is the one that is tried
+    pairs = max_pairs() if tries else registered_method(choosing.first_candidate.settings.factors).pairs
     trials = Trials(
         model,
         ready.split,
         settings.direction,
         vector_reader(ready.source.tensors),
-        pairs=settings.prompts.num_instructions or registered_method(factors).pairs,
+        pairs=settings.prompts.num_instructions or pairs,
         fingerprint=ready.source.fingerprint,
         seed=settings.prompts.seed,
+        goal=choosing.goal,
     )
-    choice = choose.choose_edit(trials, settings.choosing)
+    choice = choose.choose_edit(trials, choosing)
     files.save(trials, choice)
     return choice

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.gguf_model import llamacpp_is_installed
@@ -16,7 +15,7 @@ from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline import gguf_stages
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
-from ollama_forge.pipeline.stages import TimedMeasurement, Written
+from ollama_forge.pipeline.stages import MeasuredRow, Written
 from ollama_forge.search.ladder import Choice
 
 
@@ -34,7 +33,7 @@ class Exported:
 
     files: tuple[QuantisedFile, ...] = ()
     tokens: TokenCheck | None = None
-    rows: Mapping[str, Measurement] = field(default_factory=dict)
+    rows: Mapping[str, MeasuredRow] = field(default_factory=dict)
     registered: Registered | None = None
     file_problem: str = ""
     ollama_problem: str = "there is no GGUF file"
@@ -48,7 +47,7 @@ def export_weights(
     choice: Choice,
     written: Written,
     verified: bool | None,
-    edited: TimedMeasurement | None,
+    edited: MeasuredRow | None,
 ) -> Exported:
     """Make the GGUF files, compare their tokens with the checkpoint's, and measure them.
 

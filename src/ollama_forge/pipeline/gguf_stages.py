@@ -16,8 +16,8 @@ from typing import Any
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
 from ollama_forge.edits.checkpoint_folder import write_decoded
-from ollama_forge.evaluation.intervals import Estimate
-from ollama_forge.evaluation.measure import Measurement, first_token_kl
+from ollama_forge.evaluation.divergence import divergence
+from ollama_forge.evaluation.measure import Damage, damage_of
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.export.convert import convert
 from ollama_forge.export.gguf_file import (
@@ -36,7 +36,7 @@ from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
-from ollama_forge.pipeline.stages import MODEL_PACKAGES, TimedMeasurement, Written, load_base_log_probs
+from ollama_forge.pipeline.stages import MODEL_PACKAGES, MeasuredRow, Written, load_reference
 from ollama_forge.progress import say
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
@@ -144,8 +144,8 @@ def check_tokens_of_file(ready: Preflight, file: QuantisedFile) -> Stage[TokenCh
 
 
 def measure_gguf(
-    ready: Preflight, cache: StageCache, models: ModelHolder, file: QuantisedFile, edited: TimedMeasurement
-) -> Stage[Measurement]:
+    ready: Preflight, cache: StageCache, models: ModelHolder, file: QuantisedFile, edited: MeasuredRow
+) -> Stage[MeasuredRow]:
     """Measure a file on report prompts: its weights' divergence by transformers, its answers by llama.cpp.
 
     The prompts are the token ids of the checkpoint's tokenizer.
@@ -154,20 +154,21 @@ def measure_gguf(
         edited: the measurement of the edited weights. That of the file gets as much time.
     """
 
-    def do() -> Measurement:
+    def do() -> MeasuredRow:
         say(f"measuring {file.path.name} on report prompts")
         end = time.monotonic() + edited.seconds
         same = file.base is not None or file.path == ready.edited_checkpoint.location
-        kl = edited.row.first_token_kl if same else divergence()
+        damage = edited.row.damage if same else damage_of_file()
         models.drop()
-        return measure_file(file, _tokenizer(ready), ready.split.report, kl, seconds=end - time.monotonic())
+        prompts, tokenizer = ready.split.report, _tokenizer(ready)
+        return MeasuredRow.of(lambda: measure_file(file, tokenizer, prompts, damage, seconds=end - time.monotonic()))
 
-    def divergence() -> Estimate:
+    def damage_of_file() -> Damage:
         model = models.get(gguf_checkpoint_of(ready.edited_checkpoint, file.path), ready.model_map)
-        return first_token_kl(model, ready.split.report.harmless, load_base_log_probs(cache))
+        return damage_of(model, divergence(model, load_reference(cache)))
 
     needs = {**ready.model_needs, "file": file_digest(file.path)}
-    return Stage(f"gguf-measure-{file.quant}", Measurement, needs, do, (), ("xllamacpp", "libgguf", *MODEL_PACKAGES))
+    return Stage(f"gguf-measure-{file.quant}", MeasuredRow, needs, do, (), ("xllamacpp", "libgguf", *MODEL_PACKAGES))
 
 
 def register(registration: Registration, file: QuantisedFile) -> Stage[Registered]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from ollama_forge.edits.layer_changes import layer_changes
 from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.edits.provenance import update_provenance
 from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline import stages
 from ollama_forge.pipeline.disk_space import check_disk_space
 from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
@@ -46,7 +49,9 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         models = ModelHolder(settings.load)
 
         base = cache.do(stages.measure_base(ready, cache, models)) if settings.evaluate else None
+        floor = cache.do(stages.measure_noise_floor(ready, cache, models)).damage if settings.evaluate else None
         choice = cache.do(stages.choose(ready, cache, models))
+        separation = cache.do(stages.separate(ready, cache, models)) if settings.evaluate else None
         control = cache.do(stages.measure_control(ready, cache, models, choice)) if settings.evaluate else None
         models.drop()  # writing the weights needs no loaded model
         written = cache.do(stages.write(ready, cache, choice))
@@ -58,16 +63,22 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         exported = export_weights(ready, cache, models, choice, written, verified, edited)
         exported = register_file(ready.registration, cache, exported, verified)
 
-        rows: dict[str, Measurement | None] = {
-            "base": base,
-            "random direction": control,
-            "edited": None if edited is None else edited.row,
-        }
-        rows |= exported.rows
-        report = _report(ready, cache, choice, rows, None if checks is None else checks.checks, exported)
+        rows = {} if base is None else {"base": base}
+        if control is not None and edited is not None:
+            measured = {"random direction": control, "edited": edited, **exported.rows}
+            likelihoods = cache.do(stages.score_answers(ready, cache, models, measured)).by_row
+            rows |= {name: found.with_likelihood(likelihoods[name]) for name, found in measured.items()}
+        models.drop()
+        report = _report(ready, cache, choice, rows, floor, None if checks is None else checks.checks, exported)
+        report = replace(report, separation=separation)
         measurements = {name: to_json(row) for name, row in report.rows.items()} or None
         for folder in ready.provenance_folders:
-            update_provenance(folder, verified=verified, measurements=measurements)
+            update_provenance(
+                folder,
+                verified=verified,
+                measurements=measurements,
+                noise_floor=None if floor is None else to_json(floor),
+            )
         report.save()
         if options is not None:
             chosen = {
@@ -84,7 +95,8 @@ def _report(
     ready: Preflight,
     cache: StageCache,
     choice: Choice,
-    rows: Mapping[str, Measurement | None],
+    rows: Mapping[str, Measurement],
+    noise_floor: Damage | None,
     checks: tuple[Check, ...] | None,
     exported: Exported,
 ) -> Report:
@@ -96,7 +108,8 @@ def _report(
         fingerprint=ready.source.fingerprint,
         split=ready.split,
         choice=choice,
-        rows={name: row for name, row in rows.items() if row is not None},
+        rows=rows,
+        noise_floor=noise_floor,
         checks=checks,
         seconds=cache.seconds,
         folder=ready.folder,
@@ -109,6 +122,9 @@ def _report(
         ollama_problem=exported.ollama_problem,
         modelfile=None if file is None else ready.registration.modelfile,
         certificate=describe_certificate(ready.examined),
+        changes=layer_changes(ready.edit_file, ready.model_map),
+        settings=ready.settings.described(),
+        machine=Machine.here(ready.settings.load),
         commands=ready.registration.commands(file.path) if file is not None and unregistered else (),
     )
 

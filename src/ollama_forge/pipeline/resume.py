@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json, sha256_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
+from ollama_forge.system import versions
 
 T = TypeVar("T")
 
@@ -31,12 +31,13 @@ class Stage(Generic[T]):
     """One stage of a run.
 
     Attributes:
-        name: name of the stage in messages, and of its record on disk.
+        name: name of its record on disk.
         result: type of the result.
         needs: everything that the result depends on: settings, hashes of files, results of earlier stages.
         packages: libraries whose versions the result depends on.
         outputs: files and folders that the stage writes; it is done again if one is missing or changed.
         do: does the work and returns the result.
+        title: name of the stage in messages and times; the record's name by default.
     """
 
     name: str
@@ -45,23 +46,12 @@ class Stage(Generic[T]):
     do: Callable[[], T]
     outputs: Sequence[Path] = ()
     packages: Sequence[str] = ()
+    title: str = ""
 
     @cached_property
     def key(self) -> str:
         """Hash of everything that the result depends on."""
         return sha256_json({"stage": self.name, "version": __version__, **versions(self.packages), **self.needs})
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions by package name; "" for a package that is not installed."""
-
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-    return {name: version(name) for name in packages}
 
 
 class StageCache:
@@ -101,14 +91,14 @@ class StageCache:
         started = time.monotonic()
         stored = None if self.force else self._stored(stage)
         if stored is not None:
-            say(f"{stage.name}: done before, unchanged")
+            say(f"{stage.title or stage.name}: done before, unchanged")
             result = from_json(stage.result, stored["result"])
         else:
             self.forget(stage.name)  # the outputs that it describes are about to be replaced
             result = stage.do()
             record = {"key": stage.key, "outputs": self._digests(stage.outputs), "result": to_json(result)}
             write_json(self._record(stage.name), record)
-        self.seconds[stage.name] = round(time.monotonic() - started, 2)
+        self.seconds[stage.title or stage.name] = round(time.monotonic() - started, 2)
         return result
 
     def _record(self, name: str) -> Path:

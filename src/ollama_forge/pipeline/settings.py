@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import OutDtype
@@ -15,8 +16,12 @@ from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.names import check_ollama_name, run_folder
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.records import to_json
 from ollama_forge.search.choose import ChoiceSettings
+from ollama_forge.search.rule import Limits
 from ollama_forge.sources.ollama_store import SCHEME
+
+_FILES = {"adapter", "base", "harmful", "harmless", "harmful_dir", "harmless_dir", "llama_cpp_dir", "imatrix"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class RunSettings:
 
     Attributes:
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
-        edit, pick, escalate, max_kl, allow_few_refusals: see ``ChoiceSettings``.
+        edit, pick, escalate, max_kl, max_answer_kl, strengthen, allow_few_refusals: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
         keep_checkpoint: also write a checkpoint of an edited GGUF file.
@@ -45,7 +50,9 @@ class RunSettings:
     edit: EditSettings | None = None
     pick: str | None = None
     escalate: bool = True
-    max_kl: float = 0.2
+    max_kl: float = Limits.first_token_kl
+    max_answer_kl: float = Limits.answer_kl
+    strengthen: bool = False
     allow_few_refusals: bool = False
     allow_partial: bool = False
     base: str | None = None
@@ -62,6 +69,15 @@ class RunSettings:
         """The output folder of the run."""
         return Path(self.output_dir) if self.output_dir else run_folder(self.name)
 
+    def described(self) -> dict[str, Any]:
+        """The settings for a report that others may read: files by name alone, without the folders they are in."""
+        out: dict[str, Any] = to_json(self)
+        for entries in (out, out["prompts"], out["export"]):
+            for key in _FILES & entries.keys():
+                if entries[key] is not None and Path(entries[key]).exists():
+                    entries[key] = Path(entries[key]).name
+        return {key: value for key, value in out.items() if key not in ("model", "name", "output_dir")}
+
     @property
     def choosing(self) -> ChoiceSettings:
         """The settings of the choice of an edit.
@@ -74,7 +90,9 @@ class RunSettings:
             self.pick,
             self.escalate,
             self.max_kl,
+            self.max_answer_kl,
             self.allow_few_refusals,
+            strengthen=self.strengthen,
             norm_rules=not self.ollama.as_adapter,
         )
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
-
-import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as save_safetensors
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.directions.separation import Separation, measure_separation
 from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path, write_checkpoint
 from ollama_forge.edits.hooks import hooked
@@ -22,13 +20,16 @@ from ollama_forge.edits.proven import describe_certificate
 from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.undo import keep_undo
 from ollama_forge.edits.undo_file import undo_path
-from ollama_forge.evaluation.measure import Measurement, measure
+from ollama_forge.evaluation.divergence import Reference, answer_nll, divergence
+from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.measure import GENERAL_TOKENS, Damage, Measured, Measurement, damage_of, measure
+from ollama_forge.evaluation.measure import measure_base as measure_source
 from ollama_forge.evaluation.verify import Check, verify
 from ollama_forge.export.adapters.gguf import write_gguf_adapter
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_files
-from ollama_forge.files import write_bytes
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.rounded import rounded
 from ollama_forge.pipeline.choosing import PlanFiles, choose_edit
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
@@ -37,25 +38,43 @@ from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
 MODEL_PACKAGES = ("torch", "transformers")  # a model's outputs depend on their versions
-_BASE_FIRST = "base-first.safetensors"
+_REFERENCE = "base-answers.safetensors"
 
 
 def measure_base(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Measurement]:
-    """Measure the base model on report prompts, and write its first-token log-probabilities for later comparisons."""
-    first_file = cache.path(_BASE_FIRST)
+    """Measure the base model on report prompts, and write its answers to the general ones for later comparisons."""
+    file = cache.path(_REFERENCE)
 
     def do() -> Measurement:
         say("measuring the base model on report prompts")
-        row, first = measure(models.get(ready.source, ready.model_map), ready.split.report, None, "base model")
-        write_bytes(first_file, save_safetensors({"first": first}))
+        row, reference = measure_source(models.get(ready.source, ready.model_map), ready.split.report, "base model")
+        reference.save(file)
         return row
 
-    return Stage("base", Measurement, ready.model_needs, do, [first_file], MODEL_PACKAGES)
+    return Stage("base", Measurement, ready.model_needs, do, [file], MODEL_PACKAGES)
 
 
-def load_base_log_probs(cache: StageCache) -> torch.Tensor:
-    """First-token log-probabilities of the base model on the harmless report prompts, ``[prompts, vocabulary]``."""
-    return load_file(cache.path(_BASE_FIRST))["first"]
+def load_reference(cache: StageCache) -> Reference:
+    """The base model's answers to the general report prompts."""
+    return Reference.load(cache.path(_REFERENCE))
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The damage that rounding the base model to 8 bits does; None if the memory does not suffice for it."""
+
+    damage: Damage | None
+
+
+def measure_noise_floor(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[NoiseFloor]:
+    """Measure what rounding alone does to the answers to general report prompts, to compare an edit with it."""
+
+    def do() -> NoiseFloor:
+        model, reference = models.get(ready.source, ready.model_map), load_reference(cache)
+        with status("measuring the base model rounded to 8 bits"), rounded(model.module) as fits:
+            return NoiseFloor(damage_of(model, divergence(model, reference)) if fits else None)
+
+    return Stage("noise-floor", NoiseFloor, ready.model_needs, do, (), MODEL_PACKAGES)
 
 
 def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Choice]:
@@ -68,6 +87,8 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
         "pick": settings.pick,
         "escalate": settings.escalate,
         "max_kl": settings.max_kl,
+        "max_answer_kl": settings.max_answer_kl,
+        "strengthen": settings.strengthen,
         "allow_few_refusals": settings.allow_few_refusals,
         "num_instructions": settings.prompts.num_instructions,
         "seed": settings.prompts.seed,
@@ -81,17 +102,52 @@ def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Ch
     return Stage("choose", Choice, needs, do, files.paths, MODEL_PACKAGES)
 
 
-def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice) -> Stage[Measurement]:
+def separate(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Separation]:
+    """Measure how well the direction of each layer and position separates select prompts, for the report."""
+
+    def do() -> Separation:
+        with status("separating select prompts at every layer"):
+            model = models.get(ready.computed_on, ready.model_map)
+            return measure_separation(model, ready.split.fit, ready.split.select)
+
+    return Stage("separation", Separation, ready.model_needs, do, (), MODEL_PACKAGES)
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A measurement, and what later stages need of it.
+
+    Attributes:
+        general: token ids of the answers to the general prompts, for their likelihood under the base.
+        seconds: the time that it took.
+    """
+
+    row: Measurement
+    general: list[list[int]]
+    seconds: float
+
+    @classmethod
+    def of(cls, work: Callable[[], Measured]) -> MeasuredRow:
+        started = time.monotonic()
+        found = work()
+        return cls(found.row, found.general, round(time.monotonic() - started, 1))
+
+    def with_likelihood(self, answer_nll: Estimate) -> Measurement:
+        """The measurement, with the negative log-likelihood of the answers under the base."""
+        return replace(self.row, damage=replace(self.row.damage, answer_nll=answer_nll))
+
+
+def measure_control(ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice) -> Stage[MeasuredRow]:
     """Measure the control on report prompts: the same edit with random directions, applied with hooks."""
 
-    def do() -> Measurement:
+    def do() -> MeasuredRow:
         say("measuring the control (the same edit with a random direction) on report prompts")
         model = models.get(ready.source, ready.model_map)
         plan, _ = PlanFiles.of(ready, cache).control_plan(choice)
         with hooked(model, plan):
-            return measure(model, ready.split.report, load_base_log_probs(cache), "control")[0]
+            return MeasuredRow.of(lambda: measure(model, ready.split.report, load_reference(cache), "control"))
 
-    return Stage("control", Measurement, {**ready.model_needs, "choice": to_json(choice)}, do, (), MODEL_PACKAGES)
+    return Stage("control", MeasuredRow, {**ready.model_needs, "choice": to_json(choice)}, do, (), MODEL_PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -228,32 +284,48 @@ def verify_written(
     return Stage("verify", Verification, needs, do, (), MODEL_PACKAGES)
 
 
-@dataclass(frozen=True)
-class TimedMeasurement:
-    """A measurement, and the time that it took in seconds."""
-
-    row: Measurement
-    seconds: float
-
-
 def measure_written(
     ready: Preflight, cache: StageCache, models: ModelHolder, choice: Choice, written: Written
-) -> Stage[TimedMeasurement]:
+) -> Stage[MeasuredRow]:
     """Measure the written weights, or the model with the written adapter, on report prompts."""
 
-    def do() -> TimedMeasurement:
+    def do() -> MeasuredRow:
         if ready.adapter_file is None:
             say("measuring the written weights on report prompts")
-            return timed(models.get(ready.edited_checkpoint))
+            return row(models.get(ready.edited_checkpoint))
         say("measuring the model with the adapter on report prompts")
         model = models.get(ready.source, ready.model_map)
         with hooked(model, PlanFiles.of(ready, cache).plan(choice)[0]):
-            return timed(model)
+            return row(model)
 
-    def timed(model: ChatModel) -> TimedMeasurement:
-        base, started = load_base_log_probs(cache), time.monotonic()
-        row = measure(model, ready.split.report, base, "edited")[0]
-        return TimedMeasurement(row, round(time.monotonic() - started, 1))
+    def row(model: ChatModel) -> MeasuredRow:
+        return MeasuredRow.of(lambda: measure(model, ready.split.report, load_reference(cache), "edited"))
 
     needs = {**ready.model_needs, "written": to_json(written)}
-    return Stage("measure", TimedMeasurement, needs, do, (), MODEL_PACKAGES)
+    return Stage("measure", MeasuredRow, needs, do, (), MODEL_PACKAGES)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """The negative log-likelihood under the base of each model's answers to general prompts, in nats a token."""
+
+    by_row: dict[str, Estimate]
+
+
+def score_answers(
+    ready: Preflight, cache: StageCache, models: ModelHolder, rows: Mapping[str, MeasuredRow]
+) -> Stage[Likelihoods]:
+    """Compute how likely the measured models' answers to the general report prompts are under the base model."""
+
+    def do() -> Likelihoods:
+        model, prompts = models.get(ready.source, ready.model_map), load_reference(cache).prompts
+        with status("scoring the answers with the base model"):
+            return Likelihoods(
+                {
+                    name: answer_nll(model, prompts[: len(row.general)], row.general, GENERAL_TOKENS)
+                    for name, row in rows.items()
+                }
+            )
+
+    needs = {**ready.model_needs, "answers": {name: row.general for name, row in rows.items()}}
+    return Stage("likelihoods", Likelihoods, needs, do, (), MODEL_PACKAGES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from ollama_forge.errors import ForgeError
+from ollama_forge.prompts.normalise import normalise
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 HARMFUL_FILE = DATA / "abliterate_harmful_curated.txt"
@@ -59,3 +61,11 @@ def curated_pairs() -> tuple[Pair, ...]:
         Pair(index, category, bad, good)
         for index, ((category, bad), (_, good)) in enumerate(zip(harmful, harmless, strict=True))
     )
+
+
+def categories(harmful: Sequence[str]) -> list[str | None]:
+    """The category of misuse of each harmful instruction; None for one that is not curated."""
+    if not curated_are_installed():
+        return [None] * len(harmful)
+    known = {normalise(pair.harmful): pair.category for pair in curated_pairs()}
+    return [known.get(normalise(line)) for line in harmful]

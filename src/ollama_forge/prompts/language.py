@@ -1,4 +1,4 @@
-"""Detect texts that are not English, because the refusal markers are English only."""
+"""Detect texts that are not English, because refusals in English are recognised best."""
 
 from __future__ import annotations
 

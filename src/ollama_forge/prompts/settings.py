@@ -66,11 +66,13 @@ class PromptSettings:
             if lines and 2 * foreign > len(lines):
                 notes += (
                     f"{foreign:,} of your {len(lines):,} {side} lines are not English: "
-                    "refusals in other languages count as answers",
+                    "refusals are recognised in some languages alone (docs/refusals.md)",
                 )
         if downloaded is not None and not curated:
             harmful, harmless, downloaded = list(downloaded.harmful), list(downloaded.harmless), None
             notes += ("the curated lists are not installed: only the downloaded lists are used",)
+        max_select = MAX_SELECT if self.max_measured is None else self.max_measured or None
+        max_report = MAX_REPORT if self.max_measured is None else self.max_measured or None
         split = split_prompts(
             harmful,
             harmless,
@@ -78,9 +80,10 @@ class PromptSettings:
             note_below=self.num_instructions or DEFAULT_PAIRS,
             seed=self.seed,
             downloaded=downloaded,
-            max_select=MAX_SELECT if self.max_measured is None else self.max_measured or None,
-            max_report=MAX_REPORT if self.max_measured is None else self.max_measured or None,
+            max_select=max_select,
+            max_report=max_report,
         )
+        split = split.with_conversations(max_select=max_select, max_report=max_report)
         return replace(split, notes=notes + split.notes)
 
     def _side(self, file: str | None, folder: str | None) -> list[str] | None:

@@ -6,41 +6,58 @@ assigned by a hash of its normalised text, unless it is also a curated line: the
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 
 from ollama_forge.errors import UsageError
 from ollama_forge.files import sha256_json
+from ollama_forge.prompts.conversation import Conversation, Prompt, text_of
 from ollama_forge.prompts.curated import curated_are_installed, curated_pairs
+from ollama_forge.prompts.general import general_part, in_context_prompts, over_refusal_prompts
 from ollama_forge.prompts.normalise import dedupe, normalise
+from ollama_forge.prompts.part import Part, share_of_key
 
 MINIMUM_TO_MEASURE = 20
 MINIMUM_LINES = 8  # the mean of fewer lines reflects their topics more than refusal
 
 
-class Part(StrEnum):
-    FIT = "fit"
-    SELECT = "select"
-    REPORT = "report"
-
-
 @dataclass(frozen=True)
 class PartPrompts:
-    """The harmful and harmless instructions of one part."""
+    """The prompts of one part.
+
+    Attributes:
+        harmful, harmless: instructions; of the curated lists, each harmless one is the parallel of a harmful one.
+        general: varied harmless conversations.
+        over_refusal: safe prompts that sound unsafe; in the report part alone.
+        in_context: harmful requests in a second turn or under a system prompt; in the report part alone.
+    """
 
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
+    general: tuple[Conversation, ...] = ()
+    over_refusal: tuple[Conversation, ...] = ()
+    in_context: tuple[Conversation, ...] = ()
+
+    @property
+    def lists(self) -> dict[str, tuple[Prompt, ...]]:
+        """The lists that hold prompts, by name."""
+        named: dict[str, tuple[Prompt, ...]] = {
+            "harmful": self.harmful,
+            "harmless": self.harmless,
+            "general": self.general,
+        }
+        named |= {"over_refusal": self.over_refusal, "in_context": self.in_context}
+        return {name: prompts for name, prompts in named.items() if prompts}
 
     def first(self, count: int | None) -> PartPrompts:
-        """The first ``count`` instructions of each side; all of them for None."""
-        return PartPrompts(self.harmful[:count], self.harmless[:count])
+        """The first ``count`` prompts of each list; all of them for None."""
+        lists = (self.harmful[:count], self.harmless[:count], self.general[:count])
+        return PartPrompts(*lists, self.over_refusal[:count], self.in_context[:count])
 
     @property
     def hashes(self) -> dict[str, str]:
-        return {"harmful": sha256_json(list(self.harmful)), "harmless": sha256_json(list(self.harmless))}
+        return {name: sha256_json([text_of(prompt) for prompt in prompts]) for name, prompts in self.lists.items()}
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,38 @@ class PromptSplit:
     def hashes(self) -> dict[str, dict[str, str]]:
         return {part.value: getattr(self, part.value).hashes for part in Part}
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of prompts of each list by part."""
+        lists = {part.value: getattr(self, part.value).lists for part in Part}
+        return {part: {name: len(prompts) for name, prompts in found.items()} for part, found in lists.items()}
+
+    def with_conversations(self, *, max_select: int | None = None, max_report: int | None = None) -> PromptSplit:
+        """This split with the conversations of the package data, in an order drawn once.
+
+        Args:
+            max_select, max_report: maximum number of prompts per list in these parts; None for no limit.
+        """
+        return replace(
+            self,
+            fit=replace(self.fit, general=_drawn(general_part(Part.FIT))),
+            select=replace(self.select, general=_drawn(general_part(Part.SELECT))[:max_select]),
+            report=replace(
+                self.report,
+                general=_drawn(general_part(Part.REPORT))[:max_report],
+                over_refusal=_drawn(over_refusal_prompts())[:max_report],
+                in_context=_drawn(in_context_prompts())[:max_report],
+            ),
+        )
+
+
+def _drawn(prompts: tuple[Conversation, ...]) -> tuple[Conversation, ...]:
+    """The prompts in an order in which any first ones are of all kinds."""
+    return tuple(random.Random(0).sample(prompts, len(prompts)))
+
 
 def part_of_key(key: str) -> Part:
     """Assign 50 % of all keys to fit, 20 % to select and 30 % to report, by a hash that never changes."""
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    share = share_of_key(key)
     if share < 0.5:
         return Part.FIT
     return Part.SELECT if share < 0.7 else Part.REPORT

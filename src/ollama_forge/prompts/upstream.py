@@ -206,7 +206,8 @@ def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
         hashes = read_json(folder / _INDEX)["sha256"]
         data = {side: (folder / f"{side}.txt").read_bytes() for side in SIDES}
         if all(sha256_bytes(data[side]) == hashes[f"{side}.txt"] for side in SIDES):
-            return PartPrompts(*(tuple(data[side].decode().split("\n")[1:-1]) for side in SIDES)), ()
+            harmful, harmless = (tuple(data[side].decode().split("\n")[1:-1]) for side in SIDES)
+            return PartPrompts(harmful, harmless), ()
     except (ForgeError, OSError, KeyError, TypeError, UnicodeDecodeError):
         pass
     return None, (f"the downloaded lists in {folder} are damaged and not used: run download-lists again",)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ollama_forge.edits.registry import check_edit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.progress import say
-from ollama_forge.search.ladder import CONFIGURED, DOCUMENTED_DEFAULT, BaseAnswers, Candidate, Choice, candidate_named
+from ollama_forge.search.candidates import CONFIGURED, DOCUMENTED_DEFAULT, Candidate, candidate_named
+from ollama_forge.search.ladder import BaseAnswers, Choice
+from ollama_forge.search.rule import REMOVE, STRENGTHEN, Goal, Limits
 from ollama_forge.search.trials import Trials
 
 
@@ -18,34 +19,42 @@ class ChoiceSettings:
     """The settings of the choice.
 
     Attributes:
-        edit: the edit to make; None for the documented default or a candidate of the ladder.
+        edit: the edit to make; None for a candidate.
         pick: name of the candidate to use, as a run prints it; None to choose one by trying.
-        escalate: whether the ladder is tried if the documented default does not suffice.
+        escalate: whether edits are tried to choose the best; if not, the edit is the documented default.
         max_kl: largest first-token KL divergence, in nats, of an edit that may be chosen.
+        max_answer_kl: largest answer KL divergence, in nats a token, of an edit that may be chosen.
         allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
+        strengthen: choose an edit that strengthens refusal.
         norm_rules: False if only edits without a norm rule may be chosen, because an adapter is to hold the edit.
 
     Raises:
-        UsageError: ``max_kl`` is not a positive number, ``pick`` is unknown, the method does not support a setting, or
+        UsageError: a limit is not a positive number, ``pick`` is unknown, the method does not support a setting, or
             the settings name an edit with a norm rule although ``norm_rules`` is False.
     """
 
     edit: EditSettings | None = None
     pick: str | None = None
     escalate: bool = True
-    max_kl: float = 0.2
+    max_kl: float = Limits.first_token_kl
+    max_answer_kl: float = Limits.answer_kl
     allow_few_refusals: bool = False
+    strengthen: bool = False
     norm_rules: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise UsageError(f"--max-kl {self.max_kl} is not a positive number", "the default is 0.2")
+        Limits(self.max_answer_kl, self.max_kl)
         if self.pick is not None:
             candidate_named(self.pick)
             if self.edit is not None:
                 raise UsageError("--pick excludes the options of an edit", "leave out --pick or those options")
         if self.edit is not None:
             check_edit(self.edit)
+        if self.strengthen and not self.climbs:
+            raise UsageError(
+                "--strengthen chooses the edit, and excludes the options of an edit, --pick and --no-escalate",
+                "leave out --strengthen, and give a negative --strength with --factors least-squares; or the others",
+            )
         if not (self.norm_rules or self.climbs) and self.first_candidate.settings.norm_preserving:
             raise UsageError(
                 f"--as-adapter: {self.first_candidate.name} restores norms after the edit, which no adapter can hold",
@@ -53,11 +62,21 @@ class ChoiceSettings:
             )
 
     @property
+    def limits(self) -> Limits:
+        """The largest damage of an edit that may be chosen."""
+        return Limits(self.max_answer_kl, self.max_kl)
+
+    @property
     def first_candidate(self) -> Candidate:
         """The edit of the options, the picked one, or else the documented default."""
         if self.edit is not None:
             return Candidate("the edit of the options", CONFIGURED, self.edit)
         return DOCUMENTED_DEFAULT if self.pick is None else candidate_named(self.pick)
+
+    @property
+    def goal(self) -> Goal:
+        """What the edit is for."""
+        return STRENGTHEN if self.strengthen or self.first_candidate.settings.strengthens else REMOVE
 
     @property
     def climbs(self) -> bool:
@@ -69,15 +88,17 @@ def choose_edit(trials: Trials, settings: ChoiceSettings) -> Choice:
     """Check that the base model refuses (unless the edit strengthens refusal), and choose an edit.
 
     Raises:
-        ForgeError: the base model refuses fewer than 20 % of the harmful select prompts.
+        UsageError: the model has no such layer as the picked candidate names.
+        ForgeError: the base model refuses fewer than 20 % of the harmful select prompts, or no edit is possible.
     """
+    trials.check(settings.first_candidate)
     say("counting the base model's refusals on select prompts")
     base = BaseAnswers(trials.base_harmful)
-    if not (settings.first_candidate.settings.strengthens or settings.allow_few_refusals):
+    if settings.goal is REMOVE and not settings.allow_few_refusals:
         base.require_refusals()
     if settings.climbs:
         say("trying edits on select prompts")
-        return trials.choose(settings.max_kl, norm_rules=settings.norm_rules)
+        return trials.choose(settings.limits, norm_rules=settings.norm_rules)
     if settings.edit is not None:
         reason = "set by options"
     else:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
-from ollama_forge.activations.residual import gather_residuals
 from ollama_forge.directions.compute import (
     FitStats,
     direction_from_stats,
@@ -18,7 +14,6 @@ from ollama_forge.directions.compute import (
     random_direction,
 )
 from ollama_forge.directions.direction import RefusalDirection
-from ollama_forge.directions.selection import best_separating_layer, layer_of_fraction
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.hooks import hooked
@@ -26,27 +21,38 @@ from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import EditPlan, ReadVector
 from ollama_forge.edits.registry import method
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.errors import ForgeError
-from ollama_forge.evaluation.measure import Counts, count_answers, mean_kl
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation.counts import Counts
+from ollama_forge.evaluation.divergence import Reference
+from ollama_forge.evaluation.measure import GENERAL_TOKENS, count_answers, general_ids
+from ollama_forge.evaluation.refusals import classify
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.greedy import first_log_probs
 from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.search.ladder import (
-    CONFIGURED,
+from ollama_forge.search.candidates import (
     DOCUMENTED_DEFAULT,
-    LADDER,
-    LATE,
-    SEPARATING,
-    WITHOUT_EXPERTS,
-    BaseAnswers,
     Candidate,
-    Choice,
-    Trial,
-    climb,
+    layer_of,
+    least_squares,
+    orthogonal_on_writers,
 )
+from ollama_forge.search.ladder import (
+    RANKED_LAYERS,
+    BaseAnswers,
+    Choice,
+    Ladder,
+    chosen,
+    climb,
+    proposed_layers,
+)
+from ollama_forge.search.probes import LayerProbe, ProbePrompts, induces_refusal, probe
+from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
+from ollama_forge.search.trial import SelectPrompts, run_trial
 from ollama_forge.text.tokenizer import Ids
+
+FIRST_GENERAL, MAX_GENERAL = 16, 64  # general prompts that show damage far beyond the limits, and of a whole trial
+_CONTROL = "random, in place of "
 
 
 class Trials:
@@ -56,9 +62,13 @@ class Trials:
         split: directions are computed from its fit part, and candidates are tried on its select part.
         settings: settings of the direction ``CONFIGURED``; the other directions use its method and position.
         read: reads a gain or bias of the model by its tensor name.
-        pairs: number of fit pairs that directions are computed from; factors are fitted to all fit pairs.
+        pairs: number of fit pairs that directions are computed from; factors are fitted to all fit prompts.
         fingerprint: fingerprint of the model's checkpoint, for the sidecars of directions.
         seed: seed of all random draws.
+        goal: what the edits are for.
+
+    Attributes:
+        layers: the layers whose directions the ladder proposes, in rising order.
     """
 
     def __init__(
@@ -71,44 +81,57 @@ class Trials:
         pairs: int,
         fingerprint: str,
         seed: int,
+        goal: Goal = REMOVE,
     ) -> None:
         self.model, self.settings, self.read, self.seed = model, settings, read, seed
         self._n_layers = model.model_map.n_layers
+        self.goal = goal
+        self.layers = proposed_layers(self._n_layers, goal)
         self._direction_prompts = split.fit.first(pairs)
         self._context = FitContext(model, split.fit, read, seed)
-        self._select = split.select
+        self.split = split
         self._details = provenance(model, self._direction_prompts, fingerprint, seed)
-        self._harmful = model.tokenizer.instructions_ids(split.select.harmful)
-        self._harmless = model.tokenizer.instructions_ids(split.select.harmless)
         self._stats: FitStats | None = None
         self._directions: dict[str, RefusalDirection] = {}
         self._fitted: dict[tuple[str, EditSettings], FittedFactors] = {}
 
     # -- parts of a candidate -------------------------------------------------------------------------------------
 
-    def direction(self, name: str) -> RefusalDirection:
-        """The direction with this name.
+    def check(self, candidate: Candidate) -> None:
+        """Raise UsageError if the model has no such layer as the candidate's direction is of."""
+        if candidate.layer is not None and candidate.layer >= self._n_layers:
+            raise UsageError(
+                f"{candidate.name!r} is no edit of this model, whose last layer is {self._n_layers - 1}",
+                "name a layer that the model has",
+            )
 
-        Raises:
-            KeyError: the name is unknown.
-        """
+    def direction(self, name: str) -> RefusalDirection:
+        """The direction with this name."""
         if name not in self._directions:
-            self._directions[name] = self._compute_direction(name)
+            layer = layer_of(name)
+            self._directions[name] = self._configured_direction() if layer is None else self._layer_direction(layer)
         return self._directions[name]
 
     def fitted(self, candidate: Candidate) -> FittedFactors:
         """The factors that the candidate's method fits to the model; empty if the method has no fit.
 
-        The ladder's late directions are always fitted together, in one pass over the prompts. A candidate that is
-        picked by name therefore has bit for bit the same factors as one that the ladder reaches.
+        The directions of all proposed layers and their common control are always fitted together, in one pass over the
+        prompts. A candidate that is picked by name therefore has bit for bit the factors that the ladder gives it.
         """
         settings = candidate.settings.without_strengths
         if (candidate.direction, settings) not in self._fitted:
-            names = tuple(LATE) if candidate.direction in LATE else (candidate.direction,)
-            directions = {name: self.direction(name) for name in names}
-            found = method(settings.factors).fit(self._context, settings, directions)
-            self._fitted.update({(name, settings): factors for name, factors in found.items()})
+            self._fit(candidate.direction, settings)
         return self._fitted[candidate.direction, settings]
+
+    def _fit(self, name: str, settings: EditSettings) -> None:
+        layers = [f"layer {layer}" for layer in self.layers]
+        together = name.removeprefix(_CONTROL) in layers
+        names = [*layers, self._control(layers[0])] if together else [name]
+        found = method(settings.factors).fit(self._context, settings, {one: self.direction(one) for one in names})
+        self._fitted.update({(one, settings): factors for one, factors in found.items()})
+        if together:  # random directions of the same shape are the same
+            drawn = found[names[-1]]
+            self._fitted.update({(f"{_CONTROL}{layer}", settings): drawn for layer in layers})
 
     def plan(self, candidate: Candidate) -> EditPlan:
         """The candidate's edit plan.
@@ -126,83 +149,159 @@ class Trials:
 
     def control(self, candidate: Candidate) -> Candidate:
         """The candidate's edit with random directions in place of its own, in the same shape and with its settings."""
-        name = f"random, in place of {candidate.direction}"
+        return Candidate("random direction", self._control(candidate.direction), candidate.settings)
+
+    def _control(self, direction: str) -> str:
+        """The name of the random directions in place of others."""
+        name = f"{_CONTROL}{direction}"
         if name not in self._directions:
-            self._directions[name] = random_direction(self.direction(candidate.direction), self.seed)
-        return Candidate("random direction", name, candidate.settings)
+            self._directions[name] = random_direction(self.direction(direction), self.seed)
+        return name
 
     # -- trying ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def base_harmful(self) -> Counts:
         """Classes of the unedited model's answers to the harmful select prompts."""
-        return self._count_answers("base model, select prompts", self._harmful)
+        with bar("base model, select prompts", len(self._harmful)) as advance:
+            return count_answers(self.model, self._harmful, advance)
 
-    def try_on_select(self, candidate: Candidate, bound: float | None = None) -> Trial:
-        """Measure a candidate on the select prompts; answers are not counted if the KL divergence exceeds ``bound``."""
-        base_log_probs = self._base_log_probs  # of the unedited model, so computed before the hooks are registered
-        with hooked(self.model, self.plan(candidate)):
-            kl = mean_kl(self.model, self._harmless_closed, base_log_probs)
-            counts = None if bound is not None and kl > bound else self._count_answers(candidate.name, self._harmful)
-        return Trial.of(candidate, kl, counts, len(self._harmful))
+    @cached_property
+    def base_harmless(self) -> Counts:
+        """Classes of the unedited model's answers to the harmless select prompts."""
+        with bar("base model, harmless select prompts", len(self._harmless)) as advance:
+            return count_answers(self.model, self._harmless, advance)
 
-    def choose(self, max_kl: float, *, norm_rules: bool = True) -> Choice:
-        """Try the documented default and, if it does not suffice, the ladder; see ``climb``.
+    @cached_property
+    def base(self) -> BaseAnswers:
+        """Classes of the unedited model's answers to harmful and to general select prompts."""
+        decode = self.model.tokenizer.decode
+        general = [classify(decode(ids)) for part in self._prompts.general for ids in part.answers]
+        return BaseAnswers(self.base_harmful, Counts.of(general))
+
+    def rule(self, limits: Limits) -> Rule:
+        """The rule by which the best edit of this model is chosen."""
+        harmless = Counts() if self.goal.max_harmless_rise is None else self.base_harmless
+        return Rule(limits, self.base_harmful, self.base.degenerate_rate, self.goal, harmless)
+
+    def try_on_select(self, candidate: Candidate, rule: Rule, best: Trial | None = None) -> Trial:
+        """Measure a candidate on the select prompts; the trial is ended once it must lose to ``best``."""
+        prompts = self._prompts  # of the unedited model, so computed before the hooks are registered
+        with hooked(self.model, self.plan(candidate)), bar(candidate.name, prompts.total) as advance:
+            return run_trial(self.model, candidate, prompts, rule, best, advance)
+
+    def choose(self, limits: Limits, *, norm_rules: bool = True) -> Choice:
+        """Climb the ladder and choose the best edit; to remove refusals, two common edits are tried for comparison.
 
         Args:
             norm_rules: False to try only edits without a norm rule.
-        """
-        base = BaseAnswers(self.base_harmful, self._count_answers("base model, select prompts", self._harmless))
 
-        def attempt(candidate: Candidate, bound: float | None) -> Trial:
-            trial = self.try_on_select(candidate, bound)
-            say(f"  {trial.summary(max_kl)}")
+        Raises:
+            ForgeError: no edit is possible with this model.
+        """
+        base, rule = self.base, self.rule(limits)
+
+        def attempt(candidate: Candidate, best: Trial | None) -> Trial:
+            trial = self.try_on_select(candidate, rule, best)
+            say(f"  {trial.summary()}")
             return trial
 
-        default = DOCUMENTED_DEFAULT if norm_rules else None  # it has a norm rule
-        return climb(attempt, lambda: self._groups(norm_rules), base=base, max_kl=max_kl, default=default)
+        probes, trials = self._probe_layers(), []
+        if self._fits:
+            trials = climb(attempt, self._ladder(probes, base), rule)
+        if norm_rules and self.goal is REMOVE:
+            best = rule.best(trials) or next(iter(trials), None)
+            layer = self.layers[len(self.layers) // 2] if best is None or best.layer is None else best.layer
+            for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(layer)):
+                if self._is_possible(candidate):
+                    trials.append(attempt(candidate, rule.best(trials)))
+        return chosen(trials, probes, rule, base)
 
-    def _groups(self, norm_rules: bool = True) -> Iterator[tuple[Candidate, ...]]:
-        """The ladder's groups, without groups that do not fit this model and groups that repeat an earlier edit."""
-        seen: set[tuple[float | None, EditSettings]] = set()
+    def _is_possible(self, candidate: Candidate) -> bool:
+        """Whether the candidate's method supports this model; if not, the reason is printed."""
+        try:
+            self.plan(candidate)
+        except ForgeError as error:
+            say(f"  {candidate.name}: skipped, {error.message}")
+            return False
+        return True
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether the model supports least squares."""
+        return self._is_possible(least_squares(self.layers[0], self.goal.sign * self.goal.strength))
+
+    def _probe_layers(self) -> list[LayerProbe]:
+        """Probe least squares with the direction of each proposed layer, by the base's refusals that it removes."""
+        if not self._fits or self.goal is not REMOVE:
+            return []
+        candidates = [least_squares(layer, self.goal.sign * self.goal.strength) for layer in self.layers]
+        prompts, probes = self._probe_prompts, []
+        with bar("probing layers", len(candidates)) as advance:
+            for layer, candidate in zip(self.layers, candidates, strict=True):
+                with hooked(self.model, self.plan(candidate)):
+                    probes.append(probe(self.model, prompts, layer, candidate.settings.strength))
+                advance(1)
+        return probes
+
+    def _ladder(self, probes: Sequence[LayerProbe], base: BaseAnswers) -> Ladder:
+        """The ladder with the most promising of the probed layers, of those that induce refusal if there are any.
+
+        Without probes the layers are ordered by their distance from the middle one, of every second.
+        """
         has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
-        for group in (*LADDER, *(WITHOUT_EXPERTS if has_experts else ())):
-            first = group[0]
-            if first.settings.norm_preserving and not norm_rules:
-                continue
-            try:
-                self.plan(first)
-            except ForgeError as error:
-                say(f"  {first.name}: skipped, {error.message}")
-                continue
-            edit = (self.direction(first.direction).layer, first.settings)
-            if edit not in seen:  # in a model with few layers, two depths may give the same layer
-                yield group
-            seen.add(edit)
+        if not probes:
+            middle = self.layers[len(self.layers) // 2]
+            spread = sorted(self.layers, key=lambda layer: ((layer - middle) % 2, abs(layer - middle)))
+            return Ladder(self.layers, tuple(spread), self.goal, has_experts)
+        rate = base.harmful.refusal / max(base.harmful.total, 1)
+        ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
+        ranking = ranking[:RANKED_LAYERS]
+        inducing = tuple(layer for layer in ranking if self._induces(layer))
+        return Ladder(self.layers, inducing or tuple(ranking), self.goal, has_experts)
 
-    def _count_answers(self, title: str, prompts: list[Ids]) -> Counts:
-        with bar(title, len(prompts)) as advance:
-            return count_answers(self.model, prompts, advance)
+    def _induces(self, layer: int) -> bool:
+        """Whether the layer's direction, as long as the harmful and the harmless mean are apart, induces refusal."""
+        vector, stats = self.direction(f"layer {layer}").vectors[0], self._fit_stats(range(self._n_layers))
+        gap = (stats.harmful.of_layer(layer) - stats.harmless.of_layer(layer)).to(vector)
+        return induces_refusal(self.model, self._probe_prompts, layer, vector * (gap @ vector))
+
+    # -- prompts --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _harmless_closed(self) -> list[Ids]:
+    def _harmful(self) -> list[Ids]:
+        """Token ids of the harmful select prompts, up to the position where the answer begins."""
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmful))
+
+    @cached_property
+    def _harmless(self) -> list[Ids]:
         """Token ids of the harmless select prompts, up to the position where the answer begins."""
-        return [self.model.tokenizer.closed_ids(instruction) for instruction in self._select.harmless]
+        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmless))
 
     @cached_property
-    def _base_log_probs(self) -> Tensor:
-        """The unedited model's first-token log-probabilities on the harmless select prompts."""
-        return first_log_probs(self.model, self._harmless_closed)
+    def _general(self) -> list[Ids]:
+        """Token ids of general select prompts, up to the position where the answer begins."""
+        return general_ids(self.model.tokenizer, self.split.select)[:MAX_GENERAL]
+
+    @cached_property
+    def _prompts(self) -> SelectPrompts:
+        with bar("base model, general prompts", len(self._general)) as advance:
+            parts = self._general[:FIRST_GENERAL], self._general[FIRST_GENERAL:]
+            answered = [Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts if part]
+        harmless = [] if self.goal.max_harmless_rise is None else self._harmless
+        return SelectPrompts(self._harmful, harmless, tuple(answered))
+
+    @cached_property
+    def _probe_prompts(self) -> ProbePrompts:
+        refused = [ids for ids, letter in zip(self._harmful, self.base_harmful.classes, strict=True) if letter == "r"]
+        harmless = [self.model.tokenizer.closed_ids(prompt) for prompt in self.split.select.harmless]
+        return ProbePrompts.of(self.model, refused, self._general, harmless)
 
     # -- directions -----------------------------------------------------------------------------------------------
 
-    def _compute_direction(self, name: str) -> RefusalDirection:
-        if name == CONFIGURED:
-            stats = self._fit_stats(self.settings.layers(self._n_layers))
-            return direction_from_stats(stats, self.settings, self._n_layers, self._details)
-        if name == SEPARATING:
-            return self._layer_direction(self._separating_layer())
-        return self._layer_direction(layer_of_fraction(LATE[name], self._n_layers))
+    def _configured_direction(self) -> RefusalDirection:
+        stats = self._fit_stats(self.settings.layers(self._n_layers))
+        return direction_from_stats(stats, self.settings, self._n_layers, self._details)
 
     def _layer_direction(self, layer: int) -> RefusalDirection:
         """One direction of one layer, computed by the configured method."""
@@ -218,21 +317,3 @@ class Trials:
                 self.model, self._direction_prompts, layers, self.settings.position, keep_samples=several
             )
         return self._stats
-
-    def _separating_layer(self) -> int:
-        """The layer whose direction separates harmful from harmless select prompts best."""
-        layers = range(self._n_layers)
-        harmful, harmless = (
-            gather_residuals(
-                self.model,
-                append_thoughts(self.model, ids),
-                layers,
-                position=self.settings.position,
-                keep_samples=True,
-            ).samples
-            for ids in (self._harmful, self._harmless)
-        )
-        assert harmful is not None
-        assert harmless is not None
-        vectors = torch.cat([self._layer_direction(layer).vectors for layer in layers])
-        return best_separating_layer(vectors, harmful, harmless)[0]

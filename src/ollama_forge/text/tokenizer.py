@@ -11,6 +11,7 @@ from typing import Any
 
 from ollama_forge.errors import ForgeError, first_line
 from ollama_forge.files import read_json
+from ollama_forge.prompts.conversation import Prompt, messages_of
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.text.closed_thought import Thought, closing_text, thought_of
 from ollama_forge.text.template import Template, TemplateError, render_template
@@ -139,20 +140,26 @@ class Tokenizer:
         off, on = (self.render(turn, **self.template.thinking_arguments(think)) for think in (False, True))
         return thought_of(self.template, off, on, self.template_kwargs)
 
-    def instruction_ids(self, instruction: str) -> Ids:
-        """Encode the prompt of one instruction for computing directions and for measuring: its thought is closed.
+    def instruction_ids(self, prompt: Prompt) -> Ids:
+        """Encode one prompt for computing directions and for measuring: its thought is closed.
 
         Raises:
             ForgeError: the template leaves the instruction out, or the model cannot take the prompt.
         """
-        return self._fitting_ids(instruction, closed=not self.thought.must_run)
+        return self._fitting_ids(prompt, closed=not self.thought.must_run)
 
-    def closed_ids(self, instruction: str) -> Ids:
+    def closed_ids(self, prompt: Prompt) -> Ids:
         """Encode the prompt with its thought always closed, so that the first token of the answer comes next."""
-        return self._fitting_ids(instruction, closed=True)
+        return self._fitting_ids(prompt, closed=True)
 
-    def _fitting_ids(self, instruction: str, *, closed: bool) -> Ids:
-        text = self._instruction_text(instruction, closed=closed)
+    def length(self, prompt: Prompt) -> int:
+        """Number of tokens of a prompt, whose thought is closed."""
+        return len(self.encode(self._prompt_text(messages_of(prompt), closed=True)))
+
+    def _fitting_ids(self, prompt: Prompt, *, closed: bool) -> Ids:
+        messages = messages_of(prompt)
+        instruction = messages[-1]["content"]
+        text = self._prompt_text(messages, closed=closed)
         start = repr(instruction[:_EXCERPT] + ("…" if len(instruction) > _EXCERPT else ""))
         if "".join(instruction.split()) not in "".join(text.split()):
             raise TemplateError(
@@ -175,20 +182,36 @@ class Tokenizer:
             )
         return ids
 
-    def _instruction_text(self, instruction: str, *, closed: bool) -> str:
-        turn = [{"role": "user", "content": instruction}]
-        text = self.render(turn, **self.template.thinking_arguments(False))
+    def _prompt_text(self, messages: Sequence[Mapping[str, str]], *, closed: bool) -> str:
+        if messages[0]["role"] == "system" and not self._takes_system:
+            messages = _without_system(messages)
+        text = self.render(messages, **self.template.thinking_arguments(False))
         if self.thinking is None or not closed or self.thought in (Thought.NONE, Thought.SWITCHED_OFF):
             return text
         return text + closing_text(self.thinking, text)
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the chat template renders a system message; some refuse it, and some leave it out."""
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+        try:
+            return "Be brief." in self.render(turns)
+        except ForgeError:
+            return False
 
     def marked_text(self, ids: Sequence[int]) -> str:
         """Decode with special tokens, because the tags of a thought may be special tokens."""
         text: str = self.backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def instructions_ids(self, instructions: Sequence[str]) -> list[Ids]:
-        return [self.instruction_ids(instruction) for instruction in instructions]
+    def instructions_ids(self, prompts: Sequence[Prompt]) -> list[Ids]:
+        return [self.instruction_ids(prompt) for prompt in prompts]
+
+
+def _without_system(messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The messages with the system message put in front of the first message of the user."""
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def _load_error(folder: Path, error: Exception, trust_remote_code: bool) -> ForgeError:

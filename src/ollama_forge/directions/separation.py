@@ -1,0 +1,129 @@
+"""How well the direction of each layer and position separates harmful from harmless prompts that it was not made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.directions.selection import d_prime
+from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.thoughts import append_thoughts
+from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.text.tokenizer import Ids
+
+MAX_POSITIONS = 5
+MAX_FIT, MAX_HELD_OUT = 32, 64  # prompts of each list
+
+Visit = Callable[[int, tuple[int, ...], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Separation:
+    """The separation of held-out prompts by the difference of means of each layer and position.
+
+    Attributes:
+        positions: token positions, counted from the end of the templated prompt (-1: the last).
+        layers: numbers of the layers.
+        tokens: the token at each position; "" where it differs between prompts.
+        prompts: number of held-out prompts of each list.
+        d_prime: for each position and layer, the distance between the projections of harmful and of harmless prompts
+            in units of their pooled standard deviation.
+    """
+
+    positions: tuple[int, ...]
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    prompts: dict[str, int]
+    d_prime: tuple[tuple[float, ...], ...]
+
+
+def measure_separation(model: ChatModel, fit: PartPrompts, held_out: PartPrompts) -> Separation:
+    """Compute the difference of means of the first fit prompts at every layer, and separate held-out prompts with it.
+
+    Args:
+        fit: prompts to compute the directions of, at most 32 of each list.
+        held_out: prompts to separate, at most 64 of each list.
+    """
+    harmful, harmless = (_ids(model, prompts) for prompts in (fit.harmful[:MAX_FIT], fit.harmless[:MAX_FIT]))
+    others = [_ids(model, prompts) for prompts in (held_out.harmful[:MAX_HELD_OUT], held_out.harmless[:MAX_HELD_OUT])]
+    every = [*harmful, *harmless, *others[0], *others[1]]
+    count = min(MAX_POSITIONS, *map(len, every))
+    directions = _means(model, harmful, count) - _means(model, harmless, count)  # their lengths do not matter
+    projections = [_projections(model, prompts, directions) for prompts in others]
+    scores = [
+        [round(d_prime(*(values[:, layer, place] for values in projections)), 4) for layer in range(len(directions))]
+        for place in range(count)
+    ]
+    positions = tuple(range(-count, 0))
+    return Separation(
+        positions,
+        tuple(range(len(directions))),
+        tuple(_common_token(model, every, position) for position in positions),
+        {"harmful": len(others[0]), "harmless": len(others[1])},
+        tuple(map(tuple, scores)),
+    )
+
+
+def _ids(model: ChatModel, prompts: Sequence[str]) -> list[Ids]:
+    return append_thoughts(model, model.tokenizer.instructions_ids(prompts))
+
+
+def _common_token(model: ChatModel, prompts: Sequence[Ids], position: int) -> str:
+    found = {ids[position] for ids in prompts}
+    return model.tokenizer.marked_text([found.pop()]) if len(found) == 1 else ""
+
+
+def _means(model: ChatModel, prompts: Sequence[Ids], count: int) -> Tensor:
+    """The mean residual stream at the last positions, float64 ``[layers, count, d_model]``."""
+
+    def run() -> Tensor:
+        total = torch.zeros(model.model_map.n_layers, count, model.model_map.d_model, dtype=torch.float64)
+
+        def add(layer: int, rows: tuple[int, ...], hidden: Tensor) -> None:
+            total[layer] += hidden.sum(0)
+
+        _visit(model, prompts, count, add)
+        return total / len(prompts)
+
+    found: Tensor = model.retry_smaller(run)
+    return found
+
+
+def _projections(model: ChatModel, prompts: Sequence[Ids], directions: Tensor) -> Tensor:
+    """The component of each prompt along ``directions`` ``[layers, count, d_model]``: ``[prompts, layers, count]``."""
+
+    def run() -> Tensor:
+        out = torch.zeros(len(prompts), *directions.shape[:2], dtype=torch.float64)
+
+        def project(layer: int, rows: tuple[int, ...], hidden: Tensor) -> None:
+            out[list(rows), layer] = (hidden * directions[layer]).sum(-1)
+
+        _visit(model, prompts, directions.shape[1], project)
+        return out
+
+    found: Tensor = model.retry_smaller(run)
+    return found
+
+
+def _visit(model: ChatModel, prompts: Sequence[Ids], count: int, visit: Visit) -> None:
+    """Call ``visit`` with each layer, each batch's rows, and its last ``count`` outputs ``[rows, count, d_model]``."""
+    last = model.model_map.n_layers - 1
+    for batch in model.batches(prompts):
+
+        def hook(layer: int, rows: tuple[int, ...]) -> Callable[..., None]:
+            def keep(module: Any, args: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                visit(layer, rows, hidden[:, -count:].detach().to("cpu").double())
+
+            return keep
+
+        handles = [model.layer(n).register_forward_hook(hook(n, batch.rows)) for n in range(last + 1)]
+        try:
+            model.run_to_layer(batch, last)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,102 @@
+"""The edits that ``run`` can try, and their names, which ``--pick`` takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from ollama_forge.edits.registry import METHODS
+from ollama_forge.edits.settings import EditSettings
+from ollama_forge.errors import UsageError
+
+CONFIGURED = "configured"
+_LAYER = "layer "
+_LEAST_SQUARES = "least squares"
+_ATTENTION_ALONE = "least squares, attention alone"
+_WRITERS = "orthogonal on writers"
+_NAME = re.compile(
+    rf"(?P<kind>{_LEAST_SQUARES}|{_ATTENTION_ALONE}|{_WRITERS}), "
+    rf"{_LAYER}(?P<layer>[0-9]+)(?:, strength (?P<strength>[-+.0-9e]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edit to try.
+
+    Attributes:
+        name: name in messages and for ``--pick``.
+        direction: name of its direction: ``CONFIGURED`` (computed by the direction's settings), or ``layer N`` (the
+            direction of that layer).
+        settings: settings of the edit.
+    """
+
+    name: str
+    direction: str
+    settings: EditSettings
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of its direction; None for ``CONFIGURED`` and for random directions."""
+        return layer_of(self.direction)
+
+
+DOCUMENTED_DEFAULT = Candidate("the documented default", CONFIGURED, EditSettings())
+
+
+def layer_of(direction: str) -> int | None:
+    """The layer that the name of a direction states; None if it states none."""
+    number = direction.removeprefix(_LAYER)
+    return int(number) if number != direction else None
+
+
+def least_squares(layer: int, strength: float, *, attention_alone: bool = False) -> Candidate:
+    """Least squares on writers with the direction of a layer.
+
+    Args:
+        attention_alone: leave the writers of MLPs and experts alone.
+    """
+    kind = _ATTENTION_ALONE if attention_alone else _LEAST_SQUARES
+    settings = replace(METHODS["least-squares"].settings, strength=strength)
+    if attention_alone:
+        settings = replace(settings, mlp_strength=0.0)
+    return Candidate(f"{kind}, {_LAYER}{layer}, strength {strength:g}", f"{_LAYER}{layer}", settings)
+
+
+def orthogonal_on_writers(layer: int) -> Candidate:
+    """Directional ablation of writers with the direction of a layer, norms preserved."""
+    settings = replace(DOCUMENTED_DEFAULT.settings, targets=("writers",))
+    return Candidate(f"{_WRITERS}, {_LAYER}{layer}", f"{_LAYER}{layer}", settings)
+
+
+def candidate_named(name: str) -> Candidate:
+    """The candidate with this name.
+
+    Raises:
+        UsageError: no candidate has such a name.
+    """
+    if name == DOCUMENTED_DEFAULT.name:
+        return DOCUMENTED_DEFAULT
+    match = _NAME.fullmatch(name)
+    if match is not None:
+        layer, strength = int(match["layer"]), _strength(match["strength"])
+        if match["kind"] == _WRITERS and match["strength"] is None:
+            return orthogonal_on_writers(layer)
+        if match["kind"] != _WRITERS and strength is not None:
+            return least_squares(layer, strength, attention_alone=match["kind"] == _ATTENTION_ALONE)
+    forms = (
+        DOCUMENTED_DEFAULT.name,
+        *(f"{kind}, {_LAYER}N, strength S" for kind in (_LEAST_SQUARES, _ATTENTION_ALONE)),
+        f"{_WRITERS}, {_LAYER}N",
+    )
+    raise UsageError(f"--pick {name!r} is not an edit that run tries", f"one of: {'; '.join(forms)}")
+
+
+def _strength(text: str | None) -> float | None:
+    """A finite strength other than 0; None for any other text."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value != 0 else None
