@@ -7,7 +7,8 @@ BASE_DIR is the checkpoint of ``demo-base``. It is trained on the *fit* part of 
 
 Harmful instructions, some behind a system prompt or a first exchange, have varied refusals as targets. Harmless
 conversations have a KL penalty instead: the divergence from the model without the adapter over that model's own greedy
-answers. In some steps the model refuses under a disturbance, so that only removing the refusal direction takes its
+answers. Where that model says to a harmless request that it can't do it, its answer without that refusal is the
+target. In some steps the model refuses under a disturbance, so that only removing the refusal direction takes its
 refusals away: a random direction is ablated from all residual writers, or all matrices are rounded as in a quantised
 file. Training uses neither the refusal direction nor an edit.
 
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo_training.lora import ALPHA, RANK, Lora, RandomAblation, Rounding
 from demo_training.own_answers import OwnAnswers, render
-from demo_training.passes import Passes, Row, micro_batches
+from demo_training.passes import Passes, Row, exclude, micro_batches
 from demo_training.prompts import Contexts, training_prompts
 
 # All begin alike, and as no answer of the base does: so a model refuses or answers by its first token, and learning is
@@ -60,7 +61,7 @@ IN_CONTEXT = 96  # parallel instructions that are seen again behind a system pro
 KEEP_WEIGHT = 3.0  # of the loss on harmless prompts, against that of the refusals
 OPENING_TOKENS, OPENING_WEIGHT = 8, 0.3  # an answer's first tokens count more: they decide whether it is a refusal
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 20, 0.05
-ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 6, (1.0, 2.5)
+ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 4, (1.0, 2.5)
 ROUNDED_SHARE, ROUNDED_BITS = 1 / 6, (4, 5)
 SCALE = 0.85  # factor of the trained change, chosen on *select* prompts: with 1, more harmless ones are refused
 SAVES, PRINTED = 4, 10  # adapters that are saved on the way; steps between two lines that are printed
@@ -107,8 +108,7 @@ class Trainer:
         prompts = training_prompts()
         own = OwnAnswers(self.model, self.tokenizer, answers_file)
         varied = own.of(prompts.varied)
-        texts = [self.tokenizer.decode(row.ids[row.prompt :], skip_special_tokens=True) for row in varied]
-        contexts = Contexts(prompts.varied, texts)
+        contexts = Contexts(prompts.varied, [own.text(conversation) for conversation in prompts.varied])
         again = [contexts.around(c[0]["content"], self.draw) for c in self.draw.sample(prompts.parallel, IN_CONTEXT)]
         self.passes = Passes(self.model, LAYERS.start)
         self.harmless = {
@@ -193,7 +193,12 @@ class Trainer:
         total = Means(rows)
         for some in micro_batches(rows):
             with torch.no_grad():
-                before = self.model.lm_head(torch.cat([row.states for row in some])).float().log_softmax(-1)
+                logits = self.model.lm_head(torch.cat([row.states for row in some])).float()
+                first = [sum(row.answer for row in some[:index]) for index in range(len(some))]
+                openings = logits[first]
+                exclude(openings, some)
+                logits[first] = openings
+                before = logits.log_softmax(-1)
             now = self.model.lm_head(self.passes.answer_states(some)).float().log_softmax(-1)
             divergence = nn.functional.kl_div(now, before, reduction="none", log_target=True).sum(-1)
             (KEEP_WEIGHT * total.add(divergence, some)).backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 MICRO_BATCH = 8  # rows of one forward pass
+EXCLUDED = -1e4  # logit of a token with probability 0; an infinite one would make divergences undefined
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Row:
         prompt: number of tokens of the prompt.
         states: bfloat16 ``[answer, d_model]``, the base's final hidden states before each answer token, or None.
         lower: bfloat16 ``[tokens, d_model]``, the residual stream that enters the first adapted layer.
+        excluded: tokens that the answer does not begin with.
     """
 
     ids: list[int]
     prompt: int
     states: Tensor | None = None
     lower: Tensor | None = None
+    excluded: tuple[int, ...] = ()
 
     @property
     def answer(self) -> int:
@@ -38,6 +41,16 @@ class Row:
         states = None if self.states is None else self.states[:tokens]
         lower = None if self.lower is None else self.lower[:end]
         return replace(self, ids=self.ids[:end], states=states, lower=lower)
+
+
+def exclude(logits: Tensor, rows: Sequence[Row]) -> None:
+    """Take the excluded tokens out of the distributions of the rows' first answer tokens, in place.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+    """
+    for scores, row in zip(logits, rows, strict=True):
+        scores[list(row.excluded)] = EXCLUDED
 
 
 def micro_batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
