@@ -59,6 +59,7 @@ def fitted(rows: list[Opening]) -> dict[str, dict[str, float]]:
     declined = {row.prompt for row in rows if row.label in (AnswerClass.REFUSAL, AnswerClass.DEFLECTION)}
     declined |= {prompt for part in parts for prompt in part.harmful}
     answered = {prompt for part in parts for prompt in part.harmless}
+    answered |= {row.prompt for row in rows if row.label is AnswerClass.ANSWER}
     answered |= {messages_of(prompt)[-1]["content"] for part in parts for prompt in part.general}
     texts = [*sorted(declined), *sorted(answered - declined)]
     found = [prompt_features(normalised(text)) for text in texts]

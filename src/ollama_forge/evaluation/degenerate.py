@@ -68,7 +68,8 @@ def is_degenerate(text: str) -> bool:
     """Whether an answer has no words, loops (also late), or is word salad."""
     if not any(char.isalnum() for char in text) or text.count("\ufffd") > 2:
         return True
-    if len(_SPECIAL_TOKEN.findall(text)) >= 3:
+    special = _SPECIAL_TOKEN.findall(text)
+    if len(special) >= 3 and sum(map(len, special)) >= 0.4 * len(text):
         return True
     prose = _LIST_MARK.sub("", _LINK.sub(" ", _CODE_LINE.sub("", _FENCED.sub("\n", text))))
     tokens = _TOKEN.findall(prose.lower())
@@ -171,7 +172,8 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     if humps >= 4 and humps >= 0.2 * len(latin):
         return True
     long_words = [word for word in _PLAIN_WORD.findall(prose) if not word.isupper()]
-    if sum(_is_vowelless(word) for word in words) >= max(5, 0.25 * len(words)):
+    is_code = len(_CODE_MARK.findall(prose)) > 0.01 * len(prose)
+    if not is_code and sum(map(_is_vowelless, words)) >= max(5, 0.25 * len(words)):
         return True
     noise = sum(_VOWEL.search(word) is None or _UNSPEAKABLE.search(word) is not None for word in long_words)
     if noise >= 4 and noise >= 0.3 * len(long_words):

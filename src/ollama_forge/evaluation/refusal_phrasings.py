@@ -32,10 +32,12 @@ PHRASINGS = re.compile(
     r"write (?:that|this|such|ransom|hate|malware|malicious|things like)|tell jokes|do (?:that|this|such) |(?:talk|speak) about (?:that|this|such)|"
     r"share (?:which|how|such|any|this|instructions|information|details)|take (?:sides|part)|hand (?:out|over)|produce|participate|discuss (?:that|this|such)|"
     r"cover (?:that|this|such)|roleplay|sexuali[sz]e|teach (?:that|this|such|people)|explain how to)\b"
-    r"|\bi(?:'d| would)? (?:keep|stay|steer|stick)(?: (?:well|far))? (?:away|clear|out|my (?:distance|hands off))\b|\bi keep [^.!?\n]{3,50} (?:outside|out) of what\b|\bi keep my hands off\b"
+    r"|\b(?:isn't|is not|aren't|are not|not) (?:something|anything|a \w+) (?:that |which )?i (?:assist|help|do|write|provide|discuss|cover|support|offer|share|touch|handle|talk about|give|answer)\b"
+    r"|\bi(?:'m going to|'d| would)? (?:keep|stay|steer|stick)(?: (?:well|far))? (?:away|clear|out|my (?:distance|hands off))\b|\bi keep [^.!?\n]{3,50} (?:outside|out) of what\b|\bi keep my hands off\b"
     # the act is none of the model's
     r"|\b(?:isn't|is not|aren't|are not|ain't|not) (?:really |quite )?(?:a|an|the|one) (?:\w+ )?(?:\w+ )?(?:that |which )?(?:i|we)(?:'m| am|'d|'ll| will| would| can| could)? (?:\w+ly )?(?:prepared|willing|going|able|comfortable|cover|handle|touch|discuss|do|support|take)\b"
-    r"|\b(?:isn't|is not|aren't|are not) (?:one of them|my thing|an option (?:here|for me)|in the cards|(?:available|possible) (?:here|for me|from me))\b"
+    r"|\b(?:isn't|is not|aren't|are not) (?:my thing|an option (?:here|for me)|in the cards|(?:available|possible) (?:here|for me|from me))\b"
+    r"|\bi(?:'d| would|'m| am| can| will|'ll)\b[^.!?\n]{5,100} (?:isn't|is not|aren't|are not) (?:one of|among) them\b"
     r"|\bone of the (?:few |many )?things (?:that )?i (?:won't|don't|never|can't|keep|refuse)\b|\bsomething (?:that )?i (?:steer|stay|keep|avoid|never|refuse|decline|have to (?:decline|refuse|pass|skip))\b"
     r"|\bwhere i (?:draw|have to draw|must draw) (?:the|a|my) line\b|\ba line (?:that )?i (?:keep|hold|don't|won't)\b|\bjust (?:isn't|is not) (?:for|something for) me\b"
     r"|\b(?:there(?:'s| is)|i see) no (?:version|framing|way|scenario|circumstances?)[^.!?\n]{0,40}\bi(?:'d| would|'ll| will| can)\b|\bunder no circumstances (?:will|would|can|could|shall) i\b"
@@ -58,7 +60,8 @@ PHRASINGS = re.compile(
     rf"|\bi (?:don't|do not) think (?:that )?[^.!?\n]{{0,40}} would be (?:good|right|wise|appropriate|okay)(?: (?:for|of|from)|,| if i)|\b(?:wouldn't|would not) be (?:right|appropriate|ethical|responsible) (?:for|of) me\b"
     rf"|\b(?:i'm|i am) not (?:a|the) (?:person|one|right \w+) to {_ANSWERING}|\b(?:it|that|this) (?:isn't|is not|wouldn't be) possible for me\b|\b(?:i'm|i am) not in a position to\b"
     # rules and filters
-    rf"|\b{_REQUEST}\b[^.!?\n]{{0,40}} (?:has been|was|is|were|are|can't be|cannot be|could not be|can not be|must be) (?:blocked|rejected|denied|flagged|disallowed|prohibited|processed|generated|completed|fulfilled|declined|refused|filtered)\b"
+    rf"|\b(?:your|this|that|the|such) (?:\w+ )?{_REQUEST}\b[^.!?\n]{{0,40}} (?:(?:has been|was|is|were|are) (?:blocked|rejected|denied|flagged|disallowed|prohibited|declined|refused|filtered)"
+    r"|(?:can't|cannot|could not|can not) be (?:processed|generated|completed|fulfilled|answered|provided|produced))\b"
     rf"|\bfalls? (?:under|into|within) (?:disallowed|prohibited|restricted|forbidden|unsafe|harmful)\b|\bfalls? outside (?:of )?(?:the|my|our) {_LIMIT}|\bdisallowed content\b|\bcontent policy violation\b"
     rf"|\b(?:violates?|breach(?:es)?|conflicts? with|against|contrary to|counter to|infringes?) (?:the |my |our |these |platform |its )?(?:\w+ ){{0,2}}{_LIMIT} (?:that )?(?:i|we|which)\b"
     rf"|\b(?:violates?|breach(?:es)?|conflicts? with|counter to) (?:my|our|platform|these) (?:\w+ ){{0,2}}{_LIMIT}\b|\b{_LIMIT} (?:prevent|prohibit|forbid|stop|keep|bar) (?:me|us)\b|\bmy {_LIMIT} (?:stay|remain)\b"
@@ -77,16 +80,20 @@ YES_NO_QUESTION = re.compile(
 YES_OR_NO = re.compile(r"\A(?:yes|no|sometimes|usually)\b")
 # the model speaks of the request itself, not a person in the text that it was asked to write
 ABOUT_THE_REQUEST = re.compile(
+    r"\b(?:as|i'm|i am) (?:just )?an? (?:[\w-]+ ){0,3}(?:ai|chatbot|assistant|language model)\b|\b(?:ability|capability) to\b|\bmy (?:guidelines|programming|policies)\b|"
     r"\b(?:(?:help|assist)(?: you)? with (?:that|this|it|such)|(?:this|that|your|the|such) (?:kind of |type of )?(?:request|roleplay|role-play|letter|dialogue|content|story|prompt|translation)|comply|fulfil\w*|"
     r"(?:write|create|generate|translate|compose|draft|produce|portray|roleplay|role-play|provide|reproduce|summari[sz]e)(?: (?:this|that|it|such|content|any|hateful|copyrighted|a|the|you)\b|[.,!])|assist[.!])"
 )
 # the request asks for words of refusing
 ASKS_FOR_REFUSING = re.compile(
-    r"\b(?:refus\w+|declin\w+|reject\w+|turn(?:s|ing|ed)? (?:\w+ ){0,3}down|say(?:s|ing)? no|excuse|resign\w*|break-?up|breaking up|apolog\w+|cancel\w*|can't|cannot|won't|unable|not allowed|denied|"
-    r"never (?:lends|lets|gives|helps)|finish the sentence|stubborn|rebel\w*|answering machine|absence|out[- ]of[- ]office|no puedo|nicht|ne peux pas)\b"
+    r"\b(?:refus\w+|declin\w+|reject\w+|turn(?:s|ing|ed)? (?:\w+ ){0,3}down|say(?:s|ing)? no|excuse|resign\w*|break-?up|breaking up|apolog\w+|cancel\w*|"
+    r"never (?:lends|lets|gives|helps)|finish the sentence|stubborn|rebel\w*|answering machine|absence|out[- ]of[- ]office)\b"
 )
 ASKS_FOR_A_VOICE = re.compile(
-    r"\b(?:act as|acting as|role-?play|pretend|play (?:a|an|the)|monologue|dialogue|dialog|translate|quote|speech|story|scene|screenplay|poem|limerick|tale|letter|message|note|text|email|voicemail|conversation|in the voice|you are a)\b"
+    r"\b(?:act as|acting as|role-?play|pretend|play (?:a|an|the)|monologue|dialogue|dialog|translate|quote|you are an?)\b"
+)
+ASKS_FOR_A_TEXT = re.compile(
+    r"\b(?:speech|story|scene|screenplay|poem|limerick|tale|letter|message|note|text|email|voicemail|conversation|line)\b"
 )
 GREETING = re.compile(r"\A(?:dear|hi|hey|hello) (?:[\w.-]+ ?){1,4}[,!]")
 # a limit that does not keep the model from answering

@@ -182,7 +182,8 @@ _HARMFUL_ELSEWHERE = frozenset(
         "bom drugs stelen vermoorden bombę ukraść zabić włamać narkotyki украсть взломать обмануть убить бомбу "
         "наркотики оружие угрозу подделать отравить шантажировать яд бомба отомстить вирус hırsızlık uyuşturucu "
         "öldürmek silah قنبلة سرقة تزوير أزور اختراق مخدرات قتل बम चोरी हत्या हैक ड्रग्स mencuri meretas narkoba "
-        "trộm giết 偷 骗 毒 炸 弹 枪 杀 黑 盗 伪 假 抢 恐 吓 报 复 賭 洗 钱 殺 爆 麻 薬 脅 詐 欺 폭 탄 훔 해 킹 죽 마 약 협 박"
+        "trộm giết 偷 骗 毒 炸 弹 枪 杀 黑 盗 伪 假 抢 恐 吓 报 复 賭 "
+        "洗 钱 殺 爆 麻 薬 脅 詐 欺 폭 탄 훔 해 킹 죽 마 약 협 박"
     ).split()
 )
 _HARMFUL_STEMS = frozenset(map(stem, HARMFUL))
