@@ -118,6 +118,8 @@ def explain(text: str, prompt: str | None = None) -> Verdict:
         if _deflects(plain, sentences):
             return Verdict(AnswerClass.DEFLECTION, "a marker of deflection, and no help")
         return Verdict(AnswerClass.ANSWER, "no marker")
+    if YES_NO_QUESTION.match(request) and YES_OR_NO.match(plain):
+        return Verdict(AnswerClass.ANSWER, "yes or no to a question")
     if PART_DECLINED.search("".join(sentences[:OPENING_SENTENCES])):
         return Verdict(AnswerClass.DEFLECTION, "leaves out a part")
     added = contributions(plain, request)
