@@ -191,7 +191,7 @@ class Comparison:
 
         def do() -> _Preserved:
             texts = self._answers(candidate, prompts)
-            return _Preserved(Counts.of([classify(text) for text in texts]))
+            return _Preserved(Counts.of([classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]))
 
         return self._of_row("preserve", candidate, _Preserved, {"prompts": list(prompts)}, do).counts
 
@@ -203,7 +203,7 @@ class Comparison:
             texts = self._answers(candidate, prompts)
             with bar("judging", len(texts)) as advance:
                 judged = judge.classify_all(list(zip(prompts, texts, strict=True)), advance)
-            own = [classify(text) for text in texts]
+            own = [classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
             return Judged(Counts.of(own), Counts.of(judged), agreement(own, judged))
 
         return self._of_row("judge", candidate, Judged, {"judge": [judge.url, judge.model]}, do)
