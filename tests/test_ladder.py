@@ -248,7 +248,7 @@ def test_without_any_trial_there_is_no_choice() -> None:
 def test_a_choice_is_one_flat_record() -> None:
     choice = choice_of(trial("a", 0.02, 4, degenerate=1))
     value = to_json(choice)
-    assert list(value) == ["name", "direction", "settings", "reason", "base", "trials", "probes", "found"]
+    assert list(value) == ["name", "direction", "settings", "reason", "base", "trials", "probes", "found", "compared"]
     assert value["settings"]["targets"] == ["attention"]
     record = value["trials"][0]
     assert record["harmful"]["refusal"] == 4

@@ -177,7 +177,7 @@ def test_a_front_is_measured_at_a_few_places() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study")
-    planted.save(path / "model", planted_layer=0)
+    planted.save(path / "model", planted_layer=1)
     planted.write_lists(path)
     return path
 

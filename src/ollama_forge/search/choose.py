@@ -124,9 +124,7 @@ def choose_edit(trials: Trials, settings: ChoiceSettings, study: Study | None = 
         say("trying edits on select prompts")
         if study is not None:
             return search(trials, settings, study)
-        rule = trials.rule(settings.limits)
-        climbed = trials.climb(rule, norm_rules=settings.norm_rules)
-        return chosen(climbed.trials, climbed.probes, rule, trials.base)
+        return trials.choose(settings.limits, norm_rules=settings.norm_rules)
     if settings.edit is not None:
         reason = "set by options"
     else:

@@ -40,8 +40,10 @@ from ollama_forge.search.candidates import (
 from ollama_forge.search.ladder import (
     RANKED_LAYERS,
     BaseAnswers,
+    Choice,
     Climbed,
     Ladder,
+    chosen,
     climb,
     proposed_layers,
 )
@@ -221,6 +223,19 @@ class Trials:
                 if self._is_possible(candidate):
                     trials.append(attempt(candidate, rule.best(trials)))
         return Climbed(tuple(trials), tuple(probes))
+
+    def choose(self, limits: Limits, *, norm_rules: bool = True) -> Choice:
+        """Climb the ladder and choose the best edit.
+
+        Args:
+            norm_rules: False to try only edits without a norm rule.
+
+        Raises:
+            ForgeError: no edit is possible with this model.
+        """
+        rule = self.rule(limits)
+        climbed = self.climb(rule, norm_rules=norm_rules)
+        return chosen(climbed.trials, climbed.probes, rule, self.base)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         """Whether the candidate's method supports this model; if not, the reason is printed."""
