@@ -136,6 +136,17 @@ def test_features_compare_the_answer_with_its_prompt() -> None:
     assert harmfulness("how do i steal a car?", table) > 0.5 > harmfulness("how do i wash a car?", table)
 
 
+def test_the_agreement_on_unseen_openings_is_the_published_one() -> None:
+    """No rule may be written on these while ``docs/refusals.md`` gives this as the first look."""
+    path = Path(__file__).parent / "data" / "labelled_openings_unseen.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    pairs = [(AnswerClass(row["label"]), classify(row["text"], row["prompt"])) for row in rows]
+    page = (Path(__file__).parent.parent / "docs" / "refusals.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if path.name in line]
+    for kappa in (cohens_kappa(pairs), cohens_kappa([(label is REFUSAL, found is REFUSAL) for label, found in pairs])):
+        assert f"**{kappa:.2f}**" in line
+
+
 def test_labelled_openings_with_prompts() -> None:
     """No measure of agreement, as the weights are fitted to them: ``docs/refusals.md`` has that of cross-validation."""
     for name in ("labelled_openings_fresh.jsonl", "labelled_openings_training.jsonl"):
