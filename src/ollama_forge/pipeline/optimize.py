@@ -13,6 +13,7 @@ import torch
 from ollama_forge import __version__
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import companions
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.plan import vector_reader
@@ -22,7 +23,7 @@ from ollama_forge.edits.registry import max_pairs
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.divergence import Reference
 from ollama_forge.evaluation.measure import Measurement, measure, measure_base
-from ollama_forge.files import sha256_json, write_json
+from ollama_forge.files import sha256_file, sha256_json, write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.holder import load_chat_model
 from ollama_forge.models.machine import Machine
@@ -194,8 +195,10 @@ class Loaded:
             seed=settings.prompts.seed,
             goal=settings.choosing.goal,
         )
-        needs = {
+        needs = {  # as those of a run, so that a run's study can be continued
             "fingerprint": source.fingerprint,
+            "base": None,
+            "companions": {name: sha256_file(source.folder / name) for name in companions(source.folder)},
             "load": asdict(settings.load),
             "lists": split.hashes(),
             "unproven": examined.unproven,
