@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ollama_forge.serving.asks import Ask
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.events import Delta, Done, Event
 from ollama_forge.serving.served import ModelFacts, ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer

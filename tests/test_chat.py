@@ -23,8 +23,8 @@ from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving import chat as chat_module
 from ollama_forge.serving.asks import Message
 from ollama_forge.serving.chat import Chat, read_format, read_images
-from ollama_forge.serving.engines.base import Request, Sampling
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.loops import LoopWatch
 from ollama_forge.serving.talkers import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
@@ -50,7 +50,7 @@ def talk(
     return chat, out.getvalue()
 
 
-def requests(chat: Chat) -> list[Request]:
+def requests(chat: Chat) -> list[EngineRequest]:
     assert isinstance(chat.talker, LocalTalker)
     engine = chat.talker._model.engine
     assert isinstance(engine, ScriptedEngine)
@@ -199,7 +199,7 @@ def test_loops_of_every_length_are_found_early_and_from_their_beginning(size: in
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    def script(request: Request) -> Iterator[int]:
+    def script(request: EngineRequest) -> Iterator[int]:
         yield from (40, 41)
         if engine.served == 1:
             signal.raise_signal(signal.SIGINT)
@@ -316,7 +316,7 @@ def test_a_server_that_runs_for_the_name_answers() -> None:
     with Server(piece(thinking="Hm."), piece("Pa"), piece("ris."), {**piece(), "done": True}).running() as server:
         talker = running_server(server.address, "MINE")
         assert isinstance(talker, RemoteTalker)
-        wishes = Wishes(Sampling(temperature=0, seed=1), think="low", schema='{"type":"object"}')
+        wishes = Wishes(SamplingParams(temperature=0, seed=1), think="low", schema='{"type":"object"}')
         chat = Chat(talker, out, wishes=wishes, system="Be brief.", images=[b"png"])
         chat.loop(["hi", "more"])
         assert running_server(server.address, "another") is None

@@ -29,7 +29,7 @@ import sys
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.serving import served
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 

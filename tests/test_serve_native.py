@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ollama_forge.serving.asks import BadRequest
-from ollama_forge.serving.engines.base import Request, Sampling
+from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.http.names import Name, servable
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.http.residency import keep_alive
@@ -25,7 +25,7 @@ GENERATE = {"model": "wire", "prompt": "hi", "stream": False}
 HI = [{"role": "user", "content": "hi"}]
 
 
-def seen(request: Request, prompt: str) -> str:
+def seen(request: EngineRequest, prompt: str) -> str:
     return "I see " + prompt
 
 
@@ -197,12 +197,12 @@ def test_options_reach_the_engine(url: str, model: ServedModel) -> None:
     answer = post(url, "/api/generate", {**GENERATE, "options": options})
     assert (answer["eval_count"], answer["done_reason"]) == (3, "length")
     engine: Any = model.engine
-    wanted = Sampling(0.5, 7, 0.25, 0.125, 0.75, 1.5, -1, 0.5, 2.0, 5)
+    wanted = SamplingParams(0.5, 7, 0.25, 0.125, 0.75, 1.5, -1, 0.5, 2.0, 5)
     assert (engine.requests[-1].sampling, engine.requests[-1].max_tokens) == (wanted, 3)
 
 
 def test_default_options() -> None:
-    assert options_of({}).sampling == Sampling(0.8, 40, 0.9, 0.0, 1.0, 1.0, 64, 0.0, 0.0, None)
+    assert options_of({}).sampling == SamplingParams(0.8, 40, 0.9, 0.0, 1.0, 1.0, 64, 0.0, 0.0, None)
     assert (options_of({}).num_predict, options_of({}).num_ctx, options_of({}).stop) == (-1, None, ())
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ollama_forge.serving.asks import Ask, BadRequest, Busy, Message, Prompt
-from ollama_forge.serving.engines.base import EngineError, Request
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.base import EngineError, EngineRequest
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.events import Delta, Done
 from ollama_forge.serving.served import ServedModel
 from tests import tiny
@@ -218,7 +218,7 @@ def test_more_than_the_queue_holds_are_sent_away_and_the_rest_is_served_in_turn(
 
 
 def test_hundreds_of_asks_and_leavers_leave_nothing_running() -> None:
-    def script(request: Request) -> list[int]:
+    def script(request: EngineRequest) -> list[int]:
         return [*(5 + (request.ids[-1] + n) % 200 for n in range(40)), 1]
 
     model = serve("x", slots=7, max_queue=1000)

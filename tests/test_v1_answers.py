@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
 from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.fields import Fields

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ollama_forge.serving.engines.base import Request, Step
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.base import EngineRequest, Token
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.served import ServedModel
 from tests.loopback import TOOLS, loopback, scripted
 
@@ -31,7 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
 class Slow(ScriptedEngine):
     """An engine that a client can leave in the middle of an answer."""
 
-    async def generate(self, request: Request) -> AsyncIterator[Step]:
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Token]:
         async with aclosing(super().generate(request)) as steps:  # type: ignore[type-var]
             async for step in steps:
                 await asyncio.sleep(0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ollama_forge.serving.engines.base import Sampling
+from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.events import ToolCall
 from ollama_forge.text.thinking import ThinkingSplit
 
@@ -61,7 +61,7 @@ class Ask:
     """
 
     prompt: Prompt
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     stop: tuple[str, ...] = ()
     schema: str | None = None

@@ -16,7 +16,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
 from ollama_forge.progress import say, status
 from ollama_forge.serving.asks import Message
-from ollama_forge.serving.engines.base import Sampling
+from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.loops import LoopWatch
 from ollama_forge.serving.talkers import DEFAULT_SERVER, Ended, Talker, Wishes, running_server
@@ -32,7 +32,7 @@ HELP = """\
 \"""              begins and ends a message of several lines
 /bye             leave, as does Ctrl-D; Ctrl-C ends an answer"""
 _COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
-_SAMPLING = tuple(f.name for f in fields(Sampling))
+_SAMPLING = tuple(f.name for f in fields(SamplingParams))
 _SETTINGS = (*_SAMPLING, "num_predict", "num_ctx", "think")
 _LEVELS = ("low", "medium", "high", "max")
 _THINK: dict[str, bool | str] = {"on": True, "off": False, **{level: level for level in _LEVELS}}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message, Prompt
-from ollama_forge.serving.engines.base import EngineError, ImageEncoder
+from ollama_forge.serving.engine.base import EngineError, ImageEncoder
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
-from ollama_forge.serving.engines.base import Constraint, Embedder, Engine, EngineError, ImageEncoder, Request
+from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, EngineError, EngineRequest, ImageEncoder
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.prompting import Prompter
@@ -46,7 +46,7 @@ class ServedModel:
         *,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        ends: frozenset[int] | None = None,
+        end_ids: frozenset[int] | None = None,
         vision: bool = True,
         max_queue: int = 512,
     ) -> None:
@@ -54,7 +54,7 @@ class ServedModel:
 
         Args:
             template: the chat template; None: the tokenizer's.
-            ends: ids of the tokens that end an answer; None: the tokenizer's end-of-sequence token.
+            end_ids: ids of the tokens that end an answer; None: the tokenizer's end-of-sequence token.
             vision: whether images are taken, if the engine can encode them.
             max_queue: how many requests may wait for a slot.
         """
@@ -70,7 +70,7 @@ class ServedModel:
             template_kwargs=template_kwargs,
         )
         own = getattr(tokenizer, "eos_token_id", None)
-        self._ends = ends if ends is not None else frozenset([own] if own is not None else [])
+        self._end_ids = end_ids if end_ids is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
         self.admission = Admission(engine.slots, max_queue)
         self.capabilities = self._find_capabilities()
@@ -85,7 +85,7 @@ class ServedModel:
         Raises:
             ForgeError: the checkpoint cannot be loaded.
         """
-        from ollama_forge.serving.engines.vision import load_engine
+        from ollama_forge.serving.engine.vision import load_engine
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
         engine = load_engine(checkpoint, load, slots=slots)
@@ -99,7 +99,7 @@ class ServedModel:
             engine,
             facts,
             template_kwargs=load.template_kwargs,
-            ends=frozenset(tokenizer.end_ids),
+            end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
             max_queue=max_queue,
         )
@@ -218,14 +218,14 @@ class ServedModel:
         ids = (*ask.prompt.ids, *self._encode(split.opening))
         return replace(ask, prompt=replace(ask.prompt, ids=ids, thinking=replace(split, opened=True)))
 
-    def _request(self, ask: Ask, limit: int) -> Request:
+    def _request(self, ask: Ask, limit: int) -> EngineRequest:
         split = ask.prompt.thinking
         constraint = Constraint(ask.schema, split.closing if split else None) if ask.schema is not None else None
-        return Request(
+        return EngineRequest(
             ids=ask.prompt.ids,
             max_tokens=limit,
             sampling=ask.sampling,
-            ends=self._ends | self._tokens.specials(ask.stop),  # special tokens have no text to stop at
+            end_ids=self._end_ids | self._tokens.specials(ask.stop),  # special tokens have no text to stop at
             constraint=constraint,
             top_logprobs=ask.logprobs,
             media=ask.prompt.media,

@@ -14,14 +14,14 @@ import httpx
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.serving.asks import Ask, BadRequest, Busy, Message
-from ollama_forge.serving.engines.base import EngineError, Sampling
+from ollama_forge.serving.engine.base import EngineError, SamplingParams
 from ollama_forge.serving.events import Done
 
 if TYPE_CHECKING:
     from ollama_forge.serving.served import ServedModel
 
 DEFAULT_SERVER = "127.0.0.1:11435"
-CHAT_SAMPLING = Sampling(repeat_penalty=1.1, repeat_last_n=64)
+CHAT_SAMPLING = SamplingParams(repeat_penalty=1.1, repeat_last_n=64)
 CHAT_TOKENS = 4096  # the whole context that Ollama gives a model by default
 _LOOK_SECONDS = 2.0
 
@@ -39,7 +39,7 @@ class Wishes:
         schema: the text of a JSON schema that answers satisfy.
     """
 
-    sampling: Sampling = CHAT_SAMPLING
+    sampling: SamplingParams = CHAT_SAMPLING
     num_predict: int = CHAT_TOKENS
     num_ctx: int | None = None
     think: bool | str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
 
 

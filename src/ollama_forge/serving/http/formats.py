@@ -37,7 +37,7 @@ def check(schema: str) -> None:
     Raises:
         BadRequest: ``schema`` cannot be enforced.
     """
-    from ollama_forge.serving.engines.schema import check_schema
+    from ollama_forge.serving.engine.json_schema import check_schema
 
     wrong = check_schema(schema)
     if wrong is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ollama_forge.serving.asks import Ask
-from ollama_forge.serving.engines.base import Step
+from ollama_forge.serving.engine.base import Token
 from ollama_forge.serving.events import Delta, TokenLogprob
 from ollama_forge.serving.text.reader import reader_for
 from ollama_forge.serving.text.tools.base import ToolFamily
@@ -39,7 +39,7 @@ class AnswerText:
     def stopped_by(self) -> str | None:
         return self._stops.stopped_by
 
-    def feed(self, step: Step) -> list[Delta]:
+    def feed(self, step: Token) -> list[Delta]:
         """The deltas of a generated token.
 
         There are none while its text is incomplete or may begin a stop string, and there is one empty delta while its
@@ -68,7 +68,7 @@ class AnswerText:
         logprobs, self._logprobs = tuple(self._logprobs), []
         return [Delta(first.content, first.thinking, first.tool_calls, logprobs), *others]
 
-    def _logprob(self, step: Step) -> TokenLogprob:
+    def _logprob(self, step: Token) -> TokenLogprob:
         assert step.logprob is not None
         top = tuple(self._token(other.id, other.value) for other in step.top)
         return self._token(step.id, step.logprob, top)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from ollama_forge.serving.asks import BUSY, Ask, BadRequest, Busy
-from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.events import Done, Event
 from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.connection import Stream, while_connected

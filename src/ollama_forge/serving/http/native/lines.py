@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from datetime import UTC, datetime
 from typing import Any
 
-from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
 from ollama_forge.serving.http.answers import empty
 

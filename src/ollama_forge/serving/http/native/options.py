@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ollama_forge.serving.asks import BadRequest
-from ollama_forge.serving.engines.base import Sampling
+from ollama_forge.serving.engine.base import SamplingParams
 
 _INTEGERS = {"seed", "num_predict", "num_ctx", "top_k", "repeat_last_n"}
 _NUMBERS = {
@@ -32,7 +32,7 @@ _INT64 = (1 << 63) - 1
 class Options:
     """The options of a request; ``num_ctx`` is None if the request does not set it."""
 
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     num_ctx: int | None = None
     stop: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def options_of(values: Mapping[str, Any]) -> Options:
                 raise _refused(name, "boolean")
         elif name == "stop":
             given[name] = _texts(name, value)
-    sampling = _sampling({name: given[name] for name in given if name in Sampling.__dataclass_fields__})
+    sampling = _sampling({name: given[name] for name in given if name in SamplingParams.__dataclass_fields__})
     predict = given.get("num_predict", -1)
     context = given.get("num_ctx")
     return Options(
@@ -68,8 +68,8 @@ def options_of(values: Mapping[str, Any]) -> Options:
     )
 
 
-def _sampling(given: Mapping[str, Any]) -> Sampling:
-    sampling = Sampling(**given)
+def _sampling(given: Mapping[str, Any]) -> SamplingParams:
+    sampling = SamplingParams(**given)
     seed = sampling.seed
     return replace(
         sampling,

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from ollama_forge.serving.asks import BUSY, BadRequest, Busy
-from ollama_forge.serving.engines.base import EngineError
+from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
 
 Answering = Callable[[Request], Awaitable[Response]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ollama_forge.serving.asks import BadRequest, Message
-from ollama_forge.serving.engines.base import Sampling
+from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.http.fields import Fields, json_type
 
 _EFFORTS: dict[str, bool | str] = {
@@ -42,7 +42,7 @@ class Turn:
 
     model: str
     messages: tuple[Message, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     stop: tuple[str, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -66,7 +66,7 @@ def effort(word: str) -> bool | str | None:
     return _EFFORTS[word]
 
 
-def sampling(body: Fields, *, default: float | None = None) -> Sampling:
+def sampling(body: Fields, *, default: float | None = None) -> SamplingParams:
     """The sampling settings of a request; ``default`` is the temperature and top_p if the request does not set them."""
     given = {
         "temperature": _or_default(body.number("temperature"), default),
@@ -78,7 +78,7 @@ def sampling(body: Fields, *, default: float | None = None) -> Sampling:
     }
     if given["seed"] == -1:
         given["seed"] = None
-    return Sampling(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def stops(body: Fields, key: str = "stop") -> tuple[str, ...]:

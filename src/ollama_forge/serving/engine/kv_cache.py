@@ -1,4 +1,4 @@
-"""A KV cache for many sequences: one growing buffer per layer, to which a decode step writes one column."""
+"""The KV cache of a batch: one growing buffer per layer, to which a decode step writes one column."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Span:
     end: int = 0
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, each ``[row_room, heads, column_room, dim]``."""
 
     is_sliding = False  # sliding windows are stored whole; the attention mask cuts them
@@ -85,27 +85,27 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return new
 
 
-class SlotCache(Cache):
-    """A transformers ``Cache`` with a ``SlotLayer`` for each layer that stores keys and values of its own.
+class KVCache(Cache):
+    """A transformers ``Cache`` with a ``KVLayer`` for each layer that stores keys and values of its own.
 
     Args:
-        keeps: for each layer, whether it stores keys and values (``kept_layers``).
+        has_kv: for each layer, whether it stores keys and values (``layers_with_kv``).
         rows, columns: initial sizes of the buffers.
     """
 
-    def __init__(self, keeps: Sequence[bool], rows: int, columns: int) -> None:
+    def __init__(self, has_kv: Sequence[bool], rows: int, columns: int) -> None:
         self.span = Span(rows, columns, rows)
-        self._own = [SlotLayer(self.span) if own else None for own in keeps]
+        self._own = [KVLayer(self.span) if own else None for own in has_kv]
         super().__init__(layers=[layer or DummyLayer() for layer in self._own])  # type: ignore[no-untyped-call]
 
     @property
-    def slot_layers(self) -> Iterator[SlotLayer]:
+    def filled_layers(self) -> Iterator[KVLayer]:
         return (layer for layer in self._own if layer is not None and layer.keys is not None)
 
     @property
     def nbytes(self) -> int:
         return sum(
-            buffer.nbytes for layer in self.slot_layers for buffer in (layer.keys, layer.values) if buffer is not None
+            buffer.nbytes for layer in self.filled_layers for buffer in (layer.keys, layer.values) if buffer is not None
         )
 
     def relocate(self, to: int, rows: int, columns: int) -> None:
@@ -113,13 +113,11 @@ class SlotCache(Cache):
         span = self.span
         start, end = span.start, span.end
         span.row_room, span.column_room = rows, columns
-        for layer in self.slot_layers:
+        for layer in self.filled_layers:
             layer.relocate(start, end, to)
         span.start, span.end = to, to + end - start
 
-    def copy_row(
-        self, source: SlotCache, source_row: int, source_start: int, row: int, start: int, length: int
-    ) -> None:
+    def copy_row(self, source: KVCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
         """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.
 
         ``source`` may be this cache.
@@ -135,7 +133,7 @@ class SlotCache(Cache):
                 target[row, :, columns] = origin[source_row, :, source_columns]
 
 
-def kept_layers(config: Any) -> tuple[bool, ...] | None:
+def layers_with_kv(config: Any) -> tuple[bool, ...] | None:
     """For each layer, whether it stores keys and values of its own; None if a layer stores another kind of state.
 
     Models with such layers (linear attention, state spaces, compressed or indexed attention) cannot be batched here.

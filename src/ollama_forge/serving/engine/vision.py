@@ -11,8 +11,8 @@ from typing import Any
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.quiet import quiet_transformers
-from ollama_forge.serving.engines.base import EngineError
-from ollama_forge.serving.engines.transformers import TransformersEngine
+from ollama_forge.serving.engine.base import EngineError
+from ollama_forge.serving.engine.transformers import TransformersEngine
 
 _LOG = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -30,7 +30,7 @@ class VisionEngine(TransformersEngine):
         """Encode a rendered prompt and its images.
 
         Returns:
-            The prompt's token ids with expanded image placeholders, and the value for ``Request.media``.
+            The prompt's token ids with expanded image placeholders, and the value for ``EngineRequest.media``.
 
         Raises:
             EngineError: an image cannot be decoded, or the numbers of placeholders and images differ.

@@ -10,7 +10,7 @@ State = TypeVar("State")
 
 
 @dataclass(frozen=True)
-class Kept(Generic[State]):
+class Entry(Generic[State]):
     """Token ids and the model's state after them."""
 
     ids: tuple[int, ...]
@@ -18,7 +18,7 @@ class Kept(Generic[State]):
     nbytes: int
 
 
-class Prefixes(Generic[State]):
+class PrefixCache(Generic[State]):
     """Keeps the states of the latest sequences and evicts the least recently used.
 
     Args:
@@ -28,20 +28,20 @@ class Prefixes(Generic[State]):
 
     def __init__(self, count: int, nbytes: int) -> None:
         self.count, self.nbytes = count, nbytes
-        self._kept: list[Kept[State]] = []  # least recently used first
+        self._entries: list[Entry[State]] = []  # least recently used first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def add(self, ids: Sequence[int], state: State, nbytes: int) -> None:
         """Keep a state of ``nbytes``; it replaces states whose ids are a prefix of ``ids``."""
-        new = Kept(tuple(ids), state, nbytes)
-        self._kept = [old for old in self._kept if shared_length(old.ids, new.ids) < len(old.ids)]
-        self._kept.append(new)
-        while self._kept and (len(self._kept) > self.count or sum(kept.nbytes for kept in self._kept) > self.nbytes):
-            self._kept.pop(0)
+        new = Entry(tuple(ids), state, nbytes)
+        self._entries = [old for old in self._entries if common_prefix(old.ids, new.ids) < len(old.ids)]
+        self._entries.append(new)
+        while len(self._entries) > self.count or sum(entry.nbytes for entry in self._entries) > self.nbytes:
+            self._entries.pop(0)
 
-    def longest(self, ids: Sequence[int], *, whole: bool = False) -> tuple[State, int] | None:
+    def match(self, ids: Sequence[int], *, whole: bool = False) -> tuple[State, int] | None:
         """The state that shares the longest prefix with a prompt, and the prefix's length; None if no state shares any.
 
         The prefix never includes the prompt's last token: its logits have to be computed.
@@ -49,23 +49,23 @@ class Prefixes(Generic[State]):
         Args:
             whole: take only states all of whose ids are a prefix of the prompt, because they cannot be shortened.
         """
-        wanted = tuple(ids[:-1])
+        usable = tuple(ids[:-1])
         best, length = None, 0
-        for kept in self._kept:
-            shared = shared_length(kept.ids, wanted)
-            if shared > length and (not whole or shared == len(kept.ids)):
-                best, length = kept, shared
+        for entry in self._entries:
+            shared = common_prefix(entry.ids, usable)
+            if shared > length and (not whole or shared == len(entry.ids)):
+                best, length = entry, shared
         if best is None:
             return None
-        self._kept.remove(best)
-        self._kept.append(best)
+        self._entries.remove(best)
+        self._entries.append(best)
         return best.state, length
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._entries.clear()
 
 
-def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # binary search: slices compare many times faster than a loop over ids

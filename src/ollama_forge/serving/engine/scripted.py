@@ -6,16 +6,16 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from ollama_forge.serving.engines.base import EngineError, Logprob, Request, Step
+from ollama_forge.serving.engine.base import EngineError, EngineRequest, Logprob, Token
 
-Script = Callable[[Request], Sequence[int]] | Sequence[Sequence[int]]
+Script = Callable[[EngineRequest], Sequence[int]] | Sequence[Sequence[int]]
 
 
 class ScriptedEngine:
-    """Yields the ids of a script: a function of the request, or a list of answers that take turns.
+    """Yields the ids of a script: a function of the request, or a list of outputs that take turns.
 
-    An id in ``request.ends`` ends the answer. Log-probabilities are a function of the id; the alternatives are the next
-    higher ids.
+    An id in ``request.end_ids`` ends the output. Log-probabilities are a function of the id; the alternatives are the
+    next higher ids.
 
     Attributes:
         active: number of requests that are running now.
@@ -34,12 +34,12 @@ class ScriptedEngine:
         pause: bool = True,
         fail_after: int | None = None,
     ) -> None:
-        """``pause`` lets other tasks run between tokens; after ``fail_after`` tokens an answer fails."""
+        """``pause`` lets other tasks run between tokens; after ``fail_after`` tokens an output fails."""
         self.script, self.vocabulary, self.width = script, vocabulary, width
         self.pause, self.fail_after = pause, fail_after
         self._slots, self._context_length = slots, context_length
         self.active = self.served = 0
-        self.requests: list[Request] = []
+        self.requests: list[EngineRequest] = []
         self.closed = False
 
     @property
@@ -50,15 +50,15 @@ class ScriptedEngine:
     def context_length(self) -> int:
         return self._context_length
 
-    async def generate(self, request: Request) -> AsyncIterator[Step]:
+    async def generate(self, request: EngineRequest) -> AsyncIterator[Token]:
         script = self.script
-        answer = script(request) if callable(script) else script[self.served % len(script)]
+        output = script(request) if callable(script) else script[self.served % len(script)]
         self.requests.append(request)
         self.served += 1
         self.active += 1
         try:
-            for index, token in enumerate(answer):
-                if self.closed or token in request.ends or index >= request.max_tokens:
+            for index, token in enumerate(output):
+                if self.closed or token in request.end_ids or index >= request.max_tokens:
                     return
                 if index == self.fail_after:
                     raise EngineError("the engine failed")
@@ -68,13 +68,13 @@ class ScriptedEngine:
         finally:
             self.active -= 1
 
-    def _step(self, token: int, top: int | None) -> Step:
+    def _step(self, token: int, top: int | None) -> Token:
         if top is None:
-            return Step(token)
+            return Token(token)
         value = -1.0 / (2 + token % 7)
         others = ((token + offset) % self.vocabulary for offset in range(1, top))
         ranked = [Logprob(other, value - index - 1) for index, other in enumerate(others)]
-        return Step(token, value, (Logprob(token, value), *ranked) if top else ())
+        return Token(token, value, (Logprob(token, value), *ranked) if top else ())
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
         """A unit vector ``[width]`` for each input, computed from its ids."""

@@ -1,4 +1,4 @@
-"""The interface of every engine: requests, sampling settings, generated tokens. A new engine is a file here."""
+"""The interface of every engine: token ids of a prompt in, generated tokens out. A new engine is a file beside this."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Sampling settings; the defaults are Ollama's.
 
     Attributes:
@@ -36,12 +36,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Constraint:
-    """Constrains an answer to a JSON schema.
+    """Constrains an output to a JSON schema.
 
     Attributes:
         schema: the schema as JSON text.
-        after: the constraint begins after the first occurrence of this text (the closing tag of a thought); None
-            constrains the whole answer.
+        after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
+            constrains the whole output.
     """
 
     schema: str
@@ -49,21 +49,21 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A request for one answer.
+class EngineRequest:
+    """A request for one generation.
 
     Attributes:
         ids: token ids of the prompt.
         max_tokens: maximum number of generated tokens; 0 generates nothing.
-        ends: end-of-sequence ids; they end the answer and are not yielded.
+        end_ids: ids that end the generation; they are not yielded.
         top_logprobs: number of alternatives for each token; None: no log-probabilities.
         media: the images as the engine's ``encode`` returned them; no other code reads them.
     """
 
     ids: tuple[int, ...]
     max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    ends: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    end_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     media: object | None = None
@@ -78,8 +78,8 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One generated token; ``logprob`` and ``top`` (likeliest first) are set only if the request asks for them."""
+class Token:
+    """A generated token; ``logprob`` and ``top`` (likeliest first) are set only if the request asks for them."""
 
     id: int
     logprob: float | None = None
@@ -91,9 +91,9 @@ class EngineError(Exception):
 
 
 class Engine(Protocol):
-    """Generates up to ``slots`` answers at the same time; further requests wait for a free slot.
+    """Runs up to ``slots`` requests at the same time; further requests wait for a free slot.
 
-    An answer of fewer than ``max_tokens`` steps met an end-of-sequence id, completed its schema or filled the context.
+    A generation of fewer than ``max_tokens`` tokens met one of ``end_ids``, completed its schema or filled the context.
     """
 
     @property
@@ -102,8 +102,8 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int: ...
 
-    def generate(self, request: Request) -> AsyncIterator[Step]:
-        """Stream the answer to a request; closing the iterator (``aclose``) cancels it within a token.
+    def generate(self, request: EngineRequest) -> AsyncIterator[Token]:
+        """Stream the tokens of a request; closing the iterator (``aclose``) cancels it within a token.
 
         Raises:
             EngineError: generation failed; raised while the stream is iterated.
@@ -111,7 +111,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End all answers and free the engine's resources."""
+        """End all requests with an error and free the engine's resources."""
         ...
 
 
@@ -132,7 +132,7 @@ class ImageEncoder(Protocol):
         """Encode a rendered prompt and its images.
 
         Returns:
-            The prompt's token ids with expanded image placeholders, and the value for ``Request.media``.
+            The prompt's token ids with expanded image placeholders, and the value for ``EngineRequest.media``.
 
         Raises:
             EngineError: an image cannot be decoded, or the numbers of placeholders and images differ.

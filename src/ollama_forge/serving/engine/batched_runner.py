@@ -11,31 +11,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ollama_forge.serving.engines.cache import SlotCache
-from ollama_forge.serving.engines.prefixes import Prefixes
-from ollama_forge.serving.engines.runner import Forward, Media, on_device
+from ollama_forge.serving.engine.kv_cache import KVCache
+from ollama_forge.serving.engine.model_runner import Forward, Media, on_device
+from ollama_forge.serving.engine.prefix_cache import PrefixCache
 
 _SPARE_COLUMNS = 64
 _CHUNK = {"cpu": 512}
 _CHUNK_ON_DEVICE = 2048
 
 
-class SlotPrefill:
+class BatchedPrefill:
     """Prefills prompts in a cache of their own, right-aligned.
 
     A single prompt runs in chunks after its cached prefix. Several prompts run in one pass, which computes the last
-    ``fresh`` tokens of each; ``fresh`` is the largest number of uncached tokens among them.
+    ``new_tokens`` tokens of each; ``new_tokens`` is the largest number of uncached tokens among them.
     """
 
     def __init__(
-        self, forward: Forward, cache: SlotCache, prompts: Sequence[Sequence[int]], fresh: int, chunk: int, media: Media
+        self,
+        forward: Forward,
+        cache: KVCache,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        chunk: int,
+        media: Media,
     ) -> None:
         self.forward, self.cache, self.chunk = forward, cache, chunk
         self.media = on_device(media, forward.model)
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
-        self.tokens = sum(min(len(prompt), fresh) for prompt in prompts)
-        cache.span.end = self.width - fresh
+        self.tokens = sum(min(len(prompt), new_tokens) for prompt in prompts)
+        cache.span.end = self.width - new_tokens
         pad, device = forward.model.tokenizer.pad_id, forward.device
         self._ids = torch.tensor(
             [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device=device
@@ -58,52 +64,52 @@ class SlotPrefill:
         return logits if end == self.width else None
 
 
-class SlotRunner:
+class BatchedRunner:
     """Decodes up to ``slots`` sequences at once.
 
     Args:
-        keeps: for each layer, whether it stores keys and values (``cache.kept_layers``).
+        has_kv: for each layer, whether it stores keys and values (``kv_cache.layers_with_kv``).
         nbytes: maximum size of the prefix cache.
     """
 
-    def __init__(self, forward: Forward, keeps: Sequence[bool], slots: int, nbytes: int) -> None:
-        self.forward, self.keeps, self.slots = forward, keeps, slots
-        self.prefixes: Prefixes[SlotCache] = Prefixes(2 * slots, nbytes)
+    def __init__(self, forward: Forward, has_kv: Sequence[bool], slots: int, nbytes: int) -> None:
+        self.forward, self.has_kv, self.slots = forward, has_kv, slots
+        self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
         self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
-        self.cache: SlotCache | None = None
+        self.cache: KVCache | None = None
         self.starts: list[int] = []
         self._changed = True
         self._mask: Tensor | None = None
         self._positions = torch.empty(0, 1, dtype=torch.long)
 
-    # -- joining --------------------------------------------------------------------------------------------------
+    # -- prefill --------------------------------------------------------------------------------------------------
 
-    def unknown(self, prompt: Sequence[int]) -> int:
-        found = self.prefixes.longest(prompt)
+    def uncached(self, prompt: Sequence[int]) -> int:
+        found = self.prefixes.match(prompt)
         return len(prompt) - (found[1] if found is not None else 0)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> SlotPrefill:
-        cache = SlotCache(self.keeps, len(prompts), max(map(len, prompts)))
-        found = [self.prefixes.longest(prompt) if media is None else None for prompt in prompts]
-        fresh = max(
-            len(prompt) - (known[1] if known is not None else 0) for prompt, known in zip(prompts, found, strict=True)
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> BatchedPrefill:
+        cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)))
+        found = [self.prefixes.match(prompt) if media is None else None for prompt in prompts]
+        new_tokens = max(
+            len(prompt) - (match[1] if match is not None else 0) for prompt, match in zip(prompts, found, strict=True)
         )
-        prefill = SlotPrefill(self.forward, cache, prompts, fresh, self.chunk, media)
-        for row, known in enumerate(found):
+        prefill = BatchedPrefill(self.forward, cache, prompts, new_tokens, self.chunk, media)
+        for row, match in enumerate(found):
             length = cache.span.end - prefill.starts[row]
-            if known is not None and length > 0:
-                cache.copy_row(known[0], 0, 0, row, prefill.starts[row], length)
+            if match is not None and length > 0:
+                cache.copy_row(match[0], 0, 0, row, prefill.starts[row], length)
         return prefill
 
-    def join(self, prefill: SlotPrefill, place: int) -> None:
-        length = prefill.width - prefill.starts[place]
+    def join(self, prefill: BatchedPrefill, index: int) -> None:
+        length = prefill.width - prefill.starts[index]
         row = len(self.starts)
         if self.cache is None:
-            self.cache = SlotCache(self.keeps, 1, length + max(_SPARE_COLUMNS, length // 2))
+            self.cache = KVCache(self.has_kv, 1, length + max(_SPARE_COLUMNS, length // 2))
             self.cache.span.start = self.cache.span.end = length
         self._make_room(row + 1, length)
         end = self.cache.span.end
-        self.cache.copy_row(prefill.cache, place, prefill.starts[place], row, end - length, length)
+        self.cache.copy_row(prefill.cache, index, prefill.starts[index], row, end - length, length)
         self.starts.append(end - length)
         self.cache.span.rows = row + 1
         self._update_start()
@@ -167,7 +173,7 @@ class SlotRunner:
         span, last = self.cache.span, len(self.starts) - 1
         if ids is not None:
             length = span.end - self.starts[row]
-            kept = SlotCache(self.keeps, 1, length)
+            kept = KVCache(self.has_kv, 1, length)
             kept.copy_row(self.cache, row, self.starts[row], 0, 0, length)
             kept.span.end = length
             self.prefixes.add(ids[:length], kept, kept.nbytes)
