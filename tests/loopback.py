@@ -11,13 +11,13 @@ from typing import Any
 
 from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
-from ollama_forge.serving.facts import ModelFacts
 from ollama_forge.serving.http.server import bind, server_of
 from ollama_forge.serving.http.settings import ServeSettings
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.metadata import ModelMetadata
+from ollama_forge.serving.model import ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
 )
 TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"

@@ -21,13 +21,13 @@ import pytest
 from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving import chat as chat_module
-from ollama_forge.serving.asks import Message
 from ollama_forge.serving.chat import Chat, read_format, read_images
+from ollama_forge.serving.chat_backends import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.loops import LoopWatch
-from ollama_forge.serving.talkers import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
+from ollama_forge.serving.requests import Message
 from tests import planted
 from tests.http_servers import QuietServer
 from tests.loopback import loopback, scripted

@@ -28,20 +28,20 @@ ENDLESS = """
 import sys
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.serving import served
+from ollama_forge.serving import model as model_module
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
 def load(checkpoint, name, *, load, max_queue, slots):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
-    return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
+    return model_module.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 
 def resolved(model, revision, *, trust_remote_code, adapter):
     return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
 
 resolve.resolve = resolved
-served.ServedModel.load = load
+model_module.ServedModel.load = load
 from ollama_forge.cli.main import main
 main()
 """

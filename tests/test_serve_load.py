@@ -146,7 +146,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def leave(url: str, path: str, *, stream: bool, read: bool) -> None:
-    """Ask for an endless answer and go, after its beginning or at once."""
+    """GenerationRequest for an endless answer and go, after its beginning or at once."""
     place = urlsplit(url)
     body = json.dumps({"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": stream}).encode()
     with closing(socket.create_connection((place.hostname or "", place.port or 0), timeout=WAIT)) as client:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.http.names import Name, servable
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.http.residency import keep_alive
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 from tests.test_serve_security import call
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from ollama_forge import __version__
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http import json_body
 from ollama_forge.serving.http.app import build_app
 from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.requests import BadRequest
 from tests.loopback import scripted
 
 app = build_app(scripted(lambda *_: "hello", slots=4), ServeSettings(host="0.0.0.0"))

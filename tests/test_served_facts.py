@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.serving.facts import ModelFacts, human_count
+from ollama_forge.serving.metadata import ModelMetadata, human_count
 from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
@@ -31,7 +31,7 @@ def test_counts_as_ollama_prints_them(count: int, text: str) -> None:
 
 
 def test_the_demo_models_facts() -> None:
-    facts = ModelFacts.of(resolve("demo-base"), "Be brief.")
+    facts = ModelMetadata.of(resolve("demo-base"), "Be brief.")
     assert (facts.family, facts.families, facts.format) == ("llama", ("llama",), "safetensors")
     assert (facts.parameter_size, facts.parameter_count, facts.quantization_level) == ("134.52M", 134_515_008, "BF16")
     assert (facts.context_length, facts.embedding_length, facts.system) == (8192, 576, "Be brief.")
@@ -55,25 +55,25 @@ def test_the_demo_models_facts() -> None:
 
 def test_facts_are_the_same_again_and_other_weights_have_another_digest(tmp_path: Path) -> None:
     first = tiny.save(tiny.build("qwen3"), tmp_path / "a")
-    facts = ModelFacts.of(first)
-    again = ModelFacts.of(Checkpoint(first.folder, "other label", "folder"))
+    facts = ModelMetadata.of(first)
+    again = ModelMetadata.of(Checkpoint(first.folder, "other label", "folder"))
     assert facts == again
-    assert ModelFacts.of(tiny.save(tiny.build("qwen3", seed=1), tmp_path / "b")).digest != facts.digest
+    assert ModelMetadata.of(tiny.save(tiny.build("qwen3", seed=1), tmp_path / "b")).digest != facts.digest
     assert (facts.family, facts.quantization_level) == ("qwen3", "F32")
 
 
 def test_a_multimodal_checkpoint_and_a_mixture_of_experts_have_their_own_numbers(tmp_path: Path) -> None:
-    facts = ModelFacts.of(tiny.save(tiny.build("gemma3"), tmp_path / "a"))
+    facts = ModelMetadata.of(tiny.save(tiny.build("gemma3"), tmp_path / "a"))
     assert (facts.family, facts.embedding_length) == ("gemma3", 32)
-    facts = ModelFacts.of(tiny.save(tiny.build("gpt_oss"), tmp_path / "b"))
+    facts = ModelMetadata.of(tiny.save(tiny.build("gpt_oss"), tmp_path / "b"))
     assert (facts.family, facts.model_info["gptoss.expert_count"]) == ("gptoss", 4)
-    facts = ModelFacts.of(tiny.save(tiny.build("gpt2"), tmp_path / "c"))
+    facts = ModelMetadata.of(tiny.save(tiny.build("gpt2"), tmp_path / "c"))
     assert facts.model_info["gpt2.context_length"] == 512
 
 
 def test_provenance_names_the_source_without_its_path(tmp_path: Path) -> None:
     checkpoint = tiny.save(tiny.build("llama"), tmp_path / "a")
-    assert ModelFacts.of(checkpoint).provenance == ()
+    assert ModelMetadata.of(checkpoint).provenance == ()
     record = {
         "version": "1.0",
         "source": {"model": "/secret/place/x.gguf", "kind": "gguf"},
@@ -81,7 +81,7 @@ def test_provenance_names_the_source_without_its_path(tmp_path: Path) -> None:
         "direction": {"method": "difference-of-means", "layer": 3},
     }
     (checkpoint.folder / "abliteration.json").write_text(json.dumps(record))
-    assert ModelFacts.of(checkpoint).provenance == (
+    assert ModelMetadata.of(checkpoint).provenance == (
         "edited with ollama-forge: 1.0",
         "source: x.gguf",
         "factors: orthogonal",
@@ -90,7 +90,7 @@ def test_provenance_names_the_source_without_its_path(tmp_path: Path) -> None:
     )
     record["source"] = {"model": "org/model", "kind": "hub"}
     (checkpoint.folder / "abliteration.json").write_text(json.dumps(record))
-    assert "source: org/model" in ModelFacts.of(checkpoint).provenance
+    assert "source: org/model" in ModelMetadata.of(checkpoint).provenance
 
 
 def test_ends_are_those_of_all_configs(tmp_path: Path) -> None:

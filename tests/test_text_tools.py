@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.serving.events import Delta, ToolCall
-from ollama_forge.serving.text.reader import Reader, reader_for
-from ollama_forge.serving.text.tools.registry import family_of
+from ollama_forge.serving.output import OutputParser, parser_for
+from ollama_forge.serving.requests import Delta, ToolCall
+from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.thinking import HARMONY, ThinkingSplit
 
 NAMES = ("get_weather", "add")
@@ -114,7 +114,7 @@ def pieces(text: str, cuts: Iterable[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
-def read(reader: Reader, parts: Iterable[str]) -> list[tuple[str, Any]]:
+def read(reader: OutputParser, parts: Iterable[str]) -> list[tuple[str, Any]]:
     """What came, neighbouring texts of a kind joined."""
     deltas = [delta for part in parts for delta in reader.feed(part)] + reader.end()
     out: list[tuple[str, Any]] = []
@@ -136,7 +136,7 @@ def splits(text: str, seed: int = 0) -> list[list[str]]:
 
 def check(template: str, text: str, expected: list[tuple[str, Any]], thinking: ThinkingSplit | None = None) -> None:
     for parts in splits(text):
-        assert read(reader_for(thinking, family_of(template), NAMES), parts) == expected, parts
+        assert read(parser_for(thinking, family_of(template), NAMES), parts) == expected, parts
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,7 +202,7 @@ def test_text_without_calls_is_untouched_and_nothing_is_read_without_tools(form:
     prose = '  Use `x = {1: [2, 3]}` < or > as\n\n```python\nf({\'a\': 1})\n```\n [note] {"weather": {"is": "fine"}} \n'
     check(template, prose, [("content", prose)])
     for parts in splits(one):
-        assert read(reader_for(None, family_of(template), ()), parts) == [("content", one)]
+        assert read(parser_for(None, family_of(template), ()), parts) == [("content", one)]
 
 
 def test_harmony_channels_calls_and_broken_ones() -> None:
@@ -227,7 +227,7 @@ def test_harmony_channels_calls_and_broken_ones() -> None:
 
 def test_streams_hand_text_out_before_a_call_and_the_call_once_whole() -> None:
     text = 'Let me see. <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
-    reader = reader_for(None, family_of("<tool_call>"), NAMES)
+    reader = parser_for(None, family_of("<tool_call>"), NAMES)
     seen: list[Delta] = []
     for index, letter in enumerate(text):
         seen += reader.feed(letter)
@@ -242,7 +242,7 @@ def test_streams_hand_text_out_before_a_call_and_the_call_once_whole() -> None:
 
 def test_ids_differ_and_indices_count() -> None:
     _, _, two, _ = FORMS["hermes"]
-    reader = reader_for(None, family_of("<tool_call>"), NAMES)
+    reader = parser_for(None, family_of("<tool_call>"), NAMES)
     calls = [call for delta in [*reader.feed(two), *reader.end()] for call in delta.tool_calls]
     assert [call.index for call in calls] == [0, 1]
     assert calls[0].id != calls[1].id
@@ -272,6 +272,6 @@ ALPHABET = st.sampled_from(
 @given(st.lists(ALPHABET, max_size=12), st.lists(st.integers(0, 500)), st.sampled_from(sorted(FORMS)))
 def test_any_split_of_any_text_gives_the_same(words: list[str], cuts: list[int], form: str) -> None:
     text, family = "".join(words), family_of(FORMS[form][0])
-    whole = read(reader_for(None, family, NAMES), [text])
-    assert read(reader_for(None, family, NAMES), pieces(text, cuts)) == whole
-    assert read(reader_for(None, family, NAMES), list(text)) == whole
+    whole = read(parser_for(None, family, NAMES), [text])
+    assert read(parser_for(None, family, NAMES), pieces(text, cuts)) == whole
+    assert read(parser_for(None, family, NAMES), list(text)) == whole

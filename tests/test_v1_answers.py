@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from ollama_forge.serving.engine.base import EngineError
-from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.v1.answers import Sse, Writer, streamed
 from ollama_forge.serving.http.v1.chat_answers import ChatChunks, TextChunks, chat_completion, text_completion
 from ollama_forge.serving.http.v1.message_answers import MessageEvents, message
 from ollama_forge.serving.http.v1.response_answers import ResponseEvents, response
 from ollama_forge.serving.http.v1.response_requests import response_request
+from ollama_forge.serving.requests import Completion, Delta, Done, Event, TokenLogprob, ToolCall
 
 STOP = Done("stop", prompt_tokens=12, tokens=8, total_ns=1, load_ns=1, prompt_ns=1, answer_ns=1)
 LENGTH = Done("length", prompt_tokens=12, tokens=8, total_ns=1, load_ns=1, prompt_ns=1, answer_ns=1)
@@ -30,9 +29,9 @@ TOKEN = TokenLogprob(
 ECHO = response_request(Fields({"input": "x"}, "x")).echo
 
 
-def answer(*pieces: Delta, done: Done = STOP) -> Answer:
-    async def collect() -> Answer:
-        return await whole(events(*pieces, done))
+def answer(*pieces: Delta, done: Done = STOP) -> Completion:
+    async def collect() -> Completion:
+        return await Completion.collect(events(*pieces, done))
 
     return asyncio.run(collect())
 
@@ -56,16 +55,16 @@ def deltas(chunks: list[Any]) -> list[Any]:
     return [chunk["choices"][0]["delta"] for chunk in chunks if chunk != "[DONE]" and chunk["choices"]]
 
 
-def test_whole_puts_the_pieces_together() -> None:
+def test_collecting_puts_the_pieces_together() -> None:
     found = answer(
         Delta(thinking="h"), Delta(thinking="m", content="a"), Delta("b", tool_calls=(CALL,), logprobs=(TOKEN,))
     )
-    assert found == Answer("ab", "hm", (CALL,), (TOKEN,), STOP)
+    assert found == Completion("ab", "hm", (CALL,), (TOKEN,), STOP)
 
 
 def test_an_answer_without_an_end_is_an_error() -> None:
     with pytest.raises(EngineError):
-        asyncio.run(whole(events(Delta("a"))))
+        asyncio.run(Completion.collect(events(Delta("a"))))
 
 
 def test_chat_completion() -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.asks import BadRequest, Message
-from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.v1.chat_requests import Completion, chat_request, text_request
 from ollama_forge.serving.http.v1.embeddings import EmbeddingsRequest, embeddings, embeddings_request
 from ollama_forge.serving.http.v1.message_requests import message_request
 from ollama_forge.serving.http.v1.response_requests import ResponseRequest, response_request
 from ollama_forge.serving.http.v1.turn import Turn
+from ollama_forge.serving.requests import BadRequest, Message, ToolCall
 
 HI = [{"role": "user", "content": "hi"}]
 IMAGE = b"\x89PNG not really"

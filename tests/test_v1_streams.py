@@ -16,7 +16,7 @@ import pytest
 
 from ollama_forge.serving.engine.base import EngineRequest, Token
 from ollama_forge.serving.engine.scripted import ScriptedEngine
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 from tests.loopback import TOOLS, loopback, scripted
 
 HI = [{"role": "user", "content": "hi"}]

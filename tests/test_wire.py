@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ollama_forge.serving.engine.base import EngineRequest
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 from tests.wire.exchanges import MODEL_DECIDES, REQUESTS
 from tests.wire.wire import REASONS, differences, exchange, view

@@ -334,7 +334,7 @@ def chat(**options: Any) -> None:
     if options["think"] and options["no_think"]:
         raise UsageError("--think and --no-think exclude each other", "give one of them")
     from ollama_forge.serving.chat import chat, read_format, read_images
-    from ollama_forge.serving.talkers import Wishes
+    from ollama_forge.serving.chat_backends import Wishes
 
     think = False if options["no_think"] else {"on": True}.get(options["think"], options["think"])
     chat(

@@ -54,7 +54,7 @@ def serve(**options: Any) -> None:
     from ollama_forge.serving.http.server import announce, bind
     from ollama_forge.serving.http.server import serve as run
     from ollama_forge.serving.http.settings import ServeSettings
-    from ollama_forge.serving.served import ServedModel
+    from ollama_forge.serving.model import ServedModel
     from ollama_forge.sources.resolve import resolve
 
     settings = ServeSettings(

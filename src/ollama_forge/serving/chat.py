@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
 from ollama_forge.progress import say, status
-from ollama_forge.serving.asks import Message
+from ollama_forge.serving.chat_backends import DEFAULT_SERVER, Ended, Talker, Wishes, running_server
 from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.loops import LoopWatch
-from ollama_forge.serving.talkers import DEFAULT_SERVER, Ended, Talker, Wishes, running_server
+from ollama_forge.serving.requests import Message
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
@@ -93,8 +93,8 @@ def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | N
 def _load(
     name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings, adapter: str | None
 ) -> Talker:
-    from ollama_forge.serving.served import ServedModel
-    from ollama_forge.serving.talkers import LocalTalker
+    from ollama_forge.serving.chat_backends import LocalTalker
+    from ollama_forge.serving.model import ServedModel
     from ollama_forge.sources.resolve import resolve
 
     if name is not None:

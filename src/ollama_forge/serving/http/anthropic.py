@@ -16,7 +16,7 @@ from ollama_forge.serving.http.v1.exchange import exchange
 from ollama_forge.serving.http.v1.message_answers import MessageEvents, message
 from ollama_forge.serving.http.v1.message_requests import NAME, message_request
 from ollama_forge.serving.http.v1.routing import anthropic
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 
 
 def routes(model: ServedModel) -> APIRouter:

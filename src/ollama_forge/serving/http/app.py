@@ -17,7 +17,7 @@ from ollama_forge.serving.http.native.routes import routes
 from ollama_forge.serving.http.security import Guard
 from ollama_forge.serving.http.settings import ServeSettings
 from ollama_forge.serving.http.state import Serving
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 
 
 def build_app(model: ServedModel, settings: ServeSettings | None = None) -> FastAPI:

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.json_body import decode
+from ollama_forge.serving.requests import BadRequest
 
 _INT64 = 1 << 63
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")

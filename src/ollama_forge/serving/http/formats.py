@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.requests import BadRequest
 
 ANY_OBJECT = '{"type":"object"}'
 

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest
+from ollama_forge.serving.requests import BadRequest
 
 MAX_DEPTH = 10_000
 _SHALLOW = 200  # a depth that the recursive decoder of the standard library can always take

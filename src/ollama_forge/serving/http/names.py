@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ollama_forge.serving.asks import BadRequest
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest
 
 HOST, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")

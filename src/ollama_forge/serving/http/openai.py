@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.connection import while_connected
 from ollama_forge.serving.http.fields import read_fields
 from ollama_forge.serving.http.names import name_of, require
@@ -17,7 +16,8 @@ from ollama_forge.serving.http.v1 import chat_requests, described, embeddings
 from ollama_forge.serving.http.v1.chat_answers import ChatChunks, TextChunks, chat_completion, text_completion
 from ollama_forge.serving.http.v1.exchange import exchange
 from ollama_forge.serving.http.v1.routing import openai
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest
 
 
 def routes(model: ServedModel) -> APIRouter:
@@ -56,7 +56,7 @@ async def _model(model: ServedModel, request: Request) -> Response:
 
 
 def _model_object(model: ServedModel, name: str) -> dict[str, Any]:
-    created = int(model.facts.modified_at.timestamp())
+    created = int(model.metadata.modified_at.timestamp())
     return {"id": name, "object": "model", "created": created, "owned_by": "library"}
 
 

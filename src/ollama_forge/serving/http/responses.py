@@ -8,7 +8,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.fields import read_fields
 from ollama_forge.serving.http.names import require
 from ollama_forge.serving.http.v1 import described
@@ -16,7 +15,8 @@ from ollama_forge.serving.http.v1.exchange import exchange
 from ollama_forge.serving.http.v1.response_answers import ResponseEvents, response
 from ollama_forge.serving.http.v1.response_requests import NAME, response_request
 from ollama_forge.serving.http.v1.routing import openai
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest
 
 
 def routes(model: ServedModel) -> APIRouter:

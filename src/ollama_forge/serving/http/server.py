@@ -18,7 +18,7 @@ from ollama_forge.progress import say
 from ollama_forge.serving.http.app import build_app
 from ollama_forge.serving.http.security import is_loopback
 from ollama_forge.serving.http.settings import ServeSettings
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 
 GRACE = 3.0  # seconds in which running answers may finish
 _MORE_GRACE = 5  # more seconds, in which answers that still run end with an error

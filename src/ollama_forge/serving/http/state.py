@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ollama_forge.serving.http.residency import Residency
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 
 
 @dataclass

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ollama_forge.serving.asks import Ask, BadRequest, Prompt
 from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.formats import schema_of
 from ollama_forge.serving.http.names import name_of
 from ollama_forge.serving.http.native.options import Options
 from ollama_forge.serving.http.residency import keep_alive
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, GenerationRequest, Prompt
 
 _LEVELS = ("high", "medium", "low", "max")
 _THINK = '"high", "medium", "low", "max", true, or false'
@@ -72,13 +72,13 @@ class Asked:
         if not 0 <= self.top_logprobs <= 20:
             raise BadRequest("top_logprobs must be between 0 and 20")
 
-    def ask(self, prompt: Prompt, options: Options) -> Ask:
+    def ask(self, prompt: Prompt, options: Options) -> GenerationRequest:
         """The request for an answer to ``prompt``.
 
         Raises:
             BadRequest: ``format`` is not valid.
         """
-        return Ask(
+        return GenerationRequest(
             prompt,
             sampling=options.sampling,
             num_predict=options.num_predict,

@@ -7,9 +7,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_forge.serving.asks import Ask, BadRequest, Message
-from ollama_forge.serving.events import Done, Event, ToolCall
-from ollama_forge.serving.http.answers import Answer
 from ollama_forge.serving.http.fields import Fields, read_fields
 from ollama_forge.serving.http.names import Name, require
 from ollama_forge.serving.http.native.asked import Asked, gate
@@ -17,10 +14,11 @@ from ollama_forge.serving.http.native.exchange import answered, json, loaded
 from ollama_forge.serving.http.native.lines import Line, chatted
 from ollama_forge.serving.http.native.options import options_of
 from ollama_forge.serving.http.state import Serving
+from ollama_forge.serving.requests import BadRequest, Completion, Done, Event, GenerationRequest, Message, ToolCall
 
 
 async def chat(serving: Serving, request: Request) -> Response:
-    """Answer a conversation; without messages, load or unload the model."""
+    """Completion a conversation; without messages, load or unload the model."""
     body = await read_fields(request, "ChatRequest")
     asked = Asked.of(body)
     messages = [_message(turn) for turn in _objects(body, "messages", "[]api.Message")]
@@ -37,7 +35,7 @@ async def chat(serving: Serving, request: Request) -> Response:
     if not messages:
         return json(chatted(asked.model, done=loaded(serving, asked)))
 
-    def make() -> Ask:
+    def make() -> GenerationRequest:
         prompt = model.chat_prompt(
             messages, tools=tools, think=asked.think, num_ctx=options.num_ctx, truncate=asked.truncate
         )
@@ -48,7 +46,7 @@ async def chat(serving: Serving, request: Request) -> Response:
             return chatted(asked.model, done=event)
         return chatted(asked.model, event.content, event.thinking, calls=event.tool_calls, logprobs=event.logprobs)
 
-    def whole(answer: Answer) -> Line:
+    def whole(answer: Completion) -> Line:
         return chatted(
             asked.model,
             answer.content,

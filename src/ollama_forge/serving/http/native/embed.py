@@ -8,7 +8,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.connection import while_connected
 from ollama_forge.serving.http.fields import Fields, read_fields
 from ollama_forge.serving.http.names import Name, require
@@ -16,6 +15,7 @@ from ollama_forge.serving.http.native.exchange import json
 from ollama_forge.serving.http.native.options import Options, options_of
 from ollama_forge.serving.http.residency import keep_alive
 from ollama_forge.serving.http.state import Serving
+from ollama_forge.serving.requests import BadRequest
 
 
 async def embed(serving: Serving, request: Request) -> Response:

@@ -10,15 +10,13 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from ollama_forge.serving.asks import BUSY, Ask, BadRequest, Busy
 from ollama_forge.serving.engine.base import EngineError
-from ollama_forge.serving.events import Done, Event
-from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.connection import Stream, while_connected
 from ollama_forge.serving.http.errors import JSON, native_error
 from ollama_forge.serving.http.native.asked import Asked
 from ollama_forge.serving.http.native.lines import NDJSON, WriteLine, written
 from ollama_forge.serving.http.state import Serving
+from ollama_forge.serving.requests import BadRequest, Busy, Completion, Done, Event, GenerationRequest
 
 Answering = Callable[[Serving, Request], Awaitable[Response]]
 
@@ -33,8 +31,8 @@ def native(serving: Serving, answer: Answering) -> Callable[[Request], Awaitable
             return Response(status_code=499)  # nobody reads this response
         except BadRequest as error:
             return native_error(error.status, error.message)
-        except Busy:
-            return native_error(503, BUSY)
+        except Busy as error:
+            return native_error(503, str(error))
         except EngineError as error:
             return native_error(500, str(error))
 
@@ -49,10 +47,10 @@ async def answered(
     serving: Serving,
     request: Request,
     asked: Asked,
-    make: Callable[[], Ask],
+    make: Callable[[], GenerationRequest],
     *,
     write: WriteLine,
-    body: Callable[[Answer], dict[str, Any]],
+    body: Callable[[Completion], dict[str, Any]],
     silent: bool = False,
 ) -> Response:
     """Generate an answer, and respond with it.
@@ -69,10 +67,10 @@ async def answered(
     """
     ask = await asyncio.to_thread(make)
     serving.residency.use()
-    events = _then_keep_alive(serving, asked, serving.model.answer(ask))
+    events = _then_keep_alive(serving, asked, serving.model.generate(ask))
     if not asked.stream:
         async with aclosing(events):
-            return json(body(await while_connected(request, whole(events))))
+            return json(body(await while_connected(request, Completion.collect(events))))
     try:
         first = await while_connected(request, _first(events))
     except BaseException:

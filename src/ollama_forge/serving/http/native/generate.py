@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
-from ollama_forge.serving.events import Done, Event
-from ollama_forge.serving.http.answers import Answer
 from ollama_forge.serving.http.fields import Fields, read_fields
 from ollama_forge.serving.http.names import require
 from ollama_forge.serving.http.native.asked import Asked, gate
@@ -17,7 +14,8 @@ from ollama_forge.serving.http.native.exchange import answered, json, loaded
 from ollama_forge.serving.http.native.lines import Line, generated
 from ollama_forge.serving.http.native.options import Options, options_of
 from ollama_forge.serving.http.state import Serving
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, Completion, Done, Event, GenerationRequest, Message, Prompt
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Wanted:
 
 
 async def generate(serving: Serving, request: Request) -> Response:
-    """Answer a prompt; without a prompt, load or unload the model."""
+    """Completion a prompt; without a prompt, load or unload the model."""
     body = await read_fields(request, "GenerateRequest")
     asked, wanted = Asked.of(body), Wanted.of(body)
     model = serving.model
@@ -68,7 +66,7 @@ async def generate(serving: Serving, request: Request) -> Response:
     if wanted.template:
         raise BadRequest("template: this model has its own Jinja chat template; set raw to send a rendered prompt")
 
-    def make() -> Ask:
+    def make() -> GenerationRequest:
         return asked.ask(_prompt(model, asked, wanted, options), options)
 
     def write(event: Event) -> Line:
@@ -76,7 +74,7 @@ async def generate(serving: Serving, request: Request) -> Response:
             return generated(asked.model, done=event, context=not wanted.raw)
         return generated(asked.model, event.content, event.thinking, logprobs=event.logprobs)
 
-    def whole(answer: Answer) -> Line:
+    def whole(answer: Completion) -> Line:
         name, text, thought = asked.model, answer.content, answer.thinking
         return generated(name, text, thought, logprobs=answer.logprobs, done=answer.done, context=not wanted.raw)
 

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError
-from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-from ollama_forge.serving.http.answers import empty
+from ollama_forge.serving.requests import Delta, Done, Event, TokenLogprob, ToolCall
 
 NDJSON = "application/x-ndjson"
 UNLIKELY = -9999.0  # the least log-probability in a response, because JSON has no infinity
@@ -93,7 +92,7 @@ async def written(
 
 
 def _is_silent(event: Event) -> bool:
-    return isinstance(event, Delta) and empty(event)
+    return isinstance(event, Delta) and event.empty
 
 
 def _ending(done: Done | None) -> Line:

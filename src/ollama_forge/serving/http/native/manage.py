@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.connection import Stream
 from ollama_forge.serving.http.errors import JSON
 from ollama_forge.serving.http.fields import Fields, read_fields
@@ -17,6 +16,7 @@ from ollama_forge.serving.http.names import Name
 from ollama_forge.serving.http.native.exchange import json
 from ollama_forge.serving.http.native.lines import NDJSON, line
 from ollama_forge.serving.http.state import Serving
+from ollama_forge.serving.requests import BadRequest
 
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
@@ -52,7 +52,7 @@ async def create(serving: Serving, request: Request) -> Response:
         raise BadRequest("invalid model name")
     if not body.text("from") and not body.any("files"):
         raise BadRequest("neither 'from' or 'files' was specified")
-    layer = f"using existing layer sha256:{serving.model.facts.digest}"
+    layer = f"using existing layer sha256:{serving.model.metadata.digest}"
     return _statuses(body, [layer, "writing manifest", "success"])
 
 

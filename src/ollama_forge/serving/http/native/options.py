@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.requests import BadRequest
 
 _INTEGERS = {"seed", "num_predict", "num_ctx", "top_k", "repeat_last_n"}
 _NUMBERS = {

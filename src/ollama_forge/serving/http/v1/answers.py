@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ollama_forge.serving.engine.base import EngineError
-from ollama_forge.serving.events import Event
+from ollama_forge.serving.requests import Event
 
 
 @dataclass(frozen=True)

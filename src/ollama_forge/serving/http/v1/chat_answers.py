@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ollama_forge.serving.events import Delta, Done, Event, TokenLogprob, ToolCall
-from ollama_forge.serving.http.answers import Answer, empty
 from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import openai_error
+from ollama_forge.serving.requests import Completion, Delta, Done, Event, TokenLogprob, ToolCall
 
 FINGERPRINT = "fp_ollama"
 UNLIKELY = -9999.0  # OpenAI's value for unlikely tokens; JSON has no infinity
 
 
-def chat_completion(model: str, answer: Answer) -> dict[str, Any]:
+def chat_completion(model: str, answer: Completion) -> dict[str, Any]:
     """The body of a response to ``/v1/chat/completions``."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
     if answer.thinking:
@@ -57,7 +56,7 @@ class ChatChunks:
         yield Sse(openai_error(500, message))
 
     def _piece(self, piece: Delta) -> Iterator[Sse]:
-        if empty(piece):
+        if piece.empty:
             return
         self._called = self._called or bool(piece.tool_calls)
         calls = {"tool_calls": _calls(piece.tool_calls)} if piece.tool_calls else {}
@@ -78,7 +77,7 @@ class ChatChunks:
         return Sse({**self._head, "choices": [choice]})
 
 
-def text_completion(model: str, answer: Answer) -> dict[str, Any]:
+def text_completion(model: str, answer: Completion) -> dict[str, Any]:
     """The body of a response to ``/v1/completions``; its text does not include thinking."""
     choice: dict[str, Any] = {"text": answer.content, "index": 0, "finish_reason": answer.done.reason}
     if answer.logprobs:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest
 from ollama_forge.serving.http.fields import Fields
+from ollama_forge.serving.requests import BadRequest
 
 NAME = "EmbedRequest"
 _FORMATS = ("float", "base64")

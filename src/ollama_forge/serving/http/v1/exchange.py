@@ -10,15 +10,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ollama_forge.serving.asks import Ask, BadRequest
-from ollama_forge.serving.events import Done, Event
-from ollama_forge.serving.http.answers import Answer, whole
 from ollama_forge.serving.http.connection import Stream, while_connected
 from ollama_forge.serving.http.formats import schema_of
 from ollama_forge.serving.http.names import name_of
 from ollama_forge.serving.http.v1.answers import Writer, streamed
 from ollama_forge.serving.http.v1.turn import Turn
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, Completion, Done, Event, GenerationRequest
 
 
 async def exchange(
@@ -26,7 +24,7 @@ async def exchange(
     model: ServedModel,
     turn: Turn,
     *,
-    body: Callable[[Answer], dict[str, Any]],
+    body: Callable[[Completion], dict[str, Any]],
     writer: Callable[[int], Writer],
 ) -> Response:
     """Generate the answer to ``turn``, and respond with it; without messages, nothing is generated.
@@ -43,12 +41,12 @@ async def exchange(
     events: AsyncGenerator[Event]
     if turn.messages:
         ask = await asyncio.to_thread(_ask, model, turn)
-        events, tokens = model.answer(ask), len(ask.prompt.ids)
+        events, tokens = model.generate(ask), len(ask.prompt.ids)
     else:
         events, tokens = _load_only(), 0
     if not turn.stream:
         async with aclosing(events):
-            return JSONResponse(body(await while_connected(request, whole(events))))
+            return JSONResponse(body(await while_connected(request, Completion.collect(events))))
     first = await while_connected(request, _first(events))
     body_of = streamed(first, events, writer(tokens))
     return Stream(body_of, events, media_type="text/event-stream")
@@ -68,9 +66,9 @@ def gate(model: ServedModel, turn: Turn) -> None:
         raise BadRequest(f"{name_of(model).full} does not support images")
 
 
-def _ask(model: ServedModel, turn: Turn) -> Ask:
+def _ask(model: ServedModel, turn: Turn) -> GenerationRequest:
     prompt = model.chat_prompt(turn.messages, tools=turn.tools, think=turn.think)
-    return Ask(
+    return GenerationRequest(
         prompt,
         sampling=turn.sampling,
         num_predict=turn.num_predict,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ollama_forge.serving.events import Delta, Done, Event, ToolCall
-from ollama_forge.serving.http.answers import Answer
 from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
 from ollama_forge.serving.http.v1.errors import anthropic_error
+from ollama_forge.serving.requests import Completion, Delta, Done, Event, ToolCall
 
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta"}
 
 
-def message(model: str, answer: Answer) -> dict[str, Any]:
+def message(model: str, answer: Completion) -> dict[str, Any]:
     """The body of a response to ``/v1/messages``."""
     content: list[dict[str, Any]] = []
     if answer.thinking:

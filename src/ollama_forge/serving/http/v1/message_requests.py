@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ollama_forge.serving.asks import BadRequest, Message
-from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.fields import Fields
 from ollama_forge.serving.http.v1.turn import Turn, chosen, image_of_base64, sampling, stops, tool, with_tool_names
+from ollama_forge.serving.requests import BadRequest, Message, ToolCall
 
 NAME = "MessagesRequest"
 

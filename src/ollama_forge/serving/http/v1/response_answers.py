@@ -6,12 +6,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ollama_forge.serving.events import Delta, Done, Event, ToolCall
-from ollama_forge.serving.http.answers import Answer
 from ollama_forge.serving.http.v1.answers import Sse, compact, new_id
+from ollama_forge.serving.requests import Completion, Delta, Done, Event, ToolCall
 
 
-def response(model: str, echo: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+def response(model: str, echo: Mapping[str, Any], answer: Completion) -> dict[str, Any]:
     """The body of a response to ``/v1/responses``; ``echo`` has the fields of the request that it repeats."""
     output: list[dict[str, Any]] = []
     if answer.thinking:

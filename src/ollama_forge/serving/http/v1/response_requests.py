@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest, Message
-from ollama_forge.serving.events import ToolCall
 from ollama_forge.serving.http.fields import Fields, json_type
 from ollama_forge.serving.http.v1.answers import compact
 from ollama_forge.serving.http.v1.chat_requests import role_of
@@ -22,6 +20,7 @@ from ollama_forge.serving.http.v1.turn import (
     tool,
     with_tool_names,
 )
+from ollama_forge.serving.requests import BadRequest, Message, ToolCall
 
 NAME = "ResponsesRequest"
 _TEXTS = ("input_text", "output_text")

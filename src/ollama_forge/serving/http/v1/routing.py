@@ -8,9 +8,9 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from ollama_forge.serving.asks import BUSY, BadRequest, Busy
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.http.v1.errors import anthropic_error, openai_error
+from ollama_forge.serving.requests import BadRequest, Busy
 
 Answering = Callable[[Request], Awaitable[Response]]
 
@@ -33,8 +33,8 @@ def _guarded(answer: Answering, shape: Callable[[int, str], dict[str, Any]]) -> 
             return Response(status_code=499)  # nobody reads this response
         except BadRequest as error:
             status, message = error.status, error.message
-        except Busy:
-            status, message = 503, BUSY
+        except Busy as error:
+            status, message = 503, str(error)
         except EngineError as error:
             status, message = 500, str(error)
         return JSONResponse(shape(status, message), status)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest, Message
 from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.http.fields import Fields, json_type
+from ollama_forge.serving.requests import BadRequest, Message
 
 _EFFORTS: dict[str, bool | str] = {
     "none": False,

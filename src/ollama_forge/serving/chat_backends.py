@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.serving.asks import Ask, BadRequest, Busy, Message
 from ollama_forge.serving.engine.base import EngineError, SamplingParams
-from ollama_forge.serving.events import Done
+from ollama_forge.serving.requests import BadRequest, Busy, Done, GenerationRequest, Message
 
 if TYPE_CHECKING:
-    from ollama_forge.serving.served import ServedModel
+    from ollama_forge.serving.model import ServedModel
 
 DEFAULT_SERVER = "127.0.0.1:11435"
 CHAT_SAMPLING = SamplingParams(repeat_penalty=1.1, repeat_last_n=64)
@@ -90,15 +89,15 @@ class LocalTalker:
             raise ForgeError(f'"{model.name}" does not see images', "leave out --image")
         try:
             prompt = model.chat_prompt(messages, think=wishes.think, num_ctx=wishes.num_ctx)
-            ask = Ask(prompt, wishes.sampling, wishes.num_predict, schema=wishes.schema)
+            ask = GenerationRequest(prompt, wishes.sampling, wishes.num_predict, schema=wishes.schema)
             return self._runner.run(self._say(ask, show))
         except (BadRequest, EngineError) as error:
             raise ForgeError(str(error)) from error
         except Busy:
             raise ForgeError("the model is busy", "try again") from None
 
-    async def _say(self, ask: Ask, show: Show) -> Ended:
-        async with aclosing(self._model.answer(ask)) as events:
+    async def _say(self, ask: GenerationRequest, show: Show) -> Ended:
+        async with aclosing(self._model.generate(ask)) as events:
             async for event in events:
                 if isinstance(event, Done):
                     return Ended(event.tokens, event.reason == "length")

@@ -1,4 +1,4 @@
-"""Facts about a model that the APIs report: sizes, names and the keys of ``model_info``; a restart changes none."""
+"""What the APIs report about a model: sizes, names and the keys of ``model_info``; all of it is read from disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_oss": "gptoss", "qwen3_moe": "qw
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMetadata:
     """What ``/api/show``, ``/api/tags`` and ``/api/ps`` report.
 
     Attributes:
@@ -49,8 +49,8 @@ class ModelFacts:
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelFacts:
-        """Read the facts of a checkpoint on disk."""
+    def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelMetadata:
+        """Read the metadata of a checkpoint on disk."""
         config = checkpoint.config.get("text_config") or checkpoint.config
         model_type = str(config.get("model_type") or checkpoint.config.get("model_type") or "unknown")
         family = _ARCHITECTURES.get(model_type, model_type.replace("_", ""))

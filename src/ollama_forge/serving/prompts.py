@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ollama_forge.serving.asks import BadRequest, Message, Prompt
 from ollama_forge.serving.engine.base import EngineError, ImageEncoder
+from ollama_forge.serving.requests import BadRequest, Message, Prompt
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 
@@ -24,7 +24,7 @@ class Encoded:
     media: object | None = None
 
 
-class Prompter:
+class PromptBuilder:
     """Makes prompts for one model.
 
     Attributes:
@@ -59,7 +59,7 @@ class Prompter:
         context: Sequence[int] = (),
     ) -> Prompt:
         """See ``ServedModel.chat_prompt``."""
-        room = self._room(num_ctx)
+        limit = self._limit(num_ctx)
         arguments = self._arguments(think)
         if self._system and not any(message.role == "system" for message in messages):
             messages = [Message("system", self._system), *messages]
@@ -68,16 +68,16 @@ class Prompter:
             return self._encode(self._render(chosen, tools, arguments), chosen)
 
         encoded = encode(messages)
-        if len(context) + len(encoded.ids) > room:
+        if len(context) + len(encoded.ids) > limit:
             if not truncate:
-                raise _too_long(len(context) + len(encoded.ids), room)
-            encoded = self._fewer(messages, encode, room - len(context), encoded)
-        ids = self._cut((*context, *encoded.ids), room, encoded.media)
+                raise _too_long(len(context) + len(encoded.ids), limit)
+            encoded = self._fewer(messages, encode, limit - len(context), encoded)
+        ids = self._cut((*context, *encoded.ids), limit, encoded.media)
         names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
         split = self._split(encoded.text, think)
         if _continued(messages) and split and not (split.opened or split.channels):
             split = None  # it continues an answer, so its thought is over
-        return Prompt(ids, room, encoded.media, split, names)
+        return Prompt(ids, limit, encoded.media, split, names)
 
     def text(
         self,
@@ -90,7 +90,7 @@ class Prompter:
         context: Sequence[int] = (),
     ) -> Prompt:
         """See ``ServedModel.text_prompt``."""
-        room = self._room(num_ctx)
+        limit = self._limit(num_ctx)
         if images:
             encoded = self._with_images(text, images)
         else:
@@ -98,14 +98,14 @@ class Prompter:
             special = not context and not (bos and text.startswith(bos))
             encoded = Encoded(text, tuple(self._tokenizer(text, add_special_tokens=special).input_ids))
         ids = (*context, *encoded.ids)
-        if len(ids) > room and not truncate:
-            raise _too_long(len(ids), room)
+        if len(ids) > limit and not truncate:
+            raise _too_long(len(ids), limit)
         split = self._split(text, think)
         if think is None and split and not (split.opened or split.channels):
             split = None  # text as it is asks for no thought
-        return Prompt(self._cut(ids, room, encoded.media), room, encoded.media, split)
+        return Prompt(self._cut(ids, limit, encoded.media), limit, encoded.media, split)
 
-    def _room(self, num_ctx: int | None) -> int:
+    def _limit(self, num_ctx: int | None) -> int:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
 
     def _arguments(self, think: bool | str | None) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Prompter:
             raise BadRequest(str(error)) from error
         return Encoded(text, tuple(ids), media)
 
-    def _fewer(self, messages: Sequence[Message], encode: Any, room: int, whole: Encoded) -> Encoded:
+    def _fewer(self, messages: Sequence[Message], encode: Any, limit: int, whole: Encoded) -> Encoded:
         """The prompt of the newest messages that fit; all system messages and the last message stay in any case."""
         others = [index for index, message in enumerate(messages[:-1]) if message.role != "system"]
 
@@ -171,20 +171,20 @@ class Prompter:
             while found is None and count < high:  # if roles must alternate, leave out a whole turn
                 count += 1
                 found = without(count)
-            if found is not None and len(found.ids) <= room:
+            if found is not None and len(found.ids) <= limit:
                 best, high = found, middle - 1
             else:
                 low = (count if found is not None else middle) + 1
         return best or without(len(others)) or whole
 
-    def _cut(self, ids: tuple[int, ...], room: int, media: object | None) -> tuple[int, ...]:
-        """Cut ids that are too long to their first few and their last, which leaves half of the room to the answer."""
-        if len(ids) <= room:
+    def _cut(self, ids: tuple[int, ...], limit: int, media: object | None) -> tuple[int, ...]:
+        """Cut ids that are too long to their first few and their last, leaving half of the context to the answer."""
+        if len(ids) <= limit:
             return ids
         if media is not None:  # a cut would part images from their places
-            raise _too_long(len(ids), room)
-        first = min(KEEP_FIRST, room // 2)
-        last = max((room - first) // 2, 1)
+            raise _too_long(len(ids), limit)
+        first = min(KEEP_FIRST, limit // 2)
+        last = max((limit - first) // 2, 1)
         return (*ids[:first], *ids[len(ids) - last :])
 
 
@@ -193,8 +193,10 @@ def _continued(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
-def _too_long(count: int, room: int) -> BadRequest:
-    return BadRequest(f"request ({count} tokens) exceeds the available context size ({room} tokens), try increasing it")
+def _too_long(count: int, limit: int) -> BadRequest:
+    return BadRequest(
+        f"request ({count} tokens) exceeds the available context size ({limit} tokens), try increasing it"
+    )
 
 
 def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: bool = False) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""One served model: it makes prompts, generates answers and embeddings, and tells facts about itself."""
+"""One served model: it makes prompts, generates answers, and computes embeddings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
-from ollama_forge.serving.asks import Ask, BadRequest, Message, Prompt
 from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, EngineError, EngineRequest, ImageEncoder
-from ollama_forge.serving.events import Done, Event
-from ollama_forge.serving.facts import ModelFacts
-from ollama_forge.serving.prompting import Prompter
-from ollama_forge.serving.text.answer import AnswerText
-from ollama_forge.serving.text.tools.registry import family_of
+from ollama_forge.serving.metadata import ModelMetadata
+from ollama_forge.serving.output import OutputProcessor
+from ollama_forge.serving.prompts import PromptBuilder
+from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest, Message, Prompt
+from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import Tokenizer, template_text
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
     from ollama_forge.models.chat_model import LoadSettings
 
-__all__ = ["ModelFacts", "ServedModel"]
+__all__ = ["ModelMetadata", "ServedModel"]
 
 
 class ServedModel:
@@ -42,7 +41,7 @@ class ServedModel:
         name: str,
         tokenizer: Any,
         engine: Engine,
-        facts: ModelFacts,
+        metadata: ModelMetadata,
         *,
         template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -58,15 +57,15 @@ class ServedModel:
             vision: whether images are taken, if the engine can encode them.
             max_queue: how many requests may wait for a slot.
         """
-        self.name, self.tokenizer, self.engine, self.facts = name, tokenizer, engine, facts
+        self.name, self.tokenizer, self.engine, self.metadata = name, tokenizer, engine, metadata
         self.template = template_text(tokenizer) if template is None else template
         encoder = engine if vision and isinstance(engine, ImageEncoder) else None
-        self._prompter = Prompter(
+        self._prompts = PromptBuilder(
             tokenizer,
             self.template,
             engine.context_length,
             encoder=encoder,
-            system=facts.system,
+            system=metadata.system,
             template_kwargs=template_kwargs,
         )
         own = getattr(tokenizer, "eos_token_id", None)
@@ -89,7 +88,7 @@ class ServedModel:
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
         engine = load_engine(checkpoint, load, slots=slots)
-        facts = ModelFacts.of(checkpoint, load.system)
+        metadata = ModelMetadata.of(checkpoint, load.system)
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
         )
@@ -97,7 +96,7 @@ class ServedModel:
             name,
             tokenizer.backend,
             engine,
-            facts,
+            metadata,
             template_kwargs=load.template_kwargs,
             end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
@@ -105,12 +104,12 @@ class ServedModel:
         )
 
     def _find_capabilities(self) -> frozenset[str]:
-        template = self._prompter.template
+        template = self._prompts.template
         found = {
             "completion": True,
             "tools": template.takes_tools,
             "thinking": template.thinks,
-            "vision": self._prompter.encoder is not None,
+            "vision": self._prompts.encoder is not None,
         }
         return frozenset(name for name, has in found.items() if has)
 
@@ -137,7 +136,7 @@ class ServedModel:
         Raises:
             BadRequest: the template refuses the messages, or they do not fit and ``truncate`` is off.
         """
-        return self._prompter.chat(
+        return self._prompts.chat(
             messages, tools=tools, think=think, num_ctx=num_ctx, truncate=truncate, context=context
         )
 
@@ -156,11 +155,9 @@ class ServedModel:
         Raises:
             BadRequest: the text does not fit and ``truncate`` is off, or the model does not take images.
         """
-        return self._prompter.text(
-            text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context
-        )
+        return self._prompts.text(text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context)
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Event, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
 
         A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool.
@@ -170,65 +167,64 @@ class ServedModel:
             EngineError: the generation failed.
         """
         started = time.perf_counter_ns()
-        ask = self._opened(ask)
-        prompt = ask.prompt
-        text = AnswerText(self._tokens, ask, family_of(self._prompter.template.text))
+        request = self._with_open_thought(request)
+        prompt = request.prompt
+        output = OutputProcessor(self._tokens, request, family_of(self._prompts.template.text))
         limit = max(prompt.context - len(prompt.ids), 0)
-        if ask.num_predict >= 0:
-            limit = min(limit, ask.num_predict)
+        if request.num_predict >= 0:
+            limit = min(limit, request.num_predict)
         ids: list[int] = []
-        async with self.admission.place():
+        async with self.admission.slot():
             admitted = first = time.perf_counter_ns()
-            async with aclosing(self.engine.generate(self._request(ask, limit))) as steps:  # type: ignore[type-var]
-                async for step in steps:
+            async with aclosing(self.engine.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
+                async for token in tokens:
                     if self.stopping:
                         raise EngineError("the server is shutting down")
                     if not ids:
                         first = time.perf_counter_ns()
-                    ids.append(step.id)
-                    for delta in text.feed(step):
+                    ids.append(token.id)
+                    for delta in output.feed(token):
                         yield delta
-                    if text.stopped_by is not None:
+                    if output.stopped_by is not None:
                         break
-        for delta in text.end():
+        for delta in output.end():
             yield delta
         ended = time.perf_counter_ns()
-        stopped = text.stopped_by
-        by_itself = stopped is None and len(ids) < limit
+        stopped = output.stopped_by is not None
+        by_model = not stopped and len(ids) < limit
         yield Done(
-            reason="stop" if by_itself or stopped is not None else "length",
+            reason="stop" if by_model or stopped else "length",
             prompt_tokens=len(prompt.ids),
-            tokens=len(ids) + by_itself,  # the one that ended it was generated, too
+            tokens=len(ids) + by_model,  # the end-of-sequence token was generated, too
             total_ns=max(ended - started, 1),
             load_ns=max(admitted - started, 1),
             prompt_ns=max(first - admitted, 1),
             answer_ns=max(ended - first, 1),
-            stopped_by=stopped,
-            context=(*prompt.ids, *(ids if stopped is None else self._encode(text.said))),
+            stopped_by=output.stopped_by,
+            context=(*prompt.ids, *(self._encode(output.text) if stopped else ids)),
         )
 
-    def _opened(self, ask: Ask) -> Ask:
-        """The ask with an opened thought, if it has a schema and the model may think.
+    def _with_open_thought(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with an opened thought, if it has a schema and the model may think.
 
         The schema holds from the end of the thought; without a thought that end would never come.
         """
-        split = ask.prompt.thinking
-        if ask.schema is None or split is None or split.opened or split.channels:
-            return ask
-        ids = (*ask.prompt.ids, *self._encode(split.opening))
-        return replace(ask, prompt=replace(ask.prompt, ids=ids, thinking=replace(split, opened=True)))
+        split = request.prompt.thinking
+        if request.schema is None or split is None or split.opened or split.channels:
+            return request
+        ids = (*request.prompt.ids, *self._encode(split.opening))
+        return replace(request, prompt=replace(request.prompt, ids=ids, thinking=replace(split, opened=True)))
 
-    def _request(self, ask: Ask, limit: int) -> EngineRequest:
-        split = ask.prompt.thinking
-        constraint = Constraint(ask.schema, split.closing if split else None) if ask.schema is not None else None
+    def _engine_request(self, request: GenerationRequest, max_tokens: int) -> EngineRequest:
+        split, schema = request.prompt.thinking, request.schema
         return EngineRequest(
-            ids=ask.prompt.ids,
-            max_tokens=limit,
-            sampling=ask.sampling,
-            end_ids=self._end_ids | self._tokens.specials(ask.stop),  # special tokens have no text to stop at
-            constraint=constraint,
-            top_logprobs=ask.logprobs,
-            media=ask.prompt.media,
+            ids=request.prompt.ids,
+            max_tokens=max_tokens,
+            sampling=request.sampling,
+            end_ids=self._end_ids | self._tokens.specials(request.stop),  # special tokens have no text to stop at
+            constraint=None if schema is None else Constraint(schema, split.closing if split else None),
+            top_logprobs=request.logprobs,
+            media=request.prompt.media,
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -264,7 +260,7 @@ class ServedModel:
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
         inputs = [ids[:room] for ids in inputs]
-        async with self.admission.place():
+        async with self.admission.slot():
             vectors = await self.engine.embed(inputs)
         if dimensions is not None and dimensions > 0:
             vectors = [_unit(vector[:dimensions]) for vector in vectors]
