@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.api.server import bind, server_of
 from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
-from ollama_forge.serving.http.server import bind, server_of
-from ollama_forge.serving.http.settings import ServeSettings
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.model import ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer

@@ -17,9 +17,9 @@ import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.serve import _default_name
-from ollama_forge.serving.http import server
-from ollama_forge.serving.http.server import announce, bind
-from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.api import server
+from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.api.server import announce, bind
 from tests.processes import ROOT, popen, run
 
 WAIT = 60.0

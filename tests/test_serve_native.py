@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
+from ollama_forge.serving.api.ollama.requests import Options, parse_keep_alive
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
-from ollama_forge.serving.http.names import Name, servable
-from ollama_forge.serving.http.native.options import options_of
-from ollama_forge.serving.http.residency import keep_alive
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.registry import ModelName, servable_name
 from ollama_forge.serving.requests import BadRequest
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 from tests.test_serve_security import call
@@ -100,20 +99,20 @@ def test_a_name_with_namespace_and_tag() -> None:
     ],
 )
 def test_short_names(text: str, short: str) -> None:
-    name = Name.parse(text)
+    name = ModelName.parse(text)
     assert name is not None
     assert name.short == short
 
 
 @pytest.mark.parametrize("text", ["a b", "../x", "-a", "a/../b", "a:", "a:b:c", "a/b/c/d", "a" * 81, "é"])
 def test_no_names(text: str) -> None:
-    assert Name.parse(text) is None
+    assert ModelName.parse(text) is None
 
 
 def test_any_label_can_be_served() -> None:
-    assert servable("/tmp/my model (2)") == "my-model-2-"
-    assert servable("openai/gpt:20b") == "openai/gpt:20b"
-    assert servable("...") == "model"
+    assert servable_name("/tmp/my model (2)") == "my-model-2-"
+    assert servable_name("openai/gpt:20b") == "openai/gpt:20b"
+    assert servable_name("...") == "model"
 
 
 # --- loading
@@ -178,13 +177,13 @@ def test_how_long_it_is_kept(url: str) -> None:
     ],
 )
 def test_keep_alive(value: Any, seconds: float | None) -> None:
-    assert keep_alive(value) == seconds
+    assert parse_keep_alive(value) == seconds
 
 
 @pytest.mark.parametrize("value", ["soon", "", "5", "5 m", "m", True, [], {}, "1h-5m", "--1s"])
 def test_no_keep_alive(value: Any) -> None:
     with pytest.raises(BadRequest):
-        keep_alive(value)
+        parse_keep_alive(value)
 
 
 # --- options
@@ -202,8 +201,8 @@ def test_options_reach_the_engine(url: str, model: ServedModel) -> None:
 
 
 def test_default_options() -> None:
-    assert options_of({}).sampling == SamplingParams(0.8, 40, 0.9, 0.0, 1.0, 1.0, 64, 0.0, 0.0, None)
-    assert (options_of({}).num_predict, options_of({}).num_ctx, options_of({}).stop) == (-1, None, ())
+    assert Options.read({}).sampling == SamplingParams(0.8, 40, 0.9, 0.0, 1.0, 1.0, 64, 0.0, 0.0, None)
+    assert (Options.read({}).num_predict, Options.read({}).num_ctx, Options.read({}).stop) == (-1, None, ())
 
 
 @pytest.mark.parametrize(
@@ -219,7 +218,7 @@ def test_default_options() -> None:
     ],
 )
 def test_odd_options(given: dict[str, Any], field: str, value: Any) -> None:
-    assert getattr(options_of(given).sampling, field) == value
+    assert getattr(Options.read(given).sampling, field) == value
 
 
 @pytest.mark.parametrize(

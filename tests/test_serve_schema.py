@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from ollama_forge import __version__
-from ollama_forge.serving.http import json_body
-from ollama_forge.serving.http.app import build_app
-from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.api import body as json_body
+from ollama_forge.serving.api.app import build_app
+from ollama_forge.serving.api.security import ServeSettings
 from ollama_forge.serving.requests import BadRequest
 from tests.loopback import scripted
 

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ollama_forge import __version__
-from ollama_forge.serving.http.security import Origins, allow_host, is_loopback
-from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.api.security import Origins, ServeSettings, allow_host, is_loopback
 from tests.loopback import loopback, scripted
 
 CHAT = {"model": "wire", "messages": [{"role": "user", "content": "my secret"}], "stream": False}

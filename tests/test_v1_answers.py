@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from ollama_forge.serving.api.anthropic.responses import message as message_response
+from ollama_forge.serving.api.anthropic.streaming import MessageWriter
+from ollama_forge.serving.api.exchange import StreamWriter, server_sent_event, streamed
+from ollama_forge.serving.api.openai import responses, responses_events
+from ollama_forge.serving.api.openai.responses_events import ResponseWriter
+from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
+from ollama_forge.serving.api.openai.streaming import ChatWriter, TextWriter
+from ollama_forge.serving.api.routing import ResponseModel
 from ollama_forge.serving.engine.base import EngineError
-from ollama_forge.serving.http.fields import Fields
-from ollama_forge.serving.http.v1.answers import Sse, Writer, streamed
-from ollama_forge.serving.http.v1.chat_answers import ChatChunks, TextChunks, chat_completion, text_completion
-from ollama_forge.serving.http.v1.message_answers import MessageEvents, message
-from ollama_forge.serving.http.v1.response_answers import ResponseEvents, response
-from ollama_forge.serving.http.v1.response_requests import response_request
 from ollama_forge.serving.requests import Completion, Delta, Done, Event, TokenLogprob, ToolCall
 
 STOP = Done("stop", prompt_tokens=12, tokens=8, total_ns=1, load_ns=1, prompt_ns=1, answer_ns=1)
@@ -26,7 +29,8 @@ OTHER = ToolCall("call_87654321", 1, "get_time", {})
 TOKEN = TokenLogprob(
     " é", (32, 195, 169), -0.5, (TokenLogprob(" é", (32, 195, 169), -0.5), TokenLogprob("x", (120,), -2.0))
 )
-ECHO = response_request(Fields({"input": "x"}, "x")).echo
+_REQUEST = ResponsesRequest.read({"input": "x"})
+ECHO = _REQUEST.echo(_REQUEST.chat_request())
 
 
 def answer(*pieces: Delta, done: Done = STOP) -> Completion:
@@ -43,12 +47,42 @@ async def events(*given: Event, error: str | None = None) -> AsyncIterator[Event
         raise EngineError(error)
 
 
-def written(writer: Writer, *given: Event) -> list[Any]:
-    return [item.data for event in given for item in writer.write(event)]
+def sent(body: BaseModel) -> Any:
+    """A body as the client reads it."""
+    return json.loads(body.model_dump_json())
 
 
-def names(writer: Writer, *given: Event) -> list[str | None]:
-    return [item.event for event in given for item in writer.write(event)]
+def chat_completion(completion: Completion) -> Any:
+    return sent(responses.chat_completion("wire", completion))
+
+
+def text_completion(completion: Completion) -> Any:
+    return sent(responses.text_completion("wire", completion))
+
+
+def message(completion: Completion) -> Any:
+    return sent(message_response("wire", completion))
+
+
+def response(completion: Completion) -> Any:
+    return sent(responses_events.response("wire", ECHO, completion))
+
+
+def server_sent(writer: StreamWriter, *given: Event) -> list[tuple[str | None, Any]]:
+    """Names and data of the events that a client reads."""
+    out = []
+    for data in b"".join(piece for event in given for piece in writer.write(event)).decode().split("\n\n")[:-1]:
+        name, _, text = data.rpartition("data: ")
+        out.append((name.removeprefix("event: ").strip() or None, text if text == "[DONE]" else json.loads(text)))
+    return out
+
+
+def written(writer: StreamWriter, *given: Event) -> list[Any]:
+    return [data for _, data in server_sent(writer, *given)]
+
+
+def names(writer: StreamWriter, *given: Event) -> list[str | None]:
+    return [name for name, _ in server_sent(writer, *given)]
 
 
 def deltas(chunks: list[Any]) -> list[Any]:
@@ -68,7 +102,7 @@ def test_an_answer_without_an_end_is_an_error() -> None:
 
 
 def test_chat_completion() -> None:
-    body = chat_completion("wire", answer(Delta("Hello."), done=LENGTH))
+    body = chat_completion(answer(Delta("Hello."), done=LENGTH))
     assert body["choices"] == [
         {"index": 0, "message": {"role": "assistant", "content": "Hello."}, "finish_reason": "length"}
     ]
@@ -77,9 +111,7 @@ def test_chat_completion() -> None:
 
 
 def test_chat_completion_with_thought_calls_and_logprobs() -> None:
-    (choice,) = chat_completion("wire", answer(Delta(thinking="hm"), Delta(tool_calls=(CALL,), logprobs=(TOKEN,))))[
-        "choices"
-    ]
+    (choice,) = chat_completion(answer(Delta(thinking="hm"), Delta(tool_calls=(CALL,), logprobs=(TOKEN,))))["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["reasoning"] == "hm"
     (call,) = choice["message"]["tool_calls"]
@@ -90,29 +122,29 @@ def test_chat_completion_with_thought_calls_and_logprobs() -> None:
 
 
 def test_an_answer_cut_at_its_length_keeps_that_reason_beside_calls() -> None:
-    (choice,) = chat_completion("wire", answer(Delta(tool_calls=(CALL,)), done=LENGTH))["choices"]
+    (choice,) = chat_completion(answer(Delta(tool_calls=(CALL,)), done=LENGTH))["choices"]
     assert choice["finish_reason"] == "length"
 
 
 def test_logprobs_without_end_are_numbers() -> None:
     never = TokenLogprob("x", (120,), -math.inf)
-    (choice,) = chat_completion("wire", answer(Delta("x", logprobs=(never,))))["choices"]
+    (choice,) = chat_completion(answer(Delta("x", logprobs=(never,))))["choices"]
     assert choice["logprobs"]["content"][0]["logprob"] == -9999.0
 
 
 def test_chat_chunks() -> None:
-    chunks = written(ChatChunks("wire", usage=True), Delta("a"), Delta(), Delta("b", logprobs=(TOKEN,)), STOP)
+    chunks = written(ChatWriter("wire", include_usage=True), Delta("a"), Delta(), Delta("b", logprobs=(TOKEN,)), STOP)
     assert deltas(chunks) == [{"role": "assistant", "content": "a"}, {"content": "b"}, {}]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:3]] == [None, None, "stop"]
     assert "logprobs" in chunks[1]["choices"][0]
     assert (chunks[3]["choices"], chunks[3]["usage"]["total_tokens"], chunks[4]) == ([], 20, "[DONE]")
     assert len({chunk["id"] for chunk in chunks[:4]}) == 1
-    assert all("usage" not in chunk for chunk in written(ChatChunks("wire", usage=False), Delta("a"), STOP)[:2])
+    assert all("usage" not in chunk for chunk in written(ChatWriter("wire", include_usage=False), Delta("a"), STOP)[:2])
 
 
 def test_chat_chunks_of_thought_and_calls() -> None:
     chunks = written(
-        ChatChunks("wire", usage=False), Delta(thinking="h"), Delta("a", "m"), Delta(tool_calls=(CALL,)), STOP
+        ChatWriter("wire", include_usage=False), Delta(thinking="h"), Delta("a", "m"), Delta(tool_calls=(CALL,)), STOP
     )
     found = deltas(chunks)
     assert found[:3] == [{"role": "assistant", "content": "", "reasoning": "h"}, {"reasoning": "m"}, {"content": "a"}]
@@ -121,11 +153,11 @@ def test_chat_chunks_of_thought_and_calls() -> None:
 
 
 def test_chat_chunks_of_nothing_begin_with_the_role() -> None:
-    assert deltas(written(ChatChunks("wire", usage=False), STOP)) == [{"role": "assistant", "content": ""}, {}]
+    assert deltas(written(ChatWriter("wire", include_usage=False), STOP)) == [{"role": "assistant", "content": ""}, {}]
 
 
 def test_text_completion() -> None:
-    body = text_completion("wire", answer(Delta(thinking="hm"), Delta(" é", logprobs=(TOKEN,))))
+    body = text_completion(answer(Delta(thinking="hm"), Delta(" é", logprobs=(TOKEN,))))
     (choice,) = body["choices"]
     assert (choice["text"], choice["index"], choice["finish_reason"]) == (" é", 0, "stop")
     assert choice["logprobs"] == {
@@ -135,7 +167,7 @@ def test_text_completion() -> None:
 
 def test_text_chunks() -> None:
     chunks = written(
-        TextChunks("wire", usage=True), Delta(thinking="hm"), *[Delta(" é", logprobs=(TOKEN,))] * 2, LENGTH
+        TextWriter("wire", include_usage=True), Delta(thinking="hm"), *[Delta(" é", logprobs=(TOKEN,))] * 2, LENGTH
     )
     assert [c["choices"][0]["text"] for c in chunks[:3]] == [" é", " é", ""]
     assert [c["choices"][0]["finish_reason"] for c in chunks[:3]] == [None, None, "length"]
@@ -144,7 +176,7 @@ def test_text_chunks() -> None:
 
 
 def test_message() -> None:
-    body = message("wire", answer(Delta(thinking="hm"), Delta("a"), Delta(tool_calls=(CALL, OTHER))))
+    body = message(answer(Delta(thinking="hm"), Delta("a"), Delta(tool_calls=(CALL, OTHER))))
     assert body["content"] == [
         {"type": "thinking", "thinking": "hm"},
         {"type": "text", "text": "a"},
@@ -156,16 +188,16 @@ def test_message() -> None:
 
 def test_reasons_of_a_message() -> None:
     stopped = Done("stop", 1, 1, 1, 1, 1, 1, stopped_by="END")
-    assert message("wire", answer(done=STOP))["stop_reason"] == "end_turn"
-    assert message("wire", answer(done=LENGTH))["stop_reason"] == "max_tokens"
-    body = message("wire", answer(done=stopped))
+    assert message(answer(done=STOP))["stop_reason"] == "end_turn"
+    assert message(answer(done=LENGTH))["stop_reason"] == "max_tokens"
+    body = message(answer(done=stopped))
     assert (body["stop_reason"], body["stop_sequence"], body["content"]) == ("stop_sequence", "END", [])
 
 
 def test_message_events_open_one_block_at_a_time() -> None:
     given = (Delta(thinking="h"), Delta("a", "m"), Delta("b"), Delta(tool_calls=(CALL, OTHER)), Delta("c"), STOP)
-    found = written(MessageEvents("wire", prompt_tokens=3), *given)
-    assert [event["type"] for event in found] == names(MessageEvents("wire", prompt_tokens=3), *given)
+    found = written(MessageWriter("wire", prompt_tokens=3), *given)
+    assert [event["type"] for event in found] == names(MessageWriter("wire", prompt_tokens=3), *given)
     assert found[0]["message"]["usage"] == {"input_tokens": 3, "output_tokens": 0}
     blocks: dict[int, list[Any]] = {}
     for event in found[1:-2]:
@@ -183,22 +215,22 @@ def test_message_events_open_one_block_at_a_time() -> None:
 
 
 def test_response() -> None:
-    body = response("wire", ECHO, answer(Delta("a", "hm", (CALL,))))
+    body = response(answer(Delta("a", "hm", (CALL,))))
     assert [item["type"] for item in body["output"]] == ["reasoning", "message", "function_call"]
     assert body["output"][2]["arguments"] == '{"city":"Zürich"}'
     assert (body["status"], body["usage"]["total_tokens"]) == ("completed", 20)
-    assert [i["type"] for i in response("wire", ECHO, answer(Delta(thinking="hm")))["output"]] == [
+    assert [i["type"] for i in response(answer(Delta(thinking="hm")))["output"]] == [
         "reasoning",
         "message",
     ]
-    assert [i["type"] for i in response("wire", ECHO, answer(Delta(tool_calls=(CALL,))))["output"]] == ["function_call"]
+    assert [i["type"] for i in response(answer(Delta(tool_calls=(CALL,))))["output"]] == ["function_call"]
 
 
 def test_response_events_are_numbered_and_close_what_they_open() -> None:
     given = (Delta(thinking="h"), Delta("a", "m"), Delta("b"), Delta(tool_calls=(CALL, OTHER)), STOP)
-    found = written(ResponseEvents("wire", ECHO), *given)
+    found = written(ResponseWriter("wire", ECHO), *given)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
-    assert [event["type"] for event in found] == names(ResponseEvents("wire", ECHO), *given)
+    assert [event["type"] for event in found] == names(ResponseWriter("wire", ECHO), *given)
     added = [event for event in found if event["type"] == "response.output_item.added"]
     done = [event for event in found if event["type"] == "response.output_item.done"]
     assert [event["item"]["type"] for event in added] == ["reasoning", "message", "function_call", "function_call"]
@@ -211,17 +243,17 @@ def test_response_events_are_numbered_and_close_what_they_open() -> None:
     assert (last["status"], last["usage"]["output_tokens"]) == ("completed", 8)
 
 
-WRITERS: list[Callable[[], Writer]] = [
-    lambda: ChatChunks("w", usage=True),
-    lambda: TextChunks("w", usage=True),
-    lambda: MessageEvents("w", prompt_tokens=1),
-    lambda: ResponseEvents("w", ECHO),
+WRITERS: list[Callable[[], StreamWriter]] = [
+    lambda: ChatWriter("w", include_usage=True),
+    lambda: TextWriter("w", include_usage=True),
+    lambda: MessageWriter("w", prompt_tokens=1),
+    lambda: ResponseWriter("w", ECHO),
 ]
 
 
 @pytest.mark.parametrize("make", WRITERS)
 @pytest.mark.parametrize("before", [(), (Delta("a"),)])
-def test_an_error_ends_the_stream(make: Callable[[], Writer], before: tuple[Delta, ...]) -> None:
+def test_an_error_ends_the_stream(make: Callable[[], StreamWriter], before: tuple[Delta, ...]) -> None:
     async def read() -> bytes:
         source = events(Delta("a"), *before, error="out of luck")
         return b"".join([piece async for piece in streamed(await anext(source), source, make())])
@@ -233,9 +265,10 @@ def test_an_error_ends_the_stream(make: Callable[[], Writer], before: tuple[Delt
     assert "[DONE]" not in last
 
 
-def test_server_sent_events_are_one_line_of_unescaped_json() -> None:
-    def text() -> Iterator[bytes]:
-        yield Sse({"a": "é\n"}, "x").encode()
-        yield Sse("[DONE]").encode()
+class Said(ResponseModel):
+    a: str
 
-    assert b"".join(text()).decode() == 'event: x\ndata: {"a":"é\\n"}\n\ndata: [DONE]\n\n'
+
+def test_server_sent_events_are_one_line_of_unescaped_json() -> None:
+    text = server_sent_event(Said(a="é\n"), "x") + server_sent_event("[DONE]")
+    assert text.decode() == 'event: x\ndata: {"a":"é\\n"}\n\ndata: [DONE]\n\n'

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.http.fields import Fields
-from ollama_forge.serving.http.v1.chat_requests import Completion, chat_request, text_request
-from ollama_forge.serving.http.v1.embeddings import EmbeddingsRequest, embeddings, embeddings_request
-from ollama_forge.serving.http.v1.message_requests import message_request
-from ollama_forge.serving.http.v1.response_requests import ResponseRequest, response_request
-from ollama_forge.serving.http.v1.turn import Turn
-from ollama_forge.serving.requests import BadRequest, Message, ToolCall
+from ollama_forge.serving.api.anthropic.requests import MessagesRequest
+from ollama_forge.serving.api.openai.requests import ChatCompletionRequest, CompletionRequest, EmbeddingsRequest
+from ollama_forge.serving.api.openai.responses import embeddings_response
+from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
+from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
 HI = [{"role": "user", "content": "hi"}]
 IMAGE = b"\x89PNG not really"
@@ -36,24 +34,30 @@ def called(arguments: str) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}]}
 
 
-def chat(**body: Any) -> Completion:
-    return chat_request(Fields({"model": "wire", "messages": HI, **body}, "ChatCompletionRequest"))
+def chat(**body: Any) -> ChatRequest:
+    return ChatCompletionRequest.read({"model": "wire", "messages": HI, **body}).chat_request()
 
 
-def text(**body: Any) -> Completion:
-    return text_request(Fields({"model": "wire", "prompt": "hi", **body}, "CompletionRequest"))
+def text(**body: Any) -> ChatRequest:
+    return CompletionRequest.read({"model": "wire", "prompt": "hi", **body}).chat_request()
 
 
-def responses(input: Any = "hi", **body: Any) -> ResponseRequest:
-    return response_request(Fields({"model": "wire", "input": input, **body}, "ResponsesRequest"))
+def responses(input: Any = "hi", **body: Any) -> ChatRequest:
+    return ResponsesRequest.read({"model": "wire", "input": input, **body}).chat_request()
 
 
-def messages(**body: Any) -> Turn:
-    return message_request(Fields({"model": "wire", "max_tokens": 5, "messages": HI, **body}, "MessagesRequest"))
+def echo(input: Any = "hi", **body: Any) -> dict[str, Any]:
+    """The fields of a request that its response repeats."""
+    read = ResponsesRequest.read({"model": "wire", "input": input, **body})
+    return read.echo(read.chat_request())
+
+
+def messages(**body: Any) -> ChatRequest:
+    return MessagesRequest.read({"model": "wire", "max_tokens": 5, "messages": HI, **body}).chat_request()
 
 
 def test_chat_says_nothing_of_sampling() -> None:
-    turn = chat().turn
+    turn = chat()
     assert (turn.sampling.temperature, turn.sampling.top_p, turn.sampling.seed) == (1.0, 1.0, None)
     assert (turn.num_predict, turn.stop, turn.tools, turn.think, turn.format, turn.logprobs, turn.stream) == (
         -1, (), (), None, None, None, False,
@@ -65,33 +69,33 @@ def test_chat_options() -> None:
     turn = chat(
         temperature=0, top_p=0.5, seed=7, presence_penalty=1, frequency_penalty=-1, max_tokens=0, stop=["a", "b"],
         logprobs=True, top_logprobs=3, stream=True,
-    ).turn  # fmt: skip
+    )  # fmt: skip
     assert (turn.sampling.temperature, turn.sampling.top_p, turn.sampling.seed) == (0, 0.5, 7)
     assert (turn.sampling.presence_penalty, turn.sampling.frequency_penalty) == (1, -1)
     assert (turn.num_predict, turn.stop, turn.logprobs, turn.stream) == (0, ("a", "b"), 3, True)
 
 
 def test_chat_limits() -> None:
-    assert chat(max_completion_tokens=4).turn.num_predict == 4
-    assert chat(max_completion_tokens=4, max_tokens=8).turn.num_predict == 8
-    assert chat(max_tokens=None).turn.num_predict == -1
-    assert chat(max_tokens=8.0).turn.num_predict == 8
+    assert chat(max_completion_tokens=4).num_predict == 4
+    assert chat(max_completion_tokens=4, max_tokens=8).num_predict == 8
+    assert chat(max_tokens=None).num_predict == -1
+    assert chat(max_tokens=8.0).num_predict == 8
 
 
 def test_stop_is_a_text_or_a_list() -> None:
-    assert chat(stop="x").turn.stop == ("x",)
-    assert chat(stop=["", "x"]).turn.stop == ("x",)
-    assert chat(stop="").turn.stop == ()
+    assert chat(stop="x").stop == ("x",)
+    assert chat(stop=["", "x"]).stop == ("x",)
+    assert chat(stop="").stop == ()
     assert messages(stop_sequences=["x"]).stop == ("x",)
 
 
 def test_alternatives_alone_ask_for_no_logprobs() -> None:
-    assert chat(top_logprobs=3).turn.logprobs is None
-    assert chat(logprobs=True).turn.logprobs == 0
+    assert chat(top_logprobs=3).logprobs is None
+    assert chat(logprobs=True).logprobs == 0
 
 
 def test_seed_of_minus_one_is_none() -> None:
-    assert chat(seed=-1).turn.sampling.seed is None
+    assert chat(seed=-1).sampling.seed is None
 
 
 @pytest.mark.parametrize(
@@ -99,23 +103,23 @@ def test_seed_of_minus_one_is_none() -> None:
     [("none", False), ("minimal", "low"), ("low", "low"), ("high", "high"), ("xhigh", "max"), ("", None)],
 )
 def test_effort(word: str, think: bool | str | None) -> None:
-    assert chat(reasoning_effort=word).turn.think == think
-    assert chat(reasoning={"effort": word}).turn.think == think
-    assert responses(reasoning={"effort": word}).turn.think == think
+    assert chat(reasoning_effort=word).think == think
+    assert chat(reasoning={"effort": word}).think == think
+    assert responses(reasoning={"effort": word}).think == think
 
 
 def test_schemas_keep_their_order() -> None:
     schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "string"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     for format_ in (
-        chat(response_format=wanted).turn.format,
-        responses(text={"format": {"type": "json_schema", "name": "x", "schema": schema}}).turn.format,
+        chat(response_format=wanted).format,
+        responses(text={"format": {"type": "json_schema", "name": "x", "schema": schema}}).format,
     ):
         assert isinstance(format_, dict)
         assert list(format_["properties"]) == ["b", "a"]
-    assert chat(response_format={"type": "json_object"}).turn.format == "json"
-    assert chat(response_format={"type": "text"}).turn.format is None
-    assert chat(response_format={"type": "json_schema"}).turn.format is None
+    assert chat(response_format={"type": "json_object"}).format == "json"
+    assert chat(response_format={"type": "text"}).format is None
+    assert chat(response_format={"type": "json_schema"}).format is None
 
 
 def test_parts_are_one_message() -> None:
@@ -125,7 +129,7 @@ def test_parts_are_one_message() -> None:
         {"type": "image_url", "image_url": f"data:;base64,{DATA}"},
         {"type": "text", "text": "is it"},
     ]
-    (message,) = chat(messages=[{"role": "USER", "content": parts}]).turn.messages
+    (message,) = chat(messages=[{"role": "USER", "content": parts}]).messages
     assert message == Message("user", "what\nis it", images=(IMAGE, IMAGE))
 
 
@@ -142,7 +146,7 @@ def test_chat_conversation_with_calls() -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": "11"},
     ]
     call = ToolCall("call_1", 0, "get_weather", {"city": "Paris"})
-    assert chat(messages=told).turn.messages == (
+    assert chat(messages=told).messages == (
         Message("system", "be brief"),
         Message("assistant", "", "hm", (call,)),
         Message("tool", "11", tool_name="get_weather", tool_call_id="call_1"),
@@ -151,30 +155,32 @@ def test_chat_conversation_with_calls() -> None:
 
 def test_tools_of_each_api_take_one_form() -> None:
     wanted = ({"type": "function", "function": WEATHER},)
-    assert chat(tools=[{"type": "function", "function": {**WEATHER, "strict": True}}]).turn.tools == wanted
-    assert responses(tools=[{"type": "function", **WEATHER, "strict": None}]).turn.tools == wanted
+    assert chat(tools=[{"type": "function", "function": {**WEATHER, "strict": True}}]).tools == wanted
+    assert responses(tools=[{"type": "function", **WEATHER, "strict": None}]).tools == wanted
     schema = {"name": "get_weather", "description": "Weather", "input_schema": WEATHER["parameters"]}
     assert messages(tools=[schema, {"type": "web_search_20250305", "name": "web_search"}]).tools == wanted
-    assert chat(tools=[{"function": {"name": "get_time"}}]).turn.tools == ({"type": "function", "function": TIME},)
+    assert chat(tools=[{"function": {"name": "get_time"}}]).tools == ({"type": "function", "function": TIME},)
 
 
 def test_choice_of_tools() -> None:
     tools = [{"type": "function", "function": WEATHER}, {"type": "function", "function": TIME}]
-    assert chat(tools=tools, tool_choice="none").turn.tools == ()
-    assert len(chat(tools=tools, tool_choice="auto").turn.tools) == 2
+    assert chat(tools=tools, tool_choice="none").tools == ()
+    assert len(chat(tools=tools, tool_choice="auto").tools) == 2
     named = {"type": "function", "function": {"name": "get_time"}}
-    assert chat(tools=tools, tool_choice=named).turn.tools == ({"type": "function", "function": TIME},)
+    assert chat(tools=tools, tool_choice=named).tools == ({"type": "function", "function": TIME},)
     assert messages(tools=[TIME, WEATHER], tool_choice={"type": "none"}).tools == ()
     assert len(messages(tools=[TIME, WEATHER], tool_choice={"type": "tool", "name": "get_time"}).tools) == 1
     assert len(messages(tools=[TIME, WEATHER], tool_choice={"type": "any"}).tools) == 2
 
 
 def test_text_completion_is_one_turn() -> None:
-    read = text(max_tokens=4, logprobs=2, suffix="end", stream=True, stream_options={"include_usage": True})
-    assert (read.turn.messages, read.turn.num_predict, read.turn.logprobs) == ((Message("user", "hi"),), 4, 2)
-    assert (read.suffix, read.usage, read.turn.stream) == ("end", True, True)
-    assert text(prompt="").turn.messages == ()
-    assert text(logprobs=0).turn.logprobs is None
+    body = {"prompt": "hi", "max_tokens": 4, "logprobs": 2, "suffix": "end", "stream": True}
+    fields = CompletionRequest.read({**body, "stream_options": {"include_usage": True}})
+    read = fields.chat_request()
+    assert (read.messages, read.num_predict, read.logprobs) == ((Message("user", "hi"),), 4, 2)
+    assert (fields.suffix, fields.include_usage, read.stream) == ("end", True, True)
+    assert text(prompt="").messages == ()
+    assert text(logprobs=0).logprobs is None
 
 
 def test_responses_conversation() -> None:
@@ -188,7 +194,7 @@ def test_responses_conversation() -> None:
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Mild."}]},
     ]
     read = responses(told, instructions="be kind")
-    assert read.turn.messages == (
+    assert read.messages == (
         Message("system", "be kind"),
         Message("system", "be brief"),
         Message("user", "weather?"),
@@ -196,16 +202,17 @@ def test_responses_conversation() -> None:
         Message("tool", "noon", tool_name="get_time", tool_call_id="c2"),
         Message("assistant", "Mild."),
     )  # fmt: skip
-    assert read.echo["instructions"] == "be kind"
-    assert responses("", instructions="").turn.messages == ()
+    assert echo(told, instructions="be kind")["instructions"] == "be kind"
+    assert responses("", instructions="").messages == ()
 
 
 def test_responses_repeat_what_was_asked() -> None:
     tools = [{"type": "function", **WEATHER, "strict": True}]
-    read = responses(tools=tools, temperature=0.5, max_output_tokens=9, reasoning={"effort": "low"})
-    assert (read.echo["temperature"], read.echo["top_p"], read.echo["max_output_tokens"]) == (0.5, 1.0, 9)
-    assert (read.echo["tools"], read.echo["reasoning"]) == (tools, {"effort": "low", "summary": None})
-    assert read.turn.num_predict == 9
+    body = {"tools": tools, "temperature": 0.5, "max_output_tokens": 9, "reasoning": {"effort": "low"}}
+    repeated = echo(**body)
+    assert (repeated["temperature"], repeated["top_p"], repeated["max_output_tokens"]) == (0.5, 1.0, 9)
+    assert (repeated["tools"], repeated["reasoning"]) == (tools, {"effort": "low", "summary": None})
+    assert responses(**body).num_predict == 9
 
 
 def test_messages_conversation() -> None:
@@ -291,11 +298,17 @@ def test_refused(read: Any, body: dict[str, Any], says: str) -> None:
     assert caught.value.status == 400
 
 
+def embed(**body: Any) -> EmbeddingsRequest:
+    read = EmbeddingsRequest.read(body)
+    read.check()
+    return read
+
+
 def test_embeddings() -> None:
-    read = embeddings_request(Fields({"model": "wire", "input": "a"}, "EmbedRequest"))
-    assert read == EmbeddingsRequest("wire", ("a",), None, encoded=False)
-    body = {"input": ["a", ""], "dimensions": 8, "encoding_format": "BASE64"}
-    assert embeddings_request(Fields(body, "EmbedRequest")) == EmbeddingsRequest("", ("a", ""), 8, encoded=True)
+    read = embed(model="wire", input="a")
+    assert (read.model, read.input, read.dimensions, read.in_base64) == ("wire", ["a"], None, False)
+    read = embed(input=["a", ""], dimensions=8, encoding_format="BASE64")
+    assert (read.model, read.input, read.dimensions, read.in_base64) == ("", ["a", ""], 8, True)
 
 
 @pytest.mark.parametrize(
@@ -310,15 +323,15 @@ def test_embeddings() -> None:
 )
 def test_embeddings_refused(body: dict[str, Any], says: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        embeddings_request(Fields(body, "EmbedRequest"))
+        embed(**body)
     assert says in caught.value.message
 
 
 def test_embeddings_are_written_as_numbers_or_as_little_endian_base64() -> None:
     vectors = [[0.5, -0.25], [0.0, 1.0]]
-    plain = embeddings(EmbeddingsRequest("wire", ("a", "b"), None, encoded=False), vectors, 7)
+    plain = embeddings_response("wire", vectors, 7, in_base64=False).model_dump()
     assert [one["embedding"] for one in plain["data"]] == vectors
     assert [one["index"] for one in plain["data"]] == [0, 1]
     assert plain["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
-    packed = embeddings(EmbeddingsRequest("wire", ("a",), None, encoded=True), vectors[:1], 3)
+    packed = embeddings_response("wire", vectors[:1], 3, in_base64=True).model_dump()
     assert base64.b64decode(packed["data"][0]["embedding"]) == b"\x00\x00\x00\x3f\x00\x00\x80\xbe"

@@ -28,7 +28,7 @@ Show = Callable[[str, str], None]  # gets each piece of thought and of content
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ChatSettings:
     """The settings of the terminal chat. Its defaults hold off loops; ``serve`` has Ollama's.
 
     Attributes:
@@ -46,7 +46,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Ended:
+class AnswerEnd:
     """The end of an answer.
 
     Attributes:
@@ -55,13 +55,13 @@ class Ended:
     """
 
     tokens: int
-    full: bool
+    truncated: bool
 
 
-class Talker(Protocol):
+class ChatBackend(Protocol):
     """Answers conversations."""
 
-    def answer(self, messages: Sequence[Message], wishes: Wishes, show: Show) -> Ended:
+    def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         """Answer, giving ``show`` each piece; an exception of ``show`` or Ctrl-C ends the generation.
 
         Raises:
@@ -74,33 +74,33 @@ class Talker(Protocol):
         ...
 
 
-class LocalTalker:
+class LocalBackend:
     """Answers by a model that was loaded into this process."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._runner = asyncio.Runner()  # turns Ctrl-C into a cancelled answer
 
-    def answer(self, messages: Sequence[Message], wishes: Wishes, show: Show) -> Ended:
+    def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         model = self._model
-        if wishes.think and "thinking" not in model.capabilities:
+        if settings.think and "thinking" not in model.capabilities:
             raise ForgeError(f'"{model.name}" does not support thinking', "leave out --think, or /set think off")
         if any(message.images for message in messages) and "vision" not in model.capabilities:
             raise ForgeError(f'"{model.name}" does not see images', "leave out --image")
         try:
-            prompt = model.chat_prompt(messages, think=wishes.think, num_ctx=wishes.num_ctx)
-            ask = GenerationRequest(prompt, wishes.sampling, wishes.num_predict, schema=wishes.schema)
-            return self._runner.run(self._say(ask, show))
+            prompt = model.chat_prompt(messages, think=settings.think, num_ctx=settings.num_ctx)
+            request = GenerationRequest(prompt, settings.sampling, settings.num_predict, schema=settings.schema)
+            return self._runner.run(self._show(request, show))
         except (BadRequest, EngineError) as error:
             raise ForgeError(str(error)) from error
         except Busy:
             raise ForgeError("the model is busy", "try again") from None
 
-    async def _say(self, ask: GenerationRequest, show: Show) -> Ended:
-        async with aclosing(self._model.generate(ask)) as events:
+    async def _show(self, request: GenerationRequest, show: Show) -> AnswerEnd:
+        async with aclosing(self._model.generate(request)) as events:
             async for event in events:
                 if isinstance(event, Done):
-                    return Ended(event.tokens, event.reason == "length")
+                    return AnswerEnd(event.tokens, event.reason == "length")
                 show(event.thinking, event.content)
         raise ForgeError("the answer broke off")
 
@@ -109,22 +109,22 @@ class LocalTalker:
         self._runner.close()
 
 
-class RemoteTalker:
+class RemoteBackend:
     """Answers by a server of this program, through ``/api/chat``."""
 
     def __init__(self, server: str, name: str) -> None:
         self.server, self.name = server, name
 
-    def answer(self, messages: Sequence[Message], wishes: Wishes, show: Show) -> Ended:
+    def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         try:
-            with closing(self._lines(self._body(messages, wishes))) as lines:
+            with closing(self._lines(self._body(messages, settings))) as lines:
                 for line in lines:
                     if "error" in line:
                         raise ForgeError(f"the server at {self.server} says: {line['error']}")
                     message = line.get("message") or {}
                     show(message.get("thinking") or "", message.get("content") or "")
                     if line.get("done"):
-                        return Ended(int(line.get("eval_count") or 0), line.get("done_reason") == "length")
+                        return AnswerEnd(int(line.get("eval_count") or 0), line.get("done_reason") == "length")
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise ForgeError(f"the server at {self.server} does not answer: {error}", "does it run?") from error
         raise ForgeError(f"the server at {self.server} broke off its answer", "does it run?")
@@ -141,25 +141,25 @@ class RemoteTalker:
             if held:
                 yield _object(held)
 
-    def _body(self, messages: Sequence[Message], wishes: Wishes) -> dict[str, Any]:
-        options = {**asdict(wishes.sampling), "num_predict": wishes.num_predict, "num_ctx": wishes.num_ctx}
+    def _body(self, messages: Sequence[Message], settings: ChatSettings) -> dict[str, Any]:
+        options = {**asdict(settings.sampling), "num_predict": settings.num_predict, "num_ctx": settings.num_ctx}
         body: dict[str, Any] = {
             "model": self.name,
-            "messages": [_turn(message) for message in messages],
+            "messages": [_message_body(message) for message in messages],
             "options": {key: value for key, value in options.items() if value is not None},
             "stream": True,
         }
-        if wishes.think is not None:
-            body["think"] = wishes.think
-        if wishes.schema is not None:
-            body["format"] = json.loads(wishes.schema)
+        if settings.think is not None:
+            body["think"] = settings.think
+        if settings.schema is not None:
+            body["format"] = json.loads(settings.schema)
         return body
 
     def close(self) -> None:
         """Nothing is held between answers."""
 
 
-def running_server(server: str, name: str) -> RemoteTalker | None:
+def running_server(server: str, name: str) -> RemoteBackend | None:
     """The server at ``HOST:PORT``; None unless it is this program's and serves ``name``."""
     try:
         response = httpx.get(f"{_url(server)}/api/tags", timeout=_LOOK_SECONDS, trust_env=False)
@@ -168,7 +168,7 @@ def running_server(server: str, name: str) -> RemoteTalker | None:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, AttributeError, TypeError):
         return None
     ours = response.headers.get("Server", "").startswith("ollama-forge/")
-    return RemoteTalker(server, name) if ours and name.lower().removesuffix(":latest") in names else None
+    return RemoteBackend(server, name) if ours and name.lower().removesuffix(":latest") in names else None
 
 
 def _url(server: str) -> str:
@@ -182,7 +182,7 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def _message_body(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.thinking:
         turn["thinking"] = message.thinking
