@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.api.ollama.requests import Options, parse_keep_alive
+from ollama_forge.serving.api.ollama.options import Options
+from ollama_forge.serving.api.ollama.requests import parse_keep_alive
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, servable_name

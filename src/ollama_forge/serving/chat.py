@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
 from ollama_forge.progress import say, status
-from ollama_forge.serving.api.ollama.requests import Options
+from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.chat_backends import DEFAULT_SERVER, AnswerEnd, ChatBackend, ChatSettings, running_server
 from ollama_forge.serving.chat_output import AnswerPrinter, RepetitionError
 from ollama_forge.serving.engine.base import SamplingParams

@@ -108,18 +108,21 @@ class SamplingFields(RequestModel):
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Integer | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    seed: Integer | None = None
     stream: bool = False
 
-    def sampling_params(self, *, default: float | None = None, **more: float | None) -> SamplingParams:
+    def sampling_params(self, *, default: float | None = None) -> SamplingParams:
         """The sampling parameters; ``default`` is the temperature and top_p of a request that does not set them."""
         given = {
             "temperature": default if self.temperature is None else self.temperature,
             "top_p": default if self.top_p is None else self.top_p,
             "top_k": self.top_k,
-            **more,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": None if self.seed == -1 else self.seed,
         }
-        if given.get("seed") == -1:
-            given["seed"] = None
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

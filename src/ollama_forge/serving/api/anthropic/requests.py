@@ -206,9 +206,6 @@ class MessagesRequest(SamplingFields):
     tool_choice: Annotated[Any, WithJsonSchema({"type": "object"})] = None
     thinking: Thinking = Thinking()
     output_config: OutputConfig = OutputConfig()
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: Integer | None = None
     stop_sequences: Texts = []
 
     def chat_request(self) -> ChatRequest:
@@ -232,9 +229,7 @@ class MessagesRequest(SamplingFields):
         return ChatRequest(
             model=self.model,
             messages=with_tool_names(messages),
-            sampling=self.sampling_params(
-                presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, seed=self.seed
-            ),
+            sampling=self.sampling_params(),
             num_predict=self.max_tokens,
             stop=stop_strings(self.stop_sequences),
             tools=chosen_tools(tools, self.tool_choice),

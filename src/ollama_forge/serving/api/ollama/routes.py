@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from ollama_forge.serving.api.body import read_body
 from ollama_forge.serving.api.exchange import Stream, check_capabilities, exchange, json_line, while_connected
 from ollama_forge.serving.api.ollama import requests, responses
-from ollama_forge.serving.api.ollama.requests import Options
+from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
 from ollama_forge.serving.model import ServedModel

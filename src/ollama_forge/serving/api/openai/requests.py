@@ -14,7 +14,6 @@ from ollama_forge.serving.api.fields import (
     EmbeddedTexts,
     Integer,
     Name,
-    Number,
     SamplingFields,
     StopTexts,
     TopLogprobs,
@@ -28,7 +27,6 @@ from ollama_forge.serving.api.fields import (
     think_of_effort,
     with_tool_names,
 )
-from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
 _PART = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
@@ -176,25 +174,13 @@ class _CompletionFields(SamplingFields):
     """The fields that chat completions and completions share."""
 
     model: Name = ""
-    seed: Integer | None = None
     max_tokens: Integer | None = None
     stop: StopTexts = []
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
     stream_options: StreamOptions = StreamOptions()
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options.include_usage
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.sampling_params(
-            default=1.0,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
-        )
 
 
 class ChatCompletionRequest(_CompletionFields):
@@ -228,7 +214,7 @@ class ChatCompletionRequest(_CompletionFields):
         return ChatRequest(
             model=self.model,
             messages=with_tool_names([message.message() for message in self.messages]),
-            sampling=self.sampling,
+            sampling=self.sampling_params(default=1.0),
             num_predict=-1 if limit is None else limit,
             stop=stop_strings(self.stop),
             tools=chosen_tools(tools, self.tool_choice),
@@ -262,7 +248,7 @@ class CompletionRequest(_CompletionFields):
         return ChatRequest(
             model=self.model,
             messages=(Message("user", self.prompt),) if self.prompt else (),
-            sampling=self.sampling,
+            sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_tokens is None else self.max_tokens,
             stop=stop_strings(self.stop),
             logprobs=self.logprobs or None,

@@ -196,9 +196,6 @@ class ResponsesRequest(SamplingFields):
     instructions: str = ""
     input: Annotated[list[Item], FailFast(), BeforeValidator(_items), WithJsonSchema(_ITEMS_SCHEMA)] = []
     max_output_tokens: Integer | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: Integer | None = None
     reasoning: Reasoning = Reasoning()
     text: TextField = TextField()
     tools: Annotated[list[FunctionTool], FailFast()] = []
@@ -222,12 +219,7 @@ class ResponsesRequest(SamplingFields):
         return ChatRequest(
             model=self.model,
             messages=with_tool_names([*instructions, *self._messages()]),
-            sampling=self.sampling_params(
-                default=1.0,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                seed=self.seed,
-            ),
+            sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_output_tokens is None else self.max_output_tokens,
             tools=chosen_tools(tools, self.tool_choice),
             think=think_of_effort(self.reasoning.effort),
