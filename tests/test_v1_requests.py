@@ -30,7 +30,7 @@ def shown(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def called(arguments: str) -> dict[str, Any]:
+def called(arguments: Any) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}]}
 
 
@@ -296,6 +296,34 @@ def test_refused(read: Any, body: dict[str, Any], says: str) -> None:
         read(**body)
     assert says in caught.value.message
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "path"),
+    [
+        (messages, said({"type": "text", "text": 5}), "MessagesRequest.messages.content.text of type string"),
+        (messages, {"tools": [{"name": "f", "input_schema": []}]}, "MessagesRequest.tools.input_schema of type object"),
+        (responses, {"input": [{"role": 5}]}, "ResponsesRequest.input.role of type string"),
+        (responses, {"input": [5]}, "unmarshal number into Go struct field ResponsesRequest.input of type object"),
+        (chat, called([]), "ChatCompletionRequest.messages.tool_calls.function.arguments of type string"),
+    ],
+)  # fmt: skip
+def test_the_path_to_a_wrong_value_is_that_of_the_json(read: Any, body: dict[str, Any], path: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(**body)
+    assert path in caught.value.message
+
+
+def test_blocks_of_unknown_types_are_ignored_whatever_they_hold() -> None:
+    blocks = [{"type": "server_tool_use", "input": 5, "text": 5}, {"text": 5}, {"type": "text", "text": "hi"}]
+    assert messages(**said(*blocks)).messages == (Message("user", "hi"),)
+    assert responses([{"type": "web_search_call", "content": 5}, *HI]).messages == (Message("user", "hi"),)
+
+
+def test_names_match_in_any_case_and_null_is_absent() -> None:
+    read = chat(Temperature=0.5, TOP_P=None, seed=None, SEED=3, stop=[None, "x"], tools=None)
+    assert (read.sampling.temperature, read.sampling.top_p, read.sampling.seed) == (0.5, 1.0, None)
+    assert (read.stop, read.tools) == (("x",), ())
 
 
 def embed(**body: Any) -> EmbeddingsRequest:

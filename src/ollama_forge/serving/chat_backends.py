@@ -29,11 +29,11 @@ Show = Callable[[str, str], None]  # gets each piece of thought and of content
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """The settings of the terminal chat. Its defaults hold off loops; ``serve`` has Ollama's.
+    """The settings of the terminal chat. Its defaults make repetition less likely; ``serve`` has Ollama's defaults.
 
     Attributes:
-        num_predict: the most tokens of an answer, its thought included; below 0: no bound.
-        num_ctx: the most tokens of prompt and answer; None: as many as the model takes.
+        num_predict: maximum number of tokens of an answer, its thought included; below 0: no maximum.
+        num_ctx: maximum number of tokens of prompt and answer; None: as many as the model takes.
         think: True, False or a level such as "high"; None: the model's own default.
         schema: the text of a JSON schema that answers satisfy.
     """
@@ -51,7 +51,7 @@ class AnswerEnd:
 
     Attributes:
         tokens: how many were generated.
-        full: whether it was cut, by ``num_predict`` or because the context was full.
+        truncated: whether it was cut, by ``num_predict`` or because the context was full.
     """
 
     tokens: int

@@ -13,9 +13,9 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 class RepetitionDetector:
     """Follows an answer piece by piece (a piece is the text of about one token).
 
-    An answer loops where it ends in one passage of at most 64 pieces, said more than a hundred times or for more than
-    400 pieces with nothing between. Honest repetition stays below that: other words come between a poem's refrains,
-    and the lines of a table or of a count differ. A piece costs at most 64 comparisons.
+    An answer repeats itself if it ends in one passage of at most 64 pieces that stands there more than a hundred times,
+    or for more than 400 pieces, with nothing between. Honest repetition stays below that: other words come between a
+    poem's refrains, and the lines of a table or of a count differ. A piece costs at most 64 comparisons.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class RepetitionDetector:
         self._equal = [0] * (LONGEST_PASSAGE + 1)  # by length: how many of the last pieces equal the one so far back
 
     def add(self, piece: str) -> int:
-        """Follow one more piece; returns how many of the last pieces repeat the passage before them, 0 for no loop."""
+        """Follow one more piece; return how many of the last pieces repeat the passage before them, or 0."""
         said = self._said
         for length in range(1, min(LONGEST_PASSAGE, len(said)) + 1):
             again = self._equal[length] + 1 if said[-length] == piece else 0
@@ -44,14 +44,14 @@ class AnswerPrinter:
     """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere.
 
     Attributes:
-        thinking, content: what was said; of a passage that looped, what came before its first repetition.
+        thinking, content: the text so far; of a passage that repeats, only its first occurrence.
     """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._marks = (_DIM, _PLAIN) if out.isatty() else ("[", "]")
         self._pieces: list[tuple[str, str]] = []
-        self._watch = RepetitionDetector()
+        self._repetition = RepetitionDetector()
         self._thought = self._answered = False
 
     @property
@@ -66,7 +66,7 @@ class AnswerPrinter:
         """Print one piece.
 
         Raises:
-            _Looping: the answer repeats itself.
+            RepetitionError: the answer repeats itself.
         """
         if thinking:
             self._out.write(thinking if self._thought else self._marks[0] + thinking)
@@ -80,7 +80,7 @@ class AnswerPrinter:
         if not thinking and not content:
             return
         self._pieces.append((thinking, content))
-        repeated = self._watch.add(thinking + content)
+        repeated = self._repetition.add(thinking + content)
         if repeated:
             del self._pieces[-repeated:]
             raise RepetitionError
