@@ -15,7 +15,7 @@ from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.requests import BadRequest, Busy, Delta, Done, GenerationRequest, Message, Prompt
 from tests import tiny
 from tests.scripted import FACTS, collect, serve, texts
-from tests.test_text_tools import FORMS, HARMONY_CALL, HARMONY_SUM
+from tests.test_tool_calls import FORMS, HARMONY_CALL, HARMONY_SUM
 
 THINKS = "{% for m in messages %}{{ m.content }}</think>{% endfor %}<think>"
 

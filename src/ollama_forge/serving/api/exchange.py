@@ -17,7 +17,7 @@ from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
-from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest
+from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
 
 T = TypeVar("T")
 LEAST_LOGPROB = -9999.0  # the least log-probability in a response, because JSON has no infinity
@@ -189,6 +189,11 @@ async def streamed(first: Event, rest: AsyncIterator[Event], writer: StreamWrite
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def arguments_text(call: ToolCall) -> str:
+    """The arguments of a tool call as JSON text without spaces."""
+    return json.dumps(call.arguments, ensure_ascii=False, separators=(",", ":"))
 
 
 def json_line(value: ResponseModel) -> bytes:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from ollama_forge.serving.api.body import RequestModel
 from ollama_forge.serving.engine.base import EngineError
+from ollama_forge.serving.registry import ModelRegistry
 from ollama_forge.serving.requests import BadRequest, Busy
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[ModelRegistry, Request], Awaitable[Response]]
 _NO_ROUTE = {404: "404 page not found", 405: "405 method not allowed"}
 _STATUSES = {
     400: "The request is invalid, or the model does not support it",
@@ -37,6 +41,11 @@ class ResponseModel(BaseModel):
 
 def _is_empty(value: object) -> bool:
     return not value
+
+
+def new_id(prefix: str) -> str:
+    """A new id: ``prefix`` and 24 random hex digits."""
+    return prefix + secrets.token_hex(12)
 
 
 omit_empty: Any = partial(Field, exclude_if=_is_empty)  # a field that is left out if it has Go's zero value
@@ -83,7 +92,14 @@ class Api:
 
         return answer
 
-    def described(
+    def add_route(
+        self, router: APIRouter, registry: ModelRegistry, method: str, path: str, handler: Handler, **about: Any
+    ) -> None:
+        """Add a route that calls ``handler``; see ``describe`` for ``about``."""
+        endpoint = self.guarded(partial(handler, registry))
+        router.add_api_route(path, endpoint, methods=[method], name=handler.__name__, **about)
+
+    def describe(
         self,
         response: type[ResponseModel] | None,
         body: type[RequestModel] | None = None,
@@ -91,7 +107,7 @@ class Api:
         streams: bool = False,
         **extra: Any,
     ) -> dict[str, Any]:
-        """Arguments of ``add_api_route`` that describe a route.
+        """The OpenAPI description of a route, as arguments of ``add_route``.
 
         Args:
             response: the object that it responds with; None: nothing.

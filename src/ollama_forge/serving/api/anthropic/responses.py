@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ollama_forge.serving.api.routing import Api, ResponseModel, omit_none
+from ollama_forge.serving.api.routing import Api, ResponseModel, new_id, omit_none
 from ollama_forge.serving.requests import Completion, Done, ToolCall
 
 _ERROR_TYPES = {
@@ -19,11 +18,6 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-
-
-def new_id(prefix: str) -> str:
-    """A new id: ``prefix`` and 24 random hex digits."""
-    return prefix + secrets.token_hex(12)
 
 
 class Error(ResponseModel):

@@ -21,9 +21,8 @@ from ollama_forge.serving.registry import ModelRegistry
 def routes(registry: ModelRegistry) -> APIRouter:
     """The router for ``/v1/messages``."""
     router = APIRouter(tags=[API.name])
-    about = API.described(responses.Message, MessagesRequest, streams=True)
-    endpoint = API.guarded(partial(messages, registry))
-    router.add_api_route("/v1/messages", endpoint, methods=["POST"], name="messages", **about)
+    about = API.describe(responses.Message, MessagesRequest, streams=True)
+    API.add_route(router, registry, "POST", "/v1/messages", messages, **about)
     return router
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from ollama_forge.serving.api.anthropic.responses import (
     tool_use,
     usage,
 )
-from ollama_forge.serving.api.exchange import server_sent_event
+from ollama_forge.serving.api.exchange import arguments_text, server_sent_event
 from ollama_forge.serving.api.routing import ResponseModel, omit_none
 from ollama_forge.serving.requests import Delta, Event, ToolCall
 
@@ -85,8 +84,7 @@ class MessageWriter:
         yield from self._close()
         self._called = True
         yield from self._begin("tool_use", tool_use(call, {}))
-        arguments = json.dumps(call.arguments, ensure_ascii=False, separators=(",", ":"))
-        yield self._delta(BlockDelta(type="input_json_delta", partial_json=arguments))
+        yield self._delta(BlockDelta(type="input_json_delta", partial_json=arguments_text(call)))
         yield from self._close()
 
     def _begin(self, kind: str, block: ContentBlock) -> Iterator[bytes]:

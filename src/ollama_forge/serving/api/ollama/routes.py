@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ollama_forge.serving.api.ollama import requests, responses
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
+from ollama_forge.serving.api.routing import Handler
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, Completion, Done
@@ -28,42 +29,41 @@ OLLAMA_VERSION = "0.33.0"
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 _DIGEST_PARAMETER = {"name": "digest", "in": "path", "required": True, "schema": {"type": "string"}}
 
-Handler = Callable[[ModelRegistry, Request], Awaitable[Response]]
-
 
 def routes(registry: ModelRegistry) -> APIRouter:
     """The router for ``/`` and ``/api/…``."""
     router = APIRouter(tags=[API.name])
 
-    def add(method: str, path: str, handler: Handler, about: dict[str, Any]) -> None:
-        endpoint = API.guarded(partial(handler, registry))
-        router.add_api_route(path, endpoint, methods=[method], name=handler.__name__, **about)
+    add, describe = partial(API.add_route, router, registry), API.describe
 
     def get(path: str, handler: Handler, about: dict[str, Any]) -> None:
-        add("GET", path, handler, about)
+        add("GET", path, handler, **about)
         if path != "/api/ps":  # Ollama has no HEAD route for it
-            endpoint = API.guarded(partial(handler, registry))
-            router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+            add("HEAD", path, handler, include_in_schema=False)
 
-    is_ = API.described
-    get("/", root, is_(None))
-    get("/api/version", version, is_(responses.VersionResponse))
-    get("/api/tags", tags, is_(responses.ListResponse))
-    get("/api/ps", ps, is_(responses.ProcessResponse))
-    add("POST", "/api/show", show, is_(responses.ShowResponse, requests.ShowRequest))
-    add("POST", "/api/generate", generate, is_(responses.GenerateResponse, requests.GenerateRequest, streams=True))
-    add("POST", "/api/chat", chat, is_(responses.ChatResponse, requests.ChatRequestBody, streams=True))
-    add("POST", "/api/embed", embed, is_(responses.EmbedResponse, requests.EmbedRequest))
-    add("POST", "/api/embeddings", embeddings, is_(responses.EmbeddingResponse, requests.EmbeddingRequest))
-    add("POST", "/api/pull", pull, is_(responses.StatusResponse, requests.PullRequest, streams=True))
-    add("POST", "/api/push", push, is_(responses.StatusResponse, requests.PullRequest, streams=True))
-    add("POST", "/api/create", create, is_(responses.StatusResponse, requests.CreateRequest, streams=True))
-    add("POST", "/api/copy", copy, is_(None, requests.CopyRequest))
-    add("DELETE", "/api/delete", delete, is_(None, requests.DeleteRequest))
-    blobs = is_(None, parameters=[_DIGEST_PARAMETER])
-    add("HEAD", "/api/blobs/{digest}", blob_is_there, blobs)
+    get("/", root, describe(None))
+    get("/api/version", version, describe(responses.VersionResponse))
+    get("/api/tags", tags, describe(responses.ListResponse))
+    get("/api/ps", ps, describe(responses.ProcessResponse))
+    add("POST", "/api/show", show, **describe(responses.ShowResponse, requests.ShowRequest))
+    add(
+        "POST",
+        "/api/generate",
+        generate,
+        **describe(responses.GenerateResponse, requests.GenerateRequest, streams=True),
+    )
+    add("POST", "/api/chat", chat, **describe(responses.ChatResponse, requests.ChatRequestBody, streams=True))
+    add("POST", "/api/embed", embed, **describe(responses.EmbedResponse, requests.EmbedRequest))
+    add("POST", "/api/embeddings", embeddings, **describe(responses.EmbeddingResponse, requests.EmbeddingRequest))
+    add("POST", "/api/pull", pull, **describe(responses.StatusResponse, requests.PullRequest, streams=True))
+    add("POST", "/api/push", push, **describe(responses.StatusResponse, requests.PullRequest, streams=True))
+    add("POST", "/api/create", create, **describe(responses.StatusResponse, requests.CreateRequest, streams=True))
+    add("POST", "/api/copy", copy, **describe(None, requests.CopyRequest))
+    add("DELETE", "/api/delete", delete, **describe(None, requests.DeleteRequest))
+    blobs = describe(None, parameters=[_DIGEST_PARAMETER])
+    add("HEAD", "/api/blobs/{digest}", blob_is_there, **blobs)
     created = {**blobs["responses"], 201: {"description": "The digest is right"}}
-    add("POST", "/api/blobs/{digest}", blob, {**blobs, "responses": created})
+    add("POST", "/api/blobs/{digest}", blob, **{**blobs, "responses": created})
     return router
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import secrets
 import struct
 import time
 from collections.abc import Sequence
@@ -12,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from ollama_forge.serving.api.exchange import LEAST_LOGPROB
-from ollama_forge.serving.api.routing import Api, ResponseModel, omit_empty, omit_none
+from ollama_forge.serving.api.exchange import LEAST_LOGPROB, arguments_text
+from ollama_forge.serving.api.routing import Api, ResponseModel, new_id, omit_empty, omit_none
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
 from ollama_forge.serving.requests import Completion, Done, TokenLogprob
@@ -21,11 +19,6 @@ from ollama_forge.serving.requests import ToolCall as CommonToolCall
 
 FINGERPRINT = "fp_ollama"
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
-
-
-def new_id(prefix: str) -> str:
-    """A new id: ``prefix`` and 24 random hex digits."""
-    return prefix + secrets.token_hex(12)
 
 
 def timestamp() -> int:
@@ -89,11 +82,6 @@ class Usage(ResponseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-def arguments_text(call: CommonToolCall) -> str:
-    """The arguments of a call as JSON text without spaces."""
-    return json.dumps(call.arguments, ensure_ascii=False, separators=(",", ":"))
 
 
 def tool_calls(calls: Sequence[CommonToolCall]) -> list[ToolCall]:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ollama_forge.serving.api.exchange import server_sent_event
-from ollama_forge.serving.api.openai.responses import arguments_text, new_id, timestamp
-from ollama_forge.serving.api.routing import ResponseModel, omit_none
+from ollama_forge.serving.api.exchange import arguments_text, server_sent_event
+from ollama_forge.serving.api.openai.responses import timestamp
+from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_none
 from ollama_forge.serving.requests import Completion, Delta, Done, Event, ToolCall
 
 

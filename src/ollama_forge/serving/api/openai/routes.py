@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -22,26 +20,20 @@ from ollama_forge.serving.requests import BadRequest
 
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "pattern": NAME_PATTERN}}
 
-Handler = Callable[[ModelRegistry, Request], Awaitable[Response]]
-
 
 def routes(registry: ModelRegistry) -> APIRouter:
     """The router for ``/v1/…``, except Anthropic's ``/v1/messages``."""
     router = APIRouter(tags=[API.name])
 
-    def add(method: str, path: str, handler: Handler, about: dict[str, Any]) -> None:
-        endpoint = API.guarded(partial(handler, registry))
-        router.add_api_route(path, endpoint, methods=[method], name=handler.__name__, **about)
-
-    is_ = API.described
-    add("GET", "/v1/models", models, is_(responses.ModelList))
-    add("GET", "/v1/models/{name:path}", model, is_(responses.Model, parameters=[_NAME]))
-    chat_completion, text_completion = responses.ChatCompletion, responses.TextCompletion
-    about = is_(chat_completion, requests.ChatCompletionRequest, streams=True)
-    add("POST", "/v1/chat/completions", chat_completions, about)
-    add("POST", "/v1/completions", completions, is_(text_completion, requests.CompletionRequest, streams=True))
-    add("POST", "/v1/embeddings", embeddings_v1, is_(responses.EmbeddingsResponse, requests.EmbeddingsRequest))
-    add("POST", "/v1/responses", responses_v1, is_(responses_events.Response, ResponsesRequest, streams=True))
+    add, describe = partial(API.add_route, router, registry), API.describe
+    add("GET", "/v1/models", models, **describe(responses.ModelList))
+    add("GET", "/v1/models/{name:path}", model, **describe(responses.Model, parameters=[_NAME]))
+    chat = describe(responses.ChatCompletion, requests.ChatCompletionRequest, streams=True)
+    add("POST", "/v1/chat/completions", chat_completions, **chat)
+    text = describe(responses.TextCompletion, requests.CompletionRequest, streams=True)
+    add("POST", "/v1/completions", completions, **text)
+    add("POST", "/v1/embeddings", embeddings_v1, **describe(responses.EmbeddingsResponse, requests.EmbeddingsRequest))
+    add("POST", "/v1/responses", responses_v1, **describe(responses_events.Response, ResponsesRequest, streams=True))
     return router
 
 

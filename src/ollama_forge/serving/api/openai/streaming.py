@@ -17,13 +17,12 @@ from ollama_forge.serving.api.openai.responses import (
     choice_logprobs,
     error_response,
     finish_reason,
-    new_id,
     text_logprobs,
     timestamp,
     tool_calls,
     usage,
 )
-from ollama_forge.serving.api.routing import ResponseModel, omit_empty, omit_none
+from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_empty, omit_none
 from ollama_forge.serving.requests import Delta, Event, TokenLogprob
 
 _DONE = server_sent_event("[DONE]")

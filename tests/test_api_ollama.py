@@ -19,7 +19,7 @@ from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, servable_name
 from ollama_forge.serving.requests import BadRequest
 from tests.loopback import THINKING, TOOLS, loopback, scripted
-from tests.test_serve_security import call
+from tests.test_api_security import call
 
 GENERATE = {"model": "wire", "prompt": "hi", "stream": False}
 HI = [{"role": "user", "content": "hi"}]
