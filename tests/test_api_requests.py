@@ -302,7 +302,7 @@ def test_refused(read: Any, body: dict[str, Any], says: str) -> None:
     ("read", "body", "path"),
     [
         (messages, said({"type": "text", "text": 5}), "MessagesRequest.messages.content.text of type string"),
-        (messages, {"tools": [{"name": "f", "input_schema": []}]}, "MessagesRequest.tools.input_schema of type object"),
+        (messages, {"tools": [{"name": "f", "input_schema": []}]}, "MessagesRequest.tools.input_schema of type map"),
         (responses, {"input": [{"role": 5}]}, "ResponsesRequest.input.role of type string"),
         (responses, {"input": [5]}, "unmarshal number into Go struct field ResponsesRequest.input of type object"),
         (chat, called([]), "ChatCompletionRequest.messages.tool_calls.function.arguments of type string"),

@@ -30,7 +30,7 @@ _GO_TYPES = {
     "float_type": "float64",
     "finite_number": "float64",
     "list_type": "array",
-    "dict_type": "object",
+    "dict_type": "map[string]interface {}",
 }
 TAG = "#"  # the first character of the tags of unions, which are no part of a field's path
 

@@ -37,7 +37,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 40.0 counts as 40
 
 
-def _list_of(go_type: str, zero: Any = None) -> BeforeValidator:
+def list_of(go_type: str, zero: Any = None) -> BeforeValidator:
     """Refuse what is no list by the name ``go_type``; null in the list becomes ``zero``."""
 
     def read(value: Any) -> Any:
@@ -57,12 +57,10 @@ def _decode_base64(text: str) -> bytes:
         raise BadRequest(f"illegal base64 data at input byte {wrong.start() if wrong else len(text)}") from None
 
 
-def _decode_images(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise unmarshal_error("[]string")
-    if not all(isinstance(text, str) or text is None for text in value):
+def _decode_image(value: Any) -> bytes:
+    if not isinstance(value, str):
         raise unmarshal_error("string")
-    return [_decode_base64(text or "") for text in value]
+    return _decode_base64(value)
 
 
 def _as_list(value: Any) -> Any:
@@ -78,14 +76,15 @@ def _embedded_texts(value: Any) -> Any:
 
 Integer = Annotated[Annotated[int, Field(ge=-_INT64, le=_INT64 - 1)], BeforeValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Integers = Annotated[list[Integer], FailFast(), _list_of("[]int", 0)]
-Texts = Annotated[list[str], FailFast(), _list_of("[]string", "")]
+Integers = Annotated[list[Integer], FailFast(), list_of("[]int", 0)]
+Texts = Annotated[list[str], FailFast(), list_of("[]string", "")]
 TEXTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 StopTexts = Annotated[Texts, BeforeValidator(_as_list), WithJsonSchema(TEXTS_SCHEMA)]
 EmbeddedTexts = Annotated[list[str], BeforeValidator(_embedded_texts), WithJsonSchema(TEXTS_SCHEMA)]
 Images = Annotated[
-    list[bytes],
-    BeforeValidator(_decode_images),
+    list[Annotated[bytes, BeforeValidator(_decode_image)]],
+    FailFast(),
+    list_of("[]string", ""),
     WithJsonSchema({"type": "array", "items": {"type": "string", "contentEncoding": "base64"}}),
 ]
 TopLogprobs = Annotated[Integer, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 20})]

@@ -12,7 +12,7 @@ from ollama_forge.serving.api.fields import (
     Integer,
     Name,
     SamplingFields,
-    Texts,
+    StopTexts,
     chosen_tools,
     function_tool,
     image_of_base64,
@@ -206,7 +206,7 @@ class MessagesRequest(SamplingFields):
     tool_choice: Annotated[Any, WithJsonSchema({"type": "object"})] = None
     thinking: Thinking = Thinking()
     output_config: OutputConfig = OutputConfig()
-    stop_sequences: Texts = []
+    stop_sequences: StopTexts = []
 
     def chat_request(self) -> ChatRequest:
         """The request in the common form.

@@ -17,6 +17,7 @@ from ollama_forge.serving.api.fields import (
     Integer,
     Integers,
     TopLogprobs,
+    list_of,
     required,
 )
 from ollama_forge.serving.api.ollama.options import Options
@@ -237,8 +238,8 @@ class ChatRequestBody(_GenerationFields):
 
     model_config = ConfigDict(json_schema_extra=required("model"))
     go_name: ClassVar[str] = "ChatRequest"
-    messages: Annotated[list[ChatMessage], FailFast()] = []
-    tools: Annotated[list[Tool], FailFast()] = []
+    messages: Annotated[list[ChatMessage], FailFast(), list_of("[]api.Message")] = []
+    tools: Annotated[list[Tool], FailFast(), list_of("api.Tools")] = []
 
     def chat_request(self, options: Options) -> ChatRequest:
         """The request in the common form."""
@@ -323,6 +324,6 @@ class CreateRequest(_NamedModel):
     quantize: str = ""
     renderer: str = ""
     parser: str = ""
-    messages: Annotated[list[ChatMessage], FailFast()] = []
+    messages: Annotated[list[ChatMessage], FailFast(), list_of("[]api.Message")] = []
     license: Annotated[Any, WithJsonSchema(TEXTS_SCHEMA)] = None
     stream: bool = True
