@@ -87,6 +87,9 @@ def test_streams_end_cleanly(one: signal.Signals) -> None:
         place = urlsplit(url)
         waiting = http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)
         waiting.request("POST", "/v1/chat/completions", json.dumps(asked))  # behind the one slot
+        with closing(http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)) as later:
+            later.request("GET", "/api/version")
+            later.getresponse().read()  # connections are accepted in order, so the one before is, too
         process.send_signal(one)
         *_, last = native.read().splitlines()  # raises where the stream is broken off
         assert json.loads(last) == {"error": "the server is shutting down"}
