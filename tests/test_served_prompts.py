@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.asks import BadRequest, Message, Prompt
-from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, Message, Prompt, ToolCall
 from ollama_forge.text import template as template_module
 from ollama_forge.text.thinking import ThinkingSplit
 from tests import tiny
@@ -87,7 +86,7 @@ def test_the_models_own_system_prompt_and_template_arguments() -> None:
         "wire",
         model.tokenizer,
         model.engine,
-        replace(model.facts, system="Be kind."),
+        replace(model.metadata, system="Be kind."),
         template=model.template,
         template_kwargs={"style": "terse"},
     )
@@ -246,7 +245,7 @@ def test_images_go_to_the_engine_that_sees() -> None:
             seen.append((text, tuple(images)))
             return (1, 2, 3), "media"
 
-    seeing = ServedModel("wire", tiny.tokenizer(), Sees(), model.facts, template=model.template)  # type: ignore[arg-type]
+    seeing = ServedModel("wire", tiny.tokenizer(), Sees(), model.metadata, template=model.template)  # type: ignore[arg-type]
     assert "vision" in seeing.capabilities
     prompt = seeing.chat_prompt([Message("user", "What is it?", images=(b"png",))])
     assert (prompt.ids, prompt.media) == ((1, 2, 3), "media")
