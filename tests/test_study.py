@@ -20,7 +20,7 @@ from ollama_forge.architectures.model_map import Role
 from ollama_forge.cli.main import cli
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import KERNELS
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.pipeline import RunSettings, run
@@ -315,3 +315,11 @@ def test_run_auto_searches_and_resumes_its_search(model: Path, tmp_path: Path) -
 def test_options_that_exclude_a_search(options: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         cli.main(["abliterate", "run", "--model", "nowhere", "--name", "x", *options], standalone_mode=False)
+
+
+def test_a_folder_that_holds_no_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("no journal", encoding="utf-8")
+    with pytest.raises(ForgeError, match="cannot be read as a study"):
+        study_in(tmp_path)
+    with pytest.raises(ForgeError, match="cannot write"):
+        study_in(tmp_path / FILE / "below")

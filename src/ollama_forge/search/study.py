@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.files import disk_errors
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
 from ollama_forge.search.candidates import Candidate
@@ -45,7 +46,8 @@ class Study:
     """
 
     def __init__(self, folder: Path, space: Space, key: Mapping[str, Any], seed: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.space = folder, space
         self._study = _open(folder / FILE, seed)
         key, stored = json.loads(json.dumps(key)), self._study.user_attrs.get(_KEY)
@@ -136,5 +138,5 @@ def _open(path: Path, seed: int) -> optuna.Study:
                 seed=seed + len(study.get_trials(deepcopy=False)),  # else a resumed study would draw the same again
             )
         return study
-    except (OSError, ValueError, KeyError) as error:
-        raise ForgeError(f"{path} cannot be read as a study ({error})", "give another folder") from None
+    except (OSError, ValueError, KeyError, AssertionError) as error:  # what Optuna raises for text that is no journal
+        raise ForgeError(f"{path} cannot be read as a study", "give another folder") from error
