@@ -67,7 +67,7 @@ def test_names_of_the_model(url: str, name: str) -> None:
     assert "template" in post(url, "/api/show", {"model": "", "name": name})
 
 
-OTHERS = ["wire:other", "other/wire", "ollama.com/library/wire", "wir", "a/b/c/wire", "", "wire:"]
+OTHERS = ["wire:other", "other/wire", "ollama.com/library/wire", "wir", ""]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -77,6 +77,12 @@ def test_names_of_no_model(url: str, name: str) -> None:
         404,
         f'model "{name}" not found, try pulling it first',
     )
+
+
+@pytest.mark.parametrize("name", ["a/b/c/wire", "wire:", "a b"])
+def test_invalid_names(url: str, name: str) -> None:
+    assert refused(url, "/api/generate", {**GENERATE, "model": name}) == (400, "invalid model name")
+    assert refused(url, "/api/embed", {"model": name, "input": "a"}) == (400, "invalid model name")
 
 
 def test_a_name_with_namespace_and_tag() -> None:

@@ -119,7 +119,6 @@ def test_schemas_keep_their_order() -> None:
         assert list(format_["properties"]) == ["b", "a"]
     assert chat(response_format={"type": "json_object"}).format == "json"
     assert chat(response_format={"type": "text"}).format is None
-    assert chat(response_format={"type": "json_schema"}).format is None
 
 
 def test_parts_are_one_message() -> None:
@@ -243,7 +242,54 @@ def test_messages_thinking() -> None:
     assert messages(output_config={"effort": "XHIGH"}).think == "high"
 
 
+TEXT_FILE = {"filename": "a.md", "file_data": "data:text/markdown;base64," + base64.b64encode(b"# A").decode()}
+PDF_FILE = {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + DATA}
+FILE_TEXT = '<document title="a.md">\n# A\n</document>'
+
+
+def test_text_files_are_read() -> None:
+    (message,) = chat(**said({"type": "file", "file": TEXT_FILE}, {"type": "text", "text": "what?"})).messages
+    assert message.content == f"{FILE_TEXT}\nwhat?"
+    parts = [{"type": "input_file", **TEXT_FILE}, {"type": "input_text", "text": "what?"}]
+    assert responses([{"role": "user", "content": parts}]).messages == (Message("user", FILE_TEXT + "what?"),)
+
+
+def document(source: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "document", "source": source, **more}
+
+
+def test_text_documents_are_read() -> None:
+    plain = {"type": "text", "media_type": "text/plain", "data": "words"}
+    blocks = {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    found = {"type": "search_result", "source": "http://x", "title": "X", "content": [{"type": "text", "text": "y"}]}
+    (message,) = messages(**said(document(plain, title="T", context="c"), {"type": "text", "text": "what?"})).messages
+    assert message.content == '<document title="T">\nc\nwords\n</document>what?'
+    (message,) = messages(**said(document(blocks))).messages
+    assert message.content == "<document>\na\nb\n</document>"
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [document(plain), found]}
+    (message,) = messages(**said(result)).messages
+    expected = '<document>\nwords\n</document><document title="X">\nhttp://x\ny\n</document>'
+    assert (message.role, message.content) == ("tool", expected)
+
+
+def test_refusals_of_earlier_turns_are_text() -> None:
+    assert chat(**said({"type": "refusal", "refusal": "No."}, role="assistant")).messages[0].content == "No."
+    told = [{"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]
+    assert responses(told).messages == (Message("assistant", "No."),)
+
+
 REFUSED = [
+    (chat, said({"type": "file", "file": PDF_FILE}), "file inputs are not supported"),
+    (chat, said({"type": "file", "file": {"file_id": "f"}}), "file inputs are not supported"),
+    (chat, said({"type": "input_audio", "input_audio": {}}), "audio inputs are not supported"),
+    (responses, {"input": [{"role": "user", "content": [{"type": "input_file", **PDF_FILE}]}]}, "file inputs"),
+    (responses, {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "audio inputs"),
+    (responses, {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "image_url"),
+    (messages, said(document({"type": "base64", "media_type": "application/pdf", "data": DATA})), "application/pdf"),
+    (messages, said(document({"type": "url", "url": "http://x"})), '"url"'),
+    (messages, said(document(None)), "document source"),
+    (messages, said(document({"type": "text", "data": "x"}, citations={"enabled": True})), "citations"),
+    (messages, said({"type": "container_upload", "file_id": "f"}), "container_upload"),
     (chat, {"messages": []}, "[] is too short - 'messages'"),
     (chat, {"messages": "hi"}, "messages of type array"),
     (chat, {"messages": [5]}, "ChatCompletionRequest.messages of type object"),
@@ -277,7 +323,7 @@ REFUSED = [
     (responses, {"input": 5}, "input must be a string or array"),
     (responses, {"input": [{"type": "magic"}]}, 'unknown input item type: "magic"'),
     (responses, {"input": [{}]}, "missing required 'type'"),
-    (responses, {"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "not currently supported"),
+    (responses, {"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "file inputs are not supported"),
     (responses, {"input": [{"role": "user", "content": [{"type": "x"}]}]}, "unknown content type: x"),
     (responses, {"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
     (messages, {"model": ""}, "model is required"),

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import torch
 
-from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest, SamplingParams
+from ollama_forge.serving.engine.base import (
+    Constraint,
+    EngineError,
+    EngineRequest,
+    SamplingParams,
+    TaggedJson,
+    ToolCallGrammar,
+)
 from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatcher
-from ollama_forge.serving.engine.json_schema import check_schema
+from ollama_forge.serving.engine.json_schema import check_schema, translate, violation
 from tests import tiny
 from tests.engines import GREEDY, collect, load, running, together, wait
 
@@ -49,7 +57,6 @@ def test_a_good_schema(schema: object) -> None:
         ('{"type": "string", "pattern": "("}', "regex"),
         ('{"$ref": "#/$defs/none"}', "none"),
         ('{"type": "integer", "minimum": 5, "maximum": 3}', "minimum"),
-        ('{"not": {}}', "not"),
         ("[" * 100_000, "JSON"),
     ],
 )
@@ -59,6 +66,69 @@ def test_a_bad_schema_is_told_in_a_line(schema: str, says: str) -> None:
     assert says in message
     assert "\n" not in message
     assert len(message) <= 300
+
+
+LOOSENED = [
+    ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames", '{"abcd":1}'),
+    ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems", "[1,1]"),
+    ({"type": "array", "contains": {"const": 5}, "minContains": 1}, "contains", "[1]"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", "1"),
+    ({"type": "string", "not": {"const": "x"}}, "not", '"x"'),
+    ({"type": "integer", "if": {"minimum": 5}, "then": {"multipleOf": 2}, "else": {}}, "if", "7"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired", '{"a": 1}'),
+    ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "minProperties", "{}"),
+    ({"type": "number", "minimum": 1e308}, "minimum", "1"),
+]
+
+
+@pytest.mark.parametrize(("schema", "keyword", "answer"), LOOSENED)
+def test_what_the_grammar_cannot_express_is_loosened_and_checked_at_the_end(
+    schema: dict[str, object], keyword: str, answer: str
+) -> None:
+    text = json.dumps({"type": "array", "prefixItems": [schema], "items": False, "minItems": 1})
+    found = translate(text)
+    assert (found.problem, keyword in found.loosened) == (None, True)
+    assert accepts(enforced(json.loads(text)), f"[{answer}]")
+    assert violation(text, f"[{answer}]") is not None
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("format", "idn-email"),
+        ("format", "binary"),
+        ("pattern", r"^(?!-)\d+$"),  # what pydantic writes for decimal numbers has a look-ahead
+        ("pattern", r"^(?<y>a)\k<y>$"),
+        ("pattern", r"\bx\b"),
+        ("multipleOf", 1e-20),
+        ("patternProperties", {"^(?=a)": {}}),
+        ("patternProperties", {"^a": {"type": "integer"}, "a$": {"type": "string"}}),
+    ],
+)
+def test_values_that_the_grammar_cannot_express_are_loosened(keyword: str, value: object) -> None:
+    assert translate(json.dumps({keyword: value})).loosened == (keyword,)
+    nested = {"$defs": {keyword: {keyword: value}}, "properties": {keyword: {"$ref": f"#/$defs/{keyword}"}}}
+    assert translate(json.dumps(nested)).loosened == (keyword,)
+
+
+def test_names_of_properties_are_no_keywords() -> None:
+    schema = {"type": "object", "properties": {"not": {"type": "integer"}, "format": {"enum": ["x"]}}}
+    assert translate(json.dumps(schema)).loosened == ()
+    assert not accepts(enforced(schema), '{"not":"a"}')
+    assert translate(json.dumps({"enum": [{"not": 1}], "default": {"uniqueItems": True}})).loosened == ()
+
+
+def test_an_object_that_requires_a_name_it_does_not_list_stays_open() -> None:
+    assert accepts(enforced({"properties": {"a": {"type": "integer"}}, "required": ["b"]}), '{"a":1,"b":2}')
+
+
+def test_a_violation_quotes_no_answer_and_follows_no_reference_or_pattern() -> None:
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}})
+    assert violation(schema, '{"a": "secret"}') == "type at $.a"
+    assert violation(schema, '{"a": 1}') is None
+    assert "could not be checked" in (violation(schema, '{"a"') or "")
+    assert "could not be checked" in (violation('{"$ref": "http://127.0.0.1:9/x"}', "1") or "")
+    assert violation('{"pattern": "^(a+)+$"}', json.dumps("a" * 40 + "b")) is None
 
 
 def enforced(schema: object, after: str | None = None) -> GrammarMatcher:
@@ -99,6 +169,54 @@ def test_objects_that_say_so_stay_open() -> None:
     assert accepts(enforced({"type": "object"}), '{"any":[1]}')
     both = {"allOf": [PERSON, {"type": "object", "properties": {"more": {"type": "boolean"}}, "required": ["more"]}]}
     assert accepts(enforced(both), '{"name":"A","age":7,"more":true}')
+
+
+ARGUMENTS = json.dumps(PERSON)
+NO_ARGUMENTS = '{"type":"object","properties":{}}'
+
+
+def calling(**more: Any) -> GrammarMatcher:
+    """Calls of two tools between special tokens."""
+    tools = (
+        TaggedJson('<|user|>{"name": "f", "arguments": ', ARGUMENTS, "}<|pad|>"),
+        TaggedJson('<|user|>{"name": "g", "arguments": ', NO_ARGUMENTS, "}<|pad|>"),
+    )
+    constraint = Constraint(calls=ToolCallGrammar(tools, separator=";", **more))
+    return GrammarCompiler(tiny.tokenizer(), tiny.VOCABULARY, [1]).start(constraint)
+
+
+F = '<|user|>{"name": "f", "arguments": {"name":"A","age":7}}<|pad|>'
+G = '<|user|>{"name": "g", "arguments": {}}<|pad|>'
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "good"),
+    [
+        (F, {}, True),
+        ("\n\n" + G, {}, True),
+        (f"{F};{G}", {}, False),
+        (f"{F};{G}", {"several": True}, True),
+        (f"{F}{G}", {"several": True}, False),
+        (F.replace("7", "107"), {}, False),
+        (F.replace('"f"', '"h"'), {}, False),
+        (F.replace("<|pad|>", ""), {}, False),
+        ("Hello. " + F, {}, False),
+        ("", {}, False),
+        (f"<|system|>[{G}]<|pad|>", {"begin": "<|system|>[", "end": "]<|pad|>"}, True),
+        (f"<|system|>hm, {{}}<|assistant|>{G}", {"thought": ("<|system|>", "<|assistant|>")}, True),
+        (G, {"thought": ("<|system|>", "<|assistant|>")}, True),
+    ],
+)
+def test_what_a_grammar_of_calls_lets_through(text: str, more: dict[str, Any], good: bool) -> None:
+    assert accepts(calling(**more), text) is good
+
+
+def test_a_grammar_is_compiled_once() -> None:
+    compiler = GrammarCompiler(tiny.tokenizer(), tiny.VOCABULARY, [1])
+    first, second = (compiler.start(Constraint(json.dumps(PERSON))) for _ in range(2))
+    assert accepts(first, '{"name":"A","age":7}')
+    assert accepts(second, '{"name":"A","age":7}')
+    assert compiler._compiled.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("after", ["</think>", "<|assistant|>"])

@@ -21,6 +21,7 @@ CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 Compare = Callable[[str, str, Sequence[str]], list[str]]
 
 NO_OP = "managing models changes nothing here and answers with success for any well-formed name"
+INCOMPLETE = "a response that is cut at its length is incomplete, as OpenAI has it, and its last event says so"
 EMBEDS = "Ollama's llama-server refuses to embed with a chat model; embed.jsonl is the reference"
 PLAINER = "Ollama passes on the JSON of the llama-server behind it; the same status in plain words"
 JINJA = "a Hugging Face checkpoint has a Jinja template: one in Go's form is refused with a sentence"
@@ -36,6 +37,7 @@ OURS = {
     "v1-chat-image": PLAINER,
     "generate-template": JINJA,
     "generate-template-bad": JINJA,
+    "v1-responses-stream": INCOMPLETE,
     "embed": EMBEDS,
     "embed-two": EMBEDS,
     "embed-dimensions": EMBEDS,

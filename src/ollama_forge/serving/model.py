@@ -15,7 +15,9 @@ from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
+from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.families import family_of
+from ollama_forge.serving.tools.forced import forced_family
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import Tokenizer, template_text
 
@@ -126,11 +128,13 @@ class ServedModel:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
-        output = OutputProcessor(self._tokens, request, family_of(self.prompts.template.text))
+        family = family_of(self.prompts.template.text)
+        output = OutputProcessor(self._tokens, request, family if request.calls is None else forced_family(family))
         limit = max(prompt.context - len(prompt.ids), 0)
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)
         ids: list[int] = []
+        cached = 0
         async with self.admission.slot():
             admitted = first = time.perf_counter_ns()
             async with aclosing(self.engine.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
@@ -138,7 +142,7 @@ class ServedModel:
                     if self.stopping:
                         raise EngineError("the server is shutting down")
                     if not ids:
-                        first = time.perf_counter_ns()
+                        first, cached = time.perf_counter_ns(), token.cached
                     ids.append(token.id)
                     for delta in output.feed(token):
                         yield delta
@@ -149,6 +153,7 @@ class ServedModel:
         ended = time.perf_counter_ns()
         stopped = output.stopped_by is not None
         by_model = not stopped and len(ids) < limit
+        answer_ids = await off_loop(len(output.text), self._encode, output.text) if stopped else ids
         yield Done(
             reason="stop" if by_model or stopped else "length",
             prompt_tokens=len(prompt.ids),
@@ -158,31 +163,40 @@ class ServedModel:
             prompt_ns=max(first - admitted, 1),
             answer_ns=max(ended - first, 1),
             stopped_by=output.stopped_by,
-            context=(*prompt.ids, *(self._encode(output.text) if stopped else ids)),
+            context=(*prompt.ids, *answer_ids),
+            cached_tokens=cached,
         )
 
     def _with_open_thought(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with an opened thought, if it has a schema and the model may think.
+        """The request with an opened thought, if its form is constrained and the model may think.
 
-        The schema holds from the end of the thought; without a thought that end would never come.
+        The constraint holds from the end of the thought; without a thought that end would never come.
         """
         split = request.prompt.thinking
-        if request.schema is None or split is None or split.opened or split.channels:
+        constrained = request.schema is not None or request.calls is not None
+        if not constrained or split is None or split.opened or split.channels:
             return request
         ids = (*request.prompt.ids, *self._encode(split.opening))
         return replace(request, prompt=replace(request.prompt, ids=ids, thinking=replace(split, opened=True)))
 
     def _engine_request(self, request: GenerationRequest, max_tokens: int) -> EngineRequest:
-        split, schema = request.prompt.thinking, request.schema
         return EngineRequest(
             ids=request.prompt.ids,
             max_tokens=max_tokens,
             sampling=request.sampling,
             end_ids=self._end_ids | self._tokens.specials(request.stop),  # special tokens have no text to stop at
-            constraint=None if schema is None else Constraint(schema, split.closing if split else None),
+            constraint=self._constraint(request),
             top_logprobs=request.logprobs,
             media=request.prompt.media,
         )
+
+    @staticmethod
+    def _constraint(request: GenerationRequest) -> Constraint | None:
+        split = request.prompt.thinking
+        after = split.closing if split else None
+        if request.calls is not None:
+            return Constraint(after=None if request.calls.thought is not None else after, calls=request.calls)
+        return None if request.schema is None else Constraint(request.schema, after)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -211,7 +225,7 @@ class ServedModel:
             raise BadRequest("this model does not support embeddings", 501)
         length = self.engine.context_length
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
-        inputs = [list(self.tokenizer(text).input_ids) for text in texts]
+        inputs = await off_loop(sum(map(len, texts)), self._encode_all, texts)
         if not all(inputs):
             raise BadRequest("an input is empty: there is nothing in it to embed")
         if not truncate and any(len(ids) > room for ids in inputs):
@@ -222,6 +236,9 @@ class ServedModel:
         if dimensions is not None and dimensions > 0:
             vectors = [_unit(vector[:dimensions]) for vector in vectors]
         return vectors, sum(map(len, inputs))
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(self.tokenizer(text).input_ids) for text in texts]
 
     async def close(self) -> None:
         """End all answers and free the engine."""

@@ -73,8 +73,7 @@ class PromptBuilder:
         """
         limit = self._limit(num_ctx)
         arguments = self._arguments(think)
-        if self._system and not any(message.role == "system" for message in messages):
-            messages = [Message("system", self._system), *messages]
+        messages = self._with_system(messages)
 
         def encode(chosen: Sequence[Message]) -> Encoded:
             return self._encode(self._render(chosen, tools, arguments), chosen)
@@ -90,6 +89,22 @@ class PromptBuilder:
         if _continued(messages) and split and not (split.opened or split.channels):
             split = None  # it continues an answer, so its thought is over
         return Prompt(ids, limit, encoded.media, split, names)
+
+    def whole(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), think: bool | str | None = None
+    ) -> Encoded:
+        """A conversation rendered as ``chat`` does it, and encoded, whatever its length.
+
+        Raises:
+            BadRequest: the template refuses the messages, or the model does not take images.
+        """
+        messages = self._with_system(messages)
+        return self._encode(self._render(messages, tools, self._arguments(think)), messages)
+
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if not self._system or any(message.role == "system" for message in messages):
+            return messages
+        return [Message("system", self._system), *messages]
 
     def text(
         self,

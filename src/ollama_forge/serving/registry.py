@@ -83,9 +83,11 @@ class ModelRegistry:
         """The model that a client calls ``name``.
 
         Raises:
-            BadRequest: there is none (status 404, with ``refusal`` as the message).
+            BadRequest: there is none (status 404, with ``refusal`` as the message), or it is not a valid name.
         """
         parsed = ModelName.parse(name)
+        if name and parsed is None:
+            raise BadRequest("invalid model name")
         for model in self.models if parsed is not None else ():
             if parsed is not None and parsed.is_same(ModelName.of(model)):
                 return model

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ollama_forge.serving.engine.base import EngineError, SamplingParams
+from ollama_forge.serving.engine.base import EngineError, SamplingParams, ToolCallGrammar
 from ollama_forge.text.thinking import ThinkingSplit
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -51,6 +51,8 @@ class ChatRequest:
         raw: the text of the one message is the prompt, without the chat template.
         context: token ids to put before the prompt.
         tools: the tools in OpenAI's format, for the chat template.
+        must_call: whether the answer has to call a tool.
+        one_call: whether the answer may call one tool at most.
         think: whether to think, or a level; None: as the model does by default.
         num_ctx: maximum number of tokens of prompt and answer; None: as many as the model takes.
         truncate: cut a prompt that is too long, instead of refusing it.
@@ -58,6 +60,7 @@ class ChatRequest:
         stop: texts that end the answer; it does not include them.
         format: the JSON schema of the answer as the client sent it, "json" for any object, None for free text.
         logprobs: number of alternatives for each token; None: no log-probabilities.
+        choices: number of answers to generate.
         stream: whether the answer is sent as it is generated.
         keep_alive: seconds for which the model stays loaded after the answer; None: without end.
     """
@@ -67,6 +70,8 @@ class ChatRequest:
     raw: bool = False
     context: tuple[int, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    must_call: bool = False
+    one_call: bool = False
     think: bool | str | None = None
     num_ctx: int | None = None
     truncate: bool = True
@@ -75,6 +80,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     format: Any = None
     logprobs: int | None = None
+    choices: int = 1
     stream: bool = False
     keep_alive: float | None = None
 
@@ -104,6 +110,7 @@ class GenerationRequest:
 
     Attributes:
         schema: the text of a JSON schema that the answer satisfies.
+        calls: the form of the tool calls that the answer consists of; the schema is then not used.
     """
 
     prompt: Prompt
@@ -111,6 +118,7 @@ class GenerationRequest:
     num_predict: int = -1
     stop: tuple[str, ...] = ()
     schema: str | None = None
+    calls: ToolCallGrammar | None = None
     logprobs: int | None = None
 
 
@@ -145,12 +153,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of an answer: text of the answer or of the thought in whole characters, or calls of tools."""
+    """The next piece of an answer: text of the answer or of the thought in whole characters, or calls of tools.
+
+    ``choice`` is the number of the answer, from 0, if a request has several.
+    """
 
     content: str = ""
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    choice: int = 0
 
     @property
     def empty(self) -> bool:
@@ -165,10 +177,12 @@ class Done:
     Attributes:
         reason: ``stop`` if the model or a stop string ended it, ``length`` if it was cut; ``load`` or ``unload`` if
             nothing was generated.
+        cached_tokens: number of the prompt's tokens whose state was kept, so that they were not computed.
         tokens: number of generated tokens, with the one that ended the answer.
         total_ns, load_ns, prompt_ns, answer_ns: nanoseconds in all, in the queue, on the prompt, on the answer.
         stopped_by: the stop string that ended it, if one did.
         context: ids of prompt and answer, for Ollama's ``context``.
+        choice: as in ``Delta``.
     """
 
     reason: str
@@ -180,6 +194,8 @@ class Done:
     answer_ns: int = 0
     stopped_by: str | None = None
     context: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    choice: int = 0
 
 
 Event = Delta | Done
@@ -202,15 +218,33 @@ class Completion:
         Raises:
             EngineError: generation failed.
         """
-        deltas: list[Delta] = []
+        (completion,) = await cls.collect_choices(events, 1)
+        return completion
+
+    @classmethod
+    async def collect_choices(cls, events: AsyncIterator[Event], choices: int) -> list[Completion]:
+        """Collect the events of several answers until the end of each; the answers in order.
+
+        Raises:
+            EngineError: generation failed.
+        """
+        deltas: list[list[Delta]] = [[] for _ in range(choices)]
+        ends: dict[int, Done] = {}
         async for event in events:
-            if isinstance(event, Done):
-                return cls(
-                    content="".join(delta.content for delta in deltas),
-                    thinking="".join(delta.thinking for delta in deltas),
-                    tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
-                    logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
-                    done=event,
-                )
-            deltas.append(event)
+            if isinstance(event, Delta):
+                deltas[event.choice].append(event)
+                continue
+            ends[event.choice] = event
+            if len(ends) == choices:
+                return [cls._of(deltas[choice], ends[choice]) for choice in range(choices)]
         raise EngineError("the answer ended unexpectedly")
+
+    @classmethod
+    def _of(cls, deltas: Sequence[Delta], done: Done) -> Completion:
+        return cls(
+            content="".join(delta.content for delta in deltas),
+            thinking="".join(delta.thinking for delta in deltas),
+            tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
+            logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            done=done,
+        )

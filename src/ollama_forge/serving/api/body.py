@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,6 +20,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
 from ollama_forge.serving.requests import BadRequest
+from ollama_forge.serving.threads import off_loop
+
+T = TypeVar("T")
 
 # Go's names for the types that pydantic misses in a value.
 _GO_TYPES = {
@@ -106,13 +110,14 @@ def json_type(value: object) -> str:
     return "array" if isinstance(value, list) else "object"
 
 
-async def read_body(request: Request) -> Any:
-    """Decode the body of a request, whatever its content type is.
+async def read_body(request: Request, read: Callable[[Any], T]) -> T:
+    """Decode the body of a request, whatever its content type is, and read it; a large one in a worker thread.
 
     Raises:
-        BadRequest: the body is not JSON.
+        BadRequest: the body is not JSON, or ``read`` refuses it.
     """
-    return decode(await request.body())
+    body = await request.body()
+    return await off_loop(len(body), lambda: read(decode(body)))
 
 
 def _bad_request(error: ErrorDetails, name: str) -> BadRequest:

@@ -12,12 +12,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ollama_forge.serving.api.routing import Api, ResponseModel
-from ollama_forge.serving.engine.base import EngineError
+from ollama_forge.serving.api.choices import answers_of
+from ollama_forge.serving.api.routing import Api, ResponseModel, failure_message
+from ollama_forge.serving.engine.base import ToolCallGrammar
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
+from ollama_forge.serving.threads import off_loop
+from ollama_forge.serving.tools.forced import forced_calls
 
 T = TypeVar("T")
 LEAST_LOGPROB = -9999.0  # the least log-probability in a response, because JSON has no infinity
@@ -43,13 +46,13 @@ async def exchange(
     model: ServedModel,
     request: ChatRequest,
     *,
-    whole: Callable[[Completion], ResponseModel],
+    whole: Callable[..., ResponseModel],
     writer: Callable[[int], StreamWriter],
 ) -> Response:
     """Generate the answer to a request, and respond with it; without messages, nothing is generated.
 
     Args:
-        whole: makes the body of a response that is not streamed.
+        whole: makes the body of a response that is not streamed from a completion, or from each of several.
         writer: makes the writer of a streamed response from the prompt's number of tokens.
 
     Raises:
@@ -63,12 +66,14 @@ async def exchange(
     if request.messages:
         generation = await asyncio.to_thread(generation_request, model, request)
         prompt_tokens = len(generation.prompt.ids)
-        events = model.generate(generation)
+        events = answers_of(model, request, generation)
     registry.keep(model)
     events = _then_keep_alive(events, registry, model, request.keep_alive)
     if not request.stream:
         async with aclosing(events):
-            return api.json(whole(await while_connected(http, Completion.collect(events))))
+            completions = await while_connected(http, Completion.collect_choices(events, request.choices))
+        size = sum(len(one.content) + len(one.thinking) + 256 * len(one.logprobs) for one in completions)
+        return await off_loop(size, lambda: api.json(whole(*completions)))
     try:
         first = await while_connected(http, _first(events))
     except BaseException:
@@ -121,12 +126,14 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
             truncate=request.truncate,
             context=request.context,
         )
+    calls = forced_grammar(model, request) if request.must_call else None
     return GenerationRequest(
         prompt,
         sampling=request.sampling,
         num_predict=request.num_predict,
         stop=request.stop,
-        schema=schema_text(request.format),
+        schema=schema_text(request.format) if calls is None else None,
+        calls=calls,
         logprobs=request.logprobs,
     )
 
@@ -154,6 +161,30 @@ def schema_text(format_: Any) -> str | None:
     return schema
 
 
+def forced_grammar(model: ServedModel, request: ChatRequest) -> ToolCallGrammar:
+    """The grammar of an answer that has to call a tool.
+
+    Raises:
+        BadRequest: the JSON schema of a tool's arguments cannot be enforced.
+    """
+    functions = [tool.get("function") or {} for tool in request.tools]
+    schemas = {str(function.get("name") or ""): function.get("parameters") or {} for function in functions}
+    split = model.prompts.template.thinking
+    try:
+        calls = forced_calls(
+            model.prompts.template.text,
+            schemas,
+            channels=split is not None and split.channels,
+            several=not request.one_call,
+        )
+    except ValueError as error:
+        raise BadRequest(f"tools: {error}") from None
+    for name, tool in zip(schemas, calls.tools, strict=True):
+        if (problem := check_schema(tool.schema)) is not None:
+            raise BadRequest(f'tools: invalid parameters of "{name}": {problem}')
+    return calls
+
+
 async def _nothing_generated() -> AsyncGenerator[Event]:
     """The events of a request without messages, which only loads the model."""
     yield Done("load")
@@ -176,15 +207,15 @@ async def _first(events: AsyncGenerator[Event]) -> Event:
 
 
 async def streamed(first: Event, rest: AsyncIterator[Event], writer: StreamWriter) -> AsyncGenerator[bytes]:
-    """The body of a streamed response; if generation fails, it ends with an error."""
+    """The body of a streamed response; if the answer cannot be generated or written, it ends with an error."""
     try:
         for data in writer.write(first):
             yield data
         async for event in rest:
             for data in writer.write(event):
                 yield data
-    except EngineError as error:
-        for data in writer.failed(str(error)):
+    except Exception as error:
+        for data in writer.failed(failure_message(error)):
             yield data
 
 

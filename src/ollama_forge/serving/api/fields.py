@@ -19,6 +19,7 @@ from ollama_forge.serving.requests import BadRequest, Message
 _INT64 = 1 << 63
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 _DATA_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp))?;base64,")
+_TEXT_URL = re.compile(r"data:text/[\w.+-]+(?:;charset=utf-8)?;base64,", re.IGNORECASE)
 _EFFORTS: dict[str, bool | str] = {
     "none": False,
     "minimal": "low",
@@ -125,6 +126,21 @@ class SamplingFields(RequestModel):
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
+def refuse_fields(sent: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Refuse the fields of a request that ask for what the server does not do.
+
+    Args:
+        sent: the request as the client sent it.
+        reasons: for each such field, what to do instead; "" for nothing.
+
+    Raises:
+        BadRequest: one of them has a value other than null, false, zero or an empty one.
+    """
+    for name, reason in reasons.items():
+        if sent.get(name):
+            raise BadRequest(f"{name} is not supported" + (f": {reason}" if reason else ""))
+
+
 def stop_strings(texts: Iterable[str]) -> tuple[str, ...]:
     """The stop strings that are not empty."""
     return tuple(text for text in texts if text)
@@ -181,18 +197,6 @@ def function_tool(name: str, description: str, parameters: Mapping[str, Any] | N
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
-def chosen_tools(tools: Sequence[dict[str, Any]], choice: object) -> tuple[dict[str, Any], ...]:
-    """The tools that ``tool_choice`` allows: all of them, none, or the one that it names."""
-    name = None
-    if isinstance(choice, dict):
-        inner = choice.get("function")
-        name = inner.get("name") if isinstance(inner, dict) else choice.get("name")
-        choice = choice.get("type")
-    if choice == "none":
-        return ()
-    return tuple(tools) if name is None else tuple(tool for tool in tools if tool["function"]["name"] == name)
-
-
 def with_tool_names(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages, with the tool's name added to tool results that only have the id of their call.
 
@@ -207,7 +211,7 @@ def with_tool_names(messages: Sequence[Message]) -> tuple[Message, ...]:
     )
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
+# -- images and documents ---------------------------------------------------------------------------------------------
 
 
 def image_of_url(url: str) -> bytes:
@@ -222,6 +226,27 @@ def image_of_url(url: str) -> bytes:
     if head is None:
         raise BadRequest("invalid image input")
     return image_of_base64(url[head.end() :], "invalid image input")
+
+
+def document_text(text: str, title: str = "", context: str = "") -> str:
+    """A document as a part of a message's text."""
+    name = f' title="{title}"' if title else ""
+    return "\n".join([f"<document{name}>", *([context] if context else []), text, "</document>"])
+
+
+def text_of_url(url: str, refusal: str) -> str:
+    """Decode the text in a ``data:`` URL.
+
+    Raises:
+        BadRequest: the URL or its media type is of another kind, or the data is not UTF-8; ``refusal`` is the message.
+    """
+    head = _TEXT_URL.match(url)
+    if head is None:
+        raise BadRequest(refusal)
+    try:
+        return _decode_base64(url[head.end() :]).decode()
+    except UnicodeDecodeError:
+        raise BadRequest(refusal) from None
 
 
 def image_of_base64(text: str, refusal: str) -> bytes:

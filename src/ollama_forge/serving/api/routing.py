@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.registry import ModelRegistry
 from ollama_forge.serving.requests import BadRequest, Busy
 
+_LOG = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[ModelRegistry, Request], Awaitable[Response]]
 _NO_ROUTE = {404: "404 page not found", 405: "405 method not allowed"}
@@ -41,6 +43,14 @@ class ResponseModel(BaseModel):
 
 def _is_empty(value: object) -> bool:
     return not value
+
+
+def failure_message(error: Exception) -> str:
+    """What a client is told of an error while its request is answered; the details of a defect go to the log."""
+    if isinstance(error, EngineError | BadRequest | Busy):
+        return str(error)
+    _LOG.error("a request could not be answered", exc_info=error)
+    return f"the server failed to answer ({type(error).__name__})"
 
 
 def new_id(prefix: str) -> str:
@@ -87,8 +97,8 @@ class Api:
                 return self.failure(error.status, error.message)
             except Busy as error:
                 return self.failure(503, str(error))
-            except EngineError as error:
-                return self.failure(500, str(error))
+            except Exception as error:
+                return self.failure(500, failure_message(error))
 
         return answer
 

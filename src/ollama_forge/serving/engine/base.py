@@ -35,17 +35,46 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Constraint:
-    """Constrains an output to a JSON schema.
+class TaggedJson:
+    """JSON between two texts, which may contain special tokens; ``schema`` is its JSON schema as JSON text."""
+
+    opening: str
+    schema: str
+    closing: str
+
+
+@dataclass(frozen=True)
+class ToolCallGrammar:
+    """The form of an output that calls tools: ``begin``, one call or more with ``separator`` between them, ``end``.
 
     Attributes:
-        schema: the schema as JSON text.
-        after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
-            constrains the whole output.
+        tools: a call of each tool, with its arguments as the JSON.
+        several: whether more than one call may come.
+        thought: the texts around a thought that may come before; None: none may.
     """
 
-    schema: str
+    tools: tuple[TaggedJson, ...]
+    begin: str = ""
+    separator: str = ""
+    end: str = ""
+    several: bool = False
+    thought: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Constrains an output to a JSON schema or to tool calls.
+
+    Attributes:
+        schema: the schema as JSON text; not used if there are ``calls``.
+        after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
+            constrains the whole output.
+        calls: the form of the tool calls that the output consists of.
+    """
+
+    schema: str = ""
     after: str | None = None
+    calls: ToolCallGrammar | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +108,15 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token; ``logprob`` and ``top`` (likeliest first) are set only if the request asks for them."""
+    """A generated token; ``logprob`` and ``top`` (likeliest first) are set only if the request asks for them.
+
+    The first token tells in ``cached`` how many tokens of the prompt were not computed, because their state was kept.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[Logprob, ...] = ()
+    cached: int = 0
 
 
 class EngineError(Exception):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from ollama_forge.serving.engine.base import Constraint, EngineError
-from ollama_forge.serving.engine.json_schema import grammar_of, one_line
+from ollama_forge.serving.engine.json_schema import calls_grammar, grammar_of, one_line
+
+_CACHED = 64
 
 
 class GrammarCompiler:
@@ -27,6 +30,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_ids: list[int]) -> None:
         self.tokenizer, self.vocabulary, self.end_ids = tokenizer, vocabulary, end_ids
+        self._compiled = lru_cache(_CACHED)(self._compile)
 
     @cached_property
     def tokens(self) -> LLTokenizer:
@@ -53,18 +57,38 @@ class GrammarCompiler:
                 yield text, token
 
     def start(self, constraint: Constraint) -> GrammarMatcher:
-        """Compile a constraint for one sequence.
+        """A constraint for one sequence; the first of its kind is compiled, which takes milliseconds to seconds.
 
         Raises:
-            EngineError: the schema cannot be enforced; ``check_schema`` tells beforehand.
+            EngineError: the constraint cannot be enforced; ``check_schema`` tells beforehand.
         """
+        matcher = self._compiled(constraint).deep_copy()
+        return GrammarMatcher(self, matcher, constraint.after.encode() if constraint.after else b"")
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
         try:
-            matcher = LLMatcher(self.tokens, grammar_of(constraint.schema), log_level=0)
+            if constraint.calls is None:
+                grammar = grammar_of(constraint.schema)
+            else:
+                grammar = calls_grammar(constraint.calls, self._split_special)
+            matcher = LLMatcher(self.tokens, grammar, log_level=0)
         except ValueError as error:
             raise EngineError(f"invalid format: {one_line(str(error))}") from None
         if matcher.is_error():
             raise EngineError(f"invalid format: {one_line(matcher.get_error())}")
-        return GrammarMatcher(self, matcher, constraint.after.encode() if constraint.after else b"")
+        return matcher
+
+    def _split_special(self, text: str) -> list[str | int]:
+        """Split a text into texts without special tokens and ids of special tokens."""
+        if not self._special:
+            return [text]
+        pattern = "|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True))
+        return [self._special.get(part, part) for part in re.split(f"({pattern})", text) if part]
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        added: dict[str, int] = self.tokenizer.get_added_vocab()
+        return {text: id_ for text, id_ in added.items() if text and self.tokens.is_special_token(id_)}
 
 
 class GrammarMatcher:

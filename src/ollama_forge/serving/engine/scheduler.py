@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +129,9 @@ class Scheduler:
         prefill, self._prefill = self._prefill, None
         self.prefills += 1
         self.prefilled_tokens += prefill.tokens
+        lengths = [len(sequence.request.ids) for sequence in self._joining]
+        for sequence, cached in zip(self._joining, cached_tokens(lengths, prefill.tokens), strict=True):
+            sequence.cached = cached
         first = len(self.running)
         for index in range(len(self._joining)):
             self.runner.join(prefill, index)
@@ -169,6 +173,8 @@ class Scheduler:
         """Deliver a token; return whether the sequence is finished."""
         if token.id in sequence.request.end_ids:
             return True
+        if not sequence.output_ids:
+            token = replace(token, cached=sequence.cached)
         sequence.append(token)
         self.decoded_tokens += 1
         self.deliver(sequence, token)
@@ -179,3 +185,16 @@ class Scheduler:
         self.runner.leave(row, sequence.ids if sequence.request.media is None else None)
         self.running[row] = self.running[-1]
         self.running.pop()
+
+
+def cached_tokens(lengths: SequenceOf[int], computed: int) -> list[int]:
+    """For prompts that are prefilled together, how many tokens of each were not computed.
+
+    Args:
+        lengths: the prompts' numbers of tokens.
+        computed: how many tokens were computed in all: the last tokens of each prompt, as many of each.
+    """
+    if len(lengths) == 1:
+        return [lengths[0] - computed]
+    new = next(new for new in range(computed + 1) if sum(min(length, new) for length in lengths) >= computed)
+    return [max(length - new, 0) for length in lengths]

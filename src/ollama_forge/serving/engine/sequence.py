@@ -19,6 +19,7 @@ class Sequence:
         sampling: the sampling state, from the beginning of the prefill on.
         matcher: the grammar of a constrained request, from the beginning of the prefill on.
         output_ids: ids of the tokens generated so far.
+        cached: number of the prompt's tokens whose state was kept.
     """
 
     request: EngineRequest
@@ -27,6 +28,7 @@ class Sequence:
     sampling: SamplingState | None = None
     matcher: GrammarMatcher | None = None
     output_ids: list[int] = field(default_factory=list)
+    cached: int = 0
 
     @property
     def ids(self) -> list[int]:

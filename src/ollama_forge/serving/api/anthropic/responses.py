@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ollama_forge.serving.api.routing import Api, ResponseModel, new_id, omit_none
+from ollama_forge.serving.api.routing import Api, ResponseModel, new_id, omit_empty, omit_none
 from ollama_forge.serving.requests import Completion, Done, ToolCall
 
 _ERROR_TYPES = {
@@ -60,8 +60,17 @@ ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class Usage(ResponseModel):
+    """Numbers of tokens; those of the prompt that were not computed are counted apart."""
+
     input_tokens: int
     output_tokens: int
+    cache_read_input_tokens: int = omit_empty(0)
+
+
+class TokenCount(ResponseModel):
+    """The body of ``/v1/messages/count_tokens``."""
+
+    input_tokens: int
 
 
 class Message(ResponseModel):
@@ -91,7 +100,8 @@ def stop_fields(done: Done, *, called: bool) -> dict[str, Any]:
 
 
 def usage(done: Done) -> Usage:
-    return Usage(input_tokens=done.prompt_tokens, output_tokens=done.tokens)
+    cached = done.cached_tokens
+    return Usage(input_tokens=done.prompt_tokens - cached, output_tokens=done.tokens, cache_read_input_tokens=cached)
 
 
 def message(model: str, completion: Completion) -> Message:

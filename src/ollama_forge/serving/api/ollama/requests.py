@@ -117,6 +117,7 @@ class _GenerationFields(RequestModel):
     top_logprobs: TopLogprobs = 0
     truncate: bool = True
     shift: bool = True
+    debug_render_only: bool = Field(False, alias="_debug_render_only")
 
     def check_logprobs(self) -> None:
         """Check the number of alternatives.
@@ -290,7 +291,10 @@ class _NamedModel(RequestModel):
 
 
 class ShowRequest(_NamedModel):
+    """The body of ``/api/show``; the response has ``system`` instead of the model's own system prompt."""
+
     go_name: ClassVar[str] = "ShowRequest"
+    system: str = ""
     verbose: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
@@ -19,10 +20,11 @@ from ollama_forge.serving.api.ollama import requests, responses
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
-from ollama_forge.serving.api.routing import Handler
+from ollama_forge.serving.api.routing import Handler, ResponseModel
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
-from ollama_forge.serving.requests import BadRequest, Completion, Done
+from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done
+from ollama_forge.serving.threads import off_loop
 
 # Clients switch features on by this version, so it is the version of Ollama whose API this server implements.
 OLLAMA_VERSION = "0.33.0"
@@ -72,7 +74,7 @@ def routes(registry: ModelRegistry) -> APIRouter:
 
 async def generate(registry: ModelRegistry, http: Request) -> Response:
     """Answer a prompt; without a prompt, load or unload the model."""
-    body = requests.GenerateRequest.read(await read_body(http))
+    body = await read_body(http, requests.GenerateRequest.read)
     model = registry.find(body.model, refusal=f"model '{body.model}' not found")
     respond = partial(responses.generate_response, body.model, context=not body.raw)
     body.check_logprobs()
@@ -90,6 +92,8 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
         raise BadRequest("template: this model has its own Jinja chat template; set raw to send a rendered prompt")
     if not all(0 <= id_ < len(model.tokenizer) for id_ in body.context):
         raise BadRequest("context contains token ids that are not in the model's vocabulary")
+    if body.debug_render_only:
+        return API.json(await _rendered(model, request, partial(responses.GenerateResponse, response="")))
     writes_empty = body.think is not False and "thinking" in model.capabilities  # as Ollama does here, not in chat
     writer = GenerateWriter(body.model, context=not body.raw, writes_empty=writes_empty)
     return await exchange(http, API, registry, model, request, whole=respond, writer=lambda _: writer)
@@ -97,7 +101,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
 
 async def chat(registry: ModelRegistry, http: Request) -> Response:
     """Answer a conversation; without messages, load or unload the model."""
-    body = requests.ChatRequestBody.read(await read_body(http))
+    body = await read_body(http, requests.ChatRequestBody.read)
     if ModelName.parse(body.model) is None:
         raise BadRequest("model is required")
     model = registry.find(body.model, refusal=f"model '{body.model}' not found")
@@ -110,8 +114,25 @@ async def chat(registry: ModelRegistry, http: Request) -> Response:
     request = body.chat_request(Options.read(body.options))
     if not body.messages:
         return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+    if body.debug_render_only:
+        nothing = responses.AssistantMessage(role="")
+        return API.json(await _rendered(model, request, partial(responses.ChatResponse, message=nothing)))
     writer = ChatWriter(body.model)
     return await exchange(http, API, registry, model, request, whole=respond, writer=lambda _: writer)
+
+
+async def _rendered(model: ServedModel, request: ChatRequest, answer: Callable[..., ResponseModel]) -> ResponseModel:
+    """The answer to a request with ``_debug_render_only``: the prompt as text, and nothing generated."""
+    if request.raw:
+        text = request.messages[0].content
+    else:
+        prompt = await asyncio.to_thread(
+            model.prompts.whole, request.messages, tools=request.tools, think=request.think
+        )
+        text = prompt.text
+    images = sum(len(message.images) for message in request.messages)
+    debug = responses.DebugInfo(rendered_template=text, image_count=images)
+    return answer(model=request.model, created_at=responses.now(), debug_info=debug)
 
 
 def _only_loaded(registry: ModelRegistry, model: ServedModel, keep_alive: float | None) -> Completion:
@@ -126,7 +147,7 @@ def _only_loaded(registry: ModelRegistry, model: ServedModel, keep_alive: float 
 async def embed(registry: ModelRegistry, http: Request) -> Response:
     """Embed one text or a list of texts."""
     came = time.perf_counter_ns()
-    body = requests.EmbedRequest.read(await read_body(http))
+    body = await read_body(http, requests.EmbedRequest.read)
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     options = Options.read(body.options)
     if not body.input:
@@ -135,20 +156,19 @@ async def embed(registry: ModelRegistry, http: Request) -> Response:
     began = time.perf_counter_ns()
     work = partial(model.embed, truncate=body.truncate, dimensions=body.dimensions)
     vectors, tokens = await _embedded(registry, http, model, body.input, work, options, body.keep_alive)
-    return API.json(
-        responses.EmbedResponse(
-            model=body.model,
-            embeddings=vectors,
-            total_duration=time.perf_counter_ns() - came,
-            load_duration=max(began - came, 1),
-            prompt_eval_count=tokens,
-        )
+    answer = responses.EmbedResponse(
+        model=body.model,
+        embeddings=vectors,
+        total_duration=time.perf_counter_ns() - came,
+        load_duration=max(began - came, 1),
+        prompt_eval_count=tokens,
     )
+    return await off_loop(8 * sum(map(len, vectors)), API.json, answer)
 
 
 async def embeddings(registry: ModelRegistry, http: Request) -> Response:
     """Embed one text (the older form)."""
-    body = requests.EmbeddingRequest.read(await read_body(http))
+    body = await read_body(http, requests.EmbeddingRequest.read)
     if ModelName.parse(body.model) is None:
         raise BadRequest("model is required")
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
@@ -197,21 +217,21 @@ async def ps(registry: ModelRegistry, http: Request) -> Response:
 
 
 async def show(registry: ModelRegistry, http: Request) -> Response:
-    body = requests.ShowRequest.read(await read_body(http))
+    body = await read_body(http, requests.ShowRequest.read)
     if not body.model_name:
         raise BadRequest("model is required")
     name = ModelName.parse(body.model_name)
     if name is None:
         raise BadRequest("invalid model name")
     model = registry.find(body.model_name, refusal=f"model '{name.short}' not found")
-    return API.json(responses.show_response(model, verbose=body.verbose))
+    return API.json(responses.show_response(model, verbose=body.verbose, system=body.system or None))
 
 
 # -- managing models --------------------------------------------------------------------------------------------------
 
 
 async def pull(registry: ModelRegistry, http: Request) -> Response:
-    body = requests.PullRequest.read(await read_body(http))
+    body = await read_body(http, requests.PullRequest.read)
     if ModelName.parse(body.model_name) is None:
         raise BadRequest("invalid model name")
     statuses = ["pulling manifest", "verifying sha256 digest", "writing manifest", "success"]
@@ -219,7 +239,7 @@ async def pull(registry: ModelRegistry, http: Request) -> Response:
 
 
 async def push(registry: ModelRegistry, http: Request) -> Response:
-    body = requests.PullRequest.read(await read_body(http))
+    body = await read_body(http, requests.PullRequest.read)
     if not body.model_name:
         raise BadRequest("model is required")
     if ModelName.parse(body.model_name) is None:
@@ -228,7 +248,7 @@ async def push(registry: ModelRegistry, http: Request) -> Response:
 
 
 async def create(registry: ModelRegistry, http: Request) -> Response:
-    body = requests.CreateRequest.read(await read_body(http))
+    body = await read_body(http, requests.CreateRequest.read)
     if ModelName.parse(body.model_name) is None:
         raise BadRequest("invalid model name")
     if not body.from_ and not body.files:
@@ -238,7 +258,7 @@ async def create(registry: ModelRegistry, http: Request) -> Response:
 
 
 async def copy(registry: ModelRegistry, http: Request) -> Response:
-    body = requests.CopyRequest.read(await read_body(http))
+    body = await read_body(http, requests.CopyRequest.read)
     for field, name in (("source", body.source), ("destination", body.destination)):
         if ModelName.parse(name) is None:
             raise BadRequest(f'{field} "{name}" is invalid')
@@ -246,7 +266,7 @@ async def copy(registry: ModelRegistry, http: Request) -> Response:
 
 
 async def delete(registry: ModelRegistry, http: Request) -> Response:
-    name = requests.DeleteRequest.read(await read_body(http)).model_name
+    name = (await read_body(http, requests.DeleteRequest.read)).model_name
     if not name:
         raise BadRequest("model is required")
     if ModelName.parse(name) is None:

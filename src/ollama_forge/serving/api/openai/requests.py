@@ -19,20 +19,33 @@ from ollama_forge.serving.api.fields import (
     TopLogprobs,
     answer_schema,
     call_arguments,
-    chosen_tools,
+    document_text,
     function_tool,
     image_of_url,
+    refuse_fields,
     required,
     stop_strings,
+    text_of_url,
     think_of_effort,
     with_tool_names,
 )
+from ollama_forge.serving.api.tool_choice import openai_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
 _PART = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
 CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
 _ENCODINGS = ("float", "base64")
+MOST_CHOICES = 128
+_NOT_IN_CHAT = {
+    "logit_bias": "",
+    "audio": "answers are text",
+    "prediction": "",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "web_search_options": "",
+}
+_NOT_IN_COMPLETIONS = {"logit_bias": "", "echo": ""}
 
 
 def role_of(text: str) -> str:
@@ -102,16 +115,35 @@ class ChatMessage(RequestModel):
         images: list[bytes] = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            value = part.get(kind) if isinstance(part, dict) and kind in ("text", "image_url") else None
+            if kind == "file":
+                texts.append(file_text(part.get("file")))
+                continue
+            if kind == "input_audio":
+                raise BadRequest("audio inputs are not supported")
+            value = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal", "image_url") else None
             if kind == "image_url" and isinstance(value, dict):
                 value = value.get("url")
             if not isinstance(value, str):
                 raise BadRequest("invalid message format")
-            if kind == "text":
-                texts.append(value)
-            else:
+            if kind == "image_url":
                 images.append(image_of_url(value))
+            else:
+                texts.append(value)
         return texts, images
+
+
+def file_text(file: object) -> str:
+    """The text of a file that a message holds as ``{"filename": …, "file_data": …}``.
+
+    Raises:
+        BadRequest: it is no text, or it was uploaded to OpenAI.
+    """
+    given = file if isinstance(file, dict) else {}
+    name, data = given.get("filename"), given.get("file_data")
+    refusal = "file inputs are not supported, except text files as base64 in file_data (data:text/plain;base64,…)"
+    if not isinstance(data, str):
+        raise BadRequest(refusal)
+    return document_text(text_of_url(data, refusal), name if isinstance(name, str) else "")
 
 
 class ToolFunction(RequestModel):
@@ -147,14 +179,28 @@ class ResponseFormat(RequestModel):
         """The value of Ollama's ``format``.
 
         Raises:
-            BadRequest: the schema is not an object.
+            BadRequest: the type is unknown, or the schema is missing or not an object.
         """
-        kind = self.type.strip().lower()
-        if kind == "json_object":
-            return "json"
-        if kind != "json_schema" or self.json_schema is None:
-            return None
-        return answer_schema(self.json_schema.schema_)
+        return answer_format(self.type, None if self.json_schema is None else self.json_schema.schema_)
+
+
+def answer_format(type_: str, schema: object) -> Mapping[str, Any] | str | None:
+    """The value of Ollama's ``format`` for OpenAI's formats ``text``, ``json_object`` and ``json_schema``.
+
+    Raises:
+        BadRequest: the type is unknown, or the schema is missing or not an object.
+    """
+    kind = type_.strip().lower()
+    if kind in ("", "text"):
+        return None
+    if kind == "json_object":
+        return "json"
+    if kind != "json_schema":
+        raise BadRequest(f'invalid format: the type "{type_}" is not supported')
+    found = answer_schema(schema)
+    if found is None:
+        raise BadRequest("invalid format: the schema is missing")
+    return found
 
 
 class Reasoning(RequestModel):
@@ -177,6 +223,16 @@ class _CompletionFields(SamplingFields):
     max_tokens: Integer | None = None
     stop: StopTexts = []
     stream_options: StreamOptions = StreamOptions()
+    n: Annotated[Integer, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_CHOICES})] = 1
+
+    def check_choices(self) -> None:
+        """Check the number of answers.
+
+        Raises:
+            BadRequest: the number is below 1 or above ``MOST_CHOICES``.
+        """
+        if not 1 <= self.n <= MOST_CHOICES:
+            raise BadRequest(f"n must be between 1 and {MOST_CHOICES}")
 
     @property
     def include_usage(self) -> bool:
@@ -191,6 +247,8 @@ class ChatCompletionRequest(_CompletionFields):
     messages: Annotated[list[ChatMessage], FailFast()] = []
     tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: ToolChoice = None
+    parallel_tool_calls: bool = True
+    modalities: Annotated[list[str], WithJsonSchema({"type": "array", "items": {"enum": ["text"]}})] = []
     response_format: ResponseFormat | None = None
     max_completion_tokens: Integer | None = None
     reasoning_effort: Effort = ""
@@ -208,19 +266,27 @@ class ChatCompletionRequest(_CompletionFields):
             raise BadRequest("[] is too short - 'messages'")
         if not 0 <= self.top_logprobs <= 20:
             raise BadRequest("top_logprobs must be between 0 and 20")
+        refuse_fields(self.sent, _NOT_IN_CHAT)
+        if set(self.modalities) - {"text"}:
+            raise BadRequest("modalities: answers are text")
+        self.check_choices()
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         functions = (tool.function for tool in self.tools)
         tools = [function_tool(one.name, one.description, one.parameters) for one in functions]
+        choice = openai_choice(tools, self.tool_choice)
         return ChatRequest(
             model=self.model,
             messages=with_tool_names([message.message() for message in self.messages]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if limit is None else limit,
             stop=stop_strings(self.stop),
-            tools=chosen_tools(tools, self.tool_choice),
+            tools=choice.tools,
+            must_call=choice.must_call,
+            one_call=not self.parallel_tool_calls,
             think=think_of_effort(self.reasoning_effort if self.reasoning is None else self.reasoning.effort),
             format=None if self.response_format is None else self.response_format.format,
             logprobs=self.top_logprobs if self.logprobs else None,
+            choices=self.n,
             stream=self.stream,
         )
 
@@ -235,6 +301,7 @@ class CompletionRequest(_CompletionFields):
     go_name: ClassVar[str] = "CompletionRequest"
     prompt: str = ""
     suffix: str = ""
+    best_of: Integer | None = None
     logprobs: TopLogprobs = 0
 
     def chat_request(self) -> ChatRequest:
@@ -245,6 +312,10 @@ class CompletionRequest(_CompletionFields):
         """
         if not 0 <= self.logprobs <= 20:
             raise BadRequest("top_logprobs must be between 0 and 20")
+        refuse_fields(self.sent, _NOT_IN_COMPLETIONS)
+        self.check_choices()
+        if self.best_of not in (None, self.n):
+            raise BadRequest("best_of is not supported: n answers are generated")
         return ChatRequest(
             model=self.model,
             messages=(Message("user", self.prompt),) if self.prompt else (),
@@ -252,6 +323,7 @@ class CompletionRequest(_CompletionFields):
             num_predict=-1 if self.max_tokens is None else self.max_tokens,
             stop=stop_strings(self.stop),
             logprobs=self.logprobs or None,
+            choices=self.n if self.prompt else 1,
             stream=self.stream,
         )
 

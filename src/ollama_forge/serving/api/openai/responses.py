@@ -78,10 +78,17 @@ class ChoiceLogprobs(ResponseModel):
     content: list[TokenLogprobs]
 
 
+class PromptTokensDetails(ResponseModel):
+    cached_tokens: int
+
+
 class Usage(ResponseModel):
+    """Numbers of tokens; the details are left out if no token of the prompt was kept."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = omit_none()
 
 
 def tool_calls(calls: Sequence[CommonToolCall]) -> list[ToolCall]:
@@ -107,9 +114,17 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(token.bytes)}
 
 
-def usage(done: Done) -> Usage:
-    prompt, completion = done.prompt_tokens, done.tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+def usage(*done: Done) -> Usage:
+    """The usage of all answers to one prompt, which counts once."""
+    prompt, completion = done[0].prompt_tokens, sum(one.tokens for one in done)
+    cached = done[0].cached_tokens
+    details = PromptTokensDetails(cached_tokens=cached) if cached else None
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=details,
+    )
 
 
 def finish_reason(done: Done, *, called: bool) -> str:
@@ -145,16 +160,22 @@ class ChatCompletion(ResponseModel):
     usage: Usage
 
 
-def chat_completion(model: str, completion: Completion) -> ChatCompletion:
+def chat_completion(model: str, *completions: Completion) -> ChatCompletion:
+    """The body of ``/v1/chat/completions``, with a choice for each completion."""
+    choices = [_chat_choice(index, completion) for index, completion in enumerate(completions)]
+    return ChatCompletion(model=model, choices=choices, usage=usage(*(one.done for one in completions)))
+
+
+def _chat_choice(index: int, completion: Completion) -> ChatChoice:
     message = AssistantMessage(
         content=completion.content, reasoning=completion.thinking, tool_calls=tool_calls(completion.tool_calls)
     )
-    choice = ChatChoice(
+    return ChatChoice(
+        index=index,
         message=message,
         finish_reason=finish_reason(completion.done, called=bool(completion.tool_calls)),
         logprobs=choice_logprobs(completion.logprobs),
     )
-    return ChatCompletion(model=model, choices=[choice], usage=usage(completion.done))
 
 
 # -- completions ------------------------------------------------------------------------------------------------------
@@ -186,11 +207,18 @@ class TextCompletion(ResponseModel):
     usage: Usage | None = omit_none()
 
 
-def text_completion(model: str, completion: Completion) -> TextCompletion:
-    """The body of ``/v1/completions``; its text does not include thinking."""
-    logprobs = text_logprobs(completion.logprobs, 0)
-    choice = TextChoice(text=completion.content, finish_reason=completion.done.reason, logprobs=logprobs)
-    return TextCompletion(model=model, choices=[choice], usage=usage(completion.done))
+def text_completion(model: str, *completions: Completion) -> TextCompletion:
+    """The body of ``/v1/completions``, with a choice for each completion; its texts do not include thinking."""
+    choices = [
+        TextChoice(
+            text=one.content,
+            index=index,
+            finish_reason=one.done.reason,
+            logprobs=text_logprobs(one.logprobs, 0),
+        )
+        for index, one in enumerate(completions)
+    ]
+    return TextCompletion(model=model, choices=choices, usage=usage(*(one.done for one in completions)))
 
 
 def text_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> TextLogprobs | None:

@@ -88,7 +88,7 @@ class Response(ResponseModel):
     previous_response_id: str | None = None
     output: list[OutputItem]
     error: ResponseError | None = None
-    tool_choice: str = "auto"
+    tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     presence_penalty: int = 0
     frequency_penalty: int = 0
@@ -111,8 +111,8 @@ class Response(ResponseModel):
     max_output_tokens: int | None = None
 
 
-def output_message(id_: str, text: str) -> OutputMessage:
-    return OutputMessage(id=id_, content=[OutputText(text=text)])
+def output_message(id_: str, text: str, status: str = "completed") -> OutputMessage:
+    return OutputMessage(id=id_, status=status, content=[OutputText(text=text)])
 
 
 def output_reasoning(id_: str, text: str) -> OutputReasoning:
@@ -125,7 +125,26 @@ def output_call(id_: str, call: ToolCall) -> OutputFunctionCall:
 
 def response_usage(done: Done) -> ResponseUsage:
     total = done.prompt_tokens + done.tokens
-    return ResponseUsage(input_tokens=done.prompt_tokens, output_tokens=done.tokens, total_tokens=total)
+    return ResponseUsage(
+        input_tokens=done.prompt_tokens,
+        output_tokens=done.tokens,
+        total_tokens=total,
+        input_tokens_details=InputTokensDetails(cached_tokens=done.cached_tokens),
+    )
+
+
+def ending(done: Done) -> dict[str, Any]:
+    """The fields that tell how a response ended; one that was cut is incomplete."""
+    return {
+        "usage": response_usage(done),
+        "status": status_of(done),
+        "incomplete_details": {"reason": "max_output_tokens"} if done.reason == "length" else None,
+        "completed_at": timestamp(),
+    }
+
+
+def status_of(done: Done) -> str:
+    return "incomplete" if done.reason == "length" else "completed"
 
 
 def response(model: str, echo: Mapping[str, Any], completion: Completion) -> Response:
@@ -134,16 +153,9 @@ def response(model: str, echo: Mapping[str, Any], completion: Completion) -> Res
     if completion.thinking:
         output.append(output_reasoning(new_id("rs_"), completion.thinking))
     if completion.content or not completion.tool_calls:
-        output.append(output_message(new_id("msg_"), completion.content))
+        output.append(output_message(new_id("msg_"), completion.content, status_of(completion.done)))
     output += [output_call(new_id("fc_"), call) for call in completion.tool_calls]
-    return Response(
-        completed_at=timestamp(),
-        status="completed",
-        model=model,
-        output=output,
-        usage=response_usage(completion.done),
-        **echo,
-    )
+    return Response(model=model, output=output, **ending(completion.done), **echo)
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------
@@ -193,19 +205,18 @@ class ResponseWriter:
             for call in event.tool_calls:
                 yield from self._call(call)
             return
-        yield from self._close()
-        completed = self._response("completed", usage=response_usage(event), completed_at=timestamp())
-        yield self._event("response.completed", response=completed)
+        yield from self._close(status_of(event))
+        yield self._event(f"response.{status_of(event)}", response=self._response(**ending(event)))
 
     def failed(self, message: str) -> Iterator[bytes]:
         if self._number == 0:
             yield from self._begin()
         error = ResponseError(code="server_error", message=message)
-        yield self._event("response.failed", response=self._response("failed", error=error))
+        yield self._event("response.failed", response=self._response(status="failed", error=error))
 
     def _begin(self) -> Iterator[bytes]:
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=self._response("in_progress"))
+            yield self._event(kind, response=self._response(status="in_progress"))
 
     def _thinking(self, text: str) -> Iterator[bytes]:
         if self._open != "reasoning":
@@ -241,7 +252,7 @@ class ResponseWriter:
     def _start(self, kind: str, prefix: str) -> None:
         self._open, self._item_id, self._text = kind, new_id(prefix), ""
 
-    def _close(self) -> Iterator[bytes]:
+    def _close(self, status: str = "completed") -> Iterator[bytes]:
         place, text = self._of_item(), self._text
         if self._open == "reasoning":
             yield self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=text)
@@ -250,7 +261,7 @@ class ResponseWriter:
             yield self._event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
             part = OutputText(text=text)
             yield self._event("response.content_part.done", **place, content_index=0, part=part)
-            yield from self._end(output_message(self._item_id, text))
+            yield from self._end(output_message(self._item_id, text, status))
 
     def _end(self, item: OutputItem) -> Iterator[bytes]:
         yield self._event("response.output_item.done", **self._place(), item=item)
@@ -263,15 +274,14 @@ class ResponseWriter:
     def _of_item(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": len(self._output)}
 
-    def _response(self, status: str, **more: Any) -> Response:
+    def _response(self, **fields: Any) -> Response:
         return Response(
             id=self._id,
             created_at=self._created,
-            status=status,
             model=self._model,
             output=list(self._output),
             **self._echo,
-            **more,
+            **fields,
         )
 
     def _event(self, kind: str, **fields: Any) -> bytes:

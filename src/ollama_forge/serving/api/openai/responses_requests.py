@@ -13,18 +13,33 @@ from ollama_forge.serving.api.fields import (
     Integer,
     Name,
     SamplingFields,
-    answer_schema,
     call_arguments,
-    chosen_tools,
     function_tool,
     image_of_url,
+    refuse_fields,
     required,
     think_of_effort,
     with_tool_names,
 )
-from ollama_forge.serving.api.openai.requests import CONTENT_SCHEMA, Reasoning, ToolChoice, role_of
+from ollama_forge.serving.api.openai.requests import (
+    CONTENT_SCHEMA,
+    Reasoning,
+    ToolChoice,
+    answer_format,
+    file_text,
+    role_of,
+)
 from ollama_forge.serving.api.openai.responses_events import Response
+from ollama_forge.serving.api.tool_choice import openai_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
+
+_NOT_SUPPORTED = {
+    "previous_response_id": "send the whole conversation as input",
+    "conversation": "send the whole conversation as input",
+    "background": "",
+    "prompt": "send the whole conversation as input",
+    "top_logprobs": "",
+}
 
 
 class ContentPart(RequestModel):
@@ -32,6 +47,7 @@ class ContentPart(RequestModel):
 
     type: str = ""
     text: str = ""
+    refusal: str = ""
     image_url: str = ""
 
 
@@ -50,14 +66,21 @@ def text_and_images(parts: Sequence[ContentPart]) -> tuple[str, tuple[bytes, ...
     """
     texts, images = [], []
     for part in parts:
-        if part.type in ("input_text", "output_text"):
-            texts.append(part.text)
-        elif part.type == "input_image" and part.image_url:
-            images.append(image_of_url(part.image_url))
-        elif part.type == "input_file":
-            raise BadRequest("file inputs are not currently supported")
-        elif part.type != "input_image":
-            raise BadRequest(f"unknown content type: {part.type}")
+        match part.type:
+            case "input_text" | "output_text":
+                texts.append(part.text)
+            case "refusal":
+                texts.append(part.refusal)
+            case "input_image" if not part.image_url:
+                raise BadRequest("input_image: only image_url is supported")
+            case "input_image":
+                images.append(image_of_url(part.image_url))
+            case "input_file":
+                texts.append(file_text(part.sent))
+            case "input_audio":
+                raise BadRequest("audio inputs are not supported")
+            case _:
+                raise BadRequest(f"unknown content type: {part.type}")
     return "".join(texts), tuple(images)
 
 
@@ -200,9 +223,9 @@ class ResponsesRequest(SamplingFields):
     text: TextField = TextField()
     tools: Annotated[list[FunctionTool], FailFast()] = []
     tool_choice: ToolChoice = None
-    truncation: str = ""
-    previous_response_id: Any = None
-    conversation: Any = None
+    parallel_tool_calls: bool = True
+    truncation: Annotated[str, WithJsonSchema({"enum": ["auto", "disabled"]})] = ""
+    include: Annotated[list[str], FailFast()] = []
 
     def chat_request(self) -> ChatRequest:
         """The request in the common form.
@@ -210,19 +233,25 @@ class ResponsesRequest(SamplingFields):
         Raises:
             BadRequest: a field has an invalid value, or it refers to a conversation stored by OpenAI.
         """
-        for key in ("previous_response_id", "conversation"):
-            if getattr(self, key) is not None:
-                raise BadRequest(f"{key} is not supported: send the whole conversation as input")
+        refuse_fields(self.sent, _NOT_SUPPORTED)
+        if "message.output_text.logprobs" in self.include:
+            raise BadRequest("include: message.output_text.logprobs is not supported")
+        if self.truncation not in ("", "auto", "disabled"):
+            raise BadRequest(f'truncation: "{self.truncation}" is neither "auto" nor "disabled"')
         instructions = [Message("system", self.instructions)] if self.instructions else []
         functions = [tool for tool in self.tools if tool.type in ("", "function")]
         tools = [function_tool(tool.name, tool.description, tool.parameters) for tool in functions]
+        choice = openai_choice(tools, self.tool_choice)
         return ChatRequest(
             model=self.model,
             messages=with_tool_names([*instructions, *self._messages()]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_output_tokens is None else self.max_output_tokens,
-            tools=chosen_tools(tools, self.tool_choice),
+            tools=choice.tools,
+            must_call=choice.must_call,
+            one_call=not self.parallel_tool_calls,
             think=think_of_effort(self.reasoning.effort),
+            truncate=self.truncation != "disabled",
             format=self._format(),
             stream=self.stream,
         )
@@ -252,9 +281,7 @@ class ResponsesRequest(SamplingFields):
 
     def _format(self) -> Mapping[str, Any] | str | None:
         format_ = self.text.format
-        if format_ is None or format_.type not in ("json_object", "json_schema"):
-            return None
-        return "json" if format_.type == "json_object" else answer_schema(format_.schema_)
+        return None if format_ is None else answer_format(format_.type, format_.schema_)
 
     def echo(self, request: ChatRequest) -> dict[str, Any]:
         """The fields that the response repeats.
@@ -272,6 +299,8 @@ class ResponsesRequest(SamplingFields):
             "temperature": _go_number(request.sampling.temperature),
             "reasoning": reasoning if any(reasoning.values()) else None,
             "max_output_tokens": self.max_output_tokens,
+            "tool_choice": self.tool_choice or "auto",
+            "parallel_tool_calls": self.parallel_tool_calls,
         }
         try:
             Response(model="", status="completed", output=[], **echo).model_dump_json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -16,8 +17,10 @@ from ollama_forge.serving.api.openai.responses import API
 from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
 from ollama_forge.serving.api.openai.streaming import ChatWriter, TextWriter
 from ollama_forge.serving.registry import ModelName, ModelRegistry
-from ollama_forge.serving.requests import BadRequest
+from ollama_forge.serving.requests import BadRequest, ChatRequest
+from ollama_forge.serving.threads import off_loop
 
+Body = TypeVar("Body", requests.ChatCompletionRequest, requests.CompletionRequest, ResponsesRequest)
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "pattern": NAME_PATTERN}}
 
 
@@ -49,8 +52,7 @@ async def model(registry: ModelRegistry, http: Request) -> Response:
 
 async def chat_completions(registry: ModelRegistry, http: Request) -> Response:
     """Answer a conversation."""
-    body = requests.ChatCompletionRequest.read(await read_body(http))
-    request = body.chat_request()
+    body, request = await read_body(http, lambda value: _with_request(requests.ChatCompletionRequest.read(value)))
     name = _required(body.model)
     return await exchange(
         http,
@@ -59,14 +61,13 @@ async def chat_completions(registry: ModelRegistry, http: Request) -> Response:
         registry.find(name, refusal=f"model '{name}' not found"),
         request,
         whole=partial(responses.chat_completion, name),
-        writer=lambda _: ChatWriter(name, include_usage=body.include_usage),
+        writer=lambda _: ChatWriter(name, include_usage=body.include_usage, choices=request.choices),
     )
 
 
 async def completions(registry: ModelRegistry, http: Request) -> Response:
     """Answer a text, as a conversation of one message."""
-    body = requests.CompletionRequest.read(await read_body(http))
-    request = body.chat_request()
+    body, request = await read_body(http, lambda value: _with_request(requests.CompletionRequest.read(value)))
     found = registry.find(body.model, refusal=f"model '{body.model}' not found")
     if body.suffix:
         raise BadRequest(f"{ModelName.of(found).full} does not support insert")
@@ -77,25 +78,25 @@ async def completions(registry: ModelRegistry, http: Request) -> Response:
         found,
         request,
         whole=partial(responses.text_completion, body.model),
-        writer=lambda _: TextWriter(body.model, include_usage=body.include_usage),
+        writer=lambda _: TextWriter(body.model, include_usage=body.include_usage, choices=request.choices),
     )
 
 
 async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
     """Embed one text or a list of texts."""
-    body = requests.EmbeddingsRequest.read(await read_body(http))
+    body = await read_body(http, requests.EmbeddingsRequest.read)
     body.check()
     found = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     registry.keep(found)
     work = found.embed(body.input or [], dimensions=body.dimensions or None)
     vectors, tokens = await while_connected(http, work)
-    return API.json(responses.embeddings_response(body.model, vectors, tokens, in_base64=body.in_base64))
+    answer = partial(responses.embeddings_response, body.model, vectors, tokens, in_base64=body.in_base64)
+    return await off_loop(8 * sum(map(len, vectors)), lambda: API.json(answer()))
 
 
 async def responses_v1(registry: ModelRegistry, http: Request) -> Response:
     """Answer a conversation through the Responses API."""
-    body = ResponsesRequest.read(await read_body(http))
-    request = body.chat_request()
+    body, request = await read_body(http, lambda value: _with_request(ResponsesRequest.read(value)))
     echo = body.echo(request)
     name = _required(body.model)
     return await exchange(
@@ -107,6 +108,10 @@ async def responses_v1(registry: ModelRegistry, http: Request) -> Response:
         whole=partial(responses_events.response, name, echo),
         writer=lambda _: responses_events.ResponseWriter(name, echo),
     )
+
+
+def _with_request(body: Body) -> tuple[Body, ChatRequest]:
+    return body, body.chat_request()
 
 
 def _required(name: str) -> str:

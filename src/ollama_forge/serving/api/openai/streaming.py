@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from pydantic import Field
@@ -23,7 +24,7 @@ from ollama_forge.serving.api.openai.responses import (
     usage,
 )
 from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_empty, omit_none
-from ollama_forge.serving.requests import Delta, Event, TokenLogprob
+from ollama_forge.serving.requests import Delta, Done, Event, TokenLogprob
 
 _DONE = server_sent_event("[DONE]")
 
@@ -57,26 +58,34 @@ class ChatChunk(ResponseModel):
 
 
 class ChatWriter:
-    """Writes the chunks of a chat completion. The first has the role; one without content has the finish reason.
+    """Writes the chunks of a chat completion. The first of a choice has the role; the last has the finish reason.
 
     Args:
         include_usage: whether the stream ends with a chunk of token counts.
+        choices: number of answers.
     """
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._model, self._include_usage = model, include_usage
+    def __init__(self, model: str, *, include_usage: bool, choices: int = 1) -> None:
+        self._model, self._include_usage, self._choices = model, include_usage, choices
         self._id, self._created = new_id("chatcmpl-"), timestamp()
-        self._begun = self._called = False
+        self._begun: set[int] = set()  # the choices of which a chunk was written
+        self._called: set[int] = set()  # the choices that call a tool
+        self._ends: list[Done] = []
 
     def write(self, event: Event) -> Iterator[bytes]:
         if isinstance(event, Delta):
             yield from self._delta(event)
             return
-        if not self._begun:
-            yield self._chunk(ChunkDelta(content=""))
-        yield self._chunk(ChunkDelta(), reason=finish_reason(event, called=self._called))
+        choice = event.choice
+        if choice not in self._begun:
+            yield self._chunk(choice, ChunkDelta(content=""))
+        yield self._chunk(choice, ChunkDelta(), reason=finish_reason(event, called=choice in self._called))
+        self._ends.append(event)
+        if len(self._ends) < self._choices:
+            return
         if self._include_usage:
-            chunk = ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage(event))
+            counts = usage(*self._ends)
+            chunk = ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=counts)
             yield server_sent_event(chunk)
         yield _DONE
 
@@ -86,45 +95,55 @@ class ChatWriter:
     def _delta(self, delta: Delta) -> Iterator[bytes]:
         if delta.empty:
             return
-        self._called = self._called or bool(delta.tool_calls)
+        if delta.tool_calls:
+            self._called.add(delta.choice)
         calls = tool_calls(delta.tool_calls)
         if delta.thinking and (delta.content or calls):
-            yield self._chunk(ChunkDelta(reasoning=delta.thinking), logprobs=delta.logprobs)
-            yield self._chunk(ChunkDelta(content=delta.content, tool_calls=calls))
+            yield self._chunk(delta.choice, ChunkDelta(reasoning=delta.thinking), logprobs=delta.logprobs)
+            yield self._chunk(delta.choice, ChunkDelta(content=delta.content, tool_calls=calls))
             return
         chunk = ChunkDelta(content=delta.content, reasoning=delta.thinking, tool_calls=calls)
-        yield self._chunk(chunk, logprobs=delta.logprobs)
+        yield self._chunk(delta.choice, chunk, logprobs=delta.logprobs)
 
-    def _chunk(self, delta: ChunkDelta, *, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-        if not self._begun:
+    def _chunk(
+        self, index: int, delta: ChunkDelta, *, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> bytes:
+        if index not in self._begun:
             delta.role = "assistant"
-            self._begun = True
-        choice = ChunkChoice(delta=delta, finish_reason=reason, logprobs=choice_logprobs(logprobs))
+            self._begun.add(index)
+        choice = ChunkChoice(index=index, delta=delta, finish_reason=reason, logprobs=choice_logprobs(logprobs))
         return server_sent_event(ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice]))
 
 
 class TextWriter:
-    """Writes the chunks of a completion. One without text has the finish reason.
+    """Writes the chunks of a completion. The last of a choice has the finish reason and no text.
 
     Args:
         include_usage: whether the stream ends with a chunk of token counts.
+        choices: number of answers.
     """
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._model, self._include_usage = model, include_usage
+    def __init__(self, model: str, *, include_usage: bool, choices: int = 1) -> None:
+        self._model, self._include_usage, self._choices = model, include_usage, choices
         self._id, self._created = new_id("cmpl-"), timestamp()
-        self._offset = 0
+        self._offsets: defaultdict[int, int] = defaultdict(int)  # for each choice, the length of its text
+        self._ends: list[Done] = []
 
     def write(self, event: Event) -> Iterator[bytes]:
+        index = event.choice
         if isinstance(event, Delta):
             if event.content or event.logprobs:
-                logprobs = text_logprobs(event.logprobs, self._offset)
-                self._offset += sum(len(token.text) for token in event.logprobs)
-                yield self._chunk([TextChoice(text=event.content, finish_reason=None, logprobs=logprobs)])
+                logprobs = text_logprobs(event.logprobs, self._offsets[index])
+                self._offsets[index] += sum(len(token.text) for token in event.logprobs)
+                choice = TextChoice(text=event.content, index=index, finish_reason=None, logprobs=logprobs)
+                yield self._chunk([choice])
             return
-        yield self._chunk([TextChoice(text="", finish_reason=event.reason)])
+        yield self._chunk([TextChoice(text="", index=index, finish_reason=event.reason)])
+        self._ends.append(event)
+        if len(self._ends) < self._choices:
+            return
         if self._include_usage:
-            yield self._chunk([], usage(event))
+            yield self._chunk([], usage(*self._ends))
         yield _DONE
 
     def failed(self, message: str) -> Iterator[bytes]:

@@ -1,0 +1,116 @@
+"""Calls that a request forces: how a family writes a call as JSON between texts, and the grammar of such calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ollama_forge.serving.engine.base import TaggedJson, ToolCallGrammar
+from ollama_forge.serving.tools.base import ToolFamily
+from ollama_forge.serving.tools.families import family_of
+
+_PLAIN = family_of("")  # its calls are JSON alone, which every model can write
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """How calls are written whose arguments are a JSON object.
+
+    Attributes:
+        opening, closing: the texts around the arguments; in ``opening``, NAME stands for the tool's name.
+        begin, separator, end: the texts before the first call, between two, and after the last.
+        several: whether more than one call can be written.
+        template_mark: a text that the chat template must contain; "" for any template.
+        thought: the texts around a thought that may come before, where it is part of the format.
+    """
+
+    opening: str
+    closing: str = ""
+    begin: str = ""
+    separator: str = ""
+    end: str = ""
+    several: bool = True
+    template_mark: str = ""
+    thought: tuple[str, str] | None = None
+
+    def opening_of(self, name: str) -> str:
+        """The text before the arguments of a call of the tool ``name``."""
+        if '"NAME"' in self.opening:
+            return self.opening.replace('"NAME"', json.dumps(name, ensure_ascii=False))
+        return self.opening.replace("NAME", name)
+
+
+_JSON = '{"name": "NAME", "arguments": '
+_DEEPSEEK_BLOCK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_HARMONY = CallSyntax(
+    "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",  # ends with the answer
+    several=False,
+    thought=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+)
+# By the family's name, the first whose mark the template has; families of another form are made to write plain JSON.
+_SYNTAXES: dict[str, tuple[CallSyntax, ...]] = {
+    "hermes": (CallSyntax(f"<tool_call>\n{_JSON}", "}\n</tool_call>", separator="\n"),),
+    "llama": (CallSyntax('{"name": "NAME", "parameters": ', "}", several=False),),
+    "mistral": (
+        CallSyntax("[TOOL_CALLS]NAME[ARGS]", template_mark="[ARGS]"),
+        CallSyntax(_JSON, "}", begin="[TOOL_CALLS][", separator=", ", end="]"),
+    ),
+    "deepseek": (
+        CallSyntax(
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+            "\n```<｜tool▁call▁end｜>",
+            begin=_DEEPSEEK_BLOCK[0],
+            separator="\n",
+            end=_DEEPSEEK_BLOCK[1],
+            template_mark="```json",
+        ),
+        CallSyntax(
+            "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            begin=_DEEPSEEK_BLOCK[0],
+            end=_DEEPSEEK_BLOCK[1],
+        ),
+    ),
+}
+_PLAIN_SYNTAX = CallSyntax(_JSON, "}", several=False)
+
+
+def forced_family(family: ToolFamily) -> ToolFamily:
+    """The family that reads the calls which a family's models are made to write."""
+    return family if family.name in _SYNTAXES else _PLAIN
+
+
+def forced_calls(
+    template: str, schemas: Mapping[str, Mapping[str, Any]], *, channels: bool, several: bool
+) -> ToolCallGrammar:
+    """The grammar of an answer that calls tools and says nothing else.
+
+    Args:
+        template: the chat template.
+        schemas: for each tool that may be called, by its name, the JSON schema of its arguments.
+        channels: whether the answer has the channels of gpt-oss.
+        several: whether more than one call may come.
+    """
+    known = _SYNTAXES.get(family_of(template).name, (_PLAIN_SYNTAX,))
+    syntax = _HARMONY if channels else next(syntax for syntax in known if syntax.template_mark in template)
+    tools = tuple(
+        TaggedJson(syntax.opening_of(name), arguments_schema(schema), syntax.closing)
+        for name, schema in schemas.items()
+    )
+    return ToolCallGrammar(
+        tools, syntax.begin, syntax.separator, syntax.end, several and syntax.several, thought=syntax.thought
+    )
+
+
+def arguments_schema(schema: Mapping[str, Any]) -> str:
+    """The JSON schema of a tool's arguments, as JSON text; arguments are an object.
+
+    Raises:
+        ValueError: the schema contains NaN or Infinity, or is nested too deeply.
+    """
+    try:
+        return json.dumps({"type": "object", **schema}, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply") from None
