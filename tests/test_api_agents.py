@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import anthropic.types
+import jsonschema
 import ollama
 import openai.types
 import openai.types.chat
@@ -20,9 +21,11 @@ from pydantic import TypeAdapter
 from ollama_forge.serving import threads
 from ollama_forge.serving.api import body as api_body
 from ollama_forge.serving.engine.base import EngineRequest
+from ollama_forge.serving.engine.json_schema import check_schema, violation
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.requests import Delta, Done, Event, GenerationRequest
+from ollama_forge.serving.tools.forced import plain_call_schema
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 from tests.engines import load
 from tests.loopback import FACTS, THINKING, TOOLS, loopback, scripted
@@ -250,6 +253,20 @@ def test_a_forced_call_comes_after_the_thought(path: str) -> None:
     assert "</think>" in str(request.constraint.after)
     assert len(request.constraint.calls.tools) == 2
     assert request.constraint.calls.several
+    plain = json.loads(request.constraint.schema)
+    jsonschema.validate({"name": "get_weather", "arguments": {"city": "Rome"}}, plain)
+    for wrong in ({"name": "get_weather", "arguments": {"city": "Bonn"}}, {"name": "x", "arguments": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, plain)
+
+
+def test_schemas_of_plain_calls_keep_their_references() -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "size": {"$ref": "#/$defs/n"}}}
+    schema = plain_call_schema({"f": {**tree, "$defs": {"n": {"type": "integer"}}}, "g": {}})
+    call = {"name": "f", "arguments": {"next": {"size": 1}}}
+    assert violation(schema, json.dumps(call)) is None
+    assert violation(schema, json.dumps({**call, "arguments": {"next": {"size": "a"}}})) is not None
+    assert check_schema(schema) is None
 
 
 def test_harmony_has_its_thought_within_the_grammar() -> None:

@@ -181,7 +181,7 @@ def calling(**more: Any) -> GrammarMatcher:
         TaggedJson('<|user|>{"name": "f", "arguments": ', ARGUMENTS, "}<|pad|>"),
         TaggedJson('<|user|>{"name": "g", "arguments": ', NO_ARGUMENTS, "}<|pad|>"),
     )
-    constraint = Constraint(calls=ToolCallGrammar(tools, separator=";", **more))
+    constraint = Constraint("{}", calls=ToolCallGrammar(tools, separator=";", **more))
     return GrammarCompiler(tiny.tokenizer(), tiny.VOCABULARY, [1]).start(constraint)
 
 

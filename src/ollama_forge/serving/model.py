@@ -173,8 +173,7 @@ class ServedModel:
         The constraint holds from the end of the thought; without a thought that end would never come.
         """
         split = request.prompt.thinking
-        constrained = request.schema is not None or request.calls is not None
-        if not constrained or split is None or split.opened or split.channels:
+        if request.schema is None or split is None or split.opened or split.channels:
             return request
         ids = (*request.prompt.ids, *self._encode(split.opening))
         return replace(request, prompt=replace(request.prompt, ids=ids, thinking=replace(split, opened=True)))
@@ -192,11 +191,11 @@ class ServedModel:
 
     @staticmethod
     def _constraint(request: GenerationRequest) -> Constraint | None:
-        split = request.prompt.thinking
-        after = split.closing if split else None
-        if request.calls is not None:
-            return Constraint(after=None if request.calls.thought is not None else after, calls=request.calls)
-        return None if request.schema is None else Constraint(request.schema, after)
+        split, calls = request.prompt.thinking, request.calls
+        if request.schema is None:
+            return None
+        begins_at_once = split is None or (calls is not None and calls.thought is not None)
+        return Constraint(request.schema, None if begins_at_once or split is None else split.closing, calls)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

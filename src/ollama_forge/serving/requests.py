@@ -110,7 +110,7 @@ class GenerationRequest:
 
     Attributes:
         schema: the text of a JSON schema that the answer satisfies.
-        calls: the form of the tool calls that the answer consists of; the schema is then not used.
+        calls: the form of the tool calls that the answer consists of; the schema is then that of a plain JSON call.
     """
 
     prompt: Prompt

@@ -31,7 +31,7 @@ def _seeded(generation: GenerationRequest, choice: int) -> GenerationRequest:
 
 def _answer(model: ServedModel, request: ChatRequest, generation: GenerationRequest) -> AsyncGenerator[Event]:
     events = model.generate(generation)
-    if generation.schema is not None and translate(generation.schema).loosened:
+    if generation.schema is not None and generation.calls is None and translate(generation.schema).loosened:
         events = _checked(events, generation.schema)
     return _with_one_call(events) if request.one_call else events
 

@@ -20,7 +20,7 @@ from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
 from ollama_forge.serving.threads import off_loop
-from ollama_forge.serving.tools.forced import forced_calls
+from ollama_forge.serving.tools.forced import forced_calls, plain_call_schema
 
 T = TypeVar("T")
 LEAST_LOGPROB = -9999.0  # the least log-probability in a response, because JSON has no infinity
@@ -126,13 +126,15 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
             truncate=request.truncate,
             context=request.context,
         )
-    calls = forced_grammar(model, request) if request.must_call else None
+    schema, calls = schema_text(request.format), None
+    if request.must_call:
+        schema, calls = forced_call(model, request)
     return GenerationRequest(
         prompt,
         sampling=request.sampling,
         num_predict=request.num_predict,
         stop=request.stop,
-        schema=schema_text(request.format) if calls is None else None,
+        schema=schema,
         calls=calls,
         logprobs=request.logprobs,
     )
@@ -161,8 +163,8 @@ def schema_text(format_: Any) -> str | None:
     return schema
 
 
-def forced_grammar(model: ServedModel, request: ChatRequest) -> ToolCallGrammar:
-    """The grammar of an answer that has to call a tool.
+def forced_call(model: ServedModel, request: ChatRequest) -> tuple[str, ToolCallGrammar]:
+    """The constraint of an answer that has to call a tool: the schema of a plain JSON call, and the family's own form.
 
     Raises:
         BadRequest: the JSON schema of a tool's arguments cannot be enforced.
@@ -171,18 +173,19 @@ def forced_grammar(model: ServedModel, request: ChatRequest) -> ToolCallGrammar:
     schemas = {str(function.get("name") or ""): function.get("parameters") or {} for function in functions}
     split = model.prompts.template.thinking
     try:
+        plain = plain_call_schema(schemas)
         calls = forced_calls(
             model.prompts.template.text,
             schemas,
             channels=split is not None and split.channels,
             several=not request.one_call,
         )
-    except ValueError as error:
-        raise BadRequest(f"tools: {error}") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("tools: parameters are nested too deeply or contain NaN or Infinity") from None
     for name, tool in zip(schemas, calls.tools, strict=True):
         if (problem := check_schema(tool.schema)) is not None:
             raise BadRequest(f'tools: invalid parameters of "{name}": {problem}')
-    return calls
+    return plain, calls
 
 
 async def _nothing_generated() -> AsyncGenerator[Event]:

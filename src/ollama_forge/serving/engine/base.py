@@ -66,13 +66,14 @@ class Constraint:
     """Constrains an output to a JSON schema or to tool calls.
 
     Attributes:
-        schema: the schema as JSON text; not used if there are ``calls``.
+        schema: the schema as JSON text. If there are ``calls``, it is that of one call as plain JSON, for engines that
+            constrain outputs to schemas alone.
         after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
             constrains the whole output.
         calls: the form of the tool calls that the output consists of.
     """
 
-    schema: str = ""
+    schema: str
     after: str | None = None
     calls: ToolCallGrammar | None = None
 

@@ -227,7 +227,9 @@ def calls_grammar(calls: ToolCallGrammar, special: Callable[[str], Sequence[str 
     """
 
     def literal(text: str) -> str:
-        parts = [f"<[{part}]>" if isinstance(part, int) else json.dumps(part) for part in special(text)]
+        parts = [
+            f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False) for part in special(text)
+        ]
         return " ".join(part for part in parts if part != '""')
 
     named = [f"tool{index}" for index in range(len(calls.tools))]

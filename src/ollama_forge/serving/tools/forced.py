@@ -92,11 +92,14 @@ def forced_calls(
         schemas: for each tool that may be called, by its name, the JSON schema of its arguments.
         channels: whether the answer has the channels of gpt-oss.
         several: whether more than one call may come.
+
+    Raises:
+        ValueError, RecursionError: a schema contains NaN or Infinity, or is nested too deeply.
     """
     known = _SYNTAXES.get(family_of(template).name, (_PLAIN_SYNTAX,))
     syntax = _HARMONY if channels else next(syntax for syntax in known if syntax.template_mark in template)
     tools = tuple(
-        TaggedJson(syntax.opening_of(name), arguments_schema(schema), syntax.closing)
+        TaggedJson(syntax.opening_of(name), _json({"type": "object", **schema}), syntax.closing)
         for name, schema in schemas.items()
     )
     return ToolCallGrammar(
@@ -104,13 +107,41 @@ def forced_calls(
     )
 
 
-def arguments_schema(schema: Mapping[str, Any]) -> str:
-    """The JSON schema of a tool's arguments, as JSON text; arguments are an object.
+def plain_call_schema(schemas: Mapping[str, Mapping[str, Any]]) -> str:
+    """The JSON schema, as JSON text, of one call of one of the tools in the form ``{"name": …, "arguments": {…}}``.
 
     Raises:
-        ValueError: the schema contains NaN or Infinity, or is nested too deeply.
+        ValueError, RecursionError: a schema contains NaN or Infinity, or is nested too deeply.
     """
-    try:
-        return json.dumps({"type": "object", **schema}, ensure_ascii=False, allow_nan=False)
-    except RecursionError:
-        raise ValueError("the schema is nested too deeply") from None
+    arguments, calls = {}, []
+    for index, (name, schema) in enumerate(schemas.items()):
+        place = f"#/$defs/tool{index}"
+        arguments[f"tool{index}"] = _moved({"type": "object", **schema}, place)
+        properties = {"name": {"const": name}, "arguments": {"$ref": place}}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": list(properties),
+                "additionalProperties": False,
+            }
+        )
+    return _json({"anyOf": calls, "$defs": arguments})
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema with the references that it needs at another place of a document."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value[:1] == "#"
+        else _moved(value, place)
+        for key, value in schema.items()
+    }
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema, ensure_ascii=False, allow_nan=False)
