@@ -52,13 +52,13 @@ async def _checked(events: AsyncGenerator[Event], schema: str) -> AsyncGenerator
     pieces: list[str] = []
     async with aclosing(events):
         async for event in events:
-            yield event
             if isinstance(event, Delta):
                 pieces.append(event.content)
             elif event.reason == "stop":
                 problem = await asyncio.to_thread(violation, schema, "".join(pieces))
                 if problem is not None:
                     _LOG.warning("an answer does not satisfy its JSON schema: %s", problem)
+            yield event
 
 
 async def _merged(answers: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[Event]:

@@ -28,7 +28,7 @@ from ollama_forge.serving.api.tool_choice import ToolChoice, anthropic_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
 # Claude Code begins its system prompt with a line for Anthropic's accounting, which differs from request to request.
-_BILLING_LINE = re.compile(r"^x-anthropic-billing-header:(?:[ \t]*[\w-]+=[^;\n]*;)*[ \t]*\n*", re.MULTILINE)
+_BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:(?:[ \t]*[\w-]+=[^;\n]*(?:;|$))*\s*", re.MULTILINE)
 _NOT_SUPPORTED = {"container": "", "mcp_servers": ""}
 
 # -- content blocks ---------------------------------------------------------------------------------------------------
@@ -202,6 +202,12 @@ def _text(blocks: Sequence[RequestModel]) -> str:
     return "".join(block.text for block in blocks if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock))
 
 
+def _system_text(blocks: Sequence[RequestModel]) -> str:
+    texts = [_text([block]) for block in blocks]
+    billing = [_BILLING_LINE.match(text) for text in texts]
+    return "".join(text[match.end() :] if match else text for text, match in zip(texts, billing, strict=True))
+
+
 # -- the body ---------------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +322,7 @@ class MessagesRequest(SamplingFields):
         """
         self._check_required()
         refuse_fields(self.sent, _NOT_SUPPORTED)
-        system = _BILLING_LINE.sub("", _text(self.system))
+        system = _system_text(self.system)
         messages = [Message("system", system)] if system else []
         for turn in self.messages:
             messages += turn.messages()
