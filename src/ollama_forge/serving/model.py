@@ -179,7 +179,7 @@ class ServedModel:
             max_tokens=max_tokens,
             sampling=request.sampling,
             end_ids=self._end_ids | self._tokens.specials(request.stop),  # special tokens have no text to stop at
-            constraint=None if schema is None else Constraint(schema, split.closing if split else None),
+            constraint=None if schema is None else Constraint(schema, split.answer_after if split else ()),
             top_logprobs=request.logprobs,
             media=request.prompt.media,
         )

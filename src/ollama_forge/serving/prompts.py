@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, ImageEncoder
-from ollama_forge.serving.requests import BadRequest, Message, Prompt
+from ollama_forge.serving.requests import BadRequest, Message, Prompt, Tools
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 
@@ -85,11 +85,10 @@ class PromptBuilder:
                 raise _too_long(len(context) + len(encoded.ids), limit)
             encoded = self._fewer(messages, encode, limit - len(context), encoded)
         ids = self._cut((*context, *encoded.ids), limit, encoded.media)
-        names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
-        split = self._split(encoded.text, think)
-        if _continued(messages) and split and not (split.opened or split.channels):
+        split, continued = self._split(encoded.text, think), _continued(messages)
+        if continued and split and not (split.opened or split.channels):
             split = None  # it continues an answer, so its thought is over
-        return Prompt(ids, limit, encoded.media, split, names)
+        return Prompt(ids, limit, encoded.media, split, continued, _schemas(tools))
 
     def text(
         self,
@@ -119,7 +118,7 @@ class PromptBuilder:
         split = self._split(text, think)
         if think is None and split and not (split.opened or split.channels):
             split = None  # text as it is asks for no thought
-        return Prompt(self._cut(ids, limit, encoded.media), limit, encoded.media, split)
+        return Prompt(self._cut(ids, limit, encoded.media), limit, encoded.media, split, continues=True)
 
     def _limit(self, num_ctx: int | None) -> int:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
@@ -207,6 +206,13 @@ class PromptBuilder:
 def _continued(messages: Sequence[Message]) -> bool:
     """Whether the answer continues the last message."""
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> Tools:
+    """The name of each tool, and the JSON schema of its arguments."""
+    functions = [tool.get("function") or tool for tool in tools]
+    schemas = [(function.get("name"), function.get("parameters")) for function in functions]
+    return {str(name or ""): schema if isinstance(schema, Mapping) else {} for name, schema in schemas}
 
 
 def _too_long(count: int, limit: int) -> BadRequest:

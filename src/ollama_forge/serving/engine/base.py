@@ -40,12 +40,12 @@ class Constraint:
 
     Attributes:
         schema: the schema as JSON text.
-        after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
-            constrains the whole output.
+        after: the texts (the closing tag of a thought) that come first, one behind the other; the constraint begins
+            behind the last of them. Without any, it holds for the whole output.
     """
 
     schema: str
-    after: str | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
