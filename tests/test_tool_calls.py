@@ -271,6 +271,28 @@ def test_ids_differ_and_indices_count() -> None:
     assert calls[0].id != calls[1].id
 
 
+def test_llama_calls_between_tags() -> None:
+    check("<|python_tag|>", '<function=get_weather>{"city": "Paris"}</function>', [("call", PARIS)])
+
+
+@pytest.mark.parametrize("name", ["functions.get_weather:0", "get_weather:12", "get_weather", "functions.get_weather"])
+def test_kimi_calls_by_their_ids(name: str) -> None:
+    text = f'<|tool_call_begin|>{name}<|tool_call_argument_begin|>{{"city": "Paris"}}<|tool_call_end|>'
+    check("<|tool_call_argument_begin|>", text, [("call", PARIS)])
+    section = f"<|tool_calls_section_begin|>{text} {text}<|tool_calls_section_end|>"
+    check("<|tool_call_argument_begin|>", section, [("call", PARIS), ("call", PARIS)])
+
+
+def test_other_ways_to_write_calls_of_a_family() -> None:
+    listed = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+    check("<|tool|><|/tool|>", f"functools{listed}", [("call", PARIS)])
+    check("<|start_of_role|>", f"<tool_call>{listed}", [("call", PARIS)])
+    check("<|tool_list_start|>", f"<|tool_call_start|>{listed}<|tool_call_end|>", [("call", PARIS)])
+    check("<|header_start|>", '[get_weather(city="Paris")]', [("call", PARIS)])
+    check("<|header_start|>", f"<|python_tag|>{listed}", [("call", PARIS)])
+    check("<tool_call>", listed, [("call", PARIS)])  # without the tags, where the answer begins
+
+
 def test_llama_calls_as_python() -> None:
     check("<|python_tag|>", '<|python_tag|>get_weather.call(city="Paris")', [("call", PARIS)])
     code = "<|python_tag|>import os\nprint(1)"

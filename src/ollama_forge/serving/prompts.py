@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,8 +227,8 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
     Args:
         spell_arguments: give the arguments of calls as JSON text instead of objects.
     """
-    short = "length 9" in template or "|length != 9" in template  # Mistral's ids
     named = _with_call_ids(messages)
+    id_in = _ids_in(template, named)
     turns: list[dict[str, Any]] = []
     for message in named:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -240,7 +240,7 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
         if message.tool_calls:
             turn["tool_calls"] = [
                 {
-                    "id": _short(call.id) if short else call.id,
+                    "id": id_in(call.id),
                     "type": "function",
                     "function": {
                         "name": call.name,
@@ -253,9 +253,20 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
             ]
         if message.role == "tool":
             turn |= {"name": message.tool_name, "tool_name": message.tool_name}
-            turn["tool_call_id"] = _short(message.tool_call_id) if short else message.tool_call_id
+            turn["tool_call_id"] = id_in(message.tool_call_id)
         turns.append(turn)
     return turns
+
+
+def _ids_in(template: str, messages: Sequence[Message]) -> Callable[[str], str]:
+    """How a template wants the ids of calls: Mistral's short, Kimi's with the name and the number of the call."""
+    if "length 9" in template or "|length != 9" in template:
+        return _short
+    if "<|tool_call_argument_begin|>" not in template:
+        return str
+    calls = [call for message in messages for call in message.tool_calls]
+    ids = {call.id: f"functions.{call.name}:{number}" for number, call in enumerate(calls)}
+    return lambda id_: ids.get(id_, id_)
 
 
 def _short(id_: str) -> str:

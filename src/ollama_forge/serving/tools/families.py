@@ -180,7 +180,11 @@ FAMILIES: tuple[ToolFamily, ...] = (
     ToolFamily(
         "llama",  # Llama 3
         template_marks=(("<|python_tag|>",), ("Environment: ipython",)),
-        forms=(tag_before("<|python_tag|>"), *_FIRST),
+        forms=(
+            tag_before("<|python_tag|>"),
+            text_between("<function=", "</function>", named_before(">")),
+            *_FIRST,
+        ),
     ),
     ToolFamily(
         "hermes",  # Hermes, Qwen and many others
