@@ -20,6 +20,7 @@ from ollama_forge.serving.engine.base import (
 )
 from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatcher
 from ollama_forge.serving.engine.json_schema import check_schema, translate, violation
+from ollama_forge.text.thinking import HARMONY
 from tests import tiny
 from tests.engines import GREEDY, collect, load, running, together, wait
 
@@ -131,7 +132,7 @@ def test_a_violation_quotes_no_answer_and_follows_no_reference_or_pattern() -> N
     assert violation('{"pattern": "^(a+)+$"}', json.dumps("a" * 40 + "b")) is None
 
 
-def enforced(schema: object, after: str | None = None) -> GrammarMatcher:
+def enforced(schema: object, *after: str) -> GrammarMatcher:
     return GrammarCompiler(tiny.tokenizer(), tiny.VOCABULARY, [1]).start(Constraint(json.dumps(schema), after))
 
 
@@ -227,6 +228,16 @@ def test_a_schema_holds_from_behind_the_thought(after: str) -> None:
     assert not accepts(enforced(PERSON, after), f"any{after}")
 
 
+@pytest.mark.parametrize("type_", ["", " <|constrain|>json", "json"])
+def test_a_schema_holds_from_behind_the_header_of_the_final_channel(type_: str) -> None:
+    thought = "<|channel|>analysis<|message|><|channel|>fine<|end|><|start|>assistant"
+    header = f"{thought}<|channel|>final{type_}<|message|>"
+    after = HARMONY.answer_after
+    assert accepts(enforced(PERSON, *after), f'{header}{{"name":"A","age":7}}')
+    assert not accepts(enforced(PERSON, *after), f"{header}text")
+    assert not accepts(enforced(PERSON, *after), f'{thought}<|channel|>final{type_}{{"name":"A","age":7}}')
+
+
 def test_a_token_across_the_thoughts_end_must_begin_the_answer() -> None:
     """With a vocabulary in which tokens reach over the tag's end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -243,7 +254,7 @@ def test_a_token_across_the_thoughts_end_must_begin_the_answer() -> None:
     places = {token: place for place, token in enumerate(tokens)}
 
     def at(said: str) -> tuple[GrammarMatcher, dict[str, bool]]:
-        constraint = grammars.start(Constraint(json.dumps(PERSON), "</think>"))
+        constraint = grammars.start(Constraint(json.dumps(PERSON), ("</think>",)))
         for byte in said:
             constraint.add(places[byte])
         mask = constraint.allowed(frozenset({0}))

@@ -182,13 +182,13 @@ def test_a_schema_becomes_a_constraint_that_sets_in_after_the_thought() -> None:
     collect(plain, GenerationRequest(hi(plain), schema='{"type":"object"}'))
     constraint = engine_of(plain).requests[0].constraint
     assert constraint is not None
-    assert (constraint.schema, constraint.after) == ('{"type":"object"}', None)
+    assert (constraint.schema, constraint.after) == ('{"type":"object"}', ())
     unopened = serve("Hm.</think>{}", template="{{ messages[0].content }}{% set x = '</think>' %}")
     deltas, done = collect(unopened, GenerationRequest(hi(unopened), schema='{"type":"object"}'))
     request = engine_of(unopened).requests[0]
     assert unopened.tokenizer.decode(request.ids) == "hi<think>"  # opened, so that it closes
     assert request.constraint is not None
-    assert request.constraint.after == "</think>"
+    assert request.constraint.after == ("</think>",)
     assert texts(deltas) == ("Hm.", "{}")
     assert done.prompt_tokens == len(request.ids)
 

@@ -40,7 +40,8 @@ def test_the_template_gets_messages_tools_and_thoughts() -> None:
         Message("user", "And?"),
     ]
     prompt = model.prompts.chat(messages, tools=[WEATHER])
-    assert prompt.tools == ("get_weather",)
+    assert prompt.tools == {"get_weather": WEATHER["function"]["parameters"]}
+    assert not prompt.continues
     turns, tools = shown(model, prompt).split("|")
     assert json.loads(tools) == [WEATHER]
     system, _, assistant, sum_, weather, _ = json.loads(turns)
@@ -72,10 +73,20 @@ def test_mistral_gets_ids_of_nine_letters() -> None:
     assert turns[1]["tool_calls"][0]["id"] == turns[2]["tool_call_id"] == "lab12cd34"
 
 
+def test_kimi_gets_ids_with_the_name_and_the_number_of_the_call() -> None:
+    model = serve("x", template=JSON + "{# <|tool_call_argument_begin|> #}")
+    calls = (ToolCall("call_ab12cd34", 0, "f", {}), ToolCall("", 1, "g", {}))
+    results = [Message("tool", "3", tool_call_id="call_ab12cd34"), Message("tool", "4")]
+    turns = dicts(model, [Message("user", "a"), Message("assistant", tool_calls=calls), *results])
+    shown = [turns[1]["tool_calls"][0]["id"], turns[1]["tool_calls"][1]["id"]]
+    assert shown == [turns[2]["tool_call_id"], turns[3]["tool_call_id"]] == ["functions.f:0", "functions.g:1"]
+
+
 def test_a_last_message_of_the_assistants_is_gone_on_with() -> None:
     model = serve("x")
     prompt = model.prompts.chat([Message("user", "Say hello."), Message("assistant", "Hel")])
     assert shown(model, prompt) == "<|user|>Say hello.<|end|><|assistant|>Hel"
+    assert prompt.continues
     prompt = model.prompts.chat([Message("user", "Say hello.")])
     assert shown(model, prompt) == "<|user|>Say hello.<|end|><|assistant|>"
 

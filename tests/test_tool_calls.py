@@ -16,7 +16,7 @@ from ollama_forge.serving.requests import Delta, ToolCall
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.thinking import HARMONY, ThinkingSplit
 
-NAMES = ("get_weather", "add")
+NAMES: dict[str, dict[str, Any]] = {"get_weather": {}, "add": {}}
 PARIS = ("get_weather", {"city": "Paris"})
 SUM = ("add", {"a": 1, "b": 2})
 DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
@@ -106,6 +106,7 @@ FORMS: dict[str, tuple[str, str, str, str]] = {
     ),
 }
 HARMONY_CALL = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>'
+OTHER_CALL = '<|channel|>commentary to=functions.get_lost json<|message|>{"in": "Paris"}<|call|>'
 HARMONY_SUM = '<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{"a": 1, "b": 2}<|call|>'
 
 
@@ -144,9 +145,12 @@ def test_a_call_alone_and_in_text(form: str) -> None:
     template, one, _, _ = FORMS[form]
     check(template, one, [("call", PARIS)])
     check(template, one + "\n", [("call", PARIS)])
-    if form != "llama-tag":
-        check(template, f"Let me see.\n\n{one}", [("content", "Let me see."), ("call", PARIS)])
-        check(template, f"Look: {one}\nDone.", [("content", "Look:"), ("call", PARIS), ("content", " \nDone.")])
+    for before, after in (("Let me see.\n\n", ""), ("Look: ", "\nDone.")):
+        if form == "llama":  # a family with a marker: JSON alone is a call only where the answer begins
+            check(template, before + one + after, [("content", before + one + after)])
+        else:
+            rest = [("content", before[-1] + after)] if after else []
+            check(template, before + one + after, [("content", before.rstrip()), ("call", PARIS), *rest])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,7 +206,7 @@ def test_text_without_calls_is_untouched_and_nothing_is_read_without_tools(form:
     prose = '  Use `x = {1: [2, 3]}` < or > as\n\n```python\nf({\'a\': 1})\n```\n [note] {"weather": {"is": "fine"}} \n'
     check(template, prose, [("content", prose)])
     for parts in splits(one):
-        assert read(parser_for(None, family_of(template), ()), parts) == [("content", one)]
+        assert read(parser_for(None, family_of(template), {}), parts) == [("content", one)]
 
 
 def test_harmony_channels_calls_and_broken_ones() -> None:
@@ -221,6 +225,25 @@ def test_harmony_channels_calls_and_broken_ones() -> None:
         (HARMONY_CALL.replace('"}', ""), [("content", HARMONY_CALL.replace('"}', "").removesuffix("<|call|>"))]),
         (" going on <|end|>", [("content", " going on ")]),
         ("<|channel|>final<|mess", []),
+        # the recipient first, because the prompt ended with <|start|>assistant
+        (' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>', [("call", PARIS)]),
+        ('to=functions.get_weather <|channel|>commentary<|message|>{"city": "Paris"}', [("call", PARIS)]),
+        (" to= you", [("content", " to= you")]),
+        (" to=you, <|message|>", [("content", " to=you, <|message|>")]),
+        (
+            thought + OTHER_CALL + final,
+            [thinking, ("content", f"<|start|>assistant{OTHER_CALL}It is < 5 °C.".replace("<|call|>", ""))],
+        ),
+        (
+            "<|channel|>analysis to=python code<|message|>1 + 1<|call|>" + final,
+            [("thinking", "1 + 1"), ("content", "It is < 5 °C.")],
+        ),
+        ("<|channel|>" + "no header " * 99, [("content", "<|channel|>" + "no header " * 99)]),
+        ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", [("content", "{}")]),
+        (
+            HARMONY_CALL.replace('"Paris"', "NaN"),
+            [("content", HARMONY_CALL.replace('"Paris"', "NaN").removesuffix("<|call|>"))],
+        ),
     ):
         check("<|channel|>analysis", text, expected, HARMONY)
 
@@ -248,10 +271,98 @@ def test_ids_differ_and_indices_count() -> None:
     assert calls[0].id != calls[1].id
 
 
+def test_llama_calls_between_tags() -> None:
+    check("<|python_tag|>", '<function=get_weather>{"city": "Paris"}</function>', [("call", PARIS)])
+
+
+@pytest.mark.parametrize("name", ["functions.get_weather:0", "get_weather:12", "get_weather", "functions.get_weather"])
+def test_kimi_calls_by_their_ids(name: str) -> None:
+    text = f'<|tool_call_begin|>{name}<|tool_call_argument_begin|>{{"city": "Paris"}}<|tool_call_end|>'
+    check("<|tool_call_argument_begin|>", text, [("call", PARIS)])
+    section = f"<|tool_calls_section_begin|>{text} {text}<|tool_calls_section_end|>"
+    check("<|tool_call_argument_begin|>", section, [("call", PARIS), ("call", PARIS)])
+
+
+def test_other_ways_to_write_calls_of_a_family() -> None:
+    listed = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+    check("<|tool|><|/tool|>", f"functools{listed}", [("call", PARIS)])
+    check("<|start_of_role|>", f"<tool_call>{listed}", [("call", PARIS)])
+    check("<|tool_list_start|>", f"<|tool_call_start|>{listed}<|tool_call_end|>", [("call", PARIS)])
+    check("<|header_start|>", '[get_weather(city="Paris")]', [("call", PARIS)])
+    check("<|header_start|>", f"<|python_tag|>{listed}", [("call", PARIS)])
+    check("<tool_call>", listed, [("call", PARIS)])  # without the tags, where the answer begins
+
+
 def test_llama_calls_as_python() -> None:
     check("<|python_tag|>", '<|python_tag|>get_weather.call(city="Paris")', [("call", PARIS)])
     code = "<|python_tag|>import os\nprint(1)"
     check("<|python_tag|>", code, [("content", code)])
+
+
+def call(arguments: str) -> str:
+    return f'<tool_call>{{"name": "get_weather", "arguments": {arguments}}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e999",
+        '"\\ud83d"',
+        '{"\\ud83d": 1}',
+        "9" * 400,
+        "[" * 150 + "]" * 150,
+        "{" * 9 + "}",
+    ],
+)
+def test_values_that_are_no_json_leave_a_call_text(value: str) -> None:
+    text = call(f'{{"city": {value}}}')
+    check("<tool_call>", text, [("content", text)])
+    check("", text[11:-12], [("content", text[11:-12])])
+
+
+@pytest.mark.parametrize(
+    "value", ["{1, 2}", "b'x'", "...", "{(1, 2): 3}", "1e999", "0x" + "f" * 5000, "'\\ud83d'", "2j"]
+)
+def test_python_that_is_no_json_leaves_a_call_text(value: str) -> None:
+    text = f"<|python_start|>[get_weather(city={value})]<|python_end|>"
+    check("<|header_start|>", text, [("content", text)])
+
+
+def test_python_values_become_json() -> None:
+    text = "[get_weather(city=('Paris', True, null), deep={'a': [None, -1.5]})]"
+    check(
+        "<|header_start|>",
+        text,
+        [("call", ("get_weather", {"city": ["Paris", True, None], "deep": {"a": [None, -1.5]}}))],
+    )
+
+
+@pytest.mark.parametrize("arguments", ["null", "{}", '"{}"', '""', '"null"'])
+def test_no_arguments_are_those_of_a_tool_that_requires_none(arguments: str) -> None:
+    check("<tool_call>", call(arguments), [("call", ("get_weather", {}))])
+    given = {"get_weather": {"required": ["city"]}}
+    if arguments in ("{}", '"{}"'):
+        return  # given, and wrong: the tool says so
+    assert read(parser_for(None, family_of("<tool_call>"), given), [call(arguments)]) == [("content", call(arguments))]
+
+
+def test_an_object_about_a_tool_is_no_call_of_it() -> None:
+    for text in (
+        '{"name": "get_weather", "description": "of a city"}',
+        '{"name": "get_weather", "arguments": "Paris"}',
+    ):
+        check("", text, [("content", text)])
+    check("", '{"name": "get_weather"}', [("call", ("get_weather", {}))])
+
+
+def test_two_values_in_one_block() -> None:
+    two = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+    two += '{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    check("<tool_call>", two, [("call", PARIS), ("call", SUM)])
+    check("<tool_call>", two.replace("}}\n{", "}}, {"), [("call", PARIS), ("call", SUM)])
 
 
 ALPHABET = st.sampled_from(

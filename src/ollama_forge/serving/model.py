@@ -195,7 +195,7 @@ class ServedModel:
         if request.schema is None:
             return None
         begins_at_once = split is None or (calls is not None and calls.thought is not None)
-        return Constraint(request.schema, None if begins_at_once or split is None else split.closing, calls)
+        return Constraint(request.schema, () if begins_at_once or split is None else split.answer_after, calls)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from ollama_forge.serving.engine.base import Token
-from ollama_forge.serving.requests import Delta, GenerationRequest, TokenLogprob, ToolCall
-from ollama_forge.serving.tools.base import ToolCallParser, ToolFamily
+from ollama_forge.serving.requests import Delta, GenerationRequest, TokenLogprob, Tools
+from ollama_forge.serving.tools.base import ToolFamily
 from ollama_forge.serving.tools.harmony import HarmonyParser
+from ollama_forge.serving.tools.parser import Piece, ToolCallParser
 from ollama_forge.text.detokenize import Detokeniser, TokenBytes
 from ollama_forge.text.stops import StopStrings
-from ollama_forge.text.thinking import ThinkingSplit, ThoughtSplitter
+from ollama_forge.text.thinking import AnswerTags, ThinkingSplit, ThoughtSplitter
 
 
 class OutputParser(Protocol):
@@ -27,18 +27,21 @@ class OutputParser(Protocol):
 
 
 class TaggedParser:
-    """Reads thinking between tags, then content with tool calls."""
+    """Reads thinking between tags, then the answer, perhaps between tags of its own, with tool calls."""
 
-    def __init__(self, thinking: ThinkingSplit | None, family: ToolFamily | None, names: Sequence[str]) -> None:
+    def __init__(self, thinking: ThinkingSplit | None, family: ToolFamily, tools: Tools) -> None:
         self._thoughts = ThoughtSplitter(thinking) if thinking else None
-        self._calls = ToolCallParser(family, names) if family else None
+        self._answer = AnswerTags(*family.answer_tags) if family.answer_tags else None
+        self._calls = ToolCallParser(family, tools) if tools else None
 
     def feed(self, text: str) -> list[Delta]:
         thinking, content = self._thoughts.feed(text) if self._thoughts else ("", text)
-        return self._deltas(thinking, content)
+        return self._deltas(thinking, self._answer.feed(content) if self._answer else content)
 
     def end(self) -> list[Delta]:
         thinking, content = self._thoughts.end() if self._thoughts else ("", "")
+        if self._answer:
+            content = self._answer.feed(content) + self._answer.end()
         deltas = self._deltas(thinking, content)
         return [*deltas, *self._with_calls(self._calls.end())] if self._calls else deltas
 
@@ -49,15 +52,15 @@ class TaggedParser:
         return [Delta(content=content, thinking=thinking)] if thinking or content else []
 
     @staticmethod
-    def _with_calls(pieces: list[str | tuple[ToolCall, ...]]) -> list[Delta]:
+    def _with_calls(pieces: list[Piece]) -> list[Delta]:
         return [Delta(content=piece) if isinstance(piece, str) else Delta(tool_calls=piece) for piece in pieces]
 
 
-def parser_for(thinking: ThinkingSplit | None, family: ToolFamily, names: Sequence[str]) -> OutputParser:
-    """The parser of an output; it looks for tool calls only if the request has tools (``names``)."""
+def parser_for(thinking: ThinkingSplit | None, family: ToolFamily, tools: Tools) -> OutputParser:
+    """The parser of an output; it looks for tool calls only if the request has tools."""
     if thinking is not None and thinking.channels:
-        return HarmonyParser(names)
-    return TaggedParser(thinking, family if names else None, names)
+        return HarmonyParser(tools)
+    return TaggedParser(thinking, family, tools)
 
 
 class OutputProcessor:
@@ -69,14 +72,15 @@ class OutputProcessor:
     """
 
     def __init__(self, tokens: TokenBytes, request: GenerationRequest, family: ToolFamily) -> None:
-        thinking, names = request.prompt.thinking, request.prompt.tools
-        markers = family.markers if names else ""
+        prompt = request.prompt
+        thinking, tools = prompt.thinking, prompt.tools
+        markers = family.markers if tools else ""
         if thinking is not None:
             markers += thinking.markers
         self._tokens = tokens
-        self._detokeniser = Detokeniser(tokens, tokens.ids_within(markers))
+        self._detokeniser = Detokeniser(tokens, tokens.ids_within(markers), continues=prompt.continues)
         self._stops = StopStrings(request.stop)
-        self._parser = parser_for(thinking, family, names)
+        self._parser = parser_for(thinking, family, tools)
         self._logprobs: list[TokenLogprob] = []
         self._pieces: list[str] = []
 

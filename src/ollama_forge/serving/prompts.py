@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, ImageEncoder
-from ollama_forge.serving.requests import BadRequest, Message, Prompt
+from ollama_forge.serving.requests import BadRequest, Message, Prompt, Tools
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 
@@ -84,11 +84,10 @@ class PromptBuilder:
                 raise _too_long(len(context) + len(encoded.ids), limit)
             encoded = self._fewer(messages, encode, limit - len(context), encoded)
         ids = self._cut((*context, *encoded.ids), limit, encoded.media)
-        names = tuple(str((tool.get("function") or tool).get("name") or "") for tool in tools)
-        split = self._split(encoded.text, think)
-        if _continued(messages) and split and not (split.opened or split.channels):
+        split, continued = self._split(encoded.text, think), _continued(messages)
+        if continued and split and not (split.opened or split.channels):
             split = None  # it continues an answer, so its thought is over
-        return Prompt(ids, limit, encoded.media, split, names)
+        return Prompt(ids, limit, encoded.media, split, continued, _schemas(tools))
 
     def whole(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), think: bool | str | None = None
@@ -134,7 +133,7 @@ class PromptBuilder:
         split = self._split(text, think)
         if think is None and split and not (split.opened or split.channels):
             split = None  # text as it is asks for no thought
-        return Prompt(self._cut(ids, limit, encoded.media), limit, encoded.media, split)
+        return Prompt(self._cut(ids, limit, encoded.media), limit, encoded.media, split, continues=True)
 
     def _limit(self, num_ctx: int | None) -> int:
         return self.context_length if num_ctx is None or num_ctx <= 0 else min(num_ctx, self.context_length)
@@ -224,6 +223,13 @@ def _continued(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> Tools:
+    """The name of each tool, and the JSON schema of its arguments."""
+    functions = [tool.get("function") or tool for tool in tools]
+    schemas = [(function.get("name"), function.get("parameters")) for function in functions]
+    return {str(name or ""): schema if isinstance(schema, Mapping) else {} for name, schema in schemas}
+
+
 def _too_long(count: int, limit: int) -> BadRequest:
     return BadRequest(
         f"request ({count} tokens) exceeds the available context size ({limit} tokens), try increasing it"
@@ -236,8 +242,8 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
     Args:
         spell_arguments: give the arguments of calls as JSON text instead of objects.
     """
-    short = "length 9" in template or "|length != 9" in template  # Mistral's ids
     named = _with_call_ids(messages)
+    id_in = _ids_in(template, named)
     turns: list[dict[str, Any]] = []
     for message in named:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -249,7 +255,7 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
         if message.tool_calls:
             turn["tool_calls"] = [
                 {
-                    "id": _short(call.id) if short else call.id,
+                    "id": id_in(call.id),
                     "type": "function",
                     "function": {
                         "name": call.name,
@@ -262,9 +268,20 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
             ]
         if message.role == "tool":
             turn |= {"name": message.tool_name, "tool_name": message.tool_name}
-            turn["tool_call_id"] = _short(message.tool_call_id) if short else message.tool_call_id
+            turn["tool_call_id"] = id_in(message.tool_call_id)
         turns.append(turn)
     return turns
+
+
+def _ids_in(template: str, messages: Sequence[Message]) -> Callable[[str], str]:
+    """How a template wants the ids of calls: Mistral's short, Kimi's with the name and the number of the call."""
+    if "length 9" in template or "|length != 9" in template:
+        return _short
+    if "<|tool_call_argument_begin|>" not in template:
+        return str
+    calls = [call for message in messages for call in message.tool_calls]
+    ids = {call.id: f"functions.{call.name}:{number}" for number, call in enumerate(calls)}
+    return lambda id_: ids.get(id_, id_)
 
 
 def _short(id_: str) -> str:

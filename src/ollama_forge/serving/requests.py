@@ -9,6 +9,8 @@ from typing import Any
 from ollama_forge.serving.engine.base import EngineError, SamplingParams, ToolCallGrammar
 from ollama_forge.text.thinking import ThinkingSplit
 
+Tools = Mapping[str, Mapping[str, Any]]  # the name of each tool, and the JSON schema of its arguments
+
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
@@ -94,14 +96,16 @@ class Prompt:
         context: maximum number of tokens of prompt and answer together.
         media: the engine's encoding of the images.
         thinking: the tags around the thought; None: the answer has no thought.
-        tools: names of the tools that were sent; calls of other tools stay text.
+        continues: the prompt ends within a text that the answer continues.
+        tools: the tools that were sent; calls of other tools stay text.
     """
 
     ids: tuple[int, ...]
     context: int
     media: object | None = None
     thinking: ThinkingSplit | None = None
-    tools: tuple[str, ...] = ()
+    continues: bool = False
+    tools: Tools = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,28 @@ class TokenBytes:
         special = {int(id_) for id_, token in added.items() if getattr(token, "special", False)}
         self.special = frozenset(special | set(getattr(tokenizer, "all_special_ids", ())))
         self._cache: dict[int, bytes] = {}
-        self._anchor: tuple[int, str] | None = None
+        self._pairs: dict[tuple[int | None, int], bytes] = {}
+        self._anchor: int | None = None
 
     def of(self, id_: int) -> bytes:
-        """The bytes of a token that is not an answer's first (see ``first``); empty for ids outside the vocabulary."""
+        """The bytes of a token within a text; those of a special token spell it. Empty for ids that no token has."""
         known = self._cache.get(id_)
         if known is None:
             known = self._cache[id_] = self._find(id_)
         return known
 
-    def first(self, id_: int) -> bytes:
-        """The bytes of an answer's first token, without the space that word-level tokenizers put between words."""
-        if self._kind == "words" and id_ not in self._added:
-            return str(self._tokenizer.decode([id_])).encode()
-        return self.of(id_)
+    def between(self, before: int | None, id_: int) -> bytes:
+        """The bytes that a token adds behind the token ``before``; None: it begins a text.
+
+        At the beginning of a text, decoders leave out the space that stands for the border of a word. Within a text,
+        only vocabularies of words look at the token before.
+        """
+        if before is not None and self._kind != "words":
+            return self.of(id_)
+        known = self._pairs.get((before, id_))
+        if known is None:
+            known = self._pairs[before, id_] = self._gained(before, id_)
+        return known
 
     def text(self, id_: int) -> str:
         return self.of(id_).decode("utf-8", errors="replace")
@@ -63,10 +71,12 @@ class TokenBytes:
         return frozenset(id_ for id_ in self.special if self._added.get(id_) in texts)
 
     def _find(self, id_: int) -> bytes:
-        if id_ in self._added:
+        if id_ in self.special and id_ in self._added:
             return self._added[id_].encode()
         if self._kind == "words":
-            return self._decode_after_anchor(id_)
+            if self._anchor is None:
+                self._anchor = next((i for i in range(len(self._tokenizer)) if i not in self.special), 0)
+            return self._gained(self._anchor, id_)
         try:
             token = self._tokenizer.convert_ids_to_tokens(int(id_))
         except (IndexError, OverflowError, ValueError):
@@ -81,15 +91,17 @@ class TokenBytes:
         single = _BYTE.fullmatch(token)
         return bytes([int(single[1], 16)]) if single else token.replace("\u2581", " ").encode()
 
-    def _decode_after_anchor(self, id_: int) -> bytes:
-        if self._anchor is None:
-            anchor = next((i for i in range(len(self._tokenizer)) if i not in self.special), 0)
-            self._anchor = anchor, str(self._tokenizer.decode([anchor]))
-        anchor, before = self._anchor
+    def _gained(self, before: int | None, id_: int) -> bytes:
+        """What the decoded text gains by a token."""
+        if self._kind == "bytes" or (id_ in self.special and id_ in self._added):
+            return self.of(id_)
+        ids = [] if before is None else [before]
         try:
-            return str(self._tokenizer.decode([anchor, id_])).removeprefix(before).encode()
+            text = str(self._tokenizer.decode([*ids, id_])).removeprefix(str(self._tokenizer.decode(ids)))
         except (IndexError, OverflowError, TypeError):
             return b""
+        # a byte of a character cannot be decoded alone
+        return self.of(id_) if self._kind == "pieces" and "\ufffd" in text else text.encode()
 
 
 def _kind(tokenizer: Any) -> str:
@@ -113,18 +125,23 @@ class Detokeniser:
     """Turns the ids of an answer into text as they arrive; an incomplete character waits for its remaining bytes.
 
     Special tokens give no text, except those in ``keep``.
+
+    Args:
+        continues: the answer continues a text, and keeps the space before its first word.
     """
 
-    def __init__(self, tokens: TokenBytes, keep: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tokens: TokenBytes, keep: frozenset[int] = frozenset(), *, continues: bool = False) -> None:
         self._tokens, self._hidden = tokens, tokens.special - keep
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._begun = False
+        self._before: int | None = None
+        self._begun = continues
 
     def feed(self, id_: int) -> str:
-        if id_ in self._hidden:
+        if id_ in self._hidden or not (data := self._tokens.of(id_)):
             return ""
-        data = self._tokens.of(id_) if self._begun else self._tokens.first(id_)
-        self._begun = True
+        if self._before is not None or not self._begun:
+            data = self._tokens.between(self._before, id_)
+        self._begun, self._before = True, id_
         return self._decoder.decode(data)
 
     def end(self) -> str:

@@ -68,13 +68,13 @@ class Constraint:
     Attributes:
         schema: the schema as JSON text. If there are ``calls``, it is that of one call as plain JSON, for engines that
             constrain outputs to schemas alone.
-        after: the text (the closing tag of a thought) after whose first occurrence the constraint begins; None
-            constrains the whole output.
+        after: the texts (the closing tag of a thought) that come first, one behind the other; the constraint begins
+            behind the last of them. Without any, it holds for the whole output.
         calls: the form of the tool calls that the output consists of.
     """
 
     schema: str
-    after: str | None = None
+    after: tuple[str, ...] = ()
     calls: ToolCallGrammar | None = None
 
 

@@ -63,7 +63,7 @@ class GrammarCompiler:
             EngineError: the constraint cannot be enforced; ``check_schema`` tells beforehand.
         """
         matcher = self._compiled(constraint).deep_copy()
-        return GrammarMatcher(self, matcher, constraint.after.encode() if constraint.after else b"")
+        return GrammarMatcher(self, matcher, [text.encode() for text in constraint.after])
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         try:
@@ -94,10 +94,14 @@ class GrammarCompiler:
 class GrammarMatcher:
     """The constraint of one sequence and its progress."""
 
-    def __init__(self, compiler: GrammarCompiler, matcher: LLMatcher, after: bytes) -> None:
-        self.compiler, self.matcher, self.after = compiler, matcher, after
-        self.free = bool(after)
-        self._tail = b""  # the last bytes of the free text, which may be the beginning of ``after``
+    def __init__(self, compiler: GrammarCompiler, matcher: LLMatcher, after: list[bytes]) -> None:
+        self.compiler, self.matcher, self._after = compiler, matcher, after
+        self._tail = b""  # the last bytes of the free text, which may be the beginning of the next text of ``after``
+
+    @property
+    def free(self) -> bool:
+        """Whether the constraint has not begun."""
+        return bool(self._after)
 
     @property
     def finished(self) -> bool:
@@ -130,26 +134,29 @@ class GrammarMatcher:
             if not self.matcher.consume_token(token):
                 raise EngineError(f"the structured output cannot be continued: {one_line(self.matcher.get_error())}")
             return
-        text = self._tail + self.compiler.tokens.decode_bytes([token])
-        place = text.find(self.after)
-        if place < 0:
-            self._tail = text[max(0, len(text) - len(self.after) + 1) :]
-            return
-        self.free = False
-        self._begin(self.matcher, text[place + len(self.after) :])
+        self._tail += self.compiler.tokens.decode_bytes([token])
+        while self._after:
+            awaited = self._after[0]
+            place = self._tail.find(awaited)
+            if place < 0:
+                self._tail = self._tail[max(0, len(self._tail) - len(awaited) + 1) :]
+                return
+            self._after, self._tail = self._after[1:], self._tail[place + len(awaited) :]
+        self._begin(self.matcher, self._tail)
 
     def _begin(self, matcher: LLMatcher, rest: bytes) -> bool:
-        """Feed the bytes of a token that follow ``after``; return whether the schema allows them."""
+        """Feed the bytes of a token that follow the last text of ``after``; return whether the schema allows them."""
         rest = rest.lstrip()
         return not rest or matcher.consume_tokens(self.compiler.tokens.tokenize_bytes(rest))
 
     def _straddling(self) -> list[int]:
-        """Ids of the tokens that complete ``after`` and continue with bytes that the schema does not allow."""
-        out = []
-        for length in range(1, len(self.after)):
-            if self._tail.endswith(self.after[:length]):
-                for text, token in self.compiler.starting_with(self.after[length:]):
-                    rest = text[len(self.after) - length :]
+        """Ids of the tokens that begin the constraint and continue with bytes that the schema does not allow."""
+        out: list[int] = []
+        awaited, *others = self._after
+        for length in range(1, 1 if others else len(awaited)):
+            if self._tail.endswith(awaited[:length]):
+                for text, token in self.compiler.starting_with(awaited[length:]):
+                    rest = text[len(awaited) - length :]
                     if not self._begin(self.matcher.deep_copy(), rest):
                         out.append(token)
         return out

@@ -1,27 +1,32 @@
-"""The tool call format of a family of models, and extracting calls from text as it arrives."""
+"""What the readers of tool calls share: a call, the text that is being read, and a family as a row of forms."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from ollama_forge.serving.requests import ToolCall
-from ollama_forge.text.stops import held_back
+from ollama_forge.serving.requests import ToolCall, Tools
 
-_BETWEEN = re.compile(r"[\s;,]*")  # separators between two calls
+T = TypeVar("T")
+_SPACE = re.compile(r"\s*")
 _ALPHABET = string.ascii_lowercase + string.digits
+LONGEST_HEAD = 200  # characters of the tag or line that holds a name
+
+
+class Untyped(str):
+    """A value from a form that shows no types: the tool's JSON schema decides what it is."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call as the model wrote it."""
+    """A tool call as the model wrote it; ``arguments`` is None if it gave none."""
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,110 @@ class Parsed:
     calls: tuple[Call, ...] = ()
 
 
-# Reads calls at the start of a text, which begins with one of the family's openers; the flag says whether the output
-# has ended. Text behind the parsed part must not change the result. None: more text is needed; if the output has
-# ended, the opener is content.
-Read = Callable[[str, bool], Parsed | None]
+# -- reading a text that is still arriving ----------------------------------------------------------------------------
+
+# A reader is a generator: it yields when it needs more text, and goes on where it stopped, so that each character is
+# looked at a bounded number of times. Once the output has ended it no longer yields.
+Steps = Generator[None, None, T]
+
+
+class Held:
+    """The text from an opener on, as far as it has arrived.
+
+    Attributes:
+        ended: the output is complete.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.ended = False
+
+    def add(self, piece: str) -> None:
+        text, self.text = self.text, ""  # a text that only one name refers to grows in place
+        text += piece
+        self.text = text
+
+    def take(self, length: int) -> str:
+        """Remove and return the first ``length`` characters."""
+        taken, self.text = self.text[:length], self.text[length:]
+        return taken
+
+    def find(self, wanted: str, start: int) -> Steps[int]:
+        """The index of ``wanted``; -1 if the output ends without it."""
+        while True:
+            place = self.text.find(wanted, start)
+            if place >= 0 or self.ended:
+                return place
+            start = max(start, len(self.text) - len(wanted) + 1)
+            yield
+
+    def search(self, pattern: re.Pattern[str], start: int, longest: int) -> Steps[re.Match[str] | None]:
+        """The first match of a pattern that matches at most ``longest`` characters, whatever follows them."""
+        while True:
+            found = pattern.search(self.text, start)
+            if found or self.ended:
+                return found
+            start = max(start, len(self.text) - longest + 1)
+            yield
+
+    def match(
+        self, pattern: re.Pattern[str], start: int, begun: re.Pattern[str] | None = None
+    ) -> Steps[re.Match[str] | None]:
+        """The match at ``start`` within ``LONGEST_HEAD`` characters.
+
+        Args:
+            pattern: it must end in a fixed text, so that what follows cannot change the match.
+            begun: matches the texts that the pattern may still match as they grow; None: any text.
+        """
+        while True:
+            end = start + LONGEST_HEAD
+            found = pattern.match(self.text, start, end)
+            over = self.ended or len(self.text) >= end
+            if found or over or (begun and not begun.fullmatch(self.text, start)):
+                return found
+            yield
+
+    def skip(self, start: int, pattern: re.Pattern[str] = _SPACE) -> Steps[int]:
+        """The index behind what ``pattern``, a repeated set of characters, matches at ``start``: white space."""
+        while True:
+            found = pattern.match(self.text, start)
+            start = found.end() if found else start
+            if start < len(self.text) or self.ended:
+                return start
+            yield
+
+    def one_of(self, texts: Sequence[str], start: int) -> Steps[str | None]:
+        """Which of ``texts`` begins at ``start``, or None."""
+        while True:
+            begun = self.text[start : start + max(map(len, texts))]
+            for text in texts:
+                if begun.startswith(text):
+                    return text
+            if self.ended or not any(text.startswith(begun) for text in texts):
+                return None
+            yield
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+Read = Callable[[Held, Tools], Steps[Parsed]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write calls.
+
+    Attributes:
+        opener: the text that calls of this form begin with.
+        read: reads the calls at the beginning of a held text, which begins with the opener.
+        others: the other texts of the form that may be special tokens of a vocabulary, joined.
+        only_first: such calls are read only where the answer begins, or directly behind another call.
+    """
+
+    opener: str
+    read: Read
+    others: str = ""
+    only_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,20 +149,23 @@ class ToolFamily:
 
     Attributes:
         template_marks: how the family is known: a chat template has all texts of one of these groups.
-        openers: the texts that a call or a block of calls may begin with.
-        markers: all texts of the format that may be special tokens of a vocabulary, joined.
-        read: reads the calls behind an opener.
+        forms: how its models write calls.
+        answer_tags: tags that its models may put around an answer.
     """
 
     name: str
     template_marks: tuple[tuple[str, ...], ...]
-    openers: tuple[str, ...]
-    markers: str
-    read: Read
+    forms: tuple[Form, ...]
+    answer_tags: tuple[str, str] | None = None
 
     def matches(self, template: str) -> bool:
         """Whether a chat template uses this format."""
         return any(all(mark in template for mark in marks) for marks in self.template_marks)
+
+    @property
+    def markers(self) -> str:
+        """All texts of the format that may be special tokens of a vocabulary, joined."""
+        return "".join(form.opener + form.others for form in self.forms)
 
 
 class CallNumbers:
@@ -68,84 +176,10 @@ class CallNumbers:
 
     def number(self, calls: Iterable[Call]) -> tuple[ToolCall, ...]:
         """The calls with ids and with the next indices."""
-        made = tuple(ToolCall(_new_id(), self._count + n, c.name, c.arguments) for n, c in enumerate(calls))
+        made = tuple(ToolCall(_new_id(), self._count + n, c.name, c.arguments or {}) for n, c in enumerate(calls))
         self._count += len(made)
         return made
 
 
 def _new_id() -> str:
     return "call_" + "".join(secrets.choice(_ALPHABET) for _ in range(8))
-
-
-class ToolCallParser:
-    """Extracts the calls of known tools from a text as it arrives; the rest stays unchanged content.
-
-    White space around calls is removed, unless content stands on both sides of them.
-    """
-
-    _CLOSERS = frozenset("}])>`\n;")
-    _SHORT = 64  # a longer held text is read again only when new text contains a closer
-
-    def __init__(self, family: ToolFamily, names: Sequence[str]) -> None:
-        self._family, self._names = family, frozenset(names)
-        self._numbers = CallNumbers()
-        self._held = ""
-        self._space = ""
-        self._has_content = self._called = False
-
-    def feed(self, text: str) -> list[str | tuple[ToolCall, ...]]:
-        """Pieces of content and calls, in the order of the text."""
-        waiting = len(self._held) > self._SHORT
-        self._held += text
-        return [] if waiting and not self._CLOSERS & set(text) else self._extract(ended=False)
-
-    def end(self) -> list[str | tuple[ToolCall, ...]]:
-        """The pieces of the text that was held back."""
-        out = self._extract(ended=True)
-        if not self._called and self._space:
-            out.append(self._space)
-        return out
-
-    def _extract(self, ended: bool) -> list[str | tuple[ToolCall, ...]]:
-        out: list[str | tuple[ToolCall, ...]] = []
-        while self._held:
-            start, opener = self._first_opener()
-            if opener is None and not ended:
-                start -= max(held_back(self._held, known) for known in self._family.openers)
-            out += self._content(self._held[:start])
-            self._held = self._held[start:]
-            if opener is None:
-                break
-            parsed = self._family.read(self._held, ended)
-            if parsed is None and not ended:
-                break
-            parsed = parsed or Parsed(len(opener))
-            if parsed.calls and all(call.name in self._names for call in parsed.calls):
-                out.append(self._numbers.number(parsed.calls))
-                self._called = True
-            else:
-                out += self._content(self._held[: parsed.length])
-            self._held = self._held[parsed.length :]
-        return out
-
-    def _first_opener(self) -> tuple[int, str | None]:
-        """Where the first opener begins, and which it is; if several begin there, the longest."""
-        met = [(start, -len(o), o) for o in self._family.openers if (start := self._held.find(o)) >= 0]
-        if not met:
-            return len(self._held), None
-        start, _, opener = min(met)
-        return start, opener
-
-    def _content(self, text: str) -> list[str | tuple[ToolCall, ...]]:
-        """Pieces of content; white space at the end is held back, because a call may follow."""
-        text, self._space = self._space + text, ""
-        if self._called:
-            if _BETWEEN.fullmatch(text):
-                self._space = text
-                return []
-            text = text if self._has_content else text.lstrip()
-            self._called = False
-        body = text.rstrip()
-        self._space = text[len(body) :]
-        self._has_content = self._has_content or bool(body)
-        return [body] if body else []

@@ -3,95 +3,101 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from ollama_forge.serving.requests import Delta
-from ollama_forge.serving.tools.base import Call, CallNumbers
-from ollama_forge.serving.tools.payloads import loads
+from ollama_forge.serving.requests import Delta, Tools
+from ollama_forge.serving.tools.arguments import accepted
+from ollama_forge.serving.tools.base import CallNumbers, Held, Steps
+from ollama_forge.serving.tools.payloads import named_call
 from ollama_forge.text.stops import held_back
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", _START)
+_END = re.compile("|".join(map(re.escape, _ENDS)))
+_LONGEST_END = max(map(len, _ENDS))
+_LONGEST_HEADER = 500
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.\-]+)")
+# the first header may begin with the recipient, because the prompt ended with ``<|start|>assistant``
+_RECIPIENT_FIRST = re.compile(r"\s*to=[\w.\-]+\s*<\|")
+_RECIPIENT_BEGUN = re.compile(r"\s*(?:t(?:o(?:=[\w.\-]*\s*<?)?)?)?")
 
 
 class HarmonyParser:
     """Reads thinking, content and tool calls from messages with headers; text without a header is content.
 
     Args:
-        names: the tools that may be called; a call of another tool is content.
+        tools: the tools that may be called; a call of another tool is content, with its header.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
         self._numbers = CallNumbers()
-        self._held = ""
-        self._in_header = True
-        # the message whose body is being read: its header, whether it is thinking, and the tool that it calls
-        self._header = ""
-        self._is_thinking = False
-        self._tool: str | None = None
+        self._held = Held()
+        self._out: list[Delta] = []
+        self._reading = self._messages()
 
     def feed(self, text: str) -> list[Delta]:
-        self._held += text
-        out: list[Delta] = []
-        while (self._read_header() if self._in_header else self._read_body(out)) and self._held:
-            pass
-        return out
+        self._held.add(text)
+        return self._read()
 
     def end(self) -> list[Delta]:
-        out: list[Delta] = []
-        if not self._in_header:
-            self._finish(out, self._held)
-        elif not self._held.startswith("<|"):
-            self._add(out, self._held)
-        self._held = ""
+        self._held.ended = True
+        return self._read()
+
+    def _read(self) -> list[Delta]:
+        next(self._reading, None)
+        out, self._out = self._out, []
         return out
 
-    def _read_header(self) -> bool:
-        """Read the header of a message; return whether it is complete."""
-        begins = (_CHANNEL, _START, _MESSAGE)
-        if not any(self._held.startswith(mark) or mark.startswith(self._held) for mark in begins):
-            self._in_header = self._is_thinking = False  # no header: the prompt began the message
-            return True
-        end = self._held.find(_MESSAGE)
-        if end < 0:
-            return False
-        end += len(_MESSAGE)
-        self._header, self._held = self._held[:end], self._held[end:]
-        self._in_header = False
-        channel, recipient = _CHANNEL_NAME.search(self._header), _RECIPIENT.search(self._header)
-        self._is_thinking = channel is not None and channel[1] == "analysis"
-        self._tool = recipient[1] if recipient and recipient[1] in self._names else None
-        return True
+    def _messages(self) -> Steps[None]:
+        recipient = yield from self._held.match(_RECIPIENT_FIRST, 0, _RECIPIENT_BEGUN)
+        header = (yield from self._header()) if recipient else ""
+        while self._held.text or not self._held.ended:
+            if not header:
+                mark = yield from self._held.one_of((_CHANNEL, _START, _MESSAGE), 0)
+                header = (yield from self._header()) if mark else ""
+            yield from self._body(header)
+            header = ""
 
-    def _read_body(self, out: list[Delta]) -> bool:
-        """Read the body of a message; return whether it is complete."""
-        met = [(start, mark) for mark in _ENDS if (start := self._held.find(mark)) >= 0]
-        if met:
-            start, mark = min(met)
-            self._finish(out, self._held[:start])
-            self._held = self._held[start + (0 if mark == _START else len(mark)) :]
-            self._header, self._in_header, self._tool = "", True, None
-            return True
-        if self._tool is None:
-            certain = len(self._held) - max(held_back(self._held, mark) for mark in _ENDS)
-            self._add(out, self._held[:certain])
-            self._held = self._held[certain:]
-        return False
+    def _header(self) -> Steps[str]:
+        """Take the header of a message; one that the output ends in is left out, one that never ends is content."""
+        while (end := self._held.text.find(_MESSAGE, 0, _LONGEST_HEADER)) < 0:
+            if self._held.ended or len(self._held.text) >= _LONGEST_HEADER:
+                text = self._held.take(_LONGEST_HEADER)
+                if not self._held.ended or self._held.text:
+                    self._out.append(Delta(content=text))
+                return ""
+            yield
+        return self._held.take(end + len(_MESSAGE))
 
-    def _finish(self, out: list[Delta], body: str) -> None:
-        """Add the (rest of the) body of a message that ends."""
-        if self._tool is None:
-            self._add(out, body)
-            return
-        arguments = loads(body.strip() or "{}")
-        if isinstance(arguments, dict):
-            out.append(Delta(tool_calls=self._numbers.number([Call(self._tool, arguments)])))
+    def _body(self, header: str) -> Steps[None]:
+        """Read the body of a message up to its end, and take it."""
+        channel, recipient = _CHANNEL_NAME.search(header), _RECIPIENT.search(header)
+        thinks = channel is not None and channel[1] == "analysis"
+        if recipient and recipient[1] in self._tools:
+            end = yield from self._held.search(_END, 0, _LONGEST_END)
+            self._call(header, recipient[1], self._held.take(end.start() if end else len(self._held.text)))
+        else:
+            if recipient and not thinks:
+                self._out.append(Delta(content=header))
+            end = None
+            while end is None and (self._held.text or not self._held.ended):
+                end = _END.search(self._held.text)
+                certain = end.start() if end else len(self._held.text) - self._begun_end()
+                if text := self._held.take(certain):
+                    self._out.append(Delta(thinking=text) if thinks else Delta(content=text))
+                if end is None and not self._held.ended:
+                    yield
+        if end and end[0] != _START:
+            self._held.take(len(end[0]))
+
+    def _begun_end(self) -> int:
+        """Number of characters at the end of the text that may begin the end of the message."""
+        return 0 if self._held.ended else max(held_back(self._held.text, mark) for mark in _ENDS)
+
+    def _call(self, header: str, name: str, body: str) -> None:
+        calls = [call for found in named_call(name, body) if (call := accepted(found, self._tools)) is not None]
+        if calls:
+            self._out.append(Delta(tool_calls=self._numbers.number(calls)))
         else:  # a call without valid arguments stays text
-            out.append(Delta(content=self._header + body))
-
-    def _add(self, out: list[Delta], text: str) -> None:
-        if text:
-            out.append(Delta(thinking=text) if self._is_thinking else Delta(content=text))
+            self._out.append(Delta(content=header + body))

@@ -1,21 +1,34 @@
-"""The notations that models write calls in: JSON objects, Python calls, XML-like parameters, and Gemma's own."""
+"""The notations that models write calls in: JSON objects, Python calls, and Gemma's own."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import warnings
 from typing import Any
 
-from ollama_forge.serving.tools.base import Call
+from ollama_forge.serving.tools.base import Call, Held, Steps
 
-_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}<"]', re.DOTALL)
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*(?:```)?\s*", re.DOTALL)
 _GEMMA_CALL = re.compile(r"\s*call:\s*([\w.\-]+)\s*(\{.*\})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w\-]*)(\s*:)")
 
+
+def calls_in(text: str) -> tuple[Call, ...]:
+    """The calls in a text of JSON or Python, perhaps in a code block; empty if it is anything else."""
+    fenced = _FENCED.fullmatch(text)
+    text = fenced[1] if fenced else text.strip()
+    return json_calls(loads(text)) if re.match(r"\{|\[\s*\{", text) else python_calls(text)
+
+
 # -- JSON -------------------------------------------------------------------------------------------------------------
+
+_NAME_KEYS, _ARGUMENT_KEYS = ("name", "tool_name"), ("arguments", "parameters")
+# the keys of a call without arguments; an object with any other key is about a tool, and no call of it
+_CALL_KEYS = frozenset((*_NAME_KEYS, *_ARGUMENT_KEYS, "function", "type", "id", "index", "tool_call_id"))
+_BRACKET = {'"': re.compile(r'["\[\]{}<]'), "\"'": re.compile(r"[\"'\[\]{}()]")}
+_QUOTE_END = {quote: re.compile(rf"{quote}|\\.", re.DOTALL) for quote in "\"'"}
 
 
 class BrokenValueError(ValueError):
@@ -26,26 +39,36 @@ class BrokenValueError(ValueError):
         self.place = place
 
 
-def value_end(text: str, start: int = 0) -> int | None:
-    """The end index of the object or list that begins at ``start``; None if it is incomplete.
+def value_end(held: Held, start: int, quotes: str = '"') -> Steps[int | None]:
+    """The end index of the object or list that begins at ``start``; None if the output ends within it.
+
+    Args:
+        quotes: the characters around strings: those of JSON, or those of Python.
 
     Raises:
-        BrokenValueError: a tag stands outside a string.
+        BrokenValueError: a tag stands outside a string of JSON.
     """
-    depth = 0
-    for token in _TOKENS.finditer(text, start):
-        match token[0]:
-            case "{" | "[":
-                depth += 1
-            case "}" | "]":
-                depth -= 1
-                if depth == 0:
-                    return token.end()
-            case "<":
-                raise BrokenValueError(token.start())
-            case '"':  # an incomplete string
+    depth, at, quote = 0, start, ""
+    while True:
+        pattern = _QUOTE_END[quote] if quote else _BRACKET[quotes]
+        found = pattern.search(held.text, at)
+        if found is None:
+            if held.ended:
                 return None
-    return None
+            at = max(at, len(held.text) - (1 if quote else 0))  # a backslash may stand at the end
+            yield
+            continue
+        at, mark = found.end(), found[0]
+        if quote:
+            quote = "" if mark == quote else quote
+        elif mark in quotes:
+            quote = mark
+        elif mark == "<":
+            raise BrokenValueError(found.start())
+        else:
+            depth += 1 if mark in "[{(" else -1
+            if depth <= 0:
+                return at
 
 
 def loads(text: str) -> Any:
@@ -57,21 +80,28 @@ def loads(text: str) -> Any:
 
 
 def json_call(value: Any) -> Call | None:
-    """The call in an object with ``name`` and ``arguments`` or ``parameters``, perhaps in ``function``; or None."""
+    """The call in an object with a name and arguments, perhaps in ``function``; or None."""
     if not isinstance(value, dict):
         return None
     function = value.get("function")
     if isinstance(function, dict):
         value = function
-    name = value.get("name")
-    if name is None and isinstance(function, str):
-        name = function
-    arguments = next((value[key] for key in ("arguments", "parameters") if key in value), None)
+    name = next((value[key] for key in _NAME_KEYS if key in value), function)
+    arguments = next((value[key] for key in _ARGUMENT_KEYS if key in value), None)
     if isinstance(arguments, str):
-        arguments = loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+        spelled = arguments.strip()
+        arguments = None if spelled in ("", "null") else _object(spelled)
+    if arguments is None and not value.keys() <= _CALL_KEYS:
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict | None):
         return None
     return Call(name, arguments)
+
+
+def _object(text: str) -> Any:
+    """The object in a JSON text, or the text itself, which is no arguments."""
+    value = loads(text)
+    return value if isinstance(value, dict) else text
 
 
 def json_calls(value: Any) -> tuple[Call, ...]:
@@ -81,22 +111,42 @@ def json_calls(value: Any) -> tuple[Call, ...]:
     return tuple(calls) if len(calls) == len(entries) else ()
 
 
-def named_call(name: str, arguments: Any) -> tuple[Call, ...]:
-    """The call of a name that stands outside the JSON; empty unless ``arguments`` is an object."""
+def keyed_calls(value: Any) -> tuple[Call, ...]:
+    """The calls in a list of objects with one key each: a tool's name, whose value are the arguments."""
+    entries = value if isinstance(value, list) else [value]
+    calls = [
+        Call(name, arguments)
+        for entry in entries
+        if isinstance(entry, dict)
+        for name, arguments in entry.items()
+        if isinstance(arguments, dict)
+    ]
+    return tuple(calls) if len(calls) == len(entries) else ()
+
+
+def named_call(name: str, text: str) -> tuple[Call, ...]:
+    """The call of a name that stands outside the JSON text of its arguments; empty if they are not an object."""
+    if text.strip() in ("", "null"):
+        return (Call(name, None),)
+    arguments = loads(text)
     return (Call(name, arguments),) if isinstance(arguments, dict) else ()
 
 
 # -- Python -----------------------------------------------------------------------------------------------------------
+
+_JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
 def python_calls(code: str) -> tuple[Call, ...]:
     """The calls in code that consists only of calls with literal keyword arguments; empty for any other code.
 
     Calls stand alone, in a list, or one per line. Some models write ``print(…)`` around a call or ``.call`` after a
-    name; both are ignored.
+    name, both of which are ignored, and JSON's names of constants.
     """
     try:
-        body = ast.parse(code.strip()).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes in strings
+            body = ast.parse(code.strip()).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ()
     calls: list[Call] = []
@@ -112,6 +162,11 @@ def python_calls(code: str) -> tuple[Call, ...]:
     return tuple(calls)
 
 
+class _Constants(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
+
+
 def _python_call(node: ast.expr) -> Call | None:
     if not isinstance(node, ast.Call):
         return None
@@ -119,31 +174,14 @@ def _python_call(node: ast.expr) -> Call | None:
         return _python_call(node.args[0])
     name = ast.unparse(node.func).removesuffix(".call")
     try:
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
+        arguments = {
+            keyword.arg: ast.literal_eval(_Constants().visit(keyword.value)) for keyword in node.keywords if keyword.arg
+        }
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
     if node.args or len(arguments) != len(node.keywords):
         return None
     return Call(name, arguments)
-
-
-# -- XML-like parameters ----------------------------------------------------------------------------------------------
-
-
-def xml_call(text: str) -> tuple[Call, ...]:
-    """The call ``<function=name><parameter=key>value</parameter>…</function>``; empty if it is malformed.
-
-    A value that is valid JSON has that value; any other is a string.
-    """
-    function = _FUNCTION.fullmatch(text)
-    if function is None or _PARAMETER.sub("", function[2]).strip():
-        return ()
-    return (Call(function[1].strip(), {p[1].strip(): _xml_value(p[2]) for p in _PARAMETER.finditer(function[2])}),)
-
-
-def _xml_value(text: str) -> Any:
-    value = loads(text)
-    return text if value is None and text.strip() != "null" else value
 
 
 # -- Gemma ------------------------------------------------------------------------------------------------------------
@@ -156,4 +194,4 @@ def gemma_call(text: str, quote: str) -> tuple[Call, ...]:
     strings = [json.dumps(piece) for piece in pieces[1::2]]
     whole = "".join(piece + string for piece, string in zip(plain, [*strings, ""], strict=False))
     call = _GEMMA_CALL.fullmatch(whole)
-    return named_call(call[1], loads(call[2])) if call else ()
+    return named_call(call[1], call[2]) if call else ()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
-from ollama_forge.serving.tools.base import Call, Parsed, Read
+from ollama_forge.serving.requests import Tools
+from ollama_forge.serving.tools.base import Call, Form, Held, Parsed, Steps
 from ollama_forge.serving.tools.payloads import (
     BrokenValueError,
+    calls_in,
     json_calls,
     loads,
     named_call,
@@ -15,209 +18,224 @@ from ollama_forge.serving.tools.payloads import (
     value_end,
 )
 
+Payload = Callable[[str], tuple[Call, ...]]
+JsonPayload = Callable[[Any], tuple[Call, ...]]
+_BETWEEN_VALUES = re.compile(r"[\s,;]*")
+
 # -- between tags -----------------------------------------------------------------------------------------------------
 
 
-def tagged(opening: str, closing: str, payload: Callable[[str], tuple[Call, ...]]) -> Read:
+def text_between(opening: str, closing: str, payload: Payload = calls_in) -> Form:
     """Calls are the whole text between two tags; at the end of an output the closing tag may be missing."""
 
-    def read(text: str, ended: bool) -> Parsed | None:
-        end = text.find(closing)
-        if end < 0 and not ended:
-            return None
-        inner = text[len(opening) : end if end >= 0 else len(text)]
-        return Parsed(end + len(closing) if end >= 0 else len(text), payload(inner))
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        end = yield from held.find(closing, len(opening))
+        if end < 0:
+            return Parsed(len(held.text), payload(held.text[len(opening) :]))
+        return Parsed(end + len(closing), payload(held.text[len(opening) : end]))
 
-    return read
+    return Form(opening, read, closing)
 
 
-def tagged_json(opening: str, closing: str) -> Read:
-    """A JSON value between two tags, which its strings may contain; the closing tag may be missing at the end."""
-    begin_pattern = re.compile(rf"{re.escape(opening)}\s*")
+def json_between(opening: str, closing: str = "", payload: JsonPayload = json_calls) -> Form:
+    """JSON values between two tags, which their strings may contain; the closing tag may be missing."""
 
-    def content(broken: str) -> Parsed:
-        """A malformed block is content up to its closing tag; without a closing tag, all of it is."""
-        end = broken.find(closing)
-        return Parsed(end + len(closing) if end >= 0 else len(broken))
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        return (yield from json_values(held, len(opening), closing, payload))
 
-    def read(text: str, ended: bool) -> Parsed | None:
-        begin = begin_pattern.match(text)
-        assert begin is not None
-        if not text.startswith(("{", "["), begin.end()):
-            return None if begin.end() == len(text) and not ended else Parsed(len(opening))
+    return Form(opening, read, closing)
+
+
+def json_values(held: Held, begin: int, closing: str, payload: JsonPayload = json_calls) -> Steps[Parsed]:
+    """Read calls as JSON values from ``begin`` on and the closing tag behind them."""
+    start = yield from held.skip(begin)
+    parsed = Parsed(begin)
+    while held.text.startswith(("{", "["), start):
         try:
-            end = value_end(text, begin.end())
+            end = yield from value_end(held, start)
         except BrokenValueError as broken:
-            return content(text[: broken.place])
+            return parsed if parsed.calls else Parsed(broken.place)
         if end is None:
-            return content(text) if ended else None
-        calls = json_calls(loads(text[begin.end() : end]))
-        rest = text[end:].lstrip()
-        if rest.startswith(closing):
-            return Parsed(len(text) - len(rest) + len(closing), calls)
-        if not ended and closing.startswith(rest):
-            return None
-        return Parsed(end, calls)
+            return parsed if parsed.calls else Parsed(_closed(held.text, closing))
+        calls = payload(loads(held.text[start:end]))
+        start = yield from held.skip(end, _BETWEEN_VALUES)
+        closes = bool(closing) and (yield from held.one_of((closing,), start)) is not None
+        if not calls:  # a malformed value is content
+            return parsed if parsed.calls else Parsed(start + len(closing) if closes else end)
+        parsed = Parsed(start + len(closing) if closes else end, (*parsed.calls, *calls))
+        if closes:
+            break
+    return parsed
 
-    return read
+
+def _closed(text: str, closing: str) -> int:
+    """The end of the closing tag in an output that ended within a value; without one, the end of the text."""
+    place = text.find(closing) if closing else -1
+    return place + len(closing) if place >= 0 else len(text)
 
 
-# -- plain JSON, alone or in a code block -----------------------------------------------------------------------------
+def each_between(section: tuple[str, str], call: tuple[str, str], payload: Payload) -> tuple[Form, Form]:
+    """Calls are the texts between two tags, all of them in a section of other tags, which may be missing."""
+    (section_open, section_close), (call_open, call_close) = section, call
+
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        at = 0
+        if held.text.startswith(section_open):
+            at = yield from held.skip(len(section_open))
+            if (yield from held.one_of((call_open,), at)) is None:
+                return Parsed(len(section_open))
+        close = yield from held.find(call_close, at + len(call_open))
+        if close < 0:  # the arguments must have begun
+            calls = payload(held.text[at + len(call_open) :])
+            return Parsed(len(held.text), tuple(call for call in calls if call.arguments is not None))
+        end = close + len(call_close)
+        after = yield from held.skip(end)
+        if (yield from held.one_of((section_close,), after)) is not None:
+            end = after + len(section_close)
+        return Parsed(end, payload(held.text[at + len(call_open) : close]))
+
+    markers = section_open + section_close + call_open + call_close
+    return Form(section_open, read, markers), Form(call_open, read, markers)
+
+
+# -- plain JSON or Python, alone or in a code block -------------------------------------------------------------------
 
 _FENCE = re.compile(r"```(?:json|tool_call|tool_code)?\s*")
 _FENCE_BEGUN = re.compile(r"`{1,3}[a-z_]*\s*")
-_VALUE = re.compile(r"\{\s*\"|\[\s*\{\s*\"")
-_VALUE_BEGUN = re.compile(r"\{\s*|\[\s*(\{\s*)?")
+_FIRST_KEY = re.compile(r'\{\s*"(?:name|tool_name|function|type|id|tool_call_id|arguments|parameters)"')
+_FIRST_KEY_BEGUN = re.compile(r'\{\s*(?:"\w*)?')
+_FIRST_NAME, _FIRST_NAME_BEGUN = re.compile(r"([\w.]+)\("), re.compile(r"[\w.]*")
 
 
-def plain_json(text: str, ended: bool) -> Parsed | None:
-    """JSON calls alone, in a list or in a code block, whose fences belong to the calls."""
-    if not text.startswith("`"):
-        return _json_value(text, 0, ended)
-    fence = _FENCE.match(text)
+def bare(*, only_first: bool) -> tuple[Form, Form, Form]:
+    """Calls without tags: JSON, a Python list of calls, or a code block of one of them, whose fences belong to it."""
+    return (
+        Form("{", _bare_value, only_first=only_first),
+        Form("[", _bare_value, only_first=only_first),
+        Form("```", _fenced, only_first=only_first),
+    )
+
+
+def _bare_value(held: Held, tools: Tools) -> Steps[Parsed]:
+    return (yield from _value_at(held, tools, 0))
+
+
+def _fenced(held: Held, tools: Tools) -> Steps[Parsed]:
+    while not held.ended and _FENCE_BEGUN.fullmatch(held.text):
+        yield
+    fence = _FENCE.match(held.text)
     start = fence.end() if fence else 0
-    if not text.startswith(("{", "["), start):
-        return None if _FENCE_BEGUN.fullmatch(text) and not ended else Parsed(len("```"))
-    inner = _json_value(text, start, ended)
-    if inner is None or not inner.calls:
+    if not held.text.startswith(("{", "["), start):
+        return Parsed(len("```"))
+    inner = yield from _value_at(held, tools, start)
+    if not inner.calls:
         return inner
-    rest = text[inner.length :].lstrip()
-    if rest.startswith("```"):
-        return Parsed(len(text) - len(rest) + len("```"), inner.calls)
-    return None if not ended and "```".startswith(rest) else inner
+    after = yield from held.skip(inner.length)
+    closed = (yield from held.one_of(("```",), after)) is not None
+    return Parsed(after + len("```") if closed else inner.length, inner.calls)
 
 
-def _json_value(text: str, start: int, ended: bool) -> Parsed | None:
-    """Read the object or list at ``start``: calls, or content up to its end; one character if none begins."""
-    if not _VALUE.match(text, start):
-        return None if not ended and _VALUE_BEGUN.fullmatch(text, start) else Parsed(start + 1)
+def _value_at(held: Held, tools: Tools, start: int) -> Steps[Parsed]:
+    """Read the value at ``start``: its calls, or content up to its end; one character if no call begins there."""
+    kind = yield from _kind(held, tools, start)
+    if not kind:
+        return Parsed(start + 1)
     try:
-        end = value_end(text, start)
+        end = yield from value_end(held, start, "\"'" if kind == "python" else '"')
     except BrokenValueError as broken:
-        return Parsed(_line_end(text[: broken.place]))
+        return Parsed(broken.place)
     if end is None:
-        return Parsed(_line_end(text)) if ended else None
-    return Parsed(end, json_calls(loads(text[start:end])))
+        return Parsed(_line_end(held.text, start))
+    text = held.text[start:end]
+    return Parsed(end, python_calls(text) if kind == "python" else json_calls(loads(text)))
 
 
-def _line_end(text: str) -> int:
-    """The end of the line: malformed JSON is content up to there, and a call may follow."""
-    end = text.find("\n")
+def _kind(held: Held, tools: Tools, start: int) -> Steps[str]:
+    """The notation of the calls that may begin at ``start``: ``json``, ``python`` or none ("").
+
+    The first key of an object must be one of a call, the first name in a list of Python calls that of a tool.
+    """
+    at = start
+    if held.text.startswith("[", at):
+        at = yield from held.skip(at + 1)
+        if not held.text.startswith("{", at):
+            name = yield from held.match(_FIRST_NAME, at, _FIRST_NAME_BEGUN)
+            return "python" if name and name[1] in tools else ""
+    key = yield from held.match(_FIRST_KEY, at, _FIRST_KEY_BEGUN)
+    return "json" if key else ""
+
+
+def _line_end(text: str, start: int) -> int:
+    """The end of the line: a value without an end is content up to there, and a call may follow."""
+    end = text.find("\n", start)
     return end + 1 if end >= 0 else len(text)
 
 
 # -- Llama ------------------------------------------------------------------------------------------------------------
 
-PYTHON_TAG = "<|python_tag|>"
-_PYTHON_BEGIN = re.compile(rf"{re.escape(PYTHON_TAG)}\s*")
 
+def tag_before(opening: str) -> Form:
+    """JSON values behind a tag that is never closed, or Python up to the end of the output."""
 
-def llama(text: str, ended: bool) -> Parsed | None:
-    """JSON with or without ``<|python_tag|>`` before it, or Python after the tag up to the end of the output."""
-    begin = _PYTHON_BEGIN.match(text)
-    start = begin.end() if begin else 0
-    if start == len(text):
-        return Parsed(start) if ended else None
-    if text[start] in "{[":
-        return _json_value(text, start, ended)
-    return Parsed(len(text), python_calls(text[start:])) if ended else None
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        start = yield from held.skip(len(opening))
+        if (yield from _kind(held, tools, start)) == "json":
+            return (yield from json_values(held, len(opening), ""))
+        while not held.ended:
+            yield
+        return Parsed(len(held.text), calls_in(held.text[start:]))
+
+    return Form(opening, read)
 
 
 # -- Mistral ----------------------------------------------------------------------------------------------------------
 
-TOOL_CALLS = "[TOOL_CALLS]"
-_MISTRAL_BEGIN = re.compile(rf"{re.escape(TOOL_CALLS)}\s*")
 _MISTRAL_NAME = re.compile(r"([\w.\-]+)(?:\[CALL_ID\][\w\-]+)?(?:\[ARGS\])?\s*")
-_LONGEST_NAME = 200
 
 
-def mistral(text: str, ended: bool) -> Parsed | None:
+def mistral(opening: str) -> Form:
     """``[TOOL_CALLS]`` before a JSON list of calls, or before each call ``name[ARGS]{…}``."""
-    begin = _MISTRAL_BEGIN.match(text)
-    assert begin is not None
-    start = begin.end()
-    if start == len(text):
-        return None
-    if text[start] in "{[":
-        return _mistral_value(text, start, ended, None)
-    brace = text.find("{", start)
-    head = text[start : brace if brace >= 0 else len(text)]
-    if "\n" in head.strip() or len(head) > _LONGEST_NAME:
-        return Parsed(len(TOOL_CALLS))
-    if brace < 0:
-        return None
-    name = _MISTRAL_NAME.fullmatch(head)
-    return _mistral_value(text, brace, ended, name[1]) if name else Parsed(len(TOOL_CALLS))
+
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        start = yield from held.skip(len(opening))
+        if held.text.startswith(("{", "["), start):
+            return (yield from json_values(held, len(opening), ""))
+        head = yield from held.match(_MISTRAL_HEAD, start)
+        if head is None:
+            return Parsed(len(opening))
+        brace = head.end() - 1
+        name = _MISTRAL_NAME.fullmatch(head[0][:-1])
+        if name is None:
+            return Parsed(len(opening))
+        try:
+            end = yield from value_end(held, brace)
+        except BrokenValueError as broken:
+            return Parsed(broken.place)
+        if end is None:
+            return Parsed(len(held.text))
+        return Parsed(end, named_call(name[1], held.text[brace:end]))
+
+    return Form(opening, read, "[ARGS][CALL_ID]")
 
 
-def _mistral_value(text: str, start: int, ended: bool, name: str | None) -> Parsed | None:
-    try:
-        end = value_end(text, start)
-    except BrokenValueError as broken:
-        return Parsed(broken.place)
-    if end is None:
-        return Parsed(len(text)) if ended else None
-    value = loads(text[start:end])
-    return Parsed(end, json_calls(value) if name is None else named_call(name, value))
+_MISTRAL_HEAD = re.compile(r"[^{\n]*\n?[^{\n]*\{")
+
+# -- DeepSeek, Kimi ---------------------------------------------------------------------------------------------------
+
+_NAME_AND_BLOCK = re.compile(r"\s*([^\n]*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
-# -- DeepSeek ---------------------------------------------------------------------------------------------------------
+def named_before(separator: str, name_of: Callable[[str], str] = str.strip) -> Payload:
+    """A name and its arguments as JSON with a separator between them.
 
-CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-CALL_BEGIN, CALL_SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-_DEEPSEEK_BEGIN = re.compile(rf"(?:{CALLS_BEGIN}\s*)?{CALL_BEGIN}")
-_DEEPSEEK_BEGUN = re.compile(rf"{CALLS_BEGIN}\s*")
-_DEEPSEEK_BLOCK = re.compile(r"\s*([^\n]*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+    DeepSeek V3 writes the call's type before the separator, and the name with the arguments in a code block behind it.
+    """
 
+    def payload(text: str) -> tuple[Call, ...]:
+        head, found, rest = text.partition(separator)
+        if not found:
+            return ()
+        block = _NAME_AND_BLOCK.fullmatch(rest)
+        return named_call(block[1], block[2]) if block else named_call(name_of(head), rest)
 
-def deepseek(text: str, ended: bool) -> Parsed | None:
-    """Calls between markers; the arguments are bare JSON (V3.1) or a code block after the name (V3, R1)."""
-    begin = _DEEPSEEK_BEGIN.match(text)
-    if begin is None:
-        begun = _DEEPSEEK_BEGUN.match(text)
-        waiting = begun is not None and CALL_BEGIN.startswith(text[begun.end() :])
-        return None if waiting else Parsed(len(CALLS_BEGIN))
-    close = text.find(CALL_END, begin.end())
-    if close < 0:
-        return Parsed(len(text), _deepseek_call(text[begin.end() :])) if ended else None
-    call = _deepseek_call(text[begin.end() : close])
-    end = close + len(CALL_END)
-    rest = text[end:].lstrip()
-    if rest.startswith(CALLS_END):
-        return Parsed(len(text) - len(rest) + len(CALLS_END), call)
-    if not ended and CALLS_END.startswith(rest):
-        return None
-    return Parsed(end, call)
-
-
-def _deepseek_call(inner: str) -> tuple[Call, ...]:
-    """The call between the markers; empty if it is malformed."""
-    head, separator, rest = inner.partition(CALL_SEPARATOR)
-    block = _DEEPSEEK_BLOCK.fullmatch(rest)
-    name, spelled = (block[1], block[2]) if block else (head.strip(), rest)
-    return named_call(name, loads(spelled)) if separator else ()
-
-
-# -- Gemma ------------------------------------------------------------------------------------------------------------
-
-_TOOL_CODE = "```tool_code"
-
-
-def gemma(marked: dict[str, Read]) -> Read:
-    """Python in a ``tool_code`` block, plain JSON, or what ``marked`` reads behind each of its opening markers."""
-
-    def read(text: str, ended: bool) -> Parsed | None:
-        for opening, read_marked in marked.items():
-            if text.startswith(opening):
-                return read_marked(text, ended)
-        if text.startswith(_TOOL_CODE):
-            close = text.find("```", len(_TOOL_CODE))
-            if close < 0:
-                return Parsed(len(text)) if ended else None
-            calls = python_calls(text[len(_TOOL_CODE) : close])
-            return Parsed(close + 3, calls) if calls else plain_json(text, ended)
-        if text.startswith("```") and _TOOL_CODE.startswith(text) and not ended:
-            return None
-        return plain_json(text, ended)
-
-    return read
+    return payload
