@@ -17,7 +17,6 @@ from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.families import family_of
-from ollama_forge.serving.tools.forced import forced_family
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import Tokenizer, template_text
 
@@ -128,8 +127,7 @@ class ServedModel:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
-        family = family_of(self.prompts.template.text)
-        output = OutputProcessor(self._tokens, request, family if request.calls is None else forced_family(family))
+        output = OutputProcessor(self._tokens, request, family_of(self.prompts.template.text))
         limit = max(prompt.context - len(prompt.ids), 0)
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)

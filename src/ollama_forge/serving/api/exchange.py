@@ -18,7 +18,16 @@ from ollama_forge.serving.engine.base import ToolCallGrammar
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
-from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
+from ollama_forge.serving.requests import (
+    BadRequest,
+    ChatRequest,
+    Completion,
+    Done,
+    Event,
+    GenerationRequest,
+    ToolCall,
+    Tools,
+)
 from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.forced import forced_calls, plain_call_schema
 
@@ -128,7 +137,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         )
     schema, calls = schema_text(request.format), None
     if request.must_call:
-        schema, calls = forced_call(model, request)
+        schema, calls = forced_call(model, prompt.tools, several=not request.one_call)
     return GenerationRequest(
         prompt,
         sampling=request.sampling,
@@ -163,26 +172,24 @@ def schema_text(format_: Any) -> str | None:
     return schema
 
 
-def forced_call(model: ServedModel, request: ChatRequest) -> tuple[str, ToolCallGrammar]:
+def forced_call(model: ServedModel, tools: Tools, *, several: bool) -> tuple[str, ToolCallGrammar]:
     """The constraint of an answer that has to call a tool: the schema of a plain JSON call, and the family's own form.
+
+    Args:
+        several: whether more than one call may come.
 
     Raises:
         BadRequest: the JSON schema of a tool's arguments cannot be enforced.
     """
-    functions = [tool.get("function") or {} for tool in request.tools]
-    schemas = {str(function.get("name") or ""): function.get("parameters") or {} for function in functions}
     split = model.prompts.template.thinking
     try:
-        plain = plain_call_schema(schemas)
+        plain = plain_call_schema(tools)
         calls = forced_calls(
-            model.prompts.template.text,
-            schemas,
-            channels=split is not None and split.channels,
-            several=not request.one_call,
+            model.prompts.template.text, tools, channels=split is not None and split.channels, several=several
         )
     except (ValueError, RecursionError):
         raise BadRequest("tools: parameters are nested too deeply or contain NaN or Infinity") from None
-    for name, tool in zip(schemas, calls.tools, strict=True):
+    for name, tool in zip(tools, calls.tools, strict=True):
         if (problem := check_schema(tool.schema)) is not None:
             raise BadRequest(f'tools: invalid parameters of "{name}": {problem}')
     return plain, calls

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ollama_forge.serving.engine.base import TaggedJson, ToolCallGrammar
-from ollama_forge.serving.tools.base import ToolFamily
 from ollama_forge.serving.tools.families import family_of
-
-_PLAIN = family_of("")  # its calls are JSON alone, which every model can write
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,53 @@ _HARMONY = CallSyntax(
     several=False,
     thought=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
 )
-# By the family's name, the first whose mark the template has; families of another form are made to write plain JSON.
+_PLAIN = CallSyntax(_JSON, "}", several=False)  # read as a call at the beginning of an answer, whatever the family
+_TAGGED = CallSyntax(f"<tool_call>\n{_JSON}", "}\n</tool_call>", separator="\n")
+
+
+def _listed(begin: str, end: str, opening: str = _JSON, **more: Any) -> CallSyntax:
+    """Calls in a JSON list."""
+    return CallSyntax(opening, "}", begin=begin + "[", separator=", ", end="]" + end, **more)
+
+
+# By the family's name, the first whose mark the template has; families without one are made to write plain JSON.
 _SYNTAXES: dict[str, tuple[CallSyntax, ...]] = {
-    "hermes": (CallSyntax(f"<tool_call>\n{_JSON}", "}\n</tool_call>", separator="\n"),),
+    "hermes": (_TAGGED,),
+    "granite": (replace(_TAGGED, template_mark="<tool_call>"), _listed("<|tool_call|>", "")),
+    "nemotron": (_listed("<TOOLCALL>", "</TOOLCALL>"),),
+    "phi": (_listed("<|tool_call|>", "<|/tool_call|>", template_mark="<|tool_call|>"), _listed("functools", "")),
+    "hunyuan": (_listed("<tool_calls>", "</tool_calls>"),),
+    "apertus": (_listed("<|tools_prefix|>", "<|tools_suffix|>", '{"NAME": '),),
+    "command": (
+        CallSyntax(
+            '{"tool_call_id": "0", "tool_name": "NAME", "parameters": ',
+            "}",
+            begin="<|START_ACTION|>[\n    ",
+            end="\n]<|END_ACTION|>",
+            several=False,
+            template_mark="<|START_ACTION|>",
+        ),
+        CallSyntax(
+            '    {\n        "tool_name": "NAME",\n        "parameters": ',
+            "\n    }",
+            begin="Action: ```json\n[\n",
+            separator=",\n",
+            end="\n]```",
+        ),
+    ),
+    "kimi": (
+        CallSyntax(
+            "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            begin="<|tool_calls_section_begin|>",
+            end="<|tool_calls_section_end|>",
+            several=False,
+        ),
+    ),
     "llama": (CallSyntax('{"name": "NAME", "parameters": ', "}", several=False),),
     "mistral": (
         CallSyntax("[TOOL_CALLS]NAME[ARGS]", template_mark="[ARGS]"),
-        CallSyntax(_JSON, "}", begin="[TOOL_CALLS][", separator=", ", end="]"),
+        _listed("[TOOL_CALLS]", ""),
     ),
     "deepseek": (
         CallSyntax(
@@ -74,12 +111,6 @@ _SYNTAXES: dict[str, tuple[CallSyntax, ...]] = {
         ),
     ),
 }
-_PLAIN_SYNTAX = CallSyntax(_JSON, "}", several=False)
-
-
-def forced_family(family: ToolFamily) -> ToolFamily:
-    """The family that reads the calls which a family's models are made to write."""
-    return family if family.name in _SYNTAXES else _PLAIN
 
 
 def forced_calls(
@@ -96,7 +127,7 @@ def forced_calls(
     Raises:
         ValueError, RecursionError: a schema contains NaN or Infinity, or is nested too deeply.
     """
-    known = _SYNTAXES.get(family_of(template).name, (_PLAIN_SYNTAX,))
+    known = (*_SYNTAXES.get(family_of(template).name, ()), _PLAIN)
     syntax = _HARMONY if channels else next(syntax for syntax in known if syntax.template_mark in template)
     tools = tuple(
         TaggedJson(syntax.opening_of(name), _json({"type": "object", **schema}), syntax.closing)
