@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -10,10 +11,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
-from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, EngineError, EngineRequest, ImageEncoder
+from ollama_forge.serving.engine.base import (
+    Constraint,
+    CountsMemory,
+    Embedder,
+    Engine,
+    EngineError,
+    EngineRequest,
+    ImageEncoder,
+)
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
+from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
 
 __all__ = ["ModelMetadata", "ServedModel"]
+_EMBEDDINGS = 4  # requests for embeddings at a time; the engine computes them one after the other
+_USUAL_ANSWER = 1024  # tokens
 
 
 class ServedModel:
@@ -72,7 +84,9 @@ class ServedModel:
         own = getattr(tokenizer, "eos_token_id", None)
         self._end_ids = end_ids if end_ids is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
-        self.admission = Admission(engine.slots, max_queue)
+        memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
+        self.admission = Admission(engine.slots, max_queue, memory)
+        self.embedding = Admission(_EMBEDDINGS, max_queue)
         self.capabilities = self._find_capabilities()
         self.stopping = False
 
@@ -114,15 +128,19 @@ class ServedModel:
         }
         return frozenset(name for name, has in found.items() if has)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
 
-        A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool.
+        A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool. The
+        answer goes on while nobody reads it, and gives its slot back when the engine has finished.
 
         Raises:
             Busy: the queue is full.
             EngineError: the generation failed.
         """
+        return pumped(self._events(request))
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
@@ -131,7 +149,7 @@ class ServedModel:
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)
         ids: list[int] = []
-        async with self.admission.slot():
+        async with self.admission.slot(self._memory_of(len(prompt.ids), limit)):
             admitted = first = time.perf_counter_ns()
             async with aclosing(self.engine.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
@@ -159,6 +177,13 @@ class ServedModel:
             answer_ns=max(ended - first, 1),
             stopped_by=output.stopped_by,
             context=(*prompt.ids, *(self._encode(output.text) if stopped else ids)),
+        )
+
+    def _memory_of(self, prompt_tokens: int, limit: int) -> int:
+        """Bytes to reserve for a request; for an answer without a bound, those of an answer of usual length."""
+        engine = self.engine
+        return (
+            (prompt_tokens + min(limit, _USUAL_ANSWER)) * engine.token_bytes if isinstance(engine, CountsMemory) else 0
         )
 
     def _with_open_thought(self, request: GenerationRequest) -> GenerationRequest:
@@ -206,18 +231,19 @@ class ServedModel:
 
         Raises:
             BadRequest: the engine does not embed, a text is empty, or one is too long and ``truncate`` is off.
+            Busy: too many requests for embeddings wait.
         """
         if not isinstance(self.engine, Embedder):
             raise BadRequest("this model does not support embeddings", 501)
         length = self.engine.context_length
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
-        inputs = [list(self.tokenizer(text).input_ids) for text in texts]
+        inputs = await asyncio.to_thread(lambda: [list(self.tokenizer(text).input_ids) for text in texts])
         if not all(inputs):
             raise BadRequest("an input is empty: there is nothing in it to embed")
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
         inputs = [ids[:room] for ids in inputs]
-        async with self.admission.slot():
+        async with self.embedding.slot():
             vectors = await self.engine.embed(inputs)
         if dimensions is not None and dimensions > 0:
             vectors = [_unit(vector[:dimensions]) for vector in vectors]

@@ -222,7 +222,7 @@ class BatchedRunner:
     def _apart(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Logits by a forward pass for each group."""
         logits = []
-        parts = ids.split([len(group.rows) for group in self.groups])
+        parts = torch.split(ids, [len(group.rows) for group in self.groups])
         for group, part, (positions, mask) in zip(self.groups, parts, inputs, strict=True):
             more = {} if mask is None else {"attention_mask": mask}
             logits.append(self.forward(part, group.cache, position_ids=positions, **more)[0])

@@ -37,7 +37,7 @@ class _GroupedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         sizes = [layer.span.rows for layer in self.layers]
-        new = zip(self.layers, key_states.split(sizes), value_states.split(sizes), strict=True)
+        new = zip(self.layers, torch.split(key_states, sizes), torch.split(value_states, sizes), strict=True)
         keys, values = zip(*(layer.update(*states) for layer, *states in new), strict=True)
         return keys, values
 
@@ -55,7 +55,7 @@ class GroupedKVCache(Cache):
     """The caches of several groups of rows as one cache, for a decode step over all of their rows in that order."""
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
-        layers = [_GroupedLayer(own) if own else DummyLayer() for own in KVCache.same_layers(caches)]
+        layers: list[Any] = [_GroupedLayer(own) if own else DummyLayer() for own in KVCache.same_layers(caches)]  # type: ignore[no-untyped-call]
         super().__init__(layers=layers)  # type: ignore[no-untyped-call]
 
 

@@ -106,7 +106,8 @@ class TransformersEngine:
             return 0
         cache = KVCache(runner.has_kv, 1, 1)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        self.model.forward(input_ids=ids, use_cache=True, **{self._forward.cache_name: cache})
+        inputs: dict[str, Any] = {self._forward.cache_name: cache}
+        self.model.forward(input_ids=ids, use_cache=True, **inputs)
         return cache.nbytes
 
     @property
