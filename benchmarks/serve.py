@@ -6,15 +6,20 @@ Starts ``abliterate serve`` on the demo model and streams ``/api/generate`` over
 engine without HTTP. The baselines are measured in the same run on the same prompts, with ``ChatModel``'s contiguous
 input of the unembedding: ``generate`` on one prompt at a time, and on static batches as large as the number of streams.
 
+Two loads more: 16 streams beside a neighbour with a prompt of 2,000 tokens, and 16 agents that arrive together with one
+system prompt of 1,500 tokens.
+
 Bounds: 16 streams reach 5 times the tokens per second of one prompt at a time, and 0.8 times those of static batches;
-one stream is not slower than ``generate``.
+beside the neighbour 0.7 times those without it; one stream is not slower than ``generate``.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,7 +36,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 STREAMS = (1, 4, 16)
+NEIGHBOUR_WORDS, SYSTEM_WORDS = 2000, 1500  # each is a token
 _TOPICS = ("a boat", "seven birds", "the harbour", "an old clock", "rain", "a garden", "two brothers", "bread")
+
+
+Ask = Callable[[Sequence[str], int], "Figure"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,15 @@ def prompts(count: int, round_: int) -> list[str]:
         f"{round_}.{index} Write a long story about {_TOPICS[index % len(_TOPICS)]}, with a beginning and an end."
         for index in range(count)
     ]
+
+
+def neighbour(round_: int) -> str:
+    return f"{round_} " + "word " * NEIGHBOUR_WORDS
+
+
+def agents(count: int, round_: int) -> list[str]:
+    system = f"{round_} " + "rule " * SYSTEM_WORDS
+    return [f"{system}\nWhat is rule {index}?" for index in range(count)]
 
 
 # -- baselines --------------------------------------------------------------------------------------------------------
@@ -101,7 +119,7 @@ def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
 
 
 def engine_process(pipe: Connection) -> None:
-    """Run ``engine_streams`` for each message until an empty one.
+    """Run ``engine_streams`` for each message, a number with its arguments, until an empty one; several may overlap.
 
     As the server, the engine is in a process of its own, with its own OpenMP threads.
     """
@@ -109,9 +127,17 @@ def engine_process(pipe: Connection) -> None:
     from ollama_forge.serving.engine.transformers import TransformersEngine
     from ollama_forge.sources.resolve import resolve
 
-    engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()))
+    engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()), slots=17)
+
+    def reply(number: int, texts: Sequence[str], tokens: int) -> None:
+        pipe.send((number, engine_streams(engine, texts, tokens)))
+
+    threads = []
     while question := pipe.recv():
-        pipe.send(engine_streams(engine, *question))
+        threads.append(threading.Thread(target=reply, args=question))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
     engine.close()
 
 
@@ -147,7 +173,18 @@ def server_streams(port: int, texts: Sequence[str], tokens: int) -> Figure:
 
 
 def start_server(port: int) -> subprocess.Popen[bytes]:
-    command = ["abliterate", "serve", "--checkpoint", "demo-base", "--name", "bench", "--port", str(port)]
+    command = [
+        "abliterate",
+        "serve",
+        "--checkpoint",
+        "demo-base",
+        "--name",
+        "bench",
+        "--port",
+        str(port),
+        "--slots",
+        "17",
+    ]
     server = subprocess.Popen([sys.executable, "-m", "ollama_forge.cli.main", *command], stdout=subprocess.DEVNULL)
     for _ in range(600):
         if server.poll() is not None:
@@ -164,7 +201,25 @@ def start_server(port: int) -> subprocess.Popen[bytes]:
 # -- measurements -----------------------------------------------------------------------------------------------------
 
 
-def measure(ask: Callable[[Sequence[str], int], Figure], model: Any, tokens: int, rounds: int) -> dict[str, Any]:
+def beside_neighbour(ask: Ask, texts: Sequence[str], long: str, tokens: int) -> Figure:
+    """The streams' figure while a long prompt, prefilled before they begin, is answered beside them."""
+    figures: list[Figure] = []
+    started = threading.Event()
+
+    def answer_long() -> None:
+        ask([long], 1)  # its prompt is in the prefix cache from now on
+        started.set()
+        ask([long], 4 * tokens)
+
+    thread = threading.Thread(target=answer_long)
+    thread.start()
+    started.wait()
+    figures.append(ask(texts, tokens))
+    thread.join()
+    return figures[0]
+
+
+def measure(ask: Ask, model: Any, tokens: int, rounds: int) -> dict[str, Any]:
     """Medians over rounds; each round measures everything once, so that the machine's load is the same for all."""
     seen: dict[str, list[Any]] = {}
     ask(prompts(2, 0), 8)
@@ -174,6 +229,10 @@ def measure(ask: Callable[[Sequence[str], int], Figure], model: Any, tokens: int
             texts = prompts(streams, round_)
             seen.setdefault(f"{streams}", []).append(ask(texts, tokens))
             seen.setdefault(f"generate {streams}", []).append(by_hand(model, texts, tokens))
+        texts = prompts(16, 1000 + round_)
+        seen.setdefault("neighbour", []).append(beside_neighbour(ask, texts, neighbour(round_), tokens))
+        seen.setdefault("agents", []).append(ask(agents(16, round_), 8))
+        seen.setdefault("agent", []).append(ask(agents(1, 1000 + round_), 8))
     return {
         name: statistics.median(values)
         if name.startswith("generate")
@@ -200,10 +259,25 @@ def main() -> int:
         process = multiprocessing.get_context("spawn").Process(target=engine_process, args=(theirs,))
         process.start()
 
+        answers: dict[int, Figure] = {}
+        numbers, arrived = itertools.count(), threading.Condition()
+
+        def read() -> None:
+            with contextlib.suppress(EOFError):
+                while True:
+                    number, figure = ours.recv()
+                    with arrived:
+                        answers[number] = figure
+                        arrived.notify_all()
+
+        threading.Thread(target=read, daemon=True).start()
+
         def ask(texts: Sequence[str], tokens: int) -> Figure:
-            ours.send((texts, tokens))
-            figure: Figure = ours.recv()
-            return figure
+            with arrived:
+                number = next(numbers)
+                ours.send((number, texts, tokens))
+                arrived.wait_for(lambda: number in answers)
+                return answers.pop(number)
 
         found = measure(ask, model, given.tokens, given.rounds)
         ours.send(None)
@@ -221,11 +295,17 @@ def main() -> int:
             f"{streams:2} streams: {figure.rate:6.1f} tokens/s, first after {figure.first:.3f} s; "
             f"a static batch through generate: {found[f'generate {streams}']:6.1f} tokens/s"
         )
+    print(f"16 streams beside a prompt of 2,000 tokens: {found['neighbour'].rate:6.1f} tokens/s")
+    print(
+        f"16 agents with one system prompt of 1,500 tokens: first token after {found['agents'].first:.3f} s, "
+        f"one agent alone after {found['agent'].first:.3f} s"
+    )
     alone, batch = found["generate 1"], found["generate 16"]
     checks = [
         ("one stream, relative to generate", found["1"].rate / alone, 1.0),
         ("16 streams, relative to one prompt at a time", found["16"].rate / alone, 5.0),
         ("16 streams, relative to static batches", found["16"].rate / batch, 0.8),
+        ("16 streams beside a long prompt, relative to without", found["neighbour"].rate / found["16"].rate, 0.7),
     ]
     for name, ratio, bound in checks:
         print(f"{'ok  ' if ratio >= bound else 'MISS'} {name}: {ratio:.2f} (at least {bound})")

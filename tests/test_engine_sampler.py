@@ -7,11 +7,21 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
-from ollama_forge.serving.engine.sampler import SamplingState, draw, filter_logits, sample
+from ollama_forge.serving.engine.sampler import (
+    SamplingState,
+    _by_order,
+    _draw_unsorted,
+    draw,
+    filter_logits,
+    sample,
+)
 from tests.engines import GREEDY, collect, load, prompt, running, wait
 
 OPEN = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=1)
@@ -140,6 +150,123 @@ def test_log_probabilities_are_of_the_bare_logits() -> None:
         (3, round(math.log(0.3), 4)),
     ]
     assert (bare.logprob, bare.top) == (None, ())
+
+
+# -- no more sorting than needed ------------------------------------------------------------------------------------
+
+
+def kept_by_hand(logits: np.ndarray, params: SamplingParams) -> tuple[dict[int, float], float]:
+    """The tokens that the filters leave with their logits, by sorting the whole vocabulary in float64.
+
+    Also how near a share is to the bound of its filter: rounding may decide what is nearer than about 1e-6.
+    """
+    order = np.argsort(-logits, kind="stable")
+    order = order[: params.top_k] if params.top_k > 0 else order
+    nearest = 1.0
+
+    def shares_of(ids: np.ndarray) -> np.ndarray:
+        weights = np.exp(logits[ids] - logits[ids].max())
+        return weights / weights.sum()
+
+    def until(ids: np.ndarray, shares: np.ndarray, bound: float) -> np.ndarray:
+        nonlocal nearest
+        before = np.cumsum(shares) - shares
+        nearest = min(nearest, np.abs(before[1:] - bound).min(initial=1.0))
+        keep = before < bound
+        keep[0] = True
+        return ids[keep]
+
+    if params.typical_p < 1:
+        shares = shares_of(order)
+        logs = np.log(shares)
+        far = np.abs(logs + (shares * logs).sum() * -1)
+        by_far = np.argsort(far, kind="stable")
+        nearest = min(nearest, np.diff(np.sort(far)).min(initial=1.0) * 10)
+        kept = until(order[by_far], shares[by_far], params.typical_p)
+        order = order[np.isin(order, kept)]
+    if params.top_p < 1:
+        order = until(order, shares_of(order), params.top_p)
+    if params.min_p > 0:
+        differences = logits[order] - logits[order].max() - np.log(params.min_p)
+        nearest = min(nearest, np.abs(differences).min())
+        order = order[differences >= 0]
+    return {int(token): float(logits[token]) for token in order}, nearest
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    vocabulary=st.sampled_from([7, 1024, 1500, 3000]),
+    flat=st.sampled_from([0.05, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 5, 1024, 1200]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3, 0.999]),
+    typical_p=st.sampled_from([1.0, 1.0, 0.9, 0.2]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05]),
+    temperature=st.sampled_from([0.6, 1.0, 1.7]),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_drawn_is_what_sorting_everything_leaves(
+    vocabulary: int,
+    flat: float,
+    top_k: int,
+    top_p: float,
+    typical_p: float,
+    min_p: float,
+    temperature: float,
+    seed: int,
+) -> None:
+    """All of the filters, at vocabularies below and above what is sorted; the draw follows the shares that are left."""
+    params = SamplingParams(temperature, top_k, top_p, min_p, typical_p, seed=seed)
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * flat
+    kept, nearest = kept_by_hand(logits[0].double().numpy(), params)
+    assume(nearest > 1e-5)
+    uniforms = [(number + 0.5) / 200 for number in range(200)]
+    rows = [params] * len(uniforms)
+    ((draw_rows, _),) = _by_order([params], vocabulary)
+    chosen = draw_rows(logits.repeat(len(rows), 1), rows, uniforms)
+    order = sorted(kept, key=lambda token: token if draw_rows is _draw_unsorted else -kept[token])
+    weights = np.exp((np.array([kept[token] for token in order]) - max(kept.values())) / temperature)
+    heights = np.cumsum(weights) / weights.sum()
+    for uniform, token in zip(uniforms, chosen, strict=True):
+        place = order.index(token)
+        assert heights[place] - weights[place] / weights.sum() - 1e-5 <= uniform <= heights[place] + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "sorts"),
+    [
+        ({"top_k": 0, "top_p": 1.0}, []),
+        ({"top_k": 0, "top_p": 1.0, "min_p": 0.1}, []),
+        ({"top_k": 40}, [40]),
+        ({"top_k": 0, "top_p": 0.9}, [1024]),
+        ({"top_k": 0, "top_p": 1.0, "typical_p": 0.9}, [1024]),
+        ({"top_k": 0, "top_p": 0.9999999}, [1024, 5000]),  # the likeliest tokens do not reach it
+    ],
+)
+def test_rows_are_sorted_no_further_than_their_filters_need(
+    fields: dict[str, float], sorts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    counts: list[int] = []
+    topk = torch.Tensor.topk
+
+    def counted(self: torch.Tensor, k: int, **options: int) -> object:
+        counts.append(k)
+        return topk(self, k, **options)
+
+    monkeypatch.setattr(torch.Tensor, "topk", counted)
+    sample(logits, [SamplingState(replace(OPEN, **fields), []) for _ in range(2)])  # type: ignore[arg-type]
+    assert counts == sorts
+
+
+def test_a_row_gets_the_same_token_whatever_its_neighbours_ask_for() -> None:
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
+    fields = ({}, {"top_p": 0.9}, {"top_k": 50}, {"typical_p": 0.5}, {"top_k": 2000, "top_p": 0.5})
+    params = [replace(OPEN, **each) for each in fields]  # type: ignore[arg-type]
+    for _ in range(20):
+        together = [token.id for token in sample(logits, [SamplingState(each, []) for each in params])]
+        alone = [sample(logits[row : row + 1], [SamplingState(each, [])])[0].id for row, each in enumerate(params)]
+        assert together == alone
+        params = [replace(each, seed=(each.seed or 0) + 1) for each in params]
 
 
 def test_an_answer_comes_with_the_models_log_softmax(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -13,7 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
+from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.api.server import bind
 from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
@@ -170,6 +174,81 @@ def test_two_hundred_clients_that_leave() -> None:
         await asyncio.gather(*leaving)
         assert engine.served >= 160
         await until(lambda: engine.active == 0 and model.admission.running == 0 and model.admission.waiting == 0)
+
+    with loopback(model) as url:
+        asyncio.run(run(url))
+
+
+STALLED, TOKENS = 20, 1500
+
+
+def stall(url: str, path: str) -> socket.socket:
+    """Ask for a long answer, and read nothing of it."""
+    place = urlsplit(url)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.settimeout(WAIT)
+    client.connect((place.hostname, place.port))
+    body = json.dumps({"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": True}).encode()
+    client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    return client
+
+
+def read_all(client: socket.socket) -> bytes:
+    data = b""
+    with closing(client), contextlib.suppress(ConnectionError):
+        while piece := client.recv(1 << 16):
+            data += piece
+    return data
+
+
+def long_answers(monkeypatch: pytest.MonkeyPatch, slots: int) -> ServedModel:
+    """Answers longer than what the server's buffers hold."""
+
+    def small_buffers(host: str, port: int) -> socket.socket:
+        listening = bind(host, port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listening
+
+    monkeypatch.setattr("tests.loopback.bind", small_buffers)
+    engine = ScriptedEngine(lambda request: [*[70] * TOKENS, 1], slots=slots, context_length=1 << 20)
+    return ServedModel("wire", tokenizer(), engine, FACTS)
+
+
+def test_readers_that_stall_hold_up_nobody_and_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = long_answers(monkeypatch, slots=16)
+    engine: Any = model.engine
+
+    async def run(url: str) -> None:
+        paths = ("/api/chat", "/v1/chat/completions")
+        stalled = [await asyncio.to_thread(stall, url, paths[number % 2]) for number in range(STALLED)]
+        await until(lambda: engine.served == STALLED)
+        async with httpx.AsyncClient(base_url=url, timeout=WAIT) as client:
+            response = await client.post("/api/generate", json={"model": "wire", "prompt": "a", "stream": False})
+        assert response.json()["eval_count"] == TOKENS + 1
+        await until(lambda: engine.active == 0 and model.admission.running == 0)
+        await asyncio.sleep(1.0)  # longer than the write timeout, so that the server has dropped them
+        for data in await asyncio.gather(*(asyncio.to_thread(read_all, client) for client in stalled)):
+            assert b'"done":true' not in data
+            assert b"[DONE]" not in data
+
+    with loopback(model, ServeSettings(write_timeout=0.3)) as url:
+        asyncio.run(run(url))
+
+
+def test_a_reader_that_goes_on_in_time_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = long_answers(monkeypatch, slots=1)
+    engine: Any = model.engine
+
+    async def run(url: str) -> None:
+        client = await asyncio.to_thread(stall, url, "/api/chat")
+        await until(lambda: engine.served == 1 and engine.active == 0)
+        assert model.admission.running == 0
+        place = client.makefile("rb")
+        lines = await asyncio.to_thread(lambda: [line for line in iter(place.readline, b"0\r\n") if b"{" in line])
+        assert len(lines) == TOKENS + 1
+        assert json.loads(lines[-1])["done"] is True
+        client.close()
 
     with loopback(model) as url:
         asyncio.run(run(url))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import EngineError, EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.model import ServedModel
@@ -265,13 +266,18 @@ def test_hundreds_of_asks_and_leavers_leave_nothing_running() -> None:
 
 
 def test_one_who_leaves_the_queue_gives_up_its_place() -> None:
-    model = serve("abc", slots=1, max_queue=1)
+    model = serve("abc" * 1000, slots=1, max_queue=1)
+
+    async def one_waits() -> None:
+        async with asyncio.timeout(30):
+            while model.admission.waiting != 1:
+                await asyncio.sleep(0)
 
     async def run() -> None:
         first = model.generate(GenerationRequest(hi(model)))
         await anext(first)
         waiting = asyncio.create_task(anext(model.generate(GenerationRequest(hi(model)))))
-        await asyncio.sleep(0)
+        await one_waits()
         with pytest.raises(Busy):
             await anext(model.generate(GenerationRequest(hi(model))))
         waiting.cancel()
@@ -279,12 +285,113 @@ def test_one_who_leaves_the_queue_gives_up_its_place() -> None:
             await waiting
         another = model.generate(GenerationRequest(hi(model)))
         later = asyncio.create_task(anext(another))
-        await asyncio.sleep(0)
-        assert model.admission.waiting == 1
+        await one_waits()
         await first.aclose()
         assert isinstance(await later, Delta)
         await another.aclose()
         assert model.admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_not_read_gives_its_slot_back_and_is_whole_later() -> None:
+    model = serve("abc" * 50, slots=1)
+
+    async def run() -> None:
+        stalled = model.generate(GenerationRequest(hi(model)))
+        first = await anext(stalled)
+        others = [event async for event in model.generate(GenerationRequest(hi(model)))]
+        assert isinstance(others[-1], Done)
+        assert (engine_of(model).active, model.admission.running) == (0, 0)
+        assert [first, *[event async for event in stalled]][:-1] == others[:-1]
+
+    asyncio.run(run())
+
+
+def test_requests_wait_for_memory_in_their_order() -> None:
+    admission = Admission(slots=8, max_waiting=8, memory=100)
+    order: list[str] = []
+
+    async def hold(name: str, nbytes: int, leave: asyncio.Event) -> None:
+        async with admission.slot(nbytes):
+            order.append(name)
+            assert admission.reserved <= 100 or admission.running == 1
+            await leave.wait()
+
+    async def run() -> None:
+        leave = {name: asyncio.Event() for name in ("more", "most", "half", "rest", "last")}
+        sizes = {"more": 60, "most": 500, "half": 50, "rest": 50, "last": 1}
+        tasks = {name: asyncio.create_task(hold(name, size, leave[name])) for name, size in sizes.items()}
+        await asyncio.sleep(0)
+        assert (order, admission.waiting) == (["more"], 4)  # the small ones do not overtake the one that waits longest
+        leave["more"].set()
+        await tasks["more"]
+        assert order == ["more", "most"]  # alone, although it is more than there is
+        leave["most"].set()
+        await tasks["most"]
+        await asyncio.sleep(0)
+        assert (order[2:], admission.waiting) == (["half", "rest"], 1)
+        tasks["last"].cancel()
+        await asyncio.gather(tasks["last"], return_exceptions=True)
+        for name in ("half", "rest"):
+            leave[name].set()
+            await tasks[name]
+        assert (admission.running, admission.reserved, admission.waiting) == (0, 0, 0)
+
+    asyncio.run(run())
+
+
+def test_one_who_leaves_the_queue_lets_smaller_requests_in() -> None:
+    admission = Admission(slots=8, max_waiting=8, memory=100)
+
+    async def run() -> None:
+        async with admission.slot(60):
+            large = asyncio.create_task(_hold(admission, 90))
+            await asyncio.sleep(0)
+            small = asyncio.create_task(_hold(admission, 30))
+            await asyncio.sleep(0)
+            assert admission.waiting == 2
+            large.cancel()
+            await asyncio.wait_for(small, 30)
+        assert (admission.running, admission.reserved) == (0, 0)
+
+    asyncio.run(run())
+
+
+async def _hold(admission: Admission, nbytes: int) -> None:
+    async with admission.slot(nbytes):
+        pass
+
+
+def test_a_request_reserves_its_prompt_and_its_answer() -> None:
+    model = serve("abc" * 400)
+    engine: Any = engine_of(model)
+    engine.token_bytes, engine.cache_bytes = 10, 10_000
+    model = ServedModel("wire", model.tokenizer, engine, FACTS)
+    assert model.admission.memory == 10_000
+
+    async def reserved(**fields: Any) -> int:
+        events = model.generate(GenerationRequest(Prompt((5,) * 7, 4096), **fields))
+        await anext(events)
+        found = model.admission.reserved
+        await events.aclose()
+        return found
+
+    assert asyncio.run(reserved(num_predict=200)) == 10 * (7 + 200)
+    assert asyncio.run(reserved()) == 10 * (7 + 1024)
+    assert model.admission.reserved == 0
+
+
+def test_embeddings_take_no_answers_slot() -> None:
+    model = serve("abc" * 1000, slots=1)
+
+    async def run() -> None:
+        answer = model.generate(GenerationRequest(hi(model)))
+        await anext(answer)
+        assert model.admission.running == 1
+        vectors, _ = await asyncio.wait_for(model.embed(["hello"]), 30)
+        assert len(vectors) == 1
+        await answer.aclose()
 
     asyncio.run(run())
 

@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Largest number of answers generated at a time.",
 )
+@click.option(
+    "--write-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a client is dropped that does not read its answer.",
+)
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
@@ -61,6 +68,7 @@ def serve(**options: Any) -> None:
         host=options["host"],
         port=options["port"],
         api_key=options["api_key"] or None,
+        write_timeout=options["write_timeout"],
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:

@@ -10,10 +10,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
-from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, EngineError, EngineRequest, ImageEncoder
+from ollama_forge.serving.engine.base import (
+    Constraint,
+    CountsMemory,
+    Embedder,
+    Engine,
+    EngineError,
+    EngineRequest,
+    ImageEncoder,
+)
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
+from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.families import family_of
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
 
 __all__ = ["ModelMetadata", "ServedModel"]
+_EMBEDDINGS = 4  # requests for embeddings at a time; the engine computes them one after the other
+_USUAL_ANSWER = 1024  # tokens
 
 
 class ServedModel:
@@ -73,7 +84,9 @@ class ServedModel:
         own = getattr(tokenizer, "eos_token_id", None)
         self._end_ids = end_ids if end_ids is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
-        self.admission = Admission(engine.slots, max_queue)
+        memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
+        self.admission = Admission(engine.slots, max_queue, memory)
+        self.embedding = Admission(_EMBEDDINGS, max_queue)
         self.capabilities = self._find_capabilities()
         self.stopping = False
 
@@ -115,15 +128,19 @@ class ServedModel:
         }
         return frozenset(name for name, has in found.items() if has)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
 
-        A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool.
+        A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool. The
+        answer goes on while nobody reads it, and gives its slot back when the engine has finished.
 
         Raises:
             Busy: the queue is full.
             EngineError: the generation failed.
         """
+        return pumped(self._events(request))
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
@@ -133,7 +150,7 @@ class ServedModel:
             limit = min(limit, request.num_predict)
         ids: list[int] = []
         cached = 0
-        async with self.admission.slot():
+        async with self.admission.slot(self._memory_of(len(prompt.ids), limit)):
             admitted = first = time.perf_counter_ns()
             async with aclosing(self.engine.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
@@ -163,6 +180,13 @@ class ServedModel:
             stopped_by=output.stopped_by,
             context=(*prompt.ids, *answer_ids),
             cached_tokens=cached,
+        )
+
+    def _memory_of(self, prompt_tokens: int, limit: int) -> int:
+        """Bytes to reserve for a request; for an answer without a bound, those of an answer of usual length."""
+        engine = self.engine
+        return (
+            (prompt_tokens + min(limit, _USUAL_ANSWER)) * engine.token_bytes if isinstance(engine, CountsMemory) else 0
         )
 
     def _with_open_thought(self, request: GenerationRequest) -> GenerationRequest:
@@ -217,6 +241,7 @@ class ServedModel:
 
         Raises:
             BadRequest: the engine does not embed, a text is empty, or one is too long and ``truncate`` is off.
+            Busy: too many requests for embeddings wait.
         """
         if not isinstance(self.engine, Embedder):
             raise BadRequest("this model does not support embeddings", 501)
@@ -228,7 +253,7 @@ class ServedModel:
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
         inputs = [ids[:room] for ids in inputs]
-        async with self.admission.slot():
+        async with self.embedding.slot():
             vectors = await self.engine.embed(inputs)
         if dimensions is not None and dimensions > 0:
             vectors = [_unit(vector[:dimensions]) for vector in vectors]

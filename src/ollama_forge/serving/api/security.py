@@ -47,6 +47,7 @@ class ServeSettings:
         api_key: the key that clients must send; None: no key.
         origins: origins of web pages that may call, in addition to local ones; one ``*`` in each matches any text.
         max_body: maximum size of a request's body in bytes.
+        write_timeout: seconds after which a client is dropped that does not read its response.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +55,7 @@ class ServeSettings:
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     max_body: int = MAX_BODY
+    write_timeout: float = 60.0
 
 
 class _TooLargeError(Exception):

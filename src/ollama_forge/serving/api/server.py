@@ -69,9 +69,12 @@ def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket)
 
 
 def server_of(model: ServedModel, settings: ServeSettings) -> Server:
+    class Timed(Protocol):
+        write_timeout = settings.write_timeout
+
     config = uvicorn.Config(
         build_app(model, settings),
-        http=Protocol,
+        http=Timed,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -114,7 +117,40 @@ class Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """Sends the Server header also in the response to a request that is not valid HTTP."""
+    """Drops clients that do not read, and sends the Server header also in the response to what is not valid HTTP.
+
+    Attributes:
+        write_timeout: seconds after which a connection is closed that takes none of the data waiting for it.
+    """
+
+    write_timeout = 60.0
+    _dropping: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._drop_later()
+
+    def resume_writing(self) -> None:
+        self._keep()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():  # it closes when the client has read all of this
+            self._drop_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keep()
+        super().connection_lost(exc)
+
+    def _drop_later(self) -> None:
+        self._keep()
+        self._dropping = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def _keep(self) -> None:
+        if self._dropping is not None:
+            self._dropping.cancel()
+            self._dropping = None
 
     def send_400_response(self, msg: str) -> None:
         body = msg.encode("ascii", "replace")

@@ -159,6 +159,19 @@ class Embedder(Protocol):
 
 
 @runtime_checkable
+class CountsMemory(Protocol):
+    """An engine whose requests take memory for each of their tokens.
+
+    Attributes:
+        token_bytes: size of the keys and values of a token; 0: unknown.
+        cache_bytes: size that those of all running requests together should not exceed.
+    """
+
+    token_bytes: int
+    cache_bytes: int
+
+
+@runtime_checkable
 class ImageEncoder(Protocol):
     """An engine that also takes images."""
 

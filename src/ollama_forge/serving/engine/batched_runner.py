@@ -1,23 +1,27 @@
-"""Continuous batching: sequences of different lengths share one KV cache, and join and leave between decode steps.
-
-The rows are right-aligned. Transformers models support this layout, because ``generate`` pads on the left: their
-masks, sliding windows and position biases work unchanged.
-"""
+"""Continuous batching: sequences of different lengths decode together, and join and leave between decode steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ollama_forge.models.device import is_out_of_memory
+from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedKVCache
 from ollama_forge.serving.engine.kv_cache import KVCache
 from ollama_forge.serving.engine.model_runner import Forward, Media, on_device
-from ollama_forge.serving.engine.prefix_cache import PrefixCache
+from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
+from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
 
-_SPARE_COLUMNS = 64
-_CHUNK = {"cpu": 512}
-_CHUNK_ON_DEVICE = 2048
+_CHUNK = {"cpu": 256}
+_CHUNK_ON_DEVICE = 1024
+_MOST_GROUPS = 4
+_WASTE_TOGETHER = 512  # padding columns that cost less than another call of the attention function
+_WASTE_APART = 4096  # padding columns that cost less than another forward pass
+_SPARE_COLUMNS = 256
+_TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
 
 
 class BatchedPrefill:
@@ -36,7 +40,7 @@ class BatchedPrefill:
         chunk: int,
         media: Media,
     ) -> None:
-        self.forward, self.cache, self.chunk = forward, cache, chunk
+        self.forward, self.cache, self.prompts, self.chunk = forward, cache, prompts, chunk
         self.media = on_device(media, forward.model)
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
@@ -63,131 +67,213 @@ class BatchedPrefill:
         span.end = end
         return logits if end == self.width else None
 
+    def row(self, index: int) -> CachedPrefix:
+        """Where the keys and values of a prompt are."""
+        return CachedPrefix(self.cache, index, self.starts[index], self.width - self.starts[index])
+
 
 class BatchedRunner:
     """Decodes up to ``slots`` sequences at once.
 
+    Rows of similar length form a group with a cache of its own. If the model's attention allows, one forward pass
+    steps all groups (``grouped_attention``); else there is a pass for each. The first step of several groups is done
+    in both ways, and the single pass is given up if the logits differ.
+
+    Nothing here has been tried on a GPU: a step copies the sampled ids to the device and waits for the next ones, its
+    shapes grow with the rows, and so neither CUDA graphs nor ``torch.compile`` apply.
+
     Args:
         has_kv: for each layer, whether it stores keys and values (``kv_cache.layers_with_kv``).
         nbytes: maximum size of the prefix cache.
+
+    Attributes:
+        rows: the running sequences.
+        groups: their groups; none is empty.
     """
 
     def __init__(self, forward: Forward, has_kv: Sequence[bool], slots: int, nbytes: int) -> None:
         self.forward, self.has_kv, self.slots = forward, has_kv, slots
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
         self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
-        self.cache: KVCache | None = None
-        self.starts: list[int] = []
-        self._changed = True
-        self._mask: Tensor | None = None
-        self._positions = torch.empty(0, 1, dtype=torch.long)
+        self.rows: list[Row] = []
+        self.groups: list[RowGroup] = []
+        self._switch = AttentionSwitch(forward.model.module)
+        self.one_pass = self._switch.available
+        self._checked = False
+        self._order: list[int] = []  # for each row of a pass over all groups, its number in ``rows``
+        self._places: Tensor | None = None  # for each of ``rows``, its row in the pass; None: the same order
+        self._together: tuple[GroupedKVCache, Tensor] | None = None
 
     # -- prefill --------------------------------------------------------------------------------------------------
 
     def uncached(self, prompt: Sequence[int]) -> int:
-        found = self.prefixes.match(prompt)
-        return len(prompt) - (found[1] if found is not None else 0)
+        found = self._running_prefix(prompt)
+        known = max(self.prefixes.shared(prompt), found.length if found is not None else 0)
+        return len(prompt) - known
+
+    def _running_prefix(self, prompt: Sequence[int]) -> CachedPrefix | None:
+        """The longest prefix of a prompt that the prompt of a running sequence begins with."""
+        usable = tuple(prompt[:-1])
+        best, length = None, 0
+        for row in self.rows:
+            shared = common_prefix(row.prompt, usable)
+            if shared > length:
+                best, length = row, shared
+        return best.group.prefix(best, length) if best is not None else None
+
+    def _cached_prefix(self, prompt: Sequence[int]) -> CachedPrefix | None:
+        running = self._running_prefix(prompt)
+        if running is not None and running.length >= self.prefixes.shared(prompt):
+            return running
+        kept = self.prefixes.match(prompt)
+        return None if kept is None else CachedPrefix(kept[0], 0, 0, kept[1])
 
     def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> BatchedPrefill:
         cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)))
-        found = [self.prefixes.match(prompt) if media is None else None for prompt in prompts]
+        found = [self._cached_prefix(prompt) if media is None else None for prompt in prompts]
         new_tokens = max(
-            len(prompt) - (match[1] if match is not None else 0) for prompt, match in zip(prompts, found, strict=True)
+            len(prompt) - (prefix.length if prefix is not None else 0)
+            for prompt, prefix in zip(prompts, found, strict=True)
         )
         prefill = BatchedPrefill(self.forward, cache, prompts, new_tokens, self.chunk, media)
-        for row, match in enumerate(found):
+        for row, prefix in enumerate(found):
             length = cache.span.end - prefill.starts[row]
-            if match is not None and length > 0:
-                cache.copy_row(match[0], 0, 0, row, prefill.starts[row], length)
+            if prefix is not None and length > 0:
+                cache.copy_row(prefix.cache, prefix.row, prefix.start, row, prefill.starts[row], length)
         return prefill
 
     def join(self, prefill: BatchedPrefill, index: int) -> None:
-        length = prefill.width - prefill.starts[index]
-        row = len(self.starts)
-        if self.cache is None:
-            self.cache = KVCache(self.has_kv, 1, length + max(_SPARE_COLUMNS, length // 2))
-            self.cache.span.start = self.cache.span.end = length
-        self._make_room(row + 1, length)
-        end = self.cache.span.end
-        self.cache.copy_row(prefill.cache, index, prefill.starts[index], row, end - length, length)
-        self.starts.append(end - length)
-        self.cache.span.rows = row + 1
-        self._update_start()
+        source = prefill.row(index)
+        group = self._group_for(source.length)
+        prompt = () if prefill.media else tuple(prefill.prompts[index])
+        row = Row(prompt, group)
+        group.join(row, source)
+        if group not in self.groups:
+            self.groups.append(group)
+        self.rows.append(row)
+        self._regroup()
 
-    def _make_room(self, rows: int, length: int) -> None:
-        """Ensure room for ``rows`` rows, for ``length`` columns before the common end, and for one column after it."""
-        assert self.cache is not None
-        span = self.cache.span
-        row_room, room = span.row_room, span.column_room
-        if rows <= row_room and length <= span.end < room:
-            return
-        while row_room < rows:
-            row_room = min(2 * row_room, self.slots)
-        width = span.end - span.start
-        needed = max(width, length)
-        if 4 * needed > 3 * room:  # moving the rows to the front would make room for few steps
-            room = needed + max(_SPARE_COLUMNS, needed // 2)
-        shift = needed - width - span.start
-        self.cache.relocate(needed - width, row_room, room)
-        self.starts = [start + shift for start in self.starts]
-        self._changed = True
+    # -- groups ---------------------------------------------------------------------------------------------------
 
-    def _update_start(self) -> None:
-        """Set the first used column after a row joined or left."""
-        assert self.cache is not None
-        self.cache.span.start = min(self.starts)
-        self._changed = True
+    def _group_for(self, length: int) -> RowGroup:
+        """The group whose rows are most similar, or a new one if a row of ``length`` would cost its rows too much."""
+        nearest = min(self.groups, key=lambda group: abs(group.width - length), default=None)
+        if nearest is not None:
+            rows = 1 if length < nearest.width else len(nearest.rows)
+            if abs(nearest.width - length) * rows <= self._waste:
+                return nearest
+        return RowGroup(self.has_kv, length, self.slots, self.forward.device)
+
+    @property
+    def _waste(self) -> int:
+        """Number of padding columns that cost less than another group."""
+        return _WASTE_TOGETHER if self.one_pass else _WASTE_APART
+
+    def _regroup(self) -> None:
+        """Merge groups that have become alike, or are too many; call this after rows joined or left."""
+        self.groups = sorted((group for group in self.groups if group.rows), key=lambda group: group.width)
+        while len(self.groups) > 1:
+            padding = [(large.width - small.width) * len(small.rows) for small, large in pairwise(self.groups)]
+            index = padding.index(min(padding))
+            if padding[index] > self._waste and len(self.groups) <= _MOST_GROUPS:
+                break
+            small, large = self.groups[index], self.groups[index + 1]
+            try:
+                for row in list(small.rows):
+                    large.join(row, small.prefix(row))
+                    small.remove(row)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                break  # the groups stay as they are
+            del self.groups[index]
+        order = [self.rows.index(row) for group in self.groups for row in group.rows]
+        self._order = order
+        in_order = order == list(range(len(order)))
+        self._places = None if in_order else torch.tensor(order).argsort().to(self.forward.device)
+        self._together = None
 
     # -- decoding -------------------------------------------------------------------------------------------------
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        assert self.cache is not None
-        self._make_room(len(self.starts), 0)
-        if self._changed:
-            self._build_inputs()
-        span = self.cache.span
-        inputs = {}
-        if self._mask is not None:
-            inputs["attention_mask"] = self._mask[:, span.start : span.end + 1]
-        ids = torch.tensor(tokens, device=self.forward.device).unsqueeze(1)
-        logits, _ = self.forward(ids, self.cache, position_ids=self._positions, **inputs)
-        span.end += 1
-        self._positions = self._positions + 1
-        return logits
+        ids = torch.tensor([tokens[number] for number in self._order], device=self.forward.device).unsqueeze(1)
+        inputs = [group.inputs() for group in self.groups]
+        logits = self._pass(ids, inputs)
+        for group in self.groups:
+            group.advance()
+        return logits if self._places is None else logits[self._places]
 
-    def _build_inputs(self) -> None:
-        """Build the mask of all allocated columns, and the next positions; valid until rows join, leave or move."""
-        assert self.cache is not None
-        device, span = self.forward.device, self.cache.span
-        starts = torch.tensor(self.starts, device=device).unsqueeze(1)
-        ragged = any(start != span.start for start in self.starts)
-        columns = torch.arange(span.column_room, device=device)
-        self._mask = (columns >= starts).long() if ragged else None
-        self._positions = span.end - starts
-        self._changed = False
+    def _pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        if len(self.groups) == 1 or not self.one_pass:
+            return self._apart(ids, inputs)
+        if self._checked:
+            return self._in_one_pass(ids, inputs)
+        expected = self._apart(ids, inputs)
+        self._checked = True
+        try:
+            found = self._in_one_pass(ids, inputs)  # it writes the same column again
+            self.one_pass = bool((found - expected).abs().mean() <= _TOLERANCE * expected.float().std())
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.one_pass = False  # the model does more with keys and values than attend to them
+        return expected
+
+    def _apart(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Logits by a forward pass for each group."""
+        logits = []
+        parts = torch.split(ids, [len(group.rows) for group in self.groups])
+        for group, part, (positions, mask) in zip(self.groups, parts, inputs, strict=True):
+            more = {} if mask is None else {"attention_mask": mask}
+            logits.append(self.forward(part, group.cache, position_ids=positions, **more)[0])
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _in_one_pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Logits by one forward pass for all groups."""
+        if self._together is None:
+            self._together = GroupedKVCache([group.cache for group in self.groups]), self._common_mask()
+        cache, mask = self._together
+        positions = torch.cat([positions for positions, _ in inputs])
+        width = cache.get_seq_length() + 1
+        if width > mask.shape[1]:
+            mask = self._common_mask()
+            self._together = cache, mask
+        with self._switch.grouped():
+            return self.forward(ids, cache, position_ids=positions, attention_mask=mask[:, :width])[0]
+
+    def _common_mask(self) -> Tensor:
+        """The mask of all rows in one pass, with spare columns; as all rows grow alike, their padding stays."""
+        widest = max(group.width for group in self.groups)
+        lengths = [group.cache.span.end - start for group in self.groups for start in group.starts]
+        padding = torch.tensor([widest - length for length in lengths], device=self.forward.device).unsqueeze(1)
+        columns = torch.arange(widest + _SPARE_COLUMNS, device=self.forward.device)
+        return (columns >= padding).long()
 
     # -- leaving --------------------------------------------------------------------------------------------------
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
-        assert self.cache is not None
-        span, last = self.cache.span, len(self.starts) - 1
+        leaving = self.rows[row]
         if ids is not None:
-            length = span.end - self.starts[row]
-            kept = KVCache(self.has_kv, 1, length)
-            kept.copy_row(self.cache, row, self.starts[row], 0, 0, length)
-            kept.span.end = length
-            self.prefixes.add(ids[:length], kept, kept.nbytes)
-        if row != last:
-            start = self.starts[last]
-            self.cache.copy_row(self.cache, last, start, row, start, span.end - start)
-            self.starts[row] = start
-        self.starts.pop()
-        span.rows = last
-        if self.starts:
-            self._update_start()
-        else:  # frees the memory that a long prompt or many rows took
-            self.cache = None
+            self._keep(leaving, ids)
+        leaving.group.remove(leaving)
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+        self._regroup()  # frees the memory of an empty group
+
+    def _keep(self, row: Row, ids: Sequence[int]) -> None:
+        """Keep a row's keys and values for later prompts, if there is memory for a copy."""
+        source = row.group.prefix(row)
+        try:
+            kept = KVCache(self.has_kv, 1, source.length)
+            kept.copy_row(source.cache, source.row, source.start, 0, 0, source.length)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return
+        kept.span.end = source.length
+        self.prefixes.add(ids[: source.length], kept, kept.nbytes)
 
     def reset(self) -> None:
-        self.cache, self.starts = None, []
+        self.rows, self.groups = [], []
         self.prefixes.clear()
+        self._regroup()

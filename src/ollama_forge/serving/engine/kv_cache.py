@@ -69,19 +69,15 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
-    def relocate(self, start: int, end: int, to: int) -> None:
-        """Move columns ``start..end`` to column ``to``; allocate new buffers if the span's sizes have changed."""
-        self.keys, self.values = (self._moved(old, start, end, to) for old in (self.keys, self.values))
+    def moved(self, start: int, end: int, to: int, span: Span) -> tuple[Tensor, Tensor]:
+        """New buffers of the sizes of ``span``, with columns ``start..end`` at column ``to``."""
+        return self._moved(self.keys, start, end, to, span), self._moved(self.values, start, end, to, span)
 
-    def _moved(self, old: Tensor | None, start: int, end: int, to: int) -> Tensor | None:
-        if old is None:
-            return None
-        kept = old[: self.span.rows, :, start:end]
-        if old.shape[0] == self.span.row_room and old.shape[2] == self.span.column_room:
-            new, kept = old, kept.clone()
-        else:
-            new = self._zeros(old)
-        new[: len(kept), :, to : to + end - start] = kept
+    @staticmethod
+    def _moved(old: Tensor | None, start: int, end: int, to: int, span: Span) -> Tensor:
+        assert old is not None
+        new = old.new_zeros(span.row_room, old.shape[1], span.column_room, old.shape[3])
+        new[: span.rows, :, to : to + end - start] = old[: span.rows, :, start:end]
         return new
 
 
@@ -102,6 +98,12 @@ class KVCache(Cache):
     def filled_layers(self) -> Iterator[KVLayer]:
         return (layer for layer in self._own if layer is not None and layer.keys is not None)
 
+    @staticmethod
+    def same_layers(caches: Sequence[KVCache]) -> Iterator[list[KVLayer]]:
+        """For each layer of the model, the layers of all caches; an empty list if the layer stores nothing."""
+        for layers in zip(*(cache._own for cache in caches), strict=True):
+            yield [layer for layer in layers if layer is not None]
+
     @property
     def nbytes(self) -> int:
         return sum(
@@ -109,13 +111,17 @@ class KVCache(Cache):
         )
 
     def relocate(self, to: int, rows: int, columns: int) -> None:
-        """Resize the buffers to ``rows`` by ``columns``, and move the used columns so that they start at ``to``."""
+        """Resize the buffers to ``rows`` by ``columns``, and move the used columns so that they start at ``to``.
+
+        If memory runs out, nothing has changed: all new buffers are allocated before the first old one is freed.
+        """
         span = self.span
         start, end = span.start, span.end
-        span.row_room, span.column_room = rows, columns
-        for layer in self.filled_layers:
-            layer.relocate(start, end, to)
-        span.start, span.end = to, to + end - start
+        new = Span(rows, columns, span.rows, to, to + end - start)
+        buffers = [layer.moved(start, end, to, new) for layer in self.filled_layers]
+        for layer, (keys, values) in zip(self.filled_layers, buffers, strict=True):
+            layer.keys, layer.values = keys, values
+        span.row_room, span.column_room, span.start, span.end = rows, columns, new.start, new.end
 
     def copy_row(self, source: KVCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
         """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.

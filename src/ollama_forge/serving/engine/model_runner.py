@@ -32,6 +32,11 @@ class ModelRunner(Protocol):
     @property
     def slots(self) -> int: ...
 
+    @property
+    def chunk(self) -> int:
+        """Maximum number of tokens of one prompt that a prefill computes at a time."""
+        ...
+
     def uncached(self, prompt: Sequence[int]) -> int:
         """Number of tokens of a prompt that the prefix cache does not cover."""
         ...
@@ -113,6 +118,7 @@ class SingleRunner:
     """
 
     slots = 1
+    chunk = 256
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward

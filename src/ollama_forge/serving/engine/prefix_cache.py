@@ -49,17 +49,25 @@ class PrefixCache(Generic[State]):
         Args:
             whole: take only states all of whose ids are a prefix of the prompt, because they cannot be shortened.
         """
+        best, length = self._longest(ids, whole)
+        if best is None:
+            return None
+        self._entries.remove(best)
+        self._entries.append(best)
+        return best.state, length
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Length of the prefix that ``match`` would find; this does not count as a use."""
+        return self._longest(ids, whole=False)[1]
+
+    def _longest(self, ids: Sequence[int], whole: bool) -> tuple[Entry[State] | None, int]:
         usable = tuple(ids[:-1])
         best, length = None, 0
         for entry in self._entries:
             shared = common_prefix(entry.ids, usable)
             if shared > length and (not whole or shared == len(entry.ids)):
                 best, length = entry, shared
-        if best is None:
-            return None
-        self._entries.remove(best)
-        self._entries.append(best)
-        return best.state, length
+        return best, length
 
     def clear(self) -> None:
         self._entries.clear()

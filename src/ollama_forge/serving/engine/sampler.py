@@ -1,24 +1,29 @@
 """Samples the next token of many rows at once.
 
 The order is that of llama.cpp's default chain: penalties, top_k, typical_p, top_p, min_p, temperature, random draw.
+
+Sorting a large vocabulary costs more than a decode step, so no row is sorted further than its filters need: not at all
+without top_k, typical_p and top_p, and to the ``_MOST_CANDIDATES`` likeliest tokens where those decide the filters.
+What a row gets does not depend on the other rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ollama_forge.models.device import float64_device
 from ollama_forge.serving.engine.base import Logprob, SamplingParams, Token
 
 _UNIFORMS = 32
 _LEAST_TEMPERATURE = 1e-6  # lower temperatures decode greedily: logits divided by less would overflow
-_MOST_CANDIDATES = 1024  # above this top_k, sorting the whole vocabulary costs as much
+_MOST_CANDIDATES = 1024
+_BLOCK = 512  # ids whose weights are summed before a token among them is drawn
 
 
 class SamplingState:
@@ -90,6 +95,9 @@ class Candidates:
     scores: Tensor
 
 
+DrawRows = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], list[int]]
+
+
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Token]:
     """Sample each row's next token from logits ``[rows, vocabulary]``; rows that ask for log-probabilities get them."""
     chosen = (
@@ -111,17 +119,92 @@ def _sample_filtered(logits: Tensor, states: Sequence[SamplingState]) -> list[in
         picked = scores if len(greedy) == len(states) else scores[greedy]
         for row, token in zip(greedy, picked.argmax(-1).tolist(), strict=True):
             chosen[row] = token
-    vocabulary = scores.shape[-1]
-    drawn = [row for row, state in enumerate(states) if not state.greedy]
-    few = [row for row in drawn if 0 < states[row].params.top_k <= min(_MOST_CANDIDATES, vocabulary)]
-    narrow = set(few)
-    for group in (few, [row for row in drawn if row not in narrow]):
-        if group:
-            params = [states[row].params for row in group]
-            candidates = filter_logits(scores if len(group) == len(states) else scores[group], params)
-            uniforms = [states[row].uniform() for row in group]
-            for row, token in zip(group, draw(candidates, params, uniforms), strict=True):
+    for draw_rows, rows in _by_order([None if state.greedy else state.params for state in states], scores.shape[-1]):
+        params = [states[row].params for row in rows]
+        uniforms = [states[row].uniform() for row in rows]
+        picked = scores if len(rows) == len(states) else scores[rows]
+        for row, token in zip(rows, draw_rows(picked, params, uniforms), strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _by_order(params: Sequence[SamplingParams | None], vocabulary: int) -> Iterator[tuple[DrawRows, list[int]]]:
+    """The rows to draw, by how much of the vocabulary has to be sorted for them."""
+    rows: dict[DrawRows, list[int]] = {_draw_sorted: [], _draw_among_likeliest: [], _draw_unsorted: []}
+    for row, each in enumerate(params):
+        if each is None:
+            continue
+        if each.top_k <= 0 and each.top_p >= 1 and each.typical_p >= 1:
+            rows[_draw_unsorted].append(row)
+        elif each.top_k <= 0 and vocabulary > _MOST_CANDIDATES:
+            rows[_draw_among_likeliest].append(row)
+        else:
+            rows[_draw_sorted].append(row)
+    return ((draw_rows, numbers) for draw_rows, numbers in rows.items() if numbers)
+
+
+def _draw_sorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """Draw rows whose top_k likeliest tokens, or whole vocabulary, is sorted; small and large top_k apart."""
+    chosen = [0] * len(params)
+    few = [row for row, each in enumerate(params) if 0 < each.top_k <= _MOST_CANDIDATES]
+    for rows in (few, [row for row in range(len(params)) if row not in few]):
+        if rows:
+            mine = [params[row] for row in rows]
+            candidates = filter_logits(scores if len(rows) == len(params) else scores[rows], mine)
+            for row, token in zip(rows, draw(candidates, mine, [uniforms[row] for row in rows]), strict=True):
                 chosen[row] = token
+    return chosen
+
+
+def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """Draw rows without top_k: filter the likeliest tokens, and the whole vocabulary where they do not decide."""
+    likeliest = scores.topk(_MOST_CANDIDATES, dim=-1)
+    whole = Whole.of(scores, entropy=any(each.typical_p < 1 for each in params))
+    candidates = _filter(Candidates(likeliest.indices, likeliest.values.float()), params, whole)
+    chosen = draw(candidates, params, uniforms)
+    decided = _decided(likeliest.values.float(), params, whole)
+    rest = [row for row, is_decided in enumerate(decided) if not is_decided]
+    if rest:
+        drawn = _draw_sorted(scores[rest], [params[row] for row in rest], [uniforms[row] for row in rest])
+        for row, token in zip(rest, drawn, strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> list[bool]:
+    """For each row, whether no token beyond the likeliest ones (their logits are ``scores``) passes the filters."""
+    logs = scores - whole.total
+    shares = logs.exp()
+    decided = shares.sum(-1, keepdim=True) >= _column(params, "top_p", scores.device)
+    if whole.entropy is not None:
+        # the last token here is less likely than typical, so the tokens beyond it are still further from typical
+        nearer = (logs + whole.entropy).abs() < -(logs[:, -1:] + whole.entropy)
+        typical = _column(params, "typical_p", scores.device)
+        decided = torch.where(typical < 1, (shares * nearer).sum(-1, keepdim=True) >= typical, decided)
+    flags: list[bool] = decided.squeeze(1).tolist()
+    return flags
+
+
+def _draw_unsorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    """Draw rows that no filter but min_p applies to: first a block of ids, then one of its ids."""
+    scores = scores.float()
+    best = scores.amax(-1, keepdim=True)
+    weights = ((scores - best) / _column(params, "temperature", scores.device)).exp()
+    if any(each.min_p > 0 for each in params):
+        least = best + _column(params, "min_p", scores.device).clamp(0, 1).log()
+        weights = weights.masked_fill(scores < least, 0.0)
+    weights = nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).view(len(params), -1, _BLOCK)
+    precise = float64_device(weights.device)
+    blocks = weights.sum(-1).to(precise, torch.float64)
+    heights = blocks.cumsum(-1)
+    levels = torch.tensor(uniforms, device=precise, dtype=torch.float64).unsqueeze(1) * heights[:, -1:]
+    block = torch.searchsorted(heights, levels, right=True).clamp_max(heights.shape[-1] - 1)
+    rows = torch.arange(len(params), device=weights.device)
+    inner = weights[rows, block.squeeze(1).to(weights.device)].to(precise, torch.float64).cumsum(-1)
+    levels -= heights.gather(-1, block) - blocks.gather(-1, block)
+    last = (inner < inner[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead beyond the last id with a weight
+    place = torch.minimum(torch.searchsorted(inner, levels, right=True), last)
+    chosen: list[int] = (block * _BLOCK + place).squeeze(1).tolist()
     return chosen
 
 
@@ -160,24 +243,52 @@ def _penalised(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Candidates:
     """Filter logits ``[rows, vocabulary]`` by top_k, typical_p, top_p and min_p, each among the tokens left so far."""
-    vocabulary, device = logits.shape[-1], logits.device
+    vocabulary = logits.shape[-1]
     counts = [min(each.top_k, vocabulary) if each.top_k > 0 else vocabulary for each in params]
     scores, ids = logits.topk(max(counts), dim=-1)
     scores = scores.float()
-    lowest = float("-inf")
     if min(counts) < max(counts):
-        ranks = torch.arange(max(counts), device=device)
-        scores = scores.masked_fill(ranks >= torch.tensor(counts, device=device).unsqueeze(1), lowest)
+        ranks = torch.arange(max(counts), device=logits.device)
+        rows_counts = torch.tensor(counts, device=logits.device).unsqueeze(1)
+        scores = scores.masked_fill(ranks >= rows_counts, float("-inf"))
+    return _filter(Candidates(ids, scores), params)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the shares of some tokens are relative to, where they are not all of the tokens.
+
+    Attributes:
+        total: log of the sum of all exponentiated logits ``[rows, 1]``.
+        entropy: entropy of all tokens in nats ``[rows, 1]``; None: not needed.
+    """
+
+    total: Tensor
+    entropy: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, *, entropy: bool) -> Whole:
+        logits = logits.float()
+        total = logits.logsumexp(-1, keepdim=True)
+        return cls(total, _entropy(logits - total) if entropy else None)
+
+
+def _filter(candidates: Candidates, params: Sequence[SamplingParams], whole: Whole | None = None) -> Candidates:
+    """Filter by typical_p, top_p and min_p; ``whole`` is given if there are tokens beyond the candidates."""
+    scores, device, lowest = candidates.scores, candidates.scores.device, float("-inf")
     if any(each.typical_p < 1 for each in params):
-        scores = scores.masked_fill(_untypical(scores, _column(params, "typical_p", device)), lowest)
+        scores = scores.masked_fill(_untypical(scores, _column(params, "typical_p", device), whole), lowest)
     if any(each.top_p < 1 for each in params):
-        shares = scores.softmax(-1)
+        total = scores.logsumexp(-1, keepdim=True)
+        if whole is not None:
+            total = torch.where(_column(params, "typical_p", device) < 1, total, whole.total)
+        shares = (scores - total).exp()
         outside = shares.cumsum(-1) - shares >= _column(params, "top_p", device)  # the token that crosses top_p stays
         scores = scores.masked_fill(outside & _not_the_first(scores), lowest)
     if any(each.min_p > 0 for each in params):
         least = scores.amax(-1, keepdim=True) + _column(params, "min_p", device).clamp(0, 1).log()
         scores = scores.masked_fill(scores < least, lowest)
-    return Candidates(ids, scores)
+    return Candidates(candidates.ids, scores)
 
 
 def _column(params: Sequence[SamplingParams], name: str, device: torch.device) -> Tensor:
@@ -190,21 +301,26 @@ def _not_the_first(scores: Tensor) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, best, False)
 
 
-def _untypical(scores: Tensor, typical_p: Tensor) -> Tensor:
+def _untypical(scores: Tensor, typical_p: Tensor, whole: Whole | None) -> Tensor:
     """Mask of the tokens outside the typical set.
 
     The set takes tokens in the order of how close their surprisal is to the entropy, until it reaches the probability
     ``typical_p``.
     """
-    logs = scores.log_softmax(-1)
+    logs = scores.log_softmax(-1) if whole is None else scores - whole.total
     shares = logs.exp()
-    entropy = -(shares * logs.masked_fill(shares == 0, 0.0)).sum(-1, keepdim=True)
+    entropy = _entropy(logs) if whole is None or whole.entropy is None else whole.entropy
     order = (logs + entropy).abs().argsort(stable=True)
     sorted_shares = shares.gather(-1, order)
     late = sorted_shares.cumsum(-1) - sorted_shares >= typical_p
     late[:, 0] = False
     outside = torch.zeros_like(late).scatter_(-1, order, late)
     return outside & (typical_p < 1)
+
+
+def _entropy(logs: Tensor) -> Tensor:
+    """Entropy in nats ``[rows, 1]`` of log-probabilities ``[rows, tokens]``."""
+    return -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0.0)).sum(-1, keepdim=True)
 
 
 def draw(candidates: Candidates, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
@@ -225,11 +341,12 @@ def _logprobs(
     if not wanted:
         return []
     rows = [row for row, _ in wanted]
-    logs = logits[rows].float().log_softmax(-1)
-    mine = torch.tensor([[chosen[row]] for row in rows], device=logs.device)
-    values = logs.gather(-1, mine).squeeze(1).tolist()
-    widest = min(max(count for _, count in wanted), logs.shape[-1])
-    top_values, top_ids = (part.tolist() for part in logs.topk(widest, dim=-1))
+    scores = logits[rows].float()
+    total = scores.logsumexp(-1, keepdim=True)
+    mine = torch.tensor([[chosen[row]] for row in rows], device=scores.device)
+    values = (scores.gather(-1, mine) - total).squeeze(1).tolist()
+    top = scores.topk(min(max(count for _, count in wanted), scores.shape[-1]), dim=-1)
+    top_values, top_ids = (top.values - total).tolist(), top.indices.tolist()
     return [
         (
             row,

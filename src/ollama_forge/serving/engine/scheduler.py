@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ollama_forge.models.device import is_out_of_memory, release_memory
 from ollama_forge.serving.engine.base import EngineError, Token
-from ollama_forge.serving.engine.constraint import GrammarCompiler
 from ollama_forge.serving.engine.model_runner import ModelRunner, Prefill
+from ollama_forge.serving.engine.prefix_cache import common_prefix
 from ollama_forge.serving.engine.sampler import sample
 from ollama_forge.serving.engine.sequence import Sequence
 
+_LOG = logging.getLogger(__name__)
 GROUP_TOKENS = 512  # maximum for prompts that are prefilled together, padding included
+CHUNKS_A_TICK = 2  # of prefills, between two decode steps: the token budget
+WORTH_WAITING = 128  # shared tokens for which a prompt waits until another has computed them
+
+Errors = dict[Sequence, EngineError]
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,41 @@ class Stats:
     active: int
 
 
+@dataclass(eq=False)
+class _Joining:
+    """Sequences whose prompts are being prefilled together.
+
+    Attributes:
+        left: number of tokens still to compute.
+        errors: the result of ``Scheduler._begin_masks``.
+    """
+
+    sequences: list[Sequence]
+    prefill: Prefill
+    left: int
+    errors: Future[Errors] | None
+
+
 Deliver = Callable[[Sequence, Token | EngineError | None], None]
 
 
 class Scheduler:
     """Schedules sequences on one thread; each ``tick`` does a bounded amount of work.
 
+    An error while a prompt is prefilled, constrained or joins ends its sequence alone, and prompts that failed
+    together are tried again one by one. Only an error of a decode step, which ``tick`` raises, is everybody's.
+
     Args:
         deliver: called with each token of a sequence, and at its end with None or an error.
     """
 
-    def __init__(self, runner: ModelRunner, grammars: GrammarCompiler, deliver: Deliver) -> None:
-        self.runner, self.grammars, self.deliver = runner, grammars, deliver
+    def __init__(self, runner: ModelRunner, deliver: Deliver) -> None:
+        self.runner, self.deliver = runner, deliver
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of the runner's rows
         self.prefills = self.prefilled_tokens = self.decoded_tokens = 0
-        self._joining: list[Sequence] = []
-        self._prefill: Prefill | None = None
+        self._joining: list[_Joining] = []  # oldest first
+        self._masks = ThreadPoolExecutor(1, "grammar")
 
     @property
     def busy(self) -> bool:
@@ -61,30 +87,37 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        return len(self.running) + len(self._joining)
+        return len(self.running) + sum(len(group.sequences) for group in self._joining)
 
     def submit(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     @torch.inference_mode()
     def tick(self) -> None:
-        """Drop cancelled sequences, then run one chunk of a prefill and one decode step of the running sequences."""
+        """Drop cancelled sequences, then run some chunks of prefills and one decode step of the running sequences."""
         self._drop_cancelled()
-        if not self._joining:
-            self._begin_prefill()
-        if self._joining:
-            self._advance_prefill()
+        self._begin_prefills()
+        self._advance_prefills()
         if self.running:
-            logits = self.runner.step([sequence.output_ids[-1] for sequence in self.running])
-            self._sample(logits)
+            masks = self._begin_masks(self.running)
+            try:
+                logits = self.runner.step([sequence.output_ids[-1] for sequence in self.running])
+            finally:
+                errors = _result(masks)  # also after an error, so that no thread still uses a grammar
+            self._sample(logits, errors)
 
     def fail(self, error: EngineError) -> None:
-        """Deliver ``error`` to all sequences that are being prefilled or decoded; the others keep waiting."""
-        failed = [*self.running, *self._joining]
-        self.running, self._joining, self._prefill = [], [], None
-        self.runner.reset()
+        """Deliver ``error`` to all running sequences; prompts that are being prefilled or wait go on."""
+        failed, self.running = self.running, []
         for sequence in failed:
             self.deliver(sequence, error)
+        self.runner.reset()
+
+    def close(self) -> None:
+        """Drop all sequences and free the runner's memory."""
+        self.running, self._joining, self.waiting = [], [], deque()
+        self._masks.shutdown(wait=False)
+        self.runner.reset()
 
     # -- prefill --------------------------------------------------------------------------------------------------
 
@@ -93,81 +126,155 @@ class Scheduler:
         for row in reversed(range(len(self.running))):
             if self.running[row].cancelled:
                 self._leave(row)
-        if self._joining and all(sequence.cancelled for sequence in self._joining):
-            self._joining, self._prefill = [], None
+        self._joining = [
+            group for group in self._joining if not all(sequence.cancelled for sequence in group.sequences)
+        ]
 
-    def _begin_prefill(self) -> None:
-        room = self.runner.slots - len(self.running)
-        group = self._joining
-        while self.waiting and len(group) < room:
-            if group and not self._fits(group, self.waiting[0]):
+    def _begin_prefills(self) -> None:
+        while group := self._next_group():
+            self._begin(group)
+
+    def _next_group(self) -> list[Sequence]:
+        """Take the waiting sequences that can be prefilled together next, up to the number of free slots."""
+        room = self.runner.slots - self.active
+        group: list[Sequence] = []
+        needed: list[int] = []  # for each of the group, the tokens to compute
+        for sequence in list(self.waiting) if room > 0 else ():
+            if len(group) == room:
                 break
-            sequence = self.waiting.popleft()
-            group.append(sequence)  # before anything can fail, so that an error reaches this sequence
-            try:
-                sequence.prepare(self.grammars)
-            except EngineError as error:
-                self.deliver(group.pop(), error)
+            if self._waits_for_prefix(sequence, group):
                 continue
-        if group:
-            media: Any = group[0].request.media
-            self._prefill = self.runner.prefill([sequence.request.ids for sequence in group], media)
+            needed.append(self.runner.uncached(sequence.request.ids))
+            if group and not self._fits(group, sequence, needed):
+                break
+            self.waiting.remove(sequence)
+            sequence.waits_for = None
+            group.append(sequence)
+        return group
 
-    def _fits(self, group: list[Sequence], sequence: Sequence) -> bool:
+    def _waits_for_prefix(self, sequence: Sequence, group: list[Sequence]) -> bool:
+        """Whether a prompt that is being prefilled computes a long prefix that this sequence can copy soon."""
+        if sequence.request.media is not None:
+            return False
+        earlier = [*(other for joining in self._joining for other in joining.sequences), *group]
+        if sequence.waits_for in earlier:
+            return True
+        ids = sequence.request.ids
+        known: int | None = None
+        for other in earlier:
+            shared = 0 if other.request.media is not None else common_prefix(other.request.ids, ids[:-1])
+            if shared < WORTH_WAITING:
+                continue
+            if known is None:
+                known = len(ids) - self.runner.uncached(ids)
+            if shared - known >= WORTH_WAITING:
+                sequence.waits_for = other
+                return True
+        return False
+
+    @staticmethod
+    def _fits(group: list[Sequence], sequence: Sequence, needed: list[int]) -> bool:
         """Whether a prompt can be prefilled with a group: no images, and at most half of the computed tokens wasted."""
         if sequence.request.media is not None or group[0].request.media is not None:
             return False
-        needed = [self.runner.uncached(other.request.ids) for other in (*group, sequence)]
         computed = max(needed) * len(needed)
         return computed <= GROUP_TOKENS and computed <= 2 * sum(needed)
 
-    def _advance_prefill(self) -> None:
-        assert self._prefill is not None
-        logits = self._prefill.advance()
-        if logits is None:
+    def _begin(self, group: list[Sequence]) -> None:
+        media: Any = group[0].request.media
+        try:
+            prefill = self.runner.prefill([sequence.request.ids for sequence in group], media)
+        except Exception as error:
+            self._retry_singly(group, error)
             return
-        prefill, self._prefill = self._prefill, None
+        self._joining.append(_Joining(group, prefill, prefill.tokens, self._begin_masks(group)))
+
+    def _retry_singly(self, group: list[Sequence], error: Exception) -> None:
+        """Begin again with each sequence of a group that failed; if it was one sequence, that gets the error."""
+        told = failure(error)
+        if len(group) == 1:
+            self.deliver(group[0], told)
+            return
+        for sequence in group:
+            self._begin([sequence])
+
+    def _advance_prefills(self) -> None:
+        """Run chunks until the budget is spent: one of the oldest prefill, then of those with the least left.
+
+        So a long prompt goes on in each tick, and a short one does not wait for it.
+        """
+        budget = CHUNKS_A_TICK * self.runner.chunk
+        others = list(self._joining)
+        for group in [*others[:1], *sorted(others[1:], key=lambda other: other.left), *others[:1]]:
+            if budget > 0 and group in self._joining:
+                budget -= self._advance(group)
+
+    def _advance(self, group: _Joining) -> int:
+        """Run one chunk of a prefill; return its number of tokens."""
+        tokens = min(group.left, self.runner.chunk)
+        group.left -= tokens
+        try:
+            logits = group.prefill.advance()
+        except Exception as error:
+            self._joining.remove(group)
+            _result(group.errors)
+            self._retry_singly(group.sequences, error)
+            return tokens
+        if logits is not None:
+            self._joining.remove(group)
+            self._join(group, logits)
+        return tokens
+
+    def _join(self, group: _Joining, logits: Tensor) -> None:
+        """Move prefilled sequences to the decode batch, and sample their first tokens."""
         self.prefills += 1
-        self.prefilled_tokens += prefill.tokens
-        lengths = [len(sequence.request.ids) for sequence in self._joining]
-        for sequence, cached in zip(self._joining, cached_tokens(lengths, prefill.tokens), strict=True):
+        self.prefilled_tokens += group.prefill.tokens
+        lengths = [len(sequence.request.ids) for sequence in group.sequences]
+        for sequence, cached in zip(group.sequences, cached_tokens(lengths, group.prefill.tokens), strict=True):
             sequence.cached = cached
         first = len(self.running)
-        for index in range(len(self._joining)):
-            self.runner.join(prefill, index)
-            self.running.append(self._joining.pop(0))
-        self._sample(logits, first)
+        joined = []
+        for index, sequence in enumerate(group.sequences):
+            try:
+                self.runner.join(group.prefill, index)
+            except Exception as error:
+                self.deliver(sequence, failure(error))
+                continue
+            self.running.append(sequence)
+            joined.append(index)
+        try:
+            if joined:
+                self._sample(logits if len(joined) == len(logits) else logits[joined], _result(group.errors), first)
+        except Exception as error:
+            told = failure(error)
+            for row in reversed(range(first, len(self.running))):
+                self.deliver(self.running[row], told)
+                self._leave(row)
 
     # -- decode ---------------------------------------------------------------------------------------------------
 
-    def _sample(self, logits: Tensor, first: int = 0) -> None:
+    def _begin_masks(self, sequences: list[Sequence]) -> Future[Errors] | None:
+        """Find each constrained sequence's allowed tokens in another thread, beside the forward pass."""
+        constrained = [sequence for sequence in sequences if sequence.matcher is not None]
+        return self._masks.submit(_constrain, constrained) if constrained else None
+
+    def _sample(self, logits: Tensor, errors: Errors, first: int = 0) -> None:
         """Sample and deliver a token for each running sequence from row ``first`` on; remove those that finish."""
         sequences = self.running[first:]
-        errors = self._constrain(sequences)
-        tokens = sample(logits, [sequence.sampling for sequence in sequences if sequence.sampling is not None])
+        tokens = sample(logits, [sequence.sampling for sequence in sequences])
         for index in reversed(range(len(sequences))):
             sequence = sequences[index]
             try:
-                if index in errors:
-                    raise errors[index]
+                if sequence in errors:
+                    raise errors[sequence]
                 finished = sequence.cancelled or self._deliver_token(sequence, tokens[index])
-            except EngineError as error:
-                self.deliver(sequence, error)
+            except Exception as error:
+                self.deliver(sequence, failure(error))
                 self._leave(first + index)
                 continue
             if finished:
                 self.deliver(sequence, None)
                 self._leave(first + index)
-
-    def _constrain(self, sequences: list[Sequence]) -> dict[int, EngineError]:
-        """Set each sequence's allowed tokens; the errors of those that cannot be continued, by index."""
-        errors = {}
-        for index, sequence in enumerate(sequences):
-            try:
-                sequence.constrain()
-            except EngineError as error:
-                errors[index] = error
-        return errors
 
     def _deliver_token(self, sequence: Sequence, token: Token) -> bool:
         """Deliver a token; return whether the sequence is finished."""
@@ -182,9 +289,9 @@ class Scheduler:
 
     def _leave(self, row: int) -> None:
         sequence = self.running[row]
-        self.runner.leave(row, sequence.ids if sequence.request.media is None else None)
         self.running[row] = self.running[-1]
         self.running.pop()
+        self.runner.leave(row, sequence.ids if sequence.request.media is None else None)
 
 
 def cached_tokens(lengths: SequenceOf[int], computed: int) -> list[int]:
@@ -198,3 +305,29 @@ def cached_tokens(lengths: SequenceOf[int], computed: int) -> list[int]:
         return [lengths[0] - computed]
     new = next(new for new in range(computed + 1) if sum(min(length, new) for length in lengths) >= computed)
     return [max(length - new, 0) for length in lengths]
+
+
+def _constrain(sequences: list[Sequence]) -> Errors:
+    """Set the allowed tokens of constrained sequences; the errors of those that cannot be continued."""
+    errors = {}
+    for sequence in sequences:
+        try:
+            sequence.constrain()
+        except Exception as error:
+            errors[sequence] = failure(error)
+    return errors
+
+
+def _result(errors: Future[Errors] | None) -> Errors:
+    return errors.result() if errors is not None else {}
+
+
+def failure(error: Exception) -> EngineError:
+    """The error that the client gets; the details go to the log."""
+    if isinstance(error, EngineError):
+        return error
+    if is_out_of_memory(error):
+        release_memory()
+        return EngineError("the model ran out of memory; use shorter prompts or fewer requests at a time")
+    _LOG.error("the model failed", exc_info=error)
+    return EngineError(f"the model failed while generating ({type(error).__name__})")

@@ -16,19 +16,31 @@ class Sequence:
 
     Attributes:
         sink: what the scheduler's ``deliver`` sends the tokens to.
-        sampling: the sampling state, from the beginning of the prefill on.
-        matcher: the grammar of a constrained request, from the beginning of the prefill on.
+        sampling: the sampling state.
+        matcher: the grammar of a constrained request.
         output_ids: ids of the tokens generated so far.
         cached: number of the prompt's tokens whose state was kept.
+        waits_for: the sequence whose prompt begins alike and is being prefilled, so that this one can copy it.
     """
 
     request: EngineRequest
     sink: Any
-    cancelled: bool = False
-    sampling: SamplingState | None = None
+    sampling: SamplingState
     matcher: GrammarMatcher | None = None
+    cancelled: bool = False
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
+    waits_for: Sequence | None = None
+
+    @classmethod
+    def of(cls, request: EngineRequest, sink: Any, grammars: GrammarCompiler) -> Sequence:
+        """Prepare a sequence for a request. A grammar takes up to seconds: call this outside event loops.
+
+        Raises:
+            EngineError: the request's schema cannot be enforced.
+        """
+        matcher = None if request.constraint is None else grammars.start(request.constraint)
+        return cls(request, sink, SamplingState(request.sampling, request.ids, request.top_logprobs), matcher)
 
     @property
     def ids(self) -> list[int]:
@@ -41,24 +53,13 @@ class Sequence:
         full = len(self.output_ids) >= self.request.max_tokens
         return full or (self.matcher is not None and self.matcher.finished)
 
-    def prepare(self, grammars: GrammarCompiler) -> None:
-        """Make the sampling state and the grammar.
-
-        Raises:
-            EngineError: the request's schema cannot be enforced.
-        """
-        request = self.request
-        self.sampling = SamplingState(request.sampling, request.ids, request.top_logprobs)
-        if request.constraint is not None:
-            self.matcher = grammars.start(request.constraint)
-
     def constrain(self) -> None:
         """Set which tokens may come next.
 
         Raises:
             EngineError: the grammar reached one of its own limits.
         """
-        if self.matcher is None or self.sampling is None:
+        if self.matcher is None:
             return
         try:
             self.sampling.allowed = self.matcher.allowed(self.request.end_ids)
@@ -71,7 +72,6 @@ class Sequence:
         Raises:
             EngineError: the grammar reached one of its own limits.
         """
-        assert self.sampling is not None
         if self.matcher is not None:
             self.matcher.add(token.id)
         self.output_ids.append(token.id)

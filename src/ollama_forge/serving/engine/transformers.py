@@ -11,35 +11,39 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.device import is_out_of_memory, memory_available, release_memory
+from ollama_forge.models.device import memory_available
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
-from ollama_forge.serving.engine.kv_cache import layers_with_kv
+from ollama_forge.serving.engine.kv_cache import KVCache, layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, SingleRunner
-from ollama_forge.serving.engine.scheduler import Scheduler, Stats
+from ollama_forge.serving.engine.scheduler import Scheduler, Stats, failure
 from ollama_forge.serving.engine.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
 _PREFIX_CACHE_SHARE = 8  # the prefix cache takes up to an eighth of the free memory
+_RUNNING_SHARE = 2  # and running requests up to half of it
 _MEMORY_IF_UNKNOWN = 1 << 33
 _UNBOUNDED = 1 << 20
 _CLOSED = "the model was unloaded"
+_FAILED = "the model failed; restart the server"
+_MOST_FAILURES = 3  # of the scheduler in a row, after which the engine gives up: a GPU may fail for good
 _EMBED_ROWS = 16
-_EMBED_TOKENS = 4096  # maximum of a batch, padding included; decode steps wait while a batch is computed
 _OMP_PAUSE_SOFT = 1
 
 Item = Token | EngineError | None
 Vectors = list[list[float]]
+Work = Callable[[], Vectors | None]  # computes a slice; None: there is more to compute
 
 
 class _Reader:
@@ -57,6 +61,10 @@ class TransformersEngine:
         model: only the engine may use it from now on; its weights must not change.
         slots: maximum number of requests that run at the same time. A model whose state cannot be batched always runs
             one.
+
+    Attributes:
+        token_bytes: size of the keys and values of a token; 0: unknown.
+        cache_bytes: size of the keys and values that all running requests together should not exceed.
     """
 
     def __init__(self, model: ChatModel, *, slots: int = 16) -> None:
@@ -65,25 +73,42 @@ class TransformersEngine:
         self._vocabulary = int(config.vocab_size)
         self._context_length = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
         self._forward = Forward(model)
-        grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
-        self._scheduler = Scheduler(self._runner(slots), grammars, self._deliver)
+        self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
+        self._grammar_lock = threading.Lock()
+        free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
+        self._scheduler = Scheduler(self._runner(slots, free // _PREFIX_CACHE_SHARE), self._deliver)
+        self.cache_bytes = free // _RUNNING_SHARE
+        self.token_bytes = self._measure_token()
         self._outbox: list[tuple[_Reader, Item]] = []
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
-        self._jobs: deque[tuple[Callable[[], Vectors], Future[Vectors]]] = deque()
-        self._closed = False
+        self._unfinished: set[Sequence] = set()
+        self._jobs: deque[tuple[Work, Future[Vectors]]] = deque()
+        self._closed: str | None = None
+        self._failures = 0
         _release_openmp_team()  # loading and packing started one
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
-    def _runner(self, slots: int) -> ModelRunner:
+    def _runner(self, slots: int, prefix_bytes: int) -> ModelRunner:
         module = self.model.module
         stateful = any(hasattr(part, "rope_deltas") for part in module.modules())  # the module keeps positions
         has_kv = None if stateful else layers_with_kv(module.config)
         if has_kv is None:
             return SingleRunner(self._forward)
-        free = memory_available(self.model.device)
-        return BatchedRunner(self._forward, has_kv, slots, (free or _MEMORY_IF_UNKNOWN) // _PREFIX_CACHE_SHARE)
+        return BatchedRunner(self._forward, has_kv, slots, prefix_bytes)
+
+    @torch.inference_mode()
+    def _measure_token(self) -> int:
+        """Bytes of the keys and values of a token; 0 if the model runs one request at a time."""
+        runner = self._scheduler.runner
+        if not isinstance(runner, BatchedRunner):
+            return 0
+        cache = KVCache(runner.has_kv, 1, 1)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        inputs: dict[str, Any] = {self._forward.cache_name: cache}
+        self.model.forward(input_ids=ids, use_cache=True, **inputs)
+        return cache.nbytes
 
     @property
     def slots(self) -> int:
@@ -92,6 +117,11 @@ class TransformersEngine:
     @property
     def context_length(self) -> int:
         return self._context_length
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine takes requests; false after ``close`` and once its thread has ended by an error."""
+        return self._closed is None
 
     @property
     def stats(self) -> Stats:
@@ -117,13 +147,21 @@ class TransformersEngine:
         self._check(request.ids)
         if request.max_tokens <= 0:
             return
-        reader = _Reader()
         room = self._context_length + 1 - len(request.ids)  # the last token is not fed back, so it takes no position
-        sequence = Sequence(replace(request, max_tokens=min(request.max_tokens, room)), reader)
+        request = replace(
+            request,
+            max_tokens=min(request.max_tokens, room),
+            end_ids=frozenset(end for end in request.end_ids if 0 <= end < self._vocabulary),
+        )
+        reader = _Reader()
+        if request.constraint is None:
+            sequence = Sequence.of(request, reader, self._grammars)
+        else:
+            sequence = await asyncio.to_thread(self._constrained, request, reader)
         with self._wake:
-            if self._closed:
-                raise EngineError(_CLOSED)
+            self._check_open()
             self._inbox.append(sequence)
+            self._unfinished.add(sequence)
             self._wake.notify()
         try:
             while (item := await reader.queue.get()) is not None:
@@ -132,6 +170,23 @@ class TransformersEngine:
                 yield item
         finally:
             sequence.cancelled = True
+            with self._wake:
+                self._unfinished.discard(sequence)
+
+    def _constrained(self, request: EngineRequest, reader: _Reader) -> Sequence:
+        """A sequence with its grammar; compiling takes up to seconds, in which neither event loop nor decoding wait."""
+        assert request.constraint is not None
+        try:
+            with self._grammar_lock:  # one thread builds the tables of the vocabulary
+                _ = self._grammars.tokens
+                _ = self._grammars.texts if request.constraint.after else None
+            return Sequence.of(request, reader, self._grammars)
+        except Exception as error:
+            raise failure(error) from None
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise EngineError(self._closed)
 
     def _check(self, ids: SequenceOf[int]) -> None:
         if not ids:
@@ -150,11 +205,10 @@ class TransformersEngine:
         for ids in inputs:
             self._check(ids)
         vectors: Vectors = [[] for _ in inputs]
-        for indices, work in _embed_batches(self.model, inputs):
+        for indices, work in self._embed_batches(inputs):
             future: Future[Vectors] = Future()
             with self._wake:
-                if self._closed:
-                    raise EngineError(_CLOSED)
+                self._check_open()
                 self._jobs.append((work, future))
                 self._wake.notify()
             found: Vectors = await asyncio.wrap_future(future)
@@ -162,10 +216,27 @@ class TransformersEngine:
                 vectors[index] = vector
         return vectors
 
+    def _embed_batches(self, inputs: SequenceOf[SequenceOf[int]]) -> Iterator[tuple[list[int], Work]]:
+        """Split inputs into batches: the indices of a batch's inputs, and the work that returns their vectors.
+
+        Decode steps wait for a slice of work, so none is longer than a chunk of a prefill.
+        """
+        runner = self._scheduler.runner
+        order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+        while order:
+            longest = len(inputs[order[0]])
+            if longest > runner.chunk and isinstance(runner, BatchedRunner):
+                first = order.pop(0)
+                yield [first], _LongInput(self._forward, runner, inputs[first])
+                continue
+            count = max(1, min(_EMBED_ROWS, runner.chunk // longest))
+            batch, order = order[:count], order[count:]
+            yield batch, partial(_embed, self.model, [list(inputs[index]) for index in batch])
+
     def close(self) -> None:
         """End all requests with an error, and stop the decode thread."""
         with self._wake:
-            self._closed = True
+            self._closed = self._closed or _CLOSED
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -173,41 +244,66 @@ class TransformersEngine:
     # -- the decode thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._closed or self._inbox or self._jobs or self._scheduler.busy):
-                    self._wake.wait()
-                if self._closed:
-                    break
-                while self._inbox:
-                    self._scheduler.submit(self._inbox.popleft())
-                job = self._jobs.popleft() if self._jobs else None
-            if job is not None:
-                self._run_job(*job)
-            try:
-                self._scheduler.tick()
-            except Exception as error:
-                self._scheduler.fail(_failure(error))
-            self._send()
-        self._fail_pending()
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            _LOG.critical("the decode thread ended", exc_info=error)
+            self._closed = _FAILED
+        finally:
+            self._end_all()
 
-    def _run_job(self, work: Callable[[], Vectors], future: Future[Vectors]) -> None:
-        if not future.set_running_or_notify_cancel():
+    def _turn(self) -> bool:
+        """Wait for something to do, and do some of it; return whether to go on."""
+        with self._wake:
+            while not (self._closed or self._inbox or self._jobs or self._scheduler.busy):
+                self._wake.wait()
+            if self._closed:
+                return False
+            while self._inbox:
+                self._scheduler.submit(self._inbox.popleft())
+            job = self._jobs.popleft() if self._jobs else None
+        if job is not None:
+            self._run_job(*job)
+        try:
+            self._scheduler.tick()
+            self._failures = 0
+        except Exception as error:
+            self._scheduler.fail(failure(error))
+            self._failures += 1
+        self._send()
+        if self._failures == _MOST_FAILURES:
+            raise RuntimeError("the model fails at each step")
+        return True
+
+    def _run_job(self, work: Work, future: Future[Vectors]) -> None:
+        if future.cancelled():
             return
         try:
-            future.set_result(work())
+            vectors = work()
         except Exception as error:
-            future.set_exception(_failure(error))
-
-    def _fail_pending(self) -> None:
-        error = EngineError(_CLOSED)
-        self._scheduler.fail(error)
-        for sequence in [*self._scheduler.waiting, *self._inbox]:
-            self._deliver(sequence, error)
-        for _, future in self._jobs:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-        self._send()
+                future.set_exception(failure(error))
+            return
+        if vectors is None:
+            with self._wake:
+                self._jobs.append((work, future))
+        elif future.set_running_or_notify_cancel():
+            future.set_result(vectors)
+
+    def _end_all(self) -> None:
+        """Tell everyone who waits that the engine has ended; this needs nothing that may have failed."""
+        with self._wake:
+            error = EngineError(self._closed or _FAILED)
+            for sequence in self._unfinished:
+                with suppress(RuntimeError):  # the loop is closed, so nobody reads its queues
+                    sequence.sink.loop.call_soon_threadsafe(sequence.sink.queue.put_nowait, error)
+            for _, future in self._jobs:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            self._jobs.clear()
+            self._inbox.clear()
+        self._scheduler.close()
 
     def _deliver(self, sequence: Sequence, item: Item) -> None:
         self._outbox.append((sequence.sink, item))
@@ -230,28 +326,6 @@ def _put(items: list[tuple[_Reader, Item]]) -> None:
         reader.queue.put_nowait(item)
 
 
-def _failure(error: Exception) -> EngineError:
-    """The error that the client gets; the details go to the log."""
-    if isinstance(error, EngineError):
-        return error
-    if is_out_of_memory(error):
-        release_memory()
-        return EngineError("the model ran out of memory; use shorter prompts or fewer requests at a time")
-    _LOG.error("the model failed", exc_info=error)
-    return EngineError(f"the model failed while generating ({type(error).__name__})")
-
-
-def _embed_batches(
-    model: ChatModel, inputs: SequenceOf[SequenceOf[int]]
-) -> Iterator[tuple[list[int], Callable[[], Vectors]]]:
-    """Split inputs into batches: the indices of a batch's inputs, and a function that returns their vectors."""
-    order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
-    while order:
-        count = max(1, min(_EMBED_ROWS, _EMBED_TOKENS // len(inputs[order[0]])))
-        batch, order = order[:count], order[count:]
-        yield batch, partial(_embed, model, [list(inputs[index]) for index in batch])
-
-
 @torch.inference_mode()
 def _embed(model: ChatModel, inputs: list[list[int]]) -> Vectors:
     # padding on the right, unlike elsewhere: positions need no correction, and no token attends to the padding after it
@@ -264,6 +338,31 @@ def _embed(model: ChatModel, inputs: list[list[int]]) -> Vectors:
     mean = (hidden * weights).sum(1) / weights.sum(1)
     vectors: Vectors = nn.functional.normalize(mean, dim=-1).tolist()
     return vectors
+
+
+class _LongInput:
+    """Embeds one input in chunks; each call computes one."""
+
+    def __init__(self, forward: Forward, runner: BatchedRunner, ids: SequenceOf[int]) -> None:
+        self.forward, self.chunk = forward, runner.chunk
+        self._ids = torch.tensor([list(ids)], device=forward.device)
+        self._cache = KVCache(runner.has_kv, 1, len(ids))
+        self._sum: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self) -> Vectors | None:
+        span, length = self._cache.span, self._ids.shape[1]
+        end = min(length, span.end + self.chunk)
+        module: Any = self.forward.model.module
+        hidden = module.base_model(
+            input_ids=self._ids[:, span.end : end], use_cache=True, **{self.forward.cache_name: self._cache}
+        ).last_hidden_state.float()
+        span.end = end
+        self._sum = hidden.sum(1) + (self._sum if self._sum is not None else 0)
+        if end < length:
+            return None
+        vectors: Vectors = nn.functional.normalize(self._sum / length, dim=-1).tolist()
+        return vectors
 
 
 def _release_openmp_team() -> None:
