@@ -235,21 +235,26 @@ class Kept:
         pass
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_forced_call_is_made_and_follows_its_schema(random_model: TransformersEngine, template: str) -> None:
-    model = served(Kept(random_model), TEMPLATES[template])  # type: ignore[arg-type]
-    with loopback(model) as url:
-        for path, tools in TOOLS_OF.items():
-            sent = {"tools": tools, "temperature": 1.0, "seed": 3}
-            one_call = {"disable_parallel_tool_use": True} if path == MESSAGES else {}
-            parallel = {} if path == MESSAGES else {"parallel_tool_calls": False}
-            choice = {**REQUIRED[path], **one_call} if path == MESSAGES else REQUIRED[path]
-            answer = answered(url, path, **sent, **parallel, tool_choice=choice)
-            (call,) = calls_of(path, answer)
-            assert call in [("get_time", {}), ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})]
-            assert "content" not in answer or all(block["type"] == "tool_use" for block in answer["content"])
-            (call,) = calls_of(path, answered(url, path, **sent, **parallel, tool_choice={**NAMED[path], **one_call}))
-            assert call == ("get_time", {})
+@pytest.mark.parametrize(
+    ("path", "template"), [*((CHAT, template) for template in TEMPLATES), (RESPONSES, "hermes"), (MESSAGES, "hermes")]
+)
+def test_a_forced_call_is_made_and_follows_its_schema(
+    random_model: TransformersEngine, path: str, template: str
+) -> None:
+    one: Any = {} if path == MESSAGES else {"parallel_tool_calls": False}
+    choices = [REQUIRED[path], NAMED[path]]
+    if path == MESSAGES:
+        choices = [{**choice, "disable_parallel_tool_use": True} for choice in choices]
+    with loopback(served(Kept(random_model), TEMPLATES[template])) as url:  # type: ignore[arg-type]
+        any_, named = (
+            answered(url, path, tools=TOOLS_OF[path], tool_choice=choice, temperature=1.0, seed=3, **one)
+            for choice in choices
+        )
+    (call,) = calls_of(path, any_)
+    assert call in [("get_time", {}), ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})]
+    assert calls_of(path, named) == [("get_time", {})]
+    if path == MESSAGES:
+        assert [block["type"] for block in any_["content"]] == ["tool_use"]
 
 
 REAL = tomllib.loads((Path(__file__).parent / "data" / "chat_templates.toml").read_text(encoding="utf-8"))
