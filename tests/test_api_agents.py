@@ -516,7 +516,6 @@ def test_truncation_disabled_refuses_a_prompt_that_is_too_long() -> None:
 def test_a_response_that_is_cut_is_incomplete(url: str) -> None:
     answer = answered(url, RESPONSES, max_output_tokens=2)
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
-    assert answer["output"][0]["status"] == "incomplete"
     last = events_of(url, RESPONSES, max_output_tokens=2)[-1]
     assert (last["type"], last["response"]["status"]) == ("response.incomplete", "incomplete")
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}

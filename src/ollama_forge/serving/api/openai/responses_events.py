@@ -111,8 +111,8 @@ class Response(ResponseModel):
     max_output_tokens: int | None = None
 
 
-def output_message(id_: str, text: str, status: str = "completed") -> OutputMessage:
-    return OutputMessage(id=id_, status=status, content=[OutputText(text=text)])
+def output_message(id_: str, text: str) -> OutputMessage:
+    return OutputMessage(id=id_, content=[OutputText(text=text)])
 
 
 def output_reasoning(id_: str, text: str) -> OutputReasoning:
@@ -153,7 +153,7 @@ def response(model: str, echo: Mapping[str, Any], completion: Completion) -> Res
     if completion.thinking:
         output.append(output_reasoning(new_id("rs_"), completion.thinking))
     if completion.content or not completion.tool_calls:
-        output.append(output_message(new_id("msg_"), completion.content, status_of(completion.done)))
+        output.append(output_message(new_id("msg_"), completion.content))
     output += [output_call(new_id("fc_"), call) for call in completion.tool_calls]
     return Response(model=model, output=output, **ending(completion.done), **echo)
 
@@ -205,7 +205,7 @@ class ResponseWriter:
             for call in event.tool_calls:
                 yield from self._call(call)
             return
-        yield from self._close(status_of(event))
+        yield from self._close()
         yield self._event(f"response.{status_of(event)}", response=self._response(**ending(event)))
 
     def failed(self, message: str) -> Iterator[bytes]:
@@ -252,7 +252,7 @@ class ResponseWriter:
     def _start(self, kind: str, prefix: str) -> None:
         self._open, self._item_id, self._text = kind, new_id(prefix), ""
 
-    def _close(self, status: str = "completed") -> Iterator[bytes]:
+    def _close(self) -> Iterator[bytes]:
         place, text = self._of_item(), self._text
         if self._open == "reasoning":
             yield self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=text)
@@ -261,7 +261,7 @@ class ResponseWriter:
             yield self._event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
             part = OutputText(text=text)
             yield self._event("response.content_part.done", **place, content_index=0, part=part)
-            yield from self._end(output_message(self._item_id, text, status))
+            yield from self._end(output_message(self._item_id, text))
 
     def _end(self, item: OutputItem) -> Iterator[bytes]:
         yield self._event("response.output_item.done", **self._place(), item=item)
