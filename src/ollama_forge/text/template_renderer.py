@@ -20,10 +20,9 @@ class TemplateRenderer:
         self, turns: Sequence[Mapping[str, Any]], *, chat_template: str, tokenize: bool, **options: Any
     ) -> str:
         """Render as transformers' tokenizers do; ``tokenize`` must be false."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
         assert not tokenize
-        rendered, _ = render_jinja_template(
-            [list(turns)], chat_template=chat_template, **self.special_tokens, **options
-        )
+        render: Any = chat_template_utils.render_jinja_template
+        rendered, _ = render([turns], chat_template=chat_template, **self.special_tokens, **options)
         return str(rendered[0])
