@@ -33,7 +33,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _parts(template: str) -> list[str | Words]:
-    """Texts, and actions as words."""
+    """Texts, and actions as words. A dash inside the braces takes the white space beside them away."""
+    template = re.sub(r"\s*\{\{- ", "{{ ", re.sub(r" -\}\}\s*", " }}", template))
     parts: list[str | Words] = []
     place = 0
     while place < len(template):

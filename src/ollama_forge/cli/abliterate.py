@@ -245,6 +245,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
 )
+@click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
+@click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
 @click.option(
     "--as-adapter",
     is_flag=True,
@@ -295,7 +297,13 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
+        ollama=OllamaSettings(
+            not options["no_ollama"],
+            options["template_from"],
+            options["renderer"],
+            options["parser"],
+            options["as_adapter"],
+        ),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)

@@ -18,6 +18,9 @@ from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
 
+RENDERER_HELP = "Renderer of Ollama's that makes the prompts, by its name there."
+PARSER_HELP = "Parser of Ollama's that reads the answers, by its name there."
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

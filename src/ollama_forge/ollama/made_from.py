@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.ollama.client import Client, CreateRequest, Shown
+from ollama_forge.ollama.client import Client
 from ollama_forge.ollama.parameters import NO_PARAMETERS, STOP, Parameters
+from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama.template import TemplatePlan, template_of
 from ollama_forge.sources.ollama_store import Blob, StoredModel
 

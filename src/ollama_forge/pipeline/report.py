@@ -175,6 +175,7 @@ class Report:
         return [
             f"in Ollama: {made.name} ({made.shown.quantization})",
             *(f"note: {note}" for note in made.notes),
+            *made.prompts.lines(),
             *(f"warning: {difference}" for difference in made.differences),
             f"run it: ollama run {self.name}",
         ]
