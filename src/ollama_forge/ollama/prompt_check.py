@@ -89,7 +89,8 @@ class PromptDifference:
 
     Attributes:
         conversation: a name of ``CONVERSATIONS``, or ``TOOLS``.
-        expected, found: the prompts from shortly before the first character that differs to shortly after it.
+        expected, found: the prompts from shortly before the first character that differs to shortly after it; Ollama's
+            reason in place of a prompt that it does not make.
     """
 
     conversation: str
@@ -156,7 +157,8 @@ def check_prompts(client: Client, shown: Shown, prompts: Prompts) -> PromptCheck
     cases: list[tuple[str, Messages, list[Any]]] = [(name, each, []) for name, each in CONVERSATIONS.items()]
     if prompts.takes_tools:
         cases.append((TOOLS, CONVERSATIONS["a question"], [TOOL]))
-    compared, equal, first = 0, 0, None
+    compared, equal = 0, 0
+    first: PromptDifference | None = None
     for name, messages, tools in cases:
         whole = _with_own(shown, messages)
         try:
@@ -165,17 +167,19 @@ def check_prompts(client: Client, shown: Shown, prompts: Prompts) -> PromptCheck
             continue
         if any(each["role"] == "system" and each["content"].strip() not in expected for each in whole):
             continue
+        compared += 1
         try:
             found = client.rendered(shown.name, messages, tools)
         except ForgeError as error:
             client.state().require()
-            found = error.message
+            first = first or PromptDifference(name, expected[: 2 * _AROUND], error.message)
+            continue
         if found is None:
             return PromptCheck(prompts.owner, problem="this version of Ollama does not show its prompts")
-        compared += 1
         difference = first_difference(expected, found.removeprefix(prompts.beginning))
         equal += difference is None
-        first = first or (difference and PromptDifference(name, *difference))
+        if difference is not None:
+            first = first or PromptDifference(name, *difference)
     problem = "" if compared else "the chat template refuses every conversation"
     return PromptCheck(prompts.owner, compared, equal, prompts.takes_tools, first, problem)
 

@@ -164,12 +164,17 @@ def register(
             *((f"with all layers of {source.name} but its weights",) if source is not None else ()),
             *((_NO_CHAT_TEMPLATE,) if bare and source is None else ()),
             *_template_notes(made, file, asked),
-            *((NO_TOOLS,) if prompts and prompts.takes_tools and not shown.offers_tools else ()),
+            *((NO_TOOLS,) if _lacks_tools(made, prompts) else ()),
             *_added(asked, shown),
         ),
         differences=(*differences(asked, shown), *_lost(client, source, shown)),
         prompts=made.prompts,
     )
+
+
+def _lacks_tools(made: Tried, prompts: ChatTemplate | None) -> bool:
+    """Whether tools are missing, and not given up for a model that answers."""
+    return prompts is not None and prompts.takes_tools and not made.shown.offers_tools and made.form.jinja != ""
 
 
 def with_learned(plan: TemplatePlan, prompts: ChatTemplate, gguf: Path) -> TemplatePlan:
