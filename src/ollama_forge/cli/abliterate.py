@@ -247,6 +247,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 )
 @click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
 @click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
+@opt.parameter_option
 @click.option(
     "--as-adapter",
     is_flag=True,
@@ -302,6 +303,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
             options["template_from"],
             options["renderer"],
             options["parser"],
+            tuple(options["parameter"]),
             options["as_adapter"],
         ),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option
+from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option, parameter_option
 from ollama_forge.errors import ForgeError, install_hint
 
 if TYPE_CHECKING:
@@ -28,13 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--renderer", default="", metavar="NAME", help=RENDERER_HELP)
 @click.option("--parser", default="", metavar="NAME", help=PARSER_HELP)
-@click.option(
-    "--parameter",
-    "assignments",
-    multiple=True,
-    metavar="K=V",
-    help="Parameter of the model, such as temperature=0.5; repeatable.",
-)
+@parameter_option
 @json_option
 def convert(
     gguf: str,
@@ -44,7 +38,7 @@ def convert(
     template_from: str | None,
     renderer: str,
     parser: str,
-    assignments: tuple[str, ...],
+    parameter: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Register a GGUF file as a model in Ollama."""
@@ -58,7 +52,7 @@ def convert(
 
     check_ollama_name(name)
     check_template_source(template_from)
-    parameters = parse_assignments(assignments)
+    parameters = parse_assignments(parameter)
     kind = check_quantize(quantize, Path(gguf))
     with Client() as client:
         state = client.state()

@@ -100,6 +100,12 @@ keep_undo_option = click.option(
     is_flag=True,
     help="Also write <output>.undo, with which apply --undo gives the model back where it is no longer at hand.",
 )
+parameter_option = click.option(
+    "--parameter",
+    multiple=True,
+    metavar="K=V",
+    help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 model_options = _combined(

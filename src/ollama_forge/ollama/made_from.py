@@ -93,9 +93,11 @@ def expected(request: CreateRequest) -> Shown:
     )
 
 
-def expected_with_adapter(name: str, source: StoredModel, adapter: str) -> Shown:
+def expected_with_adapter(
+    name: str, source: StoredModel, adapter: str, parameters: Parameters = NO_PARAMETERS
+) -> Shown:
     """What Ollama should show of a model that is ``source`` with one more adapter, which has this digest."""
-    kept = expected(create_request(name, template_of(source), source=source))
+    kept = expected(create_request(name, template_of(source), parameters=parameters, source=source))
     weights = tuple(blob.digest for blob in (source.weights, *source.projectors))
     return replace(kept, weights=weights, adapters=(*kept.adapters, adapter))
 

@@ -23,7 +23,7 @@ from ollama_forge.ollama.made_from import (
     require_source,
     send_blobs,
 )
-from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, Value
+from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, Value, lines_of
 from ollama_forge.ollama.prompt_check import PromptCheck, Prompts, check_prompts
 from ollama_forge.ollama.repair import Form, Tried, settle, silent
 from ollama_forge.ollama.shown import NO_TEMPLATE, CreateRequest, Shown
@@ -205,13 +205,19 @@ def examine(client: Client, name: str, prompts: Prompts | None) -> tuple[str, Sh
 
 
 def register_adapter(
-    client: Client, adapter: Path, name: str, source: StoredModel, prompts: ChatTemplate | None = None
+    client: Client,
+    adapter: Path,
+    name: str,
+    source: StoredModel,
+    prompts: ChatTemplate | None = None,
+    parameters: Parameters = NO_PARAMETERS,
 ) -> Registered:
     """Create ``name`` as ``source`` with one more adapter, and compare the result with the request.
 
     Args:
         adapter: a LoRA adapter as GGUF file, for the weights of ``source``.
         prompts: the chat template to compare with; None to compare no prompts.
+        parameters: those that it gets in place of the ones of ``source``.
 
     Raises:
         UsageError: a name Ollama refuses.
@@ -222,7 +228,8 @@ def register_adapter(
     require_source(client, source)
     digest = digest_of(adapter)
     sent = client.send(adapter, digest)
-    client.make(CreateRequest(name, source=source.name, adapters=((_file_name(adapter), digest),)))
+    adapters = ((_file_name(adapter), digest),)
+    client.make(CreateRequest(name, source=source.name, adapters=adapters, parameters=parameters))
     silence, shown, checked = examine(client, name, prompts)
     if silence:
         raise silent(name, silence)
@@ -233,7 +240,7 @@ def register_adapter(
         sent=sent,
         notes=(f"{source.name} with an adapter, which holds the edit",),
         differences=(
-            *differences(expected_with_adapter(name, source, digest), shown),
+            *differences(expected_with_adapter(name, source, digest, parameters), shown),
             *_lost(client, source, shown),
         ),
         prompts=checked,
@@ -319,11 +326,21 @@ def _file_name(gguf: Path) -> str:
     return gguf.name.replace("\\", "-").replace(":", "-")  # Ollama refuses both
 
 
-def commands(gguf: Path, name: str, modelfile: Path, options: Mapping[str, str | None]) -> tuple[str, str]:
-    """The commands that register the file later: this program's own, with those ``options`` that have a value, and
-    Ollama's.
+def commands(
+    gguf: Path,
+    name: str,
+    modelfile: Path,
+    options: Mapping[str, str | None],
+    parameters: Parameters = NO_PARAMETERS,
+) -> tuple[str, str]:
+    """The commands that register the file later: this program's own, and Ollama's.
+
+    Args:
+        options: of this program; those without a value are left out.
     """
     own = ["ollama-forge", "convert", "--gguf", str(gguf), "--name", name]
     for option, value in options.items():
         own += [option, value] if value else []
+    for key, value in lines_of(parameters):
+        own += ["--parameter", f"{key}={value}"]
     return shlex.join(own), shlex.join(["ollama", "create", name, "-f", str(modelfile)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -10,7 +10,9 @@ from ollama_forge.errors import UsageError
 from ollama_forge.ollama.chat_template import ChatTemplate
 from ollama_forge.ollama.client import Client, OllamaState
 from ollama_forge.ollama.made_from import require_one_adapter, require_source
+from ollama_forge.ollama.parameters import Parameters, Value, parse_assignments
 from ollama_forge.ollama.register import Registered, commands, register, register_adapter, with_learned
+from ollama_forge.ollama.sampling import sampling_parameters, told
 from ollama_forge.ollama.template import TemplatePlan, check_template_source, template_of, template_plan
 from ollama_forge.ollama.write_modelfile import write_adapter_modelfile, write_modelfile
 from ollama_forge.progress import say
@@ -27,20 +29,23 @@ class OllamaSettings:
         register: False to leave Ollama alone.
         template_from: the Ollama model whose template, renderer, parser and stop parameters it gets.
         renderer, parser: names of Ollama's that render its prompts and read its answers; "" for none.
+        parameters: parameters that it gets, as ``NAME=VALUE``.
         as_adapter: whether the file is an adapter, which is added to the Ollama model that was edited.
 
     Raises:
-        UsageError: ``template_from`` is no name of a model, or an option about the template is given with
-            ``as_adapter``.
+        UsageError: ``template_from`` is no name of a model, a parameter is none of Ollama's, or an option about the
+            template is given with ``as_adapter``.
     """
 
     register: bool = True
     template_from: str | None = None
     renderer: str = ""
     parser: str = ""
+    parameters: tuple[str, ...] = ()
     as_adapter: bool = False
 
     def __post_init__(self) -> None:
+        parse_assignments(self.parameters)
         check_template_source(self.template_from)
         if self.as_adapter and (self.template_from is not None or self.renderer or self.parser):
             raise UsageError(
@@ -60,6 +65,7 @@ class Registration:
         state: the Ollama that was found; None where it is to be left alone.
         template: template, renderer, parser and stops that the model gets.
         source: the Ollama model that is edited, whose other layers the model gets; None if it is none.
+        sampling: parameters that the checkpoint's ``generation_config.json`` states.
     """
 
     name: str
@@ -68,6 +74,13 @@ class Registration:
     state: OllamaState | None
     template: TemplatePlan
     source: StoredModel | None = None
+    sampling: Parameters = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Value]:
+        """Parameters of the model: the user's, else those of the template's source, else the checkpoint's."""
+        stated = {key: self.template.sampling.get(key, value) for key, value in self.sampling.items()}
+        return {**stated, **parse_assignments(self.settings.parameters)}
 
     @property
     def problem(self) -> str:
@@ -90,16 +103,16 @@ class Registration:
             prompts: the chat template, of which the Modelfile holds a learned TEMPLATE where Ollama goes by one.
         """
         if self.settings.as_adapter and self.source is not None:
-            write_adapter_modelfile(self.modelfile, gguf, self.source)
+            write_adapter_modelfile(self.modelfile, gguf, self.source, self.parameters)
         else:
             plan = self.template if prompts is None else with_learned(self.template, prompts, gguf)
-            write_modelfile(self.modelfile, gguf, plan, source=self.source)
+            write_modelfile(self.modelfile, gguf, plan, parameters=self.parameters, source=self.source)
 
     def commands(self, gguf: Path) -> tuple[str, ...]:
         """What to type to register the file by hand; the Modelfile alone has the layers of an Ollama model."""
         chosen = self.settings
         options = {"--template-from": chosen.template_from, "--renderer": chosen.renderer, "--parser": chosen.parser}
-        own, theirs = commands(gguf, self.name, self.modelfile, options)
+        own, theirs = commands(gguf, self.name, self.modelfile, options, self.parameters)
         return (own, theirs) if self.source is None else (theirs,)
 
     def is_gone(self) -> bool:
@@ -119,10 +132,21 @@ class Registration:
         say(f"registering {self.name} in Ollama, and comparing its prompts")
         with Client() as client:
             if self.settings.as_adapter and self.source is not None:
-                return register_adapter(client, gguf, self.name, self.source, prompts)
+                return register_adapter(client, gguf, self.name, self.source, prompts, self.parameters)
             named = self.settings.template_from is not None and self.template.jinja  # what the user wants to see
             prompts = None if named else prompts
-            return register(client, gguf, self.name, plan=self.template, prompts=prompts, source=self.source)
+            made = register(
+                client,
+                gguf,
+                self.name,
+                plan=self.template,
+                prompts=prompts,
+                parameters=self.parameters,
+                source=self.source,
+            )
+        stated = {key: value for key, value in self.sampling.items() if self.parameters[key] == value}
+        note = (f"sampled as generation_config.json says: {told(stated)}",) if stated else ()
+        return replace(made, notes=(*made.notes, *note))
 
 
 def plan_registration(source: Checkpoint, name: str, folder: Path, settings: OllamaSettings) -> Registration:
@@ -152,4 +176,5 @@ def plan_registration(source: Checkpoint, name: str, folder: Path, settings: Oll
             )
     if stored is not None and not template.chosen and not template.jinja:
         template = template_of(stored)
-    return Registration(name, folder / MODELFILE, settings, state, template, stored)
+    sampling = {} if stored is not None else sampling_parameters(source.folder)
+    return Registration(name, folder / MODELFILE, settings, state, template, stored, sampling)

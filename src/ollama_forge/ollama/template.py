@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import check_ollama_name, is_ollama_name
-from ollama_forge.ollama.parameters import STOP
+from ollama_forge.ollama.parameters import STOP, Parameters
+from ollama_forge.ollama.sampling import SAMPLING
 from ollama_forge.ollama.shown import NO_TEMPLATE
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class TemplatePlan:
         source: the Ollama model that everything was copied from.
         jinja: the chat template that the file should have; "" for its own.
         chosen: whether the user named the template, so that no other is tried in its place.
+        sampling: parameters of ``source`` that say how to sample.
         spare_renderer, spare_parser: those of ``source``, for where nothing else renders the right prompts.
         note: a remark for the user.
     """
@@ -41,6 +43,7 @@ class TemplatePlan:
     stop: tuple[str, ...] = ()
     jinja: str = ""
     chosen: bool = False
+    sampling: Parameters = field(default_factory=dict)
     spare_renderer: str = ""
     spare_parser: str = ""
     note: str = ""
@@ -58,6 +61,7 @@ def template_of(model: Shown | StoredModel, note: str = "") -> TemplatePlan:
         stop=stop if isinstance(stop, tuple) else (str(stop),),
         jinja=getattr(model, "jinja", "") if not renders else "",
         chosen=True,
+        sampling={key: model.parameters[key] for key in SAMPLING if key in model.parameters},
         note=note,
     )
 

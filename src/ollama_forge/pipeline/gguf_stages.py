@@ -189,6 +189,7 @@ def register(registration: Registration, file: QuantisedFile, prompts: ChatTempl
         "file": file_digest(file.path),
         "template": to_json(registration.template),
         "prompts": prompts and prompts.text,
+        "parameters": to_json(registration.parameters),
         "source": registration.source and to_json(registration.source),
         "url": registration.state and registration.state.url,
     }

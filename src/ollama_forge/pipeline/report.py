@@ -250,7 +250,8 @@ def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     if check.composed:
         lines.append(
             f"{check.composed} of them differ by Unicode composition alone: the checkpoint's tokenizer makes "
-            "one character of a letter and its accents, and llama.cpp does not; text that is composed already gets the same tokens"
+            "one character of a letter and its accents, and llama.cpp does not; text that is composed already gets "
+            "the same tokens"
         )
     if of_source:
         lines.append(
