@@ -127,6 +127,7 @@ SHOWN = _object(
 )
 STATUS = _object("status", status=TEXT)
 VERSION = _object("version", version=TEXT)
+CLOUD = _object("cloud", cloud=_object("disabled", "source", disabled=FLAG, source=TEXT))
 
 _ERROR = {"application/json": {"schema": _object("error", error=TEXT)}}
 # Ollama's status for options and formats of the wrong type is 500.

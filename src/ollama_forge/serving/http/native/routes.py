@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ollama_forge.serving.http.native import about, described, embed, manage
+from ollama_forge.serving.http.native import about, account, described, embed, manage
 from ollama_forge.serving.http.native.chat import chat
 from ollama_forge.serving.http.native.described import route
 from ollama_forge.serving.http.native.exchange import Answering, native
@@ -31,6 +31,9 @@ def routes(serving: Serving) -> APIRouter:
     get("/api/version", about.version, described.VERSION)
     get("/api/tags", about.tags, described.MODELS)
     get("/api/ps", about.ps, described.MODELS)
+    get("/api/status", account.status, described.CLOUD)
+    add("POST", "/api/me", account.me, route(None))
+    add("POST", "/api/signout", account.signout, route(None))
     add("POST", "/api/show", about.show, route(described.SHOWN, described.SHOW))
     add("POST", "/api/generate", generate, route(described.GENERATED, described.GENERATE, streams=True))
     add("POST", "/api/chat", chat, route(described.CHATTED, described.CHAT, streams=True))
