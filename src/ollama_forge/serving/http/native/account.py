@@ -1,4 +1,4 @@
-"""The routes about an account at Ollama's registry. This server has none: it answers as an Ollama that is signed out."""
+"""The routes about an account at Ollama's registry: this server has none, as an Ollama that is signed out."""
 
 from __future__ import annotations
 
