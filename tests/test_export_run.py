@@ -248,6 +248,10 @@ def test_a_file_that_garbles_text_is_not_passed_over() -> None:
     spaces = " ".join(_token_lines(replace(check, garbled=0), False))
     assert "3 of 220" in spaces
     assert "garbles" not in spaces
+    assert "composition" not in told
+    accents = " ".join(_token_lines(replace(check, garbled=0, composed=3), False))
+    assert "3 of them differ by Unicode composition alone" in accents
+    assert "garbles" not in accents
     kept = " ".join(_token_lines(check, True))
     assert "3 of 220" in kept
     assert "garbles" not in kept

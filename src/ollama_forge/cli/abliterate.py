@@ -247,6 +247,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
 )
+@click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
+@click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
+@opt.parameter_option
 @click.option(
     "--as-adapter",
     is_flag=True,
@@ -303,7 +306,14 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
+        ollama=OllamaSettings(
+            not options["no_ollama"],
+            options["template_from"],
+            options["renderer"],
+            options["parser"],
+            tuple(options["parameter"]),
+            options["as_adapter"],
+        ),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)

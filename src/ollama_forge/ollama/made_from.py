@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.ollama.client import Client, CreateRequest, Shown
+from ollama_forge.ollama.client import Client
 from ollama_forge.ollama.parameters import NO_PARAMETERS, STOP, Parameters
+from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama.template import TemplatePlan, template_of
 from ollama_forge.sources.ollama_store import Blob, StoredModel
 
@@ -92,9 +93,11 @@ def expected(request: CreateRequest) -> Shown:
     )
 
 
-def expected_with_adapter(name: str, source: StoredModel, adapter: str) -> Shown:
+def expected_with_adapter(
+    name: str, source: StoredModel, adapter: str, parameters: Parameters = NO_PARAMETERS
+) -> Shown:
     """What Ollama should show of a model that is ``source`` with one more adapter, which has this digest."""
-    kept = expected(create_request(name, template_of(source), source=source))
+    kept = expected(create_request(name, template_of(source), parameters=parameters, source=source))
     weights = tuple(blob.digest for blob in (source.weights, *source.projectors))
     return replace(kept, weights=weights, adapters=(*kept.adapters, adapter))
 

@@ -10,6 +10,7 @@ from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.ollama.chat_template import ChatTemplate
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline import gguf_stages
@@ -74,12 +75,22 @@ def export_weights(
     return exported
 
 
-def register_file(registration: Registration, cache: StageCache, exported: Exported, verified: bool | None) -> Exported:
-    """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off."""
+def register_file(
+    registration: Registration,
+    cache: StageCache,
+    exported: Exported,
+    verified: bool | None,
+    prompts: ChatTemplate | None = None,
+) -> Exported:
+    """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off.
+
+    Args:
+        prompts: the checkpoint's chat template; None for that of the file.
+    """
     if not exported.files:
         return exported
     file = exported.files[0]
-    registration.write_modelfile(file.path)
+    registration.write_modelfile(file.path, prompts)
     if verified is False:
         return replace(exported, ollama_problem="the weights failed verification")
     if registration.problem:
@@ -87,7 +98,7 @@ def register_file(registration: Registration, cache: StageCache, exported: Expor
     try:
         if registration.is_gone():
             cache.forget("ollama")
-        registered = cache.do(gguf_stages.register(registration, file))
+        registered = cache.do(gguf_stages.register(registration, file, prompts))
     except ForgeError as failure:
         return replace(exported, ollama_problem=failure.message, failure=exported.failure or failure)
     return replace(exported, registered=registered, ollama_problem="")

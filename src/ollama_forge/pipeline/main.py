@@ -14,7 +14,7 @@ from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.models.machine import Machine
-from ollama_forge.pipeline import stages
+from ollama_forge.pipeline import gguf_stages, stages
 from ollama_forge.pipeline.disk_space import check_disk_space
 from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
 from ollama_forge.pipeline.preflight import PROVENANCE_FILES, Preflight, preflight
@@ -61,7 +61,8 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         models.drop()
         verified = None if checks is None else checks.passed
         exported = export_weights(ready, cache, models, choice, written, verified, edited)
-        exported = register_file(ready.registration, cache, exported, verified)
+        prompts = gguf_stages.chat_template(ready, exported.files[0]) if exported.files else None
+        exported = register_file(ready.registration, cache, exported, verified, prompts)
 
         rows = {} if base is None else {"base": base}
         if control is not None and edited is not None:
@@ -78,6 +79,7 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
                 verified=verified,
                 measurements=measurements,
                 noise_floor=None if floor is None else to_json(floor),
+                ollama=None if exported.registered is None else exported.registered.described(),
             )
         report.save()
         if options is not None:

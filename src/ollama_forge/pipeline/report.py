@@ -175,6 +175,7 @@ class Report:
         return [
             f"in Ollama: {made.name} ({made.shown.quantization})",
             *(f"note: {note}" for note in made.notes),
+            *made.prompts.lines(),
             *(f"warning: {difference}" for difference in made.differences),
             f"run it: ollama run {self.name}",
         ]
@@ -246,6 +247,12 @@ def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     for example in check.examples:
         found, expected = " ".join(example.found), " ".join(example.expected)
         lines.append(f"  {example.text!r}: {found!r} instead of {expected!r}"[:400])
+    if check.composed:
+        lines.append(
+            f"{check.composed} of them differ by Unicode composition alone: the checkpoint's tokenizer makes "
+            "one character of a letter and its accents, and llama.cpp does not; text that is composed already gets "
+            "the same tokens"
+        )
     if of_source:
         lines.append(
             "the file keeps the tokenizer of its GGUF source; the tokenizer of the decoded checkpoint differs from it"
