@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _WORD = re.compile(r'\s*(:=|=|"(?:[^"\\\n]|\\.)*"|\$\w+|\.\w+|\w+)')
+_END = re.compile(r" -\}\}\s*|\s*\}\}")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-f]{4})|U([0-9a-f]{8})|(.))")
 _PLAIN = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
 Words = list[str]
@@ -34,7 +35,6 @@ def render(template: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 def _parts(template: str) -> list[str | Words]:
     """Texts, and actions as words. A dash inside the braces takes the white space beside them away."""
-    template = re.sub(r"\s*\{\{- ", "{{ ", re.sub(r" -\}\}\s*", " }}", template))
     parts: list[str | Words] = []
     place = 0
     while place < len(template):
@@ -42,10 +42,12 @@ def _parts(template: str) -> list[str | Words]:
         if start < 0:
             parts.append(template[place:])
             break
-        if start > place:
-            parts.append(template[place:start])
-        place, words = start + 2, []
-        while not (end := re.compile(r"\s*\}\}").match(template, place)):
+        trims = template.startswith("{{- ", start)
+        text = template[place:start].rstrip() if trims else template[place:start]
+        if text:
+            parts.append(text)
+        place, words = start + (3 if trims else 2), []
+        while not (end := _END.match(template, place)):
             word = _WORD.match(template, place)
             assert word, template[place : place + 40]
             words.append(word[1])
