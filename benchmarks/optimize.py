@@ -24,7 +24,7 @@ from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.evaluation.divergence import Reference, divergence
 from ollama_forge.evaluation.measure import GENERAL_TOKENS, count_answers, general_ids
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.pipeline.optimize import Loaded, OptimizeSettings, optimize
+from ollama_forge.pipeline.optimize import OptimizeSettings, Searched, optimize
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.search.candidates import least_squares
 from ollama_forge.search.trials import MAX_GENERAL
@@ -35,12 +35,13 @@ SAVED = 2  # edits that are written, loaded and measured
 
 def seconds_by_saving(settings: OptimizeSettings, folder: Path) -> float:
     """The mean time to write an edit of the demo model, load it, and measure it on the select prompts."""
-    loaded = Loaded.of(settings)
+    searched = Searched.of(settings)
+    loaded, trials = searched.loaded, searched.trials
     select, tokenizer = loaded.split.select, loaded.model.tokenizer
     reference = Reference.of(loaded.model, general_ids(tokenizer, select)[:MAX_GENERAL], GENERAL_TOKENS)
     harmful = tokenizer.instructions_ids(select.harmful)
-    candidates = [least_squares(loaded.trials.layers[-1], 1.0 + place) for place in range(SAVED)]
-    plans = [loaded.trials.plan(candidate) for candidate in candidates]  # fitted before the clock starts
+    candidates = [least_squares(trials.layers[-1], 1.0 + place) for place in range(SAVED)]
+    plans = [trials.plan(candidate) for candidate in candidates]  # fitted before the clock starts
     started = time.monotonic()
     for candidate, plan in zip(candidates, plans, strict=True):
         output = folder / f"saved-{candidate.settings.strength:g}"

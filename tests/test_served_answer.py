@@ -25,7 +25,7 @@ def tool(name: str) -> dict[str, Any]:
 
 
 def hi(model: ServedModel, **options: Any) -> Prompt:
-    return model.chat_prompt([Message("user", "hi")], **options)
+    return model.prompts.chat([Message("user", "hi")], **options)
 
 
 def engine_of(model: ServedModel) -> ScriptedEngine:
@@ -97,7 +97,7 @@ def test_no_thought_is_split_off_where_thinking_is_off() -> None:
     model = serve("<think>It is.</think>Paris.", template=THINKS)
     assert texts(collect(model, GenerationRequest(hi(model, think=False)))[0]) == ("", "<think>It is.</think>Paris.")
     raw = serve("It is.</think>Paris.", template=THINKS)
-    assert texts(collect(raw, GenerationRequest(raw.text_prompt("<think>")))[0]) == ("It is.", "Paris.")
+    assert texts(collect(raw, GenerationRequest(raw.prompts.text("<think>")))[0]) == ("It is.", "Paris.")
 
 
 def test_a_token_that_the_reader_holds_brings_an_empty_delta() -> None:

@@ -180,7 +180,7 @@ def inspect(**options: Any) -> None:
 
 
 def _edit_of_trial(options: dict[str, Any]) -> Path:
-    from ollama_forge.pipeline.optimize import edit_of_trial
+    from ollama_forge.pipeline.front import edit_of_trial
 
     if options["trial"] is None or options["study"] is None:
         raise UsageError("--trial and --study belong together", "--study DIR --trial N applies trial N of that study")

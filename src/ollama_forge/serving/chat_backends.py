@@ -88,7 +88,7 @@ class LocalBackend:
         if any(message.images for message in messages) and "vision" not in model.capabilities:
             raise ForgeError(f'"{model.name}" does not see images', "leave out --image")
         try:
-            prompt = model.chat_prompt(messages, think=settings.think, num_ctx=settings.num_ctx)
+            prompt = model.prompts.chat(messages, think=settings.think, num_ctx=settings.num_ctx)
             request = GenerationRequest(prompt, settings.sampling, settings.num_predict, schema=settings.schema)
             return self._runner.run(self._show(request, show))
         except (BadRequest, EngineError) as error:

@@ -14,7 +14,7 @@ from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, Engin
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
-from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest, Message, Prompt
+from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import Tokenizer, template_text
@@ -32,6 +32,7 @@ class ServedModel:
     Attributes:
         name: the name it is served under, without a tag.
         template: the text of the chat template, "" for none.
+        prompts: renders and encodes prompts.
         capabilities: those of completion, tools, thinking and vision that the model has.
         stopping: set when the server shuts down; answers that still run then end in an error.
     """
@@ -60,7 +61,7 @@ class ServedModel:
         self.name, self.tokenizer, self.engine, self.metadata = name, tokenizer, engine, metadata
         self.template = template_text(tokenizer) if template is None else template
         encoder = engine if vision and isinstance(engine, ImageEncoder) else None
-        self._prompts = PromptBuilder(
+        self.prompts = PromptBuilder(
             tokenizer,
             self.template,
             engine.context_length,
@@ -104,58 +105,14 @@ class ServedModel:
         )
 
     def _find_capabilities(self) -> frozenset[str]:
-        template = self._prompts.template
+        template = self.prompts.template
         found = {
             "completion": True,
             "tools": template.takes_tools,
             "thinking": template.thinks,
-            "vision": self._prompts.encoder is not None,
+            "vision": self.prompts.encoder is not None,
         }
         return frozenset(name for name, has in found.items() if has)
-
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        think: bool | str | None = None,
-        num_ctx: int | None = None,
-        truncate: bool = True,
-        context: Sequence[int] = (),
-    ) -> Prompt:
-        """Render a conversation with the chat template; a last message of the assistant is continued by the answer.
-
-        A conversation longer than ``num_ctx`` tokens (by default and at most the model's context) loses its oldest
-        messages, but no system message and not the last message; if it is still too long, the prompt loses its middle.
-        Rendering and encoding take milliseconds to seconds: call this outside the event loop.
-
-        Args:
-            think: whether to think, or a level if the template has levels; None: a model that can think does.
-            context: ids to put before the prompt.
-
-        Raises:
-            BadRequest: the template refuses the messages, or they do not fit and ``truncate`` is off.
-        """
-        return self._prompts.chat(
-            messages, tools=tools, think=think, num_ctx=num_ctx, truncate=truncate, context=context
-        )
-
-    def text_prompt(
-        self,
-        text: str,
-        *,
-        images: Sequence[bytes] = (),
-        think: bool | str | None = None,
-        num_ctx: int | None = None,
-        truncate: bool = True,
-        context: Sequence[int] = (),
-    ) -> Prompt:
-        """Encode text without the chat template; a prompt that is too long loses its middle.
-
-        Raises:
-            BadRequest: the text does not fit and ``truncate`` is off, or the model does not take images.
-        """
-        return self._prompts.text(text, images=images, think=think, num_ctx=num_ctx, truncate=truncate, context=context)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
@@ -169,7 +126,7 @@ class ServedModel:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
-        output = OutputProcessor(self._tokens, request, family_of(self._prompts.template.text))
+        output = OutputProcessor(self._tokens, request, family_of(self.prompts.template.text))
         limit = max(prompt.context - len(prompt.ids), 0)
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)

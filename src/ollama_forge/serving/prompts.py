@@ -58,7 +58,19 @@ class PromptBuilder:
         truncate: bool = True,
         context: Sequence[int] = (),
     ) -> Prompt:
-        """See ``ServedModel.chat_prompt``."""
+        """Render a conversation with the chat template; a last message of the assistant is continued by the answer.
+
+        A conversation longer than ``num_ctx`` tokens (by default and at most the model's context) loses its oldest
+        messages, but no system message and not the last message; if it is still too long, the prompt loses its middle.
+        Rendering and encoding take milliseconds to seconds: call this outside the event loop.
+
+        Args:
+            think: whether to think, or a level if the template has levels; None: a model that can think does.
+            context: ids to put before the prompt.
+
+        Raises:
+            BadRequest: the template refuses the messages, or they do not fit and ``truncate`` is off.
+        """
         limit = self._limit(num_ctx)
         arguments = self._arguments(think)
         if self._system and not any(message.role == "system" for message in messages):
@@ -89,7 +101,11 @@ class PromptBuilder:
         truncate: bool = True,
         context: Sequence[int] = (),
     ) -> Prompt:
-        """See ``ServedModel.text_prompt``."""
+        """Encode text without the chat template; a prompt that is too long loses its middle.
+
+        Raises:
+            BadRequest: the text does not fit and ``truncate`` is off, or the model does not take images.
+        """
         limit = self._limit(num_ctx)
         if images:
             encoded = self._with_images(text, images)

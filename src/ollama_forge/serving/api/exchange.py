@@ -105,7 +105,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     """
     if request.raw:
         (message,) = request.messages
-        prompt = model.text_prompt(
+        prompt = model.prompts.text(
             message.content,
             images=message.images,
             think=request.think,
@@ -113,7 +113,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
             truncate=request.truncate,
         )
     else:
-        prompt = model.chat_prompt(
+        prompt = model.prompts.chat(
             request.messages,
             tools=request.tools,
             think=request.think,
