@@ -126,6 +126,17 @@ def test_a_model_that_does_not_answer_is_not_done(fake: FakeOllama, tmp_path: Pa
     assert len(fake.bodies("/api/create")) == 1
 
 
+def test_an_answer_that_ollama_cannot_read_is_an_answer(fake: FakeOllama, tmp_path: Path) -> None:
+    """The model runs, and what it said is no tool call of the form that the chat template asks for."""
+    fake.misread = "llama-server chat error: The model produced output that does not match the expected format"
+    found = made(tmp_path, TOOLS)
+    assert templates(fake) == [("", TOOLS)]
+    assert found.prompts.equal == 7
+    fake.knows_debugging = False
+    with pytest.raises(ForgeError, match="does not match the expected format"):
+        made(tmp_path, TOOLS)
+
+
 def test_memory_is_no_matter_of_templates(fake: FakeOllama, tmp_path: Path) -> None:
     fake.silence = "model requires more system memory (9.9 GiB) than is available"
     with pytest.raises(ForgeError, match="requires more system memory"):

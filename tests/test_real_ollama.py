@@ -22,6 +22,7 @@ from ollama_forge.ollama.register import Registered, register
 from ollama_forge.ollama.template import TemplatePlan, template_plan
 from ollama_forge.ollama_address import is_loopback
 from tests.chat_templates import LEARNED
+from tests.fake_ollama import recorded
 
 if TYPE_CHECKING:
     from tests.gguf_models import Model
@@ -30,7 +31,11 @@ Make = Callable[..., Registered]
 URL = os.environ.get("OLLAMA_FORGE_TEST_OLLAMA", "")
 PREFIX = "ollama-forge-test"
 DEFAULT = LEARNED["chatml with a default system prompt"]
-TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + LEARNED["phi"]
+TOOLS: str = next(
+    each["answer"]["template"]
+    for each in recorded("templates.jsonl")
+    if each["path"] == "/api/show" and each["body"]["model"] == "knows-tools"
+)
 
 pytestmark = pytest.mark.skipif(
     not is_loopback(urlsplit(URL).hostname or ""), reason="OLLAMA_FORGE_TEST_OLLAMA names no Ollama on loopback"
@@ -50,7 +55,8 @@ def client() -> Iterator[Client]:
 @pytest.fixture
 def made(client: Client, gguf_models: Mapping[str, Model], tmp_path: Path) -> Make:
     def make(name: str, chat_template: str, plan: TemplatePlan | None = None) -> Registered:
-        content = with_metadata(gguf_models["llama"].path, {CHAT_TEMPLATE_KEY: value_of(chat_template)})
+        changes = {CHAT_TEMPLATE_KEY: value_of(chat_template), "llama.context_length": value_of(4096)}
+        content = with_metadata(gguf_models["llama"].path, changes)
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(b"".join(content.blocks()))
         return register(client, path, f"{PREFIX}-{name}", plan=plan or TemplatePlan())
