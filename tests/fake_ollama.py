@@ -83,6 +83,7 @@ class FakeOllama:
         self.knows_debugging = True
         self.unreadable = "{% unreadable"
         self.silence = ""
+        self.misread = ""
         self.pause = threading.Event()
         self.pause.set()
         self.url = ""
@@ -206,6 +207,8 @@ class FakeOllama:
         if self.unreadable in model.jinja and (by_file(model) or knows_more(model.jinja)):
             return 500, {"error": "llama-server: Unable to generate parser for this template"}
         if not (body.get("_debug_render_only") and self.knows_debugging):
+            if self.misread:
+                return 500, {"error": self.misread}
             return 200, {"model": body["model"], "message": {"role": "assistant", "content": "Hello."}, "done": True}
         messages = [*model.messages, *body["messages"]]
         if model.system and body["messages"][0]["role"] != "system":
@@ -356,6 +359,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(404, {"error": f"model '{name}' not found"})
             else:
                 self.answer(200, self.fake.show(name))
+        elif self.path == "/api/generate":
+            self.answer(200, {"model": body["model"], "response": "Hello.", "done": True})
         elif self.path == "/api/chat":
             self.answer(*self.fake.chat(body))
         elif not re.fullmatch(r"[\w.:/-]+", body["model"]) or ".." in body["model"]:

@@ -126,11 +126,47 @@ def test_a_model_that_does_not_answer_is_not_done(fake: FakeOllama, tmp_path: Pa
     assert len(fake.bodies("/api/create")) == 1
 
 
+def test_an_answer_that_ollama_cannot_read_is_an_answer(fake: FakeOllama, tmp_path: Path) -> None:
+    """The model runs, and what it said is no tool call of the form that the chat template asks for."""
+    fake.misread = "llama-server chat error: The model produced output that does not match the expected format"
+    found = made(tmp_path, TOOLS)
+    assert templates(fake) == [("", TOOLS)]
+    assert found.prompts.equal == 7
+    fake.knows_debugging = False
+    with pytest.raises(ForgeError, match="does not match the expected format"):
+        made(tmp_path, TOOLS)
+
+
 def test_memory_is_no_matter_of_templates(fake: FakeOllama, tmp_path: Path) -> None:
     fake.silence = "model requires more system memory (9.9 GiB) than is available"
     with pytest.raises(ForgeError, match="requires more system memory"):
         made(tmp_path, KEPT)
     assert len(fake.bodies("/api/create")) == 1
+
+
+def test_what_no_form_makes_right_is_a_warning(fake: FakeOllama, tmp_path: Path) -> None:
+    """Ollama refuses to render it, and the forms that would change nothing are not tried; the first one stays."""
+    text = "{% if strftime_now('%Y') %}{% endif %}" + TRIMS.replace("<|im_start|>", "<|begin|>")
+    found = made(tmp_path, text)
+    assert templates(fake) == [("", text)]
+    assert (found.prompts.equal, found.prompts.compared) == (0, 6)
+    assert found.prompts.lines()[0].startswith("warning: prompts in Ollama: as the file's, 0 of 6")
+    found = made(tmp_path, text, TemplatePlan("Q/M", spare_renderer="r", spare_parser="p"))
+    assert [body.get("renderer", "") for body in fake.bodies("/api/create")] == ["", "", "r", ""]
+    assert found.shown.renderer == ""
+
+
+def test_the_beginning_of_text_that_ollama_adds_is_no_difference(fake: FakeOllama, tmp_path: Path) -> None:
+    text = "{{ bos_token }}" + KEPT
+    plain = tiny_gguf(tmp_path / "plain.gguf", chat_template=text)
+    keys = {"tokens": value_of(["<s>", "x", "y"]), "model": value_of("llama"), "bos_token_id": value_of(0)}
+    changed = with_metadata(plain, {f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"".join(changed.blocks()))
+    with Client() as client:
+        found = register(client, gguf, "made", plan=TemplatePlan())
+    assert templates(fake) == [("", text)]
+    assert found.prompts.equal == 6
 
 
 def test_an_older_version_is_not_compared(fake: FakeOllama, tmp_path: Path) -> None:
@@ -201,10 +237,7 @@ def test_the_renderer_of_a_model_of_the_same_name_is_the_last_resort(fake: FakeO
     with Client() as client:
         plan = template_plan(client, None, "Q/M", "hub")
     assert (plan.renderer, plan.spare_renderer, plan.chosen) == ("", "r", False)
-    assert made(tmp_path, KEPT, plan).shown.renderer == ""
-    made_plan = TemplatePlan("Q/M", "odd", spare_renderer="r", spare_parser="p")
-    found = made(tmp_path, KEPT + "{# {{ strftime_now('%Y') }} #}", made_plan)
-    assert found.shown.renderer == ""  # the file behind a comment was right before
+    assert made(tmp_path, KEPT, plan).shown.renderer == ""  # the file is right as it is
 
 
 def test_options_name_a_renderer(fake: FakeOllama, tmp_path: Path) -> None:

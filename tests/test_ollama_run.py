@@ -13,10 +13,12 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import sha256_file
 from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.chat_template import ChatTemplate, FileTemplate
 from ollama_forge.ollama.registration import OllamaSettings, Registration, plan_registration
 from ollama_forge.pipeline.exporting import Exported, register_file
 from ollama_forge.pipeline.resume import StageCache
 from tests import fake_ollama
+from tests.chat_templates import LEARNED
 from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
 
 
@@ -175,3 +177,13 @@ def test_a_generation_config_without_sampling_says_nothing(fake: FakeOllama, fol
     assert "parameters" not in fake.bodies("/api/create")[0]
     assert found.registered.notes == ()
     assert "PARAMETER" not in (folder / "Modelfile").read_text()
+
+
+def test_a_chat_template_that_the_user_named_is_what_prompts_are_compared_with(fake: FakeOllama, folder: Path) -> None:
+    text = LEARNED["falcon"]
+    fake.models["base:latest"] = Model(weights=["sha256:0"], jinja=text)
+    prompts = ChatTemplate.of_file(FileTemplate(LEARNED["phi"], {}), owner="the checkpoint")
+    gguf = folder / "made.gguf"
+    named = plan(folder, OllamaSettings(template_from="base")).register(gguf, prompts)
+    assert (named.prompts.owner, named.prompts.equal) == ("base", 6)
+    assert plan(folder).register(gguf, prompts).prompts.owner == "the checkpoint"

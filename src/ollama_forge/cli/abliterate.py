@@ -256,6 +256,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Make no second copy of the weights: add a small adapter, which holds the edit, to the model of --model "
     "ollama:NAME. Only edits without a norm rule are tried.",
 )
+@click.option(
+    "--ollama-prompts",
+    type=int,
+    default=48,
+    show_default=True,
+    metavar="N",
+    help="Harmful and harmless report prompts that Ollama itself answers; 0 for none.",
+)
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
 @click.option("--no-verify", is_flag=True, help="Don't verify the written weights.")
@@ -313,6 +321,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
             options["parser"],
             tuple(options["parameter"]),
             options["as_adapter"],
+            options["ollama_prompts"],
         ),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}

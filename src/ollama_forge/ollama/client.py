@@ -177,14 +177,22 @@ class Client(ollama.Client):
     def why_silent(self, model: str) -> str:
         """Ask the model a short question; why it does not answer, "" if it does.
 
+        An answer that Ollama cannot read as the form that its chat template asks for is an answer.
+
         Raises:
             ForgeError: Ollama went away.
         """
         messages = [{"role": "user", "content": "Say hello."}]
-        options = {"num_predict": 8, "temperature": 0}
-        body = {"model": model, "messages": messages, "stream": False, "options": options}
+        request = {"model": model, "stream": False, "options": {"num_predict": 8, "temperature": 0}}
+        reason = self._refusal("/api/chat", {**request, "messages": messages})
+        if not reason or self._refusal("/api/chat", {**request, "messages": messages, "_debug_render_only": True}):
+            return reason
+        return self._refusal("/api/generate", {**request, "prompt": "Hello", "raw": True}) and reason
+
+    def _refusal(self, path: str, body: Mapping[str, Any]) -> str:
+        """Ollama's reason for refusing a request; "" if it does not."""
         with self._in_one_line("answering a question"):
-            answer = self._client.post("/api/chat", json=body)
+            answer = self._client.post(path, json=body)
             try:
                 _checked(answer)
             except ollama.ResponseError as error:

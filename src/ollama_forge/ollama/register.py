@@ -149,7 +149,7 @@ def register(
         files = ((_file_name(gguf), digest), *numbered("projector", source.projectors if source else ()))
         recognised = client.make(replace(request_of(form), files=files, quantize=quantize))
         silence, shown, checked = examine(client, name, prompts)
-        return Tried(form, shown, "" if form.plan.template else recognised, sent, silence, checked)
+        return Tried(form, shown, recognised, sent, silence, checked)
 
     first = Form(plan, plan.jinja if plan.jinja and plan.jinja != file.text else None)
     made = settle(first, prompts, file, attempt)

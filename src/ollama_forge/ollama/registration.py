@@ -19,6 +19,7 @@ from ollama_forge.progress import say
 from ollama_forge.sources.ollama_store import KIND, StoredModel, find_model
 
 MODELFILE = "Modelfile"
+OLLAMA_PROMPTS = 48
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class OllamaSettings:
         renderer, parser: names of Ollama's that render its prompts and read its answers; "" for none.
         parameters: parameters that it gets, as ``NAME=VALUE``.
         as_adapter: whether the file is an adapter, which is added to the Ollama model that was edited.
+        prompts: number of harmful and of harmless report prompts that Ollama itself answers; 0 for none.
 
     Raises:
         UsageError: ``template_from`` is no name of a model, a parameter is none of Ollama's, or an option about the
@@ -43,9 +45,12 @@ class OllamaSettings:
     parser: str = ""
     parameters: tuple[str, ...] = ()
     as_adapter: bool = False
+    prompts: int = OLLAMA_PROMPTS
 
     def __post_init__(self) -> None:
         parse_assignments(self.parameters)
+        if self.prompts < 0:
+            raise UsageError(f"--ollama-prompts {self.prompts} is no number of prompts", "0 for none")
         check_template_source(self.template_from)
         if self.as_adapter and (self.template_from is not None or self.renderer or self.parser):
             raise UsageError(

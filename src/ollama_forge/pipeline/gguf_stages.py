@@ -1,4 +1,4 @@
-"""The stages of a run after the edited weights, in order: GGUF files, token check, measurement, Ollama.
+"""The stages of a run after the edited weights, in order: GGUF files, token check, measurement.
 
 Each function returns a ``Stage``: its needs, its outputs, and its work.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.converter import converter_fingerprint
-from ollama_forge.checkpoints.gguf.file import read_part
 from ollama_forge.edits.checkpoint_folder import write_decoded
 from ollama_forge.evaluation.divergence import divergence
 from ollama_forge.evaluation.measure import Damage, damage_of
@@ -33,9 +32,6 @@ from ollama_forge.export.gguf_file import (
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.models.holder import ModelHolder
-from ollama_forge.ollama.chat_template import ChatTemplate, FileTemplate
-from ollama_forge.ollama.register import Registered
-from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache, file_digest
 from ollama_forge.pipeline.stages import MeasuredRow, Written, load_reference
@@ -171,26 +167,3 @@ def measure_gguf(
 
     needs = {**ready.model_needs, "file": file_digest(file.path)}
     return Stage(f"gguf-measure-{file.quant}", MeasuredRow, needs, do, (), ("xllamacpp", "libgguf", *MODEL_PACKAGES))
-
-
-def chat_template(ready: Preflight, file: QuantisedFile) -> ChatTemplate | None:
-    """The checkpoint's chat template, for prompts of the file in Ollama; None for a base model."""
-    tokenizer = _tokenizer(ready)
-    if not tokenizer.template.text:
-        return None
-    beginning = FileTemplate.of(read_part(file.base or file.path)).beginning
-    return ChatTemplate(tokenizer.backend, tokenizer.template.text, "the checkpoint", beginning)
-
-
-def register(registration: Registration, file: QuantisedFile, prompts: ChatTemplate | None) -> Stage[Registered]:
-    """Register the file in Ollama, and compare the prompts there with those of the chat template."""
-    needs = {
-        "name": registration.name,
-        "file": file_digest(file.path),
-        "template": to_json(registration.template),
-        "prompts": prompts and prompts.text,
-        "parameters": to_json(registration.parameters),
-        "source": registration.source and to_json(registration.source),
-        "url": registration.state and registration.state.url,
-    }
-    return Stage("ollama", Registered, needs, lambda: registration.register(file.path, prompts))

@@ -27,6 +27,7 @@ from ollama_forge.search.ladder import Choice
 
 SCHEMA = 2
 _NOT_AVAILABLE = "not available"
+_NOT_ASKED = "not asked"
 _ANSWERS = (
     "model",
     "harmful refused",
@@ -44,7 +45,8 @@ class Report:
     """The results of one run.
 
     Attributes:
-        rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
+        rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``,
+            ``in Ollama``.
         noise_floor: the damage that rounding the base model to 8 bits does; None if it was not measured.
         checks: the checks of the written weights; None if they were not verified.
         files: the GGUF files; if there are none, ``file_problem`` says why.
@@ -199,7 +201,8 @@ def tables(rows: Mapping[str, Measurement], noise_floor: Damage | None) -> dict[
     damage: list[tuple[str, ...]] = [_DAMAGE]
     for name, row in rows.items():
         answers.append((name, *_answer_cells(row)))
-        damage.append((name, *_damage_cells(row.damage)))
+        if row.damage != Damage():
+            damage.append((name, *_damage_cells(row.damage)))
     if noise_floor is not None:
         damage.append(("base rounded to 8 bits", *_damage_cells(noise_floor)))
     return {"answers to report prompts, 95 % intervals": answers, "damage on general report prompts": damage}
@@ -210,7 +213,7 @@ def _answer_cells(row: Measurement) -> tuple[str, ...]:
     return (
         _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
         f"{row.harmful.deflection}/{row.harmful.total}",
-        f"{in_context.refusal}/{in_context.total}",
+        f"{in_context.refusal}/{in_context.total}" if in_context.total else _NOT_ASKED,
         _rate(row.over_refusal.refusal, row.over_refusal.total, row.over_refusal.refusal_rate),
         _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
         f"{broken.degenerate}/{broken.total}",
@@ -235,6 +238,8 @@ def _nats(found: Estimate | None) -> str:
 
 
 def _rate(count: int, total: int, rate: Estimate) -> str:
+    if not total:
+        return _NOT_ASKED
     return f"{count}/{total} ({rate.low:.0%} to {rate.high:.0%})"
 
 

@@ -13,7 +13,9 @@ def in_ollama(report: Entry) -> Html | None:
     if not made:
         return None
     notes = [tag("li", words(note)) for key in ("notes", "differences") for note in made[key]]
-    return section("In Ollama", tag("p", *_prompts(made["prompts"])), _difference(made), tag("ul", notes))
+    return section(
+        "In Ollama", tag("p", *_prompts(made["prompts"])), _difference(made), tag("ul", notes) if notes else None
+    )
 
 
 def _prompts(found: Entry) -> tuple[Child, ...]:
