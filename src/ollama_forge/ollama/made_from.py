@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ollama_forge.errors import ForgeError
@@ -9,7 +10,7 @@ from ollama_forge.ollama.client import Client
 from ollama_forge.ollama.parameters import NO_PARAMETERS, STOP, Parameters
 from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama.template import TemplatePlan, template_of
-from ollama_forge.sources.ollama_store import Blob, StoredModel
+from ollama_forge.sources.ollama_store import StoredModel
 
 
 def create_request(
@@ -41,8 +42,8 @@ def create_request(
     kept = {key: value for key, value in source.parameters.items() if key != STOP}
     return replace(
         request,
-        adapters=numbered("adapter", source.adapters),
-        drafts=numbered("draft", source.drafts),
+        adapters=numbered("adapter", (blob.digest for blob in source.adapters)),
+        drafts=numbered("draft", (blob.digest for blob in source.drafts)),
         system=system or source.system,
         parameters={**kept, **request.parameters},
         licenses=source.licenses,
@@ -102,6 +103,6 @@ def expected_with_adapter(
     return replace(kept, weights=weights, adapters=(*kept.adapters, adapter))
 
 
-def numbered(stem: str, blobs: tuple[Blob, ...]) -> tuple[tuple[str, str], ...]:
+def numbered(stem: str, digests: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Names and digests of blobs, for a request."""
-    return tuple((f"{stem}-{number}.gguf", blob.digest) for number, blob in enumerate(blobs))
+    return tuple((f"{stem}-{number}.gguf", digest) for number, digest in enumerate(digests))

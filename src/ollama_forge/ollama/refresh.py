@@ -11,6 +11,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.names import check_ollama_name
 from ollama_forge.ollama.chat_template import CHAT_TEMPLATE_KEY, FileTemplate
 from ollama_forge.ollama.client import Client, digest_of
+from ollama_forge.ollama.made_from import numbered
 from ollama_forge.ollama.parameters import Parameters
 from ollama_forge.ollama.prompt_check import ModelPrompts, PromptCheck
 from ollama_forge.ollama.register import IGNORED_TEMPLATE, Registered, differences, examine
@@ -159,8 +160,8 @@ def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
         )
     return CreateRequest(
         model=target,
-        files=_numbered("model", model.weights),
-        adapters=_numbered("adapter", model.adapters),
+        files=numbered("model", model.weights),
+        adapters=numbered("adapter", model.adapters),
         template=wanted.template,
         renderer=wanted.renderer,
         parser=wanted.parser,
@@ -169,10 +170,6 @@ def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
         licenses=(wanted.license,) if wanted.license else (),
         messages=wanted.messages,
     )
-
-
-def _numbered(stem: str, digests: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((f"{stem}-{number}.gguf", digest) for number, digest in enumerate(digests))
 
 
 def _unset(model: Shown, source: Shown) -> tuple[str, ...]:

@@ -146,7 +146,8 @@ def register(
         sent = client.send(content, digest)
         if source is not None:
             send_blobs(client, source)
-        files = ((_file_name(gguf), digest), *numbered("projector", source.projectors if source else ()))
+        projectors = numbered("projector", (blob.digest for blob in source.projectors)) if source else ()
+        files = ((_file_name(gguf), digest), *projectors)
         recognised = client.make(replace(request_of(form), files=files, quantize=quantize))
         silence, shown, checked = examine(client, name, prompts)
         return Tried(form, shown, recognised, sent, silence, checked)
