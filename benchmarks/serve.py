@@ -127,7 +127,7 @@ def engine_process(pipe: Connection) -> None:
     from ollama_forge.serving.engine.transformers import TransformersEngine
     from ollama_forge.sources.resolve import resolve
 
-    engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()), slots=17)
+    engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()), slots=max(STREAMS) + 1)
 
     def reply(number: int, texts: Sequence[str], tokens: int) -> None:
         pipe.send((number, engine_streams(engine, texts, tokens)))

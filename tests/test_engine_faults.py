@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest
+from ollama_forge.serving.engine.batched_runner import BatchedPrefill
 from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatcher
 from ollama_forge.serving.engine.row_group import RowGroup
 from ollama_forge.serving.engine.sequence import Sequence
@@ -67,8 +68,6 @@ def assert_nothing_runs(engine: TransformersEngine) -> None:
     wait(idle)
     runner: Any = engine._scheduler.runner
     assert (engine.stats.active, runner.groups, runner.rows, engine._unfinished) == (0, [], [], set())
-    gc.collect()
-    assert not [one for one in gc.get_objects() if isinstance(one, Sequence | RowGroup)]
 
 
 def test_a_stop_token_beyond_the_vocabulary_ends_nobodys_answer(engine: TransformersEngine) -> None:
@@ -76,7 +75,7 @@ def test_a_stop_token_beyond_the_vocabulary_ends_nobodys_answer(engine: Transfor
     together(engine, [kept])
     flagged = greedy(prompt(5), 9, constraint=FLAG, end_ids=frozenset({1, tiny.VOCABULARY, tiny.VOCABULARY + 7}))
     found, beside = outcomes(engine, flagged, NEIGHBOUR)
-    assert bytes(token - len(tiny.SPECIAL) for token in found) in (b"true", b"false")
+    assert tiny.tokenizer().decode(found) in ("true", "false")
     assert beside == answer(engine, NEIGHBOUR)
     before = engine.stats.prefilled_tokens
     together(engine, [kept])
@@ -218,3 +217,5 @@ def test_those_who_leave_at_any_time_leave_nothing(engine: TransformersEngine) -
     assert wait(run) == answer(engine, NEIGHBOUR)
     assert_nothing_runs(engine)
     assert len(runner.prefixes) <= 16
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) in (Sequence, RowGroup, BatchedPrefill)]

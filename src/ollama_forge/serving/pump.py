@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import TypeVar
 
 T = TypeVar("T")
+_AT_ONCE = 16  # items that are handed on before other tasks get a turn
 
 
 async def pumped(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
@@ -31,9 +32,13 @@ async def pumped(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         items.put_nowait(end)
 
     pumping = asyncio.create_task(pump())
+    handed_on = 0
     try:
         while isinstance(item := await items.get(), tuple):
             yield item[0]
+            handed_on += 1
+            if handed_on % _AT_ONCE == 0:  # neither a filled queue nor a closed connection suspends this task
+                await asyncio.sleep(0)
         if item is not None:
             raise item
     finally:

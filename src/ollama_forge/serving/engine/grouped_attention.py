@@ -56,7 +56,7 @@ class GroupedKVCache(Cache):
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         layers: list[Any] = [_GroupedLayer(own) if own else DummyLayer() for own in KVCache.same_layers(caches)]  # type: ignore[no-untyped-call]
-        super().__init__(layers=layers)  # type: ignore[no-untyped-call]
+        super().__init__(layers=layers)
 
 
 def _attention(

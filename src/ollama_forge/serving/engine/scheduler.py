@@ -21,8 +21,7 @@ from ollama_forge.serving.engine.sampler import sample
 from ollama_forge.serving.engine.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
-GROUP_TOKENS = 512  # maximum for prompts that are prefilled together, padding included
-CHUNKS_A_TICK = 2  # of prefills, between two decode steps: the token budget
+CHUNKS_A_TICK = 2  # of prefills, between two decode steps: the token budget; what is begun below it is done
 WORTH_WAITING = 128  # shared tokens for which a prompt waits until another has computed them
 
 Errors = dict[Sequence, EngineError]
@@ -172,13 +171,12 @@ class Scheduler:
                 return True
         return False
 
-    @staticmethod
-    def _fits(group: list[Sequence], sequence: Sequence, needed: list[int]) -> bool:
-        """Whether a prompt can be prefilled with a group: no images, and at most half of the computed tokens wasted."""
+    def _fits(self, group: list[Sequence], sequence: Sequence, needed: list[int]) -> bool:
+        """Whether a prompt can be prefilled with a group: no images, a chunk at most, and at most half of it wasted."""
         if sequence.request.media is not None or group[0].request.media is not None:
             return False
         computed = max(needed) * len(needed)
-        return computed <= GROUP_TOKENS and computed <= 2 * sum(needed)
+        return computed <= self.runner.chunk and computed <= 2 * sum(needed)
 
     def _begin(self, group: list[Sequence]) -> None:
         media: Any = group[0].request.media
