@@ -230,7 +230,7 @@ def test_a_schema_holds_from_behind_the_thought(after: str) -> None:
 
 @pytest.mark.parametrize("type_", ["", " <|constrain|>json", "json"])
 def test_a_schema_holds_from_behind_the_header_of_the_final_channel(type_: str) -> None:
-    thought = "<|channel|>analysis<|message|><|channel|>fine<|end|><|start|>assistant"
+    thought = "<|channel|>analysis<|message|><|channel|>fine<|start|>assistant"
     header = f"{thought}<|channel|>final{type_}<|message|>"
     after = HARMONY.answer_after
     assert accepts(enforced(PERSON, *after), f'{header}{{"name":"A","age":7}}')

@@ -90,7 +90,7 @@ def detokenise(tokenizer: Any, ids: list[int], keep: str = "", *, continues: boo
 KINDS = {kind.__name__: kind() for kind in (byte_like, llama_like, gemma_like, piece_like, word_like, suffix_like)}
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.data())
 def test_any_ids_give_the_text_that_decoding_all_of_them_gives(kind: str, data: st.DataObject) -> None:
     tokenizer = KINDS[kind]
@@ -163,8 +163,8 @@ def test_half_a_character_at_the_end_is_one_replacement() -> None:
 def test_special_tokens_have_no_text_unless_they_are_wanted() -> None:
     tokenizer = sentencepiece_like()
     ids = tokenizer.convert_tokens_to_ids(["<tool_call>", "lo", "<think>", "</s>"])
-    assert "".join(detokenise(tokenizer, ids)) == "lo<think>"
-    assert "".join(detokenise(tokenizer, ids, keep="<tool_call></tool_call>")) == "<tool_call>lo<think>"
+    assert "".join(detokenise(tokenizer, ids)) == "lo <think>" == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(detokenise(tokenizer, ids, keep="<tool_call></tool_call>")) == "<tool_call>lo <think>"
 
 
 @pytest.mark.parametrize("id_", [100_000, 2**40, -1])

@@ -1,7 +1,6 @@
 """Calls whose parameters stand between tags: ``<function=f><parameter=a>1</parameter></function>`` and the like.
 
-A value may contain such tags itself. So a closing tag ends a value only if the next parameter or the end of the call
-follows it, and opening tags in a value need closing tags of their own. A call that can be read in two ways stays text.
+A value may contain such tags itself, if they are closed within it. A call that can be read in two ways stays text.
 """
 
 from __future__ import annotations
@@ -35,14 +34,12 @@ class _Tags:
     call_close: str
     parameter: str
     parameter_head: re.Pattern[str]
-    key_close: str  # the tag behind a key, if it has one of its own
     parameter_close: str
     padded: bool
 
     @cached_property
     def all(self) -> tuple[str, ...]:
-        tags = self.call, self.call_close, self.parameter, self.key_close, self.parameter_close
-        return tuple(filter(None, tags))
+        return self.call, self.call_close, self.parameter, self.parameter_close
 
     @cached_property
     def any(self) -> re.Pattern[str]:
@@ -65,16 +62,7 @@ def parameters_between(
         block: the tags around all calls; a model may leave them out.
         padded: a line break at both ends of a value does not belong to it.
     """
-    key_close = re.search(r"(?<=\{key\})<[^<>]*>", parameter[0])
-    tags = _Tags(
-        block,
-        *_opening(call[0]),
-        call[1],
-        *_opening(parameter[0]),
-        key_close[0] if key_close else "",
-        parameter[1],
-        padded,
-    )
+    tags = _Tags(block, *_opening(call[0]), call[1], *_opening(parameter[0]), parameter[1], padded)
 
     def read(held: Held, tools: Tools) -> Steps[Parsed]:
         return (yield from _read(held, tools, tags))
@@ -170,21 +158,15 @@ def _value(held: Held, tags: _Tags, start: int, missing: frozenset[str]) -> Step
         place, tag, at = found.start(), found[0], found.end()
         if tag == tags.parameter_close:
             if not inner:
-                after = yield from held.skip(at)
-                ends = (yield from held.one_of((tags.parameter, tags.call_close), after)) is not None
-                return (place, at) if ends else (None, at)  # an opening tag may have been left out before
-            elif inner[-1] == tags.parameter:
+                return place, at
+            if inner[-1] == tags.parameter:
                 inner.pop()
-        elif tag == tags.key_close:
-            if tags.parameter not in inner:
-                return None, at
         elif tag == tags.call_close:
             if tags.call in inner:
                 del inner[len(inner) - 1 - inner[::-1].index(tags.call) :]
                 continue
             after = yield from held.skip(at)
-            ends = tuple(text for text in (tags.block[1], tags.block[0], tags.call) if text)
-            follows = yield from held.one_of(ends, after)
+            follows = yield from held.one_of(list(filter(None, (*tags.block, tags.call))), after)
             if follows is not None:  # the call ends within the value
                 return None, after + (len(follows) if follows == tags.block[1] else 0)
         else:
