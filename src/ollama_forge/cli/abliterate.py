@@ -33,6 +33,7 @@ abliterate.add_command(optimize)
     "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
 )
 @opt.load_options
+@opt.memory_option
 @opt.prompt_options
 @opt.direction_options
 @opt.factors_option
@@ -214,6 +215,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--name", required=True, help="Name of the edited model in Ollama.")
 @click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
 @opt.load_options
+@opt.memory_option
 @opt.prompt_options
 @opt.max_measured_option
 @opt.direction_options

@@ -55,8 +55,8 @@ def _streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMa
         say(f"note: {error.message}; the whole model is loaded")
         return None
     say(
-        f"note: {checkpoint.label} needs {human_size(needed)}, and {human_size(bound)} may be used: its layers are read "
-        f"from disk one after the other, {human_size(model.weights.resident)} at a time"
+        f"note: {checkpoint.label} needs {human_size(needed)}, and {human_size(bound)} may be used: its layers are "
+        f"read from disk one after the other, {human_size(model.weights.resident)} at a time"
     )
     return model
 

@@ -1,4 +1,4 @@
-"""What an interrupted pass over layers needs to go on: the states before a layer, and the statistics of those before."""
+"""What an interrupted pass needs to go on: the states before a layer, and the statistics of the layers before it."""
 
 from __future__ import annotations
 

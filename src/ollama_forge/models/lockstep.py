@@ -305,11 +305,11 @@ def _large(one: _Pass) -> dict[str, Tensor]:
         for name, tensor in one.held.items()
         if tensor.ndim >= 3 and tensor.is_floating_point() and tensor.device.type == "cpu" and tensor.is_contiguous()
     }
-    return {name: t for name, t in {t.untyped_storage()._cdata: (n, t) for n, t in found.items()}.values()}
+    return dict({t.untyped_storage()._cdata: (n, t) for n, t in found.items()}.values())
 
 
 def _needed(tensor: Tensor) -> int:
-    return (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return int(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
 
 
 class _skipping:  # noqa: N801
@@ -320,7 +320,7 @@ class _skipping:  # noqa: N801
 
     def __enter__(self) -> None:
         for stage in self.layers:
-            stage.module.forward = _Skipped(stage.module.forward, self.lockstep)  # type: ignore[method-assign]
+            stage.module.forward = _Skipped(stage.module.forward, self.lockstep)
 
     def __exit__(self, *_: object) -> None:
         for stage in self.layers:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ollama_forge.architectures.names.boxes import Box
 from ollama_forge.checkpoints.formats.base import TORCH_TYPES
-from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.checkpoints.tensors import CheckpointTensors, TensorInfo
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_into
 from ollama_forge.models.decoded import DecodedTensor
 from ollama_forge.system import return_freed_memory
 
-_SMALL = 16 << 20  # bytes of a module outside the layers that stays in memory
+_LINE = 64  # bytes: what torch aligns its own tensors to
+SMALL = 16 << 20  # bytes of a module outside the layers that stays in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +86,11 @@ class WeightReader:
         if name in self.tensors.packed or not self.tensors.lies_in_file(name):
             return DecodedTensor(self.tensors, name).to(device=like.device, dtype=like.dtype)
         info = self.tensors[name]
-        values = torch.empty(info.shape, dtype=TORCH_TYPES[info.dtype])
+        values = _placed(info)
         if values.numel():
             with info.file.open("rb", buffering=0) as file:
                 try:
-                    read_into(file, info.start, memoryview(values.view(-1).view(torch.uint8).numpy()))
+                    read_into(file, info.start, memoryview(values.view(-1).view(torch.uint8).numpy().data))
                 except EOFError:
                     raise ForgeError(f"{info.file} is truncated", "download or save the checkpoint again") from None
         return values.to(device=like.device, dtype=like.dtype)
@@ -116,7 +117,7 @@ class StagedWeights:
         device: torch.device,
         *,
         ahead: bool = True,
-        small: int = _SMALL,
+        small: int = SMALL,
     ) -> None:
         self.reader, self.ahead, self.loads = reader, ahead, 0
         self.reads: Counter[str] = Counter()
@@ -267,7 +268,7 @@ def _emptied(module: nn.Module, device: torch.device) -> dict[int, str]:
                     made[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
                     if tensor.is_meta:
                         names[id(made[id(tensor)])] = f"{path}.{key}".strip(".")
-                entries[key] = made[id(tensor)]  # type: ignore[assignment]
+                entries[key] = made[id(tensor)]
     return names
 
 
@@ -275,6 +276,18 @@ def _nothing(like: Tensor, device: torch.device | None = None) -> Tensor:
     """A tensor of the same shape that takes no memory; a computation with it gives NaN."""
     value = float("nan") if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=like.device if device is None else device).expand(like.shape)
+
+
+def _placed(info: TensorInfo) -> Tensor:
+    """An empty tensor whose address has the offset from a multiple of 64 bytes that it has in a mapped file.
+
+    Vectorised kernels may round differently by it, and a whole model's weights are mapped.
+    """
+    dtype, offset = TORCH_TYPES[info.dtype], info.start % _LINE
+    if offset % dtype.itemsize:
+        return torch.empty(info.shape, dtype=dtype)
+    room = torch.empty(info.size + _LINE, dtype=torch.uint8)
+    return room[offset : offset + info.size].view(dtype).view(info.shape)
 
 
 def _size(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.journal import Journal, passes_folder
 from ollama_forge.models.loading import load_module
 from ollama_forge.models.lockstep import Lockstep
-from ollama_forge.models.stages import StagedWeights, WeightReader
+from ollama_forge.models.stages import SMALL, StagedWeights, WeightReader
 from ollama_forge.progress import say, status
 
 _SAME = 1e-4  # largest difference from the whole twin, as a share of its largest logit; measured: 0
@@ -132,7 +132,7 @@ def staged_module(
     dtype: torch.dtype,
     *,
     trust_remote_code: bool = False,
-    small: int | None = None,
+    small: int = SMALL,
 ) -> tuple[nn.Module, StagedWeights]:
     """A model without weights, and the stages that put them in.
 
@@ -146,8 +146,7 @@ def staged_module(
         checkpoint, model_map, device, dtype, trust_remote_code=trust_remote_code, without_weights=True
     )
     boxes = locate_parameters(learned, checkpoint, trust_remote_code=trust_remote_code)
-    options = {} if small is None else {"small": small}
-    weights = StagedWeights(module, model_map.layers, WeightReader(checkpoint.tensors, boxes), device, **options)
+    weights = StagedWeights(module, model_map.layers, WeightReader(checkpoint.tensors, boxes), device, small=small)
     lost = [name for name in weights.names if name not in boxes]
     if lost:
         raise ForgeError(f"{lost[0]} is stored in an order that streaming does not read", _HINT)
@@ -186,6 +185,11 @@ class _TwinModel:
 
     def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
         return self.module(**inputs)
+
+    def in_step(self, works: Sequence[Callable[[], None]], tokens: Sequence[int]) -> Iterator[int]:
+        for work in works:
+            work()
+            yield 0
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
         return work()
