@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +20,24 @@ from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_i
 from ollama_forge.api import compute_dir
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.edits.settings import EditSettings
+from ollama_forge.directions.direction import RefusalDirection
+from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.hooks import hooked
+from ollama_forge.edits.method import FitContext
+from ollama_forge.edits.plan import vector_reader
+from ollama_forge.edits.registry import method, settings_of
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.divergence import Reference, divergence
+from ollama_forge.evaluation.measure import count_answers
+from ollama_forge.evaluation.refusal_probe import refusal_probabilities, refusal_tokens
+from ollama_forge.inspection.requirements import requirements
 from ollama_forge.models import holder, lockstep, streamed
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.journal import passes_folder
 from ollama_forge.models.streamed import StreamedModel, load_streamed
+from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Ids
 from tests import families, tiny
+from tests.fake_hub import Repository, environment, serving
 
 SETTINGS = LoadSettings(dtype="float32", device="cpu", batch_size=3)
 ROOM = 1 << 30
@@ -132,12 +143,27 @@ def interrupt(model: StreamedModel, layer: int) -> None:
     model.weights.reader.read = failing  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma4_text", "bloom"])
-@pytest.mark.parametrize("work", [
-    lambda model: gather_residuals(model, prompts_of(model), range(model.model_map.n_layers), keep_samples=True).samples,
-], ids=["residuals"])  # fmt: skip
+def residuals(model: ChatModel) -> list[Tensor]:
+    layers = range(model.model_map.n_layers)
+    samples = gather_residuals(model, prompts_of(model), layers, keep_samples=True).samples
+    assert samples is not None
+    return [samples]
+
+
+def factors(model: ChatModel) -> list[Tensor]:
+    fit = PartPrompts(tuple(tiny.lines(9, 1)), tuple(tiny.lines(9, 2)))
+    context = FitContext(model, fit, lambda name: None, 0)  # type: ignore[arg-type, return-value]
+    context.__dict__["answers"] = [[5, 6, 7]] * 9
+    direction = RefusalDirection(tiny.unit_vector(0, model.model_map.d_model).unsqueeze(0), layer=2)
+    found = method("least-squares").fit(context, settings_of("least-squares", {}), {"direction": direction})
+    return [side for one in found["direction"].by_tensor.values() for side in (one.L, one.K)]
+
+
+@pytest.mark.parametrize(
+    ("family", "work"), [("llama", residuals), ("gemma4_text", residuals), ("bloom", residuals), ("mixtral", factors)]
+)
 def test_an_interrupted_pass_goes_on_at_its_layer(
-    family: str, work: Callable[[ChatModel], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, work: Callable[[ChatModel], list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
     checkpoint = saved(family, tmp_path / "model")
@@ -146,17 +172,17 @@ def test_an_interrupted_pass_goes_on_at_its_layer(
     with pytest.raises(Interrupted):
         work(stream)
     stream = load_streamed(checkpoint, SETTINGS, stream.model_map, ROOM)
-    assert torch.equal(work(stream), work(whole))
+    assert all(map(torch.equal, work(stream), work(whole)))
     reads = [stream.weights.reads[path] for path in stream.model_map.layers]
     assert reads[:3] == [0, 0, 0]
     assert set(reads[3:]) == {1}
-    assert not any(passes_folder().rglob("*.safetensors")) if passes_folder().exists() else True
+    assert not list((tmp_path / "passes").rglob("*.safetensors"))
 
 
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:
     whole, stream = both(saved("gemma2", tmp_path / "model"))
     stream._lockstep.room = 1000
-    wanted, found = (gather_residuals(model, prompts_of(whole), [4]).mean for model in (whole, stream))
+    wanted, found = (gather_residuals(model, prompts_of(whole), [3]).mean for model in (whole, stream))
     assert torch.equal(found, wanted)
     assert not list((tmp_path / "passes").glob("spill-*"))
 
@@ -173,6 +199,36 @@ def test_a_spill_without_room_is_refused_before_any_layer_is_read(
     assert not any(stream.weights.reads[path] for path in stream.model_map.layers[1:])
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])  # hooks, and exchanged copies of experts; tied embeddings
+def test_edits_are_tried_on_a_streamed_model(family: str, tmp_path: Path) -> None:
+    whole, stream = both(saved(family, tmp_path / "model"))
+    edit = settings_of("orthogonal", {"targets": ("writers", "embedding"), "norm_preserving": True})
+    direction = RefusalDirection(tiny.unit_vector(0, whole.model_map.d_model).unsqueeze(0), layer=2)
+    read = vector_reader(Checkpoint(tmp_path / "model", "tiny", "folder").tensors)
+    plan = method("orthogonal").plan(whole.model_map, direction, FittedFactors(), edit, read)
+    base = Reference.of(whole, prompts_of(whole), 3)
+    found = []
+    for model in (whole, stream):
+        with hooked(model, plan):
+            found.append(divergence(model, base).answer)
+    assert float(found[0].min()) > 0.01
+    assert torch.equal(*found)
+
+
+def test_the_probe_finds_answers_that_begin_like_a_refusal(tmp_path: Path) -> None:
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    prompts = prompts_of(whole)
+    token = refusal_tokens(whole.tokenizer)
+    assert whole.tokenizer.decode([token[0]]) in ("A", "I", "S", "U")
+    found = refusal_probabilities(stream, prompts)
+    logits = [whole.module(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts]
+    wanted = torch.stack([row.double().softmax(-1)[token].sum() for row in logits])
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=1e-6)
+    stream.weights.reads.clear()
+    assert count_answers(stream, prompts).refusal == int((wanted > 0.5).sum())
+    assert {stream.weights.reads[path] for path in stream.model_map.layers} == {1}
+
+
 def small_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(holder, "memory_bound", lambda settings: size)
 
@@ -183,7 +239,7 @@ def test_compute_dir_streams_a_model_that_does_not_fit(
     saved("mixtral", tmp_path / "model")
     outputs = []
     for name, memory in (("whole", None), ("streamed", "free")):
-        options: dict[str, Any] = {"load": replace(SETTINGS, memory=memory), "edit": EditSettings("least-squares")}
+        options: dict[str, Any] = {"load": replace(SETTINGS, memory=memory), "edit": settings_of("least-squares", {})}
         computed = compute_dir(str(tmp_path / "model"), tmp_path / f"{name}.pt", **options)
         assert computed.edit_path is not None
         outputs.append((computed.direction.vectors, computed.edit_path.read_bytes()))
@@ -205,9 +261,41 @@ def test_an_architecture_that_cannot_be_streamed_is_loaded_whole_if_it_fits(
 ) -> None:
     checkpoint = saved("llama", tmp_path / "model")
     monkeypatch.setattr(streamed, "_SAME", -1.0)
-    small_memory(monkeypatch, 200_000)
+    small_memory(monkeypatch, 50_000)
     assert not holder.load_chat_model(checkpoint, replace(SETTINGS, memory="free")).streams
     assert "cannot be streamed: its twin computes something else; the whole model is loaded" in capsys.readouterr().err
-    monkeypatch.setattr(holder, "memory_available", lambda device: 200_000)
+    monkeypatch.setattr(holder, "memory_available", lambda device: 50_000)
     with pytest.raises(ForgeError, match="cannot be streamed"):
         holder.load_chat_model(checkpoint, replace(SETTINGS, memory="free"))
+
+
+def test_plan_tells_what_a_model_needs_from_its_headers(tmp_path: Path) -> None:
+    checkpoint = saved("mixtral", tmp_path / "model")
+    found = requirements(str(tmp_path / "model"), replace(SETTINGS, memory=1 << 40))
+    stored = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert 0.9 * stored < found.stored <= stored
+    assert found.parameters == checkpoint.parameters
+    stream = load_streamed(checkpoint, SETTINGS, map_checkpoint(checkpoint), ROOM)
+    assert found.layer == stream.weights.largest
+    experts = 5 * 6 * 3 * 48 * 80  # layers, experts, matrices
+    assert found.active == found.parameters - experts + experts * 2 // 6
+    assert found.streams is False
+    assert [work.passes for work in found.works] == [1, 18, 1]
+
+
+def test_plan_reads_no_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:
+    tiny.save(tiny.build("llama"), tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with serving({"owner/model": Repository(files)}) as hub:
+        command = [sys.executable, "-m", "ollama_forge.cli.main", "abliterate", "plan", "--model", "owner/model"]
+        done = subprocess.run(
+            [*command, "--dtype", "float32", "--memory", "100MB"],
+            env=environment(tmp_path / "home", hub.url),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert hub.whole & {"model.safetensors"} == set()
+    assert done.returncode == 0, done.stderr
+    assert "4 layers" in done.stdout
+    assert "memory, streamed: " in done.stdout

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,7 +228,7 @@ class StagedWeights:
 
     def _discard(self) -> None:
         if self._coming is not None:
-            self._coming[1].result()
+            wait([self._coming[1]])
             self._coming = None
 
 
