@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,6 +39,7 @@ from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Ids
 from tests import families, tiny
 from tests.fake_hub import Repository, environment, serving
+from tests.gguf_models import Model
 
 SETTINGS = LoadSettings(dtype="float32", device="cpu", batch_size=3)
 ROOM = 1 << 30
@@ -125,6 +127,14 @@ def test_in_bf16_it_differs_by_rounding_at_most(tmp_path: Path) -> None:
     prompts = prompts_of(whole)
     wanted, found = (gather_residuals(model, prompts, range(5)).mean for model in (whole, stream))
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
+
+
+def test_a_gguf_file_is_streamed_too(gguf_models: Mapping[str, Model], tmp_path: Path) -> None:
+    source = gguf_models["qwen3_moe"].with_types(tmp_path / "model.gguf", lambda _: Type.Q4_K)
+    whole, stream = both(source, replace(SETTINGS, allow_base_model=True))
+    prompts = [[7, 9, 20, 30], [8, 40, 41, 42, 43]]
+    wanted, found = (gather_residuals(model, prompts, [0, 1]).mean for model in (whole, stream))
+    assert torch.equal(found, wanted)
 
 
 class Interrupted(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from ollama_forge.files import disk_errors, partial_of, read_json, sha256_json, 
 from ollama_forge.system import cache_root
 
 _DONE = "layer.json"
+_KEPT_FOR = 14 * 86400.0  # seconds
 Tensors = Mapping[str, Tensor]
 
 
@@ -42,7 +44,10 @@ class Journal:
 
     @classmethod
     def of(cls, key: Mapping[str, Any]) -> Journal:
-        """The journal of the pass with this key, in the cache."""
+        """The journal of the pass with this key, in the cache; those that nobody took up again are removed."""
+        for folder in passes_folder().glob("*/"):
+            if time.time() - folder.stat().st_mtime > _KEPT_FOR:
+                shutil.rmtree(folder, ignore_errors=True)
         return cls(passes_folder() / sha256_json(key)[:32])
 
     def _file(self, place: int, name: object) -> Path:

@@ -7,12 +7,14 @@ other. What a pass holds while it pauses (its hidden states) may be moved to fil
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from ollama_forge.models.stages import Stage, StagedWeights, add_stage_hooks
 from ollama_forge.progress import say
 from ollama_forge.system import free_space
 
+_SPILLED = "spill-"
 _SAY_EVERY = 15.0  # seconds
 _SHARE_OF_READING = 10  # states are kept once the weights read since the last time are as many times larger
 
@@ -243,6 +246,9 @@ class _Spill:
         self._asked = False
 
     def __enter__(self) -> _Spill:
+        for path in self._folder.glob(f"{_SPILLED}*"):  # of processes that were killed
+            if not psutil.pid_exists(int(path.name.removeprefix(_SPILLED).partition("-")[0])):
+                path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -262,7 +268,7 @@ class _Spill:
         if sum(self._in_memory.values()) + size <= self._room:
             self._in_memory[one.number] = size
             return
-        path = self._folder / f"spill-{one.number}.safetensors"
+        path = self._folder / f"{_SPILLED}{os.getpid()}-{one.number}.safetensors"
         write_tensors(path, held)
         self._files[one.number] = path
         for tensor in held.values():

@@ -191,12 +191,12 @@ class StagedWeights:
         if self._coming is None or self._coming[0] is not stage:
             self._discard()
             if not self.ahead:
-                self._empty(stage)
+                self._empty()
             values = self._read(stage)
         else:
-            values = self._coming[1].result()
-            self._coming = None
-        self._empty(stage)
+            coming, self._coming = self._coming[1], None
+            values = coming.result()
+        self._empty()
         self._fill(stage, values)
         if self._last is not None and self._last is not stage:
             self._after[self._last] = stage
@@ -206,9 +206,8 @@ class StagedWeights:
             self._coming = following, self._pool.submit(self._read, following)
 
     def release(self) -> None:
-        """Free the memory of all stages but those that stay."""
-        self._discard()
-        self._empty(None)
+        """Free the memory of the stage in use; the next one that is read may be the first of another pass."""
+        self._empty()
         return_freed_memory()
 
     def _read(self, stage: Stage) -> list[Tensor]:
@@ -220,7 +219,7 @@ class StagedWeights:
             tensor.data = value
         self.loads += 1
 
-    def _empty(self, following: Stage | None) -> None:
+    def _empty(self) -> None:
         """Free the stage in memory."""
         for tensor in () if self._loaded is None else self._loaded.tensors:
             tensor.data = _nothing(tensor)
