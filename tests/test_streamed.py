@@ -192,6 +192,7 @@ def test_an_interrupted_pass_goes_on_at_its_layer(
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:
     whole, stream = both(saved("gemma2", tmp_path / "model"))
     stream._lockstep.room = 1000
+    assert stream.answer(prompts_of(stream), 4) == whole.answer(prompts_of(whole), 4)
     wanted, found = (gather_residuals(model, prompts_of(whole), [3]).mean for model in (whole, stream))
     assert torch.equal(found, wanted)
     assert not list((tmp_path / "passes").glob("spill-*"))

@@ -169,7 +169,12 @@ class ChatModel:
         return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device, pads=self.batch_support.pads)
 
     def in_step(
-        self, works: Sequence[Callable[[], None]], tokens: Sequence[int], journal: Journal | None = None
+        self,
+        works: Sequence[Callable[[], None]],
+        tokens: Sequence[int],
+        journal: Journal | None = None,
+        *,
+        caches: bool = False,
     ) -> Iterator[int]:
         """Run functions that call the model. If it streams, they run side by side, so that weights are read once.
 
@@ -179,6 +184,7 @@ class ChatModel:
         Args:
             tokens: the number of tokens that each one runs.
             journal: keeps the states of a streamed pass, so that it goes on after an interruption.
+            caches: whether each one holds keys and values of its tokens, so that fewer run side by side.
         """
         for number, work in enumerate(works, 1):
             work()

@@ -44,7 +44,7 @@ def answer(
     def answer_all() -> None:
         groups = list(by_length(prompts, model.batch_size, pads=support.pads))
         tokens = [len(rows) * (len(prompts[rows[0]]) + max_new_tokens) for rows in groups]
-        for _ in model.in_step([partial(answer_batch, rows) for rows in groups], tokens):
+        for _ in model.in_step([partial(answer_batch, rows) for rows in groups], tokens, caches=support.caches):
             pass
 
     model.retry_smaller(answer_all)

@@ -87,7 +87,9 @@ class ForwardModel(Protocol):
     def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
         """Run a forward pass. The logits may be those of the last ``keep`` positions alone; None: of all."""
 
-    def in_step(self, works: Sequence[Callable[[], None]], tokens: Sequence[int]) -> Iterator[int]:
+    def in_step(
+        self, works: Sequence[Callable[[], None]], tokens: Sequence[int], *, caches: bool = False
+    ) -> Iterator[int]:
         """Run functions that call the model; see ``ChatModel.in_step``."""
 
     def retry_smaller(self, work: Callable[[], Any]) -> Any:

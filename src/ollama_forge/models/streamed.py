@@ -73,9 +73,25 @@ class StreamedModel(ChatModel):
         return self.weights.loads
 
     def in_step(
-        self, works: Sequence[Callable[[], None]], tokens: Sequence[int], journal: Journal | None = None
+        self,
+        works: Sequence[Callable[[], None]],
+        tokens: Sequence[int],
+        journal: Journal | None = None,
+        *,
+        caches: bool = False,
     ) -> Iterator[int]:
-        return self._lockstep.run(works, tokens, journal)
+        waves = list(_waves(tokens, self._lockstep.room // self._cached_bytes)) if caches else [slice(None)]
+        for wave in waves:
+            for passed in self._lockstep.run(works[wave], tokens[wave], journal):
+                yield passed if wave is waves[-1] else 0
+
+    @property
+    def _cached_bytes(self) -> int:
+        """Bytes of the keys and values of a token in all layers, or more."""
+        config = self.module.config.get_text_config()  # type: ignore[union-attr, operator]
+        heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+        size = heads * width if isinstance(heads, int) and isinstance(width, int) else self.model_map.d_model
+        return 2 * size * self.model_map.n_layers * next(self.module.parameters()).element_size()
 
     def scoped(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         return self._lockstep.scoped(hook)
@@ -91,6 +107,17 @@ class StreamedModel(ChatModel):
 
     def require(self, place: Place) -> None:
         self.weights.load(self.weights.stage_of(place.module))
+
+
+def _waves(tokens: Sequence[int], room: int) -> Iterator[slice]:
+    """Parts of a list of functions whose tokens together fit ``room``; at least one function in each."""
+    start, total = 0, 0
+    for place, count in enumerate(tokens):
+        if place > start and total + count > room:
+            yield slice(start, place)
+            start, total = place, 0
+        total += count
+    yield slice(start, len(tokens))
 
 
 def load_streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap, memory: int) -> StreamedModel:
@@ -186,7 +213,9 @@ class _TwinModel:
     def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
         return self.module(**inputs)
 
-    def in_step(self, works: Sequence[Callable[[], None]], tokens: Sequence[int]) -> Iterator[int]:
+    def in_step(
+        self, works: Sequence[Callable[[], None]], tokens: Sequence[int], *, caches: bool = False
+    ) -> Iterator[int]:
         for work in works:
             work()
             yield 0
