@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ from ollama_forge.inspection.requirements import requirements
 from ollama_forge.models import holder, lockstep, streamed
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.streamed import StreamedModel, load_streamed
+from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Ids
 from tests import families, tiny
@@ -123,7 +124,7 @@ def test_a_streamed_model_computes_what_the_whole_model_computes(family: str, tm
 
 
 def test_in_bf16_it_differs_by_rounding_at_most(tmp_path: Path) -> None:
-    whole, stream = both(saved("qwen3_moe", tmp_path / "model"), replace(SETTINGS, dtype="bfloat16"))
+    whole, stream = both(saved("mixtral", tmp_path / "model"), replace(SETTINGS, dtype="bfloat16"))
     prompts = prompts_of(whole)
     wanted, found = (gather_residuals(model, prompts, range(5)).mean for model in (whole, stream))
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
@@ -166,7 +167,7 @@ def factors(model: ChatModel) -> list[Tensor]:
     context.__dict__["answers"] = [[5, 6, 7]] * 9
     direction = RefusalDirection(tiny.unit_vector(0, model.model_map.d_model).unsqueeze(0), layer=2)
     found = method("least-squares").fit(context, settings_of("least-squares", {}), {"direction": direction})
-    return [side for one in found["direction"].by_tensor.values() for side in (one.L, one.K)]
+    return [side for _, one in sorted(found["direction"].by_tensor.items()) for side in (one.L, one.K)]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_edits_are_tried_on_a_streamed_model(family: str, tmp_path: Path) -> Non
     for model in (whole, stream):
         with hooked(model, plan):
             found.append(divergence(model, base).answer)
-    assert float(found[0].min()) > 0.01
+    assert float(found[0].min()) > 0.001
     assert torch.equal(*found)
 
 
@@ -249,15 +250,16 @@ def test_compute_dir_streams_a_model_that_does_not_fit(
 ) -> None:
     saved("mixtral", tmp_path / "model")
     outputs = []
-    for name, memory in (("whole", None), ("streamed", "free")):
-        options: dict[str, Any] = {"load": replace(SETTINGS, memory=memory), "edit": settings_of("least-squares", {})}
-        computed = compute_dir(str(tmp_path / "model"), tmp_path / f"{name}.pt", **options)
-        assert computed.edit_path is not None
-        outputs.append((computed.direction.vectors, computed.edit_path.read_bytes()))
+    memories: tuple[tuple[str, Literal["free"] | None], ...] = (("whole", None), ("streamed", "free"))
+    for name, memory in memories:
+        prompts = PromptSettings(num_instructions=6)
+        computed = compute_dir(
+            str(tmp_path / "model"), tmp_path / f"{name}.pt", prompts=prompts, load=replace(SETTINGS, memory=memory)
+        )
+        outputs.append(computed.direction.vectors)
         small_memory(monkeypatch, 500_000)
     assert "its layers are read from disk one after the other" in capsys.readouterr().err
-    assert torch.equal(outputs[0][0], outputs[1][0])
-    assert outputs[0][1] == outputs[1][1]
+    assert torch.equal(*outputs)
 
 
 def test_memory_below_one_layer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

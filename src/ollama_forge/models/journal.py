@@ -39,7 +39,7 @@ class Journal:
         self.statistics: Callable[[], Tensors] = dict
         with suppress(ForgeError, KeyError, TypeError, OSError, SafetensorError):  # absent or damaged: begin anew
             done = read_json(self.folder / _DONE)
-            self.kept = load_file(self._file(done["layer"], "statistics"))
+            self.kept = read_tensors(self._file(done["layer"], "statistics"))
             self.layer, self.output_parts = done["layer"], done["output_parts"]
 
     @classmethod
@@ -94,5 +94,5 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read tensors that ``write_tensors`` wrote."""
-    return load_file(path)
+    """Read tensors that ``write_tensors`` wrote, into memory of their own."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -309,7 +309,8 @@ def _large(one: _Pass) -> dict[str, Tensor]:
     found = {
         name: tensor
         for name, tensor in one.held.items()
-        if tensor.ndim >= 3 and tensor.is_floating_point() and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if tensor.ndim >= 3 and tensor.is_floating_point() and tensor.device.type == "cpu"
+        if tensor.is_contiguous() and tensor.untyped_storage().resizable()
     }
     return dict({t.untyped_storage()._cdata: (n, t) for n, t in found.items()}.values())
 

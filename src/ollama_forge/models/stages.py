@@ -206,8 +206,11 @@ class StagedWeights:
             self._coming = following, self._pool.submit(self._read, following)
 
     def release(self) -> None:
-        """Free the memory of the stage in use; the next one that is read may be the first of another pass."""
+        """Free the memory of the stage in use, at the end of a pass."""
         self._empty()
+        place = {stage: number for number, stage in enumerate(self.stages)}
+        self._after = {stage: after for stage, after in self._after.items() if place[stage] < place[after]}
+        self._last = None
         return_freed_memory()
 
     def _read(self, stage: Stage) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ollama_forge.architectures.learn import learn
 from ollama_forge.architectures.learned import LearnedArchitecture
-from ollama_forge.architectures.model_map import ModelMap, Place
+from ollama_forge.architectures.model_map import ModelMap, Place, Role
 from ollama_forge.architectures.names.bind import bind_checkpoint, locate_parameters
 from ollama_forge.architectures.twin.build import Twin, build_twin, save_twin
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -88,10 +88,10 @@ class StreamedModel(ChatModel):
     @property
     def _cached_bytes(self) -> int:
         """Bytes of the keys and values of a token in all layers, or more."""
-        config = self.module.config.get_text_config()  # type: ignore[union-attr, operator]
-        heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
-        size = heads * width if isinstance(heads, int) and isinstance(width, int) else self.model_map.d_model
-        return 2 * size * self.model_map.n_layers * next(self.module.parameters()).element_size()
+        found = [m for m in self.model_map.matrices if m.role in (Role.K, Role.V)]
+        plain = len({matrix.layer for matrix in found}) == self.model_map.n_layers
+        width = sum(m.out_features for m in found) if plain else 4 * self.model_map.d_model * self.model_map.n_layers
+        return width * next(self.module.parameters()).element_size()
 
     def scoped(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         return self._lockstep.scoped(hook)
