@@ -20,10 +20,9 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.method import ANSWER_TOKENS
 from ollama_forge.edits.registry import METHODS
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.models.device import pick_device, pick_dtype
+from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.loading import memory_needed
 from ollama_forge.models.stages import SMALL
-from ollama_forge.models.streamed import memory_bound
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.sources.resolve import look_up
 
@@ -103,7 +102,8 @@ def requirements(
     layers, others = _stage_sizes(checkpoint, model_map, dtype, trust_remote_code=trust)
     largest = max([*layers, *(size for size in others if size >= SMALL)])
     streamed = 2 * largest + sum(size for size in others if size < SMALL) + PROCESS
-    whole, memory = memory_needed(checkpoint, model_map, dtype) + PROCESS, memory_bound(load) + PROCESS
+    whole = memory_needed(checkpoint, model_map, dtype) + PROCESS
+    memory = load.memory if isinstance(load.memory, int) else memory_available(device)
     streams = None if streamed > memory else whole > memory
     stored = sum(info.size for info in checkpoint.tensors.values())
     active, flops = _active(checkpoint, model_map), _flops(dtype, device)
