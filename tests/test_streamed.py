@@ -121,6 +121,7 @@ def test_a_streamed_model_computes_what_the_whole_model_computes(family: str, tm
     assert again.answers == base.answers
     assert torch.equal(again.log_probs, base.log_probs)
     assert float(divergence(stream, base).answer.max()) == 0.0
+    assert stream.loss("The harbour was quiet.") == whole.loss("The harbour was quiet.")
 
 
 def test_in_bf16_it_differs_by_rounding_at_most(tmp_path: Path) -> None:
