@@ -60,6 +60,8 @@ class ChatRequest:
         logprobs: number of alternatives for each token; None: no log-probabilities.
         stream: whether the answer is sent as it is generated.
         keep_alive: seconds for which the model stays loaded after the answer; None: without end.
+        stated: names, as Ollama spells them, of the options that the client sent; the model's own parameters take the
+            place of the others (``parameters.with_parameters``).
     """
 
     model: str
@@ -77,6 +79,7 @@ class ChatRequest:
     logprobs: int | None = None
     stream: bool = False
     keep_alive: float | None = None
+    stated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ollama_forge.serving.api.routing import Api, ResponseModel
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.parameters import with_parameters
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
 
@@ -103,6 +104,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     Raises:
         BadRequest: the prompt does not fit, or the template or the format is refused.
     """
+    request = with_parameters(request, model.metadata.parameters)
     if request.raw:
         (message,) = request.messages
         prompt = model.prompts.text(

@@ -225,6 +225,7 @@ class ResponsesRequest(SamplingFields):
             think=think_of_effort(self.reasoning.effort),
             format=self._format(),
             stream=self.stream,
+            stated=self.stated,
         )
 
     def _messages(self) -> list[Message]:
@@ -257,7 +258,7 @@ class ResponsesRequest(SamplingFields):
         return "json" if format_.type == "json_object" else answer_schema(format_.schema_)
 
     def echo(self, request: ChatRequest) -> dict[str, Any]:
-        """The fields that the response repeats.
+        """The fields that the response repeats; ``request`` has the model's parameters.
 
         Raises:
             BadRequest: they are nested too deeply to be written.

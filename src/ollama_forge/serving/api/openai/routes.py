@@ -15,6 +15,7 @@ from ollama_forge.serving.api.openai import requests, responses, responses_event
 from ollama_forge.serving.api.openai.responses import API
 from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
 from ollama_forge.serving.api.openai.streaming import ChatWriter, TextWriter
+from ollama_forge.serving.parameters import with_parameters
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest
 
@@ -96,13 +97,14 @@ async def responses_v1(registry: ModelRegistry, http: Request) -> Response:
     """Answer a conversation through the Responses API."""
     body = ResponsesRequest.read(await read_body(http))
     request = body.chat_request()
-    echo = body.echo(request)
     name = _required(body.model)
+    found = registry.find(name, refusal=f"model '{name}' not found")
+    echo = body.echo(with_parameters(request, found.metadata.parameters))
     return await exchange(
         http,
         API,
         registry,
-        registry.find(name, refusal=f"model '{name}' not found"),
+        found,
         request,
         whole=partial(responses_events.response, name, echo),
         writer=lambda _: responses_events.ResponseWriter(name, echo),
