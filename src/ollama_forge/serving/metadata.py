@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,17 @@ class ModelMetadata:
             tensors=tuple((name, info.dtype, tuple(info.shape)) for name, info in checkpoint.tensors.items()),
             parameters=model_parameters(checkpoint),
         )
+
+    def with_pooling(self, pooling: int | None, context_length: int) -> ModelMetadata:
+        """The metadata of an embedding model.
+
+        Args:
+            pooling: GGUF's number of its pooling; None if it has none there.
+            context_length: maximum number of tokens of an input.
+        """
+        added = {"context_length": context_length, **({} if pooling is None else {"pooling_type": pooling})}
+        info = {**self.model_info, **{f"{self.family}.{key}": value for key, value in added.items()}}
+        return replace(self, context_length=context_length, model_info=info)
 
 
 def human_count(count: int) -> str:

@@ -168,6 +168,7 @@ class Done:
     Attributes:
         reason: ``stop`` if the model or a stop string ended it, ``length`` if it was cut; ``load`` or ``unload`` if
             nothing was generated.
+        cached_tokens: number of the prompt's tokens whose state was kept, so that they were not computed.
         tokens: number of generated tokens, with the one that ended the answer.
         total_ns, load_ns, prompt_ns, answer_ns: nanoseconds in all, in the queue, on the prompt, on the answer.
         stopped_by: the stop string that ended it, if one did.
@@ -183,6 +184,7 @@ class Done:
     answer_ns: int = 0
     stopped_by: str | None = None
     context: tuple[int, ...] = ()
+    cached_tokens: int = 0
 
 
 Event = Delta | Done

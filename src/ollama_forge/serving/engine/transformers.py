@@ -94,6 +94,11 @@ class TransformersEngine:
         return self._context_length
 
     @property
+    def healthy(self) -> bool:
+        """Whether the decode thread runs."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
     def stats(self) -> Stats:
         scheduler = self._scheduler
         return Stats(

@@ -9,12 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_forge.serving.api.body import read_body
-from ollama_forge.serving.api.exchange import exchange, while_connected
+from ollama_forge.serving.api.exchange import check_capabilities, exchange, while_connected
 from ollama_forge.serving.api.fields import NAME_PATTERN
 from ollama_forge.serving.api.openai import requests, responses, responses_events
 from ollama_forge.serving.api.openai.responses import API
 from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
 from ollama_forge.serving.api.openai.streaming import ChatWriter, TextWriter
+from ollama_forge.serving.api.telemetry import record_of
 from ollama_forge.serving.parameters import with_parameters
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest
@@ -69,6 +70,7 @@ async def completions(registry: ModelRegistry, http: Request) -> Response:
     body = requests.CompletionRequest.read(await read_body(http))
     request = body.chat_request()
     found = registry.find(body.model, refusal=f"model '{body.model}' not found")
+    check_capabilities(found, body.model, task="generate")
     if body.suffix:
         raise BadRequest(f"{ModelName.of(found).full} does not support insert")
     return await exchange(
@@ -90,6 +92,7 @@ async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
     registry.keep(found)
     work = found.embed(body.input or [], dimensions=body.dimensions or None)
     vectors, tokens = await while_connected(http, work)
+    record_of(http, found).embedded_tokens = tokens
     return API.json(responses.embeddings_response(body.model, vectors, tokens, in_base64=body.in_base64))
 
 
