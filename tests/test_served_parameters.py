@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -156,7 +157,16 @@ def test_the_terminal_chat_begins_with_them(url: str, model: ServedModel) -> Non
         sampling = chat.settings.sampling
         assert (sampling.temperature, sampling.top_k, sampling.repeat_penalty, sampling.top_p) == (0.6, 20, 1.05, 0.9)
         assert chat.settings.num_predict == ChatSettings().num_predict
+        assert backend.parameters["stop"] == OWN["stop"]
         chat.command("/set temperature 0.1")
         assert chat.settings.sampling.temperature == 0.1
         chat.command("/set temperature default")
         assert chat.settings.sampling.temperature == 0.6
+
+
+def test_the_stop_strings_of_the_model_end_answers_in_the_terminal() -> None:
+    model = scripted(lambda request, prompt: "one two three")
+    model.metadata = replace(model.metadata, parameters={"stop": (" two",)})
+    out = io.StringIO()
+    Chat(LocalBackend(model), out).loop(["hi"])
+    assert out.getvalue() == "one\n"

@@ -96,7 +96,14 @@ class LocalBackend:
             raise ForgeError(f'"{model.name}" does not see images', "leave out --image")
         try:
             prompt = model.prompts.chat(messages, think=settings.think, num_ctx=settings.num_ctx)
-            request = GenerationRequest(prompt, settings.sampling, settings.num_predict, schema=settings.schema)
+            stop = self.parameters.get("stop")
+            request = GenerationRequest(
+                prompt,
+                settings.sampling,
+                settings.num_predict,
+                stop=stop if isinstance(stop, tuple) else (),
+                schema=settings.schema,
+            )
             return self._runner.run(self._show(request, show))
         except (BadRequest, EngineError) as error:
             raise ForgeError(str(error)) from error

@@ -62,7 +62,7 @@ def _of_modelfile(checkpoint: Checkpoint) -> dict[str, Value]:
     path = made.parent / "Modelfile"
     if not path.is_file():
         return {}
-    modelfile = Modelfile.parse(path.read_text(encoding="utf-8"))
+    modelfile = Modelfile.parse(path.read_text(encoding="utf-8", errors="replace"))
     own = made.is_dir() and (made / "abliteration.json").is_file()
     if not own and not any((made.parent / source).resolve() == made.resolve() for source in modelfile.sources):
         return {}

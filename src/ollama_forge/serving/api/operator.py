@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +28,11 @@ def routes(registry: ModelRegistry, metrics: Metrics) -> APIRouter:
         response.headers["content-type"] = media_type
         return response
 
-    for path, endpoint in (("/health", health), ("/metrics", metrics_text)):
-        router.add_api_route(path, endpoint, methods=["GET"], response_class=Response)
+    refusals: dict[int | str, dict[str, Any]] = {
+        401: {"description": "No API key"},
+        403: {"description": "No such host"},
+    }
+    dead: dict[int | str, dict[str, Any]] = {503: {"description": "A model's worker has died"}}
+    for path, endpoint, more in (("/health", health, dead), ("/metrics", metrics_text, {})):
+        router.add_api_route(path, endpoint, methods=["GET"], response_class=Response, responses={**refusals, **more})
     return router
