@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -29,7 +30,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def say(request: EngineRequest, prompt: str) -> str:
-    return "x" * 3000 if "long" in prompt else ANSWER
+    return ANSWER
 
 
 @pytest.fixture
@@ -139,12 +140,15 @@ def test_failed_and_refused_answers() -> None:
         assert ended(url, "ollama_forge_answers_total", "wire:latest", "busy") == 1
 
 
-def test_answers_whose_reader_left(url: str, model: ServedModel) -> None:
-    body = {**CHAT, "stream": True, "messages": [{"role": "user", "content": "long"}]}
-    with httpx.stream("POST", f"{url}/api/chat", json=body) as response:
-        next(response.iter_lines())
-        model.engine.closed = False  # type: ignore[attr-defined]
-    assert ended(url, "ollama_forge_answers_total", "wire:latest", "cancelled") == 1
+def test_answers_whose_reader_left() -> None:
+    model = scripted(say, context_length=1 << 30)
+    engine: Any = model.engine
+    engine.script = lambda request: itertools.repeat(100)  # an answer without an end
+    with loopback(model) as url:
+        with httpx.stream("POST", f"{url}/api/chat", json={**CHAT, "stream": True}) as response:
+            next(response.iter_lines())
+            assert metrics(url)["ollama_forge_requests_running", "wire:latest"] == 1
+        assert ended(url, "ollama_forge_answers_total", "wire:latest", "cancelled") == 1
 
 
 def test_cached_tokens_and_latencies() -> None:

@@ -59,7 +59,8 @@ class SentenceModules:
         folder = checkpoint.folder
         if not (folder / "modules.json").is_file():
             return cls() if _is_encoder(checkpoint.config) else None
-        poolings, dense, pools_prompt = ("mean",), [], True
+        poolings: tuple[str, ...] = ("mean",)
+        dense, pools_prompt = [], True
         for module in read_json(folder / "modules.json"):
             kind, place = str(module["type"]).rpartition(".")[2], folder / str(module.get("path") or "")
             match kind:

@@ -215,11 +215,11 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trus
 
 def _context_length(module: Any, modules: SentenceModules, tokenizer: Any) -> int:
     """The least of the lengths that the modules, the tokenizer and the positions of the model allow."""
-    positions = getattr(module.config, "max_position_embeddings", None) or _UNBOUNDED
+    positions: int = getattr(module.config, "max_position_embeddings", None) or _UNBOUNDED
     table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     offset = getattr(table, "padding_idx", None)  # RoBERTa numbers its positions from behind the padding's
     positions -= 0 if offset is None else offset + 1
-    return min(modules.max_length or _UNBOUNDED, tokenizer.model_max_length, positions)
+    return min(modules.max_length or _UNBOUNDED, int(tokenizer.model_max_length), positions)
 
 
 def _prompt_tokens(prompt: str, tokenizer: Any) -> int:
