@@ -146,7 +146,8 @@ def test_answers_whose_reader_left() -> None:
     engine.script = lambda request: itertools.repeat(100)  # an answer without an end
     with loopback(model) as url:
         with httpx.stream("POST", f"{url}/api/chat", json={**CHAT, "stream": True}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             assert metrics(url)["ollama_forge_requests_running", "wire:latest"] == 1
         assert ended(url, "ollama_forge_answers_total", "wire:latest", "cancelled") == 1
 
