@@ -22,7 +22,8 @@ from ollama_forge.serving.parameters import model_parameters
 from tests.loopback import loopback, scripted
 
 STATED = {
-    "do_sample": False, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "typical_p": 0.9, "repetition_penalty": 1.05,
+    "do_sample": False, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "typical_p": 0.9,
+    "repetition_penalty": 1.05,
 }  # fmt: skip
 OWN: dict[str, Value] = {
     "num_predict": 7, "repeat_penalty": 1.05, "seed": 5, "stop": ("###", "é"), "temperature": 0.6, "top_k": 20,
