@@ -289,8 +289,10 @@ class Server:
                 self.answer({"models": [{"name": "mine:latest"}]})
 
             def do_POST(self) -> None:
+                if self.path == "/api/show":
+                    return self.answer({})
                 server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.answer(*lines)
+                return self.answer(*lines)
 
         self._http = QuietServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self._http.server_port}"

@@ -24,6 +24,7 @@ COMPANIONS = (
     "*polic*",
     "copying*",
     "copyright*",
+    "[0-9]_*/config.json",  # the modules of sentence-transformers after the model: pooling and the like
 )
 """Patterns of the files to copy from a source, matched against lower-case paths relative to its folder."""
 
@@ -37,11 +38,15 @@ NEVER_COPIED = (
 )  # fmt: skip
 """Patterns of files that are not copied even if a pattern of ``COMPANIONS`` matches them."""
 
+_DENSE = "[0-9]_dense/model.safetensors"  # the weights of a module of sentence-transformers, which no edit changes
+
 
 def is_companion(path: str) -> bool:
     """Whether a file is copied beside the weights, given its path relative to the checkpoint's folder."""
     lower = path.lower()
     wanted = any(pattern.count("/") == lower.count("/") and fnmatchcase(lower, pattern) for pattern in COMPANIONS)
+    if fnmatchcase(lower, _DENSE):
+        return True
     return wanted and not any(fnmatchcase(lower, pattern) for pattern in NEVER_COPIED)
 
 

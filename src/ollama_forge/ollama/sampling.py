@@ -14,6 +14,7 @@ _PARAMETERS = {
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
+    "typical_p": "typical_p",
     "repetition_penalty": "repeat_penalty",
 }
 SAMPLING = tuple(_PARAMETERS.values())

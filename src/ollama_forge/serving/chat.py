@@ -19,6 +19,7 @@ from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.chat_backends import DEFAULT_SERVER, AnswerEnd, ChatBackend, ChatSettings, running_server
 from ollama_forge.serving.chat_output import AnswerPrinter, RepetitionError
 from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.parameters import sampling_of
 from ollama_forge.serving.requests import Message
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ class Chat:
         images: Sequence[bytes] = (),
     ) -> None:
         self.backend, self.out = backend, out
-        self.settings = settings or ChatSettings()
+        settings = settings or ChatSettings()
+        own = sampling_of(backend.parameters)
+        self.settings = self.defaults = replace(settings, sampling=replace(settings.sampling, **own))
         self.system = system
         self.images = tuple(images)
         self.messages: list[Message] = []
@@ -233,7 +236,7 @@ class Chat:
         """
         value: Any
         if spelled == "default":
-            value = getattr(ChatSettings().sampling if name in _SAMPLING else ChatSettings(), name)
+            value = getattr(self.defaults.sampling if name in _SAMPLING else ChatSettings(), name)
         elif name == "think":
             if spelled not in _THINK:
                 raise ValueError(f"think is one of {', '.join(_THINK)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 
 from ollama_forge.errors import ForgeError
+from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, read_shown
 from ollama_forge.serving.engine.base import EngineError, SamplingParams
 from ollama_forge.serving.requests import BadRequest, Busy, Done, GenerationRequest, Message
 
@@ -30,6 +31,8 @@ Show = Callable[[str, str], None]  # gets each piece of thought and of content
 @dataclass(frozen=True)
 class ChatSettings:
     """The settings of the terminal chat. Its defaults make repetition less likely; ``serve`` has Ollama's defaults.
+
+    The model's own parameters take the place of the defaults.
 
     Attributes:
         num_predict: maximum number of tokens of an answer, its thought included; below 0: no maximum.
@@ -59,7 +62,10 @@ class AnswerEnd:
 
 
 class ChatBackend(Protocol):
-    """Answers conversations."""
+    """Answers conversations. ``parameters`` are the model's own."""
+
+    @property
+    def parameters(self) -> Parameters: ...
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         """Answer, giving ``show`` each piece; an exception of ``show`` or Ctrl-C ends the generation.
@@ -80,6 +86,7 @@ class LocalBackend:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._runner = asyncio.Runner()  # turns Ctrl-C into a cancelled answer
+        self.parameters = model.metadata.parameters
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         model = self._model
@@ -89,7 +96,14 @@ class LocalBackend:
             raise ForgeError(f'"{model.name}" does not see images', "leave out --image")
         try:
             prompt = model.prompts.chat(messages, think=settings.think, num_ctx=settings.num_ctx)
-            request = GenerationRequest(prompt, settings.sampling, settings.num_predict, schema=settings.schema)
+            stop = self.parameters.get("stop")
+            request = GenerationRequest(
+                prompt,
+                settings.sampling,
+                settings.num_predict,
+                stop=stop if isinstance(stop, tuple) else (),
+                schema=settings.schema,
+            )
             return self._runner.run(self._show(request, show))
         except (BadRequest, EngineError) as error:
             raise ForgeError(str(error)) from error
@@ -112,8 +126,8 @@ class LocalBackend:
 class RemoteBackend:
     """Answers by a server of this program, through ``/api/chat``."""
 
-    def __init__(self, server: str, name: str) -> None:
-        self.server, self.name = server, name
+    def __init__(self, server: str, name: str, parameters: Parameters = NO_PARAMETERS) -> None:
+        self.server, self.name, self.parameters = server, name, parameters
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         try:
@@ -165,10 +179,14 @@ def running_server(server: str, name: str) -> RemoteBackend | None:
         response = httpx.get(f"{_url(server)}/api/tags", timeout=_LOOK_SECONDS, trust_env=False)
         models = response.json().get("models") or []
         names = {str(model["name"]).lower().removesuffix(":latest") for model in models}
+        ours = response.headers.get("Server", "").startswith("ollama-forge/")
+        if not ours or name.lower().removesuffix(":latest") not in names:
+            return None
+        body = {"model": name}
+        facts = httpx.post(f"{_url(server)}/api/show", json=body, timeout=_LOOK_SECONDS, trust_env=False).json()
+        return RemoteBackend(server, name, read_shown(str(facts.get("parameters") or "")))
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, AttributeError, TypeError):
         return None
-    ours = response.headers.get("Server", "").startswith("ollama-forge/")
-    return RemoteBackend(server, name) if ours and name.lower().removesuffix(":latest") in names else None
 
 
 def _url(server: str) -> str:

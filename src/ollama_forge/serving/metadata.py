@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.files import read_json
+from ollama_forge.ollama.parameters import Parameters
+from ollama_forge.serving.parameters import model_parameters
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -29,6 +31,7 @@ class ModelMetadata:
         system: the model's system prompt, "" for none.
         provenance: lines that say how the checkpoint was edited.
         tensors: name, stored type and shape of each tensor.
+        parameters: the model's own parameters, by Ollama's names.
     """
 
     digest: str
@@ -47,6 +50,7 @@ class ModelMetadata:
     system: str = ""
     provenance: tuple[str, ...] = ()
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    parameters: Parameters = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, system: str | None = None) -> ModelMetadata:
@@ -81,7 +85,19 @@ class ModelMetadata:
             system=system or "",
             provenance=_provenance(checkpoint),
             tensors=tuple((name, info.dtype, tuple(info.shape)) for name, info in checkpoint.tensors.items()),
+            parameters=model_parameters(checkpoint),
         )
+
+    def with_pooling(self, pooling: int | None, context_length: int) -> ModelMetadata:
+        """The metadata of an embedding model.
+
+        Args:
+            pooling: GGUF's number of its pooling; None if it has none there.
+            context_length: maximum number of tokens of an input.
+        """
+        added = {"context_length": context_length, **({} if pooling is None else {"pooling_type": pooling})}
+        info = {**self.model_info, **{f"{self.family}.{key}": value for key, value in added.items()}}
+        return replace(self, context_length=context_length, model_info=info)
 
 
 def human_count(count: int) -> str:

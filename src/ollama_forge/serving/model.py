@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ollama_forge.serving.engine.base import (
     Engine,
     EngineError,
     EngineRequest,
+    Generator,
     ImageEncoder,
 )
 from ollama_forge.serving.metadata import ModelMetadata
@@ -24,6 +25,7 @@ from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
+from ollama_forge.serving.sentence_modules import SentenceModules
 from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
@@ -45,7 +47,8 @@ class ServedModel:
         name: the name it is served under, without a tag.
         template: the text of the chat template, "" for none.
         prompts: renders and encodes prompts.
-        capabilities: those of completion, tools, thinking and vision that the model has.
+        capabilities: those of completion, tools, thinking and vision that the model has; embedding for a model that
+            only embeds.
         stopping: set when the server shuts down; answers that still run then end in an error.
     """
 
@@ -61,6 +64,7 @@ class ServedModel:
         end_ids: frozenset[int] | None = None,
         vision: bool = True,
         max_queue: int = 512,
+        embedded_text: Callable[[str], str] | None = None,
     ) -> None:
         """Serve ``engine`` under ``name``.
 
@@ -69,6 +73,7 @@ class ServedModel:
             end_ids: ids of the tokens that end an answer; None: the tokenizer's end-of-sequence token.
             vision: whether images are taken, if the engine can encode them.
             max_queue: how many requests may wait for a slot.
+            embedded_text: of a model that only embeds, makes what is embedded of a text.
         """
         self.name, self.tokenizer, self.engine, self.metadata = name, tokenizer, engine, metadata
         self.template = template_text(tokenizer) if template is None else template
@@ -87,6 +92,7 @@ class ServedModel:
         memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
         self.admission = Admission(engine.slots, max_queue, memory)
         self.embedding = Admission(_EMBEDDINGS, max_queue)
+        self._embedded_text = embedded_text
         self.capabilities = self._find_capabilities()
         self.stopping = False
 
@@ -96,9 +102,14 @@ class ServedModel:
     ) -> ServedModel:
         """Load a checkpoint into the transformers engine, which generates up to ``slots`` answers at a time.
 
+        An embedding model is loaded into the encoder engine.
+
         Raises:
             ForgeError: the checkpoint cannot be loaded.
         """
+        modules = SentenceModules.of(checkpoint)
+        if modules is not None:
+            return cls._load_encoder(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
         from ollama_forge.serving.engine.vision import load_engine
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
@@ -118,7 +129,27 @@ class ServedModel:
             max_queue=max_queue,
         )
 
+    @classmethod
+    def _load_encoder(
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        modules: SentenceModules,
+        *,
+        load: LoadSettings,
+        max_queue: int,
+        slots: int,
+    ) -> ServedModel:
+        from ollama_forge.serving.engine.encoder import load_encoder
+
+        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code).backend
+        engine = load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
+        metadata = ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, engine.context_length)
+        return cls(name, tokenizer, engine, metadata, template="", max_queue=max_queue, embedded_text=modules.text)
+
     def _find_capabilities(self) -> frozenset[str]:
+        if self._embedded_text is not None:
+            return frozenset({"embedding"})
         template = self.prompts.template
         found = {
             "completion": True,
@@ -135,6 +166,7 @@ class ServedModel:
         answer goes on while nobody reads it, and gives its slot back when the engine has finished.
 
         Raises:
+            BadRequest: the model only embeds.
             Busy: the queue is full.
             EngineError: the generation failed.
         """
@@ -152,7 +184,7 @@ class ServedModel:
         cached = 0
         async with self.admission.slot(self._memory_of(len(prompt.ids), limit)):
             admitted = first = time.perf_counter_ns()
-            async with aclosing(self.engine.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
+            async with aclosing(self._generator.generate(self._engine_request(request, limit))) as tokens:  # type: ignore[type-var]
                 async for token in tokens:
                     if self.stopping:
                         raise EngineError("the server is shutting down")
@@ -188,6 +220,12 @@ class ServedModel:
         return (
             (prompt_tokens + min(limit, _USUAL_ANSWER)) * engine.token_bytes if isinstance(engine, CountsMemory) else 0
         )
+
+    @property
+    def _generator(self) -> Generator:
+        if not isinstance(self.engine, Generator):
+            raise BadRequest(f'"{self.name}" does not support chat')
+        return self.engine
 
     def _with_open_thought(self, request: GenerationRequest) -> GenerationRequest:
         """The request with an opened thought, if its form is constrained and the model may think.
@@ -247,12 +285,16 @@ class ServedModel:
             raise BadRequest("this model does not support embeddings", 501)
         length = self.engine.context_length
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
+        if self._embedded_text is not None:
+            texts = [self._embedded_text(text) for text in texts]
         inputs = await off_loop(sum(map(len, texts)), self._encode_all, texts)
         if not all(inputs):
             raise BadRequest("an input is empty: there is nothing in it to embed")
         if not truncate and any(len(ids) > room for ids in inputs):
             raise BadRequest("the input length exceeds the context length")
-        inputs = [ids[:room] for ids in inputs]
+        for index, ids in enumerate(inputs):
+            if len(ids) > room:  # the tokenizer keeps the special tokens at the end
+                inputs[index] = list(self.tokenizer(texts[index], truncation=True, max_length=room).input_ids)
         async with self.embedding.slot():
             vectors = await self.engine.embed(inputs)
         if dimensions is not None and dimensions > 0:
@@ -261,6 +303,11 @@ class ServedModel:
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self.tokenizer(text).input_ids) for text in texts]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether its engine can answer requests."""
+        return self.engine.healthy
 
     async def close(self) -> None:
         """End all answers and free the engine."""

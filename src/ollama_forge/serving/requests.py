@@ -65,6 +65,8 @@ class ChatRequest:
         choices: number of answers to generate.
         stream: whether the answer is sent as it is generated.
         keep_alive: seconds for which the model stays loaded after the answer; None: without end.
+        stated: names, as Ollama spells them, of the options that the client sent; the model's own parameters take the
+            place of the others (``parameters.with_parameters``).
     """
 
     model: str
@@ -85,6 +87,7 @@ class ChatRequest:
     choices: int = 1
     stream: bool = False
     keep_alive: float | None = None
+    stated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

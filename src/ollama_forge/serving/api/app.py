@@ -13,12 +13,15 @@ from starlette.responses import Response
 from ollama_forge import __version__
 from ollama_forge.serving.api.anthropic import responses as anthropic
 from ollama_forge.serving.api.anthropic.routes import routes as anthropic_routes
+from ollama_forge.serving.api.metrics import Metrics
 from ollama_forge.serving.api.ollama import responses as ollama
 from ollama_forge.serving.api.ollama.routes import routes as ollama_routes
 from ollama_forge.serving.api.openai import responses as openai
 from ollama_forge.serving.api.openai.routes import routes as openai_routes
+from ollama_forge.serving.api.operator import routes as operator_routes
 from ollama_forge.serving.api.routing import Api, no_route
 from ollama_forge.serving.api.security import Guard, ServeSettings
+from ollama_forge.serving.api.telemetry import Telemetry
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
 
@@ -41,10 +44,13 @@ def build_app(model: ServedModel, settings: ServeSettings | None = None) -> Fast
         redirect_slashes=False,
         lifespan=lifespan,
     )
+    metrics = Metrics(registry)
     for routes in (ollama_routes, openai_routes, anthropic_routes):
         app.include_router(routes(registry))
+    app.include_router(operator_routes(registry, metrics))
     app.add_exception_handler(HTTPException, _no_route)
     app.add_middleware(Guard, settings=settings or ServeSettings(), api_of=api_of)
+    app.add_middleware(Telemetry, metrics=metrics)  # the last one added is the outermost: it sees refusals, too
     return app
 
 

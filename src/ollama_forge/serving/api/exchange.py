@@ -14,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from ollama_forge.serving.api.choices import answers_of
 from ollama_forge.serving.api.routing import Api, ResponseModel, failure_message
+from ollama_forge.serving.api.telemetry import observed, record_of
 from ollama_forge.serving.engine.base import ToolCallGrammar
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.parameters import with_parameters
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import (
     BadRequest,
@@ -70,12 +72,13 @@ async def exchange(
     """
     images = any(message.images for message in request.messages)
     check_capabilities(model, request.model, tools=bool(request.tools), think=bool(request.think), images=images)
+    record = record_of(http, model)
     prompt_tokens = 0
     events = _nothing_generated()
     if request.messages:
         generation = await asyncio.to_thread(generation_request, model, request)
         prompt_tokens = len(generation.prompt.ids)
-        events = answers_of(model, request, generation)
+        events = observed(answers_of(model, request, generation), record)
     registry.keep(model)
     events = _then_keep_alive(events, registry, model, request.keep_alive)
     if not request.stream:
@@ -92,17 +95,26 @@ async def exchange(
 
 
 def check_capabilities(
-    model: ServedModel, name: str, *, tools: bool = False, think: bool = False, images: bool = False
+    model: ServedModel,
+    name: str,
+    *,
+    task: str = "chat",
+    tools: bool = False,
+    think: bool = False,
+    images: bool = False,
 ) -> None:
     """Check that the model has the capabilities that a request needs, in Ollama's words and order.
 
     Args:
         name: the model's name as the client spells it.
+        task: the word for what an embedding model does not do, chat or generate.
 
     Raises:
-        BadRequest: the model does not support tools, thinking or images, but the request needs it.
+        BadRequest: the model does not generate, or not support tools, thinking or images, but the request needs it.
     """
     full = ModelName.of(model).full
+    if "completion" not in model.capabilities:
+        raise BadRequest(f'"{name}" does not support {task}')
     if tools and "tools" not in model.capabilities:
         raise BadRequest(f"{full} does not support tools")
     if think and "thinking" not in model.capabilities:
@@ -117,6 +129,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     Raises:
         BadRequest: the prompt does not fit, or the template or the format is refused.
     """
+    request = with_parameters(request, model.metadata.parameters)
     if request.raw:
         (message,) = request.messages
         prompt = model.prompts.text(

@@ -102,6 +102,14 @@ def required(*names: str) -> dict[str, Any]:
 # -- the sampling fields of OpenAI and Anthropic ----------------------------------------------------------------------
 
 
+_OPTIONS = {
+    "max_tokens": "num_predict",
+    "max_completion_tokens": "num_predict",
+    "max_output_tokens": "num_predict",
+    "stop_sequences": "stop",
+}
+
+
 class SamplingFields(RequestModel):
     """The sampling settings that requests to OpenAI's and Anthropic's APIs share."""
 
@@ -112,6 +120,11 @@ class SamplingFields(RequestModel):
     frequency_penalty: Number | None = None
     seed: Integer | None = None
     stream: bool = False
+
+    @property
+    def stated(self) -> frozenset[str]:
+        """Names of the options that the request states, as Ollama spells them."""
+        return frozenset(_OPTIONS.get(name, name) for name in self.model_fields_set)
 
     def sampling_params(self, *, default: float | None = None) -> SamplingParams:
         """The sampling parameters; ``default`` is the temperature and top_p of a request that does not set them."""

@@ -17,6 +17,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.progress import say
 from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings, is_loopback
+from ollama_forge.serving.api.telemetry import log_requests
 from ollama_forge.serving.model import ServedModel
 
 GRACE = 3.0  # seconds in which running answers may finish
@@ -64,7 +65,8 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket) -> No
 
 
 def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM; return when all requests have ended."""
+    """Serve until Ctrl-C or SIGTERM; return when all requests have ended. Each is logged in a line on stderr."""
+    log_requests()
     server_of(model, settings).run(sockets=[listening])
 
 

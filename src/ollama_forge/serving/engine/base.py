@@ -125,9 +125,9 @@ class EngineError(Exception):
 
 
 class Engine(Protocol):
-    """Runs up to ``slots`` requests at the same time; further requests wait for a free slot.
+    """What every engine has; what it can do is in ``Generator``, ``Embedder`` and ``ImageEncoder``.
 
-    A generation of fewer than ``max_tokens`` tokens met one of ``end_ids``, completed its schema or filled the context.
+    It runs up to ``slots`` requests at the same time; further requests wait for a free slot.
     """
 
     @property
@@ -135,6 +135,23 @@ class Engine(Protocol):
 
     @property
     def context_length(self) -> int: ...
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can answer requests; False for good once its worker has died or it was closed."""
+        ...
+
+    def close(self) -> None:
+        """End all requests with an error and free the engine's resources."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """An engine that generates text.
+
+    A generation of fewer than ``max_tokens`` tokens met one of ``end_ids``, completed its schema or filled the context.
+    """
 
     def generate(self, request: EngineRequest) -> AsyncIterator[Token]:
         """Stream the tokens of a request; closing the iterator (``aclose``) cancels it within a token.
@@ -144,17 +161,15 @@ class Engine(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """End all requests with an error and free the engine's resources."""
-        ...
-
 
 @runtime_checkable
 class Embedder(Protocol):
-    """An engine that also computes embeddings."""
+    """An engine that computes embeddings."""
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Embed each input as its mean last hidden state, an L2-normalised vector ``[d_model]``."""
+        """Embed each input as an L2-normalised vector: its mean last hidden state ``[d_model]``, unless the model
+        defines another.
+        """
         ...
 
 

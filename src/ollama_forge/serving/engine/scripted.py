@@ -21,6 +21,7 @@ class ScriptedEngine:
         active: number of requests that are running now.
         served: number of requests that were started.
         requests: all requests, in the order of arrival.
+        healthy: as the health endpoint reports it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ScriptedEngine:
         self.active = self.served = 0
         self.requests: list[EngineRequest] = []
         self.closed = False
+        self.healthy = True
 
     @property
     def slots(self) -> int:

@@ -339,6 +339,7 @@ class MessagesRequest(SamplingFields):
             think=self._think(),
             format=None if format_ is None else format_.format,
             stream=self.stream,
+            stated=self.stated,
         )
 
     def _check_required(self) -> None:

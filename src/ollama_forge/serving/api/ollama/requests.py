@@ -142,6 +142,7 @@ class _GenerationFields(RequestModel):
             logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
             keep_alive=self.keep_alive,
+            stated=frozenset(options.model_fields_set),
             **more,
         )
 

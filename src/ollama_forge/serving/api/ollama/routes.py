@@ -21,6 +21,7 @@ from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
 from ollama_forge.serving.api.routing import Handler, ResponseModel
+from ollama_forge.serving.api.telemetry import record_of
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done
@@ -105,7 +106,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
         raise BadRequest("raw mode does not support template, system, or context")
     if body.suffix:
         raise BadRequest(f"{ModelName.of(model).full} does not support insert")
-    check_capabilities(model, body.model, think=bool(body.think), images=bool(body.images))
+    check_capabilities(model, body.model, task="generate", think=bool(body.think), images=bool(body.images))
     request = body.chat_request(Options.read(body.options))
     if not body.prompt:
         return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
@@ -211,8 +212,11 @@ async def _embedded(
     keep_alive: float | None,
 ) -> tuple[list[list[float]], int]:
     registry.keep(model)
+    record = record_of(http, model)
     try:
-        return await while_connected(http, work(texts, num_ctx=options.num_ctx))
+        vectors, tokens = await while_connected(http, work(texts, num_ctx=options.num_ctx))
+        record.embedded_tokens = tokens
+        return vectors, tokens
     finally:
         registry.keep(model, keep_alive)
 

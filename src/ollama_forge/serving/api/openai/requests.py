@@ -288,6 +288,7 @@ class ChatCompletionRequest(_CompletionFields):
             logprobs=self.top_logprobs if self.logprobs else None,
             choices=self.n,
             stream=self.stream,
+            stated=self.stated,
         )
 
 
@@ -325,6 +326,7 @@ class CompletionRequest(_CompletionFields):
             logprobs=self.logprobs or None,
             choices=self.n if self.prompt else 1,
             stream=self.stream,
+            stated=self.stated,
         )
 
 

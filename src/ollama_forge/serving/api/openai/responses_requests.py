@@ -254,6 +254,7 @@ class ResponsesRequest(SamplingFields):
             truncate=self.truncation != "disabled",
             format=self._format(),
             stream=self.stream,
+            stated=self.stated,
         )
 
     def _messages(self) -> list[Message]:
@@ -284,7 +285,7 @@ class ResponsesRequest(SamplingFields):
         return None if format_ is None else answer_format(format_.type, format_.schema_)
 
     def echo(self, request: ChatRequest) -> dict[str, Any]:
-        """The fields that the response repeats.
+        """The fields that the response repeats; ``request`` has the model's parameters.
 
         Raises:
             BadRequest: they are nested too deeply to be written.

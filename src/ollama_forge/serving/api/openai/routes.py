@@ -10,12 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ollama_forge.serving.api.body import read_body
-from ollama_forge.serving.api.exchange import exchange, while_connected
+from ollama_forge.serving.api.exchange import check_capabilities, exchange, while_connected
 from ollama_forge.serving.api.fields import NAME_PATTERN
 from ollama_forge.serving.api.openai import requests, responses, responses_events
 from ollama_forge.serving.api.openai.responses import API
 from ollama_forge.serving.api.openai.responses_requests import ResponsesRequest
 from ollama_forge.serving.api.openai.streaming import ChatWriter, TextWriter
+from ollama_forge.serving.api.telemetry import record_of
+from ollama_forge.serving.parameters import with_parameters
 from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest
 from ollama_forge.serving.threads import off_loop
@@ -69,6 +71,7 @@ async def completions(registry: ModelRegistry, http: Request) -> Response:
     """Answer a text, as a conversation of one message."""
     body, request = await read_body(http, lambda value: _with_request(requests.CompletionRequest.read(value)))
     found = registry.find(body.model, refusal=f"model '{body.model}' not found")
+    check_capabilities(found, body.model, task="generate")
     if body.suffix:
         raise BadRequest(f"{ModelName.of(found).full} does not support insert")
     return await exchange(
@@ -90,6 +93,7 @@ async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
     registry.keep(found)
     work = found.embed(body.input or [], dimensions=body.dimensions or None)
     vectors, tokens = await while_connected(http, work)
+    record_of(http, found).embedded_tokens = tokens
     answer = partial(responses.embeddings_response, body.model, vectors, tokens, in_base64=body.in_base64)
     return await off_loop(8 * sum(map(len, vectors)), lambda: API.json(answer()))
 
@@ -97,13 +101,14 @@ async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
 async def responses_v1(registry: ModelRegistry, http: Request) -> Response:
     """Answer a conversation through the Responses API."""
     body, request = await read_body(http, lambda value: _with_request(ResponsesRequest.read(value)))
-    echo = body.echo(request)
     name = _required(body.model)
+    found = registry.find(name, refusal=f"model '{name}' not found")
+    echo = body.echo(with_parameters(request, found.metadata.parameters))
     return await exchange(
         http,
         API,
         registry,
-        registry.find(name, refusal=f"model '{name}' not found"),
+        found,
         request,
         whole=partial(responses_events.response, name, echo),
         writer=lambda _: responses_events.ResponseWriter(name, echo),
