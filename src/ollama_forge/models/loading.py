@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ollama_forge.architectures.model_class import auto_class
+from ollama_forge.architectures.model_class import auto_class, has_text_class
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.names.spelling import Spelling
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -26,12 +27,13 @@ from ollama_forge.system import available_memory
 
 _OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
 _KEPT_IN_8BIT = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
+_TRIAL_TOKENS = 4
 _IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same time
 
 
 def load_module(
     checkpoint: Checkpoint,
-    model_map: ModelMap,
+    model_map: ModelMap | None,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -43,6 +45,8 @@ def load_module(
     Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
     Args:
+        model_map: the checkpoint's matrices by role; None for a model that is only run. Without a map, the text model
+            is loaded alone if the whole one does not run on text, and tensors that it lacks are ignored with a note.
         load_in_8bit: load with bitsandbytes.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
 
@@ -56,26 +60,48 @@ def load_module(
     check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
     own_code = trust_remote_code and needs_own_code(checkpoint.config)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=model_map.text_alone)
-            options |= _placement(device, load_in_8bit=load_in_8bit)
-            loaded: Any = loader(
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_complete reports them by name
-                **options,
-            )
-        except Exception as error:  # invalid configs and weights make transformers raise any exception
-            raise _load_error(checkpoint, device, error) from error
-    module, info = loaded
-    _check_complete(checkpoint, model_map, module, info)
-    if model_map.tied:
-        _check_tied(checkpoint, module)
-    if model_map.text_alone:
+
+    def load(*, text_alone: bool) -> nn.Module:
+        with quiet_transformers():
+            try:
+                config = AutoConfig.from_pretrained(checkpoint.folder, **options)
+                loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=text_alone)
+                loaded: Any = loader(
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # _check_complete reports them by name
+                    **options,
+                    **_placement(device, load_in_8bit=load_in_8bit),
+                )
+            except Exception as error:  # invalid configs and weights make transformers raise any exception
+                raise _load_error(checkpoint, device, error) from error
+        module, info = loaded
+        _check_complete(checkpoint, model_map, module, info)
+        if _is_tied_on_disk(checkpoint, module) if model_map is None else model_map.tied:
+            _check_tied(checkpoint, module)
+        return module  # type: ignore[no-any-return]
+
+    text_alone = model_map is not None and model_map.text_alone
+    module = load(text_alone=text_alone)
+    if model_map is None and not own_code and has_text_class(checkpoint.config) and not _runs_on_text(module):
+        del module
+        text_alone, module = True, load(text_alone=True)
+    if text_alone:
         say("note: the class of the whole model does not run on text; the text model is loaded alone")
-    return module  # type: ignore[no-any-return]
+    return module
+
+
+@torch.inference_mode()
+def _runs_on_text(module: nn.Module) -> bool:
+    """Whether a forward pass over token ids alone works."""
+    device = next(module.parameters()).device
+    try:
+        module.eval()(input_ids=torch.arange(2, 2 + _TRIAL_TOKENS, device=device)[None], use_cache=False)
+    except Exception as error:  # a class that misses its other inputs raises any exception
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _loader(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool, text_alone: bool) -> Callable[..., Any]:
@@ -120,7 +146,7 @@ def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 def check_memory(
-    checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+    checkpoint: Checkpoint, model_map: ModelMap | None, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
 ) -> None:
     """Check that the device, and the host while it loads the weights, have enough free memory.
 
@@ -147,17 +173,22 @@ def check_memory(
         )
 
 
-def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap) -> int:
+def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
     """Number of values of the largest tensor on disk or in memory, where the experts of a layer may be one tensor."""
     sizes = Counter[tuple[str, str]]()
-    for matrix in model_map.matrices:
+    if model_map is None:  # experts are numbered within a layer, which is numbered, too
+        for name, shape in checkpoint.tensors.shapes.items():
+            numbered = re.fullmatch(r"(.*\.\d+\..*)\.\d+(\..*)", name)
+            if numbered:
+                sizes[numbered[1], numbered[2]] += math.prod(shape)
+    for matrix in model_map.matrices if model_map is not None else ():
         if matrix.place.expert is not None:
             sizes[matrix.place.module, matrix.place.parameter] += math.prod(matrix.shape)
     return max(*sizes.values(), *map(math.prod, checkpoint.tensors.shapes.values()), 0)
 
 
-def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:
-    if not load_in_8bit:
+def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, load_in_8bit: bool) -> int:
+    if not load_in_8bit or model_map is None:
         return checkpoint.parameters * dtype.itemsize
     whole = sum(  # bitsandbytes keeps embeddings, the unembedding and all that is no linear module in dtype
         math.prod(matrix.shape)
@@ -189,8 +220,8 @@ def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) 
     )
 
 
-def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, module: Any, info: Mapping[str, Any]) -> None:
-    """Raise ForgeError if transformers initialised missing weights or ignored stored ones."""
+def _check_complete(checkpoint: Checkpoint, model_map: ModelMap | None, module: Any, info: Mapping[str, Any]) -> None:
+    """Raise ForgeError if transformers initialised missing weights, or ignored stored ones that the map knows."""
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, expected = mismatched[0]
@@ -205,6 +236,11 @@ def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, module: Any, in
             f"{checkpoint.label} is incomplete: {missing[0]} is missing{_and_more(missing)}",
             "download or save the model again",
         )
+    if model_map is None:
+        ignored = sorted(info["unexpected_keys"])
+        if ignored:
+            say(f"note: the class of {checkpoint.label} has no weight {ignored[0]}{_and_more(ignored)}, and ignores it")
+        return
     unknown = sorted(
         key for key in info["unexpected_keys"] if not any(_same_but_prefix(key, name) for name in model_map.unused)
     )
@@ -226,6 +262,15 @@ def _same_but_prefix(key: str, name: str) -> bool:
 
 def _and_more(names: Collection[object]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _is_tied_on_disk(checkpoint: Checkpoint, module: Any) -> bool:
+    """Whether the config ties the head to the embedding, and the checkpoint stores no head."""
+    head = getattr(module.get_output_embeddings(), "weight", None)
+    named = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+    if head is None or not getattr(module.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    return not any(_same_but_prefix(name, named.get(id(head), "")) for name in checkpoint.tensors.shapes)
 
 
 def _check_tied(checkpoint: Checkpoint, module: Any) -> None:

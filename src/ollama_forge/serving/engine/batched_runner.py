@@ -6,18 +6,17 @@ masks, sliding windows and position biases work unchanged.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ollama_forge.serving.engine.kv_cache import KVCache
-from ollama_forge.serving.engine.model_runner import Forward, Media, on_device
+from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache
 
 _SPARE_COLUMNS = 64
-_CHUNK = {"cpu": 512}
-_CHUNK_ON_DEVICE = 2048
 
 
 class BatchedPrefill:
@@ -70,12 +69,24 @@ class BatchedRunner:
     Args:
         has_kv: for each layer, whether it stores keys and values (``kv_cache.layers_with_kv``).
         nbytes: maximum size of the prefix cache.
+        splits: whether prompts may be prefilled in chunks.
+        reuses: whether the keys and values of earlier sequences may be continued.
     """
 
-    def __init__(self, forward: Forward, has_kv: Sequence[bool], slots: int, nbytes: int) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        has_kv: Sequence[bool],
+        slots: int,
+        nbytes: int,
+        *,
+        splits: bool = True,
+        reuses: bool = True,
+    ) -> None:
         self.forward, self.has_kv, self.slots = forward, has_kv, slots
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
-        self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
+        self.chunk = chunk_of(forward.device) if splits else sys.maxsize
+        self.reuses = reuses
         self.cache: KVCache | None = None
         self.starts: list[int] = []
         self._changed = True
@@ -171,7 +182,7 @@ class BatchedRunner:
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
         assert self.cache is not None
         span, last = self.cache.span, len(self.starts) - 1
-        if ids is not None:
+        if ids is not None and self.reuses:
             length = span.end - self.starts[row]
             kept = KVCache(self.has_kv, 1, length)
             kept.copy_row(self.cache, row, self.starts[row], 0, 0, length)
