@@ -26,6 +26,7 @@ WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
 ENDLESS = """
 import sys
+from ollama_forge.errors import ForgeError
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.serving import model as model_module
@@ -33,15 +34,18 @@ from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
-def load(checkpoint, name, *, load, max_queue, slots):
-    engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
-    return model_module.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
+def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx):
+    def make_engine():
+        if checkpoint.label == "broken":
+            raise ForgeError("a shard is damaged", "download it again")
+        return ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=num_ctx or 1 << 40)
+    return model_module.ServedModel(name, tokenizer(), None, FACTS, max_queue=max_queue, make_engine=make_engine)
 
 def resolved(model, revision, *, trust_remote_code, adapter):
     return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
 
 resolve.resolve = resolved
-model_module.ServedModel.load = load
+model_module.ServedModel.unloaded = unloaded
 from ollama_forge.cli.main import main
 main()
 """

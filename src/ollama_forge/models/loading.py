@@ -17,7 +17,7 @@ from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.names.spelling import Spelling
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.model_types import needs_own_code
-from ollama_forge.errors import ForgeError, error_line
+from ollama_forge.errors import ForgeError, MemoryTooSmall, error_line
 from ollama_forge.files import human_size
 from ollama_forge.models.decoded import decoded_tensors
 from ollama_forge.models.device import is_out_of_memory, memory_available, require_8bit
@@ -156,7 +156,7 @@ def check_memory(
     precision = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
     needed, free = int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD), memory_available(device)
     if needed > free:
-        raise ForgeError(
+        raise MemoryTooSmall(
             f"{checkpoint.label} in {precision} needs about {human_size(needed)}, "
             f"but {device} has {human_size(free)} free",
             _memory_hint(device, dtype, load_in_8bit),
@@ -166,7 +166,7 @@ def check_memory(
     staged = _IN_FLIGHT * _largest_tensor(checkpoint, model_map) * max(dtype.itemsize, 4)
     host = available_memory()
     if staged > host:
-        raise ForgeError(
+        raise MemoryTooSmall(
             f"loading {checkpoint.label} needs about {human_size(staged)} of host memory, "
             f"but {human_size(host)} are free",
             "end other programs, or use a smaller model",
@@ -207,7 +207,7 @@ def _memory_hint(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -
 
 def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
     if is_out_of_memory(error):
-        return ForgeError(
+        return MemoryTooSmall(
             f"{checkpoint.label} does not fit the memory of {device}", "use --device cpu, or a smaller model"
         )
     if isinstance(error, ImportError):

@@ -16,7 +16,7 @@ from ollama_forge.serving.api.routing import Api, ResponseModel
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
-from ollama_forge.serving.registry import ModelName, ModelRegistry
+from ollama_forge.serving.registry import Lease, ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
 
 T = TypeVar("T")
@@ -58,21 +58,25 @@ async def exchange(
     """
     images = any(message.images for message in request.messages)
     check_capabilities(model, request.model, tools=bool(request.tools), think=bool(request.think), images=images)
-    prompt_tokens = 0
-    events = _nothing_generated()
-    if request.messages:
-        generation = await asyncio.to_thread(generation_request, model, request)
-        prompt_tokens = len(generation.prompt.ids)
-        events = model.generate(generation)
-    registry.keep(model)
-    events = _then_keep_alive(events, registry, model, request.keep_alive)
-    if not request.stream:
-        async with aclosing(events):
-            return api.json(whole(await while_connected(http, Completion.collect(events))))
+    lease = await while_connected(http, registry.acquire(model))
     try:
-        first = await while_connected(http, _first(events))
+        prompt_tokens = 0
+        events = _nothing_generated()
+        if request.messages:
+            generation = await asyncio.to_thread(generation_request, model, request)
+            prompt_tokens = len(generation.prompt.ids)
+            events = model.generate(generation)
+        events = _then_release(events, lease, request.keep_alive)
+        if not request.stream:
+            async with aclosing(events):
+                return api.json(whole(await while_connected(http, Completion.collect(events))))
+        try:
+            first = await while_connected(http, _first(events))
+        except BaseException:
+            await events.aclose()
+            raise
     except BaseException:
-        await events.aclose()
+        lease.release(request.keep_alive)
         raise
     return Stream(streamed(first, events, writer(prompt_tokens)), events, media_type=api.stream_type)
 
@@ -159,16 +163,14 @@ async def _nothing_generated() -> AsyncGenerator[Event]:
     yield Done("load")
 
 
-async def _then_keep_alive(
-    events: AsyncGenerator[Event], registry: ModelRegistry, model: ServedModel, seconds: float | None
-) -> AsyncGenerator[Event]:
-    """Pass the events on; at their end, the time of ``keep_alive`` begins."""
+async def _then_release(events: AsyncGenerator[Event], lease: Lease, keep_alive: float | None) -> AsyncGenerator[Event]:
+    """Pass the events on; at their end, the model is released."""
     async with aclosing(events):
         try:
             async for event in events:
                 yield event
         finally:
-            registry.keep(model, seconds)
+            lease.release(keep_alive)
 
 
 async def _first(events: AsyncGenerator[Event]) -> Event:

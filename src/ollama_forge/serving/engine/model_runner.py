@@ -106,7 +106,7 @@ class Forward:
         self.takes_mask = "attention_mask" in parameters
         names = ("cache", "past_key_values", "cache_params", "state")
         self.cache_name = next((name for name in names if name in parameters), "cache")
-        self._with_offset = [part for part in model.module.modules() if hasattr(part, "rope_deltas")]
+        self._with_offset: list[Any] = [part for part in model.module.modules() if hasattr(part, "rope_deltas")]
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +122,8 @@ class Forward:
         offset = 0
         for part in self._with_offset:
             if part.rope_deltas is not None:
-                offset = int(part.rope_deltas)  # type: ignore[call-overload]
-            part.rope_deltas = None  # type: ignore[assignment]
+                offset = int(part.rope_deltas)
+            part.rope_deltas = None
         return offset
 
     def __call__(self, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:

@@ -19,7 +19,9 @@ from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, State
 from ollama_forge.serving.engine.single_runner import SingleRunner
 
 _LOG = logging.getLogger(__name__)
-_SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide, their decks full of fish."
+_SENTENCE = (
+    "The harbour was quiet in the morning, and the first boats came back with the tide, full of fish."
+)
 _TOKENS = 48
 _CHUNK = 7
 # The tolerance for the mean relative difference of logits. On a real model in bfloat16, rounding makes it 0.01 and
@@ -101,7 +103,7 @@ class SelfTest:
     def _differences(self, logits: Tensor, *texts: Sequence[int]) -> list[float]:
         """How far each row of ``logits`` is from what is expected after its text."""
         expected = torch.stack([self._expected(text) for text in texts])
-        return difference(logits.float(), expected).tolist()  # type: ignore[no-any-return]
+        return difference(logits.float(), expected).tolist()
 
     def _holds(self, differences: Iterator[list[float]]) -> bool:
         """Whether a check runs, and its logits are as expected."""
@@ -112,7 +114,7 @@ class SelfTest:
                 raise
             _LOG.debug("the self-test met an error", exc_info=error)
             return False
-        _LOG.debug("%s: differences %s, tolerance %.1e", differences.__name__, found, self.tolerance)
+        _LOG.debug("differences of the self-test: %s; tolerance: %.1e", found, self.tolerance)
         return sum(found) / len(found) <= self.tolerance and max(found) <= _OUTLIER * self.tolerance
 
     # -- checks ---------------------------------------------------------------------------------------------------
@@ -178,4 +180,5 @@ def prefilled(runner: ModelRunner, *prompts: Sequence[int]) -> Tensor:
 def difference(found: Tensor, expected: Tensor) -> Tensor:
     """The relative difference ``[...]`` between rows of logits ``[..., vocabulary]``, whose means do not matter."""
     found, expected = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
-    return torch.linalg.vector_norm(found - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(found - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
+    return norms

@@ -111,6 +111,11 @@ class TransformersEngine:
         return self._context_length
 
     @property
+    def limits(self) -> str:
+        """What the model's state does not allow, for the user; "" for nothing."""
+        return self.support.limits
+
+    @property
     def stats(self) -> Stats:
         scheduler = self._scheduler
         return Stats(

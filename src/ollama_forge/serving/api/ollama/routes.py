@@ -77,7 +77,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
     respond = partial(responses.generate_response, body.model, context=not body.raw)
     body.check_logprobs()
     if not body.prompt and body.keep_alive == 0:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.raw and (body.template or body.system or body.context):
         raise BadRequest("raw mode does not support template, system, or context")
     if body.suffix:
@@ -85,7 +85,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
     check_capabilities(model, body.model, think=bool(body.think), images=bool(body.images))
     request = body.chat_request(Options.read(body.options))
     if not body.prompt:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.template:
         raise BadRequest("template: this model has its own Jinja chat template; set raw to send a rendered prompt")
     if not all(0 <= id_ < len(model.tokenizer) for id_ in body.context):
@@ -104,19 +104,21 @@ async def chat(registry: ModelRegistry, http: Request) -> Response:
     respond = partial(responses.chat_response, body.model)
     body.check_logprobs()
     if not body.messages and body.keep_alive == 0:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     images = any(message.images for message in body.messages)
     check_capabilities(model, body.model, tools=bool(body.tools), think=bool(body.think), images=images)
     request = body.chat_request(Options.read(body.options))
     if not body.messages:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     writer = ChatWriter(body.model)
     return await exchange(http, API, registry, model, request, whole=respond, writer=lambda _: writer)
 
 
-def _only_loaded(registry: ModelRegistry, model: ServedModel, keep_alive: float | None) -> Completion:
+async def _only_loaded(
+    registry: ModelRegistry, http: Request, model: ServedModel, keep_alive: float | None
+) -> Completion:
     """The empty answer to a request without a prompt, which only loads or unloads the model."""
-    registry.keep(model, keep_alive)
+    await while_connected(http, registry.touch(model, keep_alive))
     return Completion("", "", (), (), Done("unload" if keep_alive == 0 else "load"))
 
 
@@ -130,7 +132,7 @@ async def embed(registry: ModelRegistry, http: Request) -> Response:
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     options = Options.read(body.options)
     if not body.input:
-        registry.keep(model, body.keep_alive)
+        await while_connected(http, registry.touch(model, body.keep_alive))
         return API.json(responses.EmbedResponse(model=body.model, embeddings=[]))
     began = time.perf_counter_ns()
     work = partial(model.embed, truncate=body.truncate, dimensions=body.dimensions)
@@ -154,7 +156,7 @@ async def embeddings(registry: ModelRegistry, http: Request) -> Response:
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     options = Options.read(body.options)
     if not body.prompt:
-        registry.keep(model, body.keep_alive)
+        await while_connected(http, registry.touch(model, body.keep_alive))
         return API.json(responses.EmbeddingResponse(embedding=[]))
     vectors, _ = await _embedded(registry, http, model, [body.prompt], model.embed, options, body.keep_alive)
     return API.json(responses.EmbeddingResponse(embedding=vectors[0]))
@@ -169,11 +171,11 @@ async def _embedded(
     options: Options,
     keep_alive: float | None,
 ) -> tuple[list[list[float]], int]:
-    registry.keep(model)
+    lease = await while_connected(http, registry.acquire(model))
     try:
         return await while_connected(http, work(texts, num_ctx=options.num_ctx))
     finally:
-        registry.keep(model, keep_alive)
+        lease.release(keep_alive)
 
 
 # -- about the server and its models ----------------------------------------------------------------------------------

@@ -86,9 +86,12 @@ async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
     body = requests.EmbeddingsRequest.read(await read_body(http))
     body.check()
     found = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
-    registry.keep(found)
-    work = found.embed(body.input or [], dimensions=body.dimensions or None)
-    vectors, tokens = await while_connected(http, work)
+    lease = await while_connected(http, registry.acquire(found))
+    try:
+        work = found.embed(body.input or [], dimensions=body.dimensions or None)
+        vectors, tokens = await while_connected(http, work)
+    finally:
+        lease.release()
     return API.json(responses.embeddings_response(body.model, vectors, tokens, in_base64=body.in_base64))
 
 
