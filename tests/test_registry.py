@@ -330,7 +330,7 @@ def test_models_are_listed_and_loaded_on_demand(served: tuple[str, list[Loader]]
     assert call(url, "POST", "/api/show", {"model": "me/b:tag"})[1]["details"]["family"] == "other"
     assert call(url, "GET", "/api/ps")[1]["models"] == []
     said = {"messages": [{"role": "user", "content": "hi"}], "stream": False, "max_tokens": 9}
-    assert call(url, "POST", "/api/chat", {"model": "a", **said})[1]["message"]["content"] == "AB"
+    assert call(url, "POST", "/api/chat", {"model": "a", **said})[1]["message"]["content"] == "bc"
     (running,) = call(url, "GET", "/api/ps")[1]["models"]
     assert (running["name"], running["context_length"]) == ("a:latest", 128)
     assert not of_b.engines
@@ -369,12 +369,16 @@ def test_a_refused_prompt_releases_the_model(served: tuple[str, list[Loader]]) -
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_names_and_checkpoints_of_the_command() -> None:
+def test_names_and_checkpoints_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ollama_forge.cli.serve import _named_models, _require_distinct
 
     assert _named_models((), ("x", "y")) == [(None, "x"), (None, "y")]
     assert _named_models(("a", "b"), ("x", "y")) == [("a", "x"), ("b", "y")]
-    assert _named_models(("a", "b"), ()) == [("a", "abliterate-a"), ("b", "abliterate-b")]
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"abliterate-{name}" / "checkpoint").mkdir(parents=True)
+    found = _named_models(("a", "b"), ())
+    assert found == [("a", str(Path("abliterate-a/checkpoint"))), ("b", str(Path("abliterate-b/checkpoint")))]
     with pytest.raises(UsageError, match="2 times"):
         _named_models(("a", "b"), ("x",))
     _require_distinct(["a", "b", "a:tag"])

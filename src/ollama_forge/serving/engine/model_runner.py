@@ -103,7 +103,6 @@ class Forward:
         self.passes = 0
         parameters = inspect.signature(model.module.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.takes_mask = "attention_mask" in parameters
         names = ("cache", "past_key_values", "cache_params", "state")
         self.cache_name = next((name for name in names if name in parameters), "cache")
         self._with_offset: list[Any] = [part for part in model.module.modules() if hasattr(part, "rope_deltas")]

@@ -19,9 +19,7 @@ from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, State
 from ollama_forge.serving.engine.single_runner import SingleRunner
 
 _LOG = logging.getLogger(__name__)
-_SENTENCE = (
-    "The harbour was quiet in the morning, and the first boats came back with the tide, full of fish."
-)
+_SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide, full of fish."
 _TOKENS = 48
 _CHUNK = 7
 # The tolerance for the mean relative difference of logits. On a real model in bfloat16, rounding makes it 0.01 and
