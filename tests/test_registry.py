@@ -379,7 +379,7 @@ def test_names_and_checkpoints_of_the_command(tmp_path: Path, monkeypatch: pytes
         (tmp_path / f"abliterate-{name}" / "checkpoint").mkdir(parents=True)
     found = _named_models(("a", "b"), ())
     assert found == [("a", str(Path("abliterate-a/checkpoint"))), ("b", str(Path("abliterate-b/checkpoint")))]
-    with pytest.raises(UsageError, match="2 times"):
+    with pytest.raises(UsageError, match=r"\(2\) and --checkpoint \(1\) differ"):
         _named_models(("a", "b"), ("x",))
     _require_distinct(["a", "b", "a:tag"])
     with pytest.raises(UsageError, match="two models are called A"):

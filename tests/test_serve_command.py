@@ -65,7 +65,7 @@ def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
     try:
         assert process.stderr is not None
         said = ""
-        while " is served at " not in said:
+        while " served at " not in said:
             said = process.stderr.readline()
             assert said, "it ended"
         yield process, said.split()[-1]
@@ -110,6 +110,26 @@ def test_an_adapter_is_merged_into_the_model() -> None:
         assert ask(url, "/api/show", {"model": "demo-tuned"}).status == 200
 
 
+def test_several_models_are_loaded_on_demand() -> None:
+    with serving("--checkpoint", "other", "--checkpoint", "broken", "--num-ctx", "999") as (_, url):
+
+        def get(path: str) -> list[dict[str, Any]]:
+            with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=WAIT)) as connection:
+                connection.request("GET", path)
+                return json.loads(connection.getresponse().read())["models"]  # type: ignore[no-any-return]
+
+        assert [one["name"] for one in get("/api/tags")] == ["demo:latest", "other:latest", "broken:latest"]
+        assert get("/api/ps") == []
+        asked = {"messages": [{"role": "user", "content": "hi"}]}
+        failed = ask(url, "/api/chat", {"model": "broken", **asked})
+        assert failed.status == 500
+        assert "broken cannot be loaded: a shard is damaged" in json.loads(failed.read())["error"]
+        answer = ask(url, "/api/chat", {"model": "other", **asked})
+        assert json.loads(answer.readline())["done"] is False
+        assert [(one["name"], one["context_length"]) for one in get("/api/ps")] == [("other:latest", 999)]
+        answer.close()
+
+
 def test_key_and_origins_of_the_environment() -> None:
     with serving(OLLAMA_FORGE_API_KEY="s3cret", OLLAMA_ORIGINS="https://my.page, https://b") as (_, url):
         place = urlsplit(url)
@@ -143,6 +163,12 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
         (["--checkpoint", "no/such/folder"], 1, "error: no/such/folder does not exist"),
         (["--name", "never-made"], 1, "error: abliterate-never-made holds no edited model"),
         ([], 2, "error: give --name or --checkpoint"),
+        (
+            ["--name", "a", "--checkpoint", "x", "--checkpoint", "y"],
+            2,
+            "the numbers of --name (1) and --checkpoint (2) differ",
+        ),
+        (["--checkpoint", "x", "--checkpoint", "y", "--adapter", "z"], 2, "--revision and --adapter are of one model"),
         (["--checkpoint", "demo", "--port", "99999"], 2, "99999 is not in the range"),
         (["--checkpoint", "demo", "--host", "203.0.113.7"], 1, "203.0.113.7 cannot be used"),
     ],
@@ -164,6 +190,11 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"http://127.0.0.1:{port}\n" in said
         assert f"OLLAMA_HOST=127.0.0.1:{port} " in said
         assert "warning" not in said
+        announce("a", ServeSettings(), listening, limits="one answer at a time")
+        said = capsys.readouterr().err
+        assert f"a is served at http://127.0.0.1:{port}\n  limits:             one answer at a time\n" in said
+        announce("a", ServeSettings(), listening, more=2)
+        assert f"a and 2 more are served at http://127.0.0.1:{port}\n" in capsys.readouterr().err
         announce("a", ServeSettings(host="0.0.0.0"), listening)
         said = capsys.readouterr().err
         assert "warning: 0.0.0.0 is reached from other machines" in said

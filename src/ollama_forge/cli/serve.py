@@ -115,7 +115,7 @@ def _named_models(names: Sequence[str], checkpoints: Sequence[str]) -> list[tupl
         return [(name, str(run_output(name))) for name in names]
     if names and len(names) != len(checkpoints):
         raise UsageError(
-            f"--name is given {len(names)} times, and --checkpoint {len(checkpoints)} times",
+            f"the numbers of --name ({len(names)}) and --checkpoint ({len(checkpoints)}) differ",
             "give each checkpoint its name, in the same order, or leave --name out; "
             "what run made is --checkpoint abliterate-NAME/checkpoint",
         )

@@ -178,9 +178,9 @@ def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
     sizes = Counter[tuple[str, str]]()
     if model_map is None:  # experts are numbered within a layer, which is numbered, too
         for name, shape in checkpoint.tensors.shapes.items():
-            numbered = re.fullmatch(r"(.*\.\d+\..*)\.\d+(\..*)", name)
-            if numbered:
-                sizes[numbered[1], numbered[2]] += math.prod(shape)
+            experts = re.match(r".*\.\d+\..*(?=\.\d+\.)", name)
+            if experts:
+                sizes[experts[0], ""] += math.prod(shape)
     for matrix in model_map.matrices if model_map is not None else ():
         if matrix.place.expert is not None:
             sizes[matrix.place.module, matrix.place.parameter] += math.prod(matrix.shape)

@@ -60,7 +60,7 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket, *, li
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reached = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     key = "any key" if settings.api_key is None else "with the API key"
-    say(f"{name}{f' and {more} more' if more else ''} is served at http://{reached}:{port}")
+    say(f"{name}{f' and {more} more' if more else ''} {'are' if more else 'is'} served at http://{reached}:{port}")
     if limits:
         say(f"  limits:             {limits}")
     say(f"  ollama:             OLLAMA_HOST={reached}:{port} ollama run {name}")
