@@ -15,6 +15,7 @@ from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.registry import ModelRegistry
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
 FACTS = ModelMetadata(
@@ -53,7 +54,7 @@ def scripted(
 
 
 @contextmanager
-def loopback(model: ServedModel, settings: ServeSettings | None = None) -> Iterator[str]:
+def loopback(model: ServedModel | ModelRegistry, settings: ServeSettings | None = None) -> Iterator[str]:
     """Serve ``model``; its URL. Everything has ended when this returns."""
     server = server_of(model, settings or ServeSettings())
     with bind("127.0.0.1", 0) as listening:
@@ -67,5 +68,6 @@ def loopback(model: ServedModel, settings: ServeSettings | None = None) -> Itera
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            model.stopping = True
+            for one in model.models if isinstance(model, ModelRegistry) else (model,):
+                one.stopping = True
             thread.join(10)

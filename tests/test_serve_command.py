@@ -26,6 +26,7 @@ WAIT = 60.0
 # The command with a model that answers without end, so that nothing is loaded.
 ENDLESS = """
 import sys
+from ollama_forge.errors import ForgeError
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.serving import model as model_module
@@ -33,15 +34,18 @@ from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
-def load(checkpoint, name, *, load, max_queue, slots):
-    engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
-    return model_module.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
+def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx):
+    def make_engine():
+        if checkpoint.label == "broken":
+            raise ForgeError("a shard is damaged", "download it again")
+        return ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=num_ctx or 1 << 40)
+    return model_module.ServedModel(name, tokenizer(), None, FACTS, max_queue=max_queue, make_engine=make_engine)
 
 def resolved(model, revision, *, trust_remote_code, adapter):
     return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
 
 resolve.resolve = resolved
-model_module.ServedModel.load = load
+model_module.ServedModel.unloaded = unloaded
 from ollama_forge.cli.main import main
 main()
 """
@@ -61,7 +65,7 @@ def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
     try:
         assert process.stderr is not None
         said = ""
-        while " is served at " not in said:
+        while " served at " not in said:
             said = process.stderr.readline()
             assert said, "it ended"
         yield process, said.split()[-1]
@@ -106,6 +110,26 @@ def test_an_adapter_is_merged_into_the_model() -> None:
         assert ask(url, "/api/show", {"model": "demo-tuned"}).status == 200
 
 
+def test_several_models_are_loaded_on_demand() -> None:
+    with serving("--checkpoint", "other", "--checkpoint", "broken", "--num-ctx", "999") as (_, url):
+
+        def get(path: str) -> list[dict[str, Any]]:
+            with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=WAIT)) as connection:
+                connection.request("GET", path)
+                return json.loads(connection.getresponse().read())["models"]  # type: ignore[no-any-return]
+
+        assert [one["name"] for one in get("/api/tags")] == ["demo:latest", "other:latest", "broken:latest"]
+        assert get("/api/ps") == []
+        asked = {"messages": [{"role": "user", "content": "hi"}]}
+        failed = ask(url, "/api/chat", {"model": "broken", **asked})
+        assert failed.status == 500
+        assert "broken cannot be loaded: a shard is damaged" in json.loads(failed.read())["error"]
+        answer = ask(url, "/api/chat", {"model": "other", **asked})
+        assert json.loads(answer.readline())["done"] is False
+        assert [(one["name"], one["context_length"]) for one in get("/api/ps")] == [("other:latest", 999)]
+        answer.close()
+
+
 def test_key_and_origins_of_the_environment() -> None:
     with serving(OLLAMA_FORGE_API_KEY="s3cret", OLLAMA_ORIGINS="https://my.page, https://b") as (_, url):
         place = urlsplit(url)
@@ -139,6 +163,12 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
         (["--checkpoint", "no/such/folder"], 1, "error: no/such/folder does not exist"),
         (["--name", "never-made"], 1, "error: abliterate-never-made holds no edited model"),
         ([], 2, "error: give --name or --checkpoint"),
+        (
+            ["--name", "a", "--checkpoint", "x", "--checkpoint", "y"],
+            2,
+            "the numbers of --name (1) and --checkpoint (2) differ",
+        ),
+        (["--checkpoint", "x", "--checkpoint", "y", "--adapter", "z"], 2, "--revision and --adapter are of one model"),
         (["--checkpoint", "demo", "--port", "99999"], 2, "99999 is not in the range"),
         (["--checkpoint", "demo", "--host", "203.0.113.7"], 1, "203.0.113.7 cannot be used"),
     ],
@@ -160,6 +190,11 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"http://127.0.0.1:{port}\n" in said
         assert f"OLLAMA_HOST=127.0.0.1:{port} " in said
         assert "warning" not in said
+        announce("a", ServeSettings(), listening, limits="one answer at a time")
+        said = capsys.readouterr().err
+        assert f"a is served at http://127.0.0.1:{port}\n  limits:             one answer at a time\n" in said
+        announce("a", ServeSettings(), listening, more=2)
+        assert f"a and 2 more are served at http://127.0.0.1:{port}\n" in capsys.readouterr().err
         announce("a", ServeSettings(host="0.0.0.0"), listening)
         said = capsys.readouterr().err
         assert "warning: 0.0.0.0 is reached from other machines" in said

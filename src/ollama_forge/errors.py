@@ -27,6 +27,10 @@ class UsageError(ForgeError):
     exit_status = 2
 
 
+class MemoryTooSmall(ForgeError):  # noqa: N818
+    """A model does not fit the free memory."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most 300 characters; its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

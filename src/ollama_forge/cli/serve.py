@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,19 @@ if TYPE_CHECKING:
 
 
 @click.command("serve")
-@click.option("--name", help="Name of a model that run made; with --checkpoint, the name to serve it under.")
-@click.option("--checkpoint", metavar="MODEL", help="A checkpoint folder, or anything that --model takes.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="Name of a model that run made; with --checkpoint, the name to serve it under. May be given several times.",
+)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    metavar="MODEL",
+    help="A checkpoint folder, or anything that --model takes. May be given several times.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -48,20 +60,34 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds after which a client is dropped that does not read its answer.",
 )
+@click.option(
+    "--num-ctx",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Largest context length in tokens, which bounds the memory for keys and values (default: the model's).",
+)
+@click.option(
+    "--max-loaded",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Largest number of models in memory at a time, if several are served.",
+)
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
-    """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
+    """Serve one or several models over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
-    if options["name"] is None and options["checkpoint"] is None:
-        raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
+    named = _named_models(options["names"], options["checkpoints"])
+    if len(named) > 1 and (options["revision"] or options["adapter"]):
+        raise UsageError("--revision and --adapter are of one model", "serve that model alone")
     load = opt.load_settings(options)
     from ollama_forge.progress import status
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
     from ollama_forge.serving.api.server import serve as run
     from ollama_forge.serving.model import ServedModel
-    from ollama_forge.serving.registry import servable_name
+    from ollama_forge.serving.registry import ModelRegistry, servable_name
     from ollama_forge.sources.resolve import resolve
 
     settings = ServeSettings(
@@ -71,27 +97,47 @@ def serve(**options: Any) -> None:
         write_timeout=options["write_timeout"],
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
+    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx")}
     with bind(settings.host, settings.port) as listening:
-        checkpoint = resolve(
-            _model_of(options["name"], options["checkpoint"]),
-            options["revision"],
-            trust_remote_code=load.trust_remote_code,
-            adapter=options["adapter"],
-        )
-        name = servable_name(options["name"] or _default_name(checkpoint))
-        with status(f"loading {name}"):
-            model = ServedModel.load(
-                checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
+        models = []
+        for given, source in named:
+            checkpoint = resolve(
+                source, options["revision"], trust_remote_code=load.trust_remote_code, adapter=options["adapter"]
             )
-        announce(name, settings, listening)
-        run(model, settings, listening)
+            name = servable_name(given or _default_name(checkpoint))
+            if len(named) > 1:  # loaded when they are asked for
+                models.append(ServedModel.unloaded(checkpoint, name, load=load, **how))
+                continue
+            with status(f"loading {name}"):
+                models.append(ServedModel.load(checkpoint, name, load=load, **how))
+        _require_distinct([model.name for model in models])
+        announce(models[0].name, settings, listening, limits=models[0].limits, more=len(models) - 1)
+        run(ModelRegistry(*models, max_loaded=options["max_loaded"]), settings, listening)
 
 
-def _model_of(name: str | None, checkpoint: str | None) -> str:
-    if checkpoint is not None:
-        return checkpoint
-    assert name is not None
-    return str(run_output(name))
+def _named_models(names: Sequence[str], checkpoints: Sequence[str]) -> list[tuple[str | None, str]]:
+    """The name to serve each model under (None: its own), and the model."""
+    if not names and not checkpoints:
+        raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
+    if not checkpoints:
+        return [(name, str(run_output(name))) for name in names]
+    if names and len(names) != len(checkpoints):
+        raise UsageError(
+            f"the numbers of --name ({len(names)}) and --checkpoint ({len(checkpoints)}) differ",
+            "give each checkpoint its name, in the same order, or leave --name out; "
+            "what run made is --checkpoint abliterate-NAME/checkpoint",
+        )
+    return [(names[index] if names else None, checkpoint) for index, checkpoint in enumerate(checkpoints)]
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    """Raise UsageError if two models have the same name for clients."""
+    from ollama_forge.serving.registry import ModelName
+
+    full = [parsed.full.lower() if (parsed := ModelName.parse(name)) else name for name in names]
+    for index, name in enumerate(names):
+        if full[index] in full[:index]:
+            raise UsageError(f"two models are called {name}", "give each checkpoint a --name of its own")
 
 
 def _default_name(checkpoint: Checkpoint) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -80,7 +80,7 @@ class StopForward(Exception):  # noqa: N818
 
 
 class ChatModel:
-    """A causal language model with its tokenizer; see ``ChatModel.load``.
+    """A causal language model with its tokenizer; see ``ChatModel.load`` and ``ChatModel.load_unmapped``.
 
     Attributes:
         streams: whether its weights are read from disk for every forward pass.
@@ -90,10 +90,12 @@ class ChatModel:
     streams: ClassVar[bool] = False
     loads = 0
 
-    def __init__(self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap, settings: LoadSettings) -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap | None, settings: LoadSettings
+    ) -> None:
         self.module = module.eval()
         self.tokenizer = tokenizer
-        self.model_map = model_map
+        self._model_map = model_map
         self.settings = settings
         self.device = next(module.parameters()).device
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
@@ -115,6 +117,19 @@ class ChatModel:
         """
         if model_map is None:
             model_map = map_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
+        return cls._load(checkpoint, settings, model_map)
+
+    @classmethod
+    def load_unmapped(cls, checkpoint: Checkpoint, settings: LoadSettings) -> ChatModel:
+        """Load a checkpoint that is only run, not edited: any causal LM of transformers, also one without a template.
+
+        Raises:
+            ForgeError: weights are missing or unreadable, or memory is too small.
+        """
+        return cls._load(checkpoint, replace(settings, allow_base_model=True), None)
+
+    @classmethod
+    def _load(cls, checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap | None) -> ChatModel:
         tokenizer = load_tokenizer(checkpoint, model_map, settings)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
@@ -126,6 +141,8 @@ class ChatModel:
             load_in_8bit=settings.load_in_8bit,
             trust_remote_code=settings.trust_remote_code,
         )
+        if model_map is None:
+            tokenizer.vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         if not settings.load_in_8bit:
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
@@ -140,6 +157,13 @@ class ChatModel:
         return forced(self, prompts, answers, max_new_tokens, support=self.batch_support, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
+
+    @property
+    def model_map(self) -> ModelMap:
+        """The matrices by role; a model that was loaded unmapped has none."""
+        if self._model_map is None:
+            raise ValueError("the model was loaded without a map of its roles")
+        return self._model_map
 
     def layer(self, index: int) -> nn.Module:
         return self._module_at(self.model_map.layers[index])
@@ -257,7 +281,7 @@ class ChatModel:
             release_memory()
 
 
-def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSettings) -> Tokenizer:
+def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap | None, settings: LoadSettings) -> Tokenizer:
     """Load a checkpoint's tokenizer with the settings' system prompt and template arguments.
 
     Raises:
@@ -267,8 +291,8 @@ def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap, settings: LoadSe
         checkpoint.folder,
         system=settings.system,
         template_kwargs=settings.template_kwargs,
-        vocabulary=model_map.vocabulary,
-        positions=model_map.learned_positions,
+        vocabulary=None if model_map is None else model_map.vocabulary,
+        positions=None if model_map is None else model_map.learned_positions,
         trust_remote_code=settings.trust_remote_code,
     )
     if not tokenizer.template.text and not settings.allow_base_model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ollama_forge.architectures.model_class import auto_class
+from ollama_forge.architectures.model_class import auto_class, has_text_class
 from ollama_forge.architectures.model_map import ModelMap, Role
 from ollama_forge.architectures.names.spelling import Spelling
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.model_types import needs_own_code
-from ollama_forge.errors import ForgeError, error_line
+from ollama_forge.errors import ForgeError, MemoryTooSmall, error_line
 from ollama_forge.files import human_size
 from ollama_forge.models.decoded import decoded_tensors
 from ollama_forge.models.device import is_out_of_memory, memory_available, require_8bit
@@ -26,12 +27,13 @@ from ollama_forge.system import available_memory
 
 _OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
 _KEPT_IN_8BIT = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
+_TRIAL_TOKENS = 4
 _IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same time
 
 
 def load_module(
     checkpoint: Checkpoint,
-    model_map: ModelMap,
+    model_map: ModelMap | None,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -44,6 +46,8 @@ def load_module(
     Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
     Args:
+        model_map: the checkpoint's matrices by role; None for a model that is only run. Without a map, the text model
+            is loaded alone if the whole one does not run on text, and tensors that it lacks are ignored with a note.
         without_weights: leave what the checkpoint holds on the meta device, and all else on the CPU.
         load_in_8bit: load with bitsandbytes.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
@@ -59,27 +63,51 @@ def load_module(
         check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
     own_code = trust_remote_code and needs_own_code(checkpoint.config)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
-    with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            text = model_map.text_alone
-            loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=text, empty=without_weights)
-            options |= {} if without_weights else _placement(device, load_in_8bit=load_in_8bit)
-            loaded: Any = loader(
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_complete reports them by name
-                **options,
-            )
-        except Exception as error:  # invalid configs and weights make transformers raise any exception
-            raise _load_error(checkpoint, device, error) from error
-    module, info = loaded
-    _check_complete(checkpoint, model_map, module, info)
-    if model_map.tied:
-        _check_tied(checkpoint, module)
-    if model_map.text_alone:
+
+    def load(*, text_alone: bool) -> nn.Module:
+        placement = {} if without_weights else _placement(device, load_in_8bit=load_in_8bit)
+        with quiet_transformers():
+            try:
+                config = AutoConfig.from_pretrained(checkpoint.folder, **options)
+                loader = _loader(
+                    checkpoint, config, trust_remote_code=own_code, text_alone=text_alone, empty=without_weights
+                )
+                loaded: Any = loader(
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # _check_complete reports them by name
+                    **options,
+                    **placement,
+                )
+            except Exception as error:  # invalid configs and weights make transformers raise any exception
+                raise _load_error(checkpoint, device, error) from error
+        module, info = loaded
+        _check_complete(checkpoint, model_map, module, info)
+        if _is_tied_on_disk(checkpoint, module) if model_map is None else model_map.tied:
+            _check_tied(checkpoint, module)
+        return module  # type: ignore[no-any-return]
+
+    text_alone = model_map is not None and model_map.text_alone
+    module = load(text_alone=text_alone)
+    if model_map is None and not own_code and has_text_class(checkpoint.config) and not _runs_on_text(module):
+        del module
+        text_alone, module = True, load(text_alone=True)
+    if text_alone:
         say("note: the class of the whole model does not run on text; the text model is loaded alone")
-    return module  # type: ignore[no-any-return]
+    return module
+
+
+@torch.inference_mode()
+def _runs_on_text(module: nn.Module) -> bool:
+    """Whether a forward pass over token ids alone works."""
+    device = next(module.parameters()).device
+    try:
+        module.eval()(input_ids=torch.arange(2, 2 + _TRIAL_TOKENS, device=device)[None], use_cache=False)
+    except Exception as error:  # a class that misses its other inputs raises any exception
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _loader(
@@ -130,7 +158,7 @@ def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 def check_memory(
-    checkpoint: Checkpoint, model_map: ModelMap, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+    checkpoint: Checkpoint, model_map: ModelMap | None, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
 ) -> None:
     """Check that the device, and the host while it loads the weights, have enough free memory.
 
@@ -140,7 +168,7 @@ def check_memory(
     precision = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
     needed, free = memory_needed(checkpoint, model_map, dtype, load_in_8bit=load_in_8bit), memory_available(device)
     if needed > free:
-        raise ForgeError(
+        raise MemoryTooSmall(
             f"{checkpoint.label} in {precision} needs about {human_size(needed)}, "
             f"but {device} has {human_size(free)} free",
             _memory_hint(device, dtype, load_in_8bit),
@@ -150,7 +178,7 @@ def check_memory(
     staged = _IN_FLIGHT * _largest_tensor(checkpoint, model_map) * max(dtype.itemsize, 4)
     host = available_memory()
     if staged > host:
-        raise ForgeError(
+        raise MemoryTooSmall(
             f"loading {checkpoint.label} needs about {human_size(staged)} of host memory, "
             f"but {human_size(host)} are free",
             "end other programs, or use a smaller model",
@@ -158,23 +186,28 @@ def check_memory(
 
 
 def memory_needed(
-    checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, *, load_in_8bit: bool = False
+    checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, *, load_in_8bit: bool = False
 ) -> int:
     """Bytes of memory that a whole model needs."""
     return int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD)
 
 
-def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap) -> int:
+def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
     """Number of values of the largest tensor on disk or in memory, where the experts of a layer may be one tensor."""
     sizes = Counter[tuple[str, str]]()
-    for matrix in model_map.matrices:
+    if model_map is None:  # experts are numbered within a layer, which is numbered, too
+        for name, shape in checkpoint.tensors.shapes.items():
+            experts = re.match(r".*\.\d+\..*(?=\.\d+\.)", name)
+            if experts:
+                sizes[experts[0], ""] += math.prod(shape)
+    for matrix in model_map.matrices if model_map is not None else ():
         if matrix.place.expert is not None:
             sizes[matrix.place.module, matrix.place.parameter] += math.prod(matrix.shape)
     return max(*sizes.values(), *map(math.prod, checkpoint.tensors.shapes.values()), 0)
 
 
-def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, load_in_8bit: bool) -> int:
-    if not load_in_8bit:
+def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, load_in_8bit: bool) -> int:
+    if not load_in_8bit or model_map is None:
         return checkpoint.parameters * dtype.itemsize
     whole = sum(  # bitsandbytes keeps embeddings, the unembedding and all that is no linear module in dtype
         math.prod(matrix.shape)
@@ -193,7 +226,7 @@ def _memory_hint(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -
 
 def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
     if is_out_of_memory(error):
-        return ForgeError(
+        return MemoryTooSmall(
             f"{checkpoint.label} does not fit the memory of {device}", "use --device cpu, or a smaller model"
         )
     if isinstance(error, ImportError):
@@ -206,8 +239,8 @@ def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) 
     )
 
 
-def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, module: Any, info: Mapping[str, Any]) -> None:
-    """Raise ForgeError if transformers initialised missing weights or ignored stored ones."""
+def _check_complete(checkpoint: Checkpoint, model_map: ModelMap | None, module: Any, info: Mapping[str, Any]) -> None:
+    """Raise ForgeError if transformers initialised missing weights, or ignored stored ones that the map knows."""
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, expected = mismatched[0]
@@ -222,6 +255,11 @@ def _check_complete(checkpoint: Checkpoint, model_map: ModelMap, module: Any, in
             f"{checkpoint.label} is incomplete: {missing[0]} is missing{_and_more(missing)}",
             "download or save the model again",
         )
+    if model_map is None:
+        ignored = sorted(info["unexpected_keys"])
+        if ignored:
+            say(f"note: the class of {checkpoint.label} has no weight {ignored[0]}{_and_more(ignored)}, and ignores it")
+        return
     unknown = sorted(
         key for key in info["unexpected_keys"] if not any(_same_but_prefix(key, name) for name in model_map.unused)
     )
@@ -243,6 +281,15 @@ def _same_but_prefix(key: str, name: str) -> bool:
 
 def _and_more(names: Collection[object]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _is_tied_on_disk(checkpoint: Checkpoint, module: Any) -> bool:
+    """Whether the config ties the head to the embedding, and the checkpoint stores no head."""
+    head = getattr(module.get_output_embeddings(), "weight", None)
+    named = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+    if head is None or not getattr(module.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    return not any(_same_but_prefix(name, named.get(id(head), "")) for name in checkpoint.tensors.shapes)
 
 
 def _check_tied(checkpoint: Checkpoint, module: Any) -> None:

@@ -88,13 +88,14 @@ class ModelMetadata:
             parameters=model_parameters(checkpoint),
         )
 
-    def with_pooling(self, pooling: int | None, context_length: int) -> ModelMetadata:
+    def with_pooling(self, pooling: int | None, max_length: int | None) -> ModelMetadata:
         """The metadata of an embedding model.
 
         Args:
             pooling: GGUF's number of its pooling; None if it has none there.
-            context_length: maximum number of tokens of an input.
+            max_length: maximum number of tokens of an input; None: as many as the model has positions.
         """
+        context_length = min(max_length or self.context_length, self.context_length or max_length or 0)
         added = {"context_length": context_length, **({} if pooling is None else {"pooling_type": pooling})}
         info = {**self.model_info, **{f"{self.family}.{key}": value for key, value in added.items()}}
         return replace(self, context_length=context_length, model_info=info)

@@ -49,6 +49,7 @@ class ServedModel:
         prompts: renders and encodes prompts.
         capabilities: those of completion, tools, thinking and vision that the model has; embedding for a model that
             only embeds.
+        limits: what cannot be done with this model, "" for nothing; known when it is loaded.
         stopping: set when the server shuts down; answers that still run then end in an error.
     """
 
@@ -56,7 +57,7 @@ class ServedModel:
         self,
         name: str,
         tokenizer: Any,
-        engine: Engine,
+        engine: Engine | None,
         metadata: ModelMetadata,
         *,
         template: str | None = None,
@@ -65,55 +66,84 @@ class ServedModel:
         vision: bool = True,
         max_queue: int = 512,
         embedded_text: Callable[[str], str] | None = None,
+        make_engine: Callable[[], Engine] | None = None,
     ) -> None:
         """Serve ``engine`` under ``name``.
 
         Args:
+            engine: None for a model that is loaded later.
             template: the chat template; None: the tokenizer's.
             end_ids: ids of the tokens that end an answer; None: the tokenizer's end-of-sequence token.
             vision: whether images are taken, if the engine can encode them.
             max_queue: how many requests may wait for a slot.
             embedded_text: of a model that only embeds, makes what is embedded of a text.
+            make_engine: loads the engine, which takes seconds to minutes; None for a model that is never unloaded.
         """
-        self.name, self.tokenizer, self.engine, self.metadata = name, tokenizer, engine, metadata
+        self.name, self.tokenizer, self.metadata = name, tokenizer, metadata
         self.template = template_text(tokenizer) if template is None else template
-        encoder = engine if vision and isinstance(engine, ImageEncoder) else None
+        self._make_engine = make_engine
+        self._engine: Engine | None = None
+        self._vision, self._max_queue = vision, max_queue
+        self.limits = ""
         self.prompts = PromptBuilder(
             tokenizer,
             self.template,
-            engine.context_length,
-            encoder=encoder,
+            metadata.context_length,
             system=metadata.system,
             template_kwargs=template_kwargs,
         )
         own = getattr(tokenizer, "eos_token_id", None)
         self._end_ids = end_ids if end_ids is not None else frozenset([own] if own is not None else [])
         self._tokens = TokenBytes(tokenizer)
-        memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
-        self.admission = Admission(engine.slots, max_queue, memory)
-        self.embedding = Admission(_EMBEDDINGS, max_queue)
         self._embedded_text = embedded_text
-        self.capabilities = self._find_capabilities()
+        self.capabilities = self._find_capabilities(vision)
         self.stopping = False
+        if engine is not None:
+            self.attach(engine)
 
     @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
-    ) -> ServedModel:
-        """Load a checkpoint into the transformers engine, which generates up to ``slots`` answers at a time.
+    def load(cls, checkpoint: Checkpoint, name: str, **options: Any) -> ServedModel:
+        """Load a checkpoint into the transformers engine; the options are those of ``unloaded``.
 
         An embedding model is loaded into the encoder engine.
 
         Raises:
             ForgeError: the checkpoint cannot be loaded.
         """
+        model = cls.unloaded(checkpoint, name, **options)
+        model.attach(model.make_engine())
+        return model
+
+    @classmethod
+    def unloaded(
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        load: LoadSettings,
+        max_queue: int,
+        slots: int = 16,
+        num_ctx: int | None = None,
+    ) -> ServedModel:
+        """A checkpoint's model without its weights, which ``make_engine`` loads into the transformers engine.
+
+        Args:
+            slots: how many answers are generated at a time.
+            num_ctx: bounds the context length; None: the model's own.
+
+        Raises:
+            ForgeError: the tokenizer cannot be loaded.
+        """
         modules = SentenceModules.of(checkpoint)
         if modules is not None:
-            return cls._load_encoder(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
-        from ollama_forge.serving.engine.vision import load_engine
+            return cls._unloaded_encoder(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
+
+        def make_engine() -> Engine:
+            from ollama_forge.serving.engine.vision import load_engine
+
+            return load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx)
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
-        engine = load_engine(checkpoint, load, slots=slots)
         metadata = ModelMetadata.of(checkpoint, load.system)
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
@@ -121,16 +151,17 @@ class ServedModel:
         return cls(
             name,
             tokenizer.backend,
-            engine,
+            None,
             metadata,
             template_kwargs=load.template_kwargs,
             end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
             max_queue=max_queue,
+            make_engine=make_engine,
         )
 
     @classmethod
-    def _load_encoder(
+    def _unloaded_encoder(
         cls,
         checkpoint: Checkpoint,
         name: str,
@@ -140,14 +171,76 @@ class ServedModel:
         max_queue: int,
         slots: int,
     ) -> ServedModel:
-        from ollama_forge.serving.engine.encoder import load_encoder
-
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code).backend
-        engine = load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
-        metadata = ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, engine.context_length)
-        return cls(name, tokenizer, engine, metadata, template="", max_queue=max_queue, embedded_text=modules.text)
 
-    def _find_capabilities(self) -> frozenset[str]:
+        def make_engine() -> Engine:
+            from ollama_forge.serving.engine.encoder import load_encoder
+
+            return load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
+
+        return cls(
+            name,
+            tokenizer,
+            None,
+            ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, modules.max_length),
+            template="",
+            max_queue=max_queue,
+            embedded_text=modules.text,
+            make_engine=make_engine,
+        )
+
+    # -- the engine -----------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            EngineError: the model is not loaded.
+        """
+        if self._engine is None:
+            raise EngineError("the model is not loaded")
+        return self._engine
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def can_unload(self) -> bool:
+        """Whether the engine can be loaded again."""
+        return self._make_engine is not None
+
+    def make_engine(self) -> Engine:
+        """Load the engine, which takes seconds to minutes: call this outside the event loop.
+
+        Raises:
+            ForgeError: it cannot be loaded.
+        """
+        assert self._make_engine is not None
+        return self._make_engine()
+
+    def attach(self, engine: Engine) -> None:
+        """Answer with ``engine`` from now on."""
+        encoder = engine if self._vision and isinstance(engine, ImageEncoder) else None
+        self._engine = engine
+        self.limits = str(getattr(engine, "limits", ""))
+        self.prompts.context_length, self.prompts.encoder = engine.context_length, encoder
+        memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
+        self.admission = Admission(engine.slots, self._max_queue, memory)
+        self.embedding = Admission(_EMBEDDINGS, self._max_queue)
+        self.capabilities = self._find_capabilities(encoder is not None)
+
+    def unload(self) -> None:
+        """Close the engine and give its memory back; no request may use it. This may take a second."""
+        from ollama_forge.models.device import release_memory
+
+        engine, self._engine, self.prompts.encoder = self.engine, None, None
+        engine.close()
+        del engine
+        release_memory()
+
+    def _find_capabilities(self, vision: bool) -> frozenset[str]:
         if self._embedded_text is not None:
             return frozenset({"embedding"})
         template = self.prompts.template
@@ -155,7 +248,7 @@ class ServedModel:
             "completion": True,
             "tools": template.takes_tools,
             "thinking": template.thinks,
-            "vision": self.prompts.encoder is not None,
+            "vision": vision,
         }
         return frozenset(name for name, has in found.items() if has)
 
@@ -306,12 +399,13 @@ class ServedModel:
 
     @property
     def healthy(self) -> bool:
-        """Whether its engine can answer requests."""
-        return self.engine.healthy
+        """Whether its engine can answer requests, if it is loaded."""
+        return self._engine is None or self._engine.healthy
 
     async def close(self) -> None:
         """End all answers and free the engine."""
-        self.engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
 
 def _unit(vector: Sequence[float]) -> list[float]:

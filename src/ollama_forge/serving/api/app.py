@@ -26,9 +26,9 @@ from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
 
 
-def build_app(model: ServedModel, settings: ServeSettings | None = None) -> FastAPI:
-    """Build the application that serves ``model``, and that closes ``model`` when it shuts down."""
-    registry = ModelRegistry(model)
+def build_app(served: ServedModel | ModelRegistry, settings: ServeSettings | None = None) -> FastAPI:
+    """Build the application that serves one model or several, and that closes them when it shuts down."""
+    registry = served if isinstance(served, ModelRegistry) else ModelRegistry(served)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

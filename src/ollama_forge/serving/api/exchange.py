@@ -19,7 +19,7 @@ from ollama_forge.serving.engine.base import ToolCallGrammar
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.parameters import with_parameters
-from ollama_forge.serving.registry import ModelName, ModelRegistry
+from ollama_forge.serving.registry import Lease, ModelName, ModelRegistry
 from ollama_forge.serving.requests import (
     BadRequest,
     ChatRequest,
@@ -73,23 +73,27 @@ async def exchange(
     images = any(message.images for message in request.messages)
     check_capabilities(model, request.model, tools=bool(request.tools), think=bool(request.think), images=images)
     record = record_of(http, model)
-    prompt_tokens = 0
-    events = _nothing_generated()
-    if request.messages:
-        generation = await asyncio.to_thread(generation_request, model, request)
-        prompt_tokens = len(generation.prompt.ids)
-        events = observed(answers_of(model, request, generation), record)
-    registry.keep(model)
-    events = _then_keep_alive(events, registry, model, request.keep_alive)
-    if not request.stream:
-        async with aclosing(events):
-            completions = await while_connected(http, Completion.collect_choices(events, request.choices))
-        size = sum(len(one.content) + len(one.thinking) + 256 * len(one.logprobs) for one in completions)
-        return await off_loop(size, lambda: api.json(whole(*completions)))
+    lease = await while_connected(http, registry.acquire(model))
     try:
-        first = await while_connected(http, _first(events))
+        prompt_tokens = 0
+        events = _nothing_generated()
+        if request.messages:
+            generation = await asyncio.to_thread(generation_request, model, request)
+            prompt_tokens = len(generation.prompt.ids)
+            events = observed(answers_of(model, request, generation), record)
+        events = _then_release(events, lease, request.keep_alive)
+        if not request.stream:
+            async with aclosing(events):
+                completions = await while_connected(http, Completion.collect_choices(events, request.choices))
+            size = sum(len(one.content) + len(one.thinking) + 256 * len(one.logprobs) for one in completions)
+            return await off_loop(size, lambda: api.json(whole(*completions)))
+        try:
+            first = await while_connected(http, _first(events))
+        except BaseException:
+            await events.aclose()
+            raise
     except BaseException:
-        await events.aclose()
+        lease.release(request.keep_alive)
         raise
     return Stream(streamed(first, events, writer(prompt_tokens)), events, media_type=api.stream_type)
 
@@ -213,16 +217,14 @@ async def _nothing_generated() -> AsyncGenerator[Event]:
     yield Done("load")
 
 
-async def _then_keep_alive(
-    events: AsyncGenerator[Event], registry: ModelRegistry, model: ServedModel, seconds: float | None
-) -> AsyncGenerator[Event]:
-    """Pass the events on; at their end, the time of ``keep_alive`` begins."""
+async def _then_release(events: AsyncGenerator[Event], lease: Lease, keep_alive: float | None) -> AsyncGenerator[Event]:
+    """Pass the events on; at their end, the model is released."""
     async with aclosing(events):
         try:
             async for event in events:
                 yield event
         finally:
-            registry.keep(model, seconds)
+            lease.release(keep_alive)
 
 
 async def _first(events: AsyncGenerator[Event]) -> Event:

@@ -19,6 +19,7 @@ from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings, is_loopback
 from ollama_forge.serving.api.telemetry import log_requests
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.registry import ModelRegistry
 
 GRACE = 3.0  # seconds in which running answers may finish
 _MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
@@ -49,13 +50,20 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def announce(name: str, settings: ServeSettings, listening: socket.socket) -> None:
-    """Print the address of the server and how clients connect to it."""
+def announce(name: str, settings: ServeSettings, listening: socket.socket, *, limits: str = "", more: int = 0) -> None:
+    """Print the address of the server and how clients connect to it.
+
+    Args:
+        limits: what cannot be done with the model.
+        more: how many other models are served.
+    """
     port = listening.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     reached = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     key = "any key" if settings.api_key is None else "with the API key"
-    say(f"{name} is served at http://{reached}:{port}")
+    say(f"{name}{f' and {more} more' if more else ''} {'are' if more else 'is'} served at http://{reached}:{port}")
+    if limits:
+        say(f"  limits:             {limits}")
     say(f"  ollama:             OLLAMA_HOST={reached}:{port} ollama run {name}")
     say(f"  OpenAI clients:     OPENAI_BASE_URL=http://{reached}:{port}/v1 ({key})")
     say(f"  Anthropic clients:  ANTHROPIC_BASE_URL=http://{reached}:{port}")
@@ -64,18 +72,20 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket) -> No
         say(f"warning: {settings.host} is reached from other machines{keyless}")
 
 
-def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket) -> None:
+def serve(registry: ModelRegistry, settings: ServeSettings, listening: socket.socket) -> None:
     """Serve until Ctrl-C or SIGTERM; return when all requests have ended. Each is logged in a line on stderr."""
     log_requests()
-    server_of(model, settings).run(sockets=[listening])
+    server_of(registry, settings).run(sockets=[listening])
 
 
-def server_of(model: ServedModel, settings: ServeSettings) -> Server:
+def server_of(served: ServedModel | ModelRegistry, settings: ServeSettings) -> Server:
+    registry = served if isinstance(served, ModelRegistry) else ModelRegistry(served)
+
     class Timed(Protocol):
         write_timeout = settings.write_timeout
 
     config = uvicorn.Config(
-        build_app(model, settings),
+        build_app(registry, settings),
         http=Timed,
         ws="none",
         log_level="warning",
@@ -83,15 +93,15 @@ def server_of(model: ServedModel, settings: ServeSettings) -> Server:
         server_header=False,
         timeout_graceful_shutdown=int(GRACE) + _MORE_GRACE,
     )
-    return Server(config, model)
+    return Server(config, registry)
 
 
 class Server(uvicorn.Server):
     """Ends running answers before it closes connections, and treats SIGINT and SIGTERM as a normal end."""
 
-    def __init__(self, config: uvicorn.Config, model: ServedModel) -> None:
+    def __init__(self, config: uvicorn.Config, registry: ModelRegistry) -> None:
         super().__init__(config)
-        self._model = model
+        self._registry = registry
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -115,7 +125,8 @@ class Server(uvicorn.Server):
 
     async def _end_answers(self) -> None:
         await asyncio.sleep(GRACE)
-        self._model.stopping = True
+        for model in self._registry.models:
+            model.stopping = True
 
 
 class Protocol(H11Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,12 +12,10 @@ from torch import Tensor
 from ollama_forge.models.device import is_out_of_memory
 from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedKVCache
 from ollama_forge.serving.engine.kv_cache import KVCache
-from ollama_forge.serving.engine.model_runner import Forward, Media, on_device
+from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
 from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
 
-_CHUNK = {"cpu": 256}
-_CHUNK_ON_DEVICE = 1024
 _MOST_GROUPS = 4
 _WASTE_TOGETHER = 512  # padding columns that cost less than another call of the attention function
 _WASTE_APART = 4096  # padding columns that cost less than another forward pass
@@ -85,16 +84,28 @@ class BatchedRunner:
     Args:
         has_kv: for each layer, whether it stores keys and values (``kv_cache.layers_with_kv``).
         nbytes: maximum size of the prefix cache.
+        splits: whether prompts may be prefilled in chunks.
+        reuses: whether the keys and values of other sequences may be continued.
 
     Attributes:
         rows: the running sequences.
         groups: their groups; none is empty.
     """
 
-    def __init__(self, forward: Forward, has_kv: Sequence[bool], slots: int, nbytes: int) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        has_kv: Sequence[bool],
+        slots: int,
+        nbytes: int,
+        *,
+        splits: bool = True,
+        reuses: bool = True,
+    ) -> None:
         self.forward, self.has_kv, self.slots = forward, has_kv, slots
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
-        self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
+        self.chunk = chunk_of(forward.device) if splits else sys.maxsize
+        self.reuses = reuses
         self.rows: list[Row] = []
         self.groups: list[RowGroup] = []
         self._switch = AttentionSwitch(forward.model.module)
@@ -115,7 +126,7 @@ class BatchedRunner:
         """The longest prefix of a prompt that the prompt of a running sequence begins with."""
         usable = tuple(prompt[:-1])
         best, length = None, 0
-        for row in self.rows:
+        for row in self.rows if self.reuses else ():
             shared = common_prefix(row.prompt, usable)
             if shared > length:
                 best, length = row, shared
@@ -253,7 +264,7 @@ class BatchedRunner:
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
         leaving = self.rows[row]
-        if ids is not None:
+        if ids is not None and self.reuses:
             self._keep(leaving, ids)
         leaving.group.remove(leaving)
         self.rows[row] = self.rows[-1]

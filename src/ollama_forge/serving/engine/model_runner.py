@@ -1,18 +1,25 @@
-"""The model as the scheduler sees it, its forward pass, and a runner that decodes one sequence at a time."""
+"""The model as the scheduler sees it, its forward pass, and what its state allows."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.serving.engine.prefix_cache import PrefixCache
 
 Media = Mapping[str, Tensor] | None
+_CHUNK = {"cpu": 256}
+_CHUNK_ON_DEVICE = 1024
+
+
+def chunk_of(device: torch.device) -> int:
+    """Number of prompt tokens that are prefilled in one pass."""
+    return _CHUNK.get(device.type, _CHUNK_ON_DEVICE)
 
 
 class Prefill(Protocol):
@@ -62,6 +69,37 @@ class ModelRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StateSupport:
+    """What can be done with a model's state after some tokens (keys and values, recurrent states).
+
+    Attributes:
+        caches: decode from it; otherwise each token takes a pass over the whole text.
+        batches: decode several sequences together.
+        splits: prefill a prompt in chunks.
+        reuses: continue it with the rest of a later prompt that begins with the same tokens.
+    """
+
+    caches: bool = True
+    batches: bool = True
+    splits: bool = True
+    reuses: bool = True
+
+    @property
+    def limits(self) -> str:
+        """What cannot be done, for the user; "" for a model that can do everything."""
+        lacks = []
+        if not self.caches:
+            return "one answer at a time and without a cache, because decoding from its cache changes the answer"
+        if not self.batches:
+            lacks.append("one answer at a time")
+        if not self.splits:
+            lacks.append("prompts in one pass")
+        if not self.reuses:
+            lacks.append("each turn from its beginning")
+        return f"{', '.join(lacks)}, because its state allows no more" if lacks else ""
+
+
 class Forward:
     """The model's forward pass; it leaves out inputs that the model does not take, and counts the passes."""
 
@@ -70,22 +108,44 @@ class Forward:
         self.passes = 0
         parameters = inspect.signature(model.module.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.cache_name = next(
-            (name for name in ("cache", "past_key_values", "cache_params") if name in parameters), "cache"
-        )
+        names = ("cache", "past_key_values", "cache_params", "state")
+        self.cache_name = next((name for name in names if name in parameters), "cache")
+        self._with_offset: list[Any] = [part for part in model.module.modules() if hasattr(part, "rope_deltas")]
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the module itself keeps the offset of the positions behind an image."""
+        return bool(self._with_offset)
+
+    def take_offset(self) -> int:
+        """The number to add to positions behind the images of the last prompt; the module forgets it."""
+        offset = 0
+        for part in self._with_offset:
+            if part.rope_deltas is not None:
+                offset = int(part.rope_deltas)
+            part.rope_deltas = None
+        return offset
+
     def __call__(self, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:
         """Logits ``[rows, vocabulary]`` of the last position, and the updated cache."""
+        result = self._run(ids, use_cache=True, **{self.cache_name: cache}, **inputs)
+        return result.logits[:, -1], getattr(result, self.cache_name)
+
+    def uncached(self, ids: Tensor, *, keep: int | None = 1) -> Tensor:
+        """Logits ``[rows, keep, vocabulary]`` of the last ``keep`` positions of whole texts; None: of all."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        logits: Tensor = self._run(ids, keep=keep, use_cache=False, position_ids=positions).logits
+        return logits if keep is None else logits[:, -keep:]
+
+    def _run(self, ids: Tensor, **inputs: Any) -> Any:
         if not self.takes_positions:
             inputs.pop("position_ids", None)
-        inputs[self.cache_name] = cache
         self.passes += 1
-        result = self.model.forward(input_ids=ids, use_cache=True, **inputs)
-        return result.logits[:, -1], getattr(result, self.cache_name)
+        return self.model.forward(input_ids=ids, **inputs)
 
 
 def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:
@@ -95,61 +155,3 @@ def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:
         name: tensor.to(model.device, dtype if tensor.is_floating_point() else None)
         for name, tensor in (media or {}).items()
     }
-
-
-class SinglePrefill:
-    """Prefills one prompt in a single forward pass; ``cache`` already covers its first ``cached`` tokens."""
-
-    def __init__(self, forward: Forward, prompt: Sequence[int], cache: Any, cached: int, media: Media) -> None:
-        self.forward, self.prompt, self.cache, self.cached = forward, prompt, cache, cached
-        self.media = on_device(media, forward.model)
-        self.tokens = len(prompt) - cached
-
-    def advance(self) -> Tensor | None:
-        ids = torch.tensor([list(self.prompt[self.cached :])], device=self.forward.device)
-        logits, self.cache = self.forward(ids, self.cache, **self.media)
-        return logits
-
-
-class SingleRunner:
-    """Decodes one sequence at a time, for models whose state cannot be batched (linear attention, state spaces).
-
-    The next prompt reuses the state of the last sequence if it begins with the whole sequence.
-    """
-
-    slots = 1
-    chunk = 256
-
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
-        self.prefixes: PrefixCache[Any] = PrefixCache(1, 1)
-        self.cache: Any = None
-        self.length = 0
-
-    def uncached(self, prompt: Sequence[int]) -> int:
-        return len(prompt)  # with one slot, no two prompts are prefilled together
-
-    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> SinglePrefill:
-        (prompt,) = prompts
-        found = self.prefixes.match(prompt, whole=True) if media is None else None
-        self.prefixes.clear()  # the forward pass changes the state in place
-        cache, cached = found if found is not None else (None, 0)
-        return SinglePrefill(self.forward, prompt, cache, cached, media)
-
-    def join(self, prefill: SinglePrefill, index: int) -> None:
-        self.cache, self.length = prefill.cache, len(prefill.prompt)
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=self.forward.device)
-        logits, self.cache = self.forward(ids, self.cache)
-        self.length += 1
-        return logits
-
-    def leave(self, row: int, ids: Sequence[int] | None) -> None:
-        if ids is not None:
-            self.prefixes.add(ids[: self.length], self.cache, 0)
-        self.cache = None
-
-    def reset(self) -> None:
-        self.cache = None
-        self.prefixes.clear()

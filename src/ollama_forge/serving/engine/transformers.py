@@ -26,9 +26,11 @@ from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
 from ollama_forge.serving.engine.kv_cache import KVCache, layers_with_kv
-from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, SingleRunner
+from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
 from ollama_forge.serving.engine.scheduler import Scheduler, Stats, failure
+from ollama_forge.serving.engine.self_test import SelfTest
 from ollama_forge.serving.engine.sequence import Sequence
+from ollama_forge.serving.engine.single_runner import SingleRunner, UncachedRunner
 
 _LOG = logging.getLogger(__name__)
 _PREFIX_CACHE_SHARE = 8  # the prefix cache takes up to an eighth of the free memory
@@ -61,24 +63,32 @@ class TransformersEngine:
         model: only the engine may use it from now on; its weights must not change.
         slots: maximum number of requests that run at the same time. A model whose state cannot be batched always runs
             one.
+        num_ctx: bounds the context length, and thereby the memory of a sequence's keys and values; None: the model's.
 
     Attributes:
+        support: what the self-test found that the model's state allows.
         token_bytes: size of the keys and values of a token; 0: unknown.
         cache_bytes: size of the keys and values that all running requests together should not exceed.
+
+    Raises:
+        ForgeError: the model does not run on text.
     """
 
-    def __init__(self, model: ChatModel, *, slots: int = 16) -> None:
+    def __init__(self, model: ChatModel, *, slots: int = 16, num_ctx: int | None = None) -> None:
         self.model = model
         config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
         self._vocabulary = int(config.vocab_size)
-        self._context_length = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+        longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
+        self._context_length = min(longest, num_ctx or longest)
         self._forward = Forward(model)
         self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._grammar_lock = threading.Lock()
         free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
-        self._scheduler = Scheduler(self._runner(slots, free // _PREFIX_CACHE_SHARE), self._deliver)
+        runner, self.support = self._runner(slots, free // _PREFIX_CACHE_SHARE)
+        self._scheduler = Scheduler(runner, self._deliver)
         self.cache_bytes = free // _RUNNING_SHARE
         self.token_bytes = self._measure_token()
+        self._forward.passes = 0
         self._outbox: list[tuple[_Reader, Item]] = []
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -90,13 +100,17 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
-    def _runner(self, slots: int, prefix_bytes: int) -> ModelRunner:
-        module = self.model.module
-        stateful = any(hasattr(part, "rope_deltas") for part in module.modules())  # the module keeps positions
-        has_kv = None if stateful else layers_with_kv(module.config)
-        if has_kv is None:
-            return SingleRunner(self._forward)
-        return BatchedRunner(self._forward, has_kv, slots, prefix_bytes)
+    def _runner(self, slots: int, prefix_bytes: int) -> tuple[ModelRunner, StateSupport]:
+        """The runner that the self-test finds, and what it found."""
+        forward = self._forward
+        has_kv = None if forward.keeps_positions else layers_with_kv(self.model.module.config)
+        support = SelfTest(forward, has_kv).run()
+        if not support.caches:
+            return UncachedRunner(forward), support
+        how = {"splits": support.splits, "reuses": support.reuses}
+        if has_kv is None or not support.batches:
+            return SingleRunner(forward, **how), support
+        return BatchedRunner(forward, has_kv, slots, prefix_bytes, **how), support
 
     @torch.inference_mode()
     def _measure_token(self) -> int:
@@ -122,6 +136,11 @@ class TransformersEngine:
     def healthy(self) -> bool:
         """Whether the engine takes requests; false after ``close`` and once its thread has ended by an error."""
         return self._closed is None
+
+    @property
+    def limits(self) -> str:
+        """What the model's state does not allow, for the user; "" for nothing."""
+        return self.support.limits
 
     @property
     def stats(self) -> Stats:

@@ -22,8 +22,8 @@ _TEXT_INPUTS = ("input_ids", "attention_mask")
 class VisionEngine(TransformersEngine):
     """Generates from text and images, and computes embeddings."""
 
-    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16) -> None:
-        super().__init__(model, slots=slots)
+    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16, num_ctx: int | None = None) -> None:
+        super().__init__(model, slots=slots, num_ctx=num_ctx)
         self._processor = processor
 
     def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
@@ -59,16 +59,23 @@ def _picture(image: bytes) -> Any:
         raise EngineError("an image cannot be read: it is damaged or not PNG, JPEG or the like") from error
 
 
-def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16) -> TransformersEngine:
+def load_engine(
+    checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16, num_ctx: int | None = None
+) -> TransformersEngine:
     """Load a checkpoint as a ``VisionEngine`` if it has an image processor, else as a ``TransformersEngine``.
 
+    Args:
+        slots, num_ctx: see ``TransformersEngine``.
+
     Raises:
-        ForgeError: as ``ChatModel.load``.
+        ForgeError: the checkpoint cannot be loaded, or its model does not run on text.
     """
-    model = ChatModel.load(checkpoint, settings)
+    model = ChatModel.load_unmapped(checkpoint, settings)
     sees = hasattr(model.module.config, "vision_config")
     processor = _processor(checkpoint.folder, settings.trust_remote_code) if sees else None
-    return TransformersEngine(model, slots=slots) if processor is None else VisionEngine(model, processor, slots=slots)
+    if processor is None:
+        return TransformersEngine(model, slots=slots, num_ctx=num_ctx)
+    return VisionEngine(model, processor, slots=slots, num_ctx=num_ctx)
 
 
 def _processor(folder: Path, trust_remote_code: bool) -> Any:

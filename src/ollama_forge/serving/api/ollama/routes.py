@@ -101,7 +101,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
     respond = partial(responses.generate_response, body.model, context=not body.raw)
     body.check_logprobs()
     if not body.prompt and body.keep_alive == 0:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.raw and (body.template or body.system or body.context):
         raise BadRequest("raw mode does not support template, system, or context")
     if body.suffix:
@@ -109,7 +109,7 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
     check_capabilities(model, body.model, task="generate", think=bool(body.think), images=bool(body.images))
     request = body.chat_request(Options.read(body.options))
     if not body.prompt:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.template:
         raise BadRequest("template: this model has its own Jinja chat template; set raw to send a rendered prompt")
     if not all(0 <= id_ < len(model.tokenizer) for id_ in body.context):
@@ -130,12 +130,12 @@ async def chat(registry: ModelRegistry, http: Request) -> Response:
     respond = partial(responses.chat_response, body.model)
     body.check_logprobs()
     if not body.messages and body.keep_alive == 0:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     images = any(message.images for message in body.messages)
     check_capabilities(model, body.model, tools=bool(body.tools), think=bool(body.think), images=images)
     request = body.chat_request(Options.read(body.options))
     if not body.messages:
-        return API.json(respond(_only_loaded(registry, model, body.keep_alive)))
+        return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.debug_render_only:
         nothing = responses.AssistantMessage(role="")
         return API.json(await _rendered(model, request, partial(responses.ChatResponse, message=nothing)))
@@ -157,9 +157,11 @@ async def _rendered(model: ServedModel, request: ChatRequest, answer: Callable[.
     return answer(model=request.model, created_at=responses.now(), debug_info=debug)
 
 
-def _only_loaded(registry: ModelRegistry, model: ServedModel, keep_alive: float | None) -> Completion:
+async def _only_loaded(
+    registry: ModelRegistry, http: Request, model: ServedModel, keep_alive: float | None
+) -> Completion:
     """The empty answer to a request without a prompt, which only loads or unloads the model."""
-    registry.keep(model, keep_alive)
+    await while_connected(http, registry.touch(model, keep_alive))
     return Completion("", "", (), (), Done("unload" if keep_alive == 0 else "load"))
 
 
@@ -173,7 +175,7 @@ async def embed(registry: ModelRegistry, http: Request) -> Response:
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     options = Options.read(body.options)
     if not body.input:
-        registry.keep(model, body.keep_alive)
+        await while_connected(http, registry.touch(model, body.keep_alive))
         return API.json(responses.EmbedResponse(model=body.model, embeddings=[]))
     began = time.perf_counter_ns()
     work = partial(model.embed, truncate=body.truncate, dimensions=body.dimensions)
@@ -196,7 +198,7 @@ async def embeddings(registry: ModelRegistry, http: Request) -> Response:
     model = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
     options = Options.read(body.options)
     if not body.prompt:
-        registry.keep(model, body.keep_alive)
+        await while_connected(http, registry.touch(model, body.keep_alive))
         return API.json(responses.EmbeddingResponse(embedding=[]))
     vectors, _ = await _embedded(registry, http, model, [body.prompt], model.embed, options, body.keep_alive)
     return API.json(responses.EmbeddingResponse(embedding=vectors[0]))
@@ -211,14 +213,14 @@ async def _embedded(
     options: Options,
     keep_alive: float | None,
 ) -> tuple[list[list[float]], int]:
-    registry.keep(model)
     record = record_of(http, model)
+    lease = await while_connected(http, registry.acquire(model))
     try:
         vectors, tokens = await while_connected(http, work(texts, num_ctx=options.num_ctx))
         record.embedded_tokens = tokens
         return vectors, tokens
     finally:
-        registry.keep(model, keep_alive)
+        lease.release(keep_alive)
 
 
 # -- about the server and its models ----------------------------------------------------------------------------------

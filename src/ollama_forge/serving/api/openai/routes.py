@@ -90,10 +90,14 @@ async def embeddings_v1(registry: ModelRegistry, http: Request) -> Response:
     body = await read_body(http, requests.EmbeddingsRequest.read)
     body.check()
     found = registry.find(body.model, refusal=f'model "{body.model}" not found, try pulling it first')
-    registry.keep(found)
-    work = found.embed(body.input or [], dimensions=body.dimensions or None)
-    vectors, tokens = await while_connected(http, work)
-    record_of(http, found).embedded_tokens = tokens
+    record = record_of(http, found)
+    lease = await while_connected(http, registry.acquire(found))
+    try:
+        work = found.embed(body.input or [], dimensions=body.dimensions or None)
+        vectors, tokens = await while_connected(http, work)
+    finally:
+        lease.release()
+    record.embedded_tokens = tokens
     answer = partial(responses.embeddings_response, body.model, vectors, tokens, in_base64=body.in_base64)
     return await off_loop(8 * sum(map(len, vectors)), lambda: API.json(answer()))
 
