@@ -41,6 +41,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="Largest number of answers generated at a time.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(("auto", "transformers", "llamacpp")),
+    default="auto",
+    show_default=True,
+    help="What generates. auto takes llama.cpp for a GGUF file, or the one that run made, if it is faster and agrees "
+    "with transformers; the first start compares them.",
+)
+@click.option(
+    "--engine-url",
+    metavar="URL",
+    help="Forward to a llama-server or a vLLM (URL#MODEL) that runs the model; --name or --checkpoint gives the "
+    "tokenizer and the template.",
+)
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
@@ -48,8 +62,10 @@ def serve(**options: Any) -> None:
     require_abliterate("serve")
     if options["name"] is None and options["checkpoint"] is None:
         raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
+    if options["engine_url"] and options["engine"] != "auto":
+        raise UsageError("--engine-url names the engine itself", "leave out --engine")
     load = opt.load_settings(options)
-    from ollama_forge.progress import status
+    from ollama_forge.progress import say, status
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
     from ollama_forge.serving.api.server import serve as run
@@ -73,8 +89,16 @@ def serve(**options: Any) -> None:
         name = servable_name(options["name"] or _default_name(checkpoint))
         with status(f"loading {name}"):
             model = ServedModel.load(
-                checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
+                checkpoint,
+                name,
+                load=load,
+                max_queue=options["max_queue"],
+                slots=options["slots"],
+                engine=options["engine"],
+                engine_url=options["engine_url"],
             )
+        if model.engine_reason:
+            say(model.engine_reason)
         announce(name, settings, listening)
         run(model, settings, listening)
 

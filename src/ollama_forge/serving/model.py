@@ -34,6 +34,7 @@ class ServedModel:
         template: the text of the chat template, "" for none.
         prompts: renders and encodes prompts.
         capabilities: those of completion, tools, thinking and vision that the model has.
+        engine_reason: which engine it is and why, in one line; "" if it was not chosen by ``load``.
         stopping: set when the server shuts down; answers that still run then end in an error.
     """
 
@@ -74,35 +75,54 @@ class ServedModel:
         self._tokens = TokenBytes(tokenizer)
         self.admission = Admission(engine.slots, max_queue)
         self.capabilities = self._find_capabilities()
+        self.engine_reason = ""
         self.stopping = False
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        load: LoadSettings,
+        max_queue: int,
+        slots: int = 16,
+        engine: str = "auto",
+        engine_url: str | None = None,
     ) -> ServedModel:
-        """Load a checkpoint into the transformers engine, which generates up to ``slots`` answers at a time.
+        """Load a checkpoint into an engine, which generates up to ``slots`` answers at a time.
+
+        Args:
+            engine: auto, transformers or llamacpp.
+            engine_url: the llama-server or vLLM that generates; the checkpoint's weights are not loaded then.
 
         Raises:
-            ForgeError: the checkpoint cannot be loaded.
+            UsageError: the engine does not fit the checkpoint.
+            ForgeError: the checkpoint cannot be loaded, or the server does not answer.
         """
-        from ollama_forge.serving.engine.vision import load_engine
+        from ollama_forge.serving.engine.choice import load_engine, remote_engine
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
-        engine = load_engine(checkpoint, load, slots=slots)
-        metadata = ModelMetadata.of(checkpoint, load.system)
+        if engine_url is not None:
+            loaded = remote_engine(checkpoint, tokenizer, engine_url, slots=slots)
+        else:
+            loaded = load_engine(checkpoint, load, slots=slots, wanted=engine)
+        metadata = ModelMetadata.of(loaded.checkpoint, load.system)
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
         )
-        return cls(
+        model = cls(
             name,
             tokenizer.backend,
-            engine,
+            loaded.engine,
             metadata,
             template_kwargs=load.template_kwargs,
             end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
             max_queue=max_queue,
         )
+        model.engine_reason = loaded.reason
+        return model
 
     def _find_capabilities(self) -> frozenset[str]:
         template = self.prompts.template

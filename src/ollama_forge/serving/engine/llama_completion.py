@@ -32,7 +32,7 @@ def completion_body(phase: Phase) -> dict[str, Any]:
         "return_tokens": True,
         "cache_prompt": True,
         "n_probs": 0 if request.top_logprobs is None else max(1, request.top_logprobs),
-        **_sampling(request.sampling),
+        **_sampling(request.sampling, len(request.ids) + request.max_tokens),
     }
     if phase.must_go_on:
         body["logit_bias"] = [[id_, False] for id_ in sorted(request.end_ids)]
@@ -42,7 +42,7 @@ def completion_body(phase: Phase) -> dict[str, Any]:
     return body
 
 
-def _sampling(params: SamplingParams) -> dict[str, Any]:
+def _sampling(params: SamplingParams, tokens: int) -> dict[str, Any]:
     seed = secrets.randbelow(_RANDOM_SEED) if params.seed is None else params.seed % _RANDOM_SEED
     return {
         "samplers": ["penalties", "top_k", "typ_p", "top_p", "min_p", "temperature"],
@@ -52,7 +52,7 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
         "min_p": params.min_p,
         "typical_p": params.typical_p,
         "repeat_penalty": params.repeat_penalty,
-        "repeat_last_n": max(params.repeat_last_n, -1),
+        "repeat_last_n": tokens if params.repeat_last_n < 0 else params.repeat_last_n,
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
         "seed": seed,

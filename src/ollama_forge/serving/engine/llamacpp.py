@@ -31,7 +31,6 @@ _CACHE_SHARE = 4  # keys and values take up to a quarter of the free memory
 _PROMPT_CACHE_SHARE = 8  # so do those of earlier conversations up to an eighth
 _LEAST_CONTEXT = 2048
 _CONTEXT_STEP = 256
-_SPARE = 8  # positions that llama.cpp keeps free at the end of its context
 _PREFILL_TOKENS = 512  # a cancelled request ends between two such pieces of its prompt
 _EMBED_TOKENS = 2048  # llama.cpp computes the mean of an input in one piece
 _FIELDS = ["tokens", "tokens_predicted", "stop_type"]  # what is read of the last chunk
@@ -86,7 +85,7 @@ class LlamaCppEngine:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(self.path)
-        params.n_ctx, params.n_parallel = (context + _SPARE) * slots, slots
+        params.n_ctx, params.n_parallel = context * slots, slots
         params.n_batch = params.n_ubatch = min(_PREFILL_TOKENS, context)
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._threads
         params.cache_ram_mib = available_memory() // _PROMPT_CACHE_SHARE >> 20
@@ -112,8 +111,7 @@ class LlamaCppEngine:
             EngineError: the prompt is not valid or too long, llama.cpp failed, or the engine is closed.
         """
         self._check(request.ids, self._context_length)
-        room = self._context_length + 1 - len(request.ids)  # the last token is not fed back, so it takes no position
-        limit = min(request.max_tokens, room)
+        limit = min(request.max_tokens, self._context_length - len(request.ids))
         if limit <= 0:
             return
         phases = in_phases(self._run, replace(request, max_tokens=limit), self._vocabulary)
