@@ -1,6 +1,6 @@
 """Tokens per second and time to first token of the server at 1, 4 and 16 streams, compared with ``generate``.
 
-    python benchmarks/serve.py [--engine-only] [--tokens 64]
+    python benchmarks/serve.py [--engine-only] [--tokens 64] [--gguf [FILE]] [--continuous] [--against URL[#MODEL]]
 
 Starts ``abliterate serve`` on the demo model and streams ``/api/generate`` over loopback; ``--engine-only`` drives the
 engine without HTTP. The baselines are measured in the same run on the same prompts, with ``ChatModel``'s contiguous
@@ -8,6 +8,8 @@ input of the unembedding: ``generate`` on one prompt at a time, and on static ba
 
 Bounds: 16 streams reach 5 times the tokens per second of one prompt at a time, and 0.8 times those of static batches;
 one stream is not slower than ``generate``.
+
+``--gguf``, ``--continuous`` and ``--against`` measure others beside it, one after the other (``serve_others.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+import serve_others
 
 STREAMS = (1, 4, 16)
 _TOPICS = ("a boat", "seven birds", "the harbour", "an old clock", "rain", "a garden", "two brothers", "bread")
@@ -188,6 +192,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=11511)
+    serve_others.add_arguments(parser)
     given = parser.parse_args()
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.sources.resolve import resolve
@@ -221,11 +226,13 @@ def main() -> int:
             f"{streams:2} streams: {figure.rate:6.1f} tokens/s, first after {figure.first:.3f} s; "
             f"a static batch through generate: {found[f'generate {streams}']:6.1f} tokens/s"
         )
+    others = serve_others.measure(given, model, {streams: found[f"{streams}"].rate for streams in STREAMS})
     alone, batch = found["generate 1"], found["generate 16"]
     checks = [
         ("one stream, relative to generate", found["1"].rate / alone, 1.0),
         ("16 streams, relative to one prompt at a time", found["16"].rate / alone, 5.0),
         ("16 streams, relative to static batches", found["16"].rate / batch, 0.8),
+        *others,
     ]
     for name, ratio, bound in checks:
         print(f"{'ok  ' if ratio >= bound else 'MISS'} {name}: {ratio:.2f} (at least {bound})")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.models import gguf_model
 from ollama_forge.models.gguf_model import llama_server, llamacpp_is_installed
 from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest, Logprob, SamplingParams, Token
 from ollama_forge.serving.engine.remote import RemoteEngine
@@ -281,7 +282,10 @@ def test_errors_of_the_server_are_said() -> None:
 
 
 @pytest.mark.skipif(not llamacpp_is_installed(), reason="the extra llamacpp is not installed")
-def test_a_real_llama_server_gives_its_greedy_ids(gguf_models: Mapping[str, Model]) -> None:
+def test_a_real_llama_server_gives_its_greedy_ids(
+    gguf_models: Mapping[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
     model, asked = gguf_models["gemma2"], greedy(prompt(30), 20)
     with llama_server(model.path, 256, 2) as server:
         body = {"prompt": list(asked.ids), "n_predict": 20, "temperature": 0, "return_tokens": True}
