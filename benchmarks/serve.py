@@ -1,6 +1,6 @@
 """Tokens per second and time to first token of the server at 1, 4 and 16 streams, compared with ``generate``.
 
-    python benchmarks/serve.py [--engine-only] [--tokens 64]
+    python benchmarks/serve.py [--engine-only] [--tokens 64] [--gguf [FILE]] [--continuous] [--against URL[#MODEL]]
 
 Starts ``abliterate serve`` on the demo model and streams ``/api/generate`` over loopback; ``--engine-only`` drives the
 engine without HTTP. The baselines are measured in the same run on the same prompts, with ``ChatModel``'s contiguous
@@ -11,6 +11,8 @@ system prompt of 1,500 tokens.
 
 Bounds: 16 streams reach 5 times the tokens per second of one prompt at a time, and 0.8 times those of static batches;
 beside the neighbour 0.7 times those without it; one stream is not slower than ``generate``.
+
+``--gguf``, ``--continuous`` and ``--against`` measure others beside it, one after the other (``serve_others.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+import serve_others
 
 STREAMS = (1, 4, 16)
 NEIGHBOUR_WORDS, SYSTEM_WORDS = 2000, 1500  # each is a token
@@ -247,6 +251,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=11511)
+    serve_others.add_arguments(parser)
     given = parser.parse_args()
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
     from ollama_forge.sources.resolve import resolve
@@ -300,12 +305,14 @@ def main() -> int:
         f"16 agents with one system prompt of 1,500 tokens: first token after {found['agents'].first:.3f} s, "
         f"one agent alone after {found['agent'].first:.3f} s"
     )
+    others = serve_others.measure(given, model, {streams: found[f"{streams}"].rate for streams in STREAMS})
     alone, batch = found["generate 1"], found["generate 16"]
     checks = [
         ("one stream, relative to generate", found["1"].rate / alone, 1.0),
         ("16 streams, relative to one prompt at a time", found["16"].rate / alone, 5.0),
         ("16 streams, relative to static batches", found["16"].rate / batch, 0.8),
         ("16 streams beside a long prompt, relative to without", found["neighbour"].rate / found["16"].rate, 0.7),
+        *others,
     ]
     for name, ratio, bound in checks:
         print(f"{'ok  ' if ratio >= bound else 'MISS'} {name}: {ratio:.2f} (at least {bound})")

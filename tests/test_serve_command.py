@@ -34,7 +34,7 @@ from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
-def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx):
+def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx, **_):
     def make_engine():
         if checkpoint.label == "broken":
             raise ForgeError("a shard is damaged", "download it again")

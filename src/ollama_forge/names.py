@@ -38,15 +38,20 @@ def run_folder(name: str) -> Path:
     return Path(f"abliterate-{file_stem(name)}")
 
 
+def gguf_files(folder: Path, stem: str) -> list[Path]:
+    """The GGUF models in the folder of a run, whose names begin with ``stem``; adapters are none."""
+    files = [folder / f"{stem}.gguf", *sorted(folder.glob(f"{glob.escape(stem)}-*.gguf"))]
+    return [path for path in files if path.is_file() and path.name != f"{stem}-adapter.gguf"]
+
+
 def run_output(name: str) -> Path:
     """The edited model that a run of this name wrote in its own folder: a checkpoint's folder, or else a GGUF file.
 
     Raises:
         ForgeError: there is none.
     """
-    folder, stem = run_folder(name), file_stem(name)
-    files = [folder / f"{stem}.gguf", *sorted(folder.glob(f"{glob.escape(stem)}-*.gguf"))]
-    models = [path for path in files if path.is_file() and path.name != f"{stem}-adapter.gguf"]
+    folder = run_folder(name)
+    models = gguf_files(folder, file_stem(name))
     if (folder / "checkpoint").is_dir():
         return folder / "checkpoint"
     if not models:

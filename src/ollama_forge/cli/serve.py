@@ -73,16 +73,32 @@ if TYPE_CHECKING:
     show_default=True,
     help="Largest number of models in memory at a time, if several are served.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(("auto", "transformers", "llamacpp")),
+    default="auto",
+    show_default=True,
+    help="What generates. auto takes llama.cpp for a GGUF file, or the one that run made, if it is faster and agrees "
+    "with transformers; the first start compares them.",
+)
+@click.option(
+    "--engine-url",
+    metavar="URL",
+    help="Forward to a llama-server or a vLLM (URL#MODEL) that runs the model; --name or --checkpoint gives the "
+    "tokenizer and the template.",
+)
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
 @opt.talk_options
 def serve(**options: Any) -> None:
     """Serve one or several models over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
     named = _named_models(options["names"], options["checkpoints"])
-    if len(named) > 1 and (options["revision"] or options["adapter"]):
-        raise UsageError("--revision and --adapter are of one model", "serve that model alone")
+    if len(named) > 1 and (options["revision"] or options["adapter"] or options["engine_url"]):
+        raise UsageError("--revision, --adapter and --engine-url are of one model", "serve that model alone")
+    if options["engine_url"] and options["engine"] != "auto":
+        raise UsageError("--engine-url names the engine itself", "leave out --engine")
     load = opt.load_settings(options)
-    from ollama_forge.progress import status
+    from ollama_forge.progress import say, status
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
     from ollama_forge.serving.api.server import serve as run
@@ -97,7 +113,7 @@ def serve(**options: Any) -> None:
         write_timeout=options["write_timeout"],
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
-    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx")}
+    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx", "engine", "engine_url")}
     with bind(settings.host, settings.port) as listening:
         models = []
         for given, source in named:
@@ -111,6 +127,8 @@ def serve(**options: Any) -> None:
             with status(f"loading {name}"):
                 models.append(ServedModel.load(checkpoint, name, load=load, **how))
         _require_distinct([model.name for model in models])
+        if models[0].engine_reason:
+            say(models[0].engine_reason)
         announce(models[0].name, settings, listening, limits=models[0].limits, more=len(models) - 1)
         run(ModelRegistry(*models, max_loaded=options["max_loaded"]), settings, listening)
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ollama_forge.errors import UsageError
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import (
     Constraint,
@@ -49,6 +50,7 @@ class ServedModel:
         prompts: renders and encodes prompts.
         capabilities: those of completion, tools, thinking and vision that the model has; embedding for a model that
             only embeds.
+        engine_reason: which engine it is and why, in one line; "" before it is loaded, and where none was chosen.
         limits: what cannot be done with this model, "" for nothing; known when it is loaded.
         stopping: set when the server shuts down; answers that still run then end in an error.
     """
@@ -97,18 +99,18 @@ class ServedModel:
         self._tokens = TokenBytes(tokenizer)
         self._embedded_text = embedded_text
         self.capabilities = self._find_capabilities(vision)
+        self.engine_reason = ""
         self.stopping = False
         if engine is not None:
             self.attach(engine)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, **options: Any) -> ServedModel:
-        """Load a checkpoint into the transformers engine; the options are those of ``unloaded``.
-
-        An embedding model is loaded into the encoder engine.
+        """Load a checkpoint into an engine; the options are those of ``unloaded``.
 
         Raises:
-            ForgeError: the checkpoint cannot be loaded.
+            UsageError: the engine does not fit the checkpoint.
+            ForgeError: the checkpoint cannot be loaded, or the server does not answer.
         """
         model = cls.unloaded(checkpoint, name, **options)
         model.attach(model.make_engine())
@@ -124,41 +126,58 @@ class ServedModel:
         max_queue: int,
         slots: int = 16,
         num_ctx: int | None = None,
+        engine: str = "auto",
+        engine_url: str | None = None,
     ) -> ServedModel:
-        """A checkpoint's model without its weights, which ``make_engine`` loads into the transformers engine.
+        """A checkpoint's model without its weights, which ``make_engine`` loads.
+
+        An embedding model is loaded into the encoder engine.
 
         Args:
             slots: how many answers are generated at a time.
             num_ctx: bounds the context length; None: the model's own.
+            engine: auto, transformers or llamacpp.
+            engine_url: the llama-server or vLLM that generates; the checkpoint's weights are not loaded then.
 
         Raises:
+            UsageError: the engine does not fit the checkpoint.
             ForgeError: the tokenizer cannot be loaded.
         """
         modules = SentenceModules.of(checkpoint)
         if modules is not None:
+            if engine == "llamacpp" or engine_url is not None:
+                raise UsageError(
+                    f"{checkpoint.label} is an embedding model", "transformers runs those: leave the engine out"
+                )
             return cls._unloaded_encoder(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
+        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
 
         def make_engine() -> Engine:
-            from ollama_forge.serving.engine.vision import load_engine
+            from ollama_forge.serving.engine.choice import load_engine, remote_engine
 
-            return load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx)
+            if engine_url is not None:
+                loaded = remote_engine(checkpoint, tokenizer, engine_url, slots=slots, num_ctx=num_ctx)
+            else:
+                loaded = load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx, wanted=engine)
+            model.engine_reason = loaded.reason
+            model.metadata = ModelMetadata.of(loaded.checkpoint, load.system)
+            return loaded.engine
 
-        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
-        metadata = ModelMetadata.of(checkpoint, load.system)
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
         )
-        return cls(
+        model = cls(
             name,
             tokenizer.backend,
             None,
-            metadata,
+            ModelMetadata.of(checkpoint, load.system),
             template_kwargs=load.template_kwargs,
             end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
             max_queue=max_queue,
             make_engine=make_engine,
         )
+        return model
 
     @classmethod
     def _unloaded_encoder(

@@ -1,0 +1,265 @@
+"""Which engine runs a model: llama.cpp, if there is a GGUF file, it agrees with transformers, and it is faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.gguf.digest import file_sha256
+from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.evaluation.tokens import check_tokens
+from ollama_forge.files import read_json, sha256_json, write_json
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.models.device import memory_available, pick_device, pick_dtype
+from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, GgufModel, llama_server, llamacpp_is_installed
+from ollama_forge.names import gguf_files
+from ollama_forge.progress import status
+from ollama_forge.serving.engine.base import Engine
+from ollama_forge.sources.gguf import gguf_checkpoint_of
+from ollama_forge.system import cache_root, usable_cores, versions
+from ollama_forge.text.tokenizer import Ids, Tokenizer
+
+if TYPE_CHECKING:
+    from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
+
+ENGINES = ("auto", "transformers", "llamacpp")
+LEAST_AGREEMENT = 0.95
+_TOKENS = 32  # of each answer that is compared
+_TIMED = 2  # answers whose time counts
+_PROMPTS = (
+    "Name three colours.",
+    "What is the capital of France?",
+    "Write a sentence about a boat in the harbour.",
+    "How do I boil an egg?",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Count from one to twelve.",
+    "Write a function in Python that adds two numbers.",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A GGUF file under llama.cpp, compared with the model under transformers.
+
+    Attributes:
+        texts, differing: number of texts that were tokenized by both, and of those with other tokens.
+        tokens: number of llama.cpp's greedy tokens that were forced on transformers; 0: not compared.
+        agreeing: number of those that transformers finds likeliest, too.
+        llamacpp_rate, transformers_rate: tokens per second of one answer at a time.
+    """
+
+    texts: int
+    differing: int
+    tokens: int = 0
+    agreeing: int = 0
+    llamacpp_rate: float = 0.0
+    transformers_rate: float = 0.0
+
+    @property
+    def verdict(self) -> tuple[bool, str]:
+        """Whether llama.cpp is to run the model, and why."""
+        if self.differing:
+            return False, f"llama.cpp splits {self.differing} of {self.texts} texts into other tokens"
+        if not self.tokens:
+            return True, "transformers would not fit the memory, so their tokens are not compared"
+        share = self.agreeing / self.tokens
+        if share < LEAST_AGREEMENT:
+            return False, f"llama.cpp agrees on {share:.0%} of {self.tokens} tokens only"
+        faster = self.llamacpp_rate > self.transformers_rate
+        first, second = (self.llamacpp_rate, self.transformers_rate)[:: 1 if faster else -1]
+        other = "transformers" if faster else "llama.cpp"
+        agree = f"they agree on {share:.0%} of {self.tokens} tokens"
+        return faster, f"{first:.0f} tokens/s for one answer, {other} {second:.0f}; {agree}"
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine that runs a model.
+
+    Attributes:
+        checkpoint: what the engine runs: the checkpoint that was asked for, or its GGUF file.
+        reason: which engine it is and why, in one line.
+    """
+
+    engine: Engine
+    checkpoint: Checkpoint
+    reason: str
+
+
+def load_engine(
+    checkpoint: Checkpoint, load: LoadSettings, *, slots: int, num_ctx: int | None = None, wanted: str = "auto"
+) -> LoadedEngine:
+    """Load a checkpoint into the engine that is wanted, or that fits best.
+
+    Args:
+        num_ctx: bounds the context length; None: the model's own.
+        wanted: auto, transformers or llamacpp.
+
+    Raises:
+        UsageError: llamacpp is wanted, and there is no GGUF file.
+        ForgeError: the model cannot be loaded.
+    """
+    path = gguf_of(checkpoint)
+    if wanted == "llamacpp":
+        if path is None:
+            raise UsageError(
+                f"{checkpoint.label} has no GGUF file", "--engine llamacpp runs GGUF files, and runs that made one"
+            )
+        return _llamacpp(checkpoint, path, load, slots, num_ctx, "as asked for")
+    reason = "as asked for" if wanted == "transformers" else _obstacle(checkpoint, load, path)
+    model = None
+    if reason is None:
+        assert path is not None
+        found, model = _compared(checkpoint, path, load)
+        taken, reason = found.verdict
+        if taken:
+            del model
+            return _llamacpp(checkpoint, path, load, slots, num_ctx, reason)
+    from ollama_forge.serving.engine.transformers import TransformersEngine
+    from ollama_forge.serving.engine.vision import load_engine as load_transformers
+
+    if model is not None:
+        engine = TransformersEngine(model, slots=slots, num_ctx=num_ctx)
+    else:
+        engine = load_transformers(checkpoint, load, slots=slots, num_ctx=num_ctx)
+    return LoadedEngine(engine, checkpoint, f"engine: transformers ({reason})")
+
+
+def remote_engine(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, url: str, *, slots: int, num_ctx: int | None = None
+) -> LoadedEngine:
+    """Connect to a server that runs the checkpoint.
+
+    Args:
+        num_ctx: bounds the context length; None: the model's own.
+
+    Raises:
+        ForgeError: no llama-server or vLLM answers at ``url``, or its tokens are others.
+    """
+    from ollama_forge.serving.engine.remote import RemoteEngine
+
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    longest = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
+    context = min(longest, num_ctx or longest)
+    engine = RemoteEngine.connect(url, tokenizer, context=context, slots=slots)
+    return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.url}")
+
+
+def gguf_of(checkpoint: Checkpoint) -> Path | None:
+    """The GGUF file that a checkpoint is, or that its run made of it; None: there is none."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.file.parts[0]
+    run = checkpoint.folder.resolve().parent
+    if checkpoint.kind != "folder" or checkpoint.folder.resolve().name != "checkpoint":
+        return None
+    return next(iter(gguf_files(run, run.name.removeprefix("abliterate-"))), None)
+
+
+def _obstacle(checkpoint: Checkpoint, load: LoadSettings, path: Path | None) -> str | None:
+    """Why llama.cpp is not considered; None if it is."""
+    if path is None:
+        return "there is no GGUF file"
+    if not llamacpp_is_installed():
+        return "xllamacpp is not installed"
+    if pick_device(load.device).type != "cpu":
+        return f"it runs on {pick_device(load.device)}"
+    return "llama.cpp takes no images here" if "vision_config" in checkpoint.config else None
+
+
+def _llamacpp(
+    checkpoint: Checkpoint, path: Path, load: LoadSettings, slots: int, num_ctx: int | None, reason: str
+) -> LoadedEngine:
+    from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
+
+    run = checkpoint if isinstance(checkpoint, GgufCheckpoint) else gguf_checkpoint_of(checkpoint, path)
+    tokenizer = _tokenizer(checkpoint, load)
+    engine: LlamaCppEngine = LlamaCppEngine(path, tokenizer, checkpoint.config, slots=slots, context=num_ctx)
+    context = f"context {engine.context_length}"
+    return LoadedEngine(engine, run, f"engine: llama.cpp on {path.name}, {context} ({reason})")
+
+
+def _tokenizer(checkpoint: Checkpoint, load: LoadSettings) -> Tokenizer:
+    return Tokenizer.load(
+        checkpoint.folder, template_kwargs=load.template_kwargs, trust_remote_code=load.trust_remote_code
+    )
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _compared(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[Comparison, ChatModel | None]:
+    """The comparison, from the cache if it was made before; else also the model that was loaded for it."""
+    digest = file_sha256(path)
+    run = checkpoint.folder.parent if not isinstance(checkpoint, GgufCheckpoint) else None
+    kept = cache_root() / "engines" / f"{digest}.json" if run is None else run / "engine.json"
+    packages = versions(("torch", "transformers", "xllamacpp"))
+    key = sha256_json([digest, checkpoint.fingerprint, packages, load.dtype, usable_cores()])
+    found = _read(kept, key)
+    if found is not None:
+        return found, None
+    with status("comparing llama.cpp with transformers"):
+        found, model = compare(checkpoint, path, load)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {"key": key, **asdict(found)})
+    except (OSError, ForgeError):
+        return found, model  # an unwritable folder costs the time of another comparison
+    return found, model
+
+
+def _read(kept: Path, key: str) -> Comparison | None:
+    try:
+        entries: dict[str, Any] = read_json(kept)
+        return Comparison(**entries) if entries.pop("key") == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ForgeError):  # absent or damaged
+        return None
+
+
+def compare(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[Comparison, ChatModel | None]:
+    """Compare tokens of texts, then greedy tokens and times of short answers; also return the model that was loaded.
+
+    Raises:
+        ForgeError: one of the two cannot load the model.
+    """
+    tokenizer = _tokenizer(checkpoint, load)
+    prompts = [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}])) for text in _PROMPTS]
+    longest = max(map(len, prompts)) + _TOKENS + 16  # margin for llama.cpp
+    with llama_server(path, max(longest, TOKENIZING_CONTEXT)) as server:
+        check = check_tokens(tokenizer, server.tokenize)
+        if check.mismatches:
+            return Comparison(check.texts, check.mismatches), None
+        answer = GgufModel(server, tokenizer).answer
+        answers, rate = answer(prompts, _TOKENS), _rate(answer, prompts)
+    device = pick_device(load.device)
+    needed = checkpoint.parameters * pick_dtype(load.dtype, device).itemsize
+    if needed > memory_available(device):
+        return Comparison(check.texts, 0), None
+    model = ChatModel.load_unmapped(checkpoint, load)
+    agreeing = _agreeing(model, prompts, answers)
+    other = _rate(model.answer, prompts)
+    return Comparison(check.texts, 0, sum(map(len, answers)), agreeing, rate, other), model
+
+
+def _rate(answer: Callable[[Sequence[Ids], int], list[Ids]], prompts: Sequence[Ids]) -> float:
+    """Tokens per second of one answer at a time."""
+    answer(prompts[:1], 2)
+    started, count = time.perf_counter(), 0
+    for prompt in prompts[:_TIMED]:
+        count += len(answer([prompt], _TOKENS)[0]) + 1  # the end takes a step, too
+    return count / (time.perf_counter() - started)
+
+
+def _agreeing(model: ChatModel, prompts: Sequence[Ids], answers: Sequence[Ids]) -> int:
+    """How many tokens of the answers are the likeliest by the model, each behind those before it."""
+    count = 0
+    for batch in model.forced(prompts, answers, _TOKENS):
+        for place, row in enumerate(batch.rows):
+            best = batch.of_row(place).argmax(-1).tolist()
+            count += sum(one == other for one, other in zip(best, answers[row], strict=False))
+    return count
