@@ -111,7 +111,7 @@ def test_answers_obey_a_schema(engine: LlamaCppEngine, model: Model, seed: int) 
 def test_a_schema_begins_behind_a_text(engine: LlamaCppEngine, model: Model) -> None:
     free = decoded(model, together(engine, [greedy(prompt(20), 60)])[0])  # type: ignore[arg-type]
     after = next(letter for letter in free if letter != "\ufffd")
-    asked = greedy(prompt(20), 150, end_ids=END, constraint=Constraint(json.dumps(SCHEMA), after))
+    asked = greedy(prompt(20), 150, end_ids=END, constraint=Constraint(json.dumps(SCHEMA), (after,)))
     before, _, answer = decoded(model, together(engine, [asked])[0]).partition(after)  # type: ignore[arg-type]
     assert free.startswith(before + after)
     jsonschema.validate(json.loads(answer), SCHEMA)
