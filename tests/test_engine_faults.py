@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,28 @@ def test_a_failed_grammar_is_one_requests_own(engine: TransformersEngine, monkey
             assert isinstance(error, EngineError)
             assert beside == answer(engine, NEIGHBOUR)
     assert_nothing_runs(engine)
+
+
+def test_grammars_hold_up_neither_the_event_loop_nor_the_decode_thread(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[threading.Thread]] = {"start": set(), "allowed": set()}
+
+    def noted(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def note(*args: Any) -> Any:
+            threads[name].add(threading.current_thread())
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(GrammarCompiler, "start")
+    noted(GrammarMatcher, "allowed")
+    together(engine, [greedy(prompt(5), 9, constraint=FLAG), NEIGHBOUR])
+    for seen in threads.values():
+        assert seen
+        assert not seen & {engine._thread, threading.current_thread()}
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])

@@ -21,6 +21,7 @@ from ollama_forge.serving.engine.sampler import sample
 from ollama_forge.serving.engine.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
+GROUP_TOKENS = 1024  # maximum for prompts that are prefilled together, padding included
 CHUNKS_A_TICK = 2  # of prefills, between two decode steps: the token budget; what is begun below it is done
 WORTH_WAITING = 128  # shared tokens for which a prompt waits until another has computed them
 
@@ -100,7 +101,7 @@ class Scheduler:
         if self.running:
             masks = self._begin_masks(self.running)
             try:
-                logits = self.runner.step([sequence.output_ids[-1] for sequence in self.running])
+                logits = self.runner.step([sequence.last_id for sequence in self.running])
             finally:
                 errors = _result(masks)  # also after an error, so that no thread still uses a grammar
             self._sample(logits, errors)
@@ -143,7 +144,7 @@ class Scheduler:
                 break
             if self._waits_for_prefix(sequence, group):
                 continue
-            needed.append(self.runner.uncached(sequence.request.ids))
+            needed.append(self.runner.uncached(sequence.prompt))
             if group and not self._fits(group, sequence, needed):
                 break
             self.waiting.remove(sequence)
@@ -158,10 +159,10 @@ class Scheduler:
         earlier = [*(other for joining in self._joining for other in joining.sequences), *group]
         if sequence.waits_for in earlier:
             return True
-        ids = sequence.request.ids
+        ids = sequence.prompt
         known: int | None = None
         for other in earlier:
-            shared = 0 if other.request.media is not None else common_prefix(other.request.ids, ids[:-1])
+            shared = 0 if other.request.media is not None else common_prefix(other.prompt, ids[:-1])
             if shared < WORTH_WAITING:
                 continue
             if known is None:
@@ -176,12 +177,12 @@ class Scheduler:
         if sequence.request.media is not None or group[0].request.media is not None:
             return False
         computed = max(needed) * len(needed)
-        return computed <= self.runner.chunk and computed <= 2 * sum(needed)
+        return computed <= min(self.runner.chunk, GROUP_TOKENS) and computed <= 2 * sum(needed)
 
     def _begin(self, group: list[Sequence]) -> None:
         media: Any = group[0].request.media
         try:
-            prefill = self.runner.prefill([sequence.request.ids for sequence in group], media)
+            prefill = self.runner.prefill([sequence.prompt for sequence in group], media)
         except Exception as error:
             self._retry_singly(group, error)
             return

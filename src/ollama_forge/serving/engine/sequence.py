@@ -43,9 +43,19 @@ class Sequence:
         return cls(request, sink, SamplingState(request.sampling, request.ids, request.top_logprobs), matcher)
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of the prompt."""
+        return self.request.ids
+
+    @property
+    def last_id(self) -> int:
+        """Id of the last generated token."""
+        return self.output_ids[-1]
+
+    @property
     def ids(self) -> list[int]:
         """Ids of the prompt and of the tokens generated so far."""
-        return [*self.request.ids, *self.output_ids]
+        return [*self.prompt, *self.output_ids]
 
     @property
     def finished(self) -> bool:
