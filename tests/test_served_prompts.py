@@ -129,7 +129,7 @@ def test_think(template: str, think: bool | str | None, text: str, opened: bool 
 
 
 def test_an_answer_that_was_begun_and_bare_text_have_no_thought_before_them() -> None:
-    model = serve("x", template="{% set t = '</think>' %}{% for m in messages %}{{ m.content }}{% endfor %}")
+    model = serve("x", template="{% set t = '<think></think>' %}{% for m in messages %}{{ m.content }}{% endfor %}")
     assert model.prompts.chat([Message("user", "a"), Message("assistant", "b")]).thinking is None
     assert model.prompts.chat([Message("user", "a")]).thinking == ThinkingSplit()
     assert model.prompts.text("a").thinking is None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.serving.output import parser_for
-from ollama_forge.serving.tools import base, payloads
-from ollama_forge.serving.tools.base import Held
 from ollama_forge.serving.tools.families import FAMILIES, family_of
 from ollama_forge.text.template import Template, render_template
-from ollama_forge.text.thinking import HARMONY, thinking_of
+from ollama_forge.text.thinking import thinking_of
 from tests.byte_tokenizer import tokenizer
 from tests.test_tool_calls import read
 
@@ -150,6 +147,49 @@ def test_an_answer_without_one_of_its_tags_is_never_misread(model: str) -> None:
 def test_calls_of_other_tools_stay_text(model: str) -> None:
     text = written(model, [("remove", {"text": "a"})])
     assert parsed(model, [text]) == parsed(model, list(text)) == [("content", text)]
+
+
+THOUGHTS = {
+    "qwen-3": "<think>\nHm.\n</think>\n\nParis.",
+    "glm-4_5": "\n<think>Hm.</think>\nParis.",
+    "seed-oss": "<seed:think>Hm.</seed:think>Paris.",
+    "minimax-m2": "Hm.\n</think>\n\nParis.",
+    "deepseek-r1": "Hm.\n</think>\n\nParis.",  # the template has no opening tag
+    "deepseek-v3_1": "Hm.</think>Paris.",
+    "kimi-k2": "<think>Hm.</think>Paris.",
+    "magistral": "[THINK]Hm.[/THINK]Paris.",
+    "minicpm-3": "<|thought_start|>\nHm.\n<|thought_end|>\nParis.",
+    "olmo-3": "Hm.</think>Paris.",
+    "command-a": "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Paris.<|END_RESPONSE|>",
+    "nemotron-nano-2": "Hm.\n</think>\n\nParis.",
+    "granite-3_3": "<think>Hm.</think>\n\n<response>Paris.</response>",
+    "granite-3_2": "Here is my thought process: Hm. Here is my response: Paris.",
+    "hunyuan-a13b": "<think>\nHm.\n</think>\n<answer>\nParis.\n</answer>",
+    "gemma-4": "<|channel>thought\nHm.\n<channel|>Paris.",
+    "exaone-deep": "Hm.\n</thought>\n\nParis.",
+}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, {}])
+@pytest.mark.parametrize("model", THOUGHTS)
+def test_thoughts_are_split_off(model: str, tools: Mapping[str, Any]) -> None:
+    template = MODELS[model]["template"]
+    split = thinking_of(template)
+    assert split is not None
+    split = split.after(render(model, [{"role": "user", "content": "Hello."}], prompt=True))
+    for parts in ([THOUGHTS[model]], list(THOUGHTS[model])):
+        pieces = read(parser_for(split, family_of(template), tools), parts)
+        assert pieces == [("thinking", "Hm."), ("content", "Paris.")]
+    call = written(model, ONE)
+    text = THOUGHTS[model].replace("Paris.", call)
+    pieces = read(parser_for(split, family_of(template), tools), [text])
+    assert pieces == [("thinking", "Hm."), ("call", ONE[0]) if tools else ("content", call.strip())]
+
+
+def test_an_answer_between_tags_without_a_thought() -> None:
+    family = family_of(MODELS["command-a"]["template"])
+    text = "<|START_RESPONSE|>Paris.<|END_RESPONSE|>"
+    assert read(parser_for(None, family, {}), list(text)) == [("content", "Paris.")]
 
 
 PIECES = st.sampled_from(['"', "'", "\\", "\n", "{", "}", "[", "<", ">", "null", "True", "10", "é", "\u2028", " ", "a"])
@@ -304,81 +344,3 @@ def test_a_closing_tag_left_out_between_two_parameters() -> None:
 def test_a_parameter_given_twice_leaves_the_call_text() -> None:
     text = block("<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=a>\n2\n</parameter>\n</function>")
     assert coder(text) == [("content", text)]
-
-
-# -- work --------------------------------------------------------------------------------------------------------------
-
-
-class Work:
-    """Counts the characters that patterns and searches look at."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def pattern(self, pattern: re.Pattern[str]) -> Any:
-        work = self
-
-        class Counting:
-            def __getattr__(self, name: str) -> Any:
-                def apply(text: str, *span: int) -> Any:
-                    found = getattr(pattern, name)(text, *span)
-                    work.count += (found.end() if found else min([len(text), *span[1:]])) - (span[0] if span else 0)
-                    return found
-
-                return apply
-
-        return Counting()
-
-    def held(self) -> type[Held]:
-        work = self
-
-        class Counted(str):
-            def find(self, wanted: str, start: int = 0, *end: int) -> int:  # type: ignore[override]
-                place = str.find(self, wanted, start, *end)
-                work.count += (place if place >= 0 else len(self)) - start
-                return place
-
-            def __getitem__(self, index: Any) -> str:
-                piece = str.__getitem__(self, index)
-                work.count += len(piece)
-                return piece
-
-        class CountingHeld(Held):
-            def __getattribute__(self, name: str) -> Any:
-                value = super().__getattribute__(name)
-                return Counted(value) if name == "text" else value
-
-            def search(self, pattern: Any, *arguments: Any) -> Any:
-                return super().search(work.pattern(pattern), *arguments)
-
-            def skip(self, start: int, pattern: Any = base._SPACE) -> Any:
-                return super().skip(start, work.pattern(pattern))
-
-        return CountingHeld
-
-
-def work_on(monkeypatch: pytest.MonkeyPatch, parser: Callable[[], Any], text: str) -> int:
-    work = Work()
-    with monkeypatch.context() as patch:
-        patch.setattr("ollama_forge.serving.tools.parser.Held", work.held())
-        patch.setattr("ollama_forge.serving.tools.harmony.Held", work.held())
-        for table in (payloads._BRACKET, payloads._QUOTE_END):
-            for key, pattern in table.items():
-                patch.setitem(table, key, work.pattern(pattern))
-        assert calls_of(read(parser(), [text[at : at + 4] for at in range(0, len(text), 4)]))
-    return work.count
-
-
-@pytest.mark.parametrize("model", [*MODELS, "gpt-oss"])
-def test_reading_a_call_costs_work_in_proportion_to_its_length(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = 'if (a[0] > {"b": 1}) {\n  f(x); }\n'
-
-    def cost(lines: int) -> float:
-        arguments = {"text": code * lines}
-        if model == "gpt-oss":
-            text = f"<|channel|>commentary to=functions.store json<|message|>{json.dumps(arguments)}<|call|>"
-            return work_on(monkeypatch, lambda: parser_for(HARMONY, FAMILIES[-1], TOOLS), text) / len(text)
-        text, family = written(model, [("store", arguments)]), family_of(MODELS[model]["template"])
-        return work_on(monkeypatch, lambda: parser_for(None, family, TOOLS), text) / len(text)
-
-    assert cost(60) < 1.2 * cost(30) < 20

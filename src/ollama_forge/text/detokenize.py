@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MOST_PAIRS = 100_000  # of tokens whose text is kept
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -56,6 +57,8 @@ class TokenBytes:
             return self.of(id_)
         known = self._pairs.get((before, id_))
         if known is None:
+            if len(self._pairs) >= _MOST_PAIRS:
+                self._pairs.clear()
             known = self._pairs[before, id_] = self._gained(before, id_)
         return known
 
