@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import is_companion
 from ollama_forge.errors import ForgeError
-from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.encoder import pooled
 from ollama_forge.serving.model import ServedModel
@@ -56,8 +56,8 @@ def bert(at: Path, *, pooling: dict[str, Any] | None = MEAN, module: Any = None,
     return checkpoint
 
 
-def load(checkpoint: Checkpoint) -> ServedModel:
-    return ServedModel.load(checkpoint, "wire", load=LoadSettings(device="cpu"), max_queue=8)
+def load(checkpoint: Checkpoint, dtype: str = "auto") -> ServedModel:
+    return ServedModel.load(checkpoint, "wire", load=LoadSettings(device="cpu", dtype=dtype), max_queue=8)
 
 
 def embed(model: ServedModel, texts: Sequence[str], **options: Any) -> torch.Tensor:
@@ -171,17 +171,19 @@ def test_dense_layers_and_a_prompt_that_is_not_pooled(tmp_path: Path) -> None:
     asyncio.run(model.close())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama", "gemma3_text", "gpt2"])
-def test_a_batch_equals_each_alone(tmp_path: Path, family: str) -> None:
+def test_a_batch_equals_each_alone(tmp_path: Path, family: str, dtype: str) -> None:
     inputs = [engines.prompt(length, seed=length) for length in (1, 40, 3, 17, 18, 5, 29, 2, 40)]
     if family in ("bert", "roberta"):
         kind = (BertConfig, BertModel) if family == "bert" else (RobertaConfig, RobertaModel)
         module = kind[1](kind[0](**_SIZES))
-        model = load(bert(tmp_path, module=module))
+        model = load(bert(tmp_path, module=module), dtype)
         engine: Any = model.engine
         assert engine.context_length == (64 if family == "bert" else 63)  # RoBERTa's begin behind the padding
     else:
-        engine = engines.TransformersEngine(engines.load(tmp_path, family))
+        settings = LoadSettings(dtype=dtype, device="cpu")
+        engine = engines.TransformersEngine(ChatModel.load(tiny.save(tiny.build(family), tmp_path), settings))
     together = torch.tensor(engines.wait(lambda: engine.embed(inputs)))
     alone = torch.tensor([engines.wait(lambda ids=ids: engine.embed([ids]))[0] for ids in inputs])  # type: ignore[misc]
     engine.close()

@@ -43,7 +43,7 @@ class EncoderEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         modules: SentenceModules,
         *,
         context_length: int,
@@ -53,8 +53,9 @@ class EncoderEngine:
         self._module, self._modules = module.eval(), modules
         self._context_length, self._prompt_tokens, self._slots = context_length, prompt_tokens, slots
         self._device = next(module.parameters()).device
-        config: Any = module.config
+        config = module.config
         self._pad, self._vocabulary = config.pad_token_id or 0, int(config.vocab_size)
+        self._pads = module.dtype.itemsize > 2  # in 16 bits, sums over padding are rounded otherwise
         self._layers = [_dense(layer, self._device) for layer in modules.dense]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._closed = False
@@ -84,7 +85,7 @@ class EncoderEngine:
                 raise EngineError("an input contains token ids that the model does not know")
         vectors: Vectors = [[] for _ in inputs]
         loop = asyncio.get_running_loop()
-        for indices in _batches(inputs):
+        for indices in _batches(inputs, padded=self._pads):
             if self._closed:
                 raise EngineError(_CLOSED)
             found = await loop.run_in_executor(self._worker, self._try_embed, [inputs[index] for index in indices])
@@ -139,11 +140,14 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden * weights).sum(1) / (total.sqrt() if pooling == "mean_sqrt_len" else total)
 
 
-def _batches(inputs: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The indices of inputs in batches, longest first."""
+def _batches(inputs: Sequence[Sequence[int]], *, padded: bool) -> Iterator[list[int]]:
+    """The indices of inputs in batches, longest first; if they are not padded, those of a batch have one length."""
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:
-        count = max(1, min(_ROWS, _TOKENS // len(inputs[order[0]])))
+        longest = len(inputs[order[0]])
+        count = max(1, min(_ROWS, _TOKENS // longest))
+        if not padded:
+            count = min(count, sum(len(inputs[index]) == longest for index in order))
         batch, order = order[:count], order[count:]
         yield batch
 

@@ -345,8 +345,20 @@ def _put(items: list[tuple[_Reader, Item]]) -> None:
         reader.queue.put_nowait(item)
 
 
-@torch.inference_mode()
 def _embed(model: ChatModel, inputs: list[list[int]]) -> Vectors:
+    """Embed a batch; in 16 bits, where sums over padding are rounded otherwise, inputs of one length at a time."""
+    if next(model.module.parameters()).dtype.itemsize > 2:
+        return _embed_padded(model, inputs)
+    vectors: Vectors = [[] for _ in inputs]
+    for length in {len(ids) for ids in inputs}:
+        indices = [index for index, ids in enumerate(inputs) if len(ids) == length]
+        for index, vector in zip(indices, _embed_padded(model, [inputs[index] for index in indices]), strict=True):
+            vectors[index] = vector
+    return vectors
+
+
+@torch.inference_mode()
+def _embed_padded(model: ChatModel, inputs: list[list[int]]) -> Vectors:
     # padding on the right, unlike elsewhere: positions need no correction, and no token attends to the padding after it
     width = max(map(len, inputs))
     ids = torch.tensor([row + [model.tokenizer.pad_id] * (width - len(row)) for row in inputs], device=model.device)
