@@ -81,7 +81,8 @@ class _ModelGauges(Collector):
         healthy = GaugeMetricFamily(f"{_PREFIX}_model_healthy", "1 while the engine can answer", labels=["model"])
         for model in self._models.models:
             label = [ModelName.of(model).short]
-            waiting.add_metric(label, model.admission.waiting)
-            running.add_metric(label, model.admission.running)
+            if model.is_loaded:
+                waiting.add_metric(label, model.admission.waiting)
+                running.add_metric(label, model.admission.running)
             healthy.add_metric(label, model.healthy)
         yield from (waiting, running, healthy)
