@@ -33,7 +33,7 @@ from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
-def load(checkpoint, name, *, load, max_queue, slots):
+def load(checkpoint, name, *, load, max_queue, slots, live):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
     return model_module.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 

@@ -14,6 +14,7 @@ from ollama_forge.names import run_output
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
+    from ollama_forge.serving.live_source import LiveSource
 
 
 @click.command("serve")
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
     help="Largest number of answers generated at a time.",
 )
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Serve the base model with the edit added while it runs, at the strength that each request asks for in "
+    "abliteration_strength (default 1; 0: the base; below 0: the opposite of the edit).",
+)
 @opt.talk_options
 def serve(**options: Any) -> None:
     """Serve a model over the APIs of Ollama, OpenAI and Anthropic."""
@@ -64,19 +71,37 @@ def serve(**options: Any) -> None:
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:
-        checkpoint = resolve(
-            _model_of(options["name"], options["checkpoint"]),
-            options["revision"],
-            trust_remote_code=load.trust_remote_code,
-            adapter=options["adapter"],
-        )
-        name = servable_name(options["name"] or _default_name(checkpoint))
+        live = _live_source(options) if options["live"] else None
+        if live is not None:
+            checkpoint = live.base
+        else:
+            checkpoint = resolve(
+                _model_of(options["name"], options["checkpoint"]),
+                options["revision"],
+                trust_remote_code=load.trust_remote_code,
+                adapter=options["adapter"],
+            )
+        name = servable_name(options["name"] or _default_name(checkpoint, live))
         with status(f"loading {name}"):
             model = ServedModel.load(
-                checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]
+                checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"], live=live
             )
         announce(name, settings, listening)
         run(model, settings, listening)
+
+
+def _live_source(options: dict[str, Any]) -> LiveSource:
+    from ollama_forge.serving.live_source import live_source_of, live_source_of_run
+
+    if options["revision"] is not None or options["adapter"] is not None:
+        raise UsageError(
+            "--live takes the base that the edit was made from, so that --revision and --adapter have no meaning",
+            "leave them out",
+        )
+    trusted = options["trust_remote_code"]
+    if options["checkpoint"] is not None:
+        return live_source_of(Path(options["checkpoint"]), trust_remote_code=trusted)
+    return live_source_of_run(options["name"], trust_remote_code=trusted)
 
 
 def _model_of(name: str | None, checkpoint: str | None) -> str:
@@ -86,11 +111,14 @@ def _model_of(name: str | None, checkpoint: str | None) -> str:
     return str(run_output(name))
 
 
-def _default_name(checkpoint: Checkpoint) -> str:
+def _default_name(checkpoint: Checkpoint, live: LiveSource | None = None) -> str:
     """The name to serve a checkpoint under: that of its run, its Hub id, or the last part of its path without .gguf."""
-    path = Path(checkpoint.label)
-    if checkpoint.kind == "hub":
-        return checkpoint.label
+    if live is not None:
+        return _name_of_path(live.edited)
+    return checkpoint.label if checkpoint.kind == "hub" else _name_of_path(Path(checkpoint.label))
+
+
+def _name_of_path(path: Path) -> str:
     if path.name == "checkpoint" and path.resolve().parent.name.startswith("abliterate-"):
         return path.resolve().parent.name.removeprefix("abliterate-")
     return path.resolve().name.removesuffix(".gguf")

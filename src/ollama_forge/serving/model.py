@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import Constraint, Embedder, Engine, EngineError, EngineRequest, ImageEncoder
-from ollama_forge.serving.metadata import ModelMetadata
+from ollama_forge.serving.metadata import ModelMetadata, live_metadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
@@ -22,6 +22,7 @@ from ollama_forge.text.tokenizer import Tokenizer, template_text
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
     from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.serving.live_source import LiveSource
 
 __all__ = ["ModelMetadata", "ServedModel"]
 
@@ -35,6 +36,7 @@ class ServedModel:
         prompts: renders and encodes prompts.
         capabilities: those of completion, tools, thinking and vision that the model has.
         stopping: set when the server shuts down; answers that still run then end in an error.
+        live: whether the engine applies its edit at the strength that a request asks for.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ServedModel:
         end_ids: frozenset[int] | None = None,
         vision: bool = True,
         max_queue: int = 512,
+        live: bool = False,
     ) -> None:
         """Serve ``engine`` under ``name``.
 
@@ -75,12 +78,23 @@ class ServedModel:
         self.admission = Admission(engine.slots, max_queue)
         self.capabilities = self._find_capabilities()
         self.stopping = False
+        self.live = live
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, name: str, *, load: LoadSettings, max_queue: int, slots: int = 16
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        load: LoadSettings,
+        max_queue: int,
+        slots: int = 16,
+        live: LiveSource | None = None,
     ) -> ServedModel:
         """Load a checkpoint into the transformers engine, which generates up to ``slots`` answers at a time.
+
+        Args:
+            live: the edit of this checkpoint that is applied at the strength of each request; None for none.
 
         Raises:
             ForgeError: the checkpoint cannot be loaded.
@@ -88,8 +102,10 @@ class ServedModel:
         from ollama_forge.serving.engine.vision import load_engine
 
         tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
-        engine = load_engine(checkpoint, load, slots=slots)
+        engine = load_engine(checkpoint, load, slots=slots, edit=None if live is None else live.record)
         metadata = ModelMetadata.of(checkpoint, load.system)
+        if live is not None:
+            metadata = live_metadata(metadata, live.edited)
         sees = "vision_config" in checkpoint.config and any(
             (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
         )
@@ -102,6 +118,7 @@ class ServedModel:
             end_ids=frozenset(tokenizer.end_ids),
             vision=sees,
             max_queue=max_queue,
+            live=live is not None,
         )
 
     def _find_capabilities(self) -> frozenset[str]:
@@ -182,6 +199,7 @@ class ServedModel:
             constraint=None if schema is None else Constraint(schema, split.closing if split else None),
             top_logprobs=request.logprobs,
             media=request.prompt.media,
+            strength=request.strength,
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -60,6 +60,7 @@ class ChatRequest:
         logprobs: number of alternatives for each token; None: no log-probabilities.
         stream: whether the answer is sent as it is generated.
         keep_alive: seconds for which the model stays loaded after the answer; None: without end.
+        strength: multiple of a live edit's own strength; 0 is the base model. None: 1.
     """
 
     model: str
@@ -77,6 +78,7 @@ class ChatRequest:
     logprobs: int | None = None
     stream: bool = False
     keep_alive: float | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class GenerationRequest:
 
     Attributes:
         schema: the text of a JSON schema that the answer satisfies.
+        strength: multiple of a live edit's own strength.
     """
 
     prompt: Prompt
@@ -112,6 +115,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     schema: str | None = None
     logprobs: int | None = None
+    strength: float = 1.0
 
 
 class BadRequest(ValueError):  # noqa: N818

@@ -20,6 +20,7 @@ from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Completion, Done, Event, GenerationRequest, ToolCall
 
 T = TypeVar("T")
+LARGEST_STRENGTH = 10.0  # far beyond it logits are no numbers any more
 LEAST_LOGPROB = -9999.0  # the least log-probability in a response, because JSON has no infinity
 
 
@@ -101,8 +102,9 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     """Render and encode the prompt of a request. This takes milliseconds to seconds: call it outside the event loop.
 
     Raises:
-        BadRequest: the prompt does not fit, or the template or the format is refused.
+        BadRequest: the prompt does not fit, or the template, the format or the strength is refused.
     """
+    strength = live_strength(model, request.strength)
     if request.raw:
         (message,) = request.messages
         prompt = model.prompts.text(
@@ -128,7 +130,21 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         stop=request.stop,
         schema=schema_text(request.format),
         logprobs=request.logprobs,
+        strength=strength,
     )
+
+
+def live_strength(model: ServedModel, strength: float | None) -> float:
+    """The strength of a request, brought into the range from ``-LARGEST_STRENGTH`` to ``LARGEST_STRENGTH``.
+
+    Raises:
+        BadRequest: it is not 1, and the model has one strength alone.
+    """
+    if strength is None or strength == 1.0:
+        return 1.0
+    if not model.live:
+        raise BadRequest("abliteration_strength: this model has one strength; start the server with --live")
+    return max(-LARGEST_STRENGTH, min(strength, LARGEST_STRENGTH))
 
 
 def schema_text(format_: Any) -> str | None:

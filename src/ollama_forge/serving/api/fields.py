@@ -111,6 +111,7 @@ class SamplingFields(RequestModel):
     frequency_penalty: Number | None = None
     seed: Integer | None = None
     stream: bool = False
+    abliteration_strength: Number | None = None
 
     def sampling_params(self, *, default: float | None = None) -> SamplingParams:
         """The sampling parameters; ``default`` is the temperature and top_p of a request that does not set them."""

@@ -110,13 +110,16 @@ class Scheduler:
                 continue
         if group:
             media: Any = group[0].request.media
-            self._prefill = self.runner.prefill([sequence.request.ids for sequence in group], media)
+            requests = [sequence.request for sequence in group]
+            strengths = [request.strength for request in requests]
+            self._prefill = self.runner.prefill([request.ids for request in requests], strengths, media)
 
     def _fits(self, group: list[Sequence], sequence: Sequence) -> bool:
         """Whether a prompt can be prefilled with a group: no images, and at most half of the computed tokens wasted."""
         if sequence.request.media is not None or group[0].request.media is not None:
             return False
-        needed = [self.runner.uncached(other.request.ids) for other in (*group, sequence)]
+        requests = [other.request for other in (*group, sequence)]
+        needed = [self.runner.uncached(request.ids, request.strength) for request in requests]
         computed = max(needed) * len(needed)
         return computed <= GROUP_TOKENS and computed <= 2 * sum(needed)
 

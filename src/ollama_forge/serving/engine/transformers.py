@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +29,9 @@ from ollama_forge.serving.engine.kv_cache import layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, SingleRunner
 from ollama_forge.serving.engine.scheduler import Scheduler, Stats
 from ollama_forge.serving.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from ollama_forge.serving.engine.live import LiveEdit
 
 _LOG = logging.getLogger(__name__)
 _PREFIX_CACHE_SHARE = 8  # the prefix cache takes up to an eighth of the free memory
@@ -57,14 +61,15 @@ class TransformersEngine:
         model: only the engine may use it from now on; its weights must not change.
         slots: maximum number of requests that run at the same time. A model whose state cannot be batched always runs
             one.
+        live: an edit of the model, applied at each request's own strength; embeddings are computed at strength 1.
     """
 
-    def __init__(self, model: ChatModel, *, slots: int = 16) -> None:
-        self.model = model
+    def __init__(self, model: ChatModel, *, slots: int = 16, live: LiveEdit | None = None) -> None:
+        self.model, self._live = model, live
         config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
         self._vocabulary = int(config.vocab_size)
         self._context_length = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
-        self._forward = Forward(model)
+        self._forward = Forward(model, live)
         grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._scheduler = Scheduler(self._runner(slots), grammars, self._deliver)
         self._outbox: list[tuple[_Reader, Item]] = []
@@ -183,7 +188,8 @@ class TransformersEngine:
                     self._scheduler.submit(self._inbox.popleft())
                 job = self._jobs.popleft() if self._jobs else None
             if job is not None:
-                self._run_job(*job)
+                with nullcontext() if self._live is None else self._live.at([1.0]):
+                    self._run_job(*job)
             try:
                 self._scheduler.tick()
             except Exception as error:

@@ -6,13 +6,17 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.transformers import TransformersEngine
+
+if TYPE_CHECKING:
+    from ollama_forge.edits.edit_file import EditRecord
+    from ollama_forge.serving.engine.live import LiveEdit
 
 _LOG = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -22,8 +26,8 @@ _TEXT_INPUTS = ("input_ids", "attention_mask")
 class VisionEngine(TransformersEngine):
     """Generates from text and images, and computes embeddings."""
 
-    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16) -> None:
-        super().__init__(model, slots=slots)
+    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16, live: LiveEdit | None = None) -> None:
+        super().__init__(model, slots=slots, live=live)
         self._processor = processor
 
     def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
@@ -59,16 +63,28 @@ def _picture(image: bytes) -> Any:
         raise EngineError("an image cannot be read: it is damaged or not PNG, JPEG or the like") from error
 
 
-def load_engine(checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16) -> TransformersEngine:
+def load_engine(
+    checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16, edit: EditRecord | None = None
+) -> TransformersEngine:
     """Load a checkpoint as a ``VisionEngine`` if it has an image processor, else as a ``TransformersEngine``.
 
+    Args:
+        edit: an edit of the checkpoint, applied at the strength that each request asks for.
+
     Raises:
-        ForgeError: as ``ChatModel.load``.
+        ForgeError: as ``ChatModel.load`` and ``LiveEdit``.
     """
     model = ChatModel.load(checkpoint, settings)
+    live = None
+    if edit is not None:
+        from ollama_forge.serving.engine.live import LiveEdit
+
+        live = LiveEdit(model, edit)
     sees = hasattr(model.module.config, "vision_config")
     processor = _processor(checkpoint.folder, settings.trust_remote_code) if sees else None
-    return TransformersEngine(model, slots=slots) if processor is None else VisionEngine(model, processor, slots=slots)
+    if processor is None:
+        return TransformersEngine(model, slots=slots, live=live)
+    return VisionEngine(model, processor, slots=slots, live=live)
 
 
 def _processor(folder: Path, trust_remote_code: bool) -> Any:

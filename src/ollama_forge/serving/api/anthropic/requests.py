@@ -235,6 +235,7 @@ class MessagesRequest(SamplingFields):
             tools=chosen_tools(tools, self.tool_choice),
             think=self._think(),
             stream=self.stream,
+            strength=self.abliteration_strength,
         )
 
     def _think(self) -> bool | str | None:

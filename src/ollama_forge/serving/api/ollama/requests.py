@@ -141,6 +141,7 @@ class _GenerationFields(RequestModel):
             logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
             keep_alive=self.keep_alive,
+            strength=options.abliteration_strength,
             **more,
         )
 

@@ -169,6 +169,8 @@ async def _embedded(
     options: Options,
     keep_alive: float | None,
 ) -> tuple[list[list[float]], int]:
+    if options.abliteration_strength not in (None, 1.0):
+        raise BadRequest("abliteration_strength has no effect on embeddings, which are those of the edited model")
     registry.keep(model)
     try:
         return await while_connected(http, work(texts, num_ctx=options.num_ctx))

@@ -222,6 +222,7 @@ class ChatCompletionRequest(_CompletionFields):
             format=None if self.response_format is None else self.response_format.format,
             logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
+            strength=self.abliteration_strength,
         )
 
 
@@ -253,6 +254,7 @@ class CompletionRequest(_CompletionFields):
             stop=stop_strings(self.stop),
             logprobs=self.logprobs or None,
             stream=self.stream,
+            strength=self.abliteration_strength,
         )
 
 

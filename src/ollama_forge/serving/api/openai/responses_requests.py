@@ -225,6 +225,7 @@ class ResponsesRequest(SamplingFields):
             think=think_of_effort(self.reasoning.effort),
             format=self._format(),
             stream=self.stream,
+            strength=self.abliteration_strength,
         )
 
     def _messages(self) -> list[Message]:
