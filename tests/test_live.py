@@ -29,6 +29,7 @@ from ollama_forge.export.adapters.changes import low_rank_changes, module_change
 from ollama_forge.files import write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engine.live import LiveEdit
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.serving.live_source import live_source_of, live_source_of_run
 from ollama_forge.serving.metadata import ModelMetadata, live_metadata
@@ -36,7 +37,9 @@ from ollama_forge.serving.run_facts import LIVE_KEY, REPORT_KEY
 from ollama_forge.sources.resolve import resolve
 from tests import made_report, moe, tiny
 from tests.engines import by_generate, greedy, prompt, together
+from tests.loopback import loopback, scripted
 from tests.test_adapters import edit_of, not_tables
+from tests.test_api_security import call
 
 F32 = LoadSettings(dtype="float32", device="cpu")
 STRENGTHS = (0.0, 1.0, -0.5)
@@ -251,6 +254,46 @@ def test_facts_of_the_run_are_shown(applied: Path) -> None:
     assert live.model_info[REPORT_KEY] == figures
     assert live.model_info[LIVE_KEY] == 1.0
     assert "source: base" in live.provenance
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+HI = [{"role": "user", "content": "hi"}]
+BODIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "/api/chat": lambda strength: {"messages": HI, "options": {"abliteration_strength": strength}},
+    "/api/generate": lambda strength: {"prompt": "hi", "options": {"abliteration_strength": strength}},
+    "/v1/chat/completions": lambda strength: {"messages": HI, "abliteration_strength": strength},
+    "/v1/completions": lambda strength: {"prompt": "hi", "abliteration_strength": strength},
+    "/v1/responses": lambda strength: {"input": "hi", "abliteration_strength": strength},
+    "/v1/messages": lambda strength: {"messages": HI, "max_tokens": 5, "abliteration_strength": strength},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_request_names_its_strength(path: str) -> None:
+    model = scripted(lambda *_: "hello")
+    with loopback(model) as url:
+
+        def send(strength: float | None) -> tuple[int, str]:
+            status, _, text = call(url, "POST", path, {"model": "wire", "stream": False, **BODIES[path](strength)})
+            return status, text.decode() if isinstance(text, bytes) else text
+
+        assert [send(strength)[0] for strength in (None, 1, 1.0)] == [200] * 3
+        status, text = send(0)
+        assert (status, "start the server with --live" in text) == (400, True)
+        model.live = True
+        assert [send(strength)[0] for strength in (None, 0, -0.5, 1e9)] == [200] * 4
+    engine = model.engine
+    assert isinstance(engine, ScriptedEngine)
+    assert [request.strength for request in engine.requests] == [1.0, 1.0, 1.0, 1.0, 0.0, -0.5, 10.0]
+
+
+def test_a_strength_of_another_type_and_one_of_embeddings_are_refused() -> None:
+    with loopback(scripted(lambda *_: "hello")) as url:
+        bad = {"model": "wire", **BODIES["/api/chat"]("much")}
+        assert call(url, "POST", "/api/chat", bad)[0] == 500
+        embed = {"model": "wire", "input": "hi", "options": {"abliteration_strength": 0}}
+        assert call(url, "POST", "/api/embed", embed)[0] == 400
 
 
 # -- the demo model ---------------------------------------------------------------------------------------------------

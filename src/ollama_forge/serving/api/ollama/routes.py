@@ -19,6 +19,7 @@ from ollama_forge.serving.api.ollama import requests, responses
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
+from ollama_forge.serving.api.page import chat_page
 from ollama_forge.serving.api.routing import Handler
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
@@ -182,8 +183,11 @@ async def _embedded(
 
 
 async def root(registry: ModelRegistry, http: Request) -> Response:
-    """``GET /``: clients look for this text."""
-    return PlainTextResponse("Ollama is running")
+    """``GET /``: browsers get a page, and clients the text that they look for."""
+    wants_page = "text/html" in http.headers.get("accept", "")
+    response = chat_page() if wants_page else PlainTextResponse("Ollama is running")
+    response.headers["vary"] = "Accept"
+    return response
 
 
 async def version(registry: ModelRegistry, http: Request) -> Response:
