@@ -35,7 +35,7 @@ FIGURES = {
 def say(request: EngineRequest, prompt: str) -> str:
     """The strength and the number of messages; endless for one word, and markup for another."""
     if "endless" in prompt.rsplit("<|user|>", 1)[-1]:
-        return "on and " * 100_000
+        return "on and " * 1000
     if "markup" in prompt.rsplit("<|user|>", 1)[-1]:
         return f"{NASTY}</think>{NASTY}"
     turns, of_base = prompt.count("<|user|>"), prompt.count("|>Strength 0,")
@@ -51,11 +51,11 @@ def made(*, live: bool) -> ServedModel:
 
 
 class Slow(ScriptedEngine):
-    """Answers a token a millisecond, so that there is time to stop an endless answer."""
+    """Answers a token in two milliseconds, so that there is time to stop an endless answer."""
 
     async def generate(self, request: EngineRequest) -> Any:
         async for token in super().generate(request):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.002)
             yield token
 
 
@@ -198,14 +198,18 @@ def test_stop_and_leave(tab: Tab) -> None:
         tab.page.fill("#message", "endless")
         tab.page.click("#send")
         tab.wait("Answering")
-        sync_api.expect(tab.page.locator(".turn:last-child .thought .text")).to_contain_text(["on and", "on and"])
+        thoughts = tab.page.locator(".turn:last-child .thought .text")
+        sync_api.expect(thoughts).to_contain_text(["on and", "on and"], timeout=20_000)
         if how.startswith("#"):
             tab.page.click(how)
         else:
             tab.page.keyboard.press(how)
         tab.wait("" if how == "#clear" else "Stopped")
-        tab.page.wait_for_timeout(300)
+        for _ in range(200):
+            if tab.engine.active:
+                tab.page.wait_for_timeout(100)
         assert tab.engine.active == 0
+        assert thoughts.count() == 0 or len(thoughts.first.text_content()) < 4000
     assert tab.page.evaluate("document.activeElement.id") == "message"
 
 

@@ -32,12 +32,11 @@ class BatchedPrefill:
         forward: Forward,
         cache: KVCache,
         prompts: Sequence[Sequence[int]],
-        strengths: Sequence[float],
         new_tokens: int,
         chunk: int,
         media: Media,
     ) -> None:
-        self.forward, self.cache, self.strengths, self.chunk = forward, cache, strengths, chunk
+        self.forward, self.cache, self.chunk = forward, cache, chunk
         self.media = on_device(media, forward.model)
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
@@ -58,9 +57,8 @@ class BatchedPrefill:
         inputs = dict(self.media)
         if self._mask is not None:
             inputs["attention_mask"] = self._mask
-        positions = self._positions[:, span.end : end]
         logits, _ = self.forward(
-            self._ids[:, span.end : end], self.cache, self.strengths, position_ids=positions, **inputs
+            self._ids[:, span.end : end], self.cache, position_ids=self._positions[:, span.end : end], **inputs
         )
         span.end = end
         return logits if end == self.width else None
@@ -80,27 +78,23 @@ class BatchedRunner:
         self.chunk = _CHUNK.get(forward.device.type, _CHUNK_ON_DEVICE)
         self.cache: KVCache | None = None
         self.starts: list[int] = []
-        self.strengths: list[float] = []
         self._changed = True
         self._mask: Tensor | None = None
         self._positions = torch.empty(0, 1, dtype=torch.long)
 
     # -- prefill --------------------------------------------------------------------------------------------------
 
-    def uncached(self, prompt: Sequence[int], strength: float) -> int:
-        found = self.prefixes.match(prompt, strength)
+    def uncached(self, prompt: Sequence[int]) -> int:
+        found = self.prefixes.match(prompt)
         return len(prompt) - (found[1] if found is not None else 0)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], strengths: Sequence[float], media: Media) -> BatchedPrefill:
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> BatchedPrefill:
         cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)))
-        found = [
-            self.prefixes.match(prompt, strength) if media is None else None
-            for prompt, strength in zip(prompts, strengths, strict=True)
-        ]
+        found = [self.prefixes.match(prompt) if media is None else None for prompt in prompts]
         new_tokens = max(
             len(prompt) - (match[1] if match is not None else 0) for prompt, match in zip(prompts, found, strict=True)
         )
-        prefill = BatchedPrefill(self.forward, cache, prompts, strengths, new_tokens, self.chunk, media)
+        prefill = BatchedPrefill(self.forward, cache, prompts, new_tokens, self.chunk, media)
         for row, match in enumerate(found):
             length = cache.span.end - prefill.starts[row]
             if match is not None and length > 0:
@@ -117,7 +111,6 @@ class BatchedRunner:
         end = self.cache.span.end
         self.cache.copy_row(prefill.cache, index, prefill.starts[index], row, end - length, length)
         self.starts.append(end - length)
-        self.strengths.append(prefill.strengths[index])
         self.cache.span.rows = row + 1
         self._update_start()
 
@@ -157,7 +150,7 @@ class BatchedRunner:
         if self._mask is not None:
             inputs["attention_mask"] = self._mask[:, span.start : span.end + 1]
         ids = torch.tensor(tokens, device=self.forward.device).unsqueeze(1)
-        logits, _ = self.forward(ids, self.cache, self.strengths, position_ids=self._positions, **inputs)
+        logits, _ = self.forward(ids, self.cache, position_ids=self._positions, **inputs)
         span.end += 1
         self._positions = self._positions + 1
         return logits
@@ -183,13 +176,12 @@ class BatchedRunner:
             kept = KVCache(self.has_kv, 1, length)
             kept.copy_row(self.cache, row, self.starts[row], 0, 0, length)
             kept.span.end = length
-            self.prefixes.add(ids[:length], kept, kept.nbytes, self.strengths[row])
+            self.prefixes.add(ids[:length], kept, kept.nbytes)
         if row != last:
             start = self.starts[last]
             self.cache.copy_row(self.cache, last, start, row, start, span.end - start)
-            self.starts[row], self.strengths[row] = start, self.strengths[last]
+            self.starts[row] = start
         self.starts.pop()
-        self.strengths.pop()
         span.rows = last
         if self.starts:
             self._update_start()
@@ -197,5 +189,5 @@ class BatchedRunner:
             self.cache = None
 
     def reset(self) -> None:
-        self.cache, self.starts, self.strengths = None, [], []
+        self.cache, self.starts = None, []
         self.prefixes.clear()

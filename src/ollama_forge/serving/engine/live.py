@@ -30,6 +30,7 @@ from ollama_forge.export.adapters.changes import (
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.matrices import bias_of, weight_of
 
+_STEPS = 1000  # strengths between 0 and 1
 _TOLERANCE = 1e-3  # relative; factors are float32 and were computed from weights that round to the same values
 _PROBE = 6  # positions of the prompts with which the order of rows is checked
 _SAME_INPUT = 0.1  # relative difference that batching may make; another row's input differs by about 1.4
@@ -50,6 +51,7 @@ class LiveEdit:
         """
         self._strengths: Tensor | float = 0.0
         self.device = model.device
+        self._ids = int(model.module.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         changes = low_rank_changes(record, model.model_map, biases=True)
         linear = [change for change in changes if is_linear(change.matrix)]
         stacked = [change for change in changes if not is_linear(change.matrix)]
@@ -70,6 +72,28 @@ class LiveEdit:
             yield
         finally:
             self._strengths = 0.0
+
+    def offset(self, strength: float) -> int:
+        """What is added to a token's id to make it a row id, which also says the strength, in thousandths.
+
+        Rows with equal row ids have equal keys and values, so that whatever compares ids, as prefix caches do, keeps
+        strengths apart. The row id of a token at strength 1 is its id.
+        """
+        return round((strength - 1.0) * _STEPS) * self._ids
+
+    @contextmanager
+    def at_row_ids(self, ids: Tensor) -> Iterator[Tensor]:
+        """Inside the block each row of a batch is computed at the strength that its last row id says.
+
+        Args:
+            ids: row ids ``[rows, positions]``.
+
+        Yields:
+            The ids of the tokens.
+        """
+        strengths = [1.0 + step / _STEPS for step in ids[:, -1].div(self._ids, rounding_mode="floor").tolist()]
+        with self.at(strengths):
+            yield ids.remainder(self._ids)
 
     @property
     def off(self) -> bool:

@@ -36,12 +36,12 @@ class ModelRunner(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def uncached(self, prompt: Sequence[int], strength: float) -> int:
+    def uncached(self, prompt: Sequence[int]) -> int:
         """Number of tokens of a prompt that the prefix cache does not cover."""
         ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]], strengths: Sequence[float], media: Media) -> Prefill:
-        """Start to prefill prompts, each at its strength; with ``media``, one prompt without the prefix cache."""
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> Prefill:
+        """Start to prefill prompts; with ``media``, one prompt, which does not use the prefix cache."""
         ...
 
     def join(self, prefill: Any, index: int) -> None:
@@ -65,7 +65,7 @@ class Forward:
     """The model's forward pass; it leaves out inputs that the model does not take, and counts the passes.
 
     Args:
-        live: an edit of the model, applied at a strength of its own for each row; None: strengths have no meaning.
+        live: an edit of the model; token ids are then row ids, which also say the strength (``LiveEdit.offset``).
     """
 
     def __init__(self, model: ChatModel, live: LiveEdit | None = None) -> None:
@@ -81,14 +81,14 @@ class Forward:
     def device(self) -> torch.device:
         return self.model.device
 
-    def __call__(self, ids: Tensor, cache: Any, strengths: Sequence[float], **inputs: Any) -> tuple[Tensor, Any]:
+    def __call__(self, ids: Tensor, cache: Any, **inputs: Any) -> tuple[Tensor, Any]:
         """Logits ``[rows, vocabulary]`` of the last position, and the updated cache."""
         if not self.takes_positions:
             inputs.pop("position_ids", None)
         inputs[self.cache_name] = cache
         self.passes += 1
-        with nullcontext() if self.live is None else self.live.at(strengths):
-            result = self.model.forward(input_ids=ids, use_cache=True, **inputs)
+        with nullcontext(ids) if self.live is None else self.live.at_row_ids(ids) as tokens:
+            result = self.model.forward(input_ids=tokens, use_cache=True, **inputs)
         return result.logits[:, -1], getattr(result, self.cache_name)
 
 
@@ -104,17 +104,14 @@ def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:
 class SinglePrefill:
     """Prefills one prompt in a single forward pass; ``cache`` already covers its first ``cached`` tokens."""
 
-    def __init__(
-        self, forward: Forward, prompt: Sequence[int], strength: float, cache: Any, cached: int, media: Media
-    ) -> None:
+    def __init__(self, forward: Forward, prompt: Sequence[int], cache: Any, cached: int, media: Media) -> None:
         self.forward, self.prompt, self.cache, self.cached = forward, prompt, cache, cached
-        self.strength = strength
         self.media = on_device(media, forward.model)
         self.tokens = len(prompt) - cached
 
     def advance(self) -> Tensor | None:
         ids = torch.tensor([list(self.prompt[self.cached :])], device=self.forward.device)
-        logits, self.cache = self.forward(ids, self.cache, [self.strength], **self.media)
+        logits, self.cache = self.forward(ids, self.cache, **self.media)
         return logits
 
 
@@ -130,30 +127,30 @@ class SingleRunner:
         self.forward = forward
         self.prefixes: PrefixCache[Any] = PrefixCache(1, 1)
         self.cache: Any = None
-        self.length, self.strength = 0, 1.0
+        self.length = 0
 
-    def uncached(self, prompt: Sequence[int], strength: float) -> int:
+    def uncached(self, prompt: Sequence[int]) -> int:
         return len(prompt)  # with one slot, no two prompts are prefilled together
 
-    def prefill(self, prompts: Sequence[Sequence[int]], strengths: Sequence[float], media: Media) -> SinglePrefill:
-        (prompt,), (strength,) = prompts, strengths
-        found = self.prefixes.match(prompt, strength, whole=True) if media is None else None
+    def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> SinglePrefill:
+        (prompt,) = prompts
+        found = self.prefixes.match(prompt, whole=True) if media is None else None
         self.prefixes.clear()  # the forward pass changes the state in place
         cache, cached = found if found is not None else (None, 0)
-        return SinglePrefill(self.forward, prompt, strength, cache, cached, media)
+        return SinglePrefill(self.forward, prompt, cache, cached, media)
 
     def join(self, prefill: SinglePrefill, index: int) -> None:
-        self.cache, self.length, self.strength = prefill.cache, len(prefill.prompt), prefill.strength
+        self.cache, self.length = prefill.cache, len(prefill.prompt)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         ids = torch.tensor([list(tokens)], device=self.forward.device)
-        logits, self.cache = self.forward(ids, self.cache, [self.strength])
+        logits, self.cache = self.forward(ids, self.cache)
         self.length += 1
         return logits
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
         if ids is not None:
-            self.prefixes.add(ids[: self.length], self.cache, 0, self.strength)
+            self.prefixes.add(ids[: self.length], self.cache, 0)
         self.cache = None
 
     def reset(self) -> None:

@@ -11,12 +11,11 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Entry(Generic[State]):
-    """Token ids and the model's state after them, computed at a strength of a live edit."""
+    """Token ids and the model's state after them."""
 
     ids: tuple[int, ...]
     state: State
     nbytes: int
-    strength: float
 
 
 class PrefixCache(Generic[State]):
@@ -34,20 +33,16 @@ class PrefixCache(Generic[State]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, ids: Sequence[int], state: State, nbytes: int, strength: float = 1.0) -> None:
-        """Keep a state of ``nbytes``; it replaces states of this strength whose ids are a prefix of ``ids``."""
-        new = Entry(tuple(ids), state, nbytes, strength)
-        self._entries = [
-            old for old in self._entries if old.strength != strength or common_prefix(old.ids, new.ids) < len(old.ids)
-        ]
+    def add(self, ids: Sequence[int], state: State, nbytes: int) -> None:
+        """Keep a state of ``nbytes``; it replaces states whose ids are a prefix of ``ids``."""
+        new = Entry(tuple(ids), state, nbytes)
+        self._entries = [old for old in self._entries if common_prefix(old.ids, new.ids) < len(old.ids)]
         self._entries.append(new)
         while len(self._entries) > self.count or sum(entry.nbytes for entry in self._entries) > self.nbytes:
             self._entries.pop(0)
 
-    def match(self, ids: Sequence[int], strength: float = 1.0, *, whole: bool = False) -> tuple[State, int] | None:
+    def match(self, ids: Sequence[int], *, whole: bool = False) -> tuple[State, int] | None:
         """The state that shares the longest prefix with a prompt, and the prefix's length; None if no state shares any.
-
-        States of another strength are not taken.
 
         The prefix never includes the prompt's last token: its logits have to be computed.
 
@@ -57,7 +52,7 @@ class PrefixCache(Generic[State]):
         usable = tuple(ids[:-1])
         best, length = None, 0
         for entry in self._entries:
-            shared = common_prefix(entry.ids, usable) if entry.strength == strength else 0
+            shared = common_prefix(entry.ids, usable)
             if shared > length and (not whole or shared == len(entry.ids)):
                 best, length = entry, shared
         if best is None:

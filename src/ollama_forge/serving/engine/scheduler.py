@@ -74,7 +74,7 @@ class Scheduler:
         if self._joining:
             self._advance_prefill()
         if self.running:
-            logits = self.runner.step([sequence.output_ids[-1] for sequence in self.running])
+            logits = self.runner.step([sequence.last_id for sequence in self.running])
             self._sample(logits)
 
     def fail(self, error: EngineError) -> None:
@@ -110,16 +110,13 @@ class Scheduler:
                 continue
         if group:
             media: Any = group[0].request.media
-            requests = [sequence.request for sequence in group]
-            strengths = [request.strength for request in requests]
-            self._prefill = self.runner.prefill([request.ids for request in requests], strengths, media)
+            self._prefill = self.runner.prefill([sequence.prompt for sequence in group], media)
 
     def _fits(self, group: list[Sequence], sequence: Sequence) -> bool:
         """Whether a prompt can be prefilled with a group: no images, and at most half of the computed tokens wasted."""
         if sequence.request.media is not None or group[0].request.media is not None:
             return False
-        requests = [other.request for other in (*group, sequence)]
-        needed = [self.runner.uncached(request.ids, request.strength) for request in requests]
+        needed = [self.runner.uncached(other.prompt) for other in (*group, sequence)]
         computed = max(needed) * len(needed)
         return computed <= GROUP_TOKENS and computed <= 2 * sum(needed)
 

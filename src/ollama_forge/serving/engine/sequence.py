@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
@@ -19,6 +20,7 @@ class Sequence:
         sampling: the sampling state, from the beginning of the prefill on.
         matcher: the grammar of a constrained request, from the beginning of the prefill on.
         output_ids: ids of the tokens generated so far.
+        row_offset: what is added to each id for the runner; see ``LiveEdit.offset``.
     """
 
     request: EngineRequest
@@ -27,11 +29,22 @@ class Sequence:
     sampling: SamplingState | None = None
     matcher: GrammarMatcher | None = None
     output_ids: list[int] = field(default_factory=list)
+    row_offset: int = 0
+
+    @cached_property
+    def prompt(self) -> tuple[int, ...]:
+        """The row ids of the prompt."""
+        return tuple(id_ + self.row_offset for id_ in self.request.ids) if self.row_offset else self.request.ids
+
+    @property
+    def last_id(self) -> int:
+        """The row id of the last generated token."""
+        return self.output_ids[-1] + self.row_offset
 
     @property
     def ids(self) -> list[int]:
-        """Ids of the prompt and of the tokens generated so far."""
-        return [*self.request.ids, *self.output_ids]
+        """Row ids of the prompt and of the tokens generated so far."""
+        return [*self.prompt, *(id_ + self.row_offset for id_ in self.output_ids)]
 
     @property
     def finished(self) -> bool:

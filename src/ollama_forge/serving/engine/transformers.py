@@ -124,7 +124,8 @@ class TransformersEngine:
             return
         reader = _Reader()
         room = self._context_length + 1 - len(request.ids)  # the last token is not fed back, so it takes no position
-        sequence = Sequence(replace(request, max_tokens=min(request.max_tokens, room)), reader)
+        offset = 0 if self._live is None else self._live.offset(request.strength)
+        sequence = Sequence(replace(request, max_tokens=min(request.max_tokens, room)), reader, row_offset=offset)
         with self._wake:
             if self._closed:
                 raise EngineError(_CLOSED)
