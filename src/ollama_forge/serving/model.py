@@ -193,13 +193,13 @@ class ServedModel:
         split, schema = request.prompt.thinking, request.schema
         return EngineRequest(
             ids=request.prompt.ids,
+            strength=request.strength,
             max_tokens=max_tokens,
             sampling=request.sampling,
             end_ids=self._end_ids | self._tokens.specials(request.stop),  # special tokens have no text to stop at
             constraint=None if schema is None else Constraint(schema, split.closing if split else None),
             top_logprobs=request.logprobs,
             media=request.prompt.media,
-            strength=request.strength,
         )
 
     def _encode(self, text: str) -> list[int]:

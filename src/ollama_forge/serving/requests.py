@@ -48,6 +48,7 @@ class ChatRequest:
     Attributes:
         model: the model's name as the client spells it.
         messages: the conversation; without messages, the model is only loaded or unloaded.
+        strength: multiple of a live edit's own strength; 0 is the base model. None: 1.
         raw: the text of the one message is the prompt, without the chat template.
         context: token ids to put before the prompt.
         tools: the tools in OpenAI's format, for the chat template.
@@ -60,11 +61,11 @@ class ChatRequest:
         logprobs: number of alternatives for each token; None: no log-probabilities.
         stream: whether the answer is sent as it is generated.
         keep_alive: seconds for which the model stays loaded after the answer; None: without end.
-        strength: multiple of a live edit's own strength; 0 is the base model. None: 1.
     """
 
     model: str
     messages: tuple[Message, ...]
+    strength: float | None = None
     raw: bool = False
     context: tuple[int, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -78,7 +79,6 @@ class ChatRequest:
     logprobs: int | None = None
     stream: bool = False
     keep_alive: float | None = None
-    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ class GenerationRequest:
     """A request to continue a prompt; see ``ChatRequest`` for the settings.
 
     Attributes:
-        schema: the text of a JSON schema that the answer satisfies.
         strength: multiple of a live edit's own strength.
+        schema: the text of a JSON schema that the answer satisfies.
     """
 
     prompt: Prompt
+    strength: float = 1.0
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     stop: tuple[str, ...] = ()
     schema: str | None = None
     logprobs: int | None = None
-    strength: float = 1.0
 
 
 class BadRequest(ValueError):  # noqa: N818

@@ -104,7 +104,6 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     Raises:
         BadRequest: the prompt does not fit, or the template, the format or the strength is refused.
     """
-    strength = live_strength(model, request.strength)
     if request.raw:
         (message,) = request.messages
         prompt = model.prompts.text(
@@ -125,12 +124,12 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         )
     return GenerationRequest(
         prompt,
+        live_strength(model, request.strength),
         sampling=request.sampling,
         num_predict=request.num_predict,
         stop=request.stop,
         schema=schema_text(request.format),
         logprobs=request.logprobs,
-        strength=strength,
     )
 
 

@@ -228,6 +228,7 @@ class MessagesRequest(SamplingFields):
         tools = [function_tool(tool.name, tool.description, tool.input_schema) for tool in own]
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names(messages),
             sampling=self.sampling_params(),
             num_predict=self.max_tokens,
@@ -235,7 +236,6 @@ class MessagesRequest(SamplingFields):
             tools=chosen_tools(tools, self.tool_choice),
             think=self._think(),
             stream=self.stream,
-            strength=self.abliteration_strength,
         )
 
     def _think(self) -> bool | str | None:

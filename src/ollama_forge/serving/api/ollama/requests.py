@@ -130,6 +130,7 @@ class _GenerationFields(RequestModel):
     def _request(self, messages: tuple[Message, ...], options: Options, **more: Any) -> ChatRequest:
         return ChatRequest(
             model=self.model,
+            strength=options.abliteration_strength,
             messages=messages,
             think=self.think,
             num_ctx=options.num_ctx,
@@ -141,7 +142,6 @@ class _GenerationFields(RequestModel):
             logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
             keep_alive=self.keep_alive,
-            strength=options.abliteration_strength,
             **more,
         )
 

@@ -213,6 +213,7 @@ class ChatCompletionRequest(_CompletionFields):
         tools = [function_tool(one.name, one.description, one.parameters) for one in functions]
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names([message.message() for message in self.messages]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if limit is None else limit,
@@ -222,7 +223,6 @@ class ChatCompletionRequest(_CompletionFields):
             format=None if self.response_format is None else self.response_format.format,
             logprobs=self.top_logprobs if self.logprobs else None,
             stream=self.stream,
-            strength=self.abliteration_strength,
         )
 
 
@@ -248,13 +248,13 @@ class CompletionRequest(_CompletionFields):
             raise BadRequest("top_logprobs must be between 0 and 20")
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=(Message("user", self.prompt),) if self.prompt else (),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_tokens is None else self.max_tokens,
             stop=stop_strings(self.stop),
             logprobs=self.logprobs or None,
             stream=self.stream,
-            strength=self.abliteration_strength,
         )
 
 

@@ -218,6 +218,7 @@ class ResponsesRequest(SamplingFields):
         tools = [function_tool(tool.name, tool.description, tool.parameters) for tool in functions]
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names([*instructions, *self._messages()]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_output_tokens is None else self.max_output_tokens,
@@ -225,7 +226,6 @@ class ResponsesRequest(SamplingFields):
             think=think_of_effort(self.reasoning.effort),
             format=self._format(),
             stream=self.stream,
-            strength=self.abliteration_strength,
         )
 
     def _messages(self) -> list[Message]:
