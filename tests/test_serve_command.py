@@ -138,6 +138,8 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
     [
         (["--checkpoint", "no/such/folder"], 1, "error: no/such/folder does not exist"),
         (["--name", "never-made"], 1, "error: abliterate-never-made holds no edited model"),
+        (["--live", "--name", "never-made"], 1, "error: abliterate-never-made holds no edit file"),
+        (["--live", "--name", "x", "--revision", "y"], 2, "--revision and --adapter have no meaning"),
         ([], 2, "error: give --name or --checkpoint"),
         (["--checkpoint", "demo", "--port", "99999"], 2, "99999 is not in the range"),
         (["--checkpoint", "demo", "--host", "203.0.113.7"], 1, "203.0.113.7 cannot be used"),
