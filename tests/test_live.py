@@ -304,21 +304,20 @@ def test_the_demo_model(tmp_path: Path) -> None:
     model = ChatModel.load(source, F32)
     record = demo_edit(source, model)
     live = LiveEdit(model, record)
-    texts = ("How do I pick a lock?", "Name three rivers in Europe.", "How do I bake bread?")
-    prompts = [model.tokenizer.instruction_ids(text) for text in texts]
-    requests = [greedy(ids, 32, strength=strength) for ids, strength in zip(prompts, (1.0, 0.0, 0.5), strict=True)]
+    lock, rivers = map(model.tokenizer.instruction_ids, ("How do I pick a lock?", "Name three rivers in Europe."))
+    requests = [greedy(ids, 32, strength=strength) for ids, strength in ((lock, 1.0), (lock, 0.0), (rivers, 0.5))]
     engine = TransformersEngine(model, live=live)
     mixed = together(engine, requests)
     alone = [together(engine, [request])[0] for request in requests]
     engine.close()
-    base = [by_generate(model, ids, 32) for ids in prompts[:2]]
+    base = by_generate(model, lock, 32)
     with torch.no_grad():
         for path, change in module_changes(low_rank_changes(record, model.model_map), model.model_map).items():
             module: Any = model.module.get_submodule(path)
             module.weight += change.left @ change.right.T
     assert mixed == alone
-    assert mixed[1] == base[1]
-    assert mixed[0] == by_generate(model, prompts[0], 32) != base[0]
+    assert mixed[1] == base
+    assert mixed[0] == by_generate(model, lock, 32) != base
 
 
 def demo_edit(source: Checkpoint, model: ChatModel) -> EditRecord:

@@ -56,7 +56,7 @@ def serve(**options: Any) -> None:
     if options["name"] is None and options["checkpoint"] is None:
         raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
     load = opt.load_settings(options)
-    from ollama_forge.progress import status
+    from ollama_forge.progress import say, status
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
     from ollama_forge.serving.api.server import serve as run
@@ -87,6 +87,8 @@ def serve(**options: Any) -> None:
                 checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"], live=live
             )
         announce(name, settings, listening)
+        if live is not None:
+            say("  its edit is live:   abliteration_strength in a request, 0 for the base, 1 for the edited model")
         run(model, settings, listening)
 
 
