@@ -1,14 +1,29 @@
-"""Fixtures of several test modules."""
+"""Fixtures of several test modules. No test reaches the user's own Ollama: its address and its store are set here."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import usual_port
+
 if TYPE_CHECKING:
     from tests.gguf_models import Model
+
+
+os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # the discard port, where nothing listens
+os.environ["OLLAMA_MODELS"] = str(Path(__file__).parent / "no-such-store")
+sys.addaudithook(usual_port.note)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the test of all connections last."""
+    items.sort(key=lambda item: item.name == usual_port.TEST)
 
 
 @pytest.fixture(scope="session")

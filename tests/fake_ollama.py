@@ -15,6 +15,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.sandbox
+
+from tests import go_template
 from tests.http_servers import QuietServer
 
 WIRE = Path(__file__).parent / "wire"
@@ -47,6 +51,7 @@ class Model:
     messages: list[dict[str, str]] = field(default_factory=list)
     requires: str = ""
     drafts: list[str] = field(default_factory=list)
+    jinja: str = ""  # the chat template in the file
 
 
 class Failure(Exception):  # noqa: N818
@@ -75,6 +80,10 @@ class FakeOllama:
         self.renderer_of_its_own = ""
         self.breaks_after: int | None = None
         self.blob_status = 0
+        self.knows_debugging = True
+        self.unreadable = "{% unreadable"
+        self.silence = ""
+        self.misread = ""
         self.pause = threading.Event()
         self.pause.set()
         self.url = ""
@@ -128,10 +137,13 @@ class FakeOllama:
             if body.get("quantize"):
                 yield from ({"status": "quantizing", "total": 5_000_000, "completed": n * 1_000_000} for n in range(6))
             yield {"status": "verifying conversion"}
+            if body.get("template", "").startswith("{%"):
+                raise Failure("template error: template: :2: malformed character constant: '<|im_start|>system\\n'")
             stored = self.keep(b"rewritten " + data)
             yield layer(stored)
             model.weights.insert(0, stored)
-            if b"<|im_start|>" in data:
+            model.jinja = chat_template_of(data)
+            if "<|im_start|>" in model.jinja and not knows_more(model.jinja) and not begins_with_comment(model.jinja):
                 model.template, model.parameters = CHATML, {"stop": CHATML_STOP}
                 if not body.get("template"):
                     yield {"status": "using autodetected template chatml"}
@@ -171,7 +183,7 @@ class FakeOllama:
             "license": "\n".join(model.licenses),
             "modelfile": f"{head}# FROM {name}\n\n" + "".join(f"{line}\n" for line in lines),
             "parameters": "\n".join(f"{key:<30} {go(value)}" for key, value in single),
-            "template": model.template or NONE,
+            "template": model.jinja if by_file(model) else model.template or NONE,
             "system": model.system,
             "messages": model.messages,
             "requires": model.requires,
@@ -179,9 +191,89 @@ class FakeOllama:
         rest = {
             "details": {"parent_model": "", "format": "gguf", "family": "llama", "quantization_level": "Q4_1"},
             "model_info": {"general.architecture": "llama"},
-            "capabilities": ["completion", *(["vision"] if model.weights[1:] else [])],
+            "capabilities": [
+                *(["tools"] if by_file(model) and "tools" in model.jinja else []),
+                "completion",
+                *(["vision"] if model.weights[1:] else []),
+            ],
         }
         return {**{key: value for key, value in answer.items() if value}, **rest}
+
+    def chat(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and answer of ``/api/chat``."""
+        model = self.models[full(body["model"])]
+        if self.silence:
+            return 500, {"error": self.silence}
+        if self.unreadable in model.jinja and (by_file(model) or knows_more(model.jinja)):
+            return 500, {"error": "llama-server: Unable to generate parser for this template"}
+        if not (body.get("_debug_render_only") and self.knows_debugging):
+            if self.misread:
+                return 500, {"error": self.misread}
+            return 200, {"model": body["model"], "message": {"role": "assistant", "content": "Hello."}, "done": True}
+        messages = [*model.messages, *body["messages"]]
+        if model.system and body["messages"][0]["role"] != "system":
+            messages = [{"role": "system", "content": model.system}, *messages]
+        if not by_file(model):
+            rendered = rendered_go(model.template or NONE, messages) if not model.renderer else f"<{model.renderer}>"
+        else:
+            try:
+                rendered = rendered_jinja(model.jinja, messages, body.get("tools"))
+            except jinja2.TemplateError as error:
+                return 500, {"error": str(error)}
+        return 200, {"model": body["model"], "done": False, "_debug_info": {"rendered_template": rendered}}
+
+
+def by_file(model: Model) -> bool:
+    """Whether Ollama goes by the chat template in the file."""
+    if model.renderer or not model.jinja:
+        return False
+    return model.template is None or knows_more(model.jinja)
+
+
+def knows_more(jinja: str) -> bool:
+    return "tools" in jinja or ("<think>" in jinja and "</think>" in jinja)
+
+
+def begins_with_comment(jinja: str) -> bool:
+    return jinja.startswith("{#") and jinja.find("#}") > 100
+
+
+def rendered_go(template: str, messages: list[dict[str, str]]) -> str:
+    try:
+        return go_template.render(template, messages)
+    except (AssertionError, KeyError, ValueError):  # a template that is no chat template
+        return template
+
+
+def rendered_jinja(jinja: str, messages: list[dict[str, str]], tools: Any) -> str:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = json.dumps
+    template = environment.from_string(jinja)
+    tools = [ordered(tool) for tool in tools or ()] or None
+    return template.render(messages=messages, tools=tools, add_generation_prompt=True, bos_token="<s>")
+
+
+def ordered(tool: Any) -> Any:
+    """A tool with the keys of its schema in the order in which Ollama writes them."""
+    schema = tool["function"]["parameters"]
+    parameters = {key: schema[key] for key in ("type", "required", "properties") if key in schema}
+    return {**tool, "function": {**tool["function"], "parameters": parameters}}
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def chat_template_of(data: bytes) -> str:
+    """The chat template in the metadata of a GGUF file."""
+    key = b"tokenizer.chat_template"
+    place = data.find(key)
+    if place < 0:
+        return ""
+    start = place + len(key) + 12
+    (size,) = struct.unpack_from("<Q", data, start - 8)
+    return data[start : start + size].decode()
 
 
 def full(name: str) -> str:
@@ -267,6 +359,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(404, {"error": f"model '{name}' not found"})
             else:
                 self.answer(200, self.fake.show(name))
+        elif self.path == "/api/generate":
+            self.answer(200, {"model": body["model"], "response": "Hello.", "done": True})
+        elif self.path == "/api/chat":
+            self.answer(*self.fake.chat(body))
         elif not re.fullmatch(r"[\w.:/-]+", body["model"]) or ".." in body["model"]:
             self.answer(400, {"error": "invalid model name"})
         else:

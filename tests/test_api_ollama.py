@@ -18,6 +18,7 @@ from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, servable_name
 from ollama_forge.serving.requests import BadRequest
+from tests.fake_ollama import recorded
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 from tests.test_api_security import call
 
@@ -447,6 +448,17 @@ def test_embeddings(url: str) -> None:
 
 
 # --- managing
+
+
+def test_the_account_is_signed_out_as_recorded(url: str) -> None:
+    """``ollama push`` asks for the account first, and says its own sentence where there is none."""
+    answers = {each["path"]: each for each in recorded("templates.jsonl")}
+    assert refused(url, "/api/me", {}) == (401, "unauthorized")
+    assert "signin_url" not in json.loads(call(url, "POST", "/api/me")[2])
+    for path, method in (("/api/signout", "POST"), ("/api/status", "GET")):
+        status, _, text = call(url, method, path)
+        assert (status, json.loads(text)) == (answers[path]["status"], answers[path]["answer"])
+    assert call(url, "GET", "/api/me")[0] == 405
 
 
 def test_managing(url: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -124,8 +125,21 @@ def test_mismatches_are_told_apart() -> None:
     found = check_tokens(Tokenizer(tokenizer), wrong)
     assert (found.mismatches, found.garbled) == (2, 1)
     assert found.examples[0].text == "🚀"
+    assert found.composed == 0
     right = check_tokens(Tokenizer(tokenizer), lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     assert (right.mismatches, right.garbled, right.examples) == (0, 0, ())
+
+
+def test_composition_alone_garbles_no_text() -> None:
+    """A tokenizer that composes accents, as Qwen's, beside one that does not."""
+    plain, composing = tiny.tokenizer(), tiny.tokenizer()
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    found = check_tokens(Tokenizer(composing), lambda text: plain(text, add_special_tokens=False).input_ids)
+    assert found.mismatches == found.composed > 0
+    assert found.garbled == 0
+    assert unicodedata.normalize("NFC", found.examples[0].text) != found.examples[0].text
+    both = check_tokens(Tokenizer(composing), lambda text: [0, *plain(text, add_special_tokens=False).input_ids])
+    assert (both.composed, both.garbled) == (0, both.mismatches)
 
 
 def test_the_check_reads_special_tokens_and_the_rendered_template() -> None:
@@ -134,7 +148,7 @@ def test_the_check_reads_special_tokens_and_the_rendered_template() -> None:
 
     def tokenize(text: str) -> list[int]:
         seen.append(text)
-        return []
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     check_tokens(Tokenizer(tokenizer, system="Be brief."), tokenize)
     assert any(

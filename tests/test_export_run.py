@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stages, run, stages
+from ollama_forge.models.chat_server import ChatServer
+from ollama_forge.ollama.registration import OllamaSettings
+from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stages, ollama_stages, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
 from ollama_forge.search.rule import Limits
 from ollama_forge.system import free_space
+from ollama_forge.text.tokenizer import Tokenizer
 from tests import fake_ollama, planted, tiny
 from tests.test_export_convert import byte_pairs
 
@@ -183,7 +187,7 @@ def test_a_failed_verification_still_makes_the_file_marked_and_unregistered(
         raise AssertionError("registered")
 
     monkeypatch.setattr(stages, "write_checkpoint", write_and_spoil)
-    monkeypatch.setattr(gguf_stages, "register", never)
+    monkeypatch.setattr(ollama_stages, "register", never)
     with fake_ollama.running() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         with pytest.raises(ForgeError, match="verification failed"):
@@ -248,6 +252,10 @@ def test_a_file_that_garbles_text_is_not_passed_over() -> None:
     spaces = " ".join(_token_lines(replace(check, garbled=0), False))
     assert "3 of 220" in spaces
     assert "garbles" not in spaces
+    assert "composition" not in told
+    accents = " ".join(_token_lines(replace(check, garbled=0, composed=3), False))
+    assert "3 of them differ by Unicode composition alone" in accents
+    assert "garbles" not in accents
     kept = " ".join(_token_lines(check, True))
     assert "3 of 220" in kept
     assert "garbles" not in kept
@@ -262,3 +270,52 @@ def test_several_types_of_one_checkpoint(done: tuple[RunSettings, Report], tmp_p
     stored = read_json(made.folder / "report.json")["gguf"]
     assert (stored["file"], [other["file"] for other in stored["others"]]) == (names[0], names[1:])
     assert f"FROM ./{names[0]}" in (made.folder / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_ollama_itself_is_asked(done: tuple[RunSettings, Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, the first report prompts of two lists; the finished stages are not done again."""
+    with fake_ollama.running() as fake:
+        monkeypatch.setenv("OLLAMA_HOST", fake.url)
+        report = run(replace(done[0], ollama=OllamaSettings(prompts=5)))
+        asked = [body for body in fake.bodies("/api/chat") if body.get("think") is False]
+        assert "in Ollama" not in run(replace(done[0], ollama=OllamaSettings(prompts=0))).rows
+    prompts = done[1].split.report
+    assert [body["messages"] for body in sorted(asked, key=str)] == sorted(
+        ([{"role": "user", "content": text}] for text in (*prompts.harmful[:5], *prompts.harmless[:5])), key=str
+    )
+    assert {json.dumps(body["options"]) for body in asked} == {
+        '{"temperature": 0, "num_predict": 128, "repeat_penalty": 1.0}'
+    }
+    row = report.rows["in Ollama"]
+    assert (row.harmful.total, row.harmless.total, row.over_refusal.total) == (5, 5, 0)
+    answers, damage = report.tables().values()
+    assert ["not asked" in line for line in answers] == [False] * 5 + [True]
+    assert "in Ollama" not in [line[0] for line in damage]
+    page = (done[0].folder / "report.html").read_text()
+    assert "in Ollama" in page
+    assert report.to_json()["ollama"]["made"]["prompts"]["compared"] == 6
+    assert (
+        "Ollama renders the prompts of the chat template in 6 of 6 conversations"
+        in (done[0].folder / "checkpoint" / "README.md").read_text()
+    )
+
+
+def test_a_number_of_prompts_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="--ollama-prompts -1"):
+        OllamaSettings(prompts=-1)
+
+
+def test_a_thought_that_no_request_closes_is_not_the_answer() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>\n{# </think> #}"
+    limits: list[int] = []
+
+    class Server(ChatServer):
+        def answers(self, tokenizer: Tokenizer, prompts: Sequence[Any], limit: int, progress: Any) -> list[str]:
+            limits.append(limit)
+            return ["x" * 300 for _ in prompts]
+
+    ask = ollama_stages.asking(Server("http://x", "m", ollama=True), Tokenizer(tokenizer))
+    [answer] = ask(["a"], 16, lambda _: None)
+    assert limits == [16 + 512]
+    assert 0 < len(tokenizer(answer, add_special_tokens=False).input_ids) <= 16

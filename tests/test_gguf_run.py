@@ -158,7 +158,9 @@ def test_a_model_of_ollama_gets_an_adapter(
     assert sent["adapters"] == {adapter.name: f"sha256:{sha256_file(adapter)}"}
     assert adapter.stat().st_size < 0.1 * len(data)
     assert read_gguf(adapter).get("general.type") == "adapter"
-    assert list(report.rows) == ["base", "random direction", "edited", "GGUF (adapter)"]
+    assert list(report.rows) == ["base", "random direction", "edited", "GGUF (adapter)", "in Ollama"]
+    assert report.registered is not None
+    assert report.registered.prompts.owner == "the checkpoint"
     assert not list(made.folder.glob("tiny.gguf"))
     assert blob.path.read_bytes() == data
     assert "the system prompt that smol:latest has in Ollama takes no part here" in capsys.readouterr().err

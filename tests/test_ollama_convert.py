@@ -75,8 +75,8 @@ def test_it_sends_what_the_cli_sends(fake: FakeOllama, gguf: Path, forge: Forge)
     assert fake.bodies("/api/show") == [given(recorded("create.jsonl")[1]["body"])]
     assert fake.blob_requests() == ["HEAD", "POST"]
     assert "ollama run made" in out
-    assert "--template-from" in out
-    assert "refresh-template" in out
+    assert "prompts in Ollama: as the file's, 6 of 6\n" in out
+    assert "note" not in out
 
 
 def test_all_options_as_the_cli_sends_them(fake: FakeOllama, gguf: Path, forge: Forge) -> None:
@@ -108,8 +108,8 @@ def test_a_template_that_ollama_recognises(fake: FakeOllama, tmp_path: Path, for
     status, out, err = forge("convert", "--gguf", gguf, "--name", "made")
     assert status == 0
     assert "using autodetected template chatml" in err
-    assert "its own form" in out
-    assert "added parameters: stop" in out
+    assert "behind a comment" in out
+    assert "its own form" not in out  # that was the first try
 
 
 def test_a_file_without_a_template(fake: FakeOllama, tmp_path: Path, forge: Forge) -> None:
@@ -269,21 +269,20 @@ def test_the_model_of_the_same_name(fake: FakeOllama, label: str, kind: str, sou
         assert (plan.template, plan.stop) == ("T", ("s",))
         assert source in plan.note
     else:
-        assert (plan.template, plan.renderer, plan.parser, plan.stop) == ("", "", "", ())
-        assert "--template-from" in plan.note
-        assert "refresh-template" in plan.note
+        assert plan == TemplatePlan()
     assert from_json(TemplatePlan, json.loads(json.dumps(to_json(plan)))) == plan
 
 
 def test_a_plan_without_ollama() -> None:
-    assert "without Ollama" in template_plan(None, "some-model", "Qwen/Qwen3", "hub").note
+    assert template_plan(None, "some-model", "Qwen/Qwen3", "hub") == TemplatePlan()
+    assert template_plan(None, None, renderer="qwen3").chosen
     with pytest.raises(UsageError):
         template_plan(None, "./x")
 
 
 def test_register(fake: FakeOllama, tmp_path: Path) -> None:
     gguf = tiny_gguf(tmp_path / "a:b.gguf", chat_template=CHATML_FILE)
-    plan = TemplatePlan("src", "T", "r", "p", ("</s>",), "copied")
+    plan = TemplatePlan("src", "T", "r", "p", ("</s>",), chosen=True, note="copied")
     with Client() as client:
         made = register(client, gguf, "ns/made:v1", plan=plan, system="S", parameters={"num_ctx": 8192, "top_p": 0.1})
     assert made.differences == ()
@@ -296,7 +295,9 @@ def test_register(fake: FakeOllama, tmp_path: Path) -> None:
 
 
 def test_what_to_type_without_ollama() -> None:
-    own, theirs = commands(Path("d/my model.gguf"), "ns/m", Path("d/Modelfile"), template_from="src")
+    own, theirs = commands(
+        Path("d/my model.gguf"), "ns/m", Path("d/Modelfile"), {"--template-from": "src", "--parser": ""}
+    )
     assert shlex.split(own)[1:] == [
         *("convert", "--gguf", "d/my model.gguf", "--name", "ns/m", "--template-from", "src"),
     ]

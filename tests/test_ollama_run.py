@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.files import sha256_file
 from ollama_forge.names import check_ollama_name
+from ollama_forge.ollama.chat_template import ChatTemplate, FileTemplate
 from ollama_forge.ollama.registration import OllamaSettings, Registration, plan_registration
 from ollama_forge.pipeline.exporting import Exported, register_file
 from ollama_forge.pipeline.resume import StageCache
 from tests import fake_ollama
+from tests.chat_templates import LEARNED
 from tests.fake_ollama import FakeOllama, Model, recorded, tiny_gguf
 
 
@@ -125,3 +128,62 @@ def test_a_failure_is_kept_for_the_end(fake: FakeOllama, folder: Path) -> None:
     assert "no space left" in found.failure.message
     fake.ends_with_error = ""
     assert finish(folder).registered is not None
+
+
+STATED = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "repetition_penalty": 1.05,
+    "eos_token_id": 2,
+}
+SAMPLING = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repeat_penalty": 1.05}
+
+
+def test_the_makers_sampling_reaches_ollama(fake: FakeOllama, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(STATED))
+    found = finish(folder)
+    assert found.registered is not None
+    assert fake.bodies("/api/create")[0]["parameters"] == SAMPLING
+    assert "sampled as generation_config.json says: temperature 0.6, top_k 20, top_p 0.95, repeat_penalty 1.05" in (
+        found.registered.notes
+    )
+    modelfile = (folder / "Modelfile").read_text()
+    assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER top_p 0.95\nPARAMETER repeat_penalty 1.05\n" in (
+        modelfile
+    )
+
+
+def test_what_the_user_or_the_copied_model_says_comes_first(fake: FakeOllama, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(STATED))
+    fake.models["base:latest"] = Model(template="T", parameters={"top_p": 0.5, "num_ctx": 9})
+    settings = OllamaSettings(template_from="base", parameters=("temperature=0.1", "min_p=0.2"))
+    found = finish(folder, settings)
+    assert found.registered is not None
+    assert fake.bodies("/api/create")[0]["parameters"] == {**SAMPLING, "temperature": 0.1, "top_p": 0.5, "min_p": 0.2}
+    assert "sampled as generation_config.json says: top_k 20, repeat_penalty 1.05" in found.registered.notes
+    own, _ = plan(folder, settings).commands(folder / "made.gguf")
+    assert "--parameter temperature=0.1 --parameter top_k=20 --parameter top_p=0.5" in own
+    with pytest.raises(UsageError, match="warmth"):
+        OllamaSettings(parameters=("warmth=1",))
+
+
+@pytest.mark.parametrize("stated", [{"do_sample": False}, {"temperature": None, "top_k": True, "top_p": "x"}, [], {}])
+def test_a_generation_config_without_sampling_says_nothing(fake: FakeOllama, folder: Path, stated: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    found = finish(folder)
+    assert found.registered is not None
+    assert "parameters" not in fake.bodies("/api/create")[0]
+    assert found.registered.notes == ()
+    assert "PARAMETER" not in (folder / "Modelfile").read_text()
+
+
+def test_a_chat_template_that_the_user_named_is_what_prompts_are_compared_with(fake: FakeOllama, folder: Path) -> None:
+    text = LEARNED["falcon"]
+    fake.models["base:latest"] = Model(weights=["sha256:0"], jinja=text)
+    prompts = ChatTemplate.of_file(FileTemplate(LEARNED["phi"], {}), owner="the checkpoint")
+    gguf = folder / "made.gguf"
+    named = plan(folder, OllamaSettings(template_from="base")).register(gguf, prompts)
+    assert (named.prompts.owner, named.prompts.equal) == ("base", 6)
+    assert plan(folder).register(gguf, prompts).prompts.owner == "the checkpoint"

@@ -13,11 +13,12 @@ import pytest
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import sha256_file
-from ollama_forge.ollama.client import Client, Shown
+from ollama_forge.ollama.client import Client
 from ollama_forge.ollama.made_from import create_request
 from ollama_forge.ollama.modelfile import Modelfile
 from ollama_forge.ollama.register import register, register_adapter
 from ollama_forge.ollama.registration import OllamaSettings, plan_registration
+from ollama_forge.ollama.shown import Shown
 from ollama_forge.ollama.template import template_of
 from ollama_forge.pipeline import RunSettings
 from ollama_forge.sources import ollama_store
@@ -471,7 +472,7 @@ def test_a_run_as_adapter_that_cannot_work(changes: dict[str, Any], match: str) 
 
 
 def test_a_template_of_another_model_has_no_place_beside_an_adapter() -> None:
-    with pytest.raises(UsageError, match="--template-from has no effect"):
+    with pytest.raises(UsageError, match="--template-from, --renderer and --parser have no"):
         OllamaSettings(template_from="m", as_adapter=True)
 
 
@@ -486,6 +487,7 @@ def test_the_template_is_that_of_the_modelfile_where_ollama_shows_the_files() ->
     }
     assert shown["go-over-tools"].template.startswith("{{- range .Messages }}")
     assert "tools" not in shown["go-over-tools"].template  # the file's template, which is in the JSON, knows tools
-    assert not shown["kept"].has_template  # it has no TEMPLATE, and its JSON has the file's template
-    assert not shown["knows-tools"].has_template
+    assert shown["kept"].template == ""  # it has no TEMPLATE, and its JSON has the file's template
+    assert shown["kept"].jinja.startswith("{# kept")
+    assert shown["knows-tools"].template == ""
     assert shown["recognised"].template == shown["go-over-kept"].template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.pipeline import run
 from ollama_forge.prompts.curated import curated_pairs
 from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.reporting.entry import Entry
+from ollama_forge.reporting.in_ollama import in_ollama
 from tests import made_report, planted
 from tests.test_run import settings
 
@@ -88,3 +91,21 @@ def test_the_card_quotes_the_measurements() -> None:
     )
     assert any("the same edit with a random direction" in line for line in lines)
     assert not any("random" in line for line in measurement_lines({"base": content["measurements"]["base"]}, None))
+
+
+def test_prompts_in_ollama_are_told_with_their_first_difference() -> None:
+    difference = {"conversation": "two turns", "expected": "<a> one", "found": "<a> two"}
+    prompts = {"owner": "the checkpoint", "compared": 7, "equal": 6, "with_tools": True, "difference": difference}
+    made = {"prompts": {**prompts, "problem": ""}, "notes": ["a note"], "differences": []}
+    page = in_ollama(Entry({"ollama": {"made": made}}))
+    assert page is not None
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "the chat template of the checkpoint in 6 of 7 conversations, one of them with a tool." in text
+    assert "&lt;a&gt; one" in page
+    assert "&lt;a&gt; two" in page
+    assert "a note" in page
+    silent = {**made, "prompts": {**prompts, "compared": 0, "problem": "no"}, "notes": []}
+    told = in_ollama(Entry({"ollama": {"made": silent}})) or ""
+    assert "Its prompts were not compared: no." in re.sub(r"<[^>]+>", "", told)
+    assert in_ollama(Entry({"ollama": {"made": None}})) is None
+    assert in_ollama(Entry({})) is None

@@ -40,7 +40,7 @@ class OwnAnswers:
     def of(self, conversations: Sequence[Conversation]) -> list[Row]:
         """The prompts with their answers; prompts that the base refuses at each attempt are left out."""
         texts = [render(self.tokenizer, conversation) for conversation in conversations]
-        todo = {text: Row(self._ids(text), 0) for text in texts if text not in self._known}
+        new = todo = {text: Row(self._ids(text), 0) for text in texts if text not in self._known}
         for _ in range(ATTEMPTS):
             answered = self._answered(todo)
             refused = {text: row for text, row in answered.items() if self._refuses(row)}
@@ -49,7 +49,7 @@ class OwnAnswers:
                 text: Row(row.ids[: row.prompt], 0, excluded=(*row.excluded, row.ids[row.prompt]))
                 for text, row in refused.items()
             }
-        if todo:
+        if new:
             torch.save(self._known, self.path)
         rows = [self._known[text] for text in texts]
         return [row for row in rows if not self._refuses(row)]

@@ -247,11 +247,22 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
 )
+@click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
+@click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
+@opt.parameter_option
 @click.option(
     "--as-adapter",
     is_flag=True,
     help="Make no second copy of the weights: add a small adapter, which holds the edit, to the model of --model "
     "ollama:NAME. Only edits without a norm rule are tried.",
+)
+@click.option(
+    "--ollama-prompts",
+    type=int,
+    default=48,
+    show_default=True,
+    metavar="N",
+    help="Harmful and harmless report prompts that Ollama itself answers; 0 for none.",
 )
 @click.option("--no-ollama", is_flag=True, help="Don't register the model in Ollama.")
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing on report prompts.")
@@ -303,7 +314,15 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
-        ollama=OllamaSettings(not options["no_ollama"], options["template_from"], options["as_adapter"]),
+        ollama=OllamaSettings(
+            not options["no_ollama"],
+            options["template_from"],
+            options["renderer"],
+            options["parser"],
+            tuple(options["parameter"]),
+            options["as_adapter"],
+            options["ollama_prompts"],
+        ),
     )
     recorded = {key: value for key, value in options.items() if key not in {"force", "as_json"}}
     report = run(settings, force=options["force"], options=recorded)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ollama_forge.cli.options import json_option
+from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option, parameter_option
 from ollama_forge.errors import ForgeError, install_hint
 
 if TYPE_CHECKING:
@@ -26,13 +26,9 @@ if TYPE_CHECKING:
     metavar="MODEL",
     help="Ollama model to copy template, renderer, parser and stop strings from.",
 )
-@click.option(
-    "--parameter",
-    "assignments",
-    multiple=True,
-    metavar="K=V",
-    help="Parameter of the model, such as temperature=0.5; repeatable.",
-)
+@click.option("--renderer", default="", metavar="NAME", help=RENDERER_HELP)
+@click.option("--parser", default="", metavar="NAME", help=PARSER_HELP)
+@parameter_option
 @json_option
 def convert(
     gguf: str,
@@ -40,7 +36,9 @@ def convert(
     quantize: str | None,
     system: str,
     template_from: str | None,
-    assignments: tuple[str, ...],
+    renderer: str,
+    parser: str,
+    parameter: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Register a GGUF file as a model in Ollama."""
@@ -54,12 +52,12 @@ def convert(
 
     check_ollama_name(name)
     check_template_source(template_from)
-    parameters = parse_assignments(assignments)
+    parameters = parse_assignments(parameter)
     kind = check_quantize(quantize, Path(gguf))
     with Client() as client:
         state = client.state()
         state.require()
-        plan = template_plan(client, template_from)
+        plan = template_plan(client, template_from, renderer=renderer, parser=parser)
         for warning in state.warnings(renderer=bool(plan.renderer or plan.parser)):
             say(f"warning: {warning}")
         made = register(client, Path(gguf), name, plan=plan, system=system, parameters=parameters, quantize=kind)
@@ -100,5 +98,7 @@ def _print_registered(made: Registered, as_json: bool) -> None:
         return
     for note in made.notes:
         print(f"note: {note}")
+    for line in made.prompts.lines():
+        print(line)
     print(f"in Ollama: {made.name} ({made.shown.quantization or 'type unknown'})")
     print(f"run it: ollama run {made.name}")

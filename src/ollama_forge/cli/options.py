@@ -18,6 +18,9 @@ from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
 
+RENDERER_HELP = "Renderer of Ollama's that makes the prompts, by its name there."
+PARSER_HELP = "Parser of Ollama's that reads the answers, by its name there."
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -96,6 +99,12 @@ keep_undo_option = click.option(
     "--keep-undo",
     is_flag=True,
     help="Also write <output>.undo, with which apply --undo gives the model back where it is no longer at hand.",
+)
+parameter_option = click.option(
+    "--parameter",
+    multiple=True,
+    metavar="K=V",
+    help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 

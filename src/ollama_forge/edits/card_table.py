@@ -31,7 +31,7 @@ def measurement_lines(rows: Mapping[str, Mapping[str, Any]], noise_floor: Mappin
             _refused(row["harmful"]),
             _refused(row["over_refusal"]),
             _refused(row["harmless"]),
-            f"{answers['degenerate']}/{answers['total']}",
+            f"{answers['degenerate']}/{answers['total']}" if answers["total"] else "",
             *_damage(row["damage"]),
         )
         lines.append(_line(cells))
@@ -67,5 +67,7 @@ def _damage(damage: Mapping[str, Any]) -> tuple[str, str]:
     return _nats(damage["answer_kl"]), _nats(damage["first_token_kl"])
 
 
-def _nats(kl: Mapping[str, Any]) -> str:
+def _nats(kl: Mapping[str, Any] | None) -> str:
+    if kl is None:
+        return ""
     return "0" if kl["high"] == 0 else f"{kl['value']:.3f} ({kl['low']:.3f} to {kl['high']:.3f})"

@@ -64,12 +64,25 @@ def _body(record: Mapping[str, Any]) -> str:
     ]
     if rows:
         lines += measurement_lines(rows, record.get("noise_floor"))
+    lines += _ollama_lines(record.get("ollama"))
     lines += [
         "This is a research artefact. The licence of the base model applies to it. Its users are responsible for how "
         "they use it.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _ollama_lines(made: Mapping[str, Any] | None) -> list[str]:
+    """How Ollama's prompts compare with the chat template's; nothing where Ollama has no such model."""
+    if made is None:
+        return []
+    prompts = made["prompts"]
+    if not prompts["compared"]:
+        return [f"In Ollama its prompts were not compared: {prompts['problem']}.", ""]
+    tool = ", one of them with a tool" if prompts["with_tools"] else ""
+    told = f"{prompts['equal']} of {prompts['compared']} conversations{tool}"
+    return [f"Ollama renders the prompts of the chat template in {told}.", ""]
 
 
 def _certificate_lines(certificate: Mapping[str, Any] | None) -> list[str]:

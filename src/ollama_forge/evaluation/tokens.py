@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,14 +39,17 @@ class TokenCheck:
     Attributes:
         texts: number of texts that were compared.
         mismatches: number of texts whose tokens differ.
-        garbled: number of texts that differ in more than whitespace tokens.
+        garbled: number of texts that differ in more than whitespace tokens and Unicode composition.
         examples: some mismatches, garbled ones first.
+        composed: number of texts that differ by Unicode composition alone: the checkpoint's tokenizer composes a letter
+            and its accents into one character before it makes tokens, and llama.cpp does not.
     """
 
     texts: int
     mismatches: int
     garbled: int
     examples: tuple[Mismatch, ...]
+    composed: int = 0
 
 
 def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Sequence[str] = ()) -> TokenCheck:
@@ -57,17 +61,20 @@ def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Se
     """
     compared = list(dict.fromkeys([*texts(), *_special(tokenizer.backend), *_rendered(tokenizer), *extra]))
     examples: list[Mismatch] = []
-    mismatches = garbled = 0
+    mismatches = garbled = composed = 0
     for text in compared:
         expected, found = tokenizer.backend(text, add_special_tokens=False).input_ids, tokenize(text)
         if expected == found:
             continue
         mismatches += 1
         mismatch = Mismatch(text, _pieces(tokenizer.backend, expected), _pieces(tokenizer.backend, found))
-        differs = _words(mismatch.expected) != _words(mismatch.found)
+        nfc = unicodedata.normalize("NFC", text)
+        by_composition = nfc != text and tokenize(nfc) == expected
+        differs = not by_composition and _words(mismatch.expected) != _words(mismatch.found)
+        composed += by_composition
         garbled += differs
         examples.insert(garbled - 1 if differs else len(examples), mismatch)  # garbled texts first
-    return TokenCheck(len(compared), mismatches, garbled, tuple(examples[:SHOWN]))
+    return TokenCheck(len(compared), mismatches, garbled, tuple(examples[:SHOWN]), composed)
 
 
 def _special(tokenizer: Any) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -14,21 +14,19 @@ from urllib.parse import urlsplit
 import httpx
 import ollama
 
+from ollama_forge.checkpoints.gguf.metadata import FileBytes
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.ollama.modelfile import Modelfile
-from ollama_forge.ollama.parameters import Parameters, read_shown
+from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama_address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.progress import bar, say
 
 FILES_SINCE = (0, 5, 5)  # `files` in create
 RENDERER_SINCE = (0, 12, 0)  # `renderer` and `parser` in create
-NO_TEMPLATE = "{{ .Prompt }}"  # what show gives where a model has none
 
 _CONNECT_SECONDS = 5.0
 _VERSION_SECONDS = 10.0
-_BLOCK = 1 << 20
 _MB = 1_000_000
-_DIGEST = re.compile(r"sha256[-:]([0-9a-f]{64})")
+_RECOGNISED = "using autodetected template "
 _LAYERS = ("using existing layer", "creating new layer", "writing manifest", "success")
 
 
@@ -68,115 +66,6 @@ class OllamaState:
             for version, what in needs
             if self.older_than(version)
         )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A model as ``/api/show`` describes it; its texts are exact.
-
-    Attributes:
-        template: its TEMPLATE, ``{{ .Prompt }}`` where it has none.
-        messages: role and content.
-        weights, adapters: digests of their blobs, ``sha256:<hex>``; projectors follow the model among the weights.
-        quantization: the type of the weights, as Ollama names it.
-        draft: whether a draft model belongs to it.
-        requires: the oldest version of Ollama that runs it.
-        capabilities: what Ollama lets it do: ``completion``, ``vision``, ``tools``, ….
-    """
-
-    name: str
-    template: str = ""
-    renderer: str = ""
-    parser: str = ""
-    parameters: Parameters = field(default_factory=dict)
-    system: str = ""
-    license: str = ""
-    messages: tuple[tuple[str, str], ...] = ()
-    weights: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ()
-    quantization: str = ""
-    draft: bool = False
-    requires: str = ""
-    capabilities: tuple[str, ...] = ()
-
-    @property
-    def projectors(self) -> tuple[str, ...]:
-        """Digests of the projectors."""
-        return self.weights[1:]
-
-    @property
-    def has_template(self) -> bool:
-        return bool(self.renderer or self.parser) or self.template.strip() not in ("", NO_TEMPLATE)
-
-    @classmethod
-    def of(cls, name: str, answer: dict[str, Any]) -> Shown:
-        """Parse the JSON of ``/api/show``; its Modelfile is read only for what has no JSON field.
-
-        The template in the JSON may be that of the GGUF file, which Ollama then uses; the Modelfile has the TEMPLATE.
-        """
-        modelfile, system = answer.get("modelfile") or "", answer.get("system") or ""
-        template = answer.get("template") or ""
-        head = Modelfile.parse(_head(modelfile, template, system))
-        return cls(
-            name=name,
-            template=head.template or template,
-            renderer=answer.get("renderer") or head.renderer,
-            parser=answer.get("parser") or head.parser,
-            parameters=read_shown(answer.get("parameters") or ""),
-            system=system,
-            license=answer.get("license") or "",
-            messages=tuple((each.get("role", ""), each.get("content", "")) for each in answer.get("messages") or ()),
-            weights=_digests(head.sources),
-            adapters=_digests(head.adapters),
-            quantization=(answer.get("details") or {}).get("quantization_level") or "",
-            draft=any(command == "DRAFT" for command, _ in head.others),
-            requires=answer.get("requires") or "",
-            capabilities=tuple(answer.get("capabilities") or ()),
-        )
-
-
-@dataclass(frozen=True)
-class CreateRequest:
-    """The body of ``POST /api/create``; empty fields are not sent.
-
-    Attributes:
-        source: the Ollama model of which everything that is not given is inherited.
-        files, adapters, drafts: name and digest of GGUF files that Ollama has as blobs; projectors are among ``files``.
-    """
-
-    model: str
-    source: str = ""
-    files: tuple[tuple[str, str], ...] = ()
-    adapters: tuple[tuple[str, str], ...] = ()
-    drafts: tuple[tuple[str, str], ...] = ()
-    template: str = ""
-    system: str = ""
-    renderer: str = ""
-    parser: str = ""
-    parameters: Parameters = field(default_factory=dict)
-    licenses: tuple[str, ...] = ()
-    messages: tuple[tuple[str, str], ...] = ()
-    requires: str = ""
-    quantize: str = ""
-
-    def body(self) -> dict[str, Any]:
-        given = {
-            "model": self.model,
-            "from": self.source,
-            "files": dict(self.files),
-            "adapters": dict(self.adapters),
-            "draft_files": dict(self.drafts),
-            "template": self.template,
-            "system": self.system,
-            "renderer": self.renderer,
-            "parser": self.parser,
-            "parameters": dict(self.parameters),
-            "license": self.licenses[0] if len(self.licenses) == 1 else self.licenses,
-            "messages": [{"role": role, "content": content} for role, content in self.messages],
-            "requires": self.requires,
-            "quantize": self.quantize,
-        }
-        return {key: value for key, value in given.items() if value}
 
 
 class Client(ollama.Client):
@@ -228,25 +117,31 @@ class Client(ollama.Client):
                 raise ValueError(f"it answered with a {type(told).__name__}")
             return Shown.of(name, told)
 
-    def send(self, path: Path, digest: str) -> bool:
+    def send(self, file: Path | FileBytes, digest: str) -> bool:
         """Upload the file as a blob; False if Ollama has it already."""
-        with self._in_one_line(f"taking {path.name}"):
+        content = file if isinstance(file, FileBytes) else FileBytes(file)
+        name = content.path.name
+        with self._in_one_line(f"taking {name}"):
             asked = self._client.head(f"/api/blobs/{digest}")
             if asked.status_code != httpx.codes.NOT_FOUND:
                 _checked(asked)
                 return False
-            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-            blocks = _blocks(path, f"sending {path.name} to Ollama, MB")
+            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(content.size)}
+            blocks = _blocks(content, f"sending {name} to Ollama, MB")
             _checked(self._client.post(f"/api/blobs/{digest}", content=blocks, headers=headers))
             return True
 
-    def make(self, request: CreateRequest) -> None:
+    def make(self, request: CreateRequest) -> str:
         """Create the model and show Ollama's progress.
+
+        Returns:
+            Ollama's name for the chat template that it recognised, for which it uses a form of its own; else "".
 
         Raises:
             ForgeError: it failed; Ollama may report that only in the last line of a 200 answer.
         """
         last: str | None = None
+        recognised = ""
         with self._in_one_line(f"creating {request.model}"), ExitStack() as shown:
             for answer in self._request(
                 ollama.ProgressResponse, "POST", "/api/create", json=request.body(), stream=True
@@ -257,17 +152,60 @@ class Client(ollama.Client):
                     advance = _following(shown, status, answer.total or 0)
                 advance(answer.completed or 0)
                 last = status
+                recognised = status.removeprefix(_RECOGNISED) if status.startswith(_RECOGNISED) else recognised
         if last != "success":
             raise ForgeError(f"Ollama stopped creating {request.model} after {last!r}", "look into its log")
+        return recognised
+
+    def rendered(
+        self, model: str, messages: Sequence[Mapping[str, str]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str | None:
+        """The prompt that Ollama makes of a conversation; None if its version cannot show it.
+
+        Raises:
+            ForgeError: the model cannot be loaded, or Ollama refuses the conversation.
+        """
+        body = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
+        if tools:
+            body["tools"] = list(tools)
+        body["options"] = {"num_predict": 1}  # what a version that does not know the field generates
+        with self._in_one_line("rendering a prompt"):
+            told = _checked(self._client.post("/api/chat", json=body)).json()
+            shown = told.get("_debug_info") if isinstance(told, dict) else None
+            return str(shown["rendered_template"]) if isinstance(shown, dict) else None
+
+    def why_silent(self, model: str) -> str:
+        """Ask the model a short question; why it does not answer, "" if it does.
+
+        An answer that Ollama cannot read as the form that its chat template asks for is an answer.
+
+        Raises:
+            ForgeError: Ollama went away.
+        """
+        messages = [{"role": "user", "content": "Say hello."}]
+        request = {"model": model, "stream": False, "options": {"num_predict": 8, "temperature": 0}}
+        reason = self._refusal("/api/chat", {**request, "messages": messages})
+        if not reason or self._refusal("/api/chat", {**request, "messages": messages, "_debug_render_only": True}):
+            return reason
+        return self._refusal("/api/generate", {**request, "prompt": "Hello", "raw": True}) and reason
+
+    def _refusal(self, path: str, body: Mapping[str, Any]) -> str:
+        """Ollama's reason for refusing a request; "" if it does not."""
+        with self._in_one_line("answering a question"):
+            answer = self._client.post(path, json=body)
+            try:
+                _checked(answer)
+            except ollama.ResponseError as error:
+                return _first_line(error)
+        return ""
 
     @contextmanager
     def _in_one_line(self, doing: str) -> Iterator[None]:
         try:
             yield
         except ollama.ResponseError as error:
-            reason = (error.error.strip().splitlines() or [f"HTTP {error.status_code}"])[0][:300]
             raise ForgeError(
-                f"Ollama failed while {doing}: {reason}", "its log says more; nothing here was lost"
+                f"Ollama failed while {doing}: {_first_line(error)}", "its log says more; nothing here was lost"
             ) from error
         except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _absent(f"no Ollama at {self.url}") from error
@@ -297,46 +235,38 @@ def _following(shown: ExitStack, status: str, total: int) -> Callable[[int], Non
     return tell
 
 
-def digest_of(path: Path) -> str:
+def digest_of(file: Path | FileBytes) -> str:
     """``sha256:<hex>`` of a file, with a bar."""
     digest = hashlib.sha256()
-    for block in _blocks(path, f"hashing {path.name}, MB"):
+    content = file if isinstance(file, FileBytes) else FileBytes(file)
+    for block in _blocks(content, f"hashing {content.path.name}, MB"):
         digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _blocks(path: Path, title: str) -> Iterator[bytes]:
+def _blocks(content: FileBytes, title: str) -> Iterator[bytes]:
     done = told = 0
     try:
-        with path.open("rb") as file, bar(title, max(path.stat().st_size // _MB, 1)) as advance:
-            while block := file.read(_BLOCK):
+        with bar(title, max(content.size // _MB, 1)) as advance:
+            for block in content.blocks():
                 yield block
                 done += len(block)
                 advance(done // _MB - told)
                 told = done // _MB
     except OSError as error:
-        raise ForgeError(f"{path} cannot be read: {error.strerror or error}", "check the path and the disk") from error
-
-
-def _head(modelfile: str, template: str, system: str) -> str:
-    """The Modelfile of ``/api/show`` without TEMPLATE and SYSTEM: their quoting is ambiguous, the JSON has them."""
-    for command, text in (("TEMPLATE", template), ("SYSTEM", system)):
-        for written in (f'{command} """{text}"""\n', f'{command} "{text}"\n', f"{command} {text}\n"):
-            if written in modelfile:
-                modelfile = modelfile.replace(written, "", 1)
-                break
-    return re.split(r"^(?:PARAMETER|LICENSE|MESSAGE) ", modelfile, maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def _digests(paths: tuple[str, ...]) -> tuple[str, ...]:
-    found = (_DIGEST.search(path) for path in paths)
-    return tuple(f"sha256:{match[1]}" for match in found if match)
+        raise ForgeError(
+            f"{content.path} cannot be read: {error.strerror or error}", "check the path and the disk"
+        ) from error
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:
     if answer.is_error:
         raise ollama.ResponseError(answer.text, answer.status_code)
     return answer
+
+
+def _first_line(error: ollama.ResponseError) -> str:
+    return (error.error.strip().splitlines() or [f"HTTP {error.status_code}"])[0][:300]
 
 
 def _absent(problem: str) -> ForgeError:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.ollama.client import Client, CreateRequest, Shown
+from ollama_forge.ollama.client import Client
 from ollama_forge.ollama.parameters import NO_PARAMETERS, STOP, Parameters
+from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama.template import TemplatePlan, template_of
-from ollama_forge.sources.ollama_store import Blob, StoredModel
+from ollama_forge.sources.ollama_store import StoredModel
 
 
 def create_request(
@@ -40,8 +42,8 @@ def create_request(
     kept = {key: value for key, value in source.parameters.items() if key != STOP}
     return replace(
         request,
-        adapters=numbered("adapter", source.adapters),
-        drafts=numbered("draft", source.drafts),
+        adapters=numbered("adapter", (blob.digest for blob in source.adapters)),
+        drafts=numbered("draft", (blob.digest for blob in source.drafts)),
         system=system or source.system,
         parameters={**kept, **request.parameters},
         licenses=source.licenses,
@@ -92,13 +94,15 @@ def expected(request: CreateRequest) -> Shown:
     )
 
 
-def expected_with_adapter(name: str, source: StoredModel, adapter: str) -> Shown:
+def expected_with_adapter(
+    name: str, source: StoredModel, adapter: str, parameters: Parameters = NO_PARAMETERS
+) -> Shown:
     """What Ollama should show of a model that is ``source`` with one more adapter, which has this digest."""
-    kept = expected(create_request(name, template_of(source), source=source))
+    kept = expected(create_request(name, template_of(source), parameters=parameters, source=source))
     weights = tuple(blob.digest for blob in (source.weights, *source.projectors))
     return replace(kept, weights=weights, adapters=(*kept.adapters, adapter))
 
 
-def numbered(stem: str, blobs: tuple[Blob, ...]) -> tuple[tuple[str, str], ...]:
+def numbered(stem: str, digests: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Names and digests of blobs, for a request."""
-    return tuple((f"{stem}-{number}.gguf", blob.digest) for number, blob in enumerate(blobs))
+    return tuple((f"{stem}-{number}.gguf", digest) for number, digest in enumerate(digests))

@@ -65,6 +65,15 @@ def _typed(key: str, text: str) -> Value:
     raise UsageError(f"--parameter {key}={text}: {key} is {kind}", "for example temperature=0.5, num_ctx=8192")
 
 
+def lines_of(parameters: Parameters) -> list[tuple[str, str]]:
+    """Name and value as text, one pair for each value of a list."""
+    lines = []
+    for key, value in parameters.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            lines.append((key, str(each).lower() if isinstance(each, bool) else str(each)))
+    return lines
+
+
 def read_shown(text: str) -> dict[str, Value]:
     """The ``parameters`` of ``/api/show``: a line for each value, texts in double quotes with Go's escapes."""
     found: dict[str, Value] = {}

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from ollama_forge.checkpoints.gguf.file import read_part, value_of
+from ollama_forge.checkpoints.gguf.metadata import with_metadata
 from ollama_forge.errors import ForgeError
 from ollama_forge.names import check_ollama_name
-from ollama_forge.ollama.client import Client, CreateRequest, Shown
+from ollama_forge.ollama.chat_template import CHAT_TEMPLATE_KEY, FileTemplate
+from ollama_forge.ollama.client import Client, digest_of
+from ollama_forge.ollama.made_from import numbered
 from ollama_forge.ollama.parameters import Parameters
-from ollama_forge.ollama.register import Registered, differences, shown_after
+from ollama_forge.ollama.prompt_check import ModelPrompts, PromptCheck
+from ollama_forge.ollama.register import IGNORED_TEMPLATE, Registered, differences, examine
+from ollama_forge.ollama.repair import commented, silent
+from ollama_forge.ollama.shown import NO_TEMPLATE, CreateRequest, Shown
+from ollama_forge.sources.ollama_store import find_model
 
 
 def refresh(
@@ -35,26 +44,85 @@ def refresh(
     model, source = _require_model(client, name, "--name"), _require_model(client, base, "--base")
     if not source.has_template:
         raise ForgeError(f"{base} has no template of its own", "give a --base that Ollama's library has one for")
-    wanted = replace(model, template=source.template, renderer=source.renderer, parser=source.parser)
+    template = "" if source.goes_by_file else source.template or NO_TEMPLATE
+    wanted = replace(model, template=template, jinja="", renderer=source.renderer, parser=source.parser)
     if not template_only:
         wanted = replace(
             wanted,
             parameters={**model.parameters, **source.parameters},
             system=source.system or model.system,
         )
-    request = _on_top(model, wanted, target) if _grows(model, source) else _anew(model, wanted, target)
-    client.make(request)
-    shown = shown_after(client, target)
+    prompts = ModelPrompts(client, source)
+    if source.goes_by_file:
+        note, request, silence, shown, checked = _by_file(client, model, source, wanted, prompts, target)
+    else:
+        note = f"template copied from {base}"
+        request = _on_top(model, wanted, target) if _grows(model, source) else _anew(model, wanted, target)
+        client.make(request)
+        silence, shown, checked = examine(client, target, prompts)
+    if silence:
+        raise silent(target, silence)
     if not request.source:
         wanted = replace(wanted, weights=(), adapters=())  # Ollama may store files anew, in another order
     kept = tuple(f"{key} stays as it was" for key in _unset(model, source)) if not template_only else ()
+    ignored = (IGNORED_TEMPLATE,) if request.template not in ("", NO_TEMPLATE) and shown.jinja else ()
     return Registered(
         target,
         shown,
         template_from=base,
-        notes=(f"template copied from {base}", *kept),
+        notes=(note, *ignored, *kept),
         differences=(*differences(wanted, shown), *_gone(wanted, shown)),
+        prompts=checked,
     )
+
+
+def _by_file(
+    client: Client, model: Shown, source: Shown, wanted: Shown, prompts: ModelPrompts, target: str
+) -> tuple[str, CreateRequest, str, Shown, PromptCheck]:
+    """Give ``model`` the chat template in the file of ``source``: by none of its own in front, or in a changed file.
+
+    Returns:
+        What was done, the request, and what ``examine`` says of the result.
+
+    Raises:
+        ForgeError: the file of ``model`` would have to change, and cannot be read here.
+    """
+    if model.jinja == source.jinja and not model.renderer and not model.parser:
+        request = _on_top(model, wanted, target)
+        client.make(request)
+        note = f"the file of {model.name} has the chat template of {source.name} already"
+        return note, request, *examine(client, target, prompts)
+    file = _file_of(model)
+    own = FileTemplate.of(read_part(file)).text
+    for text in (source.jinja, commented(source.jinja)):
+        digest = model.weights[0]
+        if text != own:
+            content = with_metadata(file, {CHAT_TEMPLATE_KEY: value_of(text)})
+            digest = digest_of(content)
+            client.send(content, digest)
+        request = _anew(replace(model, weights=(digest, *model.projectors)), wanted, target)
+        recognised = client.make(request)
+        silence, shown, checked = examine(client, target, prompts)
+        if (not silence and not checked.differs) or not recognised:
+            break
+    return f"its file got the chat template of {source.name}", request, silence, shown, checked
+
+
+def _file_of(model: Shown) -> Path:
+    """The GGUF file of a model in the store of this machine's Ollama."""
+    try:
+        stored = find_model(model.name)
+    except ForgeError as error:
+        raise ForgeError(
+            f"the file of {model.name} would have to get another chat template, and it cannot be read: {error.message}",
+            f"{error.hint}; or give a --base that has a TEMPLATE",
+        ) from error
+    if stored.weights.digest not in model.weights:
+        raise ForgeError(
+            f"the file of {model.name} would have to get another chat template, and the store here has another file",
+            "set OLLAMA_MODELS to the store of the Ollama that OLLAMA_HOST names",
+        )
+    return stored.weights.path
 
 
 def _require_model(client: Client, name: str, option: str) -> Shown:
@@ -92,8 +160,8 @@ def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
         )
     return CreateRequest(
         model=target,
-        files=_numbered("model", model.weights),
-        adapters=_numbered("adapter", model.adapters),
+        files=numbered("model", model.weights),
+        adapters=numbered("adapter", model.adapters),
         template=wanted.template,
         renderer=wanted.renderer,
         parser=wanted.parser,
@@ -102,10 +170,6 @@ def _anew(model: Shown, wanted: Shown, target: str) -> CreateRequest:
         licenses=(wanted.license,) if wanted.license else (),
         messages=wanted.messages,
     )
-
-
-def _numbered(stem: str, digests: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((f"{stem}-{number}.gguf", digest) for number, digest in enumerate(digests))
 
 
 def _unset(model: Shown, source: Shown) -> tuple[str, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from ollama_forge.files import write_text
 from ollama_forge.ollama.made_from import create_request
 from ollama_forge.ollama.modelfile import Modelfile, Unwritable
-from ollama_forge.ollama.parameters import KNOWN, NO_PARAMETERS, Parameters, Value
+from ollama_forge.ollama.parameters import KNOWN, NO_PARAMETERS, Parameters, lines_of
 from ollama_forge.ollama.template import TemplatePlan
 from ollama_forge.sources.ollama_store import Blob, StoredModel
 
@@ -44,7 +43,7 @@ def write_modelfile(
         ("TEMPLATE", Modelfile(template=request.template)),
         ("SYSTEM", Modelfile(system=request.system)),
         ("RENDERER", Modelfile(renderer=request.renderer, parser=request.parser)),
-        *(("PARAMETER", Modelfile(parameters=(line,))) for line in _lines(request.parameters) if line[0] in KNOWN),
+        *(("PARAMETER", Modelfile(parameters=(line,))) for line in lines_of(request.parameters) if line[0] in KNOWN),
         *(("LICENSE", Modelfile(licenses=(text,))) for text in request.licenses),
         *(("MESSAGE", Modelfile(messages=(turn,))) for turn in request.messages),
         ("REQUIRES", Modelfile(others=(("REQUIRES", request.requires),) if request.requires else ())),
@@ -59,9 +58,12 @@ def write_modelfile(
     write_text(path, "".join(texts))
 
 
-def write_adapter_modelfile(path: Path, adapter: Path, source: StoredModel) -> None:
-    """Write a Modelfile that adds an adapter to a model in Ollama, of which the new model inherits everything."""
-    write_text(path, Modelfile(sources=(source.name,), adapters=(_from(adapter, path),)).text())
+def write_adapter_modelfile(
+    path: Path, adapter: Path, source: StoredModel, parameters: Parameters = NO_PARAMETERS
+) -> None:
+    """Write a Modelfile that adds an adapter to a model in Ollama, of which the new model inherits everything else."""
+    lines = tuple(lines_of(parameters))
+    write_text(path, Modelfile(sources=(source.name,), adapters=(_from(adapter, path),), parameters=lines).text())
 
 
 def _from(file: Path, modelfile: Path) -> str:
@@ -71,11 +73,3 @@ def _from(file: Path, modelfile: Path) -> str:
 
 def _paths(blobs: tuple[Blob, ...]) -> tuple[str, ...]:
     return tuple(str(blob.path) for blob in blobs)
-
-
-def _lines(parameters: Mapping[str, Value]) -> list[tuple[str, str]]:
-    lines = []
-    for key, value in parameters.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            lines.append((key, str(each).lower() if isinstance(each, bool) else str(each)))
-    return lines

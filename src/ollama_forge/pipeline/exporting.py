@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ollama_forge.errors import ForgeError
+from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.evaluation.tokens import TokenCheck
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.models.holder import ModelHolder
+from ollama_forge.ollama.chat_template import ChatTemplate
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
-from ollama_forge.pipeline import gguf_stages
+from ollama_forge.pipeline import gguf_stages, ollama_stages
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import StageCache
 from ollama_forge.pipeline.stages import MeasuredRow, Written
@@ -28,6 +30,7 @@ class Exported:
         tokens: the check of their tokens; None if it was not done.
         rows: the measurements of the files by the names of their rows.
         registered: the model in Ollama; if None, ``ollama_problem`` says why.
+        in_ollama: the measurement of the answers that Ollama gives; None if it was not made.
         failure: an error to raise after the report is written.
     """
 
@@ -37,6 +40,7 @@ class Exported:
     registered: Registered | None = None
     file_problem: str = ""
     ollama_problem: str = "there is no GGUF file"
+    in_ollama: Measurement | None = None
     failure: ForgeError | None = None
 
 
@@ -74,12 +78,22 @@ def export_weights(
     return exported
 
 
-def register_file(registration: Registration, cache: StageCache, exported: Exported, verified: bool | None) -> Exported:
-    """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off."""
+def register_file(
+    registration: Registration,
+    cache: StageCache,
+    exported: Exported,
+    verified: bool | None,
+    prompts: ChatTemplate | None = None,
+) -> Exported:
+    """Write the Modelfile, and register the file in Ollama unless verification failed or Ollama is switched off.
+
+    Args:
+        prompts: the checkpoint's chat template; None for that of the file.
+    """
     if not exported.files:
         return exported
     file = exported.files[0]
-    registration.write_modelfile(file.path)
+    registration.write_modelfile(file.path, prompts)
     if verified is False:
         return replace(exported, ollama_problem="the weights failed verification")
     if registration.problem:
@@ -87,7 +101,18 @@ def register_file(registration: Registration, cache: StageCache, exported: Expor
     try:
         if registration.is_gone():
             cache.forget("ollama")
-        registered = cache.do(gguf_stages.register(registration, file))
+        registered = cache.do(ollama_stages.register(registration, file, prompts))
     except ForgeError as failure:
         return replace(exported, ollama_problem=failure.message, failure=exported.failure or failure)
     return replace(exported, registered=registered, ollama_problem="")
+
+
+def measure_registered(ready: Preflight, cache: StageCache, exported: Exported) -> Exported:
+    """Measure the answers of the model in Ollama, unless there is none or no prompts are asked for."""
+    if exported.registered is None or not exported.registered.shown.chats or not ready.settings.ollama.prompts:
+        return exported
+    try:
+        row = cache.do(ollama_stages.measure_in_ollama(ready, exported.files[0], exported.registered))
+    except ForgeError as failure:
+        return replace(exported, failure=exported.failure or failure)
+    return replace(exported, in_ollama=row.row)

@@ -1,4 +1,4 @@
-"""The stages of a run after the edited weights, in order: GGUF files, token check, measurement, Ollama.
+"""The stages of a run after the edited weights, in order: GGUF files, token check, measurement.
 
 Each function returns a ``Stage``: its needs, its outputs, and its work.
 """
@@ -32,8 +32,6 @@ from ollama_forge.export.gguf_file import (
 from ollama_forge.export.quantise import find_tool
 from ollama_forge.models.chat_model import load_tokenizer
 from ollama_forge.models.holder import ModelHolder
-from ollama_forge.ollama.register import Registered
-from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline.preflight import Preflight
 from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache, file_digest
 from ollama_forge.pipeline.stages import MeasuredRow, Written, load_reference
@@ -169,15 +167,3 @@ def measure_gguf(
 
     needs = {**ready.model_needs, "file": file_digest(file.path)}
     return Stage(f"gguf-measure-{file.quant}", MeasuredRow, needs, do, (), ("xllamacpp", "libgguf", *MODEL_PACKAGES))
-
-
-def register(registration: Registration, file: QuantisedFile) -> Stage[Registered]:
-    """Register the file in Ollama."""
-    needs = {
-        "name": registration.name,
-        "file": file_digest(file.path),
-        "template": to_json(registration.template),
-        "source": registration.source and to_json(registration.source),
-        "url": registration.state and registration.state.url,
-    }
-    return Stage("ollama", Registered, needs, lambda: registration.register(file.path))

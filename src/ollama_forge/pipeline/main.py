@@ -14,9 +14,9 @@ from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.models.machine import Machine
-from ollama_forge.pipeline import stages
+from ollama_forge.pipeline import ollama_stages, stages
 from ollama_forge.pipeline.disk_space import check_disk_space
-from ollama_forge.pipeline.exporting import Exported, export_weights, register_file
+from ollama_forge.pipeline.exporting import Exported, export_weights, measure_registered, register_file
 from ollama_forge.pipeline.preflight import PROVENANCE_FILES, Preflight, preflight
 from ollama_forge.pipeline.report import Report
 from ollama_forge.pipeline.resume import StageCache
@@ -61,13 +61,18 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
         models.drop()
         verified = None if checks is None else checks.passed
         exported = export_weights(ready, cache, models, choice, written, verified, edited)
-        exported = register_file(ready.registration, cache, exported, verified)
+        prompts = ollama_stages.chat_template(ready, exported.files[0]) if exported.files else None
+        exported = register_file(ready.registration, cache, exported, verified, prompts)
+        if settings.evaluate:
+            exported = measure_registered(ready, cache, exported)
 
         rows = {} if base is None else {"base": base}
         if control is not None and edited is not None:
             measured = {"random direction": control, "edited": edited, **exported.rows}
             likelihoods = cache.do(stages.score_answers(ready, cache, models, measured)).by_row
             rows |= {name: found.with_likelihood(likelihoods[name]) for name, found in measured.items()}
+        if exported.in_ollama is not None:
+            rows[ollama_stages.ROW] = exported.in_ollama
         models.drop()
         report = _report(ready, cache, choice, rows, floor, None if checks is None else checks.checks, exported)
         report = replace(report, separation=separation)
@@ -78,6 +83,7 @@ def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any
                 verified=verified,
                 measurements=measurements,
                 noise_floor=None if floor is None else to_json(floor),
+                ollama=None if exported.registered is None else exported.registered.described(),
             )
         report.save()
         if options is not None:

@@ -27,6 +27,7 @@ from ollama_forge.search.ladder import Choice
 
 SCHEMA = 2
 _NOT_AVAILABLE = "not available"
+_NOT_ASKED = "not asked"
 _ANSWERS = (
     "model",
     "harmful refused",
@@ -44,7 +45,8 @@ class Report:
     """The results of one run.
 
     Attributes:
-        rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``.
+        rows: measurements on report prompts by row name: ``base``, ``random direction``, ``edited``, ``GGUF (TYPE)``,
+            ``in Ollama``.
         noise_floor: the damage that rounding the base model to 8 bits does; None if it was not measured.
         checks: the checks of the written weights; None if they were not verified.
         files: the GGUF files; if there are none, ``file_problem`` says why.
@@ -175,6 +177,7 @@ class Report:
         return [
             f"in Ollama: {made.name} ({made.shown.quantization})",
             *(f"note: {note}" for note in made.notes),
+            *made.prompts.lines(),
             *(f"warning: {difference}" for difference in made.differences),
             f"run it: ollama run {self.name}",
         ]
@@ -198,7 +201,8 @@ def tables(rows: Mapping[str, Measurement], noise_floor: Damage | None) -> dict[
     damage: list[tuple[str, ...]] = [_DAMAGE]
     for name, row in rows.items():
         answers.append((name, *_answer_cells(row)))
-        damage.append((name, *_damage_cells(row.damage)))
+        if row.damage != Damage():
+            damage.append((name, *_damage_cells(row.damage)))
     if noise_floor is not None:
         damage.append(("base rounded to 8 bits", *_damage_cells(noise_floor)))
     return {"answers to report prompts, 95 % intervals": answers, "damage on general report prompts": damage}
@@ -209,7 +213,7 @@ def _answer_cells(row: Measurement) -> tuple[str, ...]:
     return (
         _rate(row.harmful.refusal, row.harmful.total, row.harmful.refusal_rate),
         f"{row.harmful.deflection}/{row.harmful.total}",
-        f"{in_context.refusal}/{in_context.total}",
+        f"{in_context.refusal}/{in_context.total}" if in_context.total else _NOT_ASKED,
         _rate(row.over_refusal.refusal, row.over_refusal.total, row.over_refusal.refusal_rate),
         _rate(row.harmless.refusal, row.harmless.total, row.harmless.refusal_rate),
         f"{broken.degenerate}/{broken.total}",
@@ -234,6 +238,8 @@ def _nats(found: Estimate | None) -> str:
 
 
 def _rate(count: int, total: int, rate: Estimate) -> str:
+    if not total:
+        return _NOT_ASKED
     return f"{count}/{total} ({rate.low:.0%} to {rate.high:.0%})"
 
 
@@ -246,6 +252,12 @@ def _token_lines(check: TokenCheck | None, of_source: bool) -> list[str]:
     for example in check.examples:
         found, expected = " ".join(example.found), " ".join(example.expected)
         lines.append(f"  {example.text!r}: {found!r} instead of {expected!r}"[:400])
+    if check.composed:
+        lines.append(
+            f"{check.composed} of them differ by Unicode composition alone: the checkpoint's tokenizer makes "
+            "one character of a letter and its accents, and llama.cpp does not; text that is composed already gets "
+            "the same tokens"
+        )
     if of_source:
         lines.append(
             "the file keeps the tokenizer of its GGUF source; the tokenizer of the decoded checkpoint differs from it"

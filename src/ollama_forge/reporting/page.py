@@ -12,6 +12,7 @@ from ollama_forge.reporting.comparison import compared
 from ollama_forge.reporting.details import limits, provenance, settings
 from ollama_forge.reporting.entry import Entry
 from ollama_forge.reporting.headline import headline
+from ollama_forge.reporting.in_ollama import in_ollama
 from ollama_forge.reporting.markup import Html, tag
 from ollama_forge.reporting.measured import measured
 from ollama_forge.reporting.rows import rows_of
@@ -34,6 +35,7 @@ def render(report: Mapping[str, Any]) -> str:
         compared(entry),
         choosing(entry),
         weights(entry),
+        in_ollama(entry),
         settings(entry),
         provenance(entry),
         limits(entry),

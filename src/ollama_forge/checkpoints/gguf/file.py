@@ -366,6 +366,19 @@ def write_header(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[
     for tensor in tensors:
         placed.append((tensor, offset))
         offset = _padded(offset + tensor.size, alignment)
+    header = header_bytes(metadata, placed)
+    write_all(file, header)
+    base = len(header)
+    reserve(file, base + offset)
+    return tuple(Tensor(tensor.name, tensor.shape, tensor.type, base + place) for tensor, place in placed)
+
+
+def header_bytes(metadata: Mapping[str, Value], placed: Sequence[tuple[Tensor, int]]) -> bytes:
+    """A header, padded to where the data begins.
+
+    Args:
+        placed: tensors in their order, each with the offset of its data from where the data begins, in bytes.
+    """
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(placed), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), struct.pack("<I", value.type), value.raw]
@@ -373,7 +386,4 @@ def write_header(file: FileIO, metadata: Mapping[str, Value], tensors: Iterable[
         parts += [_string(tensor.name), struct.pack("<I", len(tensor.shape))]
         parts += [struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape), struct.pack("<IQ", tensor.type, place)]
     header = b"".join(parts)
-    base = _padded(len(header), alignment)
-    write_all(file, header.ljust(base, b"\0"))
-    reserve(file, base + offset)
-    return tuple(Tensor(tensor.name, tensor.shape, tensor.type, base + place) for tensor, place in placed)
+    return header.ljust(_padded(len(header), _alignment(metadata)), b"\0")

@@ -200,6 +200,15 @@ class VersionResponse(ResponseModel):
     version: str
 
 
+class Cloud(ResponseModel):
+    disabled: bool
+    source: str
+
+
+class CloudResponse(ResponseModel):
+    cloud: Cloud
+
+
 class StatusResponse(ResponseModel):
     status: str
 

@@ -46,6 +46,9 @@ def routes(registry: ModelRegistry) -> APIRouter:
     get("/api/version", version, describe(responses.VersionResponse))
     get("/api/tags", tags, describe(responses.ListResponse))
     get("/api/ps", ps, describe(responses.ProcessResponse))
+    get("/api/status", status, describe(responses.CloudResponse))
+    add("POST", "/api/me", me, **describe(None))
+    add("POST", "/api/signout", signout, **describe(None))
     add("POST", "/api/show", show, **describe(responses.ShowResponse, requests.ShowRequest))
     add(
         "POST",
@@ -66,6 +69,24 @@ def routes(registry: ModelRegistry) -> APIRouter:
     created = {**blobs["responses"], 201: {"description": "The digest is right"}}
     add("POST", "/api/blobs/{digest}", blob, **{**blobs, "responses": created})
     return router
+
+
+# -- the account at Ollama's registry: there is none, as in an Ollama that is signed out ------------------------------
+
+
+async def me(registry: ModelRegistry, http: Request) -> Response:
+    """``POST /api/me``: no link to sign in is given, so that ``ollama push`` ends with its own sentence."""
+    raise BadRequest("unauthorized", 401)
+
+
+async def signout(registry: ModelRegistry, http: Request) -> Response:
+    """``POST /api/signout``"""
+    raise BadRequest("there was an error signing out", 500)
+
+
+async def status(registry: ModelRegistry, http: Request) -> Response:
+    """``GET /api/status``: models in Ollama's cloud are switched off."""
+    return API.json(responses.CloudResponse(cloud=responses.Cloud(disabled=True, source="env")))
 
 
 # -- generate and chat ------------------------------------------------------------------------------------------------
