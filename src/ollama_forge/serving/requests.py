@@ -110,10 +110,10 @@ class GenerationRequest:
     """
 
     prompt: Prompt
-    strength: float = 1.0
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     stop: tuple[str, ...] = ()
+    strength: float = 1.0
     schema: str | None = None
     logprobs: int | None = None
 

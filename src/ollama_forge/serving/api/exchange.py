@@ -124,7 +124,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         )
     return GenerationRequest(
         prompt,
-        live_strength(model, request.strength),
+        strength=live_strength(model, request.strength),
         sampling=request.sampling,
         num_predict=request.num_predict,
         stop=request.stop,
