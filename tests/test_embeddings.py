@@ -22,6 +22,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.encoder import pooled
+from ollama_forge.serving.load_model import load_model
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.sentence_modules import SentenceModules
 from tests import engines, tiny
@@ -57,7 +58,7 @@ def bert(at: Path, *, pooling: dict[str, Any] | None = MEAN, module: Any = None,
 
 
 def load(checkpoint: Checkpoint, dtype: str = "auto") -> ServedModel:
-    return ServedModel.load(checkpoint, "wire", load=LoadSettings(device="cpu", dtype=dtype), max_queue=8)
+    return load_model(checkpoint, "wire", load=LoadSettings(device="cpu", dtype=dtype), max_queue=8)
 
 
 def embed(model: ServedModel, texts: Sequence[str], **options: Any) -> torch.Tensor:

@@ -343,7 +343,7 @@ def test_one_projection_equals_the_edit_of_every_expert(tmp_path: Path, monkeypa
     for projects in (True, False):
         with monkeypatch.context() as patch:
             if not projects:
-                patch.setattr(hooks, "_is_one_projection", lambda *_: False)
+                patch.setattr(hooks, "is_one_projection", lambda *_: False)
             with counted_expert_edits(monkeypatch) as counts, hooked(base, plan):
                 answers.append(first_log_probs(base, ids))
         assert counts["experts"] == (0 if projects else COPIED)

@@ -29,23 +29,24 @@ import sys
 from ollama_forge.errors import ForgeError
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.serving import model as model_module
+from ollama_forge.serving import load_model
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
+from ollama_forge.serving.model import ServedModel
 
 def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx, **_):
     def make_engine():
         if checkpoint.label == "broken":
             raise ForgeError("a shard is damaged", "download it again")
         return ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=num_ctx or 1 << 40)
-    return model_module.ServedModel(name, tokenizer(), None, FACTS, max_queue=max_queue, make_engine=make_engine)
+    return ServedModel(name, tokenizer(), None, FACTS, max_queue=max_queue, make_engine=make_engine)
 
 def resolved(model, revision, *, trust_remote_code, adapter):
     return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
 
 resolve.resolve = resolved
-model_module.ServedModel.unloaded = unloaded
+load_model.unloaded_model = unloaded
 from ollama_forge.cli.main import main
 main()
 """
@@ -162,13 +163,19 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
     [
         (["--checkpoint", "no/such/folder"], 1, "error: no/such/folder does not exist"),
         (["--name", "never-made"], 1, "error: abliterate-never-made holds no edited model"),
+        (["--live", "--name", "never-made"], 1, "error: abliterate-never-made holds no edit file"),
+        (["--live", "--name", "x", "--revision", "y"], 2, "--revision and --adapter have no meaning"),
         ([], 2, "error: give --name or --checkpoint"),
         (
             ["--name", "a", "--checkpoint", "x", "--checkpoint", "y"],
             2,
             "the numbers of --name (1) and --checkpoint (2) differ",
         ),
-        (["--checkpoint", "x", "--checkpoint", "y", "--adapter", "z"], 2, "--revision and --adapter are of one model"),
+        (
+            ["--checkpoint", "x", "--checkpoint", "y", "--adapter", "z"],
+            2,
+            "--revision, --adapter, --engine-url and --live are of one model",
+        ),
         (["--checkpoint", "demo", "--port", "99999"], 2, "99999 is not in the range"),
         (["--checkpoint", "demo", "--host", "203.0.113.7"], 1, "203.0.113.7 cannot be used"),
     ],

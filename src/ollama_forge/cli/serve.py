@@ -15,6 +15,9 @@ from ollama_forge.names import run_output
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
+    from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.serving.live_source import LiveSource
+    from ollama_forge.serving.model import ServedModel
 
 
 @click.command("serve")
@@ -88,23 +91,27 @@ if TYPE_CHECKING:
     "tokenizer and the template.",
 )
 @click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Serve the base model with the edit added while it runs, at the strength that each request asks for in "
+    "abliteration_strength (default 1; 0: the base; below 0: the opposite of the edit).",
+)
 @opt.talk_options
 def serve(**options: Any) -> None:
     """Serve one or several models over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
     named = _named_models(options["names"], options["checkpoints"])
-    if len(named) > 1 and (options["revision"] or options["adapter"] or options["engine_url"]):
-        raise UsageError("--revision, --adapter and --engine-url are of one model", "serve that model alone")
+    if len(named) > 1 and any(options[name] for name in ("revision", "adapter", "engine_url", "live")):
+        raise UsageError("--revision, --adapter, --engine-url and --live are of one model", "serve that model alone")
     if options["engine_url"] and options["engine"] != "auto":
         raise UsageError("--engine-url names the engine itself", "leave out --engine")
     load = opt.load_settings(options)
-    from ollama_forge.progress import say, status
+    from ollama_forge.progress import say
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
     from ollama_forge.serving.api.server import serve as run
-    from ollama_forge.serving.model import ServedModel
-    from ollama_forge.serving.registry import ModelRegistry, servable_name
-    from ollama_forge.sources.resolve import resolve
+    from ollama_forge.serving.registry import ModelRegistry
 
     settings = ServeSettings(
         host=options["host"],
@@ -113,24 +120,41 @@ def serve(**options: Any) -> None:
         write_timeout=options["write_timeout"],
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
-    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx", "engine", "engine_url")}
     with bind(settings.host, settings.port) as listening:
-        models = []
-        for given, source in named:
-            checkpoint = resolve(
-                source, options["revision"], trust_remote_code=load.trust_remote_code, adapter=options["adapter"]
-            )
-            name = servable_name(given or _default_name(checkpoint))
-            if len(named) > 1:  # loaded when they are asked for
-                models.append(ServedModel.unloaded(checkpoint, name, load=load, **how))
-                continue
-            with status(f"loading {name}"):
-                models.append(ServedModel.load(checkpoint, name, load=load, **how))
-        _require_distinct([model.name for model in models])
+        models = _models(named, load, options)
         if models[0].engine_reason:
             say(models[0].engine_reason)
         announce(models[0].name, settings, listening, limits=models[0].limits, more=len(models) - 1)
+        if models[0].live:
+            say("  its edit is live:   abliteration_strength in a request, 0 for the base, 1 for the edited model")
         run(ModelRegistry(*models, max_loaded=options["max_loaded"]), settings, listening)
+
+
+def _models(named: Sequence[tuple[str | None, str]], load: LoadSettings, options: dict[str, Any]) -> list[ServedModel]:
+    """The models to serve: one is loaded, several will be when they are asked for."""
+    from ollama_forge.progress import status
+    from ollama_forge.serving import load_model
+    from ollama_forge.serving.registry import servable_name
+    from ollama_forge.sources.resolve import resolve
+
+    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx", "engine", "engine_url")}
+    live = _live_source(options) if options["live"] else None
+    models = []
+    for given, source in named:
+        if live is not None:
+            checkpoint = live.base
+        else:
+            checkpoint = resolve(
+                source, options["revision"], trust_remote_code=load.trust_remote_code, adapter=options["adapter"]
+            )
+        name = servable_name(given or _default_name(checkpoint, live))
+        if len(named) > 1:
+            models.append(load_model.unloaded_model(checkpoint, name, load=load, **how))
+            continue
+        with status(f"loading {name}"):
+            models.append(load_model.load_model(checkpoint, name, load=load, live=live, **how))
+    _require_distinct([model.name for model in models])
+    return models
 
 
 def _named_models(names: Sequence[str], checkpoints: Sequence[str]) -> list[tuple[str | None, str]]:
@@ -158,11 +182,28 @@ def _require_distinct(names: Sequence[str]) -> None:
             raise UsageError(f"two models are called {name}", "give each checkpoint a --name of its own")
 
 
-def _default_name(checkpoint: Checkpoint) -> str:
+def _live_source(options: dict[str, Any]) -> LiveSource:
+    from ollama_forge.serving.live_source import live_source_of, live_source_of_run
+
+    if options["revision"] is not None or options["adapter"] is not None:
+        raise UsageError(
+            "--live takes the base that the edit was made from, so that --revision and --adapter have no meaning",
+            "leave them out",
+        )
+    trusted = options["trust_remote_code"]
+    if options["checkpoints"]:
+        return live_source_of(Path(options["checkpoints"][0]), trust_remote_code=trusted)
+    return live_source_of_run(options["names"][0], trust_remote_code=trusted)
+
+
+def _default_name(checkpoint: Checkpoint, live: LiveSource | None = None) -> str:
     """The name to serve a checkpoint under: that of its run, its Hub id, or the last part of its path without .gguf."""
-    path = Path(checkpoint.label)
-    if checkpoint.kind == "hub":
-        return checkpoint.label
+    if live is not None:
+        return _name_of_path(live.edited)
+    return checkpoint.label if checkpoint.kind == "hub" else _name_of_path(Path(checkpoint.label))
+
+
+def _name_of_path(path: Path) -> str:
     if path.name == "checkpoint" and path.resolve().parent.name.startswith("abliterate-"):
         return path.resolve().parent.name.removeprefix("abliterate-")
     return path.resolve().name.removesuffix(".gguf")

@@ -35,14 +35,14 @@ Parts = dict[str, list[Part]]
 @contextmanager
 def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
     """Inside the block the model computes as edited by ``plan``; afterwards its weights and hooks are as before."""
-    stacks = _stacks(model.model_map)
+    stacks = expert_stacks(model.model_map)
     with ExitStack() as stack:
         copied: list[EditedCopies] = []
         originals: dict[nn.Parameter, Tensor] = {}
         exchanged: set[nn.Parameter] = set()
         for path, parts in _by_module(to_device(plan, model.device)).items():
             for side in ([p for p in parts if p.edit.matrix.writes is writes] for writes in (True, False)):
-                if _is_one_projection(model, side, stacks.get(path, [])):
+                if is_one_projection(model, side, stacks.get(path, [])):
                     stack.callback(_projection_hook(model, side[0]).remove)
                     continue
                 for group in _by_parameter(side):
@@ -190,7 +190,7 @@ class _EmbeddingHook:
 # -- stacks of experts --------------------------------------------------------------------------------------------
 
 
-def _stacks(model: ModelMap) -> dict[str, list[tuple[Matrix, Place]]]:
+def expert_stacks(model: ModelMap) -> dict[str, list[tuple[Matrix, Place]]]:
     """The matrices in each module that holds stacks of experts, and no other matrix in it or below it."""
     inside: dict[str, list[tuple[Matrix, Place]]] = {}
     for matrix in model.matrices:
@@ -205,7 +205,7 @@ def _stacks(model: ModelMap) -> dict[str, list[tuple[Matrix, Place]]]:
     }
 
 
-def _is_one_projection(model: ChatModel, side: Sequence[Part], stacked: Sequence[tuple[Matrix, Place]]) -> bool:
+def is_one_projection(model: ChatModel, side: Sequence[Part], stacked: Sequence[tuple[Matrix, Place]]) -> bool:
     """Whether one projection of the experts' input or summed output is equivalent to all edits of a side of a module.
 
     That takes the same directions and strength for all matrices that the module reads (or writes) with, and no norm
@@ -215,7 +215,7 @@ def _is_one_projection(model: ChatModel, side: Sequence[Part], stacked: Sequence
 
     Args:
         side: the edited readers, or the edited writers, of one module.
-        stacked: what the module holds (see ``_stacks``).
+        stacked: what the module holds (see ``expert_stacks``).
     """
     if not side or type(model.submodule(side[0].place)).forward is nn.Module.forward:
         return False
@@ -253,7 +253,7 @@ def _alike(edit: MatrixEdit, other: MatrixEdit) -> bool:
 
 
 def _projection_hook(model: ChatModel, part: Part) -> RemovableHandle:
-    """The projection that is equivalent to the edit of all experts (see ``_is_one_projection``)."""
+    """The projection that is equivalent to the edit of all experts (see ``is_one_projection``)."""
     assert isinstance(part.edit.rule, (RemoveFromOutput, RemoveFromInput))
     basis, strength = part.edit.rule.basis, part.edit.strength
 

@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ollama_forge.files import read_json
+from ollama_forge.checkpoints.companions import PROVENANCE
 from ollama_forge.ollama.parameters import Parameters
 from ollama_forge.serving.parameters import model_parameters
+from ollama_forge.serving.run_facts import LIVE_KEY, provenance_lines, report_figures
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -80,10 +81,11 @@ class ModelMetadata:
                 "general.parameter_count": count,
                 "general.type": "model",
                 **{f"{family}.{key}": value for key, value in sorted(shapes.items())},
+                **report_figures(checkpoint.location),
             },
             license=_license(checkpoint),
             system=system or "",
-            provenance=_provenance(checkpoint),
+            provenance=provenance_lines(checkpoint.folder / PROVENANCE),
             tensors=tuple((name, info.dtype, tuple(info.shape)) for name, info in checkpoint.tensors.items()),
             parameters=model_parameters(checkpoint),
         )
@@ -148,19 +150,15 @@ def _license(checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _provenance(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Lines that say how the checkpoint was edited, from its ``abliteration.json``; they hold no paths."""
-    path = checkpoint.folder / "abliteration.json"
-    entries = read_json(path) if path.is_file() else None
-    if not isinstance(entries, dict):
-        return ()
-    source, direction = entries.get("source") or {}, entries.get("direction") or {}
-    model = str(source.get("model") or "")
-    lines = {
-        "edited with ollama-forge": entries.get("version"),
-        "source": model if source.get("kind") == "hub" else Path(model).name,
-        "factors": entries.get("factors"),
-        "direction": direction.get("method"),
-        "layer": direction.get("layer"),
-    }
-    return tuple(f"{key}: {value}" for key, value in lines.items() if value not in (None, ""))
+def live_metadata(base: ModelMetadata, edited: Path) -> ModelMetadata:
+    """The metadata of a base model to which an edit is added while it runs.
+
+    Args:
+        edited: the folder or GGUF file that was written with the same edit; it need not exist.
+    """
+    folder = edited if edited.is_dir() else edited.parent
+    return replace(
+        base,
+        provenance=provenance_lines(folder / PROVENANCE),
+        model_info={**base.model_info, **report_figures(edited), LIVE_KEY: 1.0},
+    )

@@ -9,7 +9,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ollama_forge.errors import UsageError
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import (
     Constraint,
@@ -26,15 +25,13 @@ from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
-from ollama_forge.serving.sentence_modules import SentenceModules
 from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
-from ollama_forge.text.tokenizer import Tokenizer, template_text
+from ollama_forge.text.tokenizer import template_text
 
 if TYPE_CHECKING:
-    from ollama_forge.checkpoints.checkpoint import Checkpoint
-    from ollama_forge.models.chat_model import LoadSettings
+    pass
 
 __all__ = ["ModelMetadata", "ServedModel"]
 _EMBEDDINGS = 4  # requests for embeddings at a time; the engine computes them one after the other
@@ -42,7 +39,7 @@ _USUAL_ANSWER = 1024  # tokens
 
 
 class ServedModel:
-    """One model behind an API; ``ServedModel.load`` loads it from a checkpoint.
+    """One model behind an API; ``load_model`` makes it from a checkpoint.
 
     Attributes:
         name: the name it is served under, without a tag.
@@ -53,6 +50,7 @@ class ServedModel:
         engine_reason: which engine it is and why, in one line; "" before it is loaded, and where none was chosen.
         limits: what cannot be done with this model, "" for nothing; known when it is loaded.
         stopping: set when the server shuts down; answers that still run then end in an error.
+        live: whether the engine applies its edit at the strength that a request asks for.
     """
 
     def __init__(
@@ -69,6 +67,7 @@ class ServedModel:
         max_queue: int = 512,
         embedded_text: Callable[[str], str] | None = None,
         make_engine: Callable[[], Engine] | None = None,
+        live: bool = False,
     ) -> None:
         """Serve ``engine`` under ``name``.
 
@@ -101,112 +100,9 @@ class ServedModel:
         self.capabilities = self._find_capabilities(vision)
         self.engine_reason = ""
         self.stopping = False
+        self.live = live
         if engine is not None:
             self.attach(engine)
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, **options: Any) -> ServedModel:
-        """Load a checkpoint into an engine; the options are those of ``unloaded``.
-
-        Raises:
-            UsageError: the engine does not fit the checkpoint.
-            ForgeError: the checkpoint cannot be loaded, or the server does not answer.
-        """
-        model = cls.unloaded(checkpoint, name, **options)
-        model.attach(model.make_engine())
-        return model
-
-    @classmethod
-    def unloaded(
-        cls,
-        checkpoint: Checkpoint,
-        name: str,
-        *,
-        load: LoadSettings,
-        max_queue: int,
-        slots: int = 16,
-        num_ctx: int | None = None,
-        engine: str = "auto",
-        engine_url: str | None = None,
-    ) -> ServedModel:
-        """A checkpoint's model without its weights, which ``make_engine`` loads.
-
-        An embedding model is loaded into the encoder engine.
-
-        Args:
-            slots: how many answers are generated at a time.
-            num_ctx: bounds the context length; None: the model's own.
-            engine: auto, transformers or llamacpp.
-            engine_url: the llama-server or vLLM that generates; the checkpoint's weights are not loaded then.
-
-        Raises:
-            UsageError: the engine does not fit the checkpoint.
-            ForgeError: the tokenizer cannot be loaded.
-        """
-        modules = SentenceModules.of(checkpoint)
-        if modules is not None:
-            if engine == "llamacpp" or engine_url is not None:
-                raise UsageError(
-                    f"{checkpoint.label} is an embedding model", "transformers runs those: leave the engine out"
-                )
-            return cls._unloaded_encoder(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
-        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
-
-        def make_engine() -> Engine:
-            from ollama_forge.serving.engine.choice import load_engine, remote_engine
-
-            if engine_url is not None:
-                loaded = remote_engine(checkpoint, tokenizer, engine_url, slots=slots, num_ctx=num_ctx)
-            else:
-                loaded = load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx, wanted=engine)
-            model.engine_reason = loaded.reason
-            model.metadata = ModelMetadata.of(loaded.checkpoint, load.system)
-            return loaded.engine
-
-        sees = "vision_config" in checkpoint.config and any(
-            (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
-        )
-        model = cls(
-            name,
-            tokenizer.backend,
-            None,
-            ModelMetadata.of(checkpoint, load.system),
-            template_kwargs=load.template_kwargs,
-            end_ids=frozenset(tokenizer.end_ids),
-            vision=sees,
-            max_queue=max_queue,
-            make_engine=make_engine,
-        )
-        return model
-
-    @classmethod
-    def _unloaded_encoder(
-        cls,
-        checkpoint: Checkpoint,
-        name: str,
-        modules: SentenceModules,
-        *,
-        load: LoadSettings,
-        max_queue: int,
-        slots: int,
-    ) -> ServedModel:
-        tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code).backend
-
-        def make_engine() -> Engine:
-            from ollama_forge.serving.engine.encoder import load_encoder
-
-            return load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
-
-        return cls(
-            name,
-            tokenizer,
-            None,
-            ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, modules.max_length),
-            template="",
-            max_queue=max_queue,
-            embedded_text=modules.text,
-            make_engine=make_engine,
-        )
 
     # -- the engine -----------------------------------------------------------------------------------------------
 
@@ -353,6 +249,7 @@ class ServedModel:
     def _engine_request(self, request: GenerationRequest, max_tokens: int) -> EngineRequest:
         return EngineRequest(
             ids=request.prompt.ids,
+            strength=request.strength,
             max_tokens=max_tokens,
             sampling=request.sampling,
             end_ids=self._end_ids | self._tokens.specials(request.stop),  # special tokens have no text to stop at

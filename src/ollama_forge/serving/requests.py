@@ -50,6 +50,7 @@ class ChatRequest:
     Attributes:
         model: the model's name as the client spells it.
         messages: the conversation; without messages, the model is only loaded or unloaded.
+        strength: multiple of a live edit's own strength; 0 is the base model. None: 1.
         raw: the text of the one message is the prompt, without the chat template.
         context: token ids to put before the prompt.
         tools: the tools in OpenAI's format, for the chat template.
@@ -71,6 +72,7 @@ class ChatRequest:
 
     model: str
     messages: tuple[Message, ...]
+    strength: float | None = None
     raw: bool = False
     context: tuple[int, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -116,6 +118,7 @@ class GenerationRequest:
     """A request to continue a prompt; see ``ChatRequest`` for the settings.
 
     Attributes:
+        strength: multiple of a live edit's own strength.
         schema: the text of a JSON schema that the answer satisfies.
         calls: the form of the tool calls that the answer consists of; the schema is then that of a plain JSON call.
     """
@@ -124,6 +127,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_predict: int = -1
     stop: tuple[str, ...] = ()
+    strength: float = 1.0
     schema: str | None = None
     calls: ToolCallGrammar | None = None
     logprobs: int | None = None

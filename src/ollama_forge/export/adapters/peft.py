@@ -5,35 +5,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from ollama_forge.architectures.model_map import ModelMap, Place
+from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.errors import ForgeError
-from ollama_forge.export.adapters.changes import LowRankChange, low_rank_changes
+from ollama_forge.export.adapters.changes import (
+    LowRankChange,
+    ModuleChange,
+    is_linear,
+    low_rank_changes,
+    module_changes,
+)
 from ollama_forge.files import atomic_folder, disk_errors, write_json
-from ollama_forge.models.matrices import as_slice
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class _Target:
-    """The factors of one module: ``left`` ``[out, k]`` and ``right`` ``[in, k]``."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    embedding: bool
-    transposed: bool
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[-1]
 
 
 def write_peft_adapter(
@@ -92,36 +82,17 @@ def write_peft_adapter(
     return folder
 
 
-def peft_targets(changes: Sequence[LowRankChange], model: ModelMap) -> dict[str, _Target]:
-    """The factors of each changed module of the loaded model, by its path.
+def peft_targets(changes: Sequence[LowRankChange], model: ModelMap) -> dict[str, ModuleChange]:
+    """The change of each changed module of the loaded model, by its path.
 
-    A module that holds several changed matrices, as a fused projection, has the sum of their ranks.
+    Raises:
+        ForgeError: PEFT adapts one of the modules in no way that all of its versions read alike.
     """
-    parts: dict[str, list[tuple[LowRankChange, Place]]] = {}
     for change in changes:
-        for place in change.matrix.places:
-            if change.matrix.experts or place.expert is not None or place.parameter != "weight" or not place.linear:
-                raise ForgeError(
-                    f"{change.matrix.tensor} is not the weight of a linear layer in the loaded model, and PEFT's "
-                    "adapters of other parameters mean different things to its versions",
-                    "use --format gguf, or leave the matrix out of the edit",
-                )
-            parts.setdefault(place.module, []).append((change, place))
-    return {module: _target(module, held, model) for module, held in parts.items()}
-
-
-def _target(module: str, parts: Sequence[tuple[LowRankChange, Place]], model: ModelMap) -> _Target:
-    first = parts[0][0].matrix
-    rows = max(
-        place.rows.stop if place.rows is not None else matrix.out_features
-        for matrix in model.matrices
-        for place in matrix.places
-        if place.module == module
-    )
-    left = torch.zeros(rows, sum(change.rank for change, _ in parts))
-    rights, at = [], 0
-    for change, place in parts:
-        left[as_slice(place.rows), at : at + change.rank] = change.left[as_slice(place.stored_rows)]
-        rights.append(change.right)
-        at += change.rank
-    return _Target(left, torch.cat(rights, dim=1), first.rows_are_written, parts[0][1].transposed)
+        if not is_linear(change.matrix):
+            raise ForgeError(
+                f"{change.matrix.tensor} is not the weight of a linear layer in the loaded model, and PEFT's "
+                "adapters of other parameters mean different things to its versions",
+                "use --format gguf, or leave the matrix out of the edit",
+            )
+    return module_changes(changes, model)

@@ -34,6 +34,7 @@ from ollama_forge.serving.threads import off_loop
 from ollama_forge.serving.tools.forced import forced_calls, plain_call_schema
 
 T = TypeVar("T")
+LARGEST_STRENGTH = 10.0  # far beyond it logits are no numbers any more
 LEAST_LOGPROB = -9999.0  # the least log-probability in a response, because JSON has no infinity
 
 
@@ -131,7 +132,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
     """Render and encode the prompt of a request. This takes milliseconds to seconds: call it outside the event loop.
 
     Raises:
-        BadRequest: the prompt does not fit, or the template or the format is refused.
+        BadRequest: the prompt does not fit, or the template, the format or the strength is refused.
     """
     request = with_parameters(request, model.metadata.parameters)
     if request.raw:
@@ -157,6 +158,7 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         schema, calls = forced_call(model, prompt.tools, several=not request.one_call)
     return GenerationRequest(
         prompt,
+        strength=live_strength(model, request.strength),
         sampling=request.sampling,
         num_predict=request.num_predict,
         stop=request.stop,
@@ -164,6 +166,19 @@ def generation_request(model: ServedModel, request: ChatRequest) -> GenerationRe
         calls=calls,
         logprobs=request.logprobs,
     )
+
+
+def live_strength(model: ServedModel, strength: float | None) -> float:
+    """The strength of a request, brought into the range from ``-LARGEST_STRENGTH`` to ``LARGEST_STRENGTH``.
+
+    Raises:
+        BadRequest: it is not 1, and the model has one strength alone.
+    """
+    if strength is None or strength == 1.0:
+        return 1.0
+    if not model.live:
+        raise BadRequest("abliteration_strength: this model has one strength; start the server with --live")
+    return max(-LARGEST_STRENGTH, min(strength, LARGEST_STRENGTH))
 
 
 def schema_text(format_: Any) -> str | None:

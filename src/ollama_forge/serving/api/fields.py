@@ -120,6 +120,7 @@ class SamplingFields(RequestModel):
     frequency_penalty: Number | None = None
     seed: Integer | None = None
     stream: bool = False
+    abliteration_strength: Number | None = None
 
     @property
     def stated(self) -> frozenset[str]:

@@ -88,6 +88,7 @@ class EngineRequest:
         end_ids: ids that end the generation; they are not yielded.
         top_logprobs: number of alternatives for each token; None: no log-probabilities.
         media: the images as the engine's ``encode`` returned them; no other code reads them.
+        strength: multiple of the edit's own strength; 1 for an engine that was not loaded with an edit.
     """
 
     ids: tuple[int, ...]
@@ -97,6 +98,7 @@ class EngineRequest:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     media: object | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ollama_forge.models.chat_model import ChatModel
+
+if TYPE_CHECKING:
+    from ollama_forge.serving.engine.live import LiveEdit
 
 Media = Mapping[str, Tensor] | None
 _CHUNK = {"cpu": 256}
@@ -101,10 +105,14 @@ class StateSupport:
 
 
 class Forward:
-    """The model's forward pass; it leaves out inputs that the model does not take, and counts the passes."""
+    """The model's forward pass; it leaves out inputs that the model does not take, and counts the passes.
 
-    def __init__(self, model: ChatModel) -> None:
-        self.model = model
+    Args:
+        live: an edit of the model; token ids are then row ids, which also say the strength (``LiveEdit.offset``).
+    """
+
+    def __init__(self, model: ChatModel, live: LiveEdit | None = None) -> None:
+        self.model, self.live = model, live
         self.passes = 0
         parameters = inspect.signature(model.module.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -145,7 +153,8 @@ class Forward:
         if not self.takes_positions:
             inputs.pop("position_ids", None)
         self.passes += 1
-        return self.model.forward(input_ids=ids, **inputs)
+        with nullcontext(ids) if self.live is None else self.live.at_row_ids(ids) as tokens:
+            return self.model.forward(input_ids=tokens, **inputs)
 
 
 def on_device(media: Media, model: ChatModel) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
@@ -21,6 +22,7 @@ class Sequence:
         output_ids: ids of the tokens generated so far.
         cached: number of the prompt's tokens whose state was kept.
         waits_for: the sequence whose prompt begins alike and is being prefilled, so that this one can copy it.
+        row_offset: what is added to each id for the runner; see ``LiveEdit.offset``.
     """
 
     request: EngineRequest
@@ -31,31 +33,33 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     cached: int = 0
     waits_for: Sequence | None = None
+    row_offset: int = 0
 
     @classmethod
-    def of(cls, request: EngineRequest, sink: Any, grammars: GrammarCompiler) -> Sequence:
+    def of(cls, request: EngineRequest, sink: Any, grammars: GrammarCompiler, row_offset: int = 0) -> Sequence:
         """Prepare a sequence for a request. A grammar takes up to seconds: call this outside event loops.
 
         Raises:
             EngineError: the request's schema cannot be enforced.
         """
         matcher = None if request.constraint is None else grammars.start(request.constraint)
-        return cls(request, sink, SamplingState(request.sampling, request.ids, request.top_logprobs), matcher)
+        sampling = SamplingState(request.sampling, request.ids, request.top_logprobs)
+        return cls(request, sink, sampling, matcher, row_offset=row_offset)
 
-    @property
+    @cached_property
     def prompt(self) -> tuple[int, ...]:
-        """Ids of the prompt."""
-        return self.request.ids
+        """Row ids of the prompt."""
+        return tuple(id_ + self.row_offset for id_ in self.request.ids) if self.row_offset else self.request.ids
 
     @property
     def last_id(self) -> int:
-        """Id of the last generated token."""
-        return self.output_ids[-1]
+        """Row id of the last generated token."""
+        return self.output_ids[-1] + self.row_offset
 
     @property
     def ids(self) -> list[int]:
-        """Ids of the prompt and of the tokens generated so far."""
-        return [*self.prompt, *self.output_ids]
+        """Row ids of the prompt and of the tokens generated so far."""
+        return [*self.prompt, *(id_ + self.row_offset for id_ in self.output_ids)]
 
     @property
     def finished(self) -> bool:

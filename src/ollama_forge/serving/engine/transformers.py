@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from ollama_forge.serving.engine.scheduler import Scheduler, Stats, failure
 from ollama_forge.serving.engine.self_test import SelfTest
 from ollama_forge.serving.engine.sequence import Sequence
 from ollama_forge.serving.engine.single_runner import SingleRunner, UncachedRunner
+
+if TYPE_CHECKING:
+    from ollama_forge.serving.engine.live import LiveEdit
 
 _LOG = logging.getLogger(__name__)
 _PREFIX_CACHE_SHARE = 8  # the prefix cache takes up to an eighth of the free memory
@@ -64,6 +67,7 @@ class TransformersEngine:
         slots: maximum number of requests that run at the same time. A model whose state cannot be batched always runs
             one.
         num_ctx: bounds the context length, and thereby the memory of a sequence's keys and values; None: the model's.
+        live: an edit of the model, applied at each request's own strength; embeddings are computed at strength 1.
 
     Attributes:
         support: what the self-test found that the model's state allows.
@@ -74,13 +78,15 @@ class TransformersEngine:
         ForgeError: the model does not run on text.
     """
 
-    def __init__(self, model: ChatModel, *, slots: int = 16, num_ctx: int | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: ChatModel, *, slots: int = 16, num_ctx: int | None = None, live: LiveEdit | None = None
+    ) -> None:
+        self.model, self._live = model, live
         config = model.module.config.get_text_config()  # type: ignore[union-attr, operator]
         self._vocabulary = int(config.vocab_size)
         longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED)
         self._context_length = min(longest, num_ctx or longest)
-        self._forward = Forward(model)
+        self._forward = Forward(model, live)
         self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._grammar_lock = threading.Lock()
         free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
@@ -173,10 +179,11 @@ class TransformersEngine:
             end_ids=frozenset(end for end in request.end_ids if 0 <= end < self._vocabulary),
         )
         reader = _Reader()
+        offset = 0 if self._live is None else self._live.offset(request.strength)
         if request.constraint is None:
-            sequence = Sequence.of(request, reader, self._grammars)
+            sequence = Sequence.of(request, reader, self._grammars, offset)
         else:
-            sequence = await asyncio.to_thread(self._constrained, request, reader)
+            sequence = await asyncio.to_thread(self._constrained, request, reader, offset)
         with self._wake:
             self._check_open()
             self._inbox.append(sequence)
@@ -192,14 +199,14 @@ class TransformersEngine:
             with self._wake:
                 self._unfinished.discard(sequence)
 
-    def _constrained(self, request: EngineRequest, reader: _Reader) -> Sequence:
+    def _constrained(self, request: EngineRequest, reader: _Reader, row_offset: int) -> Sequence:
         """A sequence with its grammar; compiling takes up to seconds, in which neither event loop nor decoding wait."""
         assert request.constraint is not None
         try:
             with self._grammar_lock:  # one thread builds the tables of the vocabulary
                 _ = self._grammars.tokens
                 _ = self._grammars.texts if request.constraint.after else None
-            return Sequence.of(request, reader, self._grammars)
+            return Sequence.of(request, reader, self._grammars, row_offset)
         except Exception as error:
             raise failure(error) from None
 
@@ -283,7 +290,8 @@ class TransformersEngine:
                 self._scheduler.submit(self._inbox.popleft())
             job = self._jobs.popleft() if self._jobs else None
         if job is not None:
-            self._run_job(*job)
+            with nullcontext() if self._live is None else self._live.at([1.0]):
+                self._run_job(*job)
         try:
             self._scheduler.tick()
             self._failures = 0

@@ -6,13 +6,17 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.transformers import TransformersEngine
+
+if TYPE_CHECKING:
+    from ollama_forge.edits.edit_file import EditRecord
+    from ollama_forge.serving.engine.live import LiveEdit
 
 _LOG = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -22,8 +26,16 @@ _TEXT_INPUTS = ("input_ids", "attention_mask")
 class VisionEngine(TransformersEngine):
     """Generates from text and images, and computes embeddings."""
 
-    def __init__(self, model: ChatModel, processor: Any, *, slots: int = 16, num_ctx: int | None = None) -> None:
-        super().__init__(model, slots=slots, num_ctx=num_ctx)
+    def __init__(
+        self,
+        model: ChatModel,
+        processor: Any,
+        *,
+        slots: int = 16,
+        num_ctx: int | None = None,
+        live: LiveEdit | None = None,
+    ) -> None:
+        super().__init__(model, slots=slots, num_ctx=num_ctx, live=live)
         self._processor = processor
 
     def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
@@ -60,22 +72,35 @@ def _picture(image: bytes) -> Any:
 
 
 def load_engine(
-    checkpoint: Checkpoint, settings: LoadSettings, *, slots: int = 16, num_ctx: int | None = None
+    checkpoint: Checkpoint,
+    settings: LoadSettings,
+    *,
+    slots: int = 16,
+    num_ctx: int | None = None,
+    edit: EditRecord | None = None,
 ) -> TransformersEngine:
     """Load a checkpoint as a ``VisionEngine`` if it has an image processor, else as a ``TransformersEngine``.
 
     Args:
         slots, num_ctx: see ``TransformersEngine``.
+        edit: an edit of the checkpoint, applied at the strength that each request asks for.
 
     Raises:
-        ForgeError: the checkpoint cannot be loaded, or its model does not run on text.
+        ForgeError: the checkpoint cannot be loaded, its model does not run on text, or as ``LiveEdit``.
     """
-    model = ChatModel.load_unmapped(checkpoint, settings)
+    live = None
+    if edit is None:
+        model = ChatModel.load_unmapped(checkpoint, settings)
+    else:
+        from ollama_forge.serving.engine.live import LiveEdit
+
+        model = ChatModel.load(checkpoint, settings)
+        live = LiveEdit(model, edit)
     sees = hasattr(model.module.config, "vision_config")
     processor = _processor(checkpoint.folder, settings.trust_remote_code) if sees else None
     if processor is None:
-        return TransformersEngine(model, slots=slots, num_ctx=num_ctx)
-    return VisionEngine(model, processor, slots=slots, num_ctx=num_ctx)
+        return TransformersEngine(model, slots=slots, num_ctx=num_ctx, live=live)
+    return VisionEngine(model, processor, slots=slots, num_ctx=num_ctx, live=live)
 
 
 def _processor(folder: Path, trust_remote_code: bool) -> Any:

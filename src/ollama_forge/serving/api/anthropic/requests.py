@@ -329,6 +329,7 @@ class MessagesRequest(SamplingFields):
         choice, format_ = self._choice(), self.output_config.format or self.output_format
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names(messages),
             sampling=self.sampling_params(),
             num_predict=self.max_tokens,

@@ -93,6 +93,7 @@ class Options(BaseModel):
     repeat_last_n: _Integer = 64
     presence_penalty: _Number = 0.0
     frequency_penalty: _Number = 0.0
+    abliteration_strength: _Number | None = None  # Ollama has no such option; see docs/serving.md
     # Settings of Ollama's runner have no effect here; a value of the wrong type is rejected as Ollama does.
     num_keep: _Integer | None = None
     num_batch: _Integer | None = None

@@ -131,6 +131,7 @@ class _GenerationFields(RequestModel):
     def _request(self, messages: tuple[Message, ...], options: Options, **more: Any) -> ChatRequest:
         return ChatRequest(
             model=self.model,
+            strength=options.abliteration_strength,
             messages=messages,
             think=self.think,
             num_ctx=options.num_ctx,

@@ -20,6 +20,7 @@ from ollama_forge.serving.api.ollama import requests, responses
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
+from ollama_forge.serving.api.page import chat_page
 from ollama_forge.serving.api.routing import Handler, ResponseModel
 from ollama_forge.serving.api.telemetry import record_of
 from ollama_forge.serving.model import ServedModel
@@ -213,6 +214,8 @@ async def _embedded(
     options: Options,
     keep_alive: float | None,
 ) -> tuple[list[list[float]], int]:
+    if options.abliteration_strength not in (None, 1.0):
+        raise BadRequest("abliteration_strength has no effect on embeddings, which are those of the edited model")
     record = record_of(http, model)
     lease = await while_connected(http, registry.acquire(model))
     try:
@@ -227,8 +230,11 @@ async def _embedded(
 
 
 async def root(registry: ModelRegistry, http: Request) -> Response:
-    """``GET /``: clients look for this text."""
-    return PlainTextResponse("Ollama is running")
+    """``GET /``: browsers get a page, and clients the text that they look for."""
+    wants_page = "text/html" in http.headers.get("accept", "")
+    response = chat_page() if wants_page else PlainTextResponse("Ollama is running")
+    response.headers["vary"] = "Accept"
+    return response
 
 
 async def version(registry: ModelRegistry, http: Request) -> Response:

@@ -276,6 +276,7 @@ class ChatCompletionRequest(_CompletionFields):
         choice = openai_choice(tools, self.tool_choice)
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names([message.message() for message in self.messages]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if limit is None else limit,
@@ -319,6 +320,7 @@ class CompletionRequest(_CompletionFields):
             raise BadRequest("best_of is not supported: n answers are generated")
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=(Message("user", self.prompt),) if self.prompt else (),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_tokens is None else self.max_tokens,

@@ -244,6 +244,7 @@ class ResponsesRequest(SamplingFields):
         choice = openai_choice(tools, self.tool_choice)
         return ChatRequest(
             model=self.model,
+            strength=self.abliteration_strength,
             messages=with_tool_names([*instructions, *self._messages()]),
             sampling=self.sampling_params(default=1.0),
             num_predict=-1 if self.max_output_tokens is None else self.max_output_tokens,

@@ -1,0 +1,119 @@
+"""Make a served model from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ollama_forge.errors import UsageError
+from ollama_forge.serving.engine.base import Engine
+from ollama_forge.serving.metadata import ModelMetadata, live_metadata
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.sentence_modules import SentenceModules
+from ollama_forge.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ollama_forge.checkpoints.checkpoint import Checkpoint
+    from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.serving.live_source import LiveSource
+
+
+def load_model(checkpoint: Checkpoint, name: str, **options: Any) -> ServedModel:
+    """Load a checkpoint into an engine; the options are those of ``unloaded_model``.
+
+    Raises:
+        UsageError: the engine does not fit the checkpoint.
+        ForgeError: the checkpoint cannot be loaded, or the server does not answer.
+    """
+    model = unloaded_model(checkpoint, name, **options)
+    model.attach(model.make_engine())
+    return model
+
+
+def unloaded_model(
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    load: LoadSettings,
+    max_queue: int,
+    slots: int = 16,
+    num_ctx: int | None = None,
+    engine: str = "auto",
+    engine_url: str | None = None,
+    live: LiveSource | None = None,
+) -> ServedModel:
+    """A checkpoint's model without its weights, which ``make_engine`` loads.
+
+    Args:
+        slots: how many answers are generated at a time.
+        num_ctx: bounds the context length; None: the model's own.
+        engine: auto, transformers or llamacpp; an embedding model has an engine of its own.
+        engine_url: the llama-server or vLLM that generates; the checkpoint's weights are not loaded then.
+        live: the edit of this checkpoint that is applied at the strength of each request; None for none.
+
+    Raises:
+        UsageError: the engine does not fit the checkpoint.
+        ForgeError: the tokenizer cannot be loaded.
+    """
+    modules = SentenceModules.of(checkpoint)
+    others = engine == "llamacpp" or engine_url is not None
+    if modules is not None:
+        if others or live is not None:
+            raise UsageError(f"{checkpoint.label} is an embedding model", "leave out --engine, --engine-url and --live")
+        return _embedding_model(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
+    if live is not None and others:
+        raise UsageError("--live works with transformers alone", "leave out --engine and --engine-url")
+    tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
+
+    def make_engine() -> Engine:
+        from ollama_forge.serving.engine.choice import load_engine, remote_engine
+        from ollama_forge.serving.engine.vision import load_engine as load_transformers
+
+        if live is not None:
+            return load_transformers(checkpoint, load, slots=slots, num_ctx=num_ctx, edit=live.record)
+        if engine_url is not None:
+            loaded = remote_engine(checkpoint, tokenizer, engine_url, slots=slots, num_ctx=num_ctx)
+        else:
+            loaded = load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx, wanted=engine)
+        model.engine_reason = loaded.reason
+        model.metadata = ModelMetadata.of(loaded.checkpoint, load.system)
+        return loaded.engine
+
+    metadata = ModelMetadata.of(checkpoint, load.system)
+    sees = "vision_config" in checkpoint.config and any(
+        (checkpoint.folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+    )
+    model = ServedModel(
+        name,
+        tokenizer.backend,
+        None,
+        metadata if live is None else live_metadata(metadata, live.edited),
+        template_kwargs=load.template_kwargs,
+        end_ids=frozenset(tokenizer.end_ids),
+        vision=sees,
+        max_queue=max_queue,
+        make_engine=make_engine,
+        live=live is not None,
+    )
+    return model
+
+
+def _embedding_model(
+    checkpoint: Checkpoint, name: str, modules: SentenceModules, *, load: LoadSettings, max_queue: int, slots: int
+) -> ServedModel:
+    tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code).backend
+
+    def make_engine() -> Engine:
+        from ollama_forge.serving.engine.encoder import load_encoder
+
+        return load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
+
+    return ServedModel(
+        name,
+        tokenizer,
+        None,
+        ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, modules.max_length),
+        template="",
+        max_queue=max_queue,
+        embedded_text=modules.text,
+        make_engine=make_engine,
+    )
