@@ -28,7 +28,8 @@ from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.json_schema import calls_grammar, check_schema, violation
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.serving.model import ServedModel
-from ollama_forge.serving.requests import Delta, Done, Event, GenerationRequest
+from ollama_forge.serving.prompts import PromptBuilder
+from ollama_forge.serving.requests import Delta, Done, Event, GenerationRequest, Message
 from ollama_forge.serving.tools.families import family_of
 from ollama_forge.serving.tools.forced import forced_calls, plain_call_schema
 from ollama_forge.serving.tools.parser import ToolCallParser
@@ -650,3 +651,10 @@ def test_long_texts_are_tokenized_in_a_worker_thread(monkeypatch: pytest.MonkeyP
     asyncio.run(model.embed(["a"] * 3))
     asyncio.run(model.embed(["a" * threads.LARGE] * 3))
     assert [name.startswith("asyncio_") for name in names] == [False, True]
+
+
+def test_a_counted_prompt_has_the_models_own_system_prompt() -> None:
+    prompts = PromptBuilder(byte_tokenizer(), TOOLS, 4096, system="Be brief.")
+    whole = prompts.whole([Message("user", "hi")])
+    assert whole.ids == prompts.chat([Message("user", "hi")]).ids
+    assert "Be brief." in whole.text
