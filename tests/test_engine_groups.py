@@ -125,6 +125,21 @@ def test_one_pass_over_groups_is_given_up_where_it_is_wrong(tmp_path: Path, monk
         assert not traced.batch.one_pass
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_long_row_alone_answers_as_generate(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched_runner, "_LONG", 40)
+    model = load(tmp_path, windowed(family))
+    traced = Traced(model, chunk=128)
+    long = traced.ask(greedy(prompt(30, 3), 60))
+    calls = []
+    in_one_pass = traced.batch._in_one_pass
+    monkeypatch.setattr(traced.batch, "_in_one_pass", lambda *args: calls.append(1) or in_one_pass(*args))
+    traced.until(lambda: not traced.busy)
+    assert traced.found[long] == by_generate(model, long.request.ids, 60)
+    assert len(calls) == 60 - 1 - (40 - 30)  # the steps from 40 columns on
+    assert traced.batch.one_pass
+
+
 def test_groups_merge_when_the_longest_row_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
     model = load(tmp_path)

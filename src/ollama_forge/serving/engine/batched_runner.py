@@ -20,6 +20,7 @@ _MOST_GROUPS = 4
 _WASTE_TOGETHER = 512  # padding columns that cost less than another call of the attention function
 _WASTE_APART = 4096  # padding columns that cost less than another forward pass
 _SPARE_COLUMNS = 256
+_LONG = 512  # columns from which on the attention of equally long rows is slow on a CPU, see ``grouped_attention``
 _TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
 
 
@@ -215,7 +216,8 @@ class BatchedRunner:
         return logits if self._places is None else logits[self._places]
 
     def _pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        if len(self.groups) == 1 or not self.one_pass:
+        slow_kernel = inputs[0][1] is None and self.groups[0].width >= _LONG and ids.device.type == "cpu"
+        if not self.one_pass or (len(self.groups) == 1 and not slow_kernel):
             return self._apart(ids, inputs)
         if self._checked:
             return self._in_one_pass(ids, inputs)

@@ -70,7 +70,10 @@ def _attention(
     outputs, first = [], 0
     for keys, values in zip(key, value, strict=True):
         rows = slice(first, first + keys.shape[0])
-        mask = None if attention_mask is None else attention_mask[rows, ..., -keys.shape[2] :]
+        if attention_mask is not None:
+            mask = attention_mask[rows, ..., -keys.shape[2] :]
+        else:  # transformers passes grouped queries without a mask to a kernel that is slow on CPUs
+            mask = torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool, device=keys.device)
         outputs.append(sdpa_attention_forward(module, query[rows], keys, values, mask, **kwargs)[0])
         first = rows.stop
     return torch.cat(outputs), None
