@@ -207,7 +207,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 
     model = serve("x")
     engine = ScriptedEngine(script)  # type: ignore[arg-type]
-    model.engine = engine
+    model.attach(engine)
     out = io.StringIO()
     chat = Chat(LocalBackend(model), out)
     with default_sigint():
