@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,28 +311,10 @@ def _start(params: Any, path: Path) -> Any:
     if sys.platform != "win32" and len(os.fsencode(address)) < _LONGEST_SOCKET_PATH:
         params.hostnames = [address]
     try:
-        with _own_signal_handlers():
-            return xllamacpp.Server(params)
+        return xllamacpp.Server(params)
     except RuntimeError as error:
         raise ForgeError(
             f"llama.cpp cannot load {path}", "check that the file is complete and fits the free memory"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Keep the process's handlers of Ctrl-C and SIGTERM, which llama.cpp replaces; a thread may call this, too."""
-    if sys.platform == "win32":
-        yield
-        return
-    library = ctypes.CDLL(None)
-    before = {one: ctypes.create_string_buffer(1024) for one in (signal.SIGINT, signal.SIGTERM)}
-    for one, action in before.items():
-        library.sigaction(int(one), None, action)
-    try:
-        yield
-    finally:
-        for one, action in before.items():
-            library.sigaction(int(one), action, None)
