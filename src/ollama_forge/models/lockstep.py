@@ -110,9 +110,13 @@ class Lockstep:
     Args:
         room: bytes of hidden states that may be kept in memory.
         folder: where hidden states that exceed it are written.
+
+    Attributes:
+        current: the pass that runs now, if any.
+        share_of_reading: a journal is written once the weights read since the last time are so many times larger.
     """
 
-    def __init__(self, weights: StagedWeights, module: nn.Module, room: int, folder: Path) -> None:
+    def __init__(self, weights: StagedWeights, room: int, folder: Path) -> None:
         self.weights, self.room, self.folder = weights, room, folder
         self.share_of_reading = _SHARE_OF_READING
         self.current: _Pass | None = None
@@ -141,9 +145,7 @@ class Lockstep:
         if stage.stays or current is None or threading.current_thread() is not current:
             self.weights.load(stage)
             return None
-        if current.skips and stage is not self._resumed_at:
-            if stage.layer is None:
-                return current.pause(stage, args, kwargs)
+        if current.skips and stage.layer is not None and stage is not self._resumed_at:
             return None
         return current.pause(stage, args, kwargs)
 

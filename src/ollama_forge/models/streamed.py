@@ -31,8 +31,10 @@ from ollama_forge.models.loading import load_module
 from ollama_forge.models.lockstep import Lockstep
 from ollama_forge.models.stages import SMALL, StagedWeights, WeightReader
 from ollama_forge.progress import say, status
+from ollama_forge.system import versions
 
 _SAME = 1e-4  # largest difference from the whole twin, as a share of its largest logit; measured: 0
+_PACKAGES = ("ollama-forge", "torch", "transformers")
 _HINT = "use a machine with more memory, --dtype bfloat16, or a smaller model"
 
 
@@ -65,7 +67,7 @@ class StreamedModel(ChatModel):
     ) -> None:
         super().__init__(module, *parts)
         self.weights, self._streaming, self._fingerprint = weights, streaming, fingerprint
-        self._lockstep = Lockstep(weights, self.module, room, passes_folder())
+        self._lockstep = Lockstep(weights, room, passes_folder())
         self.__dict__["batch_support"] = streaming.support
 
     @property
@@ -99,8 +101,8 @@ class StreamedModel(ChatModel):
     def journal(self, key: Mapping[str, Any]) -> Journal | None:
         if not self._streaming.resumes:
             return None
-        load = self.settings.outcome
-        found = Journal.of({"model": self._fingerprint, "load": load, "batch": self.batch_size, **key})
+        of_model = {"model": self._fingerprint, "load": self.settings.outcome, "batch": self.batch_size}
+        found = Journal.of({**of_model, "versions": versions(_PACKAGES), **key})
         if found.layer:
             say(f"note: an interrupted pass goes on at layer {found.layer + 1} of {self.model_map.n_layers}")
         return found
@@ -273,7 +275,7 @@ class _StreamedTwin:
         )
         self.module.eval()
         self.inputs, self.folder = twin.inputs, folder
-        self.lockstep = Lockstep(self.weights, self.module, 0, folder)
+        self.lockstep = Lockstep(self.weights, 0, folder)
 
     def run(self, journal: Journal | None, *, stop_at: int | None = None) -> list[Tensor]:
         """The logits of two equal passes; with ``stop_at`` none, as they end after so many layers."""
