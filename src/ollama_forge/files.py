@@ -80,14 +80,22 @@ def read_at(file: FileIO, start: int, size: int) -> bytearray:
         EOFError: the file is shorter.
     """
     data = bytearray(size)
-    view = memoryview(data)
+    read_into(file, start, memoryview(data))
+    return data
+
+
+def read_into(file: FileIO, start: int, view: memoryview) -> None:
+    """Fill ``view`` with the bytes of an unbuffered file from offset ``start``. Moves the file's position.
+
+    Raises:
+        EOFError: the file is shorter.
+    """
     file.seek(start)
     while view:
         count = file.readinto(view)
         if not count:
             raise EOFError
         view = view[count:]
-    return data
 
 
 def copy_range(source: FileIO, start: int, size: int, target: FileIO) -> None:

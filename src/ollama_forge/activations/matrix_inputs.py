@@ -26,6 +26,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.cpu_packing import unpacked
 from ollama_forge.models.matrices import parameter_of
+from ollama_forge.models.stages import is_loaded
 
 Link = tuple[int | None, int | None]  # layer and expert
 Writer = tuple[str, int | None]  # tensor name, and index of the expert if the tensor is a stack
@@ -67,10 +68,15 @@ class MatrixInputs:
         """
         with ExitStack() as stack:
             for module, layer in _holders_of_experts(self._model, self._matrices).items():
-                hook = self._entering_hook(layer)
+                hook = self._model.scoped(self._entering_hook(layer))
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(watched(self._model, self._matrices, self._take))
             yield self
+
+    def clear(self) -> None:
+        """Forget the inputs seen so far."""
+        self._seen.clear()
+        self._matched.clear()
 
     def __iter__(self) -> Iterator[tuple[Writer, Tensor, Tensor]]:
         """Each writer with inputs ``[n, in]`` and the indices ``[n]`` of their positions among the chosen ones."""
@@ -152,7 +158,7 @@ def watched(
             place = matrix.place
             module = model.submodule(place)
             if place.linear and place.expert is None and not matrix.experts:
-                stack.callback(module.register_forward_pre_hook(input_hook(matrix)).remove)
+                stack.callback(module.register_forward_pre_hook(model.scoped(input_hook(matrix))).remove)
                 continue
             stack.enter_context(unpacked(module))
             known = products.setdefault(parameter_of(model, place), {})
@@ -160,7 +166,7 @@ def watched(
                 known.setdefault(place.expert if expert is None else expert, []).append((matrix, expert))
         if products:
             stack.enter_context(eager_experts(model.module))
-            stack.enter_context(_Products(list(products), product))
+            stack.enter_context(_Products(model, list(products), product))
         yield
 
 
@@ -235,12 +241,20 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], take: Callable[[nn.Parameter, int | None, Tensor], None]
+        self,
+        model: ChatModel,
+        parameters: Sequence[nn.Parameter],
+        take: Callable[[nn.Parameter, int | None, Tensor], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._parameters = sorted(parameters, key=lambda parameter: parameter.data_ptr())
+        self._model, self._all, self._take = model, parameters, take
+        self._find_addresses()
+
+    def _find_addresses(self) -> None:
+        """Note where the parameters are in memory; those that are not, are left out."""
+        self._loads = self._model.loads
+        self._parameters = sorted(filter(is_loaded, self._all), key=lambda parameter: parameter.data_ptr())
         self._starts = [parameter.data_ptr() for parameter in self._parameters]
-        self._take = take
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -251,6 +265,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result is not NotImplemented:
                 return result
         if func in _OPERANDS:
+            if self._loads != self._model.loads:
+                self._find_addresses()
             left, right = (args[place] for place in _OPERANDS[func])
             self._note(right, left)
             self._note(left.mT, right.mT)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.models.batching import Batch
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.text.tokenizer import Ids
 
@@ -44,60 +47,123 @@ def gather_residuals(
     keep_samples: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ResidualStats:
-    """Run prompts up to the deepest of ``layers`` and record the output of each layer at one position.
+    """The statistics of one list of prompts; see ``gather_residuals_of``.
+
+    Args:
+        keep_samples: keep the activations of every prompt.
+    """
+    return gather_residuals_of(
+        model, [prompts], layers, position=position, keep_samples=[keep_samples], progress=progress
+    )[0]
+
+
+def gather_residuals_of(
+    model: ChatModel,
+    lists: Sequence[Sequence[Ids]],
+    layers: Sequence[int],
+    *,
+    position: int = -1,
+    keep_samples: Sequence[bool] = (),
+    progress: Callable[[int], None] | None = None,
+) -> list[ResidualStats]:
+    """Run lists of prompts up to the deepest of ``layers`` and record the output of each layer at one position.
 
     Args:
         position: counted from the end of the prompt; -1 is the last token.
+        keep_samples: for each list, whether to keep the activations of every prompt; none by default.
         progress: called with the number of newly processed prompts.
+
+    Returns:
+        the statistics of each list.
 
     Raises:
         UsageError: ``position`` is not negative, or a prompt is shorter than that.
         ForgeError: the model computes NaN or infinite values.
     """
-    if position >= 0 or any(len(prompt) < -position for prompt in prompts):
+    if position >= 0 or any(len(prompt) < -position for prompts in lists for prompt in prompts):
         raise UsageError(
             f"not every templated prompt has the position {position}",
             "positions count from the end: -1 is the last token",
         )
     layers = sorted(set(layers))
-    index_of = {layer: index for index, layer in enumerate(layers)}
-    result: ResidualStats | None = None
+    keeps = [*keep_samples, *[False] * len(lists)][: len(lists)]
 
-    def run_prompts() -> None:
-        nonlocal result
-        total = torch.zeros(len(layers), model.model_map.d_model, dtype=torch.float64)
-        samples = torch.empty(len(prompts), len(layers), model.model_map.d_model) if keep_samples else None
-        for batch in model.batches(prompts):
-            seen: dict[int, Tensor] = {}
-            handles = [
-                model.layer(layer).register_forward_hook(_recording_hook(seen, layer, position)) for layer in layers
-            ]
-            try:
+    def run() -> list[_Sums]:
+        sums = [_Sums.of(model, len(prompts), layers, keep) for prompts, keep in zip(lists, keeps, strict=True)]
+        batches = [(own, batch) for own, prompts in zip(sums, lists, strict=True) for batch in model.batches(prompts)]
+
+        def work(own: _Sums, batch: Batch) -> None:
+            with own.recording(model, batch, position):
                 model.run_to_layer(batch, layers[-1])
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for layer, values in seen.items():
-                total[index_of[layer]] += values.double().sum(0)
-                if samples is not None:
-                    samples[list(batch.rows), index_of[layer]] = values.float()
             if progress:
                 progress(len(batch.rows))
-        if not torch.isfinite(total).all():
-            raise ForgeError(
-                "the model computes NaN or infinite values",
-                "try --dtype float32; if that fails too, the weights are damaged",
-            )
-        result = ResidualStats(tuple(layers), total / len(prompts), samples, tuple(map(len, prompts)))
 
-    model.retry_smaller(run_prompts)
-    assert result is not None
-    return result
+        journal = model.journal({"pass": "residuals", "ids": list(lists), "layers": layers, "position": position})
+        if journal is not None:
+            _restore(sums, journal.kept)
+            journal.statistics = partial(_statistics, sums)
+        works = [partial(work, own, batch) for own, batch in batches]
+        for _ in model.in_step(works, [batch.ids.numel() for _, batch in batches], journal):
+            pass
+        if journal is not None:
+            journal.remove()
+        return sums
+
+    found: list[_Sums] = model.retry_smaller(run)
+    if not all(torch.isfinite(own.total).all() for own in found):
+        raise ForgeError(
+            "the model computes NaN or infinite values",
+            "try --dtype float32; if that fails too, the weights are damaged",
+        )
+    return [
+        ResidualStats(tuple(layers), own.total / len(prompts), own.samples, tuple(map(len, prompts)))
+        for own, prompts in zip(found, lists, strict=True)
+    ]
 
 
-def _recording_hook(seen: dict[int, Tensor], layer: int, position: int) -> Callable[..., None]:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        seen[layer] = hidden[:, position].detach().to("cpu", copy=True)
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the prompts of one list, float64 ``[layers, d_model]``, and the samples if they are kept."""
 
-    return keep
+    layers: Sequence[int]
+    total: Tensor
+    samples: Tensor | None
+
+    @classmethod
+    def of(cls, model: ChatModel, prompts: int, layers: Sequence[int], keep: bool) -> _Sums:
+        width = model.model_map.d_model
+        samples = torch.empty(prompts, len(layers), width) if keep else None
+        return cls(layers, torch.zeros(len(layers), width, dtype=torch.float64), samples)
+
+    @contextmanager
+    def recording(self, model: ChatModel, batch: Batch, position: int) -> Iterator[None]:
+        """Inside, add the outputs of the layers for a batch."""
+
+        def hook(index: int) -> Callable[..., None]:
+            def add(module: nn.Module, args: Any, output: Any) -> None:
+                hidden: Tensor = output[0] if isinstance(output, tuple) else output
+                values = hidden[:, position].detach().to("cpu", copy=True)
+                self.total[index] += values.double().sum(0)
+                if self.samples is not None:
+                    self.samples[list(batch.rows), index] = values.float()
+
+            return model.scoped(add)
+
+        handles = [model.layer(layer).register_forward_hook(hook(n)) for n, layer in enumerate(self.layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _statistics(sums: Sequence[_Sums]) -> dict[str, Tensor]:
+    totals = {f"total.{number}": own.total for number, own in enumerate(sums)}
+    return totals | {f"samples.{number}": own.samples for number, own in enumerate(sums) if own.samples is not None}
+
+
+def _restore(sums: Sequence[_Sums], kept: Mapping[str, Tensor]) -> None:
+    """Continue with the sums of an interrupted pass; those of the layers that have not run are zero."""
+    for name, values in _statistics(sums).items():
+        if name in kept:
+            values.copy_(kept[name])

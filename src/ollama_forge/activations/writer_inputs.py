@@ -7,16 +7,20 @@ moment; otherwise they are kept as rows. A routed expert sees few of the samples
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ollama_forge.activations.matrix_inputs import MatrixInputs, unseen
-from ollama_forge.activations.samples import Samples
+from ollama_forge.activations.matrix_inputs import MatrixInputs, Writer, eager_experts, unseen
+from ollama_forge.activations.samples import BatchSamples, Samples
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.models.batching import Batch
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.journal import Journal
 
 BUDGET = 2 << 30  # bytes
 _BYTES = 4  # of a float32
@@ -51,21 +55,29 @@ def gather_writer_inputs(
     *,
     budget: int = BUDGET,
     progress: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[dict[str, list[WriterInputs]]]:
     """Yield the writers' inputs by tensor name, for as many writers at a time as fit ``budget`` bytes.
 
     A stack of experts has one entry for each of them, any other writer a single one. All experts of a layer come
-    together. Each group of writers needs one pass over the sequences, up to its deepest layer.
+    together. Each group of writers needs one pass over the sequences, up to its deepest layer; of a streamed model the
+    writers of a layer are a group, and all groups come from one pass.
 
     Args:
         progress: called with the number of newly processed sequences.
+        journal: keeps the state of a streamed pass; the groups of the layers before its layer are left out.
 
     Raises:
         ForgeError: the inputs of a writer cannot be seen.
     """
+    if model.streams:
+        start = 0 if journal is None else journal.layer
+        groups = [group for group in _of_layers(writers) if (group[0].layer or 0) >= start]
+        yield from _gather_groups(model, groups, harmful, harmless, progress, journal)
+        return
     routed = _routed_share(model, writers, harmless)
     for group in _groups(writers, harmful.total, harmless.total, budget, routed):
-        yield _gather_group(model, group, harmful, harmless, progress)
+        yield model.retry_smaller(partial(_gather_group, model, group, harmful, harmless, progress))
 
 
 def keeps_moment(in_features: int, samples: int) -> bool:
@@ -171,32 +183,78 @@ def _gather_group(
     harmless: Samples,
     progress: Callable[[int], None] | None,
 ) -> dict[str, list[WriterInputs]]:
-    deepest = max(writer.layer or 0 for writer in group)
-    result: dict[str, list[WriterInputs]] = {}
+    return next(_gather_groups(model, [group], harmful, harmless, progress))
 
-    def work() -> None:
-        total = harmful.total + harmless.total
-        collectors = {(w.tensor, e): _Collector(w, total, model.device) for w in group for e in experts_of(w)}
-        for samples in (harmful, harmless):
-            for batch in model.batches(samples.sequences):
-                index = samples.in_batch(batch.rows, batch.ids.shape[1])
-                inputs = MatrixInputs(model, group, index.flat, batch.ids.numel())
-                with inputs.recording():
-                    model.run_to_layer(batch, deepest)
-                for writer, rows, chosen in inputs:
-                    if samples is harmful:
-                        collectors[writer].harmful.append(rows.cpu())
-                    else:
-                        weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
-                        collectors[writer].add_harmless(rows, weights, is_last)
-                if progress:
-                    progress(len(batch.rows))
-        found = {writer: collector.finish() for writer, collector in collectors.items()}
-        result.update({w.tensor: [found[w.tensor, e] for e in experts_of(w)] for w in group})
 
-    model.retry_smaller(work)
-    _check_seen(group, result)
-    return result
+def _gather_groups(
+    model: ChatModel,
+    groups: Sequence[list[Matrix]],
+    harmful: Samples,
+    harmless: Samples,
+    progress: Callable[[int], None] | None,
+    journal: Journal | None = None,
+) -> Iterator[dict[str, list[WriterInputs]]]:
+    """The inputs of each group of writers, in rising order of their layers, from one pass over the sequences."""
+    writers = [writer for group in groups for writer in group]
+    if not writers:
+        return
+    deepest = max(writer.layer or 0 for writer in writers)
+    total = harmful.total + harmless.total
+    collectors: dict[Writer, _Collector] = {}
+
+    def add(samples: Samples, index: BatchSamples, inputs: MatrixInputs) -> None:
+        for writer, rows, chosen in inputs:
+            collector = collectors.get(writer)
+            if collector is None:  # a module that a later layer runs too
+                continue
+            if samples is harmful:
+                collector.harmful.append(rows.cpu())
+            else:
+                weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
+                collector.add_harmless(rows, weights, is_last)
+        inputs.clear()
+
+    def work(samples: Samples, batch: Batch) -> None:
+        index = samples.in_batch(batch.rows, batch.ids.shape[1])
+        inputs = MatrixInputs(model, writers, index.flat, batch.ids.numel())
+        with ExitStack() as stack:
+            for layer in {writer.layer or 0 for writer in writers}:
+                hook = model.scoped(lambda *_: add(samples, index, inputs))
+                stack.callback(model.layer(layer).register_forward_hook(hook).remove)
+            stack.enter_context(inputs.recording())
+            model.run_to_layer(batch, deepest)
+        if progress:
+            progress(len(batch.rows))
+
+    waiting = list(groups)
+
+    def begin() -> None:
+        for writer in waiting[0] if waiting else ():
+            for expert in experts_of(writer):
+                collectors[writer.tensor, expert] = _Collector(writer, total, model.device)
+
+    begin()
+    batches = [(samples, batch) for samples in (harmful, harmless) for batch in model.batches(samples.sequences)]
+    works = [partial(work, samples, batch) for samples, batch in batches]
+    routes = any(matrix.is_expert for matrix in model.model_map.matrices)
+    with eager_experts(model.module) if routes else nullcontext():  # for all batches, as they may run side by side
+        for passed in model.in_step(works, [batch.ids.numel() for _, batch in batches], journal):
+            while waiting and max(writer.layer or 0 for writer in waiting[0]) < passed:
+                group = waiting.pop(0)
+                found = {key: collectors.pop(key).finish() for key in list(collectors)}
+                result = {w.tensor: [found.pop((w.tensor, e)) for e in experts_of(w)] for w in group}
+                _check_seen(group, result)
+                begin()
+                yield result
+                del result
+
+
+def _of_layers(writers: Sequence[Matrix]) -> list[list[Matrix]]:
+    """The writers of each layer, in rising order."""
+    found: dict[int, list[Matrix]] = {}
+    for writer in writers:
+        found.setdefault(writer.layer or 0, []).append(writer)
+    return [found[layer] for layer in sorted(found)]
 
 
 def _check_seen(group: Sequence[Matrix], result: Mapping[str, list[WriterInputs]]) -> None:

@@ -12,6 +12,7 @@ from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
+from ollama_forge.cli.plan import plan
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -25,6 +26,7 @@ abliterate.add_command(serve)
 abliterate.add_command(export_adapter)
 abliterate.add_command(evaluate)
 abliterate.add_command(optimize)
+abliterate.add_command(plan)
 
 
 @abliterate.command("compute-dir")
@@ -33,6 +35,7 @@ abliterate.add_command(optimize)
     "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
 )
 @opt.load_options
+@opt.memory_option
 @opt.prompt_options
 @opt.direction_options
 @opt.factors_option
@@ -214,6 +217,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--name", required=True, help="Name of the edited model in Ollama.")
 @click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
 @opt.load_options
+@opt.memory_option
 @opt.prompt_options
 @opt.max_measured_option
 @opt.direction_options

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 )
 @opt.model_options
 @opt.batch_size_option
+@opt.memory_option
 @opt.list_options
 @click.option(
     "--max-measured",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -37,6 +38,23 @@ class CommaSeparated(click.ParamType[tuple[Any, ...]]):
             return tuple(self.item_type(part) for part in value)  # a list in a config file
         except (TypeError, ValueError):
             self.fail(f"{value!r} is not a comma-separated list of {self.name}s", param, ctx)
+
+
+class MemorySize(click.ParamType[Any]):
+    """A size such as ``8GiB`` or ``24GB`` in bytes, or ``free``."""
+
+    name = "size"
+    _UNITS: ClassVar = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    _BINARY: ClassVar = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value).strip().lower()
+        if text == "free":
+            return text
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?", text)
+        if found is None:
+            self.fail(f"{value!r} is no size such as 8GiB or 24GB, and not free", param, ctx)
+        return int(float(found[1]) * {**self._UNITS, **self._BINARY}[found[2] or ""])
 
 
 def _default(field: str) -> str:
@@ -145,6 +163,15 @@ batch_size_option = click.option(
     default="auto",
     show_default=True,
     help="Prompts per batch; auto halves it when memory runs out.",
+)
+memory_option = click.option(
+    "--memory",
+    type=MemorySize(),
+    default="free",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory to use, such as 8GiB. If the model needs more, its layers are read from disk one after the other, "
+    "each for all prompts at once.",
 )
 load_options = _combined(
     talk_options,
@@ -269,7 +296,7 @@ out_dtype_option = click.option(
 
 LOAD_KEYS = (
     "device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit",
-    "trust_remote_code",
+    "trust_remote_code", "memory",
 )  # fmt: skip
 PROMPT_KEYS = (
     "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",

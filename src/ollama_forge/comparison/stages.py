@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,7 +115,7 @@ class Comparison:
         """
         needs = {
             **base.identity,
-            "load": {**asdict(base.load), **numerics},
+            "load": {**base.load.outcome, **numerics},
             "lists": prompts.hashes,
         }
         folder = root / sha256_json({**needs, "versions": versions(MODEL_PACKAGES)})[:24]

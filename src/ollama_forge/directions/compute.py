@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ollama_forge import __version__
-from ollama_forge.activations.residual import ResidualStats, gather_residuals
+from ollama_forge.activations.residual import ResidualStats, gather_residuals_of
 from ollama_forge.directions.difference_of_means import unit
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.registry import method
@@ -41,13 +41,13 @@ def gather_fit_stats(
         position: token position, counted from the end of the templated prompt (-1: the last).
         keep_samples: also keep the vector of each harmful prompt, which singular vectors need.
     """
+    lists = [append_thoughts(model, model.tokenizer.instructions_ids(side)) for side in (fit.harmful, fit.harmless)]
     with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
-
-        def gather(prompts: tuple[str, ...], samples: bool) -> ResidualStats:
-            ids = append_thoughts(model, model.tokenizer.instructions_ids(prompts))
-            return gather_residuals(model, ids, layers, position=position, keep_samples=samples, progress=advance)
-
-        return FitStats(gather(fit.harmful, keep_samples), gather(fit.harmless, False))
+        return FitStats(
+            *gather_residuals_of(
+                model, lists, layers, position=position, keep_samples=[keep_samples, False], progress=advance
+            )
+        )
 
 
 def compute_direction(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ollama_forge.directions.selection import d_prime
+from ollama_forge.models.batching import Batch
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.prompts.split import PartPrompts
@@ -112,18 +114,22 @@ def _projections(model: ChatModel, prompts: Sequence[Ids], directions: Tensor) -
 def _visit(model: ChatModel, prompts: Sequence[Ids], count: int, visit: Visit) -> None:
     """Call ``visit`` with each layer, each batch's rows, and its last ``count`` outputs ``[rows, count, d_model]``."""
     last = model.model_map.n_layers - 1
-    for batch in model.batches(prompts):
+    batches = list(model.batches(prompts))
 
-        def hook(layer: int, rows: tuple[int, ...]) -> Callable[..., None]:
+    def work(batch: Batch) -> None:
+        def hook(layer: int) -> Callable[..., None]:
             def keep(module: Any, args: Any, output: Any) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
-                visit(layer, rows, hidden[:, -count:].detach().to("cpu").double())
+                visit(layer, batch.rows, hidden[:, -count:].detach().to("cpu").double())
 
-            return keep
+            return model.scoped(keep)
 
-        handles = [model.layer(n).register_forward_hook(hook(n, batch.rows)) for n in range(last + 1)]
+        handles = [model.layer(n).register_forward_hook(hook(n)) for n in range(last + 1)]
         try:
             model.run_to_layer(batch, last)
         finally:
             for handle in handles:
                 handle.remove()
+
+    for _ in model.in_step([partial(work, batch) for batch in batches], [batch.ids.numel() for batch in batches]):
+        pass

@@ -106,7 +106,7 @@ def exchange_copies(model: ChatModel, copied: Sequence[EditedCopies], free: int 
     """Exchange parameters for edited copies until ``stack`` closes.
 
     A stack of experts whose copy does not fit into memory is edited at every forward pass, and only while its layer
-    runs.
+    runs; so is every parameter of a model that is streamed from disk.
 
     Args:
         free: bytes free on the device; None if unknown. Copies take at most three quarters of it, the rest is left for
@@ -120,20 +120,36 @@ def exchange_copies(model: ChatModel, copied: Sequence[EditedCopies], free: int 
         budget -= _largest_layer(copied)  # reserved for the layer that is edited while it runs
     per_forward = 0
     for copies, size in zip(copied, sizes, strict=True):
-        if size <= budget or copies.layer is None:
+        if model.streams:
+            for module in _modules_of(model, copies):
+                _exchange_while_it_runs(module, copies, stack)
+        elif size <= budget or copies.layer is None:
             budget -= size
             stack.callback(copies.restore)
             copies.exchange()
         else:
             per_forward += 1
-            layer = model.layer(copies.layer)
-            stack.callback(layer.register_forward_pre_hook(copies.exchange).remove)
-            stack.callback(layer.register_forward_hook(copies.restore, always_call=True).remove)
+            _exchange_while_it_runs(model.layer(copies.layer), copies, stack)
     if per_forward:
         say(
             f"note: edited copies of the experts need {human_size(sum(sizes))}, but {human_size(free or 0)} are free: "
             f"{per_forward} of {len(copied)} stacks are edited at every forward pass, which is slow"
         )
+
+
+def _exchange_while_it_runs(module: nn.Module, copies: EditedCopies, stack: ExitStack) -> None:
+    stack.callback(module.register_forward_pre_hook(copies.exchange).remove)
+    stack.callback(module.register_forward_hook(copies.restore, always_call=True).remove)
+
+
+def _modules_of(model: ChatModel, copies: EditedCopies) -> list[nn.Module]:
+    """The modules of a streamed model with whose weights the parameter is in memory."""
+    layer = copies.parts[0].edit.matrix.layer
+    if layer is not None:
+        return [model.layer(layer)]
+    owners = (model.submodule(copies.parts[0].place), model.head)
+    found = [m for m in owners if m is not None and any(p is copies.parameter for p in m.parameters(recurse=False))]
+    return list(dict.fromkeys(found))
 
 
 def _largest_layer(copied: Sequence[EditedCopies]) -> int:

@@ -31,11 +31,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ollama_forge.activations.samples import harmful_samples, harmless_samples
+from ollama_forge.activations.samples import Samples, harmful_samples, harmless_samples
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, units
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.architectures.read_matrix import experts_of
@@ -167,6 +168,7 @@ def fit_least_squares(
     groups: Iterable[Mapping[str, Sequence[WriterInputs]]],
     weight: Weight,
     read: ReadVector,
+    known: dict[str, dict[str, FixedFactors]] | None = None,
 ) -> dict[str, dict[str, FixedFactors]]:
     """Fit the factors of every writer for several directions, in one pass over the inputs.
 
@@ -174,6 +176,7 @@ def fit_least_squares(
         directions: directions by name; each is one vector, several joint vectors, or one vector per layer.
         groups: inputs by writer, as ``gather_writer_inputs`` yields them; each group is freed before the next is made.
         weight: returns a writer's matrix (of one expert, if it is a stack) as float32 ``[out, in]``.
+        known: factors that are fitted already, by direction and tensor; the new ones are added to it.
 
     Returns:
         name of the direction -> tensor name -> factors ``L`` ``[out, k]``, ``K`` ``[in, k]``; of a stack of experts
@@ -182,7 +185,7 @@ def fit_least_squares(
     Raises:
         ForgeError: a writer's inputs are all zero, or its fit is not finite.
     """
-    out: dict[str, dict[str, FixedFactors]] = {name: {} for name in directions}
+    out: dict[str, dict[str, FixedFactors]] = {name: {} for name in directions} if known is None else known
     for group in groups:
         writers = [matrix for matrix in model.matrices if matrix.tensor in group]
         bases = {
@@ -245,6 +248,39 @@ def plan_least_squares(model: ModelMap, fitted: FittedFactors, settings: EditSet
     return EditPlan("least-squares", edits, skipped, projects=False, fitted_to=fitted.fitted_to)
 
 
+def _pass_key(
+    writers: Sequence[Matrix], directions: Mapping[str, RefusalDirection], harmful: Samples, harmless: Samples
+) -> dict[str, Any]:
+    """All that the factors depend on, beside the model."""
+    return {
+        "pass": "least squares",
+        "writers": [writer.tensor for writer in writers],
+        "directions": {name: [found.per_layer, found.vectors.tolist()] for name, found in directions.items()},
+        "samples": [[side.sequences, list(side.positions.values())] for side in (harmful, harmless)],
+    }
+
+
+def _statistics(fitted: Mapping[str, Mapping[str, FixedFactors]]) -> dict[str, Tensor]:
+    """The factors fitted so far, for the journal of a pass."""
+    return {
+        f"{number}.{side}.{tensor}": getattr(factors, side)
+        for number, found in enumerate(fitted.values())
+        for tensor, factors in found.items()
+        for side in ("L", "K")
+    }
+
+
+def _kept(directions: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, FixedFactors]]:
+    """The factors that the journal of an interrupted pass holds, by direction and tensor."""
+    found: dict[str, dict[str, FixedFactors]] = {name: {} for name in directions}
+    for number, name in enumerate(found):
+        prefix = f"{number}.L."
+        for key in (key for key in tensors if key.startswith(prefix)):
+            tensor = key.removeprefix(prefix)
+            found[name][tensor] = FixedFactors(tensors[key], tensors[f"{number}.K.{tensor}"])
+    return found
+
+
 class LeastSquares(EditMethod):
     """Least-squares ablation: the factors are fitted at strength 1, and then applied at any strength."""
 
@@ -261,8 +297,15 @@ class LeastSquares(EditMethod):
         harmful = harmful_samples(context.harmful, context.seed)
         harmless = harmless_samples(context.harmless, context.answers, context.seed)
         with bar("fitting least squares", len(harmful.sequences) + len(harmless.sequences)) as advance:
-            groups = gather_writer_inputs(model, writers, harmful, harmless, progress=advance)
-            fitted = fit_least_squares(model.model_map, directions, groups, partial(weight_of, model), context.read)
+            journal = model.journal(_pass_key(writers, directions, harmful, harmless))
+            known = _kept(directions, {} if journal is None else journal.kept)
+            if journal is not None:
+                journal.statistics = partial(_statistics, known)
+            groups = gather_writer_inputs(model, writers, harmful, harmless, progress=advance, journal=journal)
+            weight = partial(weight_of, model)
+            fitted = fit_least_squares(model.model_map, directions, groups, weight, context.read, known)
+            if journal is not None:
+                journal.remove()
         positions = {"harmful": harmful.total, **{str(kind): count for kind, count in harmless.counts.items()}}
         fitted_to = {"prompts": context.prompt_counts, "positions": positions}
         return {name: FittedFactors(factors, fitted_to) for name, factors in fitted.items()}

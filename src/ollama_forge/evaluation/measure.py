@@ -11,8 +11,10 @@ from functools import cache
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.divergence import Divergence, Reference, divergence
 from ollama_forge.evaluation.intervals import Estimate
+from ollama_forge.evaluation.refusal_probe import count_by_probe
 from ollama_forge.evaluation.refusals import classify, is_surely_refusal
 from ollama_forge.models.protocol import AnsweringModel, ScoringModel
+from ollama_forge.models.streamed import StreamedModel
 from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.conversation import Conversation, Prompt, request_of
@@ -196,8 +198,10 @@ def count_answers(
 
     The answers are classified without their prompts, since a choice rests on refusals and degenerate answers, which
     the prompts hardly change. Generation stops early for certain refusals alone, because a degenerate loop only shows
-    in a long answer.
+    in a long answer. Of a model that is streamed from disk, the first token alone tells (``refusal_probe.py``).
     """
+    if isinstance(model, StreamedModel):
+        return count_by_probe(model, prompts, progress)
     decided = _refuses(model.tokenizer)
     answers = answer_after_thoughts(model, prompts, CHOOSING_TOKENS, decided=decided, progress=progress)
     return Counts.of([classify(model.tokenizer.decode(ids)) for ids in answers])

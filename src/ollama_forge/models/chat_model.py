@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ollama_forge.models.cpu_packing import pack_linears
 from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory, require_8bit
 from ollama_forge.models.forced import forced
 from ollama_forge.models.greedy import answer
+from ollama_forge.models.journal import Journal
 from ollama_forge.models.loading import load_module
 from ollama_forge.models.protocol import Forced
 from ollama_forge.text.tokenizer import Ids, Tokenizer
@@ -42,6 +43,8 @@ class LoadSettings:
         allow_base_model: accept a model without chat template.
         load_in_8bit: load with bitsandbytes in 8 bits.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
+        memory: bytes of memory to use, or ``free`` for what is free; a model that needs more is streamed from disk
+            layer by layer. None: the whole model is loaded, or refused.
     """
 
     device: str = "auto"
@@ -52,6 +55,12 @@ class LoadSettings:
     allow_base_model: bool = False
     load_in_8bit: bool = False
     trust_remote_code: bool = False
+    memory: int | Literal["free"] | None = None
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The settings that results depend on; how much memory is used changes none."""
+        return {name: value for name, value in asdict(self).items() if name != "memory"}
 
     def check(self) -> None:
         """Check the device and the dtype before a model is fetched.
@@ -71,7 +80,15 @@ class StopForward(Exception):  # noqa: N818
 
 
 class ChatModel:
-    """A causal language model with its tokenizer; see ``ChatModel.load``."""
+    """A causal language model with its tokenizer; see ``ChatModel.load``.
+
+    Attributes:
+        streams: whether its weights are read from disk for every forward pass.
+        loads: number of times that weights were put into memory since; their addresses are the same until it grows.
+    """
+
+    streams: ClassVar[bool] = False
+    loads = 0
 
     def __init__(self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap, settings: LoadSettings) -> None:
         self.module = module.eval()
@@ -151,6 +168,39 @@ class ChatModel:
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
         return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device, pads=self.batch_support.pads)
 
+    def in_step(
+        self,
+        works: Sequence[Callable[[], None]],
+        tokens: Sequence[int],
+        journal: Journal | None = None,
+        *,
+        caches: bool = False,
+    ) -> Iterator[int]:
+        """Run functions that call the model. If it streams, they run side by side, so that weights are read once.
+
+        Yields after each step, when results may be taken, the number of decoder layers that all functions have passed,
+        as far as that is known; in the end the number of all layers.
+
+        Args:
+            tokens: the number of tokens that each one runs.
+            journal: keeps the states of a streamed pass, so that it goes on after an interruption.
+            caches: whether each one holds keys and values of its tokens, so that fewer run side by side.
+        """
+        for number, work in enumerate(works, 1):
+            work()
+            yield 0 if number < len(works) else self.model_map.n_layers
+
+    def scoped(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that is called only for forward passes of the function of ``in_step`` that registers it."""
+        return hook
+
+    def journal(self, key: Mapping[str, Any]) -> Journal | None:
+        """The journal of a pass whose results depend on ``key`` and on the model; None for a model in memory."""
+        return None
+
+    def require(self, place: Place) -> None:
+        """Have the weights of a module in memory."""
+
     @cached_property
     def batch_support(self) -> BatchSupport:
         """How prompts can be batched."""
@@ -163,7 +213,7 @@ class ChatModel:
         def stop(*_: Any) -> None:
             raise StopForward
 
-        handle = self.layer(deepest).register_forward_hook(stop)
+        handle = self.layer(deepest).register_forward_hook(self.scoped(stop))
         try:
             self.module(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         except StopForward:

@@ -55,6 +55,26 @@ def decode_into(values: Tensor, matrix: PackedMatrix) -> None:
         values[part].copy_(matrix.decode(part))
 
 
-def decoded_tensors(tensors: CheckpointTensors) -> dict[str, Any]:
-    """All tensors of the model by name, to pass to ``from_pretrained`` as its ``state_dict``."""
+def decoded_tensors(tensors: CheckpointTensors, *, empty: bool = False) -> dict[str, Any]:
+    """All tensors of the model by name, to pass to ``from_pretrained`` as its ``state_dict``.
+
+    Args:
+        empty: on the meta device, without their values.
+    """
+    if empty:
+        return {name: _EmptyTensor(shape) for name, shape in tensors.shapes.items()}
     return {name: DecodedTensor(tensors, name) for name in tensors.shapes}
+
+
+class _EmptyTensor:
+    """Stands for a ``DecodedTensor`` whose values are not read."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, index: Any) -> _EmptyTensor:
+        assert index is ...
+        return self
+
+    def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype or torch.float32, device="meta")

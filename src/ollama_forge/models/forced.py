@@ -43,13 +43,23 @@ def forced(
     counts = [predictions_of(answer, max_new_tokens) for answer in answers]
     inputs = [[*prompt, *answer[: count - 1]] for prompt, answer, count in zip(prompts, answers, counts, strict=True)]
     vocabulary = model.tokenizer.vocabulary or len(model.tokenizer.backend)
+    done: list[Forced] = []
+
+    def predict(rows: list[int], keep: int) -> None:
+        logits = model.retry_smaller(partial(_logits, model, [inputs[row] for row in rows], keep))
+        done.append(Forced(rows, logits, [counts[row] for row in rows]))
+
+    chunks: list[tuple[list[int], int]] = []
     for group in by_length(inputs, model.batch_size, pads=support.pads):
         keep = max(counts[row] for row in group)
-        for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary))):
-            logits = model.retry_smaller(partial(_logits, model, [inputs[row] for row in rows], keep))
-            yield Forced(rows, logits, [counts[row] for row in rows])
+        chunks += [(rows, keep) for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary)))]
+    works = [partial(predict, rows, keep) for rows, keep in chunks]
+    for _ in model.in_step(works, [len(rows) * max(len(inputs[row]) for row in rows) for rows, _ in chunks]):
+        for batch in done:
+            yield batch
             if progress:
-                progress(len(rows))
+                progress(len(batch.rows))
+        done.clear()
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

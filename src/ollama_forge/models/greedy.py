@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -37,12 +38,14 @@ def answer(
         decoder = _Decoder(model, [prompts[row] for row in rows], length, caches=support.caches)
         for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
             out[row] = ids
+        if progress:
+            progress(len(rows))
 
     def answer_all() -> None:
-        for rows in by_length(prompts, model.batch_size, pads=support.pads):
-            answer_batch(rows)
-            if progress:
-                progress(len(rows))
+        groups = list(by_length(prompts, model.batch_size, pads=support.pads))
+        tokens = [len(rows) * (len(prompts[rows[0]]) + max_new_tokens) for rows in groups]
+        for _ in model.in_step([partial(answer_batch, rows) for rows in groups], tokens, caches=support.caches):
+            pass
 
     model.retry_smaller(answer_all)
     return out

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.errors import ForgeError
+from ollama_forge.files import human_size
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.device import release_memory
+from ollama_forge.models.device import memory_available, pick_device, pick_dtype, release_memory
+from ollama_forge.models.loading import memory_needed
+from ollama_forge.models.streamed import load_streamed, memory_bound
 from ollama_forge.models.thoughts import detect_thought
 from ollama_forge.progress import say, status
 from ollama_forge.text.closed_thought import Thought
@@ -22,11 +27,37 @@ def load_chat_model(checkpoint: Checkpoint, settings: LoadSettings, model_map: M
     Raises:
         ForgeError: the model cannot be loaded.
     """
-    with status(f"loading {checkpoint.label}"):
-        model = ChatModel.load(checkpoint, settings, model_map)
+    if model_map is None:
+        model_map = map_checkpoint(checkpoint, trust_remote_code=settings.trust_remote_code)
+    model = _streamed(checkpoint, settings, model_map)
+    if model is None:
+        with status(f"loading {checkpoint.label}"):
+            model = ChatModel.load(checkpoint, settings, model_map)
     thought = detect_thought(model)
     if thought is not Thought.NONE:
         say(f"note: {thought.value}")
+    return model
+
+
+def _streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap) -> ChatModel | None:
+    """The model, streamed from disk if the settings allow that and it does not fit into memory as a whole."""
+    if settings.memory is None or settings.load_in_8bit:
+        return None
+    device, bound = pick_device(settings.device), memory_bound(settings)
+    needed = memory_needed(checkpoint, model_map, pick_dtype(settings.dtype, device))
+    if needed <= bound:
+        return None
+    try:
+        model = load_streamed(checkpoint, settings, model_map, bound)
+    except ForgeError as error:
+        if needed > memory_available(device) or settings.memory != "free":
+            raise
+        say(f"note: {error.message}; the whole model is loaded")
+        return None
+    say(
+        f"note: {checkpoint.label} needs {human_size(needed)}, and {human_size(bound)} may be used: its layers are "
+        f"read from disk one after the other, {human_size(model.weights.resident)} at a time"
+    )
     return model
 
 

@@ -37,12 +37,14 @@ def load_module(
     *,
     load_in_8bit: bool = False,
     trust_remote_code: bool = False,
+    without_weights: bool = False,
 ) -> nn.Module:
     """Load the weights in ``dtype`` on ``device``.
 
     Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
     Args:
+        without_weights: leave what the checkpoint holds on the meta device, and all else on the CPU.
         load_in_8bit: load with bitsandbytes.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
 
@@ -53,14 +55,16 @@ def load_module(
 
     if load_in_8bit:
         _require_8bit(checkpoint, device)
-    check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
+    if not without_weights:
+        check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
     own_code = trust_remote_code and needs_own_code(checkpoint.config)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, **options)
-            loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=model_map.text_alone)
-            options |= _placement(device, load_in_8bit=load_in_8bit)
+            text = model_map.text_alone
+            loader = _loader(checkpoint, config, trust_remote_code=own_code, text_alone=text, empty=without_weights)
+            options |= {} if without_weights else _placement(device, load_in_8bit=load_in_8bit)
             loaded: Any = loader(
                 dtype=dtype,
                 output_loading_info=True,
@@ -78,18 +82,24 @@ def load_module(
     return module  # type: ignore[no-any-return]
 
 
-def _loader(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool, text_alone: bool) -> Callable[..., Any]:
-    """The ``from_pretrained`` of the checkpoint, given its config and tensors; packed tensors are decoded."""
+def _loader(
+    checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool, text_alone: bool, empty: bool
+) -> Callable[..., Any]:
+    """The ``from_pretrained`` of the checkpoint, given its config and tensors; packed tensors are decoded.
+
+    Args:
+        empty: give it tensors of the meta device.
+    """
     auto = auto_class(checkpoint.config, trust_remote_code=trust_remote_code, text_alone=text_alone)
     packed = bool(checkpoint.tensors.packed)
     if packed or checkpoint.has_stray_quantization_config:
         _forget_quantisation(config)
-    if not packed:
+    if not packed and not empty:
         wrappers = dict.fromkeys(checkpoint.tensors.wrappers, "") or None
         return partial(auto.from_pretrained, checkpoint.folder, config=config, key_mapping=wrappers)
     with torch.device("meta"):
         skeleton = auto.from_config(config)  # only a model's own class takes tensors alone
-    tensors = decoded_tensors(checkpoint.tensors)
+    tensors = decoded_tensors(checkpoint.tensors, empty=empty)
     return partial(type(skeleton).from_pretrained, None, config=skeleton.config, state_dict=tensors)
 
 
@@ -128,7 +138,7 @@ def check_memory(
         ForgeError: memory is too small; the message gives the needed and the free size.
     """
     precision = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
-    needed, free = int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD), memory_available(device)
+    needed, free = memory_needed(checkpoint, model_map, dtype, load_in_8bit=load_in_8bit), memory_available(device)
     if needed > free:
         raise ForgeError(
             f"{checkpoint.label} in {precision} needs about {human_size(needed)}, "
@@ -145,6 +155,13 @@ def check_memory(
             f"but {human_size(host)} are free",
             "end other programs, or use a smaller model",
         )
+
+
+def memory_needed(
+    checkpoint: Checkpoint, model_map: ModelMap, dtype: torch.dtype, *, load_in_8bit: bool = False
+) -> int:
+    """Bytes of memory that a whole model needs."""
+    return int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD)
 
 
 def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap) -> int:

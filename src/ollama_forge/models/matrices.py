@@ -31,14 +31,22 @@ def weight_of(
     Raises:
         ForgeError: the model was loaded in 8 bits.
     """
-    return _gathered([(place, weight_at(values(parameter_of(model, place)), place, expert)) for place in matrix.places])
+    parts = []
+    for place in matrix.places:
+        model.require(place)
+        parts.append((place, weight_at(values(parameter_of(model, place)), place, expert)))
+    return _gathered(parts)
 
 
 def bias_of(
     model: ChatModel, matrix: Matrix, expert: int | None = None, values: ParameterValues = present_values
 ) -> Tensor:
     """The bias of a matrix of a loaded model as float32 ``[out]``; see ``weight_of``."""
-    return _gathered([(place, bias_at(values(bias_parameter(model, place)), place, expert)) for place in matrix.places])
+    parts = []
+    for place in matrix.places:
+        model.require(place)
+        parts.append((place, bias_at(values(bias_parameter(model, place)), place, expert)))
+    return _gathered(parts)
 
 
 def _gathered(parts: list[tuple[Place, Tensor]]) -> Tensor:

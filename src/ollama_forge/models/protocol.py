@@ -87,5 +87,10 @@ class ForwardModel(Protocol):
     def forward(self, *, keep: int | None = 1, **inputs: Any) -> Any:
         """Run a forward pass. The logits may be those of the last ``keep`` positions alone; None: of all."""
 
+    def in_step(
+        self, works: Sequence[Callable[[], None]], tokens: Sequence[int], *, caches: bool = False
+    ) -> Iterator[int]:
+        """Run functions that call the model; see ``ChatModel.in_step``."""
+
     def retry_smaller(self, work: Callable[[], Any]) -> Any:
         """Call ``work`` and return its result; if memory runs out, reduce ``batch_size`` and call it again."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ollama_forge.models.cpu_packing import unpacked
 from ollama_forge.models.device import memory_available
+from ollama_forge.models.stages import is_loaded
 
 BLOCK = 32  # values that share a scale, as in the type Q8_0 of GGUF files
 _LEVELS = 127
@@ -20,9 +21,13 @@ _ROOM = 1.3  # free memory required, as a multiple of the size of the copies
 def rounded(module: nn.Module) -> Iterator[bool]:
     """Inside the block all matrices of the module are rounded to 8 bits; afterwards they are as before.
 
-    Yields False, and rounds nothing, if the memory does not suffice for a copy of the matrices.
+    Yields False, and rounds nothing, if the memory does not suffice for a copy of the matrices, or if the model is
+    streamed from disk.
     """
     matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1 and parameter.is_floating_point()]
+    if not all(map(is_loaded, matrices)):
+        yield False
+        return
     free = memory_available(matrices[0].device) if matrices else None
     if free is not None and free < _ROOM * sum(parameter.nbytes for parameter in matrices):
         yield False

@@ -19,8 +19,15 @@ def detect_thought(model: AnsweringModel) -> Thought:
     ``EMPTY`` if the model thinks without an empty thought in the prompt; ``RUNS`` if it thinks even after a closed one.
     """
     tokenizer = model.tokenizer
+
+    def shows(ids: Ids) -> bool:
+        """Whether more tokens cannot change what the answer shows."""
+        assert tokenizer.thinking is not None
+        text = tokenizer.marked_text(ids).lstrip()
+        return bool(text) and not tokenizer.thinking.opening.startswith(text)
+
     while tokenizer.thinking is not None and not tokenizer.thought.must_run:
-        answer = model.answer([tokenizer.instruction_ids(_PROBE)], _OPENING_TOKENS)[0]
+        answer = model.answer([tokenizer.instruction_ids(_PROBE)], _OPENING_TOKENS, decided=shows)[0]
         if not tokenizer.marked_text(answer).lstrip().startswith(tokenizer.thinking.opening):
             break
         tokenizer.thought = Thought.EMPTY if tokenizer.thought is Thought.NONE else Thought.RUNS

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def check_tokens_of_file(ready: Preflight, file: QuantisedFile) -> Stage[TokenCh
     def do() -> TokenCheck:
         return check_file_tokens(file, _tokenizer(ready))
 
-    needs = {"file": file_digest(file.path), "companions": ready.companions, "load": asdict(ready.settings.load)}
+    needs = {"file": file_digest(file.path), "companions": ready.companions, "load": ready.settings.load.outcome}
     return Stage("tokens", TokenCheck, needs, do, (), ("xllamacpp", "transformers", "tokenizers"))
 
 

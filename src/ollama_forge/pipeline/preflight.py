@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def model_needs(
         "fingerprint": source.fingerprint,
         "base": None if base is None else base.fingerprint,
         "companions": {name: sha256_file(source.folder / name) for name in companions(source.folder)},
-        "load": asdict(load),
+        "load": load.outcome,
         "lists": split.hashes(),
         "unproven": examined.unproven,
     }

@@ -15,6 +15,7 @@ from ollama_forge.architectures.learned import LearnedArchitecture
 from ollama_forge.architectures.model_class import has_text_class
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
 from ollama_forge.architectures.names.accounts import check_complete, check_known
+from ollama_forge.architectures.names.boxes import Box
 from ollama_forge.architectures.names.layout import Layout
 from ollama_forge.architectures.names.matrices import MatrixBuilder
 from ollama_forge.architectures.names.pieces import Shape
@@ -47,6 +48,24 @@ def bind_checkpoint(
         )
     copies = second_copies(checkpoint.tensors, model_map)
     return replace(model_map, copies=copies) if copies and layout.head not in layout.parameters else model_map
+
+
+def locate_parameters(
+    learned: LearnedArchitecture, checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> dict[str, list[Box]]:
+    """Where the tensors of a checkpoint hold each parameter and persistent buffer, tied ones by each of their names.
+
+    Parameters that are stored in an order that no few boxes express are left out.
+
+    Raises:
+        ForgeError: as ``bind``.
+    """
+    config, shapes = checkpoint.config, checkpoint.tensors.shapes
+    layout, _ = _bound(learned, config, shapes, checkpoint.folder, trust_remote_code)
+    found = dict(layout.boxes)
+    for name, boxes in layout.boxes.items():
+        found |= dict.fromkeys(layout.aliases.get(name, ()), boxes)
+    return found
 
 
 def bind(learned: LearnedArchitecture, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelMap:

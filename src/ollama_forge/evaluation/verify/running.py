@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.activations.matrix_inputs import Writer, watched
-from ollama_forge.architectures.model_map import Matrix, Norm
+from ollama_forge.architectures.model_map import Matrix, Norm, Place
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.orthogonal import column_of
 from ollama_forge.edits.plan import vector_reader
@@ -93,6 +93,7 @@ class RunningNorm:
         self.module: nn.Module | None = None
         self.gain = 1.0 if gain is None else column_of(gain, norm).double() + norm.offset
         if norm.module:
+            model.require(Place(norm.module))
             module = model.module.get_submodule(norm.module)
             self.module = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_(False)
             if gain is not None:
