@@ -13,6 +13,7 @@ from tests.loopback import loopback
 from tests.test_wire import OURS, compared
 
 LONGER = "the checkpoint's template has a system prompt, and the answer it leads to is longer"
+CACHED = "usage.prompt_tokens_details: Ollama has none"  # it names the cached tokens of a prompt
 ENDS = {
     "thinking-messages": LONGER,
     "thinking-messages-stream": LONGER,
@@ -28,7 +29,8 @@ def url() -> Iterator[str]:
 
 
 def test_the_demo_model(url: str) -> None:
-    assert compared(url, "smollm2", allowed=OURS, ends=ENDS) == []
+    found = compared(url, "smollm2", allowed=OURS, ends=ENDS)
+    assert [difference for difference in found if not difference.endswith(CACHED)] == []
 
 
 def test_its_embeddings(url: str) -> None:

@@ -145,7 +145,10 @@ def _models(named: Sequence[tuple[str | None, str]], load: LoadSettings, options
             checkpoint = live.base
         else:
             checkpoint = resolve(
-                source, options["revision"], trust_remote_code=load.trust_remote_code, adapter=options["adapter"]
+                source or str(run_output(str(given))),
+                options["revision"],
+                trust_remote_code=load.trust_remote_code,
+                adapter=options["adapter"],
             )
         name = servable_name(given or _default_name(checkpoint, live))
         if len(named) > 1:
@@ -157,12 +160,12 @@ def _models(named: Sequence[tuple[str | None, str]], load: LoadSettings, options
     return models
 
 
-def _named_models(names: Sequence[str], checkpoints: Sequence[str]) -> list[tuple[str | None, str]]:
-    """The name to serve each model under (None: its own), and the model."""
+def _named_models(names: Sequence[str], checkpoints: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """The name to serve each model under (None: its own), and its checkpoint (None: that of the run of this name)."""
     if not names and not checkpoints:
         raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
     if not checkpoints:
-        return [(name, str(run_output(name))) for name in names]
+        return [(name, None) for name in names]
     if names and len(names) != len(checkpoints):
         raise UsageError(
             f"the numbers of --name ({len(names)}) and --checkpoint ({len(checkpoints)}) differ",

@@ -203,7 +203,7 @@ class ChatModel:
         """Run functions that call the model. If it streams, they run side by side, so that weights are read once.
 
         Yields after each step, when results may be taken, the number of decoder layers that all functions have passed,
-        as far as that is known; in the end the number of all layers.
+        as far as that is known; in the end the number of all layers, if the model has a map.
 
         Args:
             tokens: the number of tokens that each one runs.
@@ -212,7 +212,8 @@ class ChatModel:
         """
         for number, work in enumerate(works, 1):
             work()
-            yield 0 if number < len(works) else self.model_map.n_layers
+            done = number == len(works) and self._model_map is not None
+            yield self.model_map.n_layers if done else 0
 
     def scoped(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook that is called only for forward passes of the function of ``in_step`` that registers it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,8 +50,9 @@ def failure_message(error: Exception) -> str:
     """What a client is told of an error while its request is answered; the details of a defect go to the log."""
     if isinstance(error, EngineError | BadRequest | Busy):
         return str(error)
-    _LOG.error("a request could not be answered", exc_info=error)
-    return f"the server failed to answer ({type(error).__name__})"
+    where = "".join(traceback.format_tb(error.__traceback__))  # the error's message may contain the prompt
+    _LOG.error("a request failed: %s\n%s", type(error).__name__, where)
+    return "internal server error"
 
 
 def new_id(prefix: str) -> str:
@@ -97,8 +99,8 @@ class Api:
                 return self.failure(error.status, error.message)
             except Busy as error:
                 return self.failure(503, str(error))
-            except Exception as error:
-                return self.failure(500, failure_message(error))
+            except EngineError as error:
+                return self.failure(500, str(error))
 
         return answer
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import logging
 import re
 import socket
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -17,9 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollama_forge import __version__
-from ollama_forge.serving.api.routing import Api
-
-log = logging.getLogger(__name__)
+from ollama_forge.serving.api.routing import Api, failure_message
 
 DEFAULT_PORT = 11435
 MAX_BODY = 128 << 20
@@ -146,11 +142,9 @@ class Guard:
         except _TooLargeError:
             status, text = 413, f"the request is larger than {self.settings.max_body} bytes"
         except Exception as error:
-            where = "".join(traceback.format_tb(error.__traceback__))  # the error's message may contain the prompt
-            log.error("a request failed: %s\n%s", type(error).__name__, where)
+            status, text = 500, failure_message(error)
             if begun:
                 raise
-            status, text = 500, "internal server error"
         else:
             return
         await self.api_of(scope["path"]).failure(status, text)(scope, receive, answer)
