@@ -105,6 +105,6 @@ def ace_candidates(data: FitData) -> Iterator[Candidate]:
 
 
 METHODS = (
-    Method("affine erasure (LEACE), hooks", "2306.03819", leace_candidates),
-    Method("affine erasure (ACE), hooks", "2411.09003", ace_candidates),
+    Method("LEACE (hooks)", "2306.03819", leace_candidates),
+    Method("ACE (hooks)", "2411.09003", ace_candidates),
 )

@@ -108,20 +108,20 @@ def candidates(
 
 PRODUCT = Method("least squares", "cf. 2202.05262, 2210.07229", candidates)
 CONTROL = Method(
-    "least squares, random direction",
+    "least squares (random direction)",
     "control",
     partial(candidates, directions=random_direction, strengths=STRENGTHS[-1:]),
 )
 
 
 def _variant(name: str, fit: Fit) -> Method:
-    return Method(f"least squares, {name}", "variant", partial(candidates, fit=fit))
+    return Method(f"least squares ({name})", "variant", partial(candidates, fit=fit))
 
 
 def _other_directions(
     name: str, directions: Callable[[FitData], Directions], strengths: tuple[float, ...] = MORE_STRENGTHS
 ) -> Method:
-    return Method(f"least squares, {name}", "variant", partial(candidates, directions=directions, strengths=strengths))
+    return Method(f"least squares ({name})", "variant", partial(candidates, directions=directions, strengths=strengths))
 
 
 METHODS = (  # those with the same inputs side by side, because they are gathered anew after others

@@ -57,4 +57,4 @@ def candidates(data: FitData) -> Iterator[Candidate]:
             yield Candidate(name, plan_factors(data, factors, 1.0 - multiplier))
 
 
-METHODS = (Method("neurons scaled (CNA)", "2605.12290", candidates),)
+METHODS = (Method("CNA neurons", "2605.12290", candidates),)

@@ -45,4 +45,4 @@ def candidates(data: FitData) -> Iterator[Candidate]:
             yield Candidate(f"layer {layer}, alpha {alpha:g}", plan_ablation(data, vector.unsqueeze(0), layer))
 
 
-METHODS = (Method("surgical refusal ablation (SRA)", "2601.08489", candidates),)
+METHODS = (Method("SRA", "2601.08489", candidates),)
