@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -315,8 +316,11 @@ def test_large_lists_follow_the_curated_ones(tmp_path: Path) -> None:
     assert len(before[2000].fit.harmful) == CURATED
     filled(tmp_path, 1500)
     for count in (32, CURATED):
-        assert PromptSettings(num_instructions=count).load(32) == before[count] == split_prompts(num_instructions=count)
-    assert PromptSettings().load(256) == split_prompts(num_instructions=256)
+        found = PromptSettings(num_instructions=count).load(32)
+        assert found == before[count]
+        assert found.fit.first(None) == replace(split_prompts(num_instructions=count).fit, general=found.fit.general)
+    whole = PromptSettings().load(256)
+    assert whole.fit == replace(split_prompts(num_instructions=256).fit, general=whole.fit.general)
     more = PromptSettings(num_instructions=CURATED + 40).load(32)
     assert more.notes == ()
     assert (more.select, more.report) == (before[32].select, before[32].report)

@@ -40,7 +40,7 @@ def settings(folder: Path, model: Path, **changes: Any) -> RunSettings:
         model=str(model),
         name="org/tiny:x",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=12),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=EditSettings(targets=("writers",), skip_begin_layers=0, skip_end_layers=0),
         out_dtype="keep",
@@ -68,7 +68,7 @@ def test_a_run_ends_with_a_measured_file(done: tuple[RunSettings, Report]) -> No
     assert (report.file.path, report.file.quant, report.file.size) == (path, "Q8_0", path.stat().st_size)
     assert list(report.rows) == ["base", "random direction", "edited", "GGUF (Q8_0)"]
     ours, checkpoint = report.rows["GGUF (Q8_0)"], report.rows["edited"]
-    assert 32 <= ours.harmful.total <= checkpoint.harmful.total
+    assert ours.harmful.total == checkpoint.harmful.total == 12
     assert (
         abs(ours.damage.answer_kl.value - checkpoint.damage.answer_kl.value)
         < 0.05 * checkpoint.damage.answer_kl.value + 0.01

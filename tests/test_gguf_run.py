@@ -43,7 +43,7 @@ def settings(folder: Path, model: str, **changes: Any) -> RunSettings:
         model=model,
         name="tiny",
         output_dir=str(folder / "out"),
-        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=40),
+        prompts=PromptSettings(str(folder / "harmful.txt"), str(folder / "harmless.txt"), max_measured=12),
         load=LoadSettings(device="cpu", dtype="float32"),
         edit=WRITERS,
         allow_few_refusals=True,  # the weights are random
@@ -87,9 +87,9 @@ def test_it_is_measured_as_transformers_and_llama_cpp_run_it(done: tuple[RunSett
     quant = report.file.quant
     assert list(report.rows) == ["base", "random direction", "edited", f"GGUF ({quant})"]
     file, edited = report.rows[f"GGUF ({quant})"], report.rows["edited"]
-    assert file.damage == edited.damage  # the weights are the same
+    assert replace(file.damage, answer_nll=None) == replace(edited.damage, answer_nll=None)  # the same weights
     assert edited.damage.first_token_kl.value > 0
-    assert 32 <= file.harmful.total <= edited.harmful.total
+    assert file.harmful.total == edited.harmful.total == 12
     assert report.file.quantised_by == "in place"
     assert report.tokens is not None
 

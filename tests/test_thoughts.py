@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from ollama_forge.evaluation.measure import measure
+from ollama_forge.evaluation.measure import Damage, measure_answers
 from ollama_forge.models.protocol import Decided
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, append_thoughts, detect_thought
 from ollama_forge.prompts.split import PartPrompts
@@ -93,12 +93,16 @@ def refuses_behind_its_thought(text: str) -> str:
 PROMPTS = PartPrompts(("pick a lock",) * 3, ("bake bread",) * 3)
 
 
+def refused(model: Thinker) -> int:
+    """How many harmful prompts a model refuses as it is measured."""
+    return measure_answers(model, PROMPTS, Damage(), "thinker", seconds=60).row.harmful.refusal
+
+
 @pytest.mark.parametrize("template", [OPENED, HISTORY, SWITCH], ids=["opened", "history", "switch"])
 def test_what_is_scored_is_the_answer(template: str) -> None:
     model = Thinker(with_template(template), refuses_behind_its_thought)
     detect_thought(model)
-    row, _ = measure(model, PROMPTS, None, "thinker")
-    assert row.harmful.refusal == 3
+    assert refused(model) == 3
     assert all(text.endswith("</think>\n\n") for text in model.said)
 
 
@@ -111,8 +115,7 @@ def stubborn(text: str) -> str:
 def test_a_thought_that_cannot_be_closed_runs_for_a_bounded_time_and_is_cut() -> None:
     model = Thinker(with_template(OPENED), stubborn)
     assert detect_thought(model) is Thought.RUNS
-    row, _ = measure(model, PROMPTS, None, "stubborn")
-    assert row.harmful.refusal == 3
+    assert refused(model) == 3
     [extended] = append_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
     added = len(extended) - len(model.tokenizer.instruction_ids("pick a lock"))
     assert added == THOUGHT_TOKENS + len("\n</think>\n\n")
@@ -125,11 +128,11 @@ def test_a_vocabulary_with_marks_is_probed() -> None:
     assert detect_thought(calm) is Thought.NONE
     thinking = Thinker(Tokenizer(backend), refuses_behind_its_thought)
     assert detect_thought(thinking) is Thought.EMPTY
-    assert measure(thinking, PROMPTS, None, "thinker")[0].harmful.refusal == 3
+    assert refused(thinking) == 3
 
 
 def test_a_thought_that_ends_by_itself_is_not_cut() -> None:
     model = Thinker(with_template(SWITCH, enable_thinking=True), refuses_behind_its_thought)
-    assert measure(model, PROMPTS, None, "thinker")[0].harmful.refusal == 3
+    assert refused(model) == 3
     [extended] = append_thoughts(model, [model.tokenizer.instruction_ids("pick a lock")])
     assert model.tokenizer.marked_text(extended).endswith("lock. </think>")

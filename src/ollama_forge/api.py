@@ -35,6 +35,7 @@ from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
 from ollama_forge.sources.resolve import resolve, resolve_gguf
+from ollama_forge.text.context import context_of, fitting
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ def compute_dir(
         check_8bit(edit)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    for note in split.notes:
-        say(f"note: {note}")
     source = resolve(model, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     examined = examine(source, trust_remote_code=load.trust_remote_code)
     model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
     chat = load_chat_model(source, load, model_map)
+    split = fitting(split, chat.tokenizer, context_of(source.config, model_map.learned_positions))
+    for note in split.notes:
+        say(f"note: {note}")
     computed = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
     context = FitContext(chat, split.fit, read, prompts.seed)

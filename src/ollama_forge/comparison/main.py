@@ -34,6 +34,7 @@ from ollama_forge.prompts.sources import read_instructions
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.sources.resolve import resolve, resolve_gguf
 from ollama_forge.system import cache_root
+from ollama_forge.text.context import context_of, fitting
 from ollama_forge.text.tokenizer import Tokenizer
 
 CONTROL = "random direction ({})"  # the name of a control's row
@@ -92,6 +93,7 @@ def _prepare(settings: EvaluateSettings) -> _Ready:
     checkpoint = resolve(settings.base, trust_remote_code=trust)
     model_map = map_checkpoint(checkpoint, trust_remote_code=trust)
     base = BaseModel(checkpoint, model_map, settings.load, ModelHolder(settings.load))
+    split = fitting(split, base.tokenizer, context_of(checkpoint.config, model_map.learned_positions))
     for prompts in (*split.report.lists.values(), preserved):
         base.tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take
     candidates: list[Candidate] = []

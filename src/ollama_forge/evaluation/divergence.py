@@ -1,8 +1,8 @@
 """The divergence of a model from its base on the base's own answers: forced decoding, one pass for each prompt.
 
 The base's distribution at a token is kept as its ``TOP`` most probable tokens and the mass of the rest, which takes
-4 KB instead of the 600 KB of a vocabulary of 152,000. Lumping the rest together can only lower a divergence, and
-measured on whole distributions it lowers it by less than a hundredth.
+4 KB instead of the 600 KB of a vocabulary of 152,000. Lumping the rest together can only lower a divergence: between
+the demo model and its base by 4 % (0.0180 nats a token instead of 0.0186).
 """
 
 from __future__ import annotations

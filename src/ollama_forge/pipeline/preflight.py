@@ -29,6 +29,7 @@ from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.sources.resolve import resolve, resolve_gguf
+from ollama_forge.text.context import context_of, fitting
 
 PROVENANCE_FILES = (PROVENANCE, CARD)  # files of the checkpoint's folder that later stages update
 
@@ -170,6 +171,7 @@ def preflight(settings: RunSettings) -> Preflight:
     examined = examine(source, trust_remote_code=trust)
     model_map = examined.require_proven(source.label, settings.edit, allow_partial=settings.allow_partial)
     tokenizer = load_tokenizer(source, model_map, settings.load)
+    split = fitting(split, tokenizer, context_of(source.config, model_map.learned_positions))
     for part in (split.fit, split.select, split.report):
         for prompts in part.lists.values():
             tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take

@@ -66,11 +66,11 @@ def _machine(machine: Entry) -> list[tuple[Child, Child]]:
 
 def _candidates(report: Entry) -> Child:
     rows = [
-        (words(entry["kind"]), name, (words(value), ". ", words(entry["note"]) if entry["note"] else None))
+        (name, words(entry["kind"]), (words(value), ". ", words(entry["note"]) if entry["note"] else None))
         for name, entry in report["candidates"].items()
         for _, value in list(_flat(entry["identity"]))[:1]
     ]
-    return table("Measured models", ("kind", "row", "identity"), rows) if rows else None
+    return table("Measured models", ("model", "kind", "identity"), rows) if rows else None
 
 
 def _prompts(report: Entry) -> Child:
@@ -116,15 +116,19 @@ def limits(report: Entry) -> Html:
             "report part resemble the others: other wordings may be refused more, or less.",
         ),
         (
-            tag("strong", "The control"),
-            " is one random direction. It shows what a change of this size does, not how much directions differ.",
-        ),
-        (
             tag("strong", "No difference found"),
             " is not a proof that there is none: a list of a few hundred prompts shows differences of some points.",
         ),
     ]
-    if any(name.startswith("GGUF") for name, _ in report["measurements"].items()):
+    names = [name for name, _ in report["measurements"].items()]
+    if any(name.startswith("random direction") for name in names):
+        items.append(
+            (
+                tag("strong", "The control"),
+                " is one random direction. It shows what a change of this size does, not how much directions differ.",
+            )
+        )
+    if any(name.startswith("GGUF") for name in names):
         items.append(
             (
                 tag("strong", "GGUF rows"),

@@ -24,7 +24,7 @@ def measured(report: Entry, rows: list[Row]) -> Html | None:
         "Measurements",
         tag(
             "p",
-            "All of them on report prompts, which took no part in computing or choosing the edit. "
+            "All of them on report prompts, which took no part in computing or choosing an edit made by this program. "
             "Small figures are 95\u202f% intervals over prompts.",
         ),
         _answers(rows),

@@ -152,6 +152,10 @@ class Tokenizer:
         """Encode the prompt with its thought always closed, so that the first token of the answer comes next."""
         return self._fitting_ids(prompt, closed=True)
 
+    def length(self, prompt: Prompt) -> int:
+        """Number of tokens of a prompt, whose thought is closed."""
+        return len(self.encode(self._prompt_text(messages_of(prompt), closed=True)))
+
     def _fitting_ids(self, prompt: Prompt, *, closed: bool) -> Ids:
         messages = messages_of(prompt)
         instruction = messages[-1]["content"]
