@@ -28,6 +28,7 @@ from ollama_forge.models.machine import Machine
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.sources.resolve import resolve
+from ollama_forge.text.context import context_of, fitting
 
 PAIRS = 256
 SIGNIFICANT = 0.05
@@ -97,6 +98,7 @@ def main() -> int:
     source = resolve(given.model)
     model = ChatModel.load(source, LoadSettings())
     split = PromptSettings(num_instructions=PAIRS, max_measured=given.max_measured).load(PAIRS)
+    split = fitting(split, model.tokenizer, context_of(source.config, model.model_map.learned_positions))
     bench = Bench(model, split, FitData(model, split.fit, vector_reader(source.tensors)))
     chosen = [method for method in METHODS if method.name in (names or {m.name: m for m in METHODS})]
     rows = measure_methods(bench, chosen, lambda row: print(table([row], row).splitlines()[-1], flush=True))

@@ -54,10 +54,10 @@ def _classifier(rows: Tensor, signs: Tensor) -> Tensor:
         optimizer.zero_grad()
         margins = signs * (rows @ weights[:-1] + weights[-1])
         loss = softplus(-margins).mean() + _PENALTY * weights[:-1].square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()[:-1]
 
 

@@ -39,9 +39,12 @@ def table(rows: Sequence[Row], reference: Row) -> str:
 
 def refusals_differ(row: Row, other: Row) -> float:
     """The p-value of the exact McNemar test that two rows have the same rate of refusals."""
+    return mcnemar(_refused(row), _refused(other))
+
+
+def _refused(row: Row) -> list[bool]:
     assert row.harmful is not None
-    assert other.harmful is not None
-    return mcnemar(*([letter == "r" for letter in found.harmful.classes] for found in (row, other)))
+    return [letter == "r" for letter in row.harmful.classes]
 
 
 def _cells(row: Row, reference: Row) -> tuple[str, ...]:
