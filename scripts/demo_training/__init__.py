@@ -1,0 +1,1 @@
+"""What the demo adapter is trained on, and how; see ``scripts/train_demo_adapter.py``."""
