@@ -23,15 +23,14 @@ from ollama_forge.evaluation.refusals import classify
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.progress import bar, say
-from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.search.rule import Limits, Rule
 
 from .base import Candidate, Method, NotApplicableError
 from .fit_data import FitData
 
-MAX_SELECT = 32  # prompts of each list that a choice is made on
-_WAVE = 16  # harmful prompts between two looks at the score
+MAX_SELECT = 24  # prompts of each list that a choice is made on
+_WAVE = 12  # harmful prompts between two looks at the score
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,14 @@ class Bench:
     def __init__(self, model: ChatModel, split: PromptSplit, data: FitData) -> None:
         self.model, self.report, self.data = model, split.report, data
         select = split.select.first(MAX_SELECT)
+        self._over_refusal = append_thoughts(model, model.tokenizer.instructions_ids(split.report.over_refusal))
         self._harmful = append_thoughts(model, model.tokenizer.instructions_ids(select.harmful))
         self._general = Reference.of(model, general_ids(model.tokenizer, select), GENERAL_TOKENS)
         self._reference = Reference.of(model, general_ids(model.tokenizer, split.report), GENERAL_TOKENS)
         general = Counts.of([classify(model.tokenizer.decode(ids)) for ids in self._general.answers])
         rate = general.degenerate / max(general.total, 1)
         self._rule = Rule(Limits(), count_answers(model, self._harmful), rate)
-        answers = self._classes(self.report.harmful), self._classes(self.report.over_refusal)
+        answers = self._answers()
         damage = Damage(EXACT, 0.0, EXACT, perplexity(model))
         self.base = Row("no edit", "", "", *answers, damage, [0.0] * len(self._reference.prompts))
 
@@ -95,7 +95,7 @@ class Bench:
         with chosen.applied(self.model):
             found = divergence(self.model, self._reference)
             damage = damage_of(self.model, found)
-            answers = self._classes(self.report.harmful), self._classes(self.report.over_refusal)
+            answers = self._answers()
         return Row(method.name, method.source, chosen.name, *answers, damage, found.answer.tolist(), seconds)
 
     def _choose(self, title: str, candidates: Sequence[Candidate]) -> Candidate | None:
@@ -126,8 +126,10 @@ class Bench:
         )
         return kl + self._rule.failed_share(counts), f"{line}, answer KL {kl:.4f}"
 
-    def _classes(self, prompts: Sequence[Prompt]) -> Counts:
-        return Counts.of([classify(text) for text in answer_texts(self.model, prompts)])
+    def _answers(self) -> tuple[Counts, Counts]:
+        """The answers to harmful prompts, and to safe ones that sound unsafe, whose openings show the refusals."""
+        harmful = Counts.of([classify(text) for text in answer_texts(self.model, self.report.harmful)])
+        return harmful, count_answers(self.model, self._over_refusal)
 
 
 def measure_methods(bench: Bench, methods: Sequence[Method], done: Callable[[Row], None]) -> list[Row]:
