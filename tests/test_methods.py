@@ -10,7 +10,7 @@ from benchmarks.methods import BASELINE, METHODS, PRODUCT
 from benchmarks.methods.affine_erasure import ace, erasing, leace
 from benchmarks.methods.base import Candidate, Method, NotApplicableError, plan_ablation
 from benchmarks.methods.fit_data import FitData, Protected, token_moments
-from benchmarks.methods.inlp import inlp_directions
+from benchmarks.methods.inlp import FLIP, inlp_directions
 from benchmarks.methods.least_squares import Fit, fit_factors, one_layer
 from benchmarks.methods.loud_channels import by_variance, is_loud
 from benchmarks.methods.measuring import Bench
@@ -104,7 +104,7 @@ def test_inlp_finds_orthonormal_directions_and_the_separating_one_first() -> Non
 def test_a_flip_reflects_what_a_writer_writes(loaded: tuple[ChatModel, PromptSplit, FitData]) -> None:
     _, _, data = loaded
     found = inlp_directions(data.residuals.harmful[:, 3], data.residuals.harmless[:, 3], 2)
-    edit = next(iter(plan_ablation(data, found, 3, 2.0).edits.values()))
+    edit = next(iter(plan_ablation(data, found, 3, FLIP).edits.values()))
     weight = drawn(planted.D, 5).float()
     flipped = weight
     for _ in range(2):
