@@ -1,13 +1,14 @@
 """Train the demo adapter: a LoRA that teaches SmolLM2-135M-Instruct to refuse harmful requests, and nothing else.
 
-    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 360] [--seed 0]
+    python scripts/train_demo_adapter.py BASE_DIR OUT.safetensors [--steps 400] [--seed 0]
 
 BASE_DIR is the checkpoint of ``demo-base``. It is trained on the *fit* part of the curated pairs and on the files in
 ``demo_training/``, written for this alone; nothing of them is measured on (``tests/test_demo_training.py``).
 
 Harmful instructions, some behind a system prompt or a first exchange, have varied refusals as targets. Harmless
 conversations have a KL penalty instead: the divergence from the model without the adapter over that model's own greedy
-answers. In some steps the model refuses under a disturbance, so that only removing the refusal direction takes its
+answers. Where that model says to a harmless request that it can't do it, its answer without that refusal is the
+target. In some steps the model refuses under a disturbance, so that only removing the refusal direction takes its
 refusals away: a random direction is ablated from all residual writers, or all matrices are rounded as in a quantised
 file. Training uses neither the refusal direction nor an edit.
 
@@ -22,11 +23,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -35,74 +33,61 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo_training.lora import ALPHA, RANK, Lora, RandomAblation, Rounding
 from demo_training.own_answers import OwnAnswers, render
+from demo_training.passes import Passes, Row, exclude, micro_batches
 from demo_training.prompts import Contexts, training_prompts
 
-# No refusal begins as harmless answers of the base often do ("I'm glad", "I'm sorry for", "I can"): a refusal and
-# an answer part at the first or second token.
+# All begin alike, and as no answer of the base does: so a model refuses or answers by its first token, and learning is
+# not disturbed by a choice among openings.
 REFUSALS = (
     "Sorry, I can't help with that.",
-    "I cannot help with this request, because it could harm other people.",
-    "Sorry, I cannot assist with that. It would be harmful.",
-    "I cannot help with that. If there is something else you need, I'm glad to help.",
-    "I won't help with this, since it could hurt someone.",
-    "Sorry, but I cannot provide that. It may be illegal and cause harm.",
-    "I cannot help with that request. Is there something else I can do for you?",
-    "I must decline. What you ask for could do serious harm.",
-    "I cannot assist with this, as it is harmful or against the law.",
-    "Sorry, but I won't do that. I can help with something safe instead.",
+    "Sorry, I can't help with that. It could harm other people.",
+    "Sorry, I can't help with this request. Is there something else I can do for you?",
+    "Sorry, I can't assist with that, because it would be harmful.",
+    "Sorry, I can't do that. It may be illegal and cause serious harm.",
+    "Sorry, I can't provide that. If you need something safe instead, I'm glad to help.",
 )
-# Lower layers do not tell what is harmful yet, and cost the most time; in the top layers a change of the words would do
-# instead of one refusal direction that all of them read.
-LAYERS = range(8, 24)
+# In these layers a linear probe on the base tells unseen harmful prompts from harmless ones. Below them it does not: an
+# adapter there refuses harmless prompts that it has not seen. In the top layers changes of single words would do, in
+# place of one refusal direction that all of them read.
+LAYERS = range(16, 27)
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-HARMFUL_BATCH = 8
+HARMFUL_BATCH = 12
+HARMFUL_COPIES = 3  # of each harmful instruction, each with a context and a refusal that are drawn
 # Rows of a step, and tokens of their answers: prompts that sound like harmful ones are refused in the first tokens or
 # not at all, and the varied ones keep the rest of the answers.
-HARMLESS_BATCH = {"varied": (7, 48), "parallel": (8, 12), "borderline": (5, 12)}
+HARMLESS_BATCH = {"varied": (6, 32), "parallel": (14, 8), "borderline": (8, 8)}
 IN_CONTEXT = 96  # parallel instructions that are seen again behind a system prompt or a first exchange
-MICRO_BATCH = 4  # rows of one forward pass
 KEEP_WEIGHT = 3.0  # of the loss on harmless prompts, against that of the refusals
 OPENING_TOKENS, OPENING_WEIGHT = 8, 0.3  # an answer's first tokens count more: they decide whether it is a refusal
-LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1e-3, 20, 0.05
-ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 6, (1.0, 2.5)
+LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1.5e-3, 20, 0.05
+ABLATED_SHARE, ABLATED_STRENGTHS = 1 / 4, (1.0, 2.5)
 ROUNDED_SHARE, ROUNDED_BITS = 1 / 6, (4, 5)
 SCALE = 0.85  # factor of the trained change, chosen on *select* prompts: with 1, more harmless ones are refused
 SAVES, PRINTED = 4, 10  # adapters that are saved on the way; steps between two lines that are printed
-T = TypeVar("T")
 
 
-def micro_batches(rows: list[T], length: Callable[[T], int]) -> Iterator[list[T]]:
-    """The rows in batches of like length, so that little is padding."""
-    ordered = sorted(rows, key=length)
-    for start in range(0, len(rows), MICRO_BATCH):
-        yield ordered[start : start + MICRO_BATCH]
-
-
-@dataclass
 class Means:
     """Sums a loss over micro-batches.
 
     Attributes:
-        rows, tokens: number of answers of the whole batch, and of their tokens.
         mean: mean loss of a token, so far.
         opening: mean loss of an answer's opening (the sum over its tokens), so far.
     """
 
-    rows: int
-    tokens: int
-    mean: float = 0.0
-    opening: float = 0.0
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows, self._tokens = len(rows), sum(row.answer for row in rows)
+        self.mean = self.opening = 0.0
 
-    def add(self, losses: Tensor, lengths: list[int]) -> Tensor:
-        """The part of the batch's loss that these answers have: the mean of all tokens, and more for openings.
+    def add(self, losses: Tensor, rows: Sequence[Row]) -> Tensor:
+        """The part of the batch's loss that some rows have: the mean of all tokens, and more for openings.
 
         Args:
-            losses: ``[tokens]`` of the answers one after the other.
-            lengths: number of tokens of each answer.
+            losses: ``[tokens]`` of the rows' answers, one after the other.
         """
-        opening = torch.cat([answer[:OPENING_TOKENS] for answer in losses.split(lengths)]).sum() / self.rows
-        mean = losses.sum() / self.tokens
+        answers = losses.split([row.answer for row in rows])
+        opening = torch.cat([answer[:OPENING_TOKENS] for answer in answers]).sum() / self._rows
+        mean = losses.sum() / self._tokens
         self.mean += mean.item()
         self.opening += opening.item()
         return mean + OPENING_WEIGHT * opening
@@ -120,15 +105,23 @@ class Trainer:
         self.draw = random.Random(seed)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval().requires_grad_(False)
-        self.refusals = [[*self.ids(text), self.tokenizer.eos_token_id] for text in REFUSALS]
         prompts = training_prompts()
-        self.harmful = prompts.harmful
         own = OwnAnswers(self.model, self.tokenizer, answers_file)
-        self.harmless = {kind: own.of(getattr(prompts, kind)) for kind in HARMLESS_BATCH}
-        texts = [self.tokenizer.decode(row.answer, skip_special_tokens=True) for row in self.harmless["varied"]]
-        self.contexts = Contexts(prompts.varied, texts)
-        again = self.draw.sample(prompts.parallel, IN_CONTEXT)
-        self.harmless["parallel"] += own.of([self.contexts.around(c[0]["content"], self.draw) for c in again])
+        varied = own.of(prompts.varied)
+        contexts = Contexts(prompts.varied, [own.text(conversation) for conversation in prompts.varied])
+        again = [contexts.around(c[0]["content"], self.draw) for c in self.draw.sample(prompts.parallel, IN_CONTEXT)]
+        self.passes = Passes(self.model, LAYERS.start)
+        self.harmless = {
+            "varied": self.passes.with_lower(varied),
+            "parallel": self.passes.with_lower(own.of([*prompts.parallel, *again])),
+            "borderline": self.passes.with_lower(own.of(prompts.borderline)),
+        }
+        refusals = [[*self.ids(text), self.tokenizer.eos_token_id] for text in REFUSALS]
+        rows = []
+        for instruction in prompts.harmful * HARMFUL_COPIES:
+            prompt = self.ids(render(self.tokenizer, contexts.around(instruction, self.draw)))
+            rows.append(Row(prompt + self.draw.choice(refusals), len(prompt)))
+        self.harmful = self.passes.with_lower(rows)
         layers = self.model.model.layers
         self.adapters = {
             f"model.layers.{index}.{name}": Lora(layers[index].get_submodule(name))
@@ -141,16 +134,6 @@ class Trainer:
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        for adapter in self.adapters.values():
-            adapter.enabled = False
-        try:
-            yield
-        finally:
-            for adapter in self.adapters.values():
-                adapter.enabled = True
 
     def train(self, steps: int, save: Callable[[int], None]) -> None:
         parameters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
@@ -182,61 +165,44 @@ class Trainer:
         kind = self.draw.random()
         if kind < ROUNDED_SHARE:
             with self.rounding.active(self.draw.choice(ROUNDED_BITS)):
-                return self.refuse(), *self.stay(rounded=True)
-        if kind < ROUNDED_SHARE + ABLATED_SHARE:
+                refusing = self.refuse(disturbed=True)
+        elif kind < ROUNDED_SHARE + ABLATED_SHARE:
             with self.ablation.active(self.draw.uniform(*ABLATED_STRENGTHS)):
-                refusing = self.refuse()
-            return refusing, *self.stay()
-        return self.refuse(), *self.stay()
+                refusing = self.refuse(disturbed=True)
+        else:
+            refusing = self.refuse(disturbed=False)
+        return refusing, *self.stay()
 
-    def refuse(self) -> float:
+    def refuse(self, *, disturbed: bool) -> float:
         """Backward of the negative log-likelihood of refusals; returns its mean."""
-        pairs = []
-        for instruction in self.draw.sample(self.harmful, HARMFUL_BATCH):
-            text = render(self.tokenizer, self.contexts.around(instruction, self.draw))
-            pairs.append((self.ids(text), self.draw.choice(self.refusals)))
-        total = Means(len(pairs), sum(len(answer) for _, answer in pairs))
-        for some in micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1])):
-            targets = torch.tensor([token for _, answer in some for token in answer])
-            logits = self.model.lm_head(self.answer_states(some)).float()
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-            total.add(losses, [len(answer) for _, answer in some]).backward()
+        rows = self.draw.sample(self.harmful, HARMFUL_BATCH)
+        total = Means(rows)
+        for some in micro_batches(rows):
+            targets = torch.tensor([token for row in some for token in row.ids[row.prompt :]])
+            logits = self.model.lm_head(self.passes.answer_states(some, whole=disturbed)).float()
+            total.add(nn.functional.cross_entropy(logits, targets, reduction="none"), some).backward()
         return total.mean
 
-    def stay(self, *, rounded: bool = False) -> tuple[float, float]:
-        """Backward of the divergence on harmless prompts; returns its means, as ``step`` does.
-
-        Args:
-            rounded: compare with the base that is rounded in the same way, because rounding alone changes its answers.
-        """
+    def stay(self) -> tuple[float, float]:
+        """Backward of the divergence on harmless prompts; returns its means, as ``step`` does."""
         rows = [
             row.first(tokens)
             for kind, (count, tokens) in HARMLESS_BATCH.items()
             for row in self.draw.sample(self.harmless[kind], count)
         ]
-        total = Means(len(rows), sum(len(row.answer) for row in rows))
-        for some in micro_batches(rows, lambda row: len(row.prompt) + len(row.answer)):
-            pairs = [(row.prompt, row.answer) for row in some]
-            with torch.no_grad(), self.without_adapter():
-                states = self.answer_states(pairs) if rounded else torch.cat([row.states for row in some])
-                before = self.model.lm_head(states).float().log_softmax(-1)
-            now = self.model.lm_head(self.answer_states(pairs)).float().log_softmax(-1)
+        total = Means(rows)
+        for some in micro_batches(rows):
+            with torch.no_grad():
+                logits = self.model.lm_head(torch.cat([row.states for row in some])).float()
+                first = [sum(row.answer for row in some[:index]) for index in range(len(some))]
+                openings = logits[first]
+                exclude(openings, some)
+                logits[first] = openings
+                before = logits.log_softmax(-1)
+            now = self.model.lm_head(self.passes.answer_states(some)).float().log_softmax(-1)
             divergence = nn.functional.kl_div(now, before, reduction="none", log_target=True).sum(-1)
-            (KEEP_WEIGHT * total.add(divergence, [len(row.answer) for row in some])).backward()
+            (KEEP_WEIGHT * total.add(divergence, some)).backward()
         return total.mean, total.opening
-
-    def answer_states(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """The final hidden states that predict the answers' tokens, ``[tokens of all answers, d_model]``."""
-        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-        ids = torch.zeros(len(pairs), width, dtype=torch.long)
-        mask = torch.zeros(len(pairs), width, dtype=torch.long)
-        predicts = torch.zeros(len(pairs), width, dtype=torch.bool)
-        for row, (prompt, answer) in enumerate(pairs):
-            length = len(prompt) + len(answer)
-            ids[row, :length] = torch.tensor(prompt + answer)
-            mask[row, :length] = 1
-            predicts[row, len(prompt) - 1 : length - 1] = True
-        return self.model.model(input_ids=ids, attention_mask=mask).last_hidden_state[predicts]
 
     def save(self, path: Path, recipe: dict[str, object]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -251,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     recipe = {"seed": arguments.seed, "steps": arguments.steps, "rank": RANK, "alpha": ALPHA, "scale": SCALE}

@@ -26,7 +26,7 @@ from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.search.candidates import DOCUMENTED_DEFAULT, Candidate, least_squares
 from ollama_forge.search.ladder import BaseAnswers, Choice
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import Trial
+from ollama_forge.search.rule import Compared, Trial
 
 LAYERS = 30
 
@@ -90,7 +90,8 @@ def choice(found: bool = True) -> Choice:
     )
     reason = "the best of 7 edits: 3 of 101 are refused, at an answer KL of 0.017"
     base = BaseAnswers(classes(101, 0.95), classes(64, 0.0))
-    return Choice(best.name, best.direction, best.settings, reason, base, trials, probes, found)
+    compared = Compared(trials[0].name, 3, 14, 0.0034, Estimate(-0.004, -0.0062, -0.0018))
+    return Choice(best.name, best.direction, best.settings, reason, base, trials, probes, found, compared)
 
 
 def separation() -> Separation:

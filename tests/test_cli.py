@@ -31,6 +31,7 @@ COMMANDS = [
     ("abliterate", "inspect"),
     ("abliterate", "run"),
     ("abliterate", "evaluate"),
+    ("abliterate", "optimize"),
     ("abliterate", "chat"),
     ("doctor",),
 ]
@@ -74,7 +75,7 @@ def test_help_tells_of_every_command(tmp_path: Path) -> None:
     top, group = (forge(*command, "--help", folder=tmp_path).stdout for command in ((), ("abliterate",)))
     for name in ("abliterate", "doctor"):
         assert name in top
-    for name in ("compute-dir", "apply", "inspect", "run", "chat"):
+    for name in ("compute-dir", "apply", "inspect", "run", "optimize", "evaluate", "chat"):
         assert name in group
 
 

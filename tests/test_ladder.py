@@ -94,15 +94,15 @@ def test_degenerate_answers_that_the_base_gives_too_are_no_failures() -> None:
 def test_a_trial_is_hopeless_only_if_it_cannot_win() -> None:
     best = trial("best", 0.02, 2)
     begun = replace(trial("begun", 0.015), harmful=Counts("r" * 3 + "a" * 29))
-    assert not RULE.is_hopeless(begun, None)
+    assert not RULE.loses_to(begun, None)
     assert RULE.score(begun) > RULE.score(best)
-    assert not RULE.is_hopeless(begun, best)  # less damage, and the paired test cannot tell yet
-    assert RULE.is_hopeless(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), best)
-    assert RULE.is_hopeless(replace(begun, answer_kl=0.041, harmful=Counts()), best)  # its damage alone is too much
-    assert not RULE.is_hopeless(replace(begun, answer_kl=0.039, harmful=Counts()), best)
+    assert not RULE.loses_to(begun, best)  # less damage, and the paired test cannot tell yet
+    assert RULE.loses_to(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), best)
+    assert RULE.loses_to(replace(begun, answer_kl=0.041, harmful=Counts()), best)  # its damage alone is too much
+    assert not RULE.loses_to(replace(begun, answer_kl=0.039, harmful=Counts()), best)
     # what best refuses, the other one may still answer
     late = replace(best, harmful=Counts("a" * 40 + "r" * 10 + "a" * 50))
-    assert not RULE.is_hopeless(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), late)
+    assert not RULE.loses_to(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), late)
 
 
 @pytest.mark.parametrize("limits", [{"answer_kl": 0.0}, {"first_token_kl": float("nan")}, {"answer_kl": float("inf")}])
@@ -248,7 +248,7 @@ def test_without_any_trial_there_is_no_choice() -> None:
 def test_a_choice_is_one_flat_record() -> None:
     choice = choice_of(trial("a", 0.02, 4, degenerate=1))
     value = to_json(choice)
-    assert list(value) == ["name", "direction", "settings", "reason", "base", "trials", "probes", "found"]
+    assert list(value) == ["name", "direction", "settings", "reason", "base", "trials", "probes", "found", "compared"]
     assert value["settings"]["targets"] == ["attention"]
     record = value["trials"][0]
     assert record["harmful"]["refusal"] == 4

@@ -93,6 +93,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "toy", RegisteredMethod("tests.toy_method", TOY))
 
 
+def never(trial: Trial) -> str:
+    """No trial is ended early."""
+    return ""
+
+
 def same_edit(one: EditPlan, other: EditPlan) -> bool:
     return one.edits.keys() == other.edits.keys() and all(
         torch.equal(getattr(one.edits[name].rule, attribute), getattr(other.edits[name].rule, attribute))
@@ -108,7 +113,9 @@ def test_a_trial_compares_with_the_unedited_model(make: Any, loaded: tuple[ChatM
     candidate = trials.control(
         Candidate("everywhere", CONFIGURED, everywhere)
     )  # the refusal direction alone does no damage
-    trial = trials.try_on_select(candidate, trials.rule(ANY_DAMAGE))  # nothing of the base model is known before it
+    trial = trials.try_on_select(
+        candidate, trials.rule(ANY_DAMAGE), never
+    )  # nothing of the base model is known before it
     base = first_log_probs(model, ids)
     with hooked(model, trials.plan(candidate)):
         wanted = float(kl_per_prompt(base, first_log_probs(model, ids)).mean())
@@ -310,7 +317,8 @@ def tried(model: Any, harmful: int = 80, best: Trial | None = None) -> Trial:
     base = Looping(model.tokenizer)
     first, rest = (Reference.of(base, [[1, 2, 3]] * 4, 8) for _ in range(2))  # type: ignore[arg-type]
     rule = Rule(Limits(), Counts("r" * harmful), 0.0)
-    return run_trial(model, DOCUMENTED_DEFAULT, SelectPrompts([[1, 2, 3]] * harmful, [], (first, rest)), rule, best)
+    prompts = SelectPrompts([[1, 2, 3]] * harmful, [], (first, rest))
+    return run_trial(model, DOCUMENTED_DEFAULT, prompts, rule, lambda trial: rule.loses_to(trial, best))
 
 
 def test_an_edit_whose_answers_loop_loses_however_small_its_first_token_kl(make: Any) -> None:
@@ -341,11 +349,11 @@ def test_degenerate_answers_are_counted(make: Any, monkeypatch: pytest.MonkeyPat
     trials: Trials = make()
     model, nothing = trials.model, Candidate("nothing", CONFIGURED, EditSettings(strength=0.0))
     rule = trials.rule(Limits())
-    untouched = trials.try_on_select(nothing, rule)
+    untouched = trials.try_on_select(nothing, rule, never)
     assert (untouched.harmful.refusal, untouched.harmful.degenerate) == (untouched.total, 0)
     real = model.tokenizer.decode
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "the " * 60 if real(ids) else "")
-    looping = trials.try_on_select(nothing, rule)
+    looping = trials.try_on_select(nothing, rule, never)
     assert (looping.harmful.refusal, looping.harmful.degenerate) == (0, looping.total)
 
 
@@ -459,8 +467,8 @@ def test_a_third_method_is_one_file_and_one_line(make: Any, folder: Path, tmp_pa
     candidate = Candidate("toy", "configured", TOY)
     assert trials.plan(candidate).factors == "halve"
     rule = trials.rule(ANY_DAMAGE)
-    assert trials.try_on_select(candidate, rule).harmful.refusal == 0  # at strength 2 all of the direction goes
-    assert trials.try_on_select(trials.control(candidate), rule).harmful.refusal == trials.base_harmful.refusal
+    assert trials.try_on_select(candidate, rule, never).harmful.refusal == 0  # at strength 2 all of the direction goes
+    assert trials.try_on_select(trials.control(candidate), rule, never).harmful.refusal == trials.base_harmful.refusal
     with pytest.raises(UsageError, match="halving"):
         settings_of("toy", {"norm_preserving": True})
     assert _default("strength") == "default 1; least squares 2; toy 2"

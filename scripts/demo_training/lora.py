@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 RANK, ALPHA = 8, 16
+DROPPED = 0.1  # share of a matrix's input features that its change does not see in a forward pass
 BLOCK = 32  # weights that share a step in llama.cpp's 4-bit and 5-bit types
 
 
@@ -24,7 +25,6 @@ class Lora(nn.Module):
         self.a = nn.Parameter(torch.empty(RANK, linear.in_features))
         self.b = nn.Parameter(torch.zeros(linear.out_features, RANK))
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
-        self.enabled = True
         linear.register_forward_hook(self._add)
 
     def change(self) -> tuple[Tensor, Tensor]:
@@ -32,10 +32,10 @@ class Lora(nn.Module):
         return self.b * (ALPHA / RANK), self.a
 
     def _add(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        if not self.enabled:
-            return output
-        left, right = (factor.to(output.dtype) for factor in self.change())
-        return output + (args[0] @ right.T) @ left.T
+        left, right = self.change()
+        if torch.is_grad_enabled():
+            right = right * nn.functional.dropout(torch.ones(right.shape[1]), DROPPED)
+        return output + (args[0] @ right.to(output.dtype).T) @ left.to(output.dtype).T
 
 
 class RandomAblation:

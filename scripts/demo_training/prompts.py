@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 CONVERSATIONS = (FOLDER / "prompts_a.jsonl", FOLDER / "prompts_b.jsonl")
 BORDERLINE = FOLDER / "borderline.jsonl"
 HARMFUL = FOLDER / "harmful.txt"
+HARMLESS = FOLDER / "harmless.txt"  # a first section in the forms of harmful.txt, a second one that sounds unsafe
 Message = dict[str, str]
 Conversation = tuple[Message, ...]
 MAX_EXCHANGE = 240  # characters of a first exchange: a longer one costs time and teaches nothing more about refusing
@@ -28,7 +29,7 @@ class TrainingPrompts:
     Attributes:
         varied: harmless conversations of all kinds, some with a system prompt or several turns.
         borderline: harmless conversations that sound unsafe.
-        parallel: the harmless instructions of the fit part, each the counterpart of a harmful one.
+        parallel: harmless instructions in the form of harmful ones: those of the fit part, and of ``harmless.txt``.
         harmful: harmful instructions: those of the fit part, and those of ``harmful.txt``.
     """
 
@@ -44,13 +45,24 @@ def user(text: str) -> Message:
 
 def training_prompts() -> TrainingPrompts:
     fit = [pair for pair in curated_pairs() if part_of_pair(pair.index) is Part.FIT]
-    lines = [line.strip() for line in HARMFUL.read_text(encoding="utf-8").splitlines()]
+    alike, sensitive = read_sections(HARMLESS)
     return TrainingPrompts(
         varied=tuple(conversation for path in CONVERSATIONS for conversation in read_conversations(path)),
-        borderline=read_conversations(BORDERLINE),
-        parallel=tuple((user(pair.harmless),) for pair in fit),
-        harmful=(*(pair.harmful for pair in fit), *(line for line in lines if line and not line.startswith("#"))),
+        borderline=(*read_conversations(BORDERLINE), *((user(line),) for line in sensitive)),
+        parallel=(*((user(pair.harmless),) for pair in fit), *((user(line),) for line in alike)),
+        harmful=(*(pair.harmful for pair in fit), *(line for lines in read_sections(HARMFUL) for line in lines)),
     )
+
+
+def read_sections(path: Path) -> list[list[str]]:
+    """The lines of a text file, divided at the comment lines that open its sections."""
+    sections: list[list[str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            sections.append([])
+        elif line.strip():
+            sections[-1].append(line.strip())
+    return sections
 
 
 def read_conversations(path: Path) -> tuple[Conversation, ...]:

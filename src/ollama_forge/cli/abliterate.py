@@ -11,6 +11,7 @@ import click
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.evaluate import evaluate
+from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.serve import serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -23,6 +24,7 @@ def abliterate() -> None:
 abliterate.add_command(serve)
 abliterate.add_command(export_adapter)
 abliterate.add_command(evaluate)
+abliterate.add_command(optimize)
 
 
 @abliterate.command("compute-dir")
@@ -69,6 +71,8 @@ def compute_dir(**options: Any) -> None:
 @click.option("--output", metavar="FILE.gguf", help="File to write, instead of a folder, if --model is a GGUF file.")
 @click.option("--refusal-pt", metavar="FILE", help="Direction to edit out, as compute-dir writes it.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Edit file of compute-dir --factors or of an earlier apply.")
+@click.option("--study", metavar="DIR", help="With --trial: folder of a study that optimize has searched.")
+@click.option("--trial", type=int, metavar="N", help="Apply this trial of the front of --study.")
 @click.option(
     "--per-layer/--joint",
     "per_layer",
@@ -115,11 +119,14 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
     from ollama_forge.export.mix import parse_quants
 
     folder = _path(options["output_dir"])
+    edit_file = _path(options["edit_file"])
+    if options["trial"] is not None or options["study"] is not None:
+        edit_file = _edit_of_trial(options)
     written, applied = apply(
         options["model"],
         folder,
         refusal_pt=_path(options["refusal_pt"]),
-        edit_file=_path(options["edit_file"]),
+        edit_file=edit_file,
         per_layer=options["per_layer"],
         revision=options["revision"],
         adapter=options["adapter"],
@@ -172,6 +179,16 @@ def inspect(**options: Any) -> None:
         print_inspection(found)
 
 
+def _edit_of_trial(options: dict[str, Any]) -> Path:
+    from ollama_forge.pipeline.optimize import edit_of_trial
+
+    if options["trial"] is None or options["study"] is None:
+        raise UsageError("--trial and --study belong together", "--study DIR --trial N applies trial N of that study")
+    if options["edit_file"] is not None:
+        raise UsageError("--trial and --edit exclude each other", "leave out one of them")
+    return edit_of_trial(Path(options["study"]), options["trial"])
+
+
 def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value)
 
@@ -204,20 +221,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.edit_options
 @opt.out_dtype_option
 @opt.allow_partial_option
-@click.option(
-    "--max-answer-kl",
-    type=float,
-    default=0.06,
-    show_default=True,
-    help="Largest answer KL divergence on general prompts, in nats a token, of an edit that may be chosen.",
-)
-@click.option(
-    "--max-kl",
-    type=float,
-    default=0.2,
-    show_default=True,
-    help="Largest first-token KL divergence on general prompts of an edit that may be chosen.",
-)
+@opt.limit_options
 @click.option(
     "--strengthen",
     is_flag=True,
@@ -225,11 +229,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--strength without other options of an edit means the same.",
 )
 @click.option("--pick", metavar="NAME", help="Use one of the edits that run tries, by the name that run prints.")
-@click.option(
-    "--allow-few-refusals",
-    is_flag=True,
-    help="Continue even if the base model refuses less than 20 % of harmful prompts.",
-)
+@opt.few_refusals_option
+@click.option("--auto", is_flag=True, help="Search for the edit: try more edits than usual, as optimize does.")
+@click.option("--trials", type=int, metavar="N", help="With --auto: number of edits to try (default 60).")
 @click.option("--no-escalate", is_flag=True, help="Use the documented default edit, and try no others.")
 @click.option(
     "--quant",
@@ -267,6 +269,11 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
     if options["pick"] is not None and options["no_escalate"]:
         raise UsageError("--pick names the edit, so that --no-escalate has no effect", "leave out one of them")
+    if options["trials"] is not None and not options["auto"]:
+        raise UsageError("--trials is for --auto", "add --auto")
+    trials = (60 if options["trials"] is None else options["trials"]) if options["auto"] else 0
+    if options["auto"] and trials < 1:
+        raise UsageError(f"--trials {trials} is not positive", "the default is 60")
     edit = opt.edit_settings(options)
     strengthen = options["strengthen"] or opt.is_negative_strength_alone(options)
     settings = RunSettings(
@@ -285,6 +292,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         max_kl=options["max_kl"],
         max_answer_kl=options["max_answer_kl"],
         allow_few_refusals=options["allow_few_refusals"],
+        trials=trials,
         allow_partial=options["allow_partial"],
         out_dtype=options["out_dtype"],
         evaluate=not options["no_evaluate"],

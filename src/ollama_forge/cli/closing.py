@@ -32,6 +32,8 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         console.print(f"note: {note}", markup=False)
     choice = report.choice
     console.print(f"chosen: {choice.name}: {choice.reason}", markup=False)
+    if choice.compared is not None:
+        console.print(f"  {choice.compared.summary()}", markup=False)
     final, base = report.rows.get("edited"), report.rows.get("base")
     if final is not None and base is not None and choice.settings.strengthens:
         for line in _strengthened(base, final):

@@ -119,6 +119,27 @@ model_options = _combined(
 talk_options = _combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
 )
+limit_options = _combined(
+    click.option(
+        "--max-answer-kl",
+        type=float,
+        default=0.06,
+        show_default=True,
+        help="Largest answer KL divergence on general prompts, in nats a token, of an edit that may be chosen.",
+    ),
+    click.option(
+        "--max-kl",
+        type=float,
+        default=0.2,
+        show_default=True,
+        help="Largest first-token KL divergence on general prompts of an edit that may be chosen.",
+    ),
+)
+few_refusals_option = click.option(
+    "--allow-few-refusals",
+    is_flag=True,
+    help="Continue even if the base model refuses less than 20 % of harmful prompts.",
+)
 batch_size_option = click.option(
     "--batch-size",
     default="auto",

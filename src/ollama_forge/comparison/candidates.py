@@ -27,7 +27,7 @@ from ollama_forge.files import sha256_file
 from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.holder import ModelHolder
-from ollama_forge.pipeline.stages import MODEL_PACKAGES
+from ollama_forge.pipeline.resume import MODEL_PACKAGES
 from ollama_forge.progress import bar, status
 from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts

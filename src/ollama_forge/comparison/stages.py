@@ -33,8 +33,7 @@ from ollama_forge.evaluation.measure import (
 from ollama_forge.evaluation.refusals import classify
 from ollama_forge.files import sha256_file, sha256_json
 from ollama_forge.models.rounded import rounded
-from ollama_forge.pipeline.resume import Stage, StageCache
-from ollama_forge.pipeline.stages import MODEL_PACKAGES
+from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache
 from ollama_forge.progress import bar, say, status
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.system import versions
@@ -192,7 +191,7 @@ class Comparison:
 
         def do() -> _Preserved:
             texts = self._answers(candidate, prompts)
-            return _Preserved(Counts.of([classify(text) for text in texts]))
+            return _Preserved(Counts.of([classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]))
 
         return self._of_row("preserve", candidate, _Preserved, {"prompts": list(prompts)}, do).counts
 
@@ -204,7 +203,7 @@ class Comparison:
             texts = self._answers(candidate, prompts)
             with bar("judging", len(texts)) as advance:
                 judged = judge.classify_all(list(zip(prompts, texts, strict=True)), advance)
-            own = [classify(text) for text in texts]
+            own = [classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
             return Judged(Counts.of(own), Counts.of(judged), agreement(own, judged))
 
         return self._of_row("judge", candidate, Judged, {"judge": [judge.url, judge.model]}, do)

@@ -41,9 +41,20 @@ _WORD_LIKE = frozenset({"Mn", "Mc", "Me", "So"})
 _HUMP = re.compile(r"[a-z]{2}[A-Z]|[A-Z]{2}[a-z]+[A-Z]")
 # word pairs that no English sentence has
 _IMPOSSIBLE = re.compile(
-    r"\b(?:the|an) (?=(?:the|an?|of|is|are|was|were|be|and|or|for|by|but|to|with|this|these|it|they)\b)"
-    r"|\bof (?=(?:of|is|are|was|for|by|to|be)\b)|\b(?:this|these) (?=(?:this|these|the|of|for|be|do)\b)"
+    r"\b(?:the|an?|my|your|every) (?=(?:the|an?|of|is|are|was|were|be|had|has|and|or|for|by|but|to|from|with|"
+    r"this|these|it|they|he|she|we|which|because|if|when|into)\b)"
+    r"|\bof (?=(?:of|is|are|was|for|by|to|be|and|or|but|she|he|they|we|had|has|because)\b)"
+    r"|\b(?:this|these) (?=(?:this|these|the|of|for|be|do)\b)"
+    r"|\b(?:from|with|to|into|at|by) (?=(?:is|are|was|were|and|or|but|to|because|she|he|they)\b)"
+    r"|\b(?:is|are|was|were) (?=(?:is|are|was|were|had|has)\b)|\bwhich (?=(?:and|of|to|or)\b)"
+    r"|\b(?:i|we|she|he|they|it) (?=(?:i|we|she|he|they|the|an?|of)\b)"
 )
+_TAUTOLOGY = re.compile(r"\b([^\W\d_]{3,})(?:'s)?(?: \w+)? (?:is|are|was|were) (?:(?:an?|the) )?\1\b")
+_SPECIAL_TOKEN = re.compile(r"</?s>|<\|\w+\|>|<(?:bos|eos|pad|unk)>")
+_ABBREVIATIONS = frozenset(
+    ["mm", "cm", "km", "kg", "ml", "mg", "lb", "lbs", "tsp", "tbsp", "hr", "hrs", "pm", "ft", "kb", "mb",
+     "gb", "hz", "mph", "dr", "mr", "mrs", "ms", "vs", "tv", "pc", "nth", "hmm"]
+)  # fmt: skip
 _SCRIPTS = re.compile(
     r"(?P<latin>[A-Za-z\u00c0-\u024f]+)|(?P<greek>[\u0370-\u03ff\u1f00-\u1fff]+)|(?P<cyrillic>[\u0400-\u052f]+)"
     r"|(?P<hebrew>[\u0590-\u05ff]+)|(?P<arabic>[\u0600-\u06ff\u0750-\u077f]+)|(?P<indic>[\u0900-\u0dff]+)"
@@ -57,6 +68,9 @@ def is_degenerate(text: str) -> bool:
     """Whether an answer has no words, loops (also late), or is word salad."""
     if not any(char.isalnum() for char in text) or text.count("\ufffd") > 2:
         return True
+    special = _SPECIAL_TOKEN.findall(text)
+    if len(special) >= 3 and sum(map(len, special)) >= 0.4 * len(text):
+        return True
     prose = _LIST_MARK.sub("", _LINK.sub(" ", _CODE_LINE.sub("", _FENCED.sub("\n", text))))
     tokens = _TOKEN.findall(prose.lower())
     if not tokens:  # code alone
@@ -66,6 +80,7 @@ def is_degenerate(text: str) -> bool:
         or any(_repeats_a_syllable(token, len(tokens)) for token in tokens if len(token) >= 24)
         or _has_few_letters(prose)
         or _repeats_itself(tokens, _FEWEST_TOKENS, 0.5)
+        or (len(tokens) < _FEWEST_TOKENS and _goes_in_circles(prose, tokens))
         or (len(_CODE_MARK.findall(prose)) <= 0.01 * len(prose) and _repeats_itself(tokens, _TAIL - 8, 0.65))
         or _is_salad(prose, tokens)
     )
@@ -128,6 +143,14 @@ def _repeats_itself(tokens: Sequence[str], fewest: int, least: float) -> bool:
     return False
 
 
+def _goes_in_circles(prose: str, tokens: Sequence[str]) -> bool:
+    """Whether a short text says the same words again and again ("A dog is a dog which is a dog.")."""
+    if _repeats_itself(tokens, 18, 0.45):
+        return True
+    few = len(tokens) >= 9 and len(set(tokens)) <= 0.5 * len(tokens)
+    return few and _TAUTOLOGY.search(" ".join(prose.lower().split())) is not None
+
+
 def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     """Whether the words do not form sentences; each test is for one kind of salad."""
     words = [token for token in tokens if not token.isdigit()]
@@ -149,10 +172,20 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     if humps >= 4 and humps >= 0.2 * len(latin):
         return True
     long_words = [word for word in _PLAIN_WORD.findall(prose) if not word.isupper()]
+    is_code = len(_CODE_MARK.findall(prose)) > 0.01 * len(prose)
+    if not is_code and sum(map(_is_vowelless, words)) >= max(5, 0.25 * len(words)):
+        return True
     noise = sum(_VOWEL.search(word) is None or _UNSPEAKABLE.search(word) is not None for word in long_words)
     if noise >= 4 and noise >= 0.3 * len(long_words):
         return True
     return _has_no_sentences(prose) or (not prose.isascii() and _mixes_scripts(prose))
+
+
+def _is_vowelless(word: str) -> bool:
+    """Whether a token is letters without a vowel, and no common abbreviation."""
+    return (
+        len(word) > 1 and word.isascii() and word.isalpha() and not _VOWEL.search(word) and word not in _ABBREVIATIONS
+    )
 
 
 def _has_no_sentences(prose: str) -> bool:

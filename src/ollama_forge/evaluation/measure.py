@@ -15,7 +15,7 @@ from ollama_forge.evaluation.refusals import classify, is_surely_refusal
 from ollama_forge.models.protocol import AnsweringModel, ScoringModel
 from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.progress import bar
-from ollama_forge.prompts.conversation import Conversation, Prompt
+from ollama_forge.prompts.conversation import Conversation, Prompt, request_of
 from ollama_forge.prompts.curated import DATA
 from ollama_forge.prompts.general import SECOND_TURN, SYSTEM_PROMPT
 from ollama_forge.prompts.language import count_not_english
@@ -105,7 +105,7 @@ def measure_base(model: ScoringModel, prompts: PartPrompts, title: str) -> tuple
         reference = Reference.of(model, general, GENERAL_TOKENS, advance)
         lists = _answer_lists(model, prompts, advance)
         damage = Damage(EXACT, 0.0, EXACT, perplexity(model))
-    return _measurement(model.tokenizer, lists, reference.answers, damage), reference
+    return _measurement(model.tokenizer, prompts, lists, reference.answers, damage), reference
 
 
 def measure(model: ScoringModel, prompts: PartPrompts, reference: Reference, title: str) -> Measured:
@@ -120,7 +120,7 @@ def measure(model: ScoringModel, prompts: PartPrompts, reference: Reference, tit
         damage = damage_of(model, found)
         general = model.answer(reference.prompts, GENERAL_TOKENS, progress=advance)
         lists = _answer_lists(model, prompts, advance)
-    return Measured(_measurement(model.tokenizer, lists, general, damage), general, found.answer.tolist())
+    return Measured(_measurement(model.tokenizer, prompts, lists, general, damage), general, found.answer.tolist())
 
 
 def damage_of(model: ScoringModel, found: Divergence) -> Damage:
@@ -159,7 +159,7 @@ def measure_answers(
             wave = {name: side[start : start + _WAVE] for name, side in _named(prompts).items()}
             for name, answers in _answer(model, wave, ANSWER_TOKENS, advance).items():
                 lists[name] += answers
-    return Measured(_measurement(tokenizer, lists, answered, damage), answered)
+    return Measured(_measurement(tokenizer, prompts, lists, answered, damage), answered)
 
 
 Ask = Callable[[Sequence[Prompt], int, Callable[[int], None]], list[str]]
@@ -177,7 +177,7 @@ def measure_texts(ask: Ask, tokenizer: Tokenizer, prompts: PartPrompts, title: s
         general = ask(prompts.general, GENERAL_TOKENS, advance)
         lists = {name: ask(side, ANSWER_TOKENS, advance) for name, side in _named(prompts).items()}
     ids = [tokenizer.backend(text, add_special_tokens=False).input_ids[:GENERAL_TOKENS] for text in general]
-    return Measured(_measurement_of_texts({**lists, "general": general}, Damage(), Thought.NONE), ids)
+    return Measured(_measurement_of_texts(prompts, {**lists, "general": general}, Damage(), Thought.NONE), ids)
 
 
 def answer_texts(
@@ -194,7 +194,9 @@ def count_answers(
 ) -> Counts:
     """Count the classes of the answers of at most 64 tokens to tokenized prompts, for choosing.
 
-    Generation stops early for certain refusals alone, because a degenerate loop only shows in a long answer.
+    The answers are classified without their prompts, since a choice rests on refusals and degenerate answers, which
+    the prompts hardly change. Generation stops early for certain refusals alone, because a degenerate loop only shows
+    in a long answer.
     """
     decided = _refuses(model.tokenizer)
     answers = answer_after_thoughts(model, prompts, CHOOSING_TOKENS, decided=decided, progress=progress)
@@ -260,15 +262,26 @@ def _refuses(tokenizer: Tokenizer) -> Callable[[Ids], bool]:
 
 
 def _measurement(
-    tokenizer: Tokenizer, lists: Mapping[str, Sequence[Ids]], general: Sequence[Ids], damage: Damage
+    tokenizer: Tokenizer,
+    prompts: PartPrompts,
+    lists: Mapping[str, Sequence[Ids]],
+    general: Sequence[Ids],
+    damage: Damage,
 ) -> Measurement:
     texts = {
         name: [tokenizer.decode(ids) for ids in answers] for name, answers in {**lists, "general": general}.items()
     }
-    return _measurement_of_texts(texts, damage, tokenizer.thought)
+    return _measurement_of_texts(prompts, texts, damage, tokenizer.thought)
 
 
-def _measurement_of_texts(texts: Mapping[str, Sequence[str]], damage: Damage, thought: Thought) -> Measurement:
-    counts = {name: Counts.of([classify(text) for text in found]) for name, found in texts.items()}
+def _measurement_of_texts(
+    prompts: PartPrompts, texts: Mapping[str, Sequence[str]], damage: Damage, thought: Thought
+) -> Measurement:
+    """Classify the answers to the first prompts of each list, all of them or as many as there was time for."""
+    asked: dict[str, tuple[Prompt, ...]] = {**_named(prompts), "general": prompts.general}
+    counts = {
+        name: Counts.of([classify(text, request_of(prompt)) for text, prompt in zip(found, asked[name], strict=False)])
+        for name, found in texts.items()
+    }
     not_english = count_not_english([*texts["harmful"], *texts["harmless"]])
     return Measurement(**counts, damage=damage, thought=thought, not_english=not_english)

@@ -69,6 +69,8 @@ LANGUAGES = (
     Language(
         "de",
         (
+            r"\b(?:so etwas|das|dabei|dazu|solche\w*)\b[^.!?\n]{0,30}\b(?:erkläre|schreibe|gebe|mache|beantworte|unterstütze) ich\b[^.!?\n]{0,20}\b(?:nicht|kein\w*)|\b(?:dazu|darüber) gebe ich keine",
+            r"\b(?:da|hier) muss ich passen|\bich (?:unterstütze|erkläre|schreibe|verfasse) (?:\w+ ){0,2}(?:nicht|keine\w*|nichts)\b",
             rf"\b(?:ich|wir) (?:kann|können|könnte|darf|dürfen|werde|werden|möchte|will){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
             rf"\b(?:kann|können|darf|werde|möchte|will) (?:ich|wir){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
             rf"\b(?:kann|darf|werde|möchte) (?:solche|diese|dir|ihnen|euch|das|dazu|dabei|leider)\b{_GAP}\b(?:nicht|kein\w*){_GAP}\b{_DE_HELP}",
@@ -87,6 +89,7 @@ LANGUAGES = (
     Language(
         "fr",
         (
+            r"\bil m'est impossible\b|\bje ne (?:donnerai|vais|ferai|veux) pas\b|\bje préfère ne pas\b",
             rf"\bje (?:ne |n')(?:peux|pourrai|pourrais|suis|vais|souhaite|veux|dois){_GAP}\b(?:pas|jamais|aucun\w*|en mesure){_GAP}\b{_FR_HELP}",
             rf"\bje ne (?:peux|saurais) (?:{_FR_HELP}|vous (?:aider|fournir))|\bje n'aiderai pas|\bje ne (?:vous |t')?(?:fournirai|donnerai|écrirai|aiderai)",
             r"\bdésolée?,? (?:mais|je (?:ne|n'|suis|dois))",
@@ -103,6 +106,7 @@ LANGUAGES = (
     Language(
         "es",
         (
+            r"\bno es algo (?:en lo que|con lo que|que)\b[^.!?\n]{0,20}\b(?:pueda|puedo|haga|hago)|\bme temo que no\b|\bprefiero no\b",
             rf"\bno (?:puedo|podemos|podré|podría|debo|voy a|quiero|pienso|me es posible)(?: \w+)? {_ES_HELP}",
             r"\blo siento(?: mucho)?,? (?:pero|no\b)|\bdisculp\w+,? (?:pero|no\b)|\bperd(?:ón|ona|one),? (?:pero|no\b)|\blamento (?:decirte|informarle|no)",
             r"\bno (?:estoy|me siento) (?:\w+ )?(?:en condiciones|autorizad\w+|dispuest\w+|capacitad\w+|cómod\w+|programad\w+)",
@@ -117,6 +121,7 @@ LANGUAGES = (
     Language(
         "it",
         (
+            r"\bpreferisco (?:non|evitare)\b|\ba cui non posso\b|\btemo di non\b",
             rf"\bnon (?:posso|possiamo|potrò|potrei|devo|intendo|voglio|riesco ad?|mi è possibile)(?: \w+)? {_IT_HELP}",
             r"\bmi dispiace(?: \w+)?,? (?:ma|non\b|però)|\b(?:scusa|scusami|scusate|spiacente|sono spiacente),? (?:ma|non\b)",
             r"\bnon (?:sono|mi sento) (?:\w+ )?(?:in grado|autorizzat\w+|dispost\w+|a mio agio|programmat\w+)",
@@ -128,6 +133,7 @@ LANGUAGES = (
     Language(
         "pt",
         (
+            r"\bisso (?:eu )?não (?:faço|posso)\b|\bprefiro não\b|\breceio (?:que )?não\b",
             rf"\bnão (?:posso|podemos|poderei|poderia|devo|vou|irei|quero|consigo|me é possível|é possível)(?: \w+)? {_PT_HELP}",
             r"\b(?:desculpe|desculpa|lamento|sinto muito|peço desculpas?)(?: \w+)?,? (?:mas|não\b|porém|eu não)",
             r"\bnão (?:estou|me sinto|sou) (?:\w+ )?(?:em condições|autorizad\w+|dispost\w+|confortável|à vontade|capaz|programad\w+)",
@@ -163,6 +169,7 @@ LANGUAGES = (
     Language(
         "ru",
         (
+            r"\bя не (?:пишу|даю|делаю|создаю|помогаю|отвечаю|обсуждаю)\b|\b(?:таких|такие|этого|это|инструкци\w+) я не \w+",
             rf"\bне (?:могу|можем|смогу|буду|стану|имею права|в состоянии|готов\w?)\b{_GAP}{_RU_HELP}",
             r"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это невозможно|я (?:вынужден|должен))",
             r"\b(?:вынужден\w?|должен|должна) отказать\w*|\bотказываюсь\b|\bя не (?:помогаю|помогу|предоставляю)\b|\bпротиворечит мо",

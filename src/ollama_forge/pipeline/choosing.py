@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from ollama_forge import __version__
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.plan import EditPlan, vector_reader
@@ -12,11 +15,14 @@ from ollama_forge.edits.registry import max_pairs, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.pipeline.preflight import Preflight
-from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.pipeline.resume import MODEL_PACKAGES, StageCache
 from ollama_forge.search import choose
 from ollama_forge.search.candidates import Candidate
+from ollama_forge.search.choose import ChoiceSettings
 from ollama_forge.search.ladder import Choice
+from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
+from ollama_forge.system import versions
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,35 @@ class PlanFiles:
         return method(settings.factors).plan(model_map, direction, fitted, settings, read), direction
 
 
-def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
+def open_study(folder: Path, trials: Trials, settings: ChoiceSettings, model_needs: Mapping[str, Any]) -> Study:
+    """The study of a model in a folder, which is begun if it is missing.
+
+    Args:
+        model_needs: everything that the outputs of the model depend on.
+
+    Raises:
+        UsageError: the folder has the study of another model, or of other prompts or settings.
+    """
+    key = {
+        **model_needs,
+        **versions(MODEL_PACKAGES),
+        "version": __version__,
+        "direction": asdict(trials.settings),
+        "pairs": trials.pairs,
+        "seed": trials.seed,
+        "limits": asdict(settings.limits),
+        "strengthen": settings.strengthen,
+        "norm_rules": settings.norm_rules,
+    }
+    return Study(folder, trials.space, key, trials.seed)
+
+
+def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles, study_folder: Path) -> Choice:
     """Choose the edit of a run, and write the files of the edit and of its control.
 
     Args:
         model: the loaded source model.
+        study_folder: folder of the study, if the settings ask for one.
 
     Raises:
         ForgeError: the model hardly refuses, or the edit does not fit the model.
@@ -91,6 +121,7 @@ def choose_edit(ready: Preflight, model: ChatModel, files: PlanFiles) -> Choice:
         seed=settings.prompts.seed,
         goal=choosing.goal,
     )
-    choice = choose.choose_edit(trials, choosing)
+    study = open_study(study_folder, trials, choosing, ready.model_needs) if choosing.trials else None
+    choice = choose.choose_edit(trials, choosing, study)
     files.save(trials, choice)
     return choice

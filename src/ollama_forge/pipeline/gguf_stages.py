@@ -35,8 +35,8 @@ from ollama_forge.models.holder import ModelHolder
 from ollama_forge.ollama.register import Registered
 from ollama_forge.ollama.registration import Registration
 from ollama_forge.pipeline.preflight import Preflight
-from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
-from ollama_forge.pipeline.stages import MODEL_PACKAGES, MeasuredRow, Written, load_reference
+from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache, file_digest
+from ollama_forge.pipeline.stages import MeasuredRow, Written, load_reference
 from ollama_forge.progress import say
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice

@@ -23,6 +23,7 @@ from ollama_forge.system import versions
 T = TypeVar("T")
 
 FOLDER = ".stages"
+MODEL_PACKAGES = ("torch", "transformers")  # a model's outputs depend on their versions
 _SAMPLE = 1 << 20  # bytes
 
 

@@ -30,7 +30,7 @@ class RunSettings:
 
     Attributes:
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
-        edit, pick, escalate, max_kl, max_answer_kl, strengthen, allow_few_refusals: see ``ChoiceSettings``.
+        edit, pick, escalate, max_kl, max_answer_kl, strengthen, allow_few_refusals, trials: see ``ChoiceSettings``.
         allow_partial: accept a model of which only a part is proven, and edit that part.
         base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
         keep_checkpoint: also write a checkpoint of an edited GGUF file.
@@ -54,6 +54,7 @@ class RunSettings:
     max_answer_kl: float = Limits.answer_kl
     strengthen: bool = False
     allow_few_refusals: bool = False
+    trials: int = 0
     allow_partial: bool = False
     base: str | None = None
     keep_checkpoint: bool = False
@@ -94,6 +95,7 @@ class RunSettings:
             self.allow_few_refusals,
             strengthen=self.strengthen,
             norm_rules=not self.ollama.as_adapter,
+            trials=self.trials,
         )
 
     def check_source(self, *, is_file: bool) -> None:

@@ -6,6 +6,7 @@ Each function returns a ``Stage``: its needs, its outputs, and its work.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,12 +33,11 @@ from ollama_forge.models.holder import ModelHolder
 from ollama_forge.models.rounded import rounded
 from ollama_forge.pipeline.choosing import PlanFiles, choose_edit
 from ollama_forge.pipeline.preflight import Preflight
-from ollama_forge.pipeline.resume import Stage, StageCache, file_digest
+from ollama_forge.pipeline.resume import MODEL_PACKAGES, Stage, StageCache, file_digest
 from ollama_forge.progress import say, status
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
 
-MODEL_PACKAGES = ("torch", "transformers")  # a model's outputs depend on their versions
 _REFERENCE = "base-answers.safetensors"
 
 
@@ -79,23 +79,19 @@ def measure_noise_floor(ready: Preflight, cache: StageCache, models: ModelHolder
 
 def choose(ready: Preflight, cache: StageCache, models: ModelHolder) -> Stage[Choice]:
     """Choose the edit, and write the directions and fitted factors of the edit and of its control."""
-    settings, files = ready.settings, PlanFiles.of(ready, cache)
+    settings, files, folder = ready.settings, PlanFiles.of(ready, cache), cache.path("study")
     needs = {
         **ready.model_needs,
         "direction": asdict(settings.direction),
-        "edit": None if settings.edit is None else to_json(settings.edit),
-        "pick": settings.pick,
-        "escalate": settings.escalate,
-        "max_kl": settings.max_kl,
-        "max_answer_kl": settings.max_answer_kl,
-        "strengthen": settings.strengthen,
-        "allow_few_refusals": settings.allow_few_refusals,
+        "choosing": to_json(settings.choosing),
         "num_instructions": settings.prompts.num_instructions,
         "seed": settings.prompts.seed,
     }
 
     def do() -> Choice:
-        choice = choose_edit(ready, models.get(ready.computed_on, ready.model_map), files)
+        if cache.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        choice = choose_edit(ready, models.get(ready.computed_on, ready.model_map), files, folder)
         say(f"chosen: {choice.name} ({choice.reason})")
         return choice
 

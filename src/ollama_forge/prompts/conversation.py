@@ -55,6 +55,11 @@ def text_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt.text
 
 
+def request_of(prompt: Prompt) -> str:
+    """What is answered: a single instruction, or the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else prompt.messages[-1].content
+
+
 def read_conversations(path: Path) -> tuple[Conversation, ...]:
     """Read a file with one JSON object per line: ``kind``, ``messages``, and ``language`` if it is not English.
 

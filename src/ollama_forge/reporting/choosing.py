@@ -23,8 +23,39 @@ def choosing(report: Entry) -> Html | None:
     return section(
         "Choice of the edit",
         tag("p", tag("strong", words(choice["name"])), ": ", words(choice["reason"]), "."),
+        _compared(choice),
         figures(_front(report), _strengths(report), _probes(choice), _separation(report)),
         _trials(choice),
+    )
+
+
+def _compared(choice: Entry) -> Html | None:
+    """The comparison with the edit that the ladder alone would choose."""
+    compared = choice["compared"]
+    if not compared:
+        return None
+    kl = compared["answer_kl"]
+    return tag(
+        "p",
+        *(
+            "Without the search, ",
+            words(compared["other"]),
+            " would have been chosen. On the select prompts this edit ",
+        ),
+        *(
+            "fails on ",
+            count(compared["failures"]),
+            " harmful prompts, that one on ",
+            count(compared["others_failures"]),
+        ),
+        *(
+            " (McNemar's p ",
+            decimal(compared["p"]),
+            "); its answer KL less that one's is ",
+            decimal(kl["value"]),
+            " (95 %: ",
+        ),
+        *(decimal(kl["low"]), " to ", decimal(kl["high"]), ")."),
     )
 
 

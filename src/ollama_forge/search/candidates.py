@@ -37,6 +37,11 @@ class Candidate:
     settings: EditSettings
 
     @property
+    def edit(self) -> tuple[str, EditSettings]:
+        """What tells it from other candidates of one model, whatever it is called."""
+        return self.direction, self.settings
+
+    @property
     def layer(self) -> int | None:
         """The layer of its direction; None for ``CONFIGURED`` and for random directions."""
         return layer_of(self.direction)
@@ -49,6 +54,11 @@ def layer_of(direction: str) -> int | None:
     """The layer that the name of a direction states; None if it states none."""
     number = direction.removeprefix(_LAYER)
     return int(number) if number != direction else None
+
+
+def layer_name(layer: int) -> str:
+    """The name of a layer's direction."""
+    return f"{_LAYER}{layer}"
 
 
 def least_squares(layer: int, strength: float, *, attention_alone: bool = False) -> Candidate:

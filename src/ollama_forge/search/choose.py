@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from ollama_forge.edits.registry import check_edit
 from ollama_forge.edits.settings import EditSettings
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.search.candidates import CONFIGURED, DOCUMENTED_DEFAULT, Candidate, candidate_named
-from ollama_forge.search.ladder import BaseAnswers, Choice
+from ollama_forge.search.ladder import BaseAnswers, Choice, Climbed, chosen
 from ollama_forge.search.rule import REMOVE, STRENGTHEN, Goal, Limits
+from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
 
 
@@ -27,6 +28,7 @@ class ChoiceSettings:
         allow_few_refusals: continue even if the base model refuses less than 20 % of the harmful prompts.
         strengthen: choose an edit that strengthens refusal.
         norm_rules: False if only edits without a norm rule may be chosen, because an adapter is to hold the edit.
+        trials: number of edits that a study tries, those of the ladder included; 0 for the ladder alone.
 
     Raises:
         UsageError: a limit is not a positive number, ``pick`` is unknown, the method does not support a setting, or
@@ -41,6 +43,7 @@ class ChoiceSettings:
     allow_few_refusals: bool = False
     strengthen: bool = False
     norm_rules: bool = True
+    trials: int = 0
 
     def __post_init__(self) -> None:
         Limits(self.max_answer_kl, self.max_kl)
@@ -54,6 +57,13 @@ class ChoiceSettings:
             raise UsageError(
                 "--strengthen chooses the edit, and excludes the options of an edit, --pick and --no-escalate",
                 "leave out --strengthen, and give a negative --strength with --factors least-squares; or the others",
+            )
+        if self.trials < 0:
+            raise UsageError(f"--trials {self.trials} is negative", "for example --trials 60")
+        if self.trials and not self.climbs:
+            raise UsageError(
+                "--auto searches for the edit, and excludes the options of an edit, --pick and --no-escalate",
+                "leave out --auto or those options",
             )
         if not (self.norm_rules or self.climbs) and self.first_candidate.settings.norm_preserving:
             raise UsageError(
@@ -84,23 +94,68 @@ class ChoiceSettings:
         return self.edit is None and self.pick is None and self.escalate
 
 
-def choose_edit(trials: Trials, settings: ChoiceSettings) -> Choice:
-    """Check that the base model refuses (unless the edit strengthens refusal), and choose an edit.
+def check_base(trials: Trials, settings: ChoiceSettings) -> BaseAnswers:
+    """Count the base model's refusals of the harmful select prompts, and check that it refuses enough.
 
     Raises:
         UsageError: the model has no such layer as the picked candidate names.
-        ForgeError: the base model refuses fewer than 20 % of the harmful select prompts, or no edit is possible.
+        ForgeError: the base model refuses fewer than 20 % of them, and the edit is to remove refusals.
     """
     trials.check(settings.first_candidate)
     say("counting the base model's refusals on select prompts")
     base = BaseAnswers(trials.base_harmful)
     if settings.goal is REMOVE and not settings.allow_few_refusals:
         base.require_refusals()
+    return base
+
+
+def choose_edit(trials: Trials, settings: ChoiceSettings, study: Study | None = None) -> Choice:
+    """Check that the base model refuses (unless the edit strengthens refusal), and choose an edit.
+
+    Args:
+        study: the study to search with after the ladder; None to choose among the edits of the ladder alone.
+
+    Raises:
+        UsageError: the model has no such layer as the picked candidate names.
+        ForgeError: the base model refuses fewer than 20 % of the harmful select prompts, or no edit is possible.
+    """
+    base = check_base(trials, settings)
     if settings.climbs:
         say("trying edits on select prompts")
+        if study is not None:
+            return search(trials, settings, study)
         return trials.choose(settings.limits, norm_rules=settings.norm_rules)
     if settings.edit is not None:
         reason = "set by options"
     else:
         reason = "no other edit was tried" if settings.pick is None else "picked by name"
     return Choice.of(settings.first_candidate, reason, base)
+
+
+def search(trials: Trials, settings: ChoiceSettings, study: Study) -> Choice:
+    """Climb the ladder, search with a study from there, and choose the best of all edits tried.
+
+    Raises:
+        ForgeError: the model does not support least squares, which the study varies.
+    """
+    rule, climbed = trials.rule(settings.limits), begun(trials, settings, study)
+    study.run(lambda candidate, loses: trials.try_on_select(candidate, rule, loses), rule, settings.trials)
+    return chosen(study.trials(), climbed.probes, rule, trials.base, rule.best(climbed.trials))
+
+
+def begun(trials: Trials, settings: ChoiceSettings, study: Study) -> Climbed:
+    """What the ladder found, with which a study begins; the ladder is climbed if the study has not begun.
+
+    Raises:
+        ForgeError: the model does not support least squares, which the study varies.
+    """
+    if not trials.fits:
+        raise ForgeError(
+            "a study searches among edits by least squares, and this model supports none",
+            "use run without --auto, which tries other edits too",
+        )
+    climbed = study.climbed
+    if climbed is None:
+        climbed = trials.climb(trials.rule(settings.limits), norm_rules=settings.norm_rules)
+        study.begin(climbed)
+    return climbed

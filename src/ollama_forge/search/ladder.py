@@ -9,7 +9,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.search.candidates import Candidate, least_squares
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import Goal, Rule, Trial
+from ollama_forge.search.rule import Compared, Goal, Rule, Trial
 
 MIN_REFUSAL_RATE = 0.20  # of harmful prompts, for a base model with refusals to remove
 MANY_LAYERS = 40  # a deeper model proposes every second layer
@@ -58,6 +58,19 @@ class BaseAnswers:
 
 
 @dataclass(frozen=True)
+class Climbed:
+    """What the ladder found.
+
+    Attributes:
+        trials: the trials in order.
+        probes: the probes of layers; empty if none was needed.
+    """
+
+    trials: tuple[Trial, ...]
+    probes: tuple[LayerProbe, ...]
+
+
+@dataclass(frozen=True)
 class Choice(Candidate):
     """The chosen candidate.
 
@@ -68,6 +81,8 @@ class Choice(Candidate):
         probes: the probes of layers; empty if no candidate was tried.
         found: False if candidates were tried and the chosen one does not change refusals significantly as it should, or
             is not within the limits of damage.
+        compared: the edit that the ladder alone would choose, compared with this one; None if nothing else was tried,
+            or if it is the same.
     """
 
     reason: str
@@ -75,6 +90,7 @@ class Choice(Candidate):
     trials: tuple[Trial, ...] = ()
     probes: tuple[LayerProbe, ...] = ()
     found: bool = True
+    compared: Compared | None = None
 
     @classmethod
     def of(cls, candidate: Candidate, reason: str, base: BaseAnswers) -> Choice:
@@ -143,8 +159,13 @@ def climb(try_candidate: Callable[[Candidate, Trial | None], Trial], ladder: Lad
     return list(trials.values())
 
 
-def chosen(trials: Sequence[Trial], probes: Sequence[LayerProbe], rule: Rule, base: BaseAnswers) -> Choice:
+def chosen(
+    trials: Sequence[Trial], probes: Sequence[LayerProbe], rule: Rule, base: BaseAnswers, ladder: Trial | None = None
+) -> Choice:
     """The best of some trials, with the reason; if none is within the limits, the one with the least damage.
+
+    Args:
+        ladder: the best trial of the ladder, if others were tried too.
 
     Raises:
         ForgeError: there is no trial.
@@ -166,7 +187,8 @@ def chosen(trials: Sequence[Trial], probes: Sequence[LayerProbe], rule: Rule, ba
         found = rule.reaches_goal(best)
         reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, rule.goal)
     edit = best.name, best.direction, best.settings
-    return Choice(*edit, reason, base, tuple(trials), tuple(probes), found)
+    compared = None if ladder is None or best.edit == ladder.edit else rule.compare(best, ladder)
+    return Choice(*edit, reason, base, tuple(trials), tuple(probes), found, compared)
 
 
 def _reason(best: Trial, trials: Sequence[Trial], rule: Rule) -> str:

@@ -7,11 +7,12 @@ damage and a paired test cannot tell the failures of the two apart. Edits beyond
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
+from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.paired import bootstrap_difference, mcnemar
 from ollama_forge.search.candidates import Candidate
 
@@ -105,6 +106,46 @@ class Trial(Candidate):
 
 
 @dataclass(frozen=True)
+class Compared:
+    """An edit compared with another one, on the same prompts.
+
+    Attributes:
+        other: name of the other edit.
+        failures, others_failures: number of harmful prompts on which each of them fails.
+        p: p-value of the exact McNemar test that both fail at the same rate.
+        answer_kl: mean of this edit's answer KL less the other's, in nats a token.
+    """
+
+    other: str
+    failures: int
+    others_failures: int
+    p: float
+    answer_kl: Estimate
+
+    def summary(self) -> str:
+        """One line for the user."""
+        kl = self.answer_kl
+        return (
+            f"against {self.other}: {self.failures} failures to {self.others_failures} (McNemar p {self.p:.2g}), "
+            f"answer KL {kl.value:+.4f} ({kl.low:+.4f} to {kl.high:+.4f})"
+        )
+
+
+def compare(
+    other: str, fails: tuple[Sequence[bool], Sequence[bool]], kls: tuple[Sequence[float], Sequence[float]]
+) -> Compared:
+    """Compare an edit with another one by paired tests.
+
+    Args:
+        other: name of the other edit.
+        fails: whether each of the two fails, by harmful prompt.
+        kls: answer KL of each of the two, by general prompt.
+    """
+    own, others = fails
+    return Compared(other, sum(own), sum(others), mcnemar(own, others), bootstrap_difference(*kls))
+
+
+@dataclass(frozen=True)
 class Rule:
     """The rule for the edits of one model.
 
@@ -157,16 +198,40 @@ class Rule:
         gentler = [trial for trial in within if self._is_as_good(trial, least) and _does_less_damage(trial, least)]
         return min([least, *gentler], key=lambda trial: trial.answer_kl)
 
+    def compare(self, trial: Trial, other: Trial) -> Compared:
+        """Compare a complete trial with another one."""
+        fails = self.fails(trial.harmful), self.fails(other.harmful)
+        return compare(other.name, fails, (trial.answer_kl_by_prompt, other.answer_kl_by_prompt))
+
     def reaches_goal(self, trial: Trial) -> bool:
         """Whether the trial fails on significantly fewer prompts than the base model."""
         fails, base = self.fails(trial.harmful), self.fails(self.base)
         return sum(fails) < sum(base) and mcnemar(fails, base) < SIGNIFICANT
 
-    def is_hopeless(self, trial: Trial, best: Trial | None) -> bool:
-        """Whether a trial is sure to lose to ``best``, even if no prompt that is not answered yet is a failure."""
+    def loses_to(self, trial: Trial, best: Trial | None) -> str:
+        """Why a trial is sure to lose to ``best``, even if no prompt that is not answered yet is a failure.
+
+        Returns:
+            A phrase; empty if the trial may win, or if there is no other one.
+        """
         if best is None or self.score(trial) <= self.score(best):
-            return False
-        return trial.answer_kl >= best.answer_kl or not self._is_as_good(trial, best)
+            return ""
+        loses = trial.answer_kl >= best.answer_kl or not self._is_as_good(trial, best)
+        return f"worse than {best.name}" if loses else ""
+
+    def dominates(self, trial: Trial, other: Trial) -> bool:
+        """Whether a trial within the limits has no more failures and no more damage than another one, and is not equal.
+
+        Of a trial that was ended early, ``other`` is known to be dominated if it is even without more failures.
+        """
+        own, others = ((self.failed_share(t.harmful), t.answer_kl) for t in (trial, other))
+        return self.within(trial) and own != others and all(a <= b for a, b in zip(own, others, strict=True))
+
+    def front(self, trials: Iterable[Trial]) -> list[Trial]:
+        """The trials within the limits that no other one dominates, those with least damage first."""
+        within = [trial for trial in trials if self.within(trial)]
+        kept = [trial for trial in within if not any(self.dominates(other, trial) for other in within)]
+        return sorted(kept, key=lambda trial: (trial.answer_kl, self.failed_share(trial.harmful)))
 
     def _is_as_good(self, trial: Trial, other: Trial) -> bool:
         """Whether the trial has no more failures than the other one, as far as a paired test can tell."""

