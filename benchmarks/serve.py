@@ -79,10 +79,12 @@ def by_hand(model: Any, texts: Sequence[str], tokens: int) -> float:
 
 
 def engine_streams(engine: Any, texts: Sequence[str], tokens: int) -> Figure:
-    from ollama_forge.serving.engines.base import Request, Sampling
+    from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 
     async def one(text: str) -> float:
-        request = Request(tuple(engine.model.tokenizer.instruction_ids(text)), tokens, Sampling(temperature=0))
+        request = EngineRequest(
+            tuple(engine.model.tokenizer.instruction_ids(text)), tokens, SamplingParams(temperature=0)
+        )
         started, first, count = time.perf_counter(), 0.0, 0
         async for _ in engine.generate(request):
             first = first or time.perf_counter() - started
@@ -104,7 +106,7 @@ def engine_process(pipe: Connection) -> None:
     As the server, the engine is in a process of its own, with its own OpenMP threads.
     """
     from ollama_forge.models.chat_model import ChatModel, LoadSettings
-    from ollama_forge.serving.engines.transformers import TransformersEngine
+    from ollama_forge.serving.engine.transformers import TransformersEngine
     from ollama_forge.sources.resolve import resolve
 
     engine = TransformersEngine(ChatModel.load(resolve("demo-base"), LoadSettings()))

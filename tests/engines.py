@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.serving.engines.base import Request, Sampling, Step
-from ollama_forge.serving.engines.transformers import TransformersEngine
+from ollama_forge.serving.engine.base import EngineRequest, SamplingParams, Token
+from ollama_forge.serving.engine.transformers import TransformersEngine
 from tests import tiny
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 T = TypeVar("T")
 
 
@@ -41,19 +41,19 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(5, tiny.VOCABULARY, (length,), generator=generator).tolist())
 
 
-def greedy(ids: Sequence[int], count: int, **fields: Any) -> Request:
-    return dataclasses.replace(Request(tuple(ids), count, GREEDY), **fields)
+def greedy(ids: Sequence[int], count: int, **fields: Any) -> EngineRequest:
+    return dataclasses.replace(EngineRequest(tuple(ids), count, GREEDY), **fields)
 
 
-async def collect(engine: TransformersEngine, request: Request) -> list[Step]:
+async def collect(engine: TransformersEngine, request: EngineRequest) -> list[Token]:
     return [step async for step in engine.generate(request)]
 
 
-async def ids_of(engine: TransformersEngine, request: Request) -> list[int]:
+async def ids_of(engine: TransformersEngine, request: EngineRequest) -> list[int]:
     return [step.id for step in await collect(engine, request)]
 
 
-def together(engine: TransformersEngine, requests: Sequence[Request]) -> list[list[int]]:
+def together(engine: TransformersEngine, requests: Sequence[EngineRequest]) -> list[list[int]]:
     """Answers of requests that are made at once."""
 
     async def ask() -> list[list[int]]:

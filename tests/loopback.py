@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from ollama_forge.serving.engines.base import Request
-from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.facts import ModelFacts
-from ollama_forge.serving.http.server import bind, server_of
-from ollama_forge.serving.http.settings import ServeSettings
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.api.server import bind, server_of
+from ollama_forge.serving.engine.base import EngineRequest
+from ollama_forge.serving.engine.scripted import ScriptedEngine
+from ollama_forge.serving.metadata import ModelMetadata
+from ollama_forge.serving.model import ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     "0" * 64, 1, datetime(2026, 1, 1, tzinfo=UTC), "llama", ("llama",), "safetensors", "1M", "F32", 1, 4096, 32
 )
 TURN = "<|{{ m.role }}|>%s{{ m.content }}<|end|>"
@@ -36,7 +36,7 @@ THINKING = (
 
 
 def scripted(
-    say: Callable[[Request, str], str],
+    say: Callable[[EngineRequest, str], str],
     *,
     template: str | None = None,
     engine: type[ScriptedEngine] = ScriptedEngine,
@@ -45,7 +45,7 @@ def scripted(
     """A model called ``wire`` that answers a request, and its prompt as text, with what ``say`` returns."""
     tokenizer = byte_tokenizer()
 
-    def script(request: Request) -> list[int]:
+    def script(request: EngineRequest) -> list[int]:
         text = say(request, tokenizer.decode(list(request.ids)))
         return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ollama_forge.serving.asks import Ask
-from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.events import Delta, Done, Event
-from ollama_forge.serving.served import ModelFacts, ServedModel
+from ollama_forge.serving.engine.scripted import ScriptedEngine
+from ollama_forge.serving.model import ModelMetadata, ServedModel
+from ollama_forge.serving.requests import Delta, Done, Event, GenerationRequest
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 
-FACTS = ModelFacts(
+FACTS = ModelMetadata(
     digest="0" * 64,
     size=1,
     modified_at=datetime(2026, 1, 1, tzinfo=UTC),
@@ -36,11 +35,11 @@ def serve(*answers: str, template: str | None = None, max_queue: int = 512, **en
     return ServedModel("wire", tokenizer, scripted, FACTS, template=template, max_queue=max_queue)
 
 
-def collect(model: ServedModel, ask: Ask) -> tuple[list[Delta], Done]:
+def collect(model: ServedModel, ask: GenerationRequest) -> tuple[list[Delta], Done]:
     """All events of an answer; its end is the last and the only one."""
 
     async def run() -> list[Event]:
-        return [event async for event in model.answer(ask)]
+        return [event async for event in model.generate(ask)]
 
     *deltas, done = asyncio.run(run())
     assert isinstance(done, Done)

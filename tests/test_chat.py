@@ -21,13 +21,13 @@ import pytest
 from ollama_forge.errors import UsageError
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving import chat as chat_module
-from ollama_forge.serving.asks import Message
+from ollama_forge.serving.api.ollama.requests import Options
 from ollama_forge.serving.chat import Chat, read_format, read_images
-from ollama_forge.serving.engines.base import Request, Sampling
-from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.http.native.options import options_of
-from ollama_forge.serving.loops import LoopWatch
-from ollama_forge.serving.talkers import CHAT_SAMPLING, LocalTalker, RemoteTalker, Wishes, running_server
+from ollama_forge.serving.chat_backends import CHAT_SAMPLING, ChatSettings, LocalBackend, RemoteBackend, running_server
+from ollama_forge.serving.chat_output import RepetitionDetector
+from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
+from ollama_forge.serving.engine.scripted import ScriptedEngine
+from ollama_forge.serving.requests import Message
 from tests import planted
 from tests.http_servers import QuietServer
 from tests.loopback import loopback, scripted
@@ -45,14 +45,14 @@ def talk(
     **options: Any,
 ) -> tuple[Chat, str]:
     out = io.StringIO()
-    chat = Chat(LocalTalker(serve(*answers, template=template, context_length=context_length)), out, **options)
+    chat = Chat(LocalBackend(serve(*answers, template=template, context_length=context_length)), out, **options)
     chat.loop(lines)
     return chat, out.getvalue()
 
 
-def requests(chat: Chat) -> list[Request]:
-    assert isinstance(chat.talker, LocalTalker)
-    engine = chat.talker._model.engine
+def requests(chat: Chat) -> list[EngineRequest]:
+    assert isinstance(chat.backend, LocalBackend)
+    engine = chat.backend._model.engine
     assert isinstance(engine, ScriptedEngine)
     return engine.requests
 
@@ -62,8 +62,8 @@ def test_it_answers_and_remembers() -> None:
     assert said == "Héllo 👋.\nAgain.\n"
     assert [message.role for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1].content == "Héllo 👋."
-    assert isinstance(chat.talker, LocalTalker)
-    second = chat.talker._model.tokenizer.decode(requests(chat)[1].ids)
+    assert isinstance(chat.backend, LocalBackend)
+    second = chat.backend._model.tokenizer.decode(requests(chat)[1].ids)
     assert second == "<|user|>hi<|end|><|assistant|>Héllo 👋.<|end|><|user|>more<|end|><|assistant|>"
 
 
@@ -71,15 +71,15 @@ def test_clear_system_and_set(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ("hi", "/clear", "/set top_k 5", "/set parameter temperature 0", "/set seed x", "/set nonsense 1", "/what")
     chat, _ = talk("a", lines=(*lines, "/help", "/set num_predict 2", "/set num_ctx 128", "/set think off", "/set"))
     assert chat.messages == []
-    assert chat.wishes == Wishes(replace(CHAT_SAMPLING, top_k=5, temperature=0), 2, num_ctx=128, think=False)
+    assert chat.settings == ChatSettings(replace(CHAT_SAMPLING, top_k=5, temperature=0), 2, num_ctx=128, think=False)
     shown = capsys.readouterr().err
     for words in ("/set NAME VALUE", "unknown command /what", "/system TEXT", "top_k 5", "x is not a whole number"):
         assert words in shown
     chat.command("/system Be brief.")
     assert chat.system == "Be brief."
     chat.turn("hi")
-    assert isinstance(chat.talker, LocalTalker)
-    assert chat.talker._model.tokenizer.decode(requests(chat)[-1].ids).startswith("<|system|>Be brief.<|end|>")
+    assert isinstance(chat.backend, LocalBackend)
+    assert chat.backend._model.tokenizer.decode(requests(chat)[-1].ids).startswith("<|system|>Be brief.<|end|>")
     assert requests(chat)[-1].max_tokens == 2
     assert requests(chat)[-1].sampling.top_k == 5
     chat.command("/system")
@@ -88,12 +88,12 @@ def test_clear_system_and_set(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_settings_are_spelled_as_in_ollama_and_kept_in_their_range(capsys: pytest.CaptureFixture[str]) -> None:
     chat, _ = talk("a", lines=("/set repeat_penalty 0", "/set temperature nan", "/set top_p -1", "/set seed 3"))
-    assert chat.wishes.sampling == replace(CHAT_SAMPLING, repeat_penalty=1.0, top_p=0.0, seed=3)
+    assert chat.settings.sampling == replace(CHAT_SAMPLING, repeat_penalty=1.0, top_p=0.0, seed=3)
     for line in ("/set repeat_penalty default", "/set seed default", "/set top_p default", "/set nothink"):
         chat.command(line)
-    assert chat.wishes == Wishes(think=False)
+    assert chat.settings == ChatSettings(think=False)
     chat.loop(["/set think", "/set system Be brief.", "/set think wild"])
-    assert (chat.wishes.think, chat.system) == (True, "Be brief.")
+    assert (chat.settings.think, chat.system) == (True, "Be brief.")
     assert "nan is not a number\n" in capsys.readouterr().err
     chat.command("/set num_predict")
     chat.command("/set num_ctx")
@@ -116,7 +116,7 @@ def test_an_answer_is_bounded_and_penalised_here_but_not_in_serve(capsys: pytest
     assert chat.messages[3] == Message("assistant", "two")
     chat.loop(["/set num_predict -1", "d"])
     assert requests(chat)[-1].max_tokens > 1 << 19
-    options = options_of({})
+    options = Options.read({})
     assert (options.sampling.repeat_penalty, options.num_predict) == (1.0, -1)
 
 
@@ -146,10 +146,10 @@ def test_a_loop_is_cut(passage: str, template: str | None, capsys: pytest.Captur
     kept = chat.messages[1].thinking if template else chat.messages[1].content
     assert kept in {f"Well: {passage}"[:size] for size in range(7, 7 + len(passage))}  # the passage once
     assert "Yes." in chat.messages[3].content
-    assert isinstance(chat.talker, LocalTalker)
-    engine = chat.talker._model.engine
+    assert isinstance(chat.backend, LocalBackend)
+    engine = chat.backend._model.engine
     assert isinstance(engine, ScriptedEngine)
-    assert (engine.active, chat.talker._model.admission.running) == (0, 0)
+    assert (engine.active, chat.backend._model.admission.running) == (0, 0)
 
 
 def tokens(text: str) -> list[str]:
@@ -158,7 +158,7 @@ def tokens(text: str) -> list[str]:
 
 
 def loops(text: str) -> bool:
-    watch = LoopWatch()
+    watch = RepetitionDetector()
     return any(watch.add(piece) for piece in tokens(text))
 
 
@@ -188,18 +188,18 @@ def test_honest_repetition_is_not_cut(honest: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 64])
 def test_loops_of_every_length_are_found_early_and_from_their_beginning(size: int) -> None:
-    watch = LoopWatch()
+    watch = RepetitionDetector()
     before = [f"before{index}" for index in range(30)]
     said = [*before, *(f"word{index % size}" for index in range(1000))]
     found = next((index, repeated) for index, piece in enumerate(said) if (repeated := watch.add(piece)))
     assert found[0] + 1 - found[1] == len(before) + size  # what is left has the passage once
     assert found[0] + 1 - len(before) == min(100 * size, 400) + 1
-    fresh = LoopWatch()
+    fresh = RepetitionDetector()
     assert not any(fresh.add(f"word{index % 65}") for index in range(2000))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    def script(request: Request) -> Iterator[int]:
+    def script(request: EngineRequest) -> Iterator[int]:
         yield from (40, 41)
         if engine.served == 1:
             signal.raise_signal(signal.SIGINT)
@@ -209,7 +209,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     engine = ScriptedEngine(script)  # type: ignore[arg-type]
     model.engine = engine
     out = io.StringIO()
-    chat = Chat(LocalTalker(model), out)
+    chat = Chat(LocalBackend(model), out)
     with default_sigint():
         chat.loop(["hike"])
     first, second = model.tokenizer.decode([40, 41]), model.tokenizer.decode([40, 41, 42, 43])
@@ -230,15 +230,15 @@ def test_thoughts_are_bracketed_and_dimmed_on_a_terminal() -> None:
             return True
 
     out = Terminal()
-    Chat(LocalTalker(serve("Hm.</think>Paris.", template=THINKS)), out).turn("a")
+    Chat(LocalBackend(serve("Hm.</think>Paris.", template=THINKS)), out).turn("a")
     assert out.getvalue() == "\x1b[2mHm.\x1b[0m\nParis.\n"
-    off, said = talk("Paris.", lines=("a",), template=THINKS, wishes=Wishes(think=False))
+    off, said = talk("Paris.", lines=("a",), template=THINKS, settings=ChatSettings(think=False))
     assert said == "Paris.\n"
     assert off.messages[-1].thinking == ""
 
 
 def test_what_cannot_be_answered_is_said_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
-    chat, said = talk("a", lines=("hi",), wishes=Wishes(think=True))
+    chat, said = talk("a", lines=("hi",), settings=ChatSettings(think=True))
     assert (said, chat.messages) == ("", [])
     assert "does not support thinking" in capsys.readouterr().err
     chat, _ = talk("a", lines=("hi",), images=[b"x"])
@@ -252,7 +252,7 @@ def test_what_cannot_be_answered_is_said_and_forgotten(capsys: pytest.CaptureFix
 def test_a_format_constrains(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text('{"type": "object", "properties": {"b": {}, "a": {}}}')
-    chat, _ = talk("{}", lines=("hi",), wishes=Wishes(schema=read_format(str(path))))
+    chat, _ = talk("{}", lines=("hi",), settings=ChatSettings(schema=read_format(str(path))))
     constraint = requests(chat)[0].constraint
     assert constraint is not None
     assert list(json.loads(constraint.schema)["properties"]) == ["b", "a"]
@@ -314,10 +314,10 @@ def piece(content: str = "", **more: Any) -> dict[str, Any]:
 def test_a_server_that_runs_for_the_name_answers() -> None:
     out = io.StringIO()
     with Server(piece(thinking="Hm."), piece("Pa"), piece("ris."), {**piece(), "done": True}).running() as server:
-        talker = running_server(server.address, "MINE")
-        assert isinstance(talker, RemoteTalker)
-        wishes = Wishes(Sampling(temperature=0, seed=1), think="low", schema='{"type":"object"}')
-        chat = Chat(talker, out, wishes=wishes, system="Be brief.", images=[b"png"])
+        backend = running_server(server.address, "MINE")
+        assert isinstance(backend, RemoteBackend)
+        settings = ChatSettings(SamplingParams(temperature=0, seed=1), think="low", schema='{"type":"object"}')
+        chat = Chat(backend, out, settings=settings, system="Be brief.", images=[b"png"])
         chat.loop(["hi", "more"])
         assert running_server(server.address, "another") is None
     assert out.getvalue() == "[Hm.]\nParis.\n" * 2
@@ -335,7 +335,7 @@ def test_a_server_that_runs_for_the_name_answers() -> None:
 def test_an_error_of_the_server_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     out = io.StringIO()
     with Server(piece("Pa"), {"error": "it broke"}).running() as server:
-        chat = Chat(RemoteTalker(server.address, "mine"), out)
+        chat = Chat(RemoteBackend(server.address, "mine"), out)
         chat.turn("hi")
     assert (out.getvalue(), chat.messages) == ("Pa\n", [])
     chat.turn("hi")
@@ -351,9 +351,9 @@ def test_a_server_gets_the_bound_and_the_penalty_and_ends_where_it_loops(capsys:
     engine = model.engine
     assert isinstance(engine, ScriptedEngine)
     with loopback(model) as url:
-        talker = running_server(url, "wire")
-        assert talker is not None
-        chat = Chat(talker, io.StringIO())
+        backend = running_server(url, "wire")
+        assert backend is not None
+        chat = Chat(backend, io.StringIO())
         chat.loop(["a", "b", "/set num_predict 4", "c"])
         wait_for(lambda: engine.active == 0)
     assert [message.content for message in chat.messages[1::2]] == ["Line one.\u2028Line two.", "cat, ", "0123"]
@@ -377,7 +377,7 @@ def test_other_servers_and_settings_of_loading_mean_a_model_of_its_own(monkeypat
     with Server(header="ollama").running() as server:
         assert running_server(server.address, "mine") is None
     assert running_server(server.address, "mine") is None  # nobody is there
-    monkeypatch.setattr(chat_module, "running_server", lambda server, name: RemoteTalker(server, name))
+    monkeypatch.setattr(chat_module, "running_server", lambda server, name: RemoteBackend(server, name))
     assert chat_module._server_for("mine", LoadSettings(system="Be brief."), "x") is not None
     assert chat_module._server_for("mine", LoadSettings(dtype="float32"), "x") is None
     assert chat_module._server_for(None, LoadSettings(), "x") is None

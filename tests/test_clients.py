@@ -19,7 +19,7 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from pydantic import BaseModel
 
-from ollama_forge.serving.engines.base import Request
+from ollama_forge.serving.engine.base import EngineRequest
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 
 SAID = "Hé, world."
@@ -35,7 +35,7 @@ class Person(BaseModel):
     age: int
 
 
-def say(request: Request, prompt: str) -> str:
+def say(request: EngineRequest, prompt: str) -> str:
     if request.constraint is not None:
         return '{"name": "Ann", "age": 31}'
     if "get_weather" in prompt and "<|tool|>" not in prompt:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MambaConfig, PretrainedConfig
 
-from ollama_forge.serving.engines.base import Embedder, Engine, EngineError, ImageEncoder, Request, Sampling
-from ollama_forge.serving.engines.cache import SlotCache
-from ollama_forge.serving.engines.transformers import TransformersEngine
+from ollama_forge.serving.engine.base import Embedder, Engine, EngineError, EngineRequest, ImageEncoder, SamplingParams
+from ollama_forge.serving.engine.kv_cache import KVCache
+from ollama_forge.serving.engine.transformers import TransformersEngine
 from tests import tiny
 from tests.engines import by_generate, collect, greedy, ids_of, load, prompt, running, together, wait
 
@@ -44,7 +44,7 @@ def test_staggered_answers_are_those_of_generate(tmp_path: Path, family: str) ->
     assert len(set(map(tuple, alone))) == len(alone)
     with running(model, slots=4) as engine:
 
-        async def late(place: int, request: Request) -> list[int]:
+        async def late(place: int, request: EngineRequest) -> list[int]:
             await asyncio.sleep(0.01 * place)
             return await ids_of(engine, request)
 
@@ -176,7 +176,7 @@ def test_an_error_while_joining_reaches_its_reader(engine: TransformersEngine, m
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SlotCache, "copy_row", failing)
+        patch.setattr(KVCache, "copy_row", failing)
         with pytest.raises(EngineError, match="out of memory"):
             wait(lambda: collect(engine, greedy(prompt(9), 5)))
     assert len(together(engine, [greedy(prompt(9), 5)])[0]) == 5
@@ -202,7 +202,7 @@ def test_ends_are_not_handed_out(engine: TransformersEngine) -> None:
     ids = prompt(11, 3)
     whole = by_generate(engine.model, ids, 30)
     end = whole[12]
-    got = together(engine, [greedy(ids, 30, ends=frozenset({end}))])[0]
+    got = together(engine, [greedy(ids, 30, end_ids=frozenset({end}))])[0]
     assert got == whole[: whole.index(end)]
 
 
@@ -215,7 +215,7 @@ def test_ends_are_not_handed_out(engine: TransformersEngine) -> None:
         (greedy((-1,), 3), "know"),
     ],
 )
-def test_refuses_what_the_model_cannot_take(engine: TransformersEngine, request_: Request, says: str) -> None:
+def test_refuses_what_the_model_cannot_take(engine: TransformersEngine, request_: EngineRequest, says: str) -> None:
     with pytest.raises(EngineError, match=says):
         wait(lambda: collect(engine, request_))
 
@@ -331,8 +331,8 @@ def test_a_bad_embedding_input_is_an_error(engine: TransformersEngine) -> None:
 
 
 def test_seeds_give_the_same_answer_alone_and_beside_others(engine: TransformersEngine) -> None:
-    def request(seed: int) -> Request:
-        return Request(prompt(10, 1), 25, Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed))
+    def request(seed: int) -> EngineRequest:
+        return EngineRequest(prompt(10, 1), 25, SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=seed))
 
     alone = together(engine, [request(7)])[0]
     beside = together(engine, [request(seed) for seed in (1, 7, 2, 7)])

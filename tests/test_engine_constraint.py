@@ -9,13 +9,13 @@ import jsonschema
 import pytest
 import torch
 
-from ollama_forge.serving.engines.base import Constraint, EngineError, Request, Sampling
-from ollama_forge.serving.engines.constraint import Enforced, Grammars
-from ollama_forge.serving.engines.schema import check_schema
+from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest, SamplingParams
+from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatcher
+from ollama_forge.serving.engine.json_schema import check_schema
 from tests import tiny
 from tests.engines import GREEDY, collect, load, running, together, wait
 
-WILD = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=3)
+WILD = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=3)
 ENDS = frozenset({1})
 PERSON = {
     "type": "object",
@@ -61,11 +61,11 @@ def test_a_bad_schema_is_told_in_a_line(schema: str, says: str) -> None:
     assert len(message) <= 300
 
 
-def enforced(schema: object, after: str | None = None) -> Enforced:
-    return Grammars(tiny.tokenizer(), tiny.VOCABULARY, [1]).enforce(Constraint(json.dumps(schema), after))
+def enforced(schema: object, after: str | None = None) -> GrammarMatcher:
+    return GrammarCompiler(tiny.tokenizer(), tiny.VOCABULARY, [1]).start(Constraint(json.dumps(schema), after))
 
 
-def accepts(constraint: Enforced, text: str) -> bool:
+def accepts(constraint: GrammarMatcher, text: str) -> bool:
     """Whether an answer may say a text and end there."""
     ids = tiny.tokenizer()(text, add_special_tokens=False).input_ids
     for token in ids:
@@ -121,11 +121,11 @@ def test_a_token_across_the_thoughts_end_must_begin_the_answer() -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<end>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    grammars = Grammars(fast, len(tokens), [0])
+    grammars = GrammarCompiler(fast, len(tokens), [0])
     places = {token: place for place, token in enumerate(tokens)}
 
-    def at(said: str) -> tuple[Enforced, dict[str, bool]]:
-        constraint = grammars.enforce(Constraint(json.dumps(PERSON), "</think>"))
+    def at(said: str) -> tuple[GrammarMatcher, dict[str, bool]]:
+        constraint = grammars.start(Constraint(json.dumps(PERSON), "</think>"))
         for byte in said:
             constraint.add(places[byte])
         mask = constraint.allowed(frozenset({0}))
@@ -143,9 +143,11 @@ def test_a_token_across_the_thoughts_end_must_begin_the_answer() -> None:
 def test_random_answers_validate_and_end_by_themselves(tmp_path: Path) -> None:
     """Also beside one that is free, which stays what it is alone."""
     model = load(tmp_path)
-    free = Request((9, 8, 7), 40, GREEDY)
+    free = EngineRequest((9, 8, 7), 40, GREEDY)
     bound = [
-        Request((9, 8, seed + 20), 80, Sampling(1.0, 0, 1.0, seed=seed), ENDS, Constraint(json.dumps(PERSON)))
+        EngineRequest(
+            (9, 8, seed + 20), 80, SamplingParams(1.0, 0, 1.0, seed=seed), ENDS, Constraint(json.dumps(PERSON))
+        )
         for seed in range(6)
     ]
     with running(model, slots=8) as engine:
@@ -160,7 +162,7 @@ def test_random_answers_validate_and_end_by_themselves(tmp_path: Path) -> None:
 
 def test_greedy_answers_are_bound_too_and_logprobs_stay_raw(tmp_path: Path) -> None:
     model = load(tmp_path)
-    request = Request((9, 8), 60, GREEDY, ENDS, Constraint('{"enum":["yes","no"]}'), top_logprobs=0)
+    request = EngineRequest((9, 8), 60, GREEDY, ENDS, Constraint('{"enum":["yes","no"]}'), top_logprobs=0)
     with running(model) as engine:
         steps = wait(lambda: collect(engine, request))
     said = [step.id for step in steps]
@@ -173,7 +175,7 @@ def test_greedy_answers_are_bound_too_and_logprobs_stay_raw(tmp_path: Path) -> N
 
 def test_a_bad_schema_is_an_error_of_its_own_answer(tmp_path: Path) -> None:
     with running(load(tmp_path)) as engine:
-        bad = Request((9, 8), 5, GREEDY, constraint=Constraint('{"type":"foo"}'))
+        bad = EngineRequest((9, 8), 5, GREEDY, constraint=Constraint('{"type":"foo"}'))
         with pytest.raises(EngineError, match="foo"):
             wait(lambda: collect(engine, bad))
-        assert len(together(engine, [Request((9, 8), 5, GREEDY)])[0]) == 5
+        assert len(together(engine, [EngineRequest((9, 8), 5, GREEDY)])[0]) == 5

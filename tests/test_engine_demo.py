@@ -10,8 +10,8 @@ import jsonschema
 import pytest
 
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.serving.engines.base import Constraint, Request, Sampling
-from ollama_forge.serving.engines.transformers import TransformersEngine
+from ollama_forge.serving.engine.base import Constraint, EngineRequest, SamplingParams
+from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.sources.resolve import resolve
 from tests.engines import by_generate, greedy, together
 
@@ -106,10 +106,10 @@ def test_a_hundred_answers_satisfy_their_schemas(quick_engine: TransformersEngin
     ends = frozenset(model.tokenizer.end_ids)
     schemas = [SCHEMAS[place % len(SCHEMAS)] for place in range(100)]
     requests = [
-        Request(
+        EngineRequest(
             tuple(model.tokenizer.instruction_ids(f"Make up something, as JSON. {QUESTIONS[seed % 8]}")),
             72,
-            Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed),
+            SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=seed),
             ends,
             Constraint(json.dumps(schema)),
         )

@@ -19,8 +19,8 @@ from transformers import (
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.serving.engines.base import EngineError, ImageEncoder, Request, Step
-from ollama_forge.serving.engines.vision import VisionEngine, load_engine
+from ollama_forge.serving.engine.base import EngineError, EngineRequest, ImageEncoder, Token
+from ollama_forge.serving.engine.vision import VisionEngine, load_engine
 from tests import tiny
 from tests.engines import GREEDY, collect, greedy, prompt, together, wait
 
@@ -81,9 +81,9 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-def ask(engine: VisionEngine, image: bytes) -> list[Step]:
+def ask(engine: VisionEngine, image: bytes) -> list[Token]:
     ids, media = engine.encode(TEXT, [image])
-    request = Request(ids, 6, GREEDY, top_logprobs=0, media=media)
+    request = EngineRequest(ids, 6, GREEDY, top_logprobs=0, media=media)
     return wait(lambda: collect(engine, request))
 
 
@@ -107,13 +107,13 @@ def test_the_answer_is_that_of_generate(engine: VisionEngine) -> None:
             min_new_tokens=12,
             do_sample=False,  # type: ignore[arg-type]
         )[0, len(ids) :].tolist()
-    request = Request(ids, 12, GREEDY, media=media)
+    request = EngineRequest(ids, 12, GREEDY, media=media)
     assert together(engine, [greedy(prompt(8), 20), request, greedy(prompt(30), 5)])[1] == expected
 
 
 def test_two_images_and_none(engine: VisionEngine) -> None:
     ids, media = engine.encode("<boi> and <boi>", [picture(1), picture(2, "JPEG")])
-    assert len(together(engine, [Request(ids, 3, GREEDY, media=media)])[0]) == 3
+    assert len(together(engine, [EngineRequest(ids, 3, GREEDY, media=media)])[0]) == 3
     ids, media = engine.encode("no image", [])
     assert media is None
     assert engine.model.tokenizer.decode(ids) == "no image"
@@ -122,10 +122,10 @@ def test_two_images_and_none(engine: VisionEngine) -> None:
 def test_an_image_is_not_taken_for_another_with_the_same_ids(engine: VisionEngine) -> None:
     """Prompts with images are never gone on with from what was kept."""
     ids, media = engine.encode(TEXT, [picture(4)])
-    together(engine, [Request(ids, 6, GREEDY, media=media)])
+    together(engine, [EngineRequest(ids, 6, GREEDY, media=media)])
     before = engine.stats.prefilled_tokens
     ids, media = engine.encode(TEXT, [picture(5)])
-    together(engine, [Request(ids, 6, GREEDY, media=media)])
+    together(engine, [EngineRequest(ids, 6, GREEDY, media=media)])
     assert engine.stats.prefilled_tokens - before == len(ids)
 
 

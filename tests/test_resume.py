@@ -265,3 +265,9 @@ def test_an_unknown_rung_is_refused_with_the_names_there_are(tmp_path: Path) -> 
     with pytest.raises(UsageError) as caught:
         settings(tmp_path, pick="no such rung").check()
     assert "least squares, layer N, strength S" in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ForgeError, match="cannot write"), StageCache(tmp_path / "file" / "run").locked():
+        pass

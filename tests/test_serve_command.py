@@ -17,9 +17,9 @@ import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.serve import _default_name
-from ollama_forge.serving.http import server
-from ollama_forge.serving.http.server import announce, bind
-from ollama_forge.serving.http.settings import ServeSettings
+from ollama_forge.serving.api import server
+from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.api.server import announce, bind
 from tests.processes import ROOT, popen, run
 
 WAIT = 60.0
@@ -28,20 +28,20 @@ ENDLESS = """
 import sys
 from ollama_forge.sources import resolve
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.serving import served
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving import model as model_module
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 
 def load(checkpoint, name, *, load, max_queue, slots):
     engine = ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=1 << 40)
-    return served.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
+    return model_module.ServedModel(name, tokenizer(), engine, FACTS, max_queue=max_queue)
 
 def resolved(model, revision, *, trust_remote_code, adapter):
     return Checkpoint(None, f"{model} + {adapter}" if adapter else model, "demo")
 
 resolve.resolve = resolved
-served.ServedModel.load = load
+model_module.ServedModel.load = load
 from ollama_forge.cli.main import main
 main()
 """
@@ -87,6 +87,9 @@ def test_streams_end_cleanly(one: signal.Signals) -> None:
         place = urlsplit(url)
         waiting = http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)
         waiting.request("POST", "/v1/chat/completions", json.dumps(asked))  # behind the one slot
+        with closing(http.client.HTTPConnection(place.hostname or "", place.port, timeout=WAIT)) as later:
+            later.request("GET", "/api/version")
+            later.getresponse().read()  # connections are accepted in order, so the one before is, too
         process.send_signal(one)
         *_, last = native.read().splitlines()  # raises where the stream is broken off
         assert json.loads(last) == {"error": "the server is shutting down"}

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from ollama_forge.serving.engines.base import Request
-from ollama_forge.serving.engines.scripted import ScriptedEngine
+from ollama_forge.serving.engine.base import EngineRequest
+from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS, ServedModel, loopback, scripted
 
@@ -32,7 +32,7 @@ class Case:
     says: Callable[[httpx.Response], bool]
 
 
-def echo(request: Request, prompt: str) -> str:
+def echo(request: EngineRequest, prompt: str) -> str:
     """Ends in what the request is known by, so that no two answers are alike."""
     return "you said " + prompt.rpartition("#")[2].partition("#")[0].split("<|")[0]
 
@@ -133,7 +133,7 @@ def endless() -> ServedModel:
     """Never ends by itself; the length of an answer is what its context holds."""
     byte = tokenizer()
 
-    def script(request: Request) -> Any:
+    def script(request: EngineRequest) -> Any:
         return iter(lambda: 70, None)
 
     return ServedModel("wire", byte, ScriptedEngine(script, slots=16, context_length=1 << 30), FACTS)
@@ -146,7 +146,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def leave(url: str, path: str, *, stream: bool, read: bool) -> None:
-    """Ask for an endless answer and go, after its beginning or at once."""
+    """GenerationRequest for an endless answer and go, after its beginning or at once."""
     place = urlsplit(url)
     body = json.dumps({"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": stream}).encode()
     with closing(socket.create_connection((place.hostname or "", place.port or 0), timeout=WAIT)) as client:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.asks import Ask, BadRequest, Busy, Message, Prompt
-from ollama_forge.serving.engines.base import EngineError, Request
-from ollama_forge.serving.engines.scripted import ScriptedEngine
-from ollama_forge.serving.events import Delta, Done
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.engine.base import EngineError, EngineRequest
+from ollama_forge.serving.engine.scripted import ScriptedEngine
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, Busy, Delta, Done, GenerationRequest, Message, Prompt
 from tests import tiny
 from tests.scripted import FACTS, collect, serve, texts
-from tests.test_text_tools import FORMS, HARMONY_CALL, HARMONY_SUM
+from tests.test_tool_calls import FORMS, HARMONY_CALL, HARMONY_SUM
 
 THINKS = "{% for m in messages %}{{ m.content }}</think>{% endfor %}<think>"
 
@@ -26,7 +25,7 @@ def tool(name: str) -> dict[str, Any]:
 
 
 def hi(model: ServedModel, **options: Any) -> Prompt:
-    return model.chat_prompt([Message("user", "hi")], **options)
+    return model.prompts.chat([Message("user", "hi")], **options)
 
 
 def engine_of(model: ServedModel) -> ScriptedEngine:
@@ -37,7 +36,7 @@ def engine_of(model: ServedModel) -> ScriptedEngine:
 def test_an_answer_streams_and_ends() -> None:
     model = serve("Hé 👋 you")
     prompt = hi(model)
-    deltas, done = collect(model, Ask(prompt))
+    deltas, done = collect(model, GenerationRequest(prompt))
     assert texts(deltas) == ("", "Hé 👋 you")
     assert len(deltas) == len("Hé 👋 you")  # a delta a character, none for half of one
     assert (done.reason, done.prompt_tokens, done.tokens) == ("stop", len(prompt.ids), len("Hé 👋 you".encode()) + 1)
@@ -49,29 +48,32 @@ def test_an_answer_streams_and_ends() -> None:
 @pytest.mark.parametrize(("num_predict", "said", "reason"), [(-1, "abcdef", "stop"), (-2, "abcdef", "stop")])
 def test_without_a_bound_the_model_ends_itself(num_predict: int, said: str, reason: str) -> None:
     model = serve("abcdef")
-    deltas, done = collect(model, Ask(hi(model), num_predict=num_predict))
+    deltas, done = collect(model, GenerationRequest(hi(model), num_predict=num_predict))
     assert (texts(deltas)[1], done.reason) == (said, reason)
 
 
 def test_num_predict_and_the_context_bound_an_answer() -> None:
     model = serve("abcdef")
-    assert collect(model, Ask(hi(model), num_predict=0))[1].tokens == 0
-    for ask in (Ask(hi(model), num_predict=3), Ask(hi(model, num_ctx=len(hi(model).ids) + 3))):
-        deltas, done = collect(model, ask)
+    assert collect(model, GenerationRequest(hi(model), num_predict=0))[1].tokens == 0
+    for request in (
+        GenerationRequest(hi(model), num_predict=3),
+        GenerationRequest(hi(model, num_ctx=len(hi(model).ids) + 3)),
+    ):
+        deltas, done = collect(model, request)
         assert (texts(deltas)[1], done.reason, done.tokens) == ("abc", "length", 3)
-    assert collect(model, Ask(hi(model), num_predict=7))[1].reason == "stop"
-    assert collect(model, Ask(hi(model), num_predict=6))[1].reason == "length"
+    assert collect(model, GenerationRequest(hi(model), num_predict=7))[1].reason == "stop"
+    assert collect(model, GenerationRequest(hi(model), num_predict=6))[1].reason == "length"
 
 
 def test_stop_strings_cut_and_say_so() -> None:
     model = serve("one two three")
     prompt = hi(model)
-    deltas, done = collect(model, Ask(prompt, stop=("zzz", " th")))
+    deltas, done = collect(model, GenerationRequest(prompt, stop=("zzz", " th")))
     assert texts(deltas) == ("", "one two")
     assert (done.reason, done.stopped_by) == ("stop", " th")
     assert done.context == (*prompt.ids, *model.tokenizer("one two").input_ids)
     assert engine_of(model).active == 0
-    deltas, done = collect(model, Ask(prompt, stop=("three and more",)))
+    deltas, done = collect(model, GenerationRequest(prompt, stop=("three and more",)))
     assert texts(deltas) == ("", "one two three")
     assert done.stopped_by is None
 
@@ -87,20 +89,20 @@ def test_stop_strings_cut_and_say_so() -> None:
 )
 def test_thoughts_as_recorded(said: str, options: dict[str, Any], expected: tuple[str, str], reason: str) -> None:
     model = serve(said, template=THINKS)
-    deltas, done = collect(model, Ask(hi(model), **options))
+    deltas, done = collect(model, GenerationRequest(hi(model), **options))
     assert (texts(deltas), done.reason) == (expected, reason)
 
 
 def test_no_thought_is_split_off_where_thinking_is_off() -> None:
     model = serve("<think>It is.</think>Paris.", template=THINKS)
-    assert texts(collect(model, Ask(hi(model, think=False)))[0]) == ("", "<think>It is.</think>Paris.")
+    assert texts(collect(model, GenerationRequest(hi(model, think=False)))[0]) == ("", "<think>It is.</think>Paris.")
     raw = serve("It is.</think>Paris.", template=THINKS)
-    assert texts(collect(raw, Ask(raw.text_prompt("<think>")))[0]) == ("It is.", "Paris.")
+    assert texts(collect(raw, GenerationRequest(raw.prompts.text("<think>")))[0]) == ("It is.", "Paris.")
 
 
 def test_a_token_that_the_reader_holds_brings_an_empty_delta() -> None:
     model = serve("a</think>b", template=THINKS)
-    deltas, _ = collect(model, Ask(hi(model)))
+    deltas, _ = collect(model, GenerationRequest(hi(model)))
     assert deltas == [Delta(thinking="a"), *[Delta()] * len("</think>"), Delta(content="b")]
 
 
@@ -112,7 +114,7 @@ def test_every_family_a_character_at_a_time(form: str) -> None:
     prompt = hi(model, tools=[tool("get_weather"), tool("add")])
 
     def said() -> tuple[str, list[Any]]:
-        deltas, done = collect(model, Ask(prompt))
+        deltas, done = collect(model, GenerationRequest(prompt))
         assert done.reason == "stop"
         calls = [call for delta in deltas for call in delta.tool_calls]
         assert [call.index for call in calls] == list(range(len(calls)))
@@ -122,7 +124,7 @@ def test_every_family_a_character_at_a_time(form: str) -> None:
     assert said() == ("", [("get_weather", {"city": "Paris"}), ("add", {"a": 1, "b": 2})])
     assert said() == (broken, [])
     assert said()[0].startswith("Look:")
-    assert texts(collect(model, Ask(hi(model)))[0])[1] == one  # no tools sent, nothing read
+    assert texts(collect(model, GenerationRequest(hi(model)))[0])[1] == one  # no tools sent, nothing read
 
 
 def test_markers_that_are_special_tokens_reach_the_parser_and_nobody_else() -> None:
@@ -132,55 +134,57 @@ def test_markers_that_are_special_tokens_reach_the_parser_and_nobody_else() -> N
     engine = ScriptedEngine([tokenizer(f"<other>{one}", add_special_tokens=False).input_ids])
     model = ServedModel("wire", tokenizer, engine, FACTS, template="<tool_call>{{ tools }}")
     assert len(engine.script[0]) < len(one)  # type: ignore[index]
-    deltas, _ = collect(model, Ask(hi(model, tools=[tool("get_weather")])))
+    deltas, _ = collect(model, GenerationRequest(hi(model, tools=[tool("get_weather")])))
     assert texts(deltas) == ("", "")
     assert [call.name for delta in deltas for call in delta.tool_calls] == ["get_weather"]
     plain = one.replace("<tool_call>", "").replace("</tool_call>", "")
-    assert texts(collect(model, Ask(hi(model)))[0]) == ("", plain)
+    assert texts(collect(model, GenerationRequest(hi(model)))[0]) == ("", plain)
 
 
 def test_a_special_token_can_be_a_stop_string() -> None:
     model = serve("one<|user|>two")
-    assert texts(collect(model, Ask(hi(model)))[0])[1] == "onetwo"
-    deltas, done = collect(model, Ask(hi(model), stop=("<|user|>",)))
+    assert texts(collect(model, GenerationRequest(hi(model)))[0])[1] == "onetwo"
+    deltas, done = collect(model, GenerationRequest(hi(model), stop=("<|user|>",)))
     assert (texts(deltas)[1], done.reason) == ("one", "stop")
 
 
 def test_harmony_on_the_engine() -> None:
     thought = "<|channel|>analysis<|message|>Hm.<|start|>assistant"
     model = serve(thought + HARMONY_CALL + HARMONY_SUM, thought, template="<|channel|>analysis{{ tools }}")
-    deltas, _ = collect(model, Ask(hi(model, tools=[tool("get_weather"), tool("add")])))
+    deltas, _ = collect(model, GenerationRequest(hi(model, tools=[tool("get_weather"), tool("add")])))
     assert texts(deltas) == ("Hm.", "")
     assert [call.name for delta in deltas for call in delta.tool_calls] == ["get_weather", "add"]
 
 
 def test_logprobs_stand_beside_their_text() -> None:
     model = serve("Hé a")
-    deltas, _ = collect(model, Ask(hi(model), logprobs=2))
+    deltas, _ = collect(model, GenerationRequest(hi(model), logprobs=2))
     assert [[entry.text for entry in delta.logprobs] for delta in deltas] == [["H"], ["\ufffd", "\ufffd"], [" "], ["a"]]
     assert [entry.bytes for entry in deltas[1].logprobs] == [(0xC3,), (0xA9,)]
     entry = deltas[0].logprobs[0]
     assert entry.top[0].text == "H"
     assert (len(entry.top), entry.top[0].logprob) == (2, entry.logprob)
-    assert all(not delta.logprobs for delta in collect(model, Ask(hi(model)))[0])
-    assert all(not entry.top for d in collect(model, Ask(hi(model), logprobs=0))[0] for entry in d.logprobs)
+    assert all(not delta.logprobs for delta in collect(model, GenerationRequest(hi(model)))[0])
+    assert all(
+        not entry.top for d in collect(model, GenerationRequest(hi(model), logprobs=0))[0] for entry in d.logprobs
+    )
 
 
 def test_logprobs_of_held_back_tokens_come_with_the_next_text() -> None:
     model = serve("a</think>b", template=THINKS)
-    deltas, _ = collect(model, Ask(hi(model), logprobs=0))
+    deltas, _ = collect(model, GenerationRequest(hi(model), logprobs=0))
     shown = [(d.thinking or d.content, "".join(entry.text for entry in d.logprobs)) for d in deltas if d != Delta()]
     assert shown == [("a", "a"), ("b", "</think>b")]
 
 
 def test_a_schema_becomes_a_constraint_that_sets_in_after_the_thought() -> None:
     plain = serve("{}")
-    collect(plain, Ask(hi(plain), schema='{"type":"object"}'))
+    collect(plain, GenerationRequest(hi(plain), schema='{"type":"object"}'))
     constraint = engine_of(plain).requests[0].constraint
     assert constraint is not None
     assert (constraint.schema, constraint.after) == ('{"type":"object"}', None)
     unopened = serve("Hm.</think>{}", template="{{ messages[0].content }}{% set x = '</think>' %}")
-    deltas, done = collect(unopened, Ask(hi(unopened), schema='{"type":"object"}'))
+    deltas, done = collect(unopened, GenerationRequest(hi(unopened), schema='{"type":"object"}'))
     request = engine_of(unopened).requests[0]
     assert unopened.tokenizer.decode(request.ids) == "hi<think>"  # opened, so that it closes
     assert request.constraint is not None
@@ -192,7 +196,7 @@ def test_a_schema_becomes_a_constraint_that_sets_in_after_the_thought() -> None:
 def test_an_engine_that_fails_is_heard() -> None:
     model = serve("abc", fail_after=2)
     with pytest.raises(EngineError, match="the engine failed"):
-        collect(model, Ask(hi(model)))
+        collect(model, GenerationRequest(hi(model)))
     assert (engine_of(model).active, model.admission.running) == (0, 0)
 
 
@@ -202,7 +206,7 @@ def test_more_than_the_queue_holds_are_sent_away_and_the_rest_is_served_in_turn(
 
     async def one(number: int) -> str:
         try:
-            async for event in model.answer(Ask(hi(model))):
+            async for event in model.generate(GenerationRequest(hi(model))):
                 if isinstance(event, Done):
                     order.append(number)
         except Busy:
@@ -218,7 +222,7 @@ def test_more_than_the_queue_holds_are_sent_away_and_the_rest_is_served_in_turn(
 
 
 def test_hundreds_of_asks_and_leavers_leave_nothing_running() -> None:
-    def script(request: Request) -> list[int]:
+    def script(request: EngineRequest) -> list[int]:
         return [*(5 + (request.ids[-1] + n) % 200 for n in range(40)), 1]
 
     model = serve("x", slots=7, max_queue=1000)
@@ -229,14 +233,14 @@ def test_hundreds_of_asks_and_leavers_leave_nothing_running() -> None:
 
     async def stays(number: int) -> None:
         nonlocal most
-        events = [event async for event in model.answer(Ask(Prompt((2, number % 100), 4096)))]
+        events = [event async for event in model.generate(GenerationRequest(Prompt((2, number % 100), 4096)))]
         most = max(most, engine.active)
         assert isinstance(events[-1], Done)
         ids = [5 + (number % 100 + n) % 200 for n in range(40)]
         assert events[-1].context == (2, number % 100, *ids)
 
     async def leaves(number: int) -> None:
-        async with aclosing(model.answer(Ask(Prompt((2, number), 4096)))) as events:
+        async with aclosing(model.generate(GenerationRequest(Prompt((2, number), 4096)))) as events:
             count = drawn.randrange(20)
             async for _ in events:
                 if count == 0:
@@ -264,16 +268,16 @@ def test_one_who_leaves_the_queue_gives_up_its_place() -> None:
     model = serve("abc", slots=1, max_queue=1)
 
     async def run() -> None:
-        first = model.answer(Ask(hi(model)))
+        first = model.generate(GenerationRequest(hi(model)))
         await anext(first)
-        waiting = asyncio.create_task(anext(model.answer(Ask(hi(model)))))
+        waiting = asyncio.create_task(anext(model.generate(GenerationRequest(hi(model)))))
         await asyncio.sleep(0)
         with pytest.raises(Busy):
-            await anext(model.answer(Ask(hi(model))))
+            await anext(model.generate(GenerationRequest(hi(model))))
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        another = model.answer(Ask(hi(model)))
+        another = model.generate(GenerationRequest(hi(model)))
         later = asyncio.create_task(anext(another))
         await asyncio.sleep(0)
         assert model.admission.waiting == 1

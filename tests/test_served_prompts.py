@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.asks import BadRequest, Message, Prompt
-from ollama_forge.serving.events import ToolCall
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest, Message, Prompt, ToolCall
 from ollama_forge.text import template as template_module
 from ollama_forge.text.thinking import ThinkingSplit
 from tests import tiny
@@ -26,7 +25,7 @@ def shown(model: ServedModel, prompt: Prompt) -> str:
 
 
 def dicts(model: ServedModel, messages: list[Message], **options: Any) -> Any:
-    return json.loads(shown(model, model.chat_prompt(messages, **options)).split("|")[0])
+    return json.loads(shown(model, model.prompts.chat(messages, **options)).split("|")[0])
 
 
 def test_the_template_gets_messages_tools_and_thoughts() -> None:
@@ -40,7 +39,7 @@ def test_the_template_gets_messages_tools_and_thoughts() -> None:
         Message("tool", "11 degrees", tool_name="get_weather"),
         Message("user", "And?"),
     ]
-    prompt = model.chat_prompt(messages, tools=[WEATHER])
+    prompt = model.prompts.chat(messages, tools=[WEATHER])
     assert prompt.tools == ("get_weather",)
     turns, tools = shown(model, prompt).split("|")
     assert json.loads(tools) == [WEATHER]
@@ -62,7 +61,7 @@ def test_templates_that_join_arguments_to_text_get_them_spelled() -> None:
     )
     model = serve("x", template=joined)
     calls = (ToolCall("call_1", 0, "f", {"city": "Zürich"}),)
-    prompt = model.chat_prompt([Message("user", "a"), Message("assistant", tool_calls=calls), Message("tool", "3")])
+    prompt = model.prompts.chat([Message("user", "a"), Message("assistant", tool_calls=calls), Message("tool", "3")])
     assert shown(model, prompt) == 'A{"city": "Zürich"}'
 
 
@@ -75,9 +74,9 @@ def test_mistral_gets_ids_of_nine_letters() -> None:
 
 def test_a_last_message_of_the_assistants_is_gone_on_with() -> None:
     model = serve("x")
-    prompt = model.chat_prompt([Message("user", "Say hello."), Message("assistant", "Hel")])
+    prompt = model.prompts.chat([Message("user", "Say hello."), Message("assistant", "Hel")])
     assert shown(model, prompt) == "<|user|>Say hello.<|end|><|assistant|>Hel"
-    prompt = model.chat_prompt([Message("user", "Say hello.")])
+    prompt = model.prompts.chat([Message("user", "Say hello.")])
     assert shown(model, prompt) == "<|user|>Say hello.<|end|><|assistant|>"
 
 
@@ -87,11 +86,11 @@ def test_the_models_own_system_prompt_and_template_arguments() -> None:
         "wire",
         model.tokenizer,
         model.engine,
-        replace(model.facts, system="Be kind."),
+        replace(model.metadata, system="Be kind."),
         template=model.template,
         template_kwargs={"style": "terse"},
     )
-    prompt = own.chat_prompt([Message("user", "a")])
+    prompt = own.prompts.chat([Message("user", "a")])
     assert shown(own, prompt).endswith("|terse")
     assert dicts(own, [Message("user", "a")])[0] == {"role": "system", "content": "Be kind."}
     assert dicts(own, [Message("system", "No."), Message("user", "a")])[0]["content"] == "No."
@@ -113,19 +112,19 @@ def test_the_models_own_system_prompt_and_template_arguments() -> None:
 )
 def test_think(template: str, think: bool | str | None, text: str, opened: bool | None) -> None:
     model = serve("x", template=template)
-    prompt = model.chat_prompt([Message("user", "a")], think=think)
+    prompt = model.prompts.chat([Message("user", "a")], think=think)
     assert shown(model, prompt) == text
     assert (prompt.thinking.opened if prompt.thinking else None) == opened
 
 
 def test_an_answer_that_was_begun_and_bare_text_have_no_thought_before_them() -> None:
     model = serve("x", template="{% set t = '</think>' %}{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert model.chat_prompt([Message("user", "a"), Message("assistant", "b")]).thinking is None
-    assert model.chat_prompt([Message("user", "a")]).thinking == ThinkingSplit()
-    assert model.text_prompt("a").thinking is None
-    assert model.text_prompt("a", think=True).thinking == ThinkingSplit()
-    assert model.text_prompt("<think>").thinking == ThinkingSplit(opened=True)
-    assert model.text_prompt("<think>", think=False).thinking is None
+    assert model.prompts.chat([Message("user", "a"), Message("assistant", "b")]).thinking is None
+    assert model.prompts.chat([Message("user", "a")]).thinking == ThinkingSplit()
+    assert model.prompts.text("a").thinking is None
+    assert model.prompts.text("a", think=True).thinking == ThinkingSplit()
+    assert model.prompts.text("<think>").thinking == ThinkingSplit(opened=True)
+    assert model.prompts.text("<think>", think=False).thinking is None
 
 
 def test_capabilities_are_read_off_the_template() -> None:
@@ -148,9 +147,9 @@ def test_the_oldest_messages_go_but_system_prompts_and_the_last_stay() -> None:
         *turns[3:],
         Message("user", "last"),
     ]
-    whole = len(model.chat_prompt(messages).ids)
+    whole = len(model.prompts.chat(messages).ids)
     for num_ctx in (whole, whole - 1, whole // 2, 40):
-        prompt = model.chat_prompt(messages, num_ctx=num_ctx)
+        prompt = model.prompts.chat(messages, num_ctx=num_ctx)
         kept = shown(model, prompt)
         assert len(prompt.ids) <= prompt.context == num_ctx
         assert kept.startswith("<|system|>Be brief.<|end|>")
@@ -161,7 +160,7 @@ def test_the_oldest_messages_go_but_system_prompts_and_the_last_stay() -> None:
         if present and len(present) < 20:  # as many as fit
             more = messages.copy()
             gone = {f"turn {n}" for n in range(20 - len(present) - 1)}
-            assert len(model.chat_prompt([m for m in more if m.content not in gone]).ids) > num_ctx
+            assert len(model.prompts.chat([m for m in more if m.content not in gone]).ids) > num_ctx
 
 
 def test_where_roles_must_alternate_whole_turns_go() -> None:
@@ -171,10 +170,10 @@ def test_where_roles_must_alternate_whole_turns_go() -> None:
     )
     model = serve("x", template=strict)
     turns = [Message("user" if n % 2 == 0 else "assistant", f"turn {n}") for n in range(9)]
-    kept = shown(model, model.chat_prompt(turns, num_ctx=30))
+    kept = shown(model, model.prompts.chat(turns, num_ctx=30))
     assert kept == "[turn 6][turn 7][turn 8]"
     with pytest.raises(BadRequest, match="refuses these messages: Conversation roles must alternate"):
-        model.chat_prompt(turns[1:])
+        model.prompts.chat(turns[1:])
 
 
 def test_without_truncation_too_much_is_refused() -> None:
@@ -182,29 +181,29 @@ def test_without_truncation_too_much_is_refused() -> None:
     with pytest.raises(
         BadRequest, match=r"request \(\d+ tokens\) exceeds the available context size \(16 tokens\)"
     ) as raised:
-        model.chat_prompt([Message("user", "word " * 50)], num_ctx=16, truncate=False)
+        model.prompts.chat([Message("user", "word " * 50)], num_ctx=16, truncate=False)
     assert raised.value.status == 400
     with pytest.raises(BadRequest):
-        model.text_prompt("word " * 50, num_ctx=16, truncate=False)
-    assert model.text_prompt("word", num_ctx=10**9).context == model.engine.context_length
+        model.prompts.text("word " * 50, num_ctx=16, truncate=False)
+    assert model.prompts.text("word", num_ctx=10**9).context == model.engine.context_length
 
 
 def test_a_prompt_too_long_loses_its_middle() -> None:
     model = serve("x")
     ids = model.tokenizer("0123456789" * 30).input_ids
-    prompt = model.text_prompt("0123456789" * 30, num_ctx=256)
+    prompt = model.prompts.text("0123456789" * 30, num_ctx=256)
     assert len(prompt.ids) == 130  # as recorded: 4 and half of what is left
     assert prompt.ids == (*ids[:4], *ids[-126:])
-    alone = model.chat_prompt([Message("user", "word " * 100)], num_ctx=64)
+    alone = model.prompts.chat([Message("user", "word " * 100)], num_ctx=64)
     assert shown(model, alone).endswith("word <|end|><|assistant|>")
     assert len(alone.ids) == 34
 
 
 def test_context_goes_before_the_prompt() -> None:
     model = serve("x")
-    plain = model.chat_prompt([Message("user", "a")])
-    assert model.chat_prompt([Message("user", "a")], context=[7, 8]).ids == (7, 8, *plain.ids)
-    assert model.text_prompt("a", context=[7]).ids == (7, *model.tokenizer("a").input_ids)
+    plain = model.prompts.chat([Message("user", "a")])
+    assert model.prompts.chat([Message("user", "a")], context=[7, 8]).ids == (7, 8, *plain.ids)
+    assert model.prompts.text("a", context=[7]).ids == (7, *model.tokenizer("a").input_ids)
 
 
 @pytest.mark.parametrize("loop", ["range(99999)", "messages * 99999"])
@@ -213,24 +212,24 @@ def test_a_template_without_end_is_interrupted(loop: str, monkeypatch: pytest.Mo
     endless = f"{{% for a in {loop} %}}" * 3 + "{% endfor %}" * 3
     model = serve("x", template=endless)
     with pytest.raises(BadRequest, match="takes too long"):
-        model.chat_prompt([Message("user", "a")])
+        model.prompts.chat([Message("user", "a")])
     assert not [thread for thread in threading.enumerate() if thread.name == "template"]
 
 
 def test_templates_cannot_reach_out() -> None:
     model = serve("x", template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(BadRequest, match="refuses"):
-        model.chat_prompt([Message("user", "a")])
+        model.prompts.chat([Message("user", "a")])
 
 
 def test_without_a_template_there_is_the_bare_text() -> None:
     model = serve("x", template="")
-    assert shown(model, model.chat_prompt([Message("system", "s"), Message("user", "a")])) == "s\n\na"
+    assert shown(model, model.prompts.chat([Message("system", "s"), Message("user", "a")])) == "s\n\na"
 
 
 def test_images_are_refused_where_nothing_sees() -> None:
     with pytest.raises(BadRequest, match="does not support images"):
-        serve("x").chat_prompt([Message("user", "a", images=(b"x",))])
+        serve("x").prompts.chat([Message("user", "a", images=(b"x",))])
 
 
 def test_images_go_to_the_engine_that_sees() -> None:
@@ -246,8 +245,8 @@ def test_images_go_to_the_engine_that_sees() -> None:
             seen.append((text, tuple(images)))
             return (1, 2, 3), "media"
 
-    seeing = ServedModel("wire", tiny.tokenizer(), Sees(), model.facts, template=model.template)  # type: ignore[arg-type]
+    seeing = ServedModel("wire", tiny.tokenizer(), Sees(), model.metadata, template=model.template)  # type: ignore[arg-type]
     assert "vision" in seeing.capabilities
-    prompt = seeing.chat_prompt([Message("user", "What is it?", images=(b"png",))])
+    prompt = seeing.prompts.chat([Message("user", "What is it?", images=(b"png",))])
     assert (prompt.ids, prompt.media) == ((1, 2, 3), "media")
     assert seen == [("<img>What is it?", (b"png",))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 
+from ollama_forge.architectures.model_map import Role
 from ollama_forge.cli.main import cli
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import KERNELS
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.pipeline import RunSettings, run
-from ollama_forge.pipeline.optimize import OptimizeSettings, edit_path, optimize, spread
+from ollama_forge.pipeline import optimize as optimize_module
+from ollama_forge.pipeline.front import edit_path, spread
+from ollama_forge.pipeline.optimize import OptimizeSettings, optimize
 from ollama_forge.prompts.settings import PromptSettings
-from ollama_forge.search.candidates import DOCUMENTED_DEFAULT, Candidate, least_squares
-from ollama_forge.search.ladder import Climbed
+from ollama_forge.search.candidates import DOCUMENTED_DEFAULT, Candidate, candidate_named, least_squares
+from ollama_forge.search.choose import ChoiceSettings
+from ollama_forge.search.ladder import Choice, Climbed
 from ollama_forge.search.rule import Limits, Rule, Trial
 from ollama_forge.search.space import Space
 from ollama_forge.search.study import FILE, Study
+from ollama_forge.search.trials import Trials
 from tests import planted
 
 SPACE = Space((10, 11, 12, 13, 14), 1.0)
@@ -86,6 +93,11 @@ def test_parameters_give_the_strengths_that_they_say(layer: int, strength: float
     assert (attention == 0, mlp == 0) == (balance == -1, balance == 1)
     assert (found.layer, settings.strength_kernel) == (layer, kernel)
     assert (settings.factors, settings.norm_preserving) == ("least-squares", False)
+    assert candidate_named(found.name) == found  # what run prints, --pick takes
+    if balance == 0:
+        one_kind = Space(SPACE.layers, 1.0, balanced=False)
+        del parameters["balance"]
+        assert one_kind.suggest(FixedTrial(parameters)) == found  # type: ignore[arg-type]
 
 
 def test_edits_of_the_ladder_are_the_same_edits_in_the_space() -> None:
@@ -163,6 +175,9 @@ def test_edits_beyond_the_limits_are_never_chosen(tmp_path: Path) -> None:
     study.run(Landscape(), strict, 30)
     assert all(found.answer_kl <= 0.012 for found in strict.front(study.trials()))
     assert any(found.answer_kl > 0.012 for found in study.trials())
+    [frozen] = [found for found in study._study.trials if found.number == 0]  # 0.02, on the ladder
+    assert frozen.constraints["answer KL"] == pytest.approx(0.02 / 0.012 - 1)
+    assert frozen.constraints["first-token KL"] < 0
 
 
 def test_a_front_is_measured_at_a_few_places() -> None:
@@ -218,10 +233,49 @@ def test_optimize_writes_the_front_and_apply_takes_a_trial_of_it(model: Path) ->
     assert again.front == found.front
 
 
-def test_workers_share_a_study(model: Path, tmp_path: Path) -> None:
-    found = optimize(replace(settings(model, trials=16, workers=2), study=tmp_path))
-    study = found.choice.trials
-    assert 16 <= len([t for t in study if t.settings.factors == "least-squares"]) <= 17
+def test_a_worker_tries_edits_of_the_same_study(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = optimize_module.search
+
+    def after_the_worker(trials: Trials, choosing: ChoiceSettings, study: Study) -> Choice:
+        """The main process tries nothing until the other one has done all."""
+        ladder = len([t for t in study.trials() if study.space.parameters(t) is not None])
+        end = time.monotonic() + 300
+        while len(study.numbered()) < choosing.trials and time.monotonic() < end:
+            time.sleep(0.2)
+        assert len(study.numbered()) == choosing.trials > ladder
+        return search(trials, choosing, study)
+
+    monkeypatch.setattr(optimize_module, "search", after_the_worker)
+    found = optimize(replace(settings(model, trials=14, workers=2), study=tmp_path))
+    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 14
+
+
+def test_a_worker_that_fails_is_told_and_its_trials_are_done(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model / "model", tmp_path / "model")
+    begin = optimize_module.begin
+
+    def and_break(trials: Trials, choosing: ChoiceSettings, study: Study) -> Climbed:
+        (tmp_path / "model" / "config.json").write_text("{", encoding="utf-8")  # loaded here, not yet by the worker
+        return begin(trials, choosing, study)
+
+    monkeypatch.setattr(optimize_module, "begin", and_break)
+    broken = replace(settings(model, trials=12, workers=2), model=str(tmp_path / "model"), study=tmp_path / "study")
+    found = optimize(broken)
+    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 12
+    said = capfd.readouterr().err
+    assert "a worker ends: " in said
+    assert "a worker failed" in said
+    assert "Traceback" not in said
+
+
+def test_a_model_with_writers_of_one_kind_has_no_balance(model: Path) -> None:
+    searched = optimize_module.Searched.of(settings(model)).trials
+    assert searched.space.balanced
+    matrices = tuple(m for m in searched.model.model_map.matrices if m.role is not Role.DOWN)
+    searched.model.model_map = replace(searched.model.model_map, matrices=matrices)
+    assert not searched.space.balanced
 
 
 def test_run_auto_searches_and_resumes_its_search(model: Path, tmp_path: Path) -> None:
@@ -237,6 +291,10 @@ def test_run_auto_searches_and_resumes_its_search(model: Path, tmp_path: Path) -
     )
     report = run(replace(of_run, verify=False))
     assert len([t for t in report.choice.trials if t.settings.factors == "least-squares"]) == 12
+    alone = [t for t in report.choice.trials if t.settings.factors == "least-squares"]
+    continued = optimize(replace(searched, study=tmp_path / ".stages" / "study", trials=12))
+    assert continued.choice == report.choice
+    assert len(alone) == 12
     journal = tmp_path / ".stages" / "study" / FILE
     size = journal.stat().st_size
     more = run(replace(of_run, verify=False, trials=13))
@@ -257,3 +315,11 @@ def test_run_auto_searches_and_resumes_its_search(model: Path, tmp_path: Path) -
 def test_options_that_exclude_a_search(options: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         cli.main(["abliterate", "run", "--model", "nowhere", "--name", "x", *options], standalone_mode=False)
+
+
+def test_a_folder_that_holds_no_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("no journal", encoding="utf-8")
+    with pytest.raises(ForgeError, match="cannot be read as a study"):
+        study_in(tmp_path)
+    with pytest.raises(ForgeError, match="cannot write"):
+        study_in(tmp_path / FILE / "below")

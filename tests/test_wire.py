@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ollama_forge.serving.engines.base import Request
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.engine.base import EngineRequest
+from ollama_forge.serving.model import ServedModel
 from tests.loopback import THINKING, TOOLS, loopback, scripted
 from tests.wire.exchanges import MODEL_DECIDES, REQUESTS
 from tests.wire.wire import REASONS, differences, exchange, view
@@ -80,7 +80,7 @@ def compared(
     return found
 
 
-def say_plainly(request: Request, prompt: str) -> str:
+def say_plainly(request: EngineRequest, prompt: str) -> str:
     if request.constraint is not None:
         return '{"name": "Ann", "age": 31}'
     if "Capital" in prompt:
@@ -88,7 +88,7 @@ def say_plainly(request: Request, prompt: str) -> str:
     return "Hi." if request.max_tokens == 4 else "I'm so glad you're here."
 
 
-def say_thoughts(request: Request, prompt: str) -> str:
+def say_thoughts(request: EngineRequest, prompt: str) -> str:
     if "Italy" not in prompt:
         return "P</th>" if prompt.endswith("<|assistant|><think>") else "what it learned"
     answer = '{"city": "Paris"}' if request.constraint else "Paris."

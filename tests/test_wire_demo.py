@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.serving.served import ServedModel
+from ollama_forge.serving.model import ServedModel
 from ollama_forge.sources.resolve import resolve
 from tests.loopback import loopback
 from tests.test_wire import OURS, compared

@@ -17,6 +17,7 @@ from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
+from ollama_forge.edits.load_proven import load_proven
 from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
@@ -30,12 +31,10 @@ from ollama_forge.errors import UsageError
 from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.models.holder import load_chat_model
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.records import to_json
 from ollama_forge.sources.resolve import resolve, resolve_gguf
-from ollama_forge.text.context import context_of, fitting
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,11 @@ def compute_dir(
         check_8bit(edit)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    source = resolve(model, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
-    examined = examine(source, trust_remote_code=load.trust_remote_code)
-    model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
-    chat = load_chat_model(source, load, model_map)
-    split = fitting(split, chat.tokenizer, context_of(source.config, model_map.learned_positions))
-    for note in split.notes:
-        say(f"note: {note}")
-    computed = compute_direction(chat, split.fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
+    found = load_proven(model, split, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial)
+    source, model_map, fit = found.source, found.model_map, found.split.fit
+    computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
-    context = FitContext(chat, split.fit, read, prompts.seed)
+    context = FitContext(found.model, fit, read, prompts.seed)
     fitted = method(edit.factors).fit(context, edit, {"direction": computed})["direction"]
     computed.save(output)
     if not fitted:

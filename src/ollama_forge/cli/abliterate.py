@@ -180,7 +180,7 @@ def inspect(**options: Any) -> None:
 
 
 def _edit_of_trial(options: dict[str, Any]) -> Path:
-    from ollama_forge.pipeline.optimize import edit_of_trial
+    from ollama_forge.pipeline.front import edit_of_trial
 
     if options["trial"] is None or options["study"] is None:
         raise UsageError("--trial and --study belong together", "--study DIR --trial N applies trial N of that study")
@@ -342,7 +342,7 @@ def chat(**options: Any) -> None:
     if options["think"] and options["no_think"]:
         raise UsageError("--think and --no-think exclude each other", "give one of them")
     from ollama_forge.serving.chat import chat, read_format, read_images
-    from ollama_forge.serving.talkers import Wishes
+    from ollama_forge.serving.chat_backends import ChatSettings
 
     think = False if options["no_think"] else {"on": True}.get(options["think"], options["think"])
     chat(
@@ -351,7 +351,7 @@ def chat(**options: Any) -> None:
         revision=options["revision"],
         adapter=options["adapter"],
         load=opt.load_settings(options),
-        wishes=Wishes(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
+        settings=ChatSettings(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
         images=read_images(options["images"]),
         server=options["server"],
     )

@@ -74,7 +74,8 @@ def _print(found: Optimized, model: str) -> None:
     from rich.console import Console
 
     from ollama_forge.cli.closing import print_tables
-    from ollama_forge.pipeline.optimize import REPORT, label
+    from ollama_forge.pipeline.front import label
+    from ollama_forge.pipeline.optimize import REPORT
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     print_tables(console, found.tables())

@@ -50,11 +50,11 @@ def serve(**options: Any) -> None:
         raise UsageError("give --name or --checkpoint", "--name takes the name that was given to run")
     load = opt.load_settings(options)
     from ollama_forge.progress import status
-    from ollama_forge.serving.http.names import servable
-    from ollama_forge.serving.http.server import announce, bind
-    from ollama_forge.serving.http.server import serve as run
-    from ollama_forge.serving.http.settings import ServeSettings
-    from ollama_forge.serving.served import ServedModel
+    from ollama_forge.serving.api.security import ServeSettings
+    from ollama_forge.serving.api.server import announce, bind
+    from ollama_forge.serving.api.server import serve as run
+    from ollama_forge.serving.model import ServedModel
+    from ollama_forge.serving.registry import servable_name
     from ollama_forge.sources.resolve import resolve
 
     settings = ServeSettings(
@@ -70,7 +70,7 @@ def serve(**options: Any) -> None:
             trust_remote_code=load.trust_remote_code,
             adapter=options["adapter"],
         )
-        name = servable(options["name"] or _default_name(checkpoint))
+        name = servable_name(options["name"] or _default_name(checkpoint))
         with status(f"loading {name}"):
             model = ServedModel.load(
                 checkpoint, name, load=load, max_queue=options["max_queue"], slots=options["slots"]

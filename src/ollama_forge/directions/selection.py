@@ -68,21 +68,3 @@ def d_prime(positive: Tensor, negative: Tensor) -> float:
     """Distance of the means in units of the pooled standard deviation."""
     spread = ((positive.var() + negative.var()) / 2).sqrt()
     return float((positive.mean() - negative.mean()) / spread) if spread > 0 else 0.0
-
-
-def best_separating_layer(directions: Tensor, harmful: Tensor, harmless: Tensor) -> tuple[int, float]:
-    """The layer whose direction separates held-out prompts best by d', among the first four fifths of the layers.
-
-    Args:
-        directions: ``[n_layers, d_model]`` unit vectors.
-        harmful, harmless: ``[prompts, n_layers, d_model]`` residual stream of the held-out prompts.
-
-    Returns:
-        The layer and its d'.
-    """
-    last = max(1, int(0.8 * len(directions)))
-    scores = [
-        d_prime(harmful[:, layer] @ directions[layer], harmless[:, layer] @ directions[layer]) for layer in range(last)
-    ]
-    best = max(range(last), key=lambda layer: scores[layer])
-    return best, scores[best]

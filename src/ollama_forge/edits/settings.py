@@ -15,7 +15,7 @@ TARGET_SETS: dict[str, frozenset[Role]] = {
     "embedding": frozenset({Role.EMBEDDING, Role.POSITION}),
 }
 KERNELS = ("constant", "linear-peak", "gaussian")
-_MLP_ROLES = frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN})
+MLP_ROLES = frozenset({Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN})
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ class EditSettings:
 
     def _own_strength(self, matrix: Matrix) -> float | None:
         """The strength of attention or of the MLP; None if it is the common one."""
-        return self.mlp_strength if matrix.role in _MLP_ROLES else self.attn_strength
+        return self.mlp_strength if matrix.role in MLP_ROLES else self.attn_strength

@@ -22,7 +22,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.export.edited_gguf import written_size
 from ollama_forge.export.plan import ExportPlan, plan_export
 from ollama_forge.files import sha256_file
-from ollama_forge.models.chat_model import load_tokenizer
+from ollama_forge.models.chat_model import LoadSettings, load_tokenizer
 from ollama_forge.names import file_stem
 from ollama_forge.ollama.registration import Registration, plan_registration
 from ollama_forge.pipeline.settings import RunSettings
@@ -124,22 +124,17 @@ class Preflight:
             return self.source.with_file(self.export.path)
         return Checkpoint(self.checkpoint_folder, str(self.checkpoint_folder), "folder")
 
-    @cached_property
-    def companions(self) -> dict[str, str]:
+    @property
+    def companions(self) -> Mapping[str, str]:
         """Hashes of the model's files besides its weights: config, tokenizer, chat template."""
-        return {name: sha256_file(self.source.folder / name) for name in companions(self.source.folder)}
+        hashes: dict[str, str] = self.model_needs["companions"]
+        return hashes
 
     @cached_property
     def model_needs(self) -> Mapping[str, Any]:
         """Everything that the outputs of the source model depend on."""
-        return {
-            "fingerprint": self.source.fingerprint,
-            "base": None if self.computed_on is self.source else self.computed_on.fingerprint,
-            "companions": self.companions,
-            "load": asdict(self.settings.load),
-            "lists": self.split.hashes(),
-            "unproven": self.examined.unproven,
-        }
+        base = None if self.computed_on is self.source else self.computed_on
+        return model_needs(self.source, self.settings.load, self.split, self.examined, base)
 
     def announce(self) -> None:
         """Print notes on the prompts, the GGUF file and Ollama."""
@@ -153,6 +148,24 @@ class Preflight:
         self.export.announce()
         if not self.export.problem:
             self.registration.announce()
+
+
+def model_needs(
+    source: Checkpoint, load: LoadSettings, split: PromptSplit, examined: Examined, base: Checkpoint | None = None
+) -> dict[str, Any]:
+    """Everything that the outputs of a model depend on.
+
+    Args:
+        base: the model that the edit is computed on, if it is another one.
+    """
+    return {
+        "fingerprint": source.fingerprint,
+        "base": None if base is None else base.fingerprint,
+        "companions": {name: sha256_file(source.folder / name) for name in companions(source.folder)},
+        "load": asdict(load),
+        "lists": split.hashes(),
+        "unproven": examined.unproven,
+    }
 
 
 def preflight(settings: RunSettings) -> Preflight:

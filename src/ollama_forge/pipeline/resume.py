@@ -15,7 +15,7 @@ import filelock
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import read_json, sha256_json, write_json
+from ollama_forge.files import disk_errors, read_json, sha256_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
 from ollama_forge.system import versions
@@ -130,9 +130,10 @@ class StageCache:
         """Lock the run's folder inside the block.
 
         Raises:
-            ForgeError: another run has locked the folder.
+            ForgeError: another run has locked the folder, or it cannot be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path("lock"))
         try:
             lock.acquire(timeout=0)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ollama_forge.edits.registry import METHODS
-from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.settings import KERNELS, EditSettings
 from ollama_forge.errors import UsageError
 
 CONFIGURED = "configured"
@@ -15,6 +15,10 @@ _LAYER = "layer "
 _LEAST_SQUARES = "least squares"
 _ATTENTION_ALONE = "least squares, attention alone"
 _WRITERS = "orthogonal on writers"
+_BY_PART = re.compile(
+    rf"{_LEAST_SQUARES}, {_LAYER}(?P<layer>[0-9]+), attention (?P<attention>[-+.0-9e]+), MLP (?P<mlp>[-+.0-9e]+), "
+    rf"(?P<kernel>{'|'.join(KERNELS)})"
+)
 _NAME = re.compile(
     rf"(?P<kind>{_LEAST_SQUARES}|{_ATTENTION_ALONE}|{_WRITERS}), "
     rf"{_LAYER}(?P<layer>[0-9]+)(?:, strength (?P<strength>[-+.0-9e]+))?"
@@ -56,11 +60,6 @@ def layer_of(direction: str) -> int | None:
     return int(number) if number != direction else None
 
 
-def layer_name(layer: int) -> str:
-    """The name of a layer's direction."""
-    return f"{_LAYER}{layer}"
-
-
 def least_squares(layer: int, strength: float, *, attention_alone: bool = False) -> Candidate:
     """Least squares on writers with the direction of a layer.
 
@@ -72,6 +71,25 @@ def least_squares(layer: int, strength: float, *, attention_alone: bool = False)
     if attention_alone:
         settings = replace(settings, mlp_strength=0.0)
     return Candidate(f"{kind}, {_LAYER}{layer}, strength {strength:g}", f"{_LAYER}{layer}", settings)
+
+
+def least_squares_by_part(layer: int, attention: float, mlp: float, kernel: str) -> Candidate:
+    """Least squares on writers with the direction of a layer, at strengths of their own for attention and for MLPs.
+
+    Args:
+        mlp: strength of MLPs and experts; one of both strengths is not 0.
+        kernel: how the strengths fall off with the distance from the layer.
+    """
+    larger = max(attention, mlp, key=abs)
+    settings = replace(
+        METHODS["least-squares"].settings,
+        strength=larger,
+        attn_strength=attention,
+        mlp_strength=mlp,
+        strength_kernel=kernel,
+    )
+    name = f"{_LEAST_SQUARES}, {_LAYER}{layer}, attention {attention:g}, MLP {mlp:g}, {kernel}"
+    return Candidate(name, f"{_LAYER}{layer}", settings)
 
 
 def orthogonal_on_writers(layer: int) -> Candidate:
@@ -95,9 +113,15 @@ def candidate_named(name: str) -> Candidate:
             return orthogonal_on_writers(layer)
         if match["kind"] != _WRITERS and strength is not None:
             return least_squares(layer, strength, attention_alone=match["kind"] == _ATTENTION_ALONE)
+    match = _BY_PART.fullmatch(name)
+    if match is not None:
+        attention, mlp = (_finite(match[part]) for part in ("attention", "mlp"))
+        if attention is not None and mlp is not None and (attention or mlp):
+            return least_squares_by_part(int(match["layer"]), attention, mlp, match["kernel"])
     forms = (
         DOCUMENTED_DEFAULT.name,
         *(f"{kind}, {_LAYER}N, strength S" for kind in (_LEAST_SQUARES, _ATTENTION_ALONE)),
+        f"{_LEAST_SQUARES}, {_LAYER}N, attention A, MLP M, KERNEL",
         f"{_WRITERS}, {_LAYER}N",
     )
     raise UsageError(f"--pick {name!r} is not an edit that run tries", f"one of: {'; '.join(forms)}")
@@ -105,8 +129,13 @@ def candidate_named(name: str) -> Candidate:
 
 def _strength(text: str | None) -> float | None:
     """A finite strength other than 0; None for any other text."""
+    return _finite(text or "") or None
+
+
+def _finite(text: str) -> float | None:
+    """A finite number; None for any other text."""
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) and value != 0 else None
+    return value if math.isfinite(value) else None

@@ -138,13 +138,13 @@ def search(trials: Trials, settings: ChoiceSettings, study: Study) -> Choice:
     Raises:
         ForgeError: the model does not support least squares, which the study varies.
     """
-    rule, climbed = trials.rule(settings.limits), begun(trials, settings, study)
+    rule, climbed = trials.rule(settings.limits), begin(trials, settings, study)
     study.run(lambda candidate, loses: trials.try_on_select(candidate, rule, loses), rule, settings.trials)
     return chosen(study.trials(), climbed.probes, rule, trials.base, rule.best(climbed.trials))
 
 
-def begun(trials: Trials, settings: ChoiceSettings, study: Study) -> Climbed:
-    """What the ladder found, with which a study begins; the ladder is climbed if the study has not begun.
+def begin(trials: Trials, settings: ChoiceSettings, study: Study) -> Climbed:
+    """Climb the ladder if the study has not begun; returns what the ladder found, with which it begins.
 
     Raises:
         ForgeError: the model does not support least squares, which the study varies.

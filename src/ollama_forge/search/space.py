@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
 
-from ollama_forge.edits.settings import KERNELS
-from ollama_forge.search.candidates import Candidate, layer_name, least_squares
+from ollama_forge.edits.settings import KERNELS, EditSettings
+from ollama_forge.search.candidates import Candidate, least_squares, least_squares_by_part
 
+CONSTANT = EditSettings.strength_kernel
 STRENGTHS = (0.25, 4.0)
 STRENGTH_STEP = 0.25
 BALANCE_STEP = 0.25
@@ -21,31 +22,31 @@ class Space:
 
     - ``layer``: the layer of the direction.
     - ``strength``: size of the larger one of two strengths, that of attention and that of MLPs and experts.
-    - ``balance``: which one is smaller: 0 for none, -1 for attention at 0, 1 for MLPs and experts at 0.
+    - ``balance``: which one is smaller: 0 for none, -1 for attention at 0, 1 for MLPs and experts at 0. A model with
+      writers of one kind alone has no such parameter.
     - ``kernel``: how the strength falls off with the distance from that layer.
 
     Attributes:
         layers: the layers whose directions are fitted, in rising order and evenly spaced.
         sign: sign of the strengths.
+        balanced: whether the model has writers of both kinds.
     """
 
     layers: tuple[int, ...]
     sign: float
+    balanced: bool = True
 
     def suggest(self, trial: optuna.Trial) -> Candidate:
         """The edit whose parameters the sampler of a trial suggests."""
         step = self.layers[1] - self.layers[0] if len(self.layers) > 1 else 1
         layer = trial.suggest_int("layer", self.layers[0], self.layers[-1], step=step)
         strength = trial.suggest_float("strength", *STRENGTHS, step=STRENGTH_STEP)
-        balance = trial.suggest_float("balance", -1.0, 1.0, step=BALANCE_STEP)
+        balance = trial.suggest_float("balance", -1.0, 1.0, step=BALANCE_STEP) if self.balanced else 0.0
         kernel = trial.suggest_categorical("kernel", KERNELS)
+        if kernel == CONSTANT and balance in (0.0, 1.0):  # an edit that the ladder may have tried
+            return least_squares(layer, self.sign * strength, attention_alone=balance == 1.0)
         attention, mlp = (self.sign * strength * min(1.0, 1.0 + part) for part in (balance, -balance))
-        plain = least_squares(layer, self.sign * strength)
-        if kernel == KERNELS[0] and balance in (0.0, 1.0):
-            return plain if balance == 0.0 else least_squares(layer, self.sign * strength, attention_alone=True)
-        settings = replace(plain.settings, attn_strength=attention, mlp_strength=mlp, strength_kernel=kernel)
-        name = f"least squares, {layer_name(layer)}, attention {attention:g}, MLP {mlp:g}, {kernel}"
-        return Candidate(name, plain.direction, settings)
+        return least_squares_by_part(layer, attention, mlp, kernel)
 
     def parameters(self, candidate: Candidate) -> dict[str, Any] | None:
         """The parameters of an edit that the ladder tries; None if it is not in the space."""
@@ -57,4 +58,5 @@ class Space:
             return None
         if not STRENGTHS[0] <= strength <= STRENGTHS[1] or strength % STRENGTH_STEP:
             return None
-        return {"layer": layer, "strength": strength, "balance": float(alone), "kernel": KERNELS[0]}
+        balance = {"balance": float(alone)} if self.balanced else {}
+        return {"layer": layer, "strength": strength, **balance, "kernel": CONSTANT}

@@ -16,9 +16,10 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.files import disk_errors
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
 from ollama_forge.search.candidates import Candidate
@@ -27,7 +28,7 @@ from ollama_forge.search.rule import Rule, Trial
 from ollama_forge.search.space import Space
 
 FILE = "study.journal"
-_NAME, _KEY, _LADDER, _TRIAL, _BEYOND = "edits", "of", "ladder", "trial", "beyond"
+_NAME, _KEY, _LADDER, _TRIAL = "edits", "of", "ladder", "trial"
 RANDOM_TRIALS = 8  # before the sampler follows its model of the space
 
 
@@ -45,7 +46,8 @@ class Study:
     """
 
     def __init__(self, folder: Path, space: Space, key: Mapping[str, Any], seed: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.space = folder, space
         self._study = _open(folder / FILE, seed)
         key, stored = json.loads(json.dumps(key)), self._study.user_attrs.get(_KEY)
@@ -77,9 +79,10 @@ class Study:
         return {frozen.number: from_json(Trial, frozen.user_attrs[_TRIAL]) for frozen in done}
 
     def trials(self) -> list[Trial]:
-        """All trials: those of the ladder that are outside the space, and those of the study."""
-        outside = [t for t in (self.climbed.trials if self.climbed else ()) if self.space.parameters(t) is None]
-        return [*outside, *self.numbered().values()]
+        """All trials: those of the ladder that the study has no number for, and those of the study."""
+        numbered, climbed = self.numbered().values(), self.climbed
+        edits = {trial.edit for trial in numbered}
+        return [*(t for t in (climbed.trials if climbed else ()) if t.edit not in edits), *numbered]
 
     def run(self, measure: Callable[[Candidate, Callable[[Trial], str]], Trial], rule: Rule, count: int) -> None:
         """Try edits until the study has ``count`` trials.
@@ -95,15 +98,18 @@ class Study:
                 say(f"trial {asked.number} of {count}")
                 trial = measure(candidate, lambda begun: _dominated(begun, self.trials(), rule))
             asked.set_user_attr(_TRIAL, to_json(trial))
-            asked.set_user_attr(_BEYOND, beyond_limits(trial, rule))
+            for limit, beyond in beyond_limits(trial, rule).items():
+                asked.set_constraint(limit, beyond)
             self._study.tell(asked, (rule.failed_share(trial.harmful), trial.answer_kl))
 
 
-def beyond_limits(trial: Trial, rule: Rule) -> list[float]:
+def beyond_limits(trial: Trial, rule: Rule) -> dict[str, float]:
     """By how much a trial exceeds each limit, as a fraction of it; not above 0 within the limits."""
-    limits = rule.limits
-    beyond = [trial.answer_kl / limits.answer_kl - 1, trial.first_token_kl / limits.first_token_kl - 1]
-    return [*beyond, 0.0 if rule.spares_harmless(trial.harmless) else 1.0]
+    return {
+        "answer KL": trial.answer_kl / rule.limits.answer_kl - 1,
+        "first-token KL": trial.first_token_kl / rule.limits.first_token_kl - 1,
+        "harmless refused": 0.0 if rule.spares_harmless(trial.harmless) else 1.0,
+    }
 
 
 def _dominated(trial: Trial, others: Sequence[Trial], rule: Rule) -> str:
@@ -130,12 +136,7 @@ def _open(path: Path, seed: int) -> optuna.Study:
                 n_startup_trials=RANDOM_TRIALS,
                 multivariate=True,
                 seed=seed + len(study.get_trials(deepcopy=False)),  # else a resumed study would draw the same again
-                constraints_func=_constraints,
             )
         return study
-    except (OSError, ValueError, KeyError) as error:
-        raise ForgeError(f"{path} cannot be read as a study ({error})", "give another folder") from None
-
-
-def _constraints(trial: FrozenTrial) -> list[float]:
-    return list(trial.user_attrs.get(_BEYOND, [1.0]))
+    except (OSError, ValueError, KeyError, AssertionError) as error:  # what Optuna raises for text that is no journal
+        raise ForgeError(f"{path} cannot be read as a study", "give another folder") from error

@@ -20,7 +20,7 @@ from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import EditPlan, ReadVector
 from ollama_forge.edits.registry import method
-from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.settings import MLP_ROLES, EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.divergence import Reference
@@ -100,7 +100,8 @@ class Trials:
     @property
     def space(self) -> Space:
         """The edits that a study searches among."""
-        return Space(self.layers, self.goal.sign)
+        kinds = {writer.role in MLP_ROLES for writer in self.model.model_map.writers}
+        return Space(self.layers, self.goal.sign, balanced=len(kinds) > 1)
 
     # -- parts of a candidate -------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from ollama_forge.serving.asks import Busy
+from ollama_forge.serving.requests import Busy
 
 
 class Admission:
@@ -28,7 +28,7 @@ class Admission:
         return len(self._queue)
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncIterator[None]:
         """Wait for a slot and hold it; on leaving, the request that waits longest gets it.
 
         Raises:

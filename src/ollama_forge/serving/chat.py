@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
 from ollama_forge.progress import say, status
-from ollama_forge.serving.asks import Message
-from ollama_forge.serving.engines.base import Sampling
-from ollama_forge.serving.http.native.options import options_of
-from ollama_forge.serving.loops import LoopWatch
-from ollama_forge.serving.talkers import DEFAULT_SERVER, Ended, Talker, Wishes, running_server
+from ollama_forge.serving.api.ollama.options import Options
+from ollama_forge.serving.chat_backends import DEFAULT_SERVER, AnswerEnd, ChatBackend, ChatSettings, running_server
+from ollama_forge.serving.chat_output import AnswerPrinter, RepetitionError
+from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.requests import Message
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
@@ -32,13 +32,12 @@ HELP = """\
 \"""              begins and ends a message of several lines
 /bye             leave, as does Ctrl-D; Ctrl-C ends an answer"""
 _COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
-_SAMPLING = tuple(f.name for f in fields(Sampling))
+_SAMPLING = tuple(f.name for f in fields(SamplingParams))
 _SETTINGS = (*_SAMPLING, "num_predict", "num_ctx", "think")
 _LEVELS = ("low", "medium", "high", "max")
 _THINK: dict[str, bool | str] = {"on": True, "off": False, **{level: level for level in _LEVELS}}
 _SHOWN: dict[object, str] = {None: "default", True: "on", False: "off"}
 _QUOTES = '"""'
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def chat(
@@ -48,7 +47,7 @@ def chat(
     revision: str | None = None,
     adapter: str | None = None,
     load: LoadSettings,
-    wishes: Wishes | None = None,
+    settings: ChatSettings | None = None,
     images: Sequence[bytes] = (),
     server: str = DEFAULT_SERVER,
 ) -> None:
@@ -67,7 +66,7 @@ def chat(
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
-    talker = (None if adapter else _server_for(name, load, server)) or _load(name, checkpoint, revision, load, adapter)
+    backend = (None if adapter else _server_for(name, load, server)) or _load(name, checkpoint, revision, load, adapter)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
@@ -76,12 +75,12 @@ def chat(
 
         say("/help lists the commands, /bye leaves")
     try:
-        Chat(talker, wishes=wishes, system=load.system, images=images).loop(_lines())
+        Chat(backend, settings=settings, system=load.system, images=images).loop(_lines())
     finally:
-        talker.close()
+        backend.close()
 
 
-def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | None:
+def _server_for(name: str | None, load: LoadSettings, server: str) -> ChatBackend | None:
     if name is None or load != type(load)(system=load.system):
         return None
     found = running_server(server, name)
@@ -92,9 +91,9 @@ def _server_for(name: str | None, load: LoadSettings, server: str) -> Talker | N
 
 def _load(
     name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings, adapter: str | None
-) -> Talker:
-    from ollama_forge.serving.served import ServedModel
-    from ollama_forge.serving.talkers import LocalTalker
+) -> ChatBackend:
+    from ollama_forge.serving.chat_backends import LocalBackend
+    from ollama_forge.serving.model import ServedModel
     from ollama_forge.sources.resolve import resolve
 
     if name is not None:
@@ -103,7 +102,7 @@ def _load(
     source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     label = name or Path(source.label).name
     with status(f"loading {label}"):
-        return LocalTalker(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))
+        return LocalBackend(ServedModel.load(source, label, load=replace(load, system=None), max_queue=1))
 
 
 def _lines() -> Iterator[str]:
@@ -151,15 +150,15 @@ class Chat:
 
     def __init__(
         self,
-        talker: Talker,
+        backend: ChatBackend,
         out: TextIO = sys.stdout,
         *,
-        wishes: Wishes | None = None,
+        settings: ChatSettings | None = None,
         system: str | None = None,
         images: Sequence[bytes] = (),
     ) -> None:
-        self.talker, self.out = talker, out
-        self.wishes = wishes or Wishes()
+        self.backend, self.out = backend, out
+        self.settings = settings or ChatSettings()
         self.system = system
         self.images = tuple(images)
         self.messages: list[Message] = []
@@ -207,7 +206,7 @@ class Chat:
             case []:
                 say("\n".join(f"{name:<18}{self._setting(name)}" for name in _SETTINGS))
             case ["think" | "nothink" as word]:
-                self.wishes = replace(self.wishes, think=word == "think")
+                self.settings = replace(self.settings, think=word == "think")
                 say(f"think {self._setting('think')}")
             case ["system", *text]:
                 self.set_system(" ".join(text))
@@ -223,7 +222,7 @@ class Chat:
                 say(f"/set NAME VALUE, NAME one of {', '.join(_SETTINGS)}")
 
     def _setting(self, name: str) -> str:
-        value = getattr(self.wishes.sampling if name in _SAMPLING else self.wishes, name)
+        value = getattr(self.settings.sampling if name in _SAMPLING else self.settings, name)
         return _SHOWN.get(value, str(value)) if name == "think" or value is None else str(value)
 
     def _change(self, name: str, spelled: str) -> None:
@@ -234,31 +233,31 @@ class Chat:
         """
         value: Any
         if spelled == "default":
-            value = getattr(Wishes().sampling if name in _SAMPLING else Wishes(), name)
+            value = getattr(ChatSettings().sampling if name in _SAMPLING else ChatSettings(), name)
         elif name == "think":
             if spelled not in _THINK:
                 raise ValueError(f"think is one of {', '.join(_THINK)}")
             value = _THINK[spelled]
         else:
-            options = options_of({name: _number(name, spelled)})
+            options = Options.read({name: _number(name, spelled)})
             value = getattr(options.sampling if name in _SAMPLING else options, name)
         if name in _SAMPLING:
-            self.wishes = replace(self.wishes, sampling=replace(self.wishes.sampling, **{name: value}))
+            self.settings = replace(self.settings, sampling=replace(self.settings.sampling, **{name: value}))
         else:
-            self.wishes = replace(self.wishes, **{name: value})
+            self.settings = replace(self.settings, **{name: value})
 
     def turn(self, text: str) -> None:
         """Answer one message; what was said before Ctrl-C or a cut stays in the conversation."""
         self.messages.append(Message("user", _readable(text), images=self.images))
         system = [Message("system", _readable(self.system))] if self.system else []
-        said = _Said(self.out)
+        said = AnswerPrinter(self.out)
         note = ""
         try:
-            ended = self.talker.answer([*system, *self.messages], self.wishes, said.show)
-            note = self._cut(ended) if ended.full else "" if said.content else "the model ended without an answer"
+            ended = self.backend.answer([*system, *self.messages], self.settings, said.show)
+            note = self._cut(ended) if ended.truncated else "" if said.content else "the model ended without an answer"
         except KeyboardInterrupt:
             pass
-        except _Looping:
+        except RepetitionError:
             note = "cut: the answer repeated itself without end; /set repeat_penalty 1.3 makes that rarer"
         except ForgeError as error:
             self.messages.pop()
@@ -271,12 +270,12 @@ class Chat:
             say(f"({note})")
         self.messages.append(Message("assistant", said.content, thinking=said.thinking))
 
-    def _cut(self, ended: Ended) -> str:
+    def _cut(self, ended: AnswerEnd) -> str:
         """Why an answer was cut, and what to do about it."""
-        if 0 <= self.wishes.num_predict <= ended.tokens:
-            return f"cut after {self.wishes.num_predict} tokens; /set num_predict -1 lifts this bound"
-        if self.wishes.num_ctx is not None:
-            return f"cut: num_ctx {self.wishes.num_ctx} is full; /set num_ctx raises it, /clear starts over"
+        if 0 <= self.settings.num_predict <= ended.tokens:
+            return f"cut after {self.settings.num_predict} tokens; /set num_predict -1 lifts this bound"
+        if self.settings.num_ctx is not None:
+            return f"cut: num_ctx {self.settings.num_ctx} is full; /set num_ctx raises it, /clear starts over"
         return "cut: the model's context is full; /clear starts over"
 
 
@@ -304,60 +303,3 @@ def _number(name: str, spelled: str) -> float:
 def _readable(text: str) -> str:
     """``text`` with a question mark for each lone surrogate, which no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-class _Looping(Exception):  # noqa: N818
-    """The answer repeats itself."""
-
-
-class _Said:
-    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere.
-
-    Attributes:
-        thinking, content: what was said; of a passage that looped, what came before its first repetition.
-    """
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._marks = (_DIM, _PLAIN) if out.isatty() else ("[", "]")
-        self._pieces: list[tuple[str, str]] = []
-        self._watch = LoopWatch()
-        self._thought = self._answered = False
-
-    @property
-    def thinking(self) -> str:
-        return "".join(thinking for thinking, _ in self._pieces)
-
-    @property
-    def content(self) -> str:
-        return "".join(content for _, content in self._pieces)
-
-    def show(self, thinking: str, content: str) -> None:
-        """Print one piece.
-
-        Raises:
-            _Looping: the answer repeats itself.
-        """
-        if thinking:
-            self._out.write(thinking if self._thought else self._marks[0] + thinking)
-            self._thought = True
-        if content:
-            if self._thought and not self._answered:
-                self._out.write(self._marks[1] + "\n")
-            self._out.write(content)
-            self._answered = True
-        self._out.flush()
-        if not thinking and not content:
-            return
-        self._pieces.append((thinking, content))
-        repeated = self._watch.add(thinking + content)
-        if repeated:
-            del self._pieces[-repeated:]
-            raise _Looping
-
-    def end(self) -> None:
-        if self._thought and not self._answered:
-            self._out.write(self._marks[1])
-        if self._thought or self._answered:
-            self._out.write("\n")
-        self._out.flush()

@@ -1,0 +1,60 @@
+"""The ASGI application: the routes of all APIs, behind the guard."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ollama_forge import __version__
+from ollama_forge.serving.api.anthropic import responses as anthropic
+from ollama_forge.serving.api.anthropic.routes import routes as anthropic_routes
+from ollama_forge.serving.api.ollama import responses as ollama
+from ollama_forge.serving.api.ollama.routes import routes as ollama_routes
+from ollama_forge.serving.api.openai import responses as openai
+from ollama_forge.serving.api.openai.routes import routes as openai_routes
+from ollama_forge.serving.api.routing import Api, no_route
+from ollama_forge.serving.api.security import Guard, ServeSettings
+from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.registry import ModelRegistry
+
+
+def build_app(model: ServedModel, settings: ServeSettings | None = None) -> FastAPI:
+    """Build the application that serves ``model``, and that closes ``model`` when it shuts down."""
+    registry = ModelRegistry(model)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await registry.close()
+
+    app = FastAPI(
+        title="ollama-forge",
+        description="The APIs of Ollama, OpenAI and Anthropic.",
+        version=__version__,
+        docs_url=None,  # the page of the docs would load scripts from other hosts
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    for routes in (ollama_routes, openai_routes, anthropic_routes):
+        app.include_router(routes(registry))
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_middleware(Guard, settings=settings or ServeSettings(), api_of=api_of)
+    return app
+
+
+def api_of(path: str) -> Api:
+    """The API that a path belongs to; its errors have that API's form."""
+    if path.startswith("/v1/messages"):
+        return anthropic.API
+    return openai.API if path.startswith("/v1/") else ollama.API
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return no_route(error.status_code, error.headers)

@@ -1,0 +1,280 @@
+"""The objects of responses of OpenAI's Responses API, ``/v1/responses``, and the events of its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ollama_forge.serving.api.exchange import arguments_text, server_sent_event
+from ollama_forge.serving.api.openai.responses import timestamp
+from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_none
+from ollama_forge.serving.requests import Completion, Delta, Done, Event, ToolCall
+
+
+class OutputText(ResponseModel):
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+
+
+class OutputMessage(ResponseModel):
+    id: str
+    type: Literal["message"] = "message"
+    status: str = "completed"
+    role: str = "assistant"
+    content: list[OutputText]
+
+
+class SummaryText(ResponseModel):
+    type: Literal["summary_text"] = "summary_text"
+    text: str
+
+
+class OutputReasoning(ResponseModel):
+    """A thought; clients send ``encrypted_content`` back in the next turn."""
+
+    id: str
+    type: Literal["reasoning"] = "reasoning"
+    summary: list[SummaryText]
+    encrypted_content: str | None = omit_none()
+
+
+class OutputFunctionCall(ResponseModel):
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: str = "completed"
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputFunctionCall
+
+
+class InputTokensDetails(ResponseModel):
+    cached_tokens: int = 0
+
+
+class OutputTokensDetails(ResponseModel):
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(ResponseModel):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+
+
+class ResponseError(ResponseModel):
+    code: str
+    message: str
+
+
+class Response(ResponseModel):
+    """The body of a response; the fields from ``instructions`` on repeat the request."""
+
+    id: str = Field(default_factory=lambda: new_id("resp_"))
+    object: str = "response"
+    created_at: int = Field(default_factory=timestamp)
+    completed_at: int | None = None
+    status: str
+    incomplete_details: dict[str, Any] | None = None
+    model: str
+    previous_response_id: str | None = None
+    output: list[OutputItem]
+    error: ResponseError | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    presence_penalty: int = 0
+    frequency_penalty: int = 0
+    top_logprobs: int = 0
+    usage: ResponseUsage | None = None
+    max_tool_calls: int | None = None
+    store: bool = False
+    background: bool = False
+    service_tier: str = "default"
+    metadata: dict[str, Any] = {}
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    instructions: str | None = None
+    tools: list[dict[str, Any]] = []
+    truncation: str = "disabled"
+    text: dict[str, Any] = {}
+    top_p: int | float
+    temperature: int | float
+    reasoning: dict[str, Any] | None = None
+    max_output_tokens: int | None = None
+
+
+def output_message(id_: str, text: str) -> OutputMessage:
+    return OutputMessage(id=id_, content=[OutputText(text=text)])
+
+
+def output_reasoning(id_: str, text: str) -> OutputReasoning:
+    return OutputReasoning(id=id_, summary=[SummaryText(text=text)], encrypted_content=text)
+
+
+def output_call(id_: str, call: ToolCall) -> OutputFunctionCall:
+    return OutputFunctionCall(id=id_, call_id=call.id, name=call.name, arguments=arguments_text(call))
+
+
+def response_usage(done: Done) -> ResponseUsage:
+    total = done.prompt_tokens + done.tokens
+    return ResponseUsage(input_tokens=done.prompt_tokens, output_tokens=done.tokens, total_tokens=total)
+
+
+def response(model: str, echo: Mapping[str, Any], completion: Completion) -> Response:
+    """The body of ``/v1/responses``; ``echo`` has the fields of the request that it repeats."""
+    output: list[OutputItem] = []
+    if completion.thinking:
+        output.append(output_reasoning(new_id("rs_"), completion.thinking))
+    if completion.content or not completion.tool_calls:
+        output.append(output_message(new_id("msg_"), completion.content))
+    output += [output_call(new_id("fc_"), call) for call in completion.tool_calls]
+    return Response(
+        completed_at=timestamp(),
+        status="completed",
+        model=model,
+        output=output,
+        usage=response_usage(completion.done),
+        **echo,
+    )
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+class StreamEvent(ResponseModel):
+    """A numbered event of a streamed response; each type has some of the other fields."""
+
+    type: str
+    sequence_number: int
+    response: Response | None = omit_none()
+    item_id: str | None = omit_none()
+    output_index: int | None = omit_none()
+    content_index: int | None = omit_none()
+    summary_index: int | None = omit_none()
+    item: OutputItem | None = omit_none()
+    part: OutputText | None = omit_none()
+    delta: str | None = omit_none()
+    text: str | None = omit_none()
+    arguments: str | None = omit_none()
+    logprobs: list[Any] | None = omit_none()
+
+
+class ResponseWriter:
+    """Writes the events of a response: output items of thinking, text and tool calls, one after another.
+
+    Args:
+        echo: the fields of the request that the response repeats.
+    """
+
+    def __init__(self, model: str, echo: Mapping[str, Any]) -> None:
+        self._id, self._model, self._echo = new_id("resp_"), model, echo
+        self._created = timestamp()
+        self._number = 0
+        self._output: list[OutputItem] = []
+        self._open: str | None = None  # the type of the item that is being written
+        self._item_id = self._text = ""
+
+    def write(self, event: Event) -> Iterator[bytes]:
+        if self._number == 0:
+            yield from self._begin()
+        if isinstance(event, Delta):
+            if event.thinking:
+                yield from self._thinking(event.thinking)
+            if event.content:
+                yield from self._content(event.content)
+            for call in event.tool_calls:
+                yield from self._call(call)
+            return
+        yield from self._close()
+        completed = self._response("completed", usage=response_usage(event), completed_at=timestamp())
+        yield self._event("response.completed", response=completed)
+
+    def failed(self, message: str) -> Iterator[bytes]:
+        if self._number == 0:
+            yield from self._begin()
+        error = ResponseError(code="server_error", message=message)
+        yield self._event("response.failed", response=self._response("failed", error=error))
+
+    def _begin(self) -> Iterator[bytes]:
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self._response("in_progress"))
+
+    def _thinking(self, text: str) -> Iterator[bytes]:
+        if self._open != "reasoning":
+            yield from self._close()
+            self._start("reasoning", "rs_")
+            item = OutputReasoning(id=self._item_id, summary=[])
+            yield self._event("response.output_item.added", **self._place(), item=item)
+        self._text += text
+        yield self._event("response.reasoning_summary_text.delta", **self._of_item(), summary_index=0, delta=text)
+
+    def _content(self, text: str) -> Iterator[bytes]:
+        if self._open != "message":
+            yield from self._close()
+            self._start("message", "msg_")
+            item = OutputMessage(id=self._item_id, status="in_progress", content=[])
+            yield self._event("response.output_item.added", **self._place(), item=item)
+            part = OutputText(text="")
+            yield self._event("response.content_part.added", **self._of_item(), content_index=0, part=part)
+        self._text += text
+        yield self._event("response.output_text.delta", **self._of_item(), content_index=0, delta=text, logprobs=[])
+
+    def _call(self, call: ToolCall) -> Iterator[bytes]:
+        yield from self._close()
+        self._start("function_call", "fc_")
+        item = output_call(self._item_id, call)
+        begun = item.model_copy(update={"status": "in_progress", "arguments": ""})
+        arguments = item.arguments
+        yield self._event("response.output_item.added", **self._place(), item=begun)
+        yield self._event("response.function_call_arguments.delta", **self._of_item(), delta=arguments)
+        yield self._event("response.function_call_arguments.done", **self._of_item(), arguments=arguments)
+        yield from self._end(item)
+
+    def _start(self, kind: str, prefix: str) -> None:
+        self._open, self._item_id, self._text = kind, new_id(prefix), ""
+
+    def _close(self) -> Iterator[bytes]:
+        place, text = self._of_item(), self._text
+        if self._open == "reasoning":
+            yield self._event("response.reasoning_summary_text.done", **place, summary_index=0, text=text)
+            yield from self._end(output_reasoning(self._item_id, text))
+        elif self._open == "message":
+            yield self._event("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
+            part = OutputText(text=text)
+            yield self._event("response.content_part.done", **place, content_index=0, part=part)
+            yield from self._end(output_message(self._item_id, text))
+
+    def _end(self, item: OutputItem) -> Iterator[bytes]:
+        yield self._event("response.output_item.done", **self._place(), item=item)
+        self._output.append(item)
+        self._open = None
+
+    def _place(self) -> dict[str, Any]:
+        return {"output_index": len(self._output)}
+
+    def _of_item(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": len(self._output)}
+
+    def _response(self, status: str, **more: Any) -> Response:
+        return Response(
+            id=self._id,
+            created_at=self._created,
+            status=status,
+            model=self._model,
+            output=list(self._output),
+            **self._echo,
+            **more,
+        )
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        event = StreamEvent(type=kind, sequence_number=self._number, **fields)
+        self._number += 1
+        return server_sent_event(event, kind)

@@ -1,0 +1,295 @@
+"""The body of requests to OpenAI's Responses API, ``/v1/responses``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
+
+from ollama_forge.serving.api.body import TAG, RequestModel, json_type
+from ollama_forge.serving.api.fields import (
+    Integer,
+    Name,
+    SamplingFields,
+    answer_schema,
+    call_arguments,
+    chosen_tools,
+    function_tool,
+    image_of_url,
+    required,
+    think_of_effort,
+    with_tool_names,
+)
+from ollama_forge.serving.api.openai.requests import CONTENT_SCHEMA, Reasoning, ToolChoice, role_of
+from ollama_forge.serving.api.openai.responses_events import Response
+from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
+
+
+class ContentPart(RequestModel):
+    """A part of a message's content."""
+
+    type: str = ""
+    text: str = ""
+    image_url: str = ""
+
+
+def _content(value: Any) -> Any:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+Content = Annotated[list[ContentPart], FailFast(), BeforeValidator(_content), WithJsonSchema(CONTENT_SCHEMA)]
+
+
+def text_and_images(parts: Sequence[ContentPart]) -> tuple[str, tuple[bytes, ...]]:
+    """The text and the images of a content.
+
+    Raises:
+        BadRequest: a part is of another kind.
+    """
+    texts, images = [], []
+    for part in parts:
+        if part.type in ("input_text", "output_text"):
+            texts.append(part.text)
+        elif part.type == "input_image" and part.image_url:
+            images.append(image_of_url(part.image_url))
+        elif part.type == "input_file":
+            raise BadRequest("file inputs are not currently supported")
+        elif part.type != "input_image":
+            raise BadRequest(f"unknown content type: {part.type}")
+    return "".join(texts), tuple(images)
+
+
+class MessageItem(RequestModel):
+    """A message."""
+
+    type: str = "message"
+    role: str = ""
+    content: Content = []
+
+    def message(self) -> Message:
+        content, images = text_and_images(self.content)
+        return Message(role_of(self.role), content, images=images)
+
+
+class SummaryPart(RequestModel):
+    """A part of the summary of a thought."""
+
+    type: str = ""
+    text: str = ""
+
+
+class ReasoningItem(RequestModel):
+    """A thought of the message that follows."""
+
+    type: str
+    encrypted_content: str = ""
+    summary: Annotated[list[SummaryPart], FailFast()] = []
+
+    @property
+    def thinking(self) -> str:
+        return self.encrypted_content or "".join(part.text for part in self.summary)
+
+
+class FunctionCallItem(RequestModel):
+    """An earlier tool call; the arguments are JSON text."""
+
+    type: str
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class FunctionCallOutputItem(RequestModel):
+    """The result of a tool call."""
+
+    type: str
+    call_id: str = ""
+    output: Content = []
+
+    def message(self) -> Message:
+        content, images = text_and_images(self.output)
+        return Message("tool", content, tool_call_id=self.call_id, images=images)
+
+
+class OtherItem(RequestModel):
+    """An item of another kind; a search of the web is skipped."""
+
+    type: str = ""
+
+
+_ITEM_KINDS = ("message", "reasoning", "function_call", "function_call_output")
+
+
+def _item_kind(value: Any) -> str:
+    given = value if isinstance(value, dict) else {}
+    kind = given.get("type") or ("message" if given.get("role") else "")
+    return TAG + (kind if kind in _ITEM_KINDS else "other")
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("#message")]
+    | Annotated[ReasoningItem, Tag("#reasoning")]
+    | Annotated[FunctionCallItem, Tag("#function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("#function_call_output")]
+    | Annotated[OtherItem, Tag("#other")],
+    Discriminator(_item_kind),
+]
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": value}] if value else []
+    if not isinstance(value, list):
+        raise BadRequest(f"input must be a string or array, not {json_type(value)}")
+    return value
+
+
+_ITEMS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"type": "string"}, "role": {"type": "string"}, "content": CONTENT_SCHEMA},
+            },
+        },
+    ]
+}
+
+
+class FunctionTool(RequestModel):
+    """A tool that the model may call; tools of other types run on OpenAI's servers, so the model does not get them."""
+
+    type: str = ""
+    name: str = ""
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+
+    def echo(self) -> dict[str, Any]:
+        """The fields that the response repeats."""
+        return {key: self.sent.get(key) for key in ("type", "name", "description", "strict", "parameters")}
+
+
+class TextFormat(RequestModel):
+    """The format of the answer."""
+
+    type: str = ""
+    name: str = ""
+    schema_: Annotated[Any, WithJsonSchema({"type": "object"})] = Field(None, alias="schema")
+
+
+class TextField(RequestModel):
+    """Settings of the answer's text."""
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """The body of ``/v1/responses``."""
+
+    model_config = ConfigDict(json_schema_extra=required("model", "input"))
+    go_name: ClassVar[str] = "ResponsesRequest"
+    model: Name = ""
+    instructions: str = ""
+    input: Annotated[list[Item], FailFast(), BeforeValidator(_items), WithJsonSchema(_ITEMS_SCHEMA)] = []
+    max_output_tokens: Integer | None = None
+    reasoning: Reasoning = Reasoning()
+    text: TextField = TextField()
+    tools: Annotated[list[FunctionTool], FailFast()] = []
+    tool_choice: ToolChoice = None
+    truncation: str = ""
+    previous_response_id: Any = None
+    conversation: Any = None
+
+    def chat_request(self) -> ChatRequest:
+        """The request in the common form.
+
+        Raises:
+            BadRequest: a field has an invalid value, or it refers to a conversation stored by OpenAI.
+        """
+        for key in ("previous_response_id", "conversation"):
+            if getattr(self, key) is not None:
+                raise BadRequest(f"{key} is not supported: send the whole conversation as input")
+        instructions = [Message("system", self.instructions)] if self.instructions else []
+        functions = [tool for tool in self.tools if tool.type in ("", "function")]
+        tools = [function_tool(tool.name, tool.description, tool.parameters) for tool in functions]
+        return ChatRequest(
+            model=self.model,
+            messages=with_tool_names([*instructions, *self._messages()]),
+            sampling=self.sampling_params(default=1.0),
+            num_predict=-1 if self.max_output_tokens is None else self.max_output_tokens,
+            tools=chosen_tools(tools, self.tool_choice),
+            think=think_of_effort(self.reasoning.effort),
+            format=self._format(),
+            stream=self.stream,
+        )
+
+    def _messages(self) -> list[Message]:
+        messages: list[Message] = []
+        thinking = ""
+        for item in self.input:
+            match item:
+                case ReasoningItem():
+                    thinking = item.thinking
+                case MessageItem():
+                    message = item.message()
+                    if message.role == "assistant":
+                        message, thinking = replace(message, thinking=thinking), ""
+                    messages.append(message)
+                case FunctionCallItem():
+                    _add_call(messages, item, thinking)
+                    thinking = ""
+                case FunctionCallOutputItem():
+                    messages.append(item.message())
+                case OtherItem(type=""):
+                    raise BadRequest("input item missing required 'type' field")
+                case OtherItem() if item.type != "web_search_call":
+                    raise BadRequest(f'unknown input item type: "{item.type}"')
+        return [*messages, Message("assistant", thinking=thinking)] if thinking else messages
+
+    def _format(self) -> Mapping[str, Any] | str | None:
+        format_ = self.text.format
+        if format_ is None or format_.type not in ("json_object", "json_schema"):
+            return None
+        return "json" if format_.type == "json_object" else answer_schema(format_.schema_)
+
+    def echo(self, request: ChatRequest) -> dict[str, Any]:
+        """The fields that the response repeats.
+
+        Raises:
+            BadRequest: they are nested too deeply to be written.
+        """
+        reasoning = {"effort": self.reasoning.effort or None, "summary": self.reasoning.summary or None}
+        echo: dict[str, Any] = {
+            "instructions": self.instructions or None,
+            "tools": [tool.echo() for tool in self.tools],
+            "truncation": self.truncation or "disabled",
+            "text": {"format": {"type": "text"} if self.text.format is None else self.text.format.sent},
+            "top_p": _go_number(request.sampling.top_p),
+            "temperature": _go_number(request.sampling.temperature),
+            "reasoning": reasoning if any(reasoning.values()) else None,
+            "max_output_tokens": self.max_output_tokens,
+        }
+        try:
+            Response(model="", status="completed", output=[], **echo).model_dump_json()
+        except ValueError:
+            raise BadRequest("tools or format are nested too deeply") from None
+        return echo
+
+
+def _add_call(messages: list[Message], item: FunctionCallItem, thinking: str) -> None:
+    """Add a tool call to the last message if it is the assistant's, else to a new message of the assistant."""
+    arguments = call_arguments(item.arguments, "failed to parse function call arguments")
+    if not messages or messages[-1].role != "assistant":
+        messages.append(Message("assistant"))
+    last = messages[-1]
+    call = ToolCall(item.call_id, len(last.tool_calls), item.name, arguments)
+    messages[-1] = replace(last, tool_calls=(*last.tool_calls, call), thinking=thinking or last.thinking)
+
+
+def _go_number(number: float) -> float | int:
+    """A number as Go writes it: 1 instead of 1.0."""
+    return int(number) if number.is_integer() else number

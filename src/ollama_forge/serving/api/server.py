@@ -1,0 +1,126 @@
+"""Runs the application: binds the socket before the model loads, and ends running streams before it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ollama_forge import __version__
+from ollama_forge.errors import ForgeError
+from ollama_forge.progress import say
+from ollama_forge.serving.api.app import build_app
+from ollama_forge.serving.api.security import ServeSettings, is_loopback
+from ollama_forge.serving.model import ServedModel
+
+GRACE = 3.0  # seconds in which running answers may finish
+_MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Open a listening socket before the model loads, so that clients can connect and wait.
+
+    Raises:
+        ForgeError: the port is in use, or ``host`` is not an address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise ForgeError(f"cannot listen at {host}: {error}", "give an address of this machine, or 0.0.0.0") from None
+    try:
+        if sys.platform != "win32":  # on Windows the option lets two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        why = f"port {port} of {host} cannot be used: {error.strerror or error}"
+        raise ForgeError(why, "stop the server that uses the port, or choose another --port") from None
+    return listening
+
+
+def announce(name: str, settings: ServeSettings, listening: socket.socket) -> None:
+    """Print the address of the server and how clients connect to it."""
+    port = listening.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    reached = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    key = "any key" if settings.api_key is None else "with the API key"
+    say(f"{name} is served at http://{reached}:{port}")
+    say(f"  ollama:             OLLAMA_HOST={reached}:{port} ollama run {name}")
+    say(f"  OpenAI clients:     OPENAI_BASE_URL=http://{reached}:{port}/v1 ({key})")
+    say(f"  Anthropic clients:  ANTHROPIC_BASE_URL=http://{reached}:{port}")
+    if not is_loopback(settings.host):
+        keyless = "" if settings.api_key else ", and it needs no API key; set one with --api-key"
+        say(f"warning: {settings.host} is reached from other machines{keyless}")
+
+
+def serve(model: ServedModel, settings: ServeSettings, listening: socket.socket) -> None:
+    """Serve until Ctrl-C or SIGTERM; return when all requests have ended."""
+    server_of(model, settings).run(sockets=[listening])
+
+
+def server_of(model: ServedModel, settings: ServeSettings) -> Server:
+    config = uvicorn.Config(
+        build_app(model, settings),
+        http=Protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(GRACE) + _MORE_GRACE,
+    )
+    return Server(config, model)
+
+
+class Server(uvicorn.Server):
+    """Ends running answers before it closes connections, and treats SIGINT and SIGTERM as a normal end."""
+
+    def __init__(self, config: uvicorn.Config, model: ServedModel) -> None:
+        super().__init__(config)
+        self._model = model
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        try:
+            before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # outside the main thread, the caller stops the server
+            yield
+            return
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(GRACE)
+        self._model.stopping = True
+
+
+class Protocol(H11Protocol):
+    """Sends the Server header also in the response to a request that is not valid HTTP."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = msg.encode("ascii", "replace")
+        head = (
+            "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
+            f"Server: ollama-forge/{__version__}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()

@@ -1,0 +1,147 @@
+"""The KV cache of a batch: one growing buffer per layer, to which a decode step writes one column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+
+@dataclass
+class Span:
+    """The part of the buffers in use: rows ``0..rows`` and columns ``start..end``. Every row ends at column ``end``.
+
+    ``row_room`` and ``column_room`` are the allocated numbers of rows and columns.
+    """
+
+    row_room: int
+    column_room: int
+    rows: int
+    start: int = 0
+    end: int = 0
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer, each ``[row_room, heads, column_room, dim]``."""
+
+    is_sliding = False  # sliding windows are stored whole; the attention mask cuts them
+    is_croppable = True
+
+    def __init__(self, span: Span) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.span = span
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (self._zeros(states) for states in (key_states, value_states))
+        self.is_initialized = True
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        # zeros, because attention multiplies masked values by 0, and a leftover NaN would stay NaN
+        return like.new_zeros(self.span.row_room, like.shape[1], self.span.column_room, like.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        keys, values, span = self.keys, self.values, self.span
+        assert keys is not None
+        assert values is not None
+        end = span.end + key_states.shape[-2]
+        keys[: span.rows, :, span.end : end] = key_states
+        values[: span.rows, :, span.end : end] = value_states
+        return keys[: span.rows, :, span.start : end], values[: span.rows, :, span.start : end]
+
+    def get_seq_length(self) -> int:
+        return self.span.end - self.span.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def relocate(self, start: int, end: int, to: int) -> None:
+        """Move columns ``start..end`` to column ``to``; allocate new buffers if the span's sizes have changed."""
+        self.keys, self.values = (self._moved(old, start, end, to) for old in (self.keys, self.values))
+
+    def _moved(self, old: Tensor | None, start: int, end: int, to: int) -> Tensor | None:
+        if old is None:
+            return None
+        kept = old[: self.span.rows, :, start:end]
+        if old.shape[0] == self.span.row_room and old.shape[2] == self.span.column_room:
+            new, kept = old, kept.clone()
+        else:
+            new = self._zeros(old)
+        new[: len(kept), :, to : to + end - start] = kept
+        return new
+
+
+class KVCache(Cache):
+    """A transformers ``Cache`` with a ``KVLayer`` for each layer that stores keys and values of its own.
+
+    Args:
+        has_kv: for each layer, whether it stores keys and values (``layers_with_kv``).
+        rows, columns: initial sizes of the buffers.
+    """
+
+    def __init__(self, has_kv: Sequence[bool], rows: int, columns: int) -> None:
+        self.span = Span(rows, columns, rows)
+        self._own = [KVLayer(self.span) if own else None for own in has_kv]
+        super().__init__(layers=[layer or DummyLayer() for layer in self._own])  # type: ignore[no-untyped-call]
+
+    @property
+    def filled_layers(self) -> Iterator[KVLayer]:
+        return (layer for layer in self._own if layer is not None and layer.keys is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            buffer.nbytes for layer in self.filled_layers for buffer in (layer.keys, layer.values) if buffer is not None
+        )
+
+    def relocate(self, to: int, rows: int, columns: int) -> None:
+        """Resize the buffers to ``rows`` by ``columns``, and move the used columns so that they start at ``to``."""
+        span = self.span
+        start, end = span.start, span.end
+        span.row_room, span.column_room = rows, columns
+        for layer in self.filled_layers:
+            layer.relocate(start, end, to)
+        span.start, span.end = to, to + end - start
+
+    def copy_row(self, source: KVCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
+        """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.
+
+        ``source`` may be this cache.
+        """
+        columns, source_columns = slice(start, start + length), slice(source_start, source_start + length)
+        for mine, theirs in zip(self._own, source._own, strict=True):
+            if mine is None or theirs is None or theirs.keys is None or theirs.values is None:
+                continue
+            if mine.keys is None or mine.values is None:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            for target, origin in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert target is not None
+                target[row, :, columns] = origin[source_row, :, source_columns]
+
+
+def layers_with_kv(config: Any) -> tuple[bool, ...] | None:
+    """For each layer, whether it stores keys and values of its own; None if a layer stores another kind of state.
+
+    Models with such layers (linear attention, state spaces, compressed or indexed attention) cannot be batched here.
+    """
+    try:
+        layers = DynamicCache(config=config).layers
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return None
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in layers):
+        return None
+    return tuple(not isinstance(layer, DummyLayer) for layer in layers)

@@ -1,1 +1,0 @@
-"""The HTTP server: the APIs of Ollama, OpenAI and Anthropic."""

@@ -1,1 +1,0 @@
-"""The tool call formats of model families, one file for each."""

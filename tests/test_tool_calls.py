@@ -1,0 +1,277 @@
+"""Tool calls in every format, for every split of the text."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ollama_forge.serving.output import OutputParser, parser_for
+from ollama_forge.serving.requests import Delta, ToolCall
+from ollama_forge.serving.tools.families import family_of
+from ollama_forge.text.thinking import HARMONY, ThinkingSplit
+
+NAMES = ("get_weather", "add")
+PARIS = ("get_weather", {"city": "Paris"})
+SUM = ("add", {"a": 1, "b": 2})
+DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+
+
+def deepseek(*calls: str) -> str:
+    return DEEPSEEK[0] + "\n".join(f"<｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>" for call in calls) + DEEPSEEK[1]
+
+
+# template, one call, two calls, a broken one
+FORMS: dict[str, tuple[str, str, str, str]] = {
+    "hermes": (
+        "<tool_call>",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+        '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": \n</tool_call>',
+    ),
+    "qwen-coder": (
+        "<tool_call><function=x><parameter=y>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n"
+        "</tool_call>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</function>\n</tool_call>",
+    ),
+    "llama": (
+        "Environment: ipython",
+        '{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        '{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "add", "parameters": {"a": 1, "b": 2}}',
+        '{"name": "get_weather", "parameters": {"city": "Paris"',
+    ),
+    "llama-tag": (
+        "<|python_tag|>",
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}};'
+        '<|python_tag|>{"type": "function", "name": "add", "parameters": {"a": 1, "b": 2}}',
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}',
+    ),
+    "mistral": (
+        "[TOOL_CALLS]",
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]',
+        '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}, "id": "abcdefghi"}, '
+        '{"name": "add", "arguments": {"a": 1, "b": 2}}]',
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}',
+    ),
+    "mistral-args": (
+        "[TOOL_CALLS]",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}',
+        '[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{"city": "Paris"}[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}',
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"',
+    ),
+    "deepseek": (
+        "<｜tool▁calls▁begin｜>",
+        deepseek('function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris"}\n```'),
+        deepseek(
+            'function<｜tool▁sep｜>get_weather\n```json\n{"city": "Paris"}\n```', 'add<｜tool▁sep｜>{"a": 1, "b": 2}'
+        ),
+        deepseek('function<｜tool▁sep｜>get_weather\n```json\n{"city": \n```'),
+    ),
+    "gemma": (
+        "<start_of_turn>",
+        '```tool_code\nget_weather(city="Paris")\n```',
+        '```tool_code\nprint(get_weather(city="Paris"))\nadd(a=1, b=2)\n```',
+        '```tool_code\nget_weather(city="Paris"\n```',
+    ),
+    "gemma-json": (
+        "<start_of_turn>",
+        '```json\n{"name": "get_weather", "parameters": {"city": "Paris"}}\n```',
+        '```json\n[{"name": "get_weather", "parameters": {"city": "Paris"}}, '
+        '{"name": "add", "parameters": {"a": 1, "b": 2}}]\n```',
+        '```json\n{"name": "get_weather", "parameters": "Paris"}\n```',
+    ),
+    "gemma-marked": (
+        "<start_function_call>",
+        "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>",
+        "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>"
+        "<start_function_call>call:add{a:1,b:2}<end_function_call>",
+        "<start_function_call>call:get_weather{city:<escape>Paris}<end_function_call>",
+    ),
+    "plain": (
+        "",
+        '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+        '{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+        '{"type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}}',
+        '{"name": "get_weather", "arguments": {"city": }}',
+    ),
+}
+HARMONY_CALL = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>'
+HARMONY_SUM = '<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{"a": 1, "b": 2}<|call|>'
+
+
+def pieces(text: str, cuts: Iterable[int]) -> list[str]:
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    return [text[a:b] for a, b in itertools.pairwise(places)]
+
+
+def read(reader: OutputParser, parts: Iterable[str]) -> list[tuple[str, Any]]:
+    """What came, neighbouring texts of a kind joined."""
+    deltas = [delta for part in parts for delta in reader.feed(part)] + reader.end()
+    out: list[tuple[str, Any]] = []
+    for delta in deltas:
+        for kind, value in (("thinking", delta.thinking), ("content", delta.content)):
+            if value and out and out[-1][0] == kind:
+                out[-1] = kind, out[-1][1] + value
+            elif value:
+                out.append((kind, value))
+        out += [("call", (call.name, call.arguments)) for call in delta.tool_calls]
+    return out
+
+
+def splits(text: str, seed: int = 0) -> list[list[str]]:
+    drawn = random.Random(seed)
+    some = [pieces(text, [drawn.randrange(len(text) + 1) for _ in range(drawn.randint(0, 12))]) for _ in range(40)]
+    return [[text], list(text), *some]
+
+
+def check(template: str, text: str, expected: list[tuple[str, Any]], thinking: ThinkingSplit | None = None) -> None:
+    for parts in splits(text):
+        assert read(parser_for(thinking, family_of(template), NAMES), parts) == expected, parts
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_alone_and_in_text(form: str) -> None:
+    template, one, _, _ = FORMS[form]
+    check(template, one, [("call", PARIS)])
+    check(template, one + "\n", [("call", PARIS)])
+    if form != "llama-tag":
+        check(template, f"Let me see.\n\n{one}", [("content", "Let me see."), ("call", PARIS)])
+        check(template, f"Look: {one}\nDone.", [("content", "Look:"), ("call", PARIS), ("content", " \nDone.")])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_calls(form: str) -> None:
+    template, one, two, _ = FORMS[form]
+    check(template, two, [("call", PARIS), ("call", SUM)])
+    check(template, one + "\n" + one, [("call", PARIS), ("call", PARIS)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_broken_call_stays_text(form: str) -> None:
+    template, _, _, broken = FORMS[form]
+    check(template, broken, [("content", broken)])
+    check(template, f"So: {broken}", [("content", f"So: {broken}")])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_cut_short_stays_text(form: str) -> None:
+    template, one, _, _ = FORMS[form]
+    cut = one[: one.index("Paris") + 2]
+    check(template, cut, [("content", cut)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_of_unknown_tools_stay_text(form: str) -> None:
+    template, one, _, _ = FORMS[form]
+    other = one.replace("get_weather", "get_lost")
+    check(template, other, [("content", other)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_after_a_broken_one_of_closed_form(form: str) -> None:
+    template, one, _, broken = FORMS[form]
+    if form in ("hermes", "qwen-coder", "deepseek", "gemma", "gemma-json", "gemma-marked", "plain"):
+        check(template, f"{broken}\n{one}", [("content", broken), ("call", PARIS)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_after_a_thought(form: str) -> None:
+    template, one, _, _ = FORMS[form]
+    thought = ThinkingSplit(opened=True)
+    check(
+        template,
+        f"I shall {one[:9]}\n</think>\n\n{one}",
+        [("thinking", f"I shall {one[:9]}".rstrip()), ("call", PARIS)],
+        thought,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_without_calls_is_untouched_and_nothing_is_read_without_tools(form: str) -> None:
+    template, one, _, _ = FORMS[form]
+    prose = '  Use `x = {1: [2, 3]}` < or > as\n\n```python\nf({\'a\': 1})\n```\n [note] {"weather": {"is": "fine"}} \n'
+    check(template, prose, [("content", prose)])
+    for parts in splits(one):
+        assert read(parser_for(None, family_of(template), ()), parts) == [("content", one)]
+
+
+def test_harmony_channels_calls_and_broken_ones() -> None:
+    thought = "<|channel|>analysis<|message|>Weather, then.<|end|><|start|>assistant"
+    final = "<|channel|>final<|message|>It is < 5 °C.<|return|>"
+    thinking = ("thinking", "Weather, then.")
+    for text, expected in (
+        (thought + final, [thinking, ("content", "It is < 5 °C.")]),
+        (thought + HARMONY_CALL, [thinking, ("call", PARIS)]),
+        (thought + HARMONY_CALL.removesuffix("<|call|>"), [thinking, ("call", PARIS)]),
+        (HARMONY_CALL + HARMONY_SUM, [("call", PARIS), ("call", SUM)]),
+        (
+            "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant" + HARMONY_CALL,
+            [("content", "I'll look."), ("call", PARIS)],
+        ),
+        (HARMONY_CALL.replace('"}', ""), [("content", HARMONY_CALL.replace('"}', "").removesuffix("<|call|>"))]),
+        (" going on <|end|>", [("content", " going on ")]),
+        ("<|channel|>final<|mess", []),
+    ):
+        check("<|channel|>analysis", text, expected, HARMONY)
+
+
+def test_streams_hand_text_out_before_a_call_and_the_call_once_whole() -> None:
+    text = 'Let me see. <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    reader = parser_for(None, family_of("<tool_call>"), NAMES)
+    seen: list[Delta] = []
+    for index, letter in enumerate(text):
+        seen += reader.feed(letter)
+        if index == text.index("see.") + 3:
+            assert "".join(delta.content for delta in seen) == "Let me see."
+    assert [len(delta.tool_calls) for delta in seen if delta.tool_calls] == [1]
+    call = seen[-1].tool_calls[0]
+    assert call == ToolCall(call.id, 0, "add", {"a": 1, "b": 2})
+    assert call.id.startswith("call_")
+    assert len(call.id) == 13
+
+
+def test_ids_differ_and_indices_count() -> None:
+    _, _, two, _ = FORMS["hermes"]
+    reader = parser_for(None, family_of("<tool_call>"), NAMES)
+    calls = [call for delta in [*reader.feed(two), *reader.end()] for call in delta.tool_calls]
+    assert [call.index for call in calls] == [0, 1]
+    assert calls[0].id != calls[1].id
+
+
+def test_llama_calls_as_python() -> None:
+    check("<|python_tag|>", '<|python_tag|>get_weather.call(city="Paris")', [("call", PARIS)])
+    code = "<|python_tag|>import os\nprint(1)"
+    check("<|python_tag|>", code, [("content", code)])
+
+
+ALPHABET = st.sampled_from(
+    [*'{}[]"`,:; \n<>\\ax', '"name"', '"arguments": {', "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "```json\n"]
+    + [
+        "get_weather",
+        "<|python_tag|>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "```tool_code",
+    ]
+    + [form[1] for form in FORMS.values()]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ALPHABET, max_size=12), st.lists(st.integers(0, 500)), st.sampled_from(sorted(FORMS)))
+def test_any_split_of_any_text_gives_the_same(words: list[str], cuts: list[int], form: str) -> None:
+    text, family = "".join(words), family_of(FORMS[form][0])
+    whole = read(parser_for(None, family, NAMES), [text])
+    assert read(parser_for(None, family, NAMES), pieces(text, cuts)) == whole
+    assert read(parser_for(None, family, NAMES), list(text)) == whole
