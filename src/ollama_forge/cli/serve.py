@@ -130,7 +130,9 @@ def serve(**options: Any) -> None:
         run(ModelRegistry(*models, max_loaded=options["max_loaded"]), settings, listening)
 
 
-def _models(named: Sequence[tuple[str | None, str]], load: LoadSettings, options: dict[str, Any]) -> list[ServedModel]:
+def _models(
+    named: Sequence[tuple[str | None, str | None]], load: LoadSettings, options: dict[str, Any]
+) -> list[ServedModel]:
     """The models to serve: one is loaded, several will be when they are asked for."""
     from ollama_forge.progress import status
     from ollama_forge.serving import load_model
