@@ -282,7 +282,7 @@ def test_experts_that_are_modules_of_their_own_are_seen_alike(tmp_path: Path) ->
         name = f"{matrix.place.module}.each.{matrix.expert}.{matrix.tensor.split('.')[-2]}"
         return replace(matrix, places=(Place(name),))
 
-    split.model_map = replace(mapped, matrices=tuple(map(moved, mapped.matrices)))
+    split._model_map = replace(mapped, matrices=tuple(map(moved, mapped.matrices)))
     for found, wanted in zip(*(experts_of_layer(m, gathered(m)) for m in (split, stacked)), strict=True):
         assert len(found.harmful) > 0
         torch.testing.assert_close(found.harmful, wanted.harmful, rtol=1e-4, atol=1e-5)

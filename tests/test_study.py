@@ -274,7 +274,7 @@ def test_a_model_with_writers_of_one_kind_has_no_balance(model: Path) -> None:
     searched = optimize_module.Searched.of(settings(model)).trials
     assert searched.space.balanced
     matrices = tuple(m for m in searched.model.model_map.matrices if m.role is not Role.DOWN)
-    searched.model.model_map = replace(searched.model.model_map, matrices=matrices)
+    searched.model._model_map = replace(searched.model.model_map, matrices=matrices)
     assert not searched.space.balanced
 
 
