@@ -20,10 +20,11 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import is_companion
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.serving.engine.base import EngineError
+from ollama_forge.serving.engine.base import EngineError, EngineSettings
 from ollama_forge.serving.engine.encoder import pooled
 from ollama_forge.serving.load_model import load_model
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.requests import BadRequest
 from ollama_forge.serving.sentence_modules import SentenceModules
 from tests import engines, tiny
 from tests.loopback import loopback
@@ -206,6 +207,14 @@ def test_long_texts_keep_the_end_token(tmp_path: Path) -> None:
     ids = [*model.tokenizer("boatboatboa", add_special_tokens=False).input_ids, 1]
     assert vectors[0] == pytest.approx(engines.wait(lambda: engine.embed([ids]))[0], abs=1e-5)
     asyncio.run(model.close())
+
+
+def test_the_context_length_is_bounded(tmp_path: Path) -> None:
+    settings = LoadSettings(device="cpu")
+    model = load_model(bert(tmp_path), "wire", load=settings, max_queue=8, engine=EngineSettings(num_ctx=5))
+    assert (model.engine.context_length, model.metadata.context_length) == (5, 5)
+    with pytest.raises(BadRequest, match="exceeds the context length"):
+        asyncio.run(model.embed(["a text of more than five tokens"], truncate=False))
 
 
 def test_the_engine_refuses_what_it_cannot_embed(tmp_path: Path) -> None:

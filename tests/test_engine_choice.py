@@ -16,6 +16,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.models import gguf_model
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving.engine import choice
+from ollama_forge.serving.engine.base import EngineSettings
 from ollama_forge.serving.engine.choice import Comparison, LoadedEngine, compare, gguf_of, load_engine
 from tests.engines import greedy, prompt, together
 from tests.gguf_models import Model
@@ -63,8 +64,8 @@ def test_files_of_runs(gguf_models: Mapping[str, Model], tmp_path: Path) -> None
 def test_without_a_file_there_is_one_engine(gguf_models: Mapping[str, Model]) -> None:
     checkpoint = gguf_models["gemma2"].checkpoint
     with pytest.raises(UsageError, match="has no GGUF file"):
-        load_engine(checkpoint, CPU, slots=2, wanted="llamacpp")
-    loaded = load_engine(checkpoint, CPU, slots=2)
+        load_engine(checkpoint, CPU, EngineSettings("llamacpp", slots=2))
+    loaded = load_engine(checkpoint, CPU, EngineSettings(slots=2))
     loaded.engine.close()
     assert loaded.reason == "engine: transformers (there is no GGUF file)"
 
@@ -75,7 +76,7 @@ def test_the_comparison_of_a_run_is_kept(
 ) -> None:
     monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
     made = run_of(gguf_models["gemma2"], tmp_path)
-    first = load_engine(made, CPU, slots=2)
+    first = load_engine(made, CPU, EngineSettings(slots=2))
     kept = json.loads((tmp_path / "abliterate-mine/engine.json").read_text())
     assert kept["differing"] == 0
     assert kept["agreeing"] >= 0.95 * kept["tokens"] > 0
@@ -83,7 +84,7 @@ def test_the_comparison_of_a_run_is_kept(
         changed = {**kept, "llamacpp_rate": 9.0, "transformers_rate": 5.0 if faster else 20.0}
         (tmp_path / "abliterate-mine/engine.json").write_text(json.dumps(changed))
         monkeypatch.setattr(choice, "compare", None)
-        again = load_engine(made, CPU, slots=2)
+        again = load_engine(made, CPU, EngineSettings(slots=2))
         assert again.reason.startswith("engine: llama.cpp on mine.gguf" if faster else "engine: transformers (20 tok")
         assert again.checkpoint.kind == ("gguf" if faster else "folder")
         assert answered(again) == answered(first)

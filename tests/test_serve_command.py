@@ -35,11 +35,12 @@ from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS
 from ollama_forge.serving.model import ServedModel
 
-def unloaded(checkpoint, name, *, load, max_queue, slots, num_ctx, **_):
+def unloaded(checkpoint, name, *, load, max_queue, engine, live=None):
     def make_engine():
         if checkpoint.label == "broken":
             raise ForgeError("a shard is damaged", "download it again")
-        return ScriptedEngine(lambda request: iter(lambda: 70, None), slots=slots, context_length=num_ctx or 1 << 40)
+        context = engine.num_ctx or 1 << 40
+        return ScriptedEngine(lambda request: iter(lambda: 70, None), slots=engine.slots, context_length=context)
     return ServedModel(name, tokenizer(), None, FACTS, max_queue=max_queue, make_engine=make_engine)
 
 def resolved(model, revision, *, trust_remote_code, adapter):

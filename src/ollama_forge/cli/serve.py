@@ -136,10 +136,12 @@ def _models(
     """The models to serve: one is loaded, several will be when they are asked for."""
     from ollama_forge.progress import status
     from ollama_forge.serving import load_model
+    from ollama_forge.serving.engine.base import EngineSettings
     from ollama_forge.serving.registry import servable_name
     from ollama_forge.sources.resolve import resolve
 
-    how = {name: options[name] for name in ("max_queue", "slots", "num_ctx", "engine", "engine_url")}
+    engine = EngineSettings(options["engine"], options["engine_url"], options["slots"], options["num_ctx"])
+    max_queue = options["max_queue"]
     live = _live_source(options) if options["live"] else None
     models = []
     for given, source in named:
@@ -154,10 +156,12 @@ def _models(
             )
         name = servable_name(given or _default_name(checkpoint, live))
         if len(named) > 1:
-            models.append(load_model.unloaded_model(checkpoint, name, load=load, **how))
+            models.append(load_model.unloaded_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine))
             continue
         with status(f"loading {name}"):
-            models.append(load_model.load_model(checkpoint, name, load=load, live=live, **how))
+            models.append(
+                load_model.load_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine, live=live)
+            )
     _require_distinct([model.name for model in models])
     return models
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ollama_forge.errors import UsageError
-from ollama_forge.serving.engine.base import Engine
+from ollama_forge.serving.engine.base import Engine, EngineSettings
 from ollama_forge.serving.metadata import ModelMetadata, live_metadata
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.sentence_modules import SentenceModules
@@ -16,15 +16,25 @@ if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
     from ollama_forge.serving.live_source import LiveSource
 
+DEFAULT = EngineSettings()
 
-def load_model(checkpoint: Checkpoint, name: str, **options: Any) -> ServedModel:
-    """Load a checkpoint into an engine; the options are those of ``unloaded_model``.
+
+def load_model(
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    load: LoadSettings,
+    max_queue: int,
+    engine: EngineSettings = DEFAULT,
+    live: LiveSource | None = None,
+) -> ServedModel:
+    """Load a checkpoint into an engine; see ``unloaded_model``.
 
     Raises:
         UsageError: the engine does not fit the checkpoint.
         ForgeError: the checkpoint cannot be loaded, or the server does not answer.
     """
-    model = unloaded_model(checkpoint, name, **options)
+    model = unloaded_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine, live=live)
     model.attach(model.make_engine())
     return model
 
@@ -35,19 +45,13 @@ def unloaded_model(
     *,
     load: LoadSettings,
     max_queue: int,
-    slots: int = 16,
-    num_ctx: int | None = None,
-    engine: str = "auto",
-    engine_url: str | None = None,
+    engine: EngineSettings = DEFAULT,
     live: LiveSource | None = None,
 ) -> ServedModel:
     """A checkpoint's model without its weights, which ``make_engine`` loads.
 
     Args:
-        slots: how many answers are generated at a time.
-        num_ctx: bounds the context length; None: the model's own.
-        engine: auto, transformers or llamacpp; an embedding model has an engine of its own.
-        engine_url: the llama-server or vLLM that generates; the checkpoint's weights are not loaded then.
+        engine: the engine to load them into; an embedding model has one of its own.
         live: the edit of this checkpoint that is applied at the strength of each request; None for none.
 
     Raises:
@@ -55,11 +59,11 @@ def unloaded_model(
         ForgeError: the tokenizer cannot be loaded.
     """
     modules = SentenceModules.of(checkpoint)
-    others = engine == "llamacpp" or engine_url is not None
+    others = engine.name == "llamacpp" or engine.url is not None
     if modules is not None:
         if others or live is not None:
             raise UsageError(f"{checkpoint.label} is an embedding model", "leave out --engine, --engine-url and --live")
-        return _embedding_model(checkpoint, name, modules, load=load, max_queue=max_queue, slots=slots)
+        return _embedding_model(checkpoint, name, modules, load=load, max_queue=max_queue, engine=engine)
     if live is not None and others:
         raise UsageError("--live works with transformers alone", "leave out --engine and --engine-url")
     tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
@@ -69,11 +73,11 @@ def unloaded_model(
         from ollama_forge.serving.engine.vision import load_engine as load_transformers
 
         if live is not None:
-            return load_transformers(checkpoint, load, slots=slots, num_ctx=num_ctx, edit=live.record)
-        if engine_url is not None:
-            loaded = remote_engine(checkpoint, tokenizer, engine_url, slots=slots, num_ctx=num_ctx)
+            return load_transformers(checkpoint, load, slots=engine.slots, num_ctx=engine.num_ctx, edit=live.record)
+        if engine.url is not None:
+            loaded = remote_engine(checkpoint, tokenizer, engine.url, engine)
         else:
-            loaded = load_engine(checkpoint, load, slots=slots, num_ctx=num_ctx, wanted=engine)
+            loaded = load_engine(checkpoint, load, engine)
         model.engine_reason = loaded.reason
         model.metadata = ModelMetadata.of(loaded.checkpoint, load.system)
         return loaded.engine
@@ -98,20 +102,27 @@ def unloaded_model(
 
 
 def _embedding_model(
-    checkpoint: Checkpoint, name: str, modules: SentenceModules, *, load: LoadSettings, max_queue: int, slots: int
+    checkpoint: Checkpoint,
+    name: str,
+    modules: SentenceModules,
+    *,
+    load: LoadSettings,
+    max_queue: int,
+    engine: EngineSettings,
 ) -> ServedModel:
     tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code).backend
+    lengths = [length for length in (modules.max_length, engine.num_ctx) if length is not None]
 
     def make_engine() -> Engine:
         from ollama_forge.serving.engine.encoder import load_encoder
 
-        return load_encoder(checkpoint, modules, tokenizer, load, slots=slots)
+        return load_encoder(checkpoint, modules, tokenizer, load, slots=engine.slots, num_ctx=engine.num_ctx)
 
     return ServedModel(
         name,
         tokenizer,
         None,
-        ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, modules.max_length),
+        ModelMetadata.of(checkpoint).with_pooling(modules.gguf_pooling, min(lengths, default=None)),
         template="",
         max_queue=max_queue,
         embedded_text=modules.text,

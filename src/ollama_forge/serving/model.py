@@ -19,6 +19,7 @@ from ollama_forge.serving.engine.base import (
     EngineRequest,
     Generator,
     ImageEncoder,
+    Limited,
 )
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
@@ -139,7 +140,7 @@ class ServedModel:
         """Answer with ``engine`` from now on."""
         encoder = engine if self._vision and isinstance(engine, ImageEncoder) else None
         self._engine = engine
-        self.limits = str(getattr(engine, "limits", ""))
+        self.limits = engine.limits if isinstance(engine, Limited) else ""
         self.prompts.context_length, self.prompts.encoder = engine.context_length, encoder
         memory = engine.cache_bytes if isinstance(engine, CountsMemory) and engine.token_bytes else None
         self.admission = Admission(engine.slots, self._max_queue, memory)

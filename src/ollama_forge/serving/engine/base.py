@@ -148,6 +148,33 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which engine runs a model, and how much it takes on.
+
+    Attributes:
+        name: auto, transformers or llamacpp.
+        url: the llama-server or vLLM that runs the model; None: an engine in this process.
+        slots: maximum number of requests that run at the same time.
+        num_ctx: bounds the context length; None: the model's own.
+    """
+
+    name: str = "auto"
+    url: str | None = None
+    slots: int = 16
+    num_ctx: int | None = None
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """An engine that cannot do everything with its model."""
+
+    @property
+    def limits(self) -> str:
+        """What it cannot do, in one line for the user; "" for nothing."""
+        ...
+
+
 @runtime_checkable
 class Generator(Protocol):
     """An engine that generates text.

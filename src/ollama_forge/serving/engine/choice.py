@@ -19,7 +19,7 @@ from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, GgufModel, llama_server, llamacpp_is_installed
 from ollama_forge.names import gguf_files
 from ollama_forge.progress import status
-from ollama_forge.serving.engine.base import Engine
+from ollama_forge.serving.engine.base import Engine, EngineSettings
 from ollama_forge.sources.gguf import gguf_checkpoint_of
 from ollama_forge.system import cache_root, usable_cores, versions
 from ollama_forge.text.tokenizer import Ids, Tokenizer
@@ -92,27 +92,21 @@ class LoadedEngine:
     reason: str
 
 
-def load_engine(
-    checkpoint: Checkpoint, load: LoadSettings, *, slots: int, num_ctx: int | None = None, wanted: str = "auto"
-) -> LoadedEngine:
+def load_engine(checkpoint: Checkpoint, load: LoadSettings, settings: EngineSettings) -> LoadedEngine:
     """Load a checkpoint into the engine that is wanted, or that fits best.
-
-    Args:
-        num_ctx: bounds the context length; None: the model's own.
-        wanted: auto, transformers or llamacpp.
 
     Raises:
         UsageError: llamacpp is wanted, and there is no GGUF file.
         ForgeError: the model cannot be loaded.
     """
     path = gguf_of(checkpoint)
-    if wanted == "llamacpp":
+    if settings.name == "llamacpp":
         if path is None:
             raise UsageError(
                 f"{checkpoint.label} has no GGUF file", "--engine llamacpp runs GGUF files, and runs that made one"
             )
-        return _llamacpp(checkpoint, path, load, slots, num_ctx, "as asked for")
-    reason = "as asked for" if wanted == "transformers" else _obstacle(checkpoint, load, path)
+        return _llamacpp(checkpoint, path, load, settings, "as asked for")
+    reason = "as asked for" if settings.name == "transformers" else _obstacle(checkpoint, load, path)
     model = None
     if reason is None:
         assert path is not None
@@ -120,24 +114,19 @@ def load_engine(
         taken, reason = found.verdict
         if taken:
             del model
-            return _llamacpp(checkpoint, path, load, slots, num_ctx, reason)
+            return _llamacpp(checkpoint, path, load, settings, reason)
     from ollama_forge.serving.engine.transformers import TransformersEngine
     from ollama_forge.serving.engine.vision import load_engine as load_transformers
 
     if model is not None:
-        engine = TransformersEngine(model, slots=slots, num_ctx=num_ctx)
+        engine = TransformersEngine(model, slots=settings.slots, num_ctx=settings.num_ctx)
     else:
-        engine = load_transformers(checkpoint, load, slots=slots, num_ctx=num_ctx)
+        engine = load_transformers(checkpoint, load, slots=settings.slots, num_ctx=settings.num_ctx)
     return LoadedEngine(engine, checkpoint, f"engine: transformers ({reason})")
 
 
-def remote_engine(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, url: str, *, slots: int, num_ctx: int | None = None
-) -> LoadedEngine:
+def remote_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, url: str, settings: EngineSettings) -> LoadedEngine:
     """Connect to a server that runs the checkpoint.
-
-    Args:
-        num_ctx: bounds the context length; None: the model's own.
 
     Raises:
         ForgeError: no llama-server or vLLM answers at ``url``, or its tokens are others.
@@ -146,8 +135,8 @@ def remote_engine(
 
     text = checkpoint.config.get("text_config") or checkpoint.config
     longest = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
-    context = min(longest, num_ctx or longest)
-    engine = RemoteEngine.connect(url, tokenizer, context=context, slots=slots)
+    context = min(longest, settings.num_ctx or longest)
+    engine = RemoteEngine.connect(url, tokenizer, context=context, slots=settings.slots)
     return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.url}")
 
 
@@ -173,13 +162,15 @@ def _obstacle(checkpoint: Checkpoint, load: LoadSettings, path: Path | None) -> 
 
 
 def _llamacpp(
-    checkpoint: Checkpoint, path: Path, load: LoadSettings, slots: int, num_ctx: int | None, reason: str
+    checkpoint: Checkpoint, path: Path, load: LoadSettings, settings: EngineSettings, reason: str
 ) -> LoadedEngine:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
     run = checkpoint if isinstance(checkpoint, GgufCheckpoint) else gguf_checkpoint_of(checkpoint, path)
     tokenizer = _tokenizer(checkpoint, load)
-    engine: LlamaCppEngine = LlamaCppEngine(path, tokenizer, checkpoint.config, slots=slots, context=num_ctx)
+    engine: LlamaCppEngine = LlamaCppEngine(
+        path, tokenizer, checkpoint.config, slots=settings.slots, context=settings.num_ctx
+    )
     context = f"context {engine.context_length}"
     return LoadedEngine(engine, run, f"engine: llama.cpp on {path.name}, {context} ({reason})")
 

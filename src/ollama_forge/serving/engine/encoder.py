@@ -171,12 +171,19 @@ def _dense(layer: Dense, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def load_encoder(
-    checkpoint: Checkpoint, modules: SentenceModules, tokenizer: Any, settings: LoadSettings, *, slots: int = 16
+    checkpoint: Checkpoint,
+    modules: SentenceModules,
+    tokenizer: Any,
+    settings: LoadSettings,
+    *,
+    slots: int = 16,
+    num_ctx: int | None = None,
 ) -> EncoderEngine:
     """Load an embedding model; with ``dtype`` auto, a CPU computes in float32.
 
     Args:
         tokenizer: the model's transformers tokenizer.
+        num_ctx: bounds the number of tokens of an input; None: the model's own bound.
 
     Raises:
         ForgeError: the model cannot be loaded.
@@ -184,10 +191,11 @@ def load_encoder(
     device = pick_device(settings.device)
     dtype = torch.float32 if settings.dtype == "auto" and device.type == "cpu" else pick_dtype(settings.dtype, device)
     module = _load(checkpoint, device, dtype, settings.trust_remote_code)
+    longest = _context_length(module, modules, tokenizer)
     return EncoderEngine(
         module,
         modules,
-        context_length=_context_length(module, modules, tokenizer),
+        context_length=min(longest, num_ctx or longest),
         prompt_tokens=0 if modules.pools_prompt else _prompt_tokens(modules.prompt, tokenizer),
         slots=slots,
     )
