@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,7 +153,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence, group: list[Sequence]) -> bool:
         """Whether a prompt that is being prefilled computes a long prefix that this sequence can copy soon."""
-        if sequence.request.media is not None:
+        if sequence.request.media is not None or not self.runner.reuses:
             return False
         earlier = [*(other for joining in self._joining for other in joining.sequences), *group]
         if sequence.waits_for in earlier:
@@ -186,7 +185,8 @@ class Scheduler:
         except Exception as error:
             self._retry_singly(group, error)
             return
-        self._joining.append(_Joining(group, prefill, prefill.tokens, self._begin_masks(group)))
+        left = sum(len(sequence.prompt) for sequence in group) - sum(prefill.cached)
+        self._joining.append(_Joining(group, prefill, left, self._begin_masks(group)))
 
     def _retry_singly(self, group: list[Sequence], error: Exception) -> None:
         """Begin again with each sequence of a group that failed; if it was one sequence, that gets the error."""
@@ -202,7 +202,7 @@ class Scheduler:
 
         So a long prompt goes on in each tick, and a short one does not wait for it.
         """
-        budget = CHUNKS_A_TICK * self.runner.chunk
+        budget = CHUNKS_A_TICK * min(self.runner.chunk, GROUP_TOKENS)
         others = list(self._joining)
         for group in [*others[:1], *sorted(others[1:], key=lambda other: other.left), *others[:1]]:
             if budget > 0 and group in self._joining:
@@ -227,10 +227,9 @@ class Scheduler:
     def _join(self, group: _Joining, logits: Tensor) -> None:
         """Move prefilled sequences to the decode batch, and sample their first tokens."""
         self.prefills += 1
-        self.prefilled_tokens += group.prefill.tokens
-        lengths = [len(sequence.request.ids) for sequence in group.sequences]
-        for sequence, cached in zip(group.sequences, cached_tokens(lengths, group.prefill.tokens), strict=True):
+        for sequence, cached in zip(group.sequences, group.prefill.cached, strict=True):
             sequence.cached = cached
+            self.prefilled_tokens += len(sequence.prompt) - cached
         first = len(self.running)
         joined = []
         for index, sequence in enumerate(group.sequences):
@@ -291,19 +290,6 @@ class Scheduler:
         self.running[row] = self.running[-1]
         self.running.pop()
         self.runner.leave(row, sequence.ids if sequence.request.media is None else None)
-
-
-def cached_tokens(lengths: SequenceOf[int], computed: int) -> list[int]:
-    """For prompts that are prefilled together, how many tokens of each were not computed.
-
-    Args:
-        lengths: the prompts' numbers of tokens.
-        computed: how many tokens were computed in all: the last tokens of each prompt, as many of each.
-    """
-    if len(lengths) == 1:
-        return [lengths[0] - computed]
-    new = next(new for new in range(computed + 1) if sum(min(length, new) for length in lengths) >= computed)
-    return [max(length - new, 0) for length in lengths]
 
 
 def _constrain(sequences: list[Sequence]) -> Errors:
