@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from traceback import format_tb
 from typing import Any
 
 import torch
@@ -299,7 +300,7 @@ def _constrain(sequences: list[Sequence]) -> Errors:
         try:
             sequence.constrain()
         except Exception as error:
-            errors[sequence] = failure(error)
+            errors[sequence] = failure(error, quotes=True)
     return errors
 
 
@@ -307,12 +308,19 @@ def _result(errors: Future[Errors] | None) -> Errors:
     return errors.result() if errors is not None else {}
 
 
-def failure(error: Exception) -> EngineError:
-    """The error that the client gets; the details go to the log."""
+def failure(error: Exception, *, quotes: bool = False) -> EngineError:
+    """The error that the client gets; the details go to the log.
+
+    Args:
+        quotes: whether the message of ``error`` may quote the request, so that the log must not have it.
+    """
     if isinstance(error, EngineError):
         return error
     if is_out_of_memory(error):
         release_memory()
         return EngineError("the model ran out of memory; use shorter prompts or fewer requests at a time")
-    _LOG.error("the model failed", exc_info=error)
+    if quotes:
+        _LOG.error("a request failed (%s)\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
+    else:
+        _LOG.error("the model failed", exc_info=error)
     return EngineError(f"the model failed while generating ({type(error).__name__})")
