@@ -245,6 +245,14 @@ def test_measuring_a_prefix_is_no_use_of_it() -> None:
     assert prefixes.match((4, 5, 9)) == ("b", 2)
 
 
+def test_a_state_that_is_too_large_evicts_no_others() -> None:
+    prefixes: PrefixCache[str] = PrefixCache(4, 100)
+    prefixes.add((1, 2, 3), "a", 60)
+    prefixes.add((4, 5, 6), "b", 101)
+    assert len(prefixes) == 1
+    assert prefixes.match((1, 2, 3, 9)) == ("a", 3)
+
+
 # -- sharing a tick ---------------------------------------------------------------------------------------------------
 
 

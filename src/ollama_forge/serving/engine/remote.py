@@ -248,7 +248,7 @@ class RemoteEngine:
         """Stream the tokens of a request; closing the iterator (``aclose``) closes the connection, which cancels it.
 
         Raises:
-            EngineError: the prompt is too long, or the server cannot do what is asked for, failed, or cannot be reached.
+            EngineError: the prompt is too long; or the server cannot do what is asked for, failed, or is not reached.
         """
         length = len(request.ids)
         if length > self._context_length:
