@@ -100,7 +100,9 @@ def test_a_failed_preparation_is_one_requests_own(
     assert_nothing_runs(engine)
 
 
-def test_a_failed_grammar_is_one_requests_own(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_grammar_is_one_requests_own(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("allowed", "add"):
         with monkeypatch.context() as patch:
 
@@ -111,6 +113,8 @@ def test_a_failed_grammar_is_one_requests_own(engine: TransformersEngine, monkey
             error, beside = outcomes(engine, greedy(prompt(5), 9, constraint=FLAG), NEIGHBOUR)
             assert isinstance(error, EngineError)
             assert beside == answer(engine, NEIGHBOUR)
+    assert caplog.text.count("a request failed (IndexError)") == 2
+    assert "IndexError: secret" not in caplog.text
     assert_nothing_runs(engine)
 
 

@@ -268,7 +268,7 @@ class Scheduler:
                     raise errors[sequence]
                 finished = sequence.cancelled or self._deliver_token(sequence, tokens[index])
             except Exception as error:
-                self.deliver(sequence, failure(error))
+                self.deliver(sequence, failure(error, quotes=True))
                 self._leave(first + index)
                 continue
             if finished:
