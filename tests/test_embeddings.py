@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,33 @@ def test_the_engine_refuses_what_it_cannot_embed(tmp_path: Path) -> None:
     assert not engine.healthy
     with pytest.raises(EngineError, match="unloaded"):
         engines.wait(lambda: engine.embed([[5]]))
+
+
+def test_closing_ends_what_waits_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = load(bert(tmp_path)).engine
+    begun, go_on, embedded = threading.Event(), threading.Event(), engine._embed
+
+    def held(inputs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return embedded(inputs)
+
+    monkeypatch.setattr(engine, "_embed", held)
+
+    async def run() -> list[Any]:
+        asked = [asyncio.create_task(engine.embed([[5, number]])) for number in (6, 7)]
+        await asyncio.to_thread(begun.wait, 30)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        while engine.healthy:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        await closing
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, second = engines.wait(run)
+    assert len(first) == 1
+    assert isinstance(second, EngineError)
+    assert "unloaded" in str(second)
 
 
 # -- the APIs ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.serving.engine.model_runner import StateSupport
+from ollama_forge.serving.engine.model_runner import StateSupport, chunk_of
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import families, tiny
@@ -229,6 +229,37 @@ def test_a_family_equals_generate(family: str) -> None:
         assert together(engine, [greedy(turn, 6)]) == [answer(model, turn, 6)]
         new = engine.stats.prefilled_tokens - before
         assert new == (1 + 7 if engine.support.reuses else len(turn))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["recurrent_gemma", "jamba", "qwen3_next", "llama"])
+def test_texts_are_embedded_between_the_tokens_of_an_answer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, count = build(family), 12
+    request = greedy(prompt(22, 1), count)
+    alone = (by_whole_passes if FAMILIES[family][0] == NO_CACHE else by_generate)(model, request.ids, count)
+    texts = [prompt(length, length) for length in (100, 5, 200, 100, 9, 100)]
+    base: Any = model.module.base_model
+    sizes, forward = [], base.forward
+
+    def noted(*args: Any, **inputs: Any) -> Any:
+        if not inputs.get("use_cache") and "attention_mask" in inputs:
+            sizes.append(tuple(inputs["input_ids"].shape))
+        return forward(*args, **inputs)
+
+    async def both(engine: TransformersEngine) -> Any:
+        return await asyncio.gather(ids_of(engine, request), engine.embed(texts))
+
+    with running(model) as engine:
+        monkeypatch.setattr(base, "forward", noted)
+        answer, vectors = wait(lambda: both(engine))
+        monkeypatch.undo()
+    assert answer == alone
+    assert sizes
+    assert all(rows * width <= chunk_of(model.device) for rows, width in sizes if rows > 1)
+    for ids, vector in zip(texts, vectors, strict=True):
+        with torch.inference_mode():
+            mean = base(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.tensor(vector), mean / mean.norm(), rtol=0, atol=1e-3)
 
 
 # -- broken states ----------------------------------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def test_a_stop_token_beyond_the_vocabulary_ends_nobodys_answer(engine: Transfor
     assert engine.stats.prefilled_tokens - before == 1  # the prefix cache is still there
 
 
-def test_a_failed_preparation_is_one_requests_own(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_preparation_is_one_requests_own(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def failing(*_: Any) -> None:
         raise KeyError("secret")
 
@@ -91,11 +93,16 @@ def test_a_failed_preparation_is_one_requests_own(engine: TransformersEngine, mo
     error, beside = outcomes(engine, greedy(prompt(5), 9, constraint=FLAG), NEIGHBOUR)
     assert isinstance(error, EngineError)
     assert "secret" not in str(error)
+    assert "KeyError" in caplog.text
+    assert "in _constrained" in caplog.text
+    assert "KeyError: 'secret'" not in caplog.text  # a grammar's error may quote the request
     assert beside == answer(engine, NEIGHBOUR)
     assert_nothing_runs(engine)
 
 
-def test_a_failed_grammar_is_one_requests_own(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_grammar_is_one_requests_own(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("allowed", "add"):
         with monkeypatch.context() as patch:
 
@@ -106,6 +113,8 @@ def test_a_failed_grammar_is_one_requests_own(engine: TransformersEngine, monkey
             error, beside = outcomes(engine, greedy(prompt(5), 9, constraint=FLAG), NEIGHBOUR)
             assert isinstance(error, EngineError)
             assert beside == answer(engine, NEIGHBOUR)
+    assert caplog.text.count("a request failed (IndexError)") == 2
+    assert "IndexError: secret" not in caplog.text
     assert_nothing_runs(engine)
 
 

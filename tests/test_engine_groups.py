@@ -28,11 +28,12 @@ SHAPES = ((5, 60), (200, 25), (9, 40), (330, 20), (60, 30), (190, 12), (7, 50)) 
 class Traced(Scheduler):
     """A scheduler without a thread; ``found`` has each sequence's tokens, and its error if it has one."""
 
-    def __init__(self, model: Any, *, slots: int = 8, chunk: int = 16) -> None:
+    def __init__(self, model: Any, *, slots: int = 8, chunk: int = 16, **support: bool) -> None:
         has_kv = layers_with_kv(model.module.config)
         assert has_kv is not None
-        self.batch = BatchedRunner(Forward(model), has_kv, slots, 1 << 30)
-        self.batch.chunk = chunk
+        self.batch = BatchedRunner(Forward(model), has_kv, slots, 1 << 30, **support)
+        if support.get("splits", True):
+            self.batch.chunk = chunk
         self.grammars = GrammarCompiler(model.tokenizer.backend, tiny.VOCABULARY, [1])
         self.found: dict[Sequence, list[int]] = {}
         self.errors: list[EngineError] = []
@@ -125,6 +126,29 @@ def test_one_pass_over_groups_is_given_up_where_it_is_wrong(tmp_path: Path, monk
         assert not traced.batch.one_pass
 
 
+def test_one_pass_is_not_used_before_it_was_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
+    traced = Traced(load(tmp_path), chunk=512)
+    failures = [torch.OutOfMemoryError("no memory")]
+
+    def wrong(self: BatchedRunner, ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return torch.randn(len(ids), tiny.VOCABULARY)
+
+    monkeypatch.setattr(BatchedRunner, "_in_one_pass", wrong)
+    requests = [greedy(prompt(400, 1), 4), greedy(prompt(9, 2), 4)]
+    for request in requests:
+        traced.ask(request)
+    with pytest.raises(torch.OutOfMemoryError):
+        traced.until(lambda: not traced.busy)
+    traced.fail(EngineError("no memory"))
+    again = [traced.ask(request) for request in requests]
+    traced.until(lambda: not traced.busy)
+    assert [traced.found[one] for one in again] == [by_generate(traced.batch.forward.model, r.ids, 4) for r in requests]
+    assert not traced.batch.one_pass
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_long_row_alone_answers_as_generate(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_runner, "_LONG", 40)
@@ -187,6 +211,17 @@ def test_a_later_prompt_copies_from_a_running_one(tmp_path: Path) -> None:
     assert traced.prefilled_tokens - before == 10
 
 
+def test_nobody_waits_for_a_prefix_that_cannot_be_copied(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    traced = Traced(model, reuses=False)
+    first, second = (traced.ask(greedy((*prompt(300, 1), number), 5)) for number in (7, 8))
+    traced.tick()
+    assert not traced.waiting
+    traced.until(lambda: not traced.busy)
+    assert traced.found == {one: by_generate(model, one.request.ids, 5) for one in (first, second)}
+    assert traced.prefilled_tokens == 2 * 301
+
+
 def test_who_waits_for_a_prefix_does_not_wait_for_one_that_was_cancelled(tmp_path: Path) -> None:
     model = load(tmp_path)
     traced = Traced(model, chunk=16)
@@ -208,6 +243,14 @@ def test_measuring_a_prefix_is_no_use_of_it() -> None:
     assert prefixes.match((4, 5, 9)) == ("b", 2)
     prefixes.add((7, 9), "d", 1)
     assert prefixes.match((4, 5, 9)) == ("b", 2)
+
+
+def test_a_state_that_is_too_large_evicts_no_others() -> None:
+    prefixes: PrefixCache[str] = PrefixCache(4, 100)
+    prefixes.add((1, 2, 3), "a", 60)
+    prefixes.add((4, 5, 6), "b", 101)
+    assert len(prefixes) == 1
+    assert prefixes.match((1, 2, 3, 9)) == ("a", 3)
 
 
 # -- sharing a tick ---------------------------------------------------------------------------------------------------
@@ -236,6 +279,19 @@ def test_a_long_prompt_goes_on_while_short_ones_keep_coming(tmp_path: Path) -> N
         traced.tick()
         ticks += 1
     assert ticks <= 320 / 16 + 2
+
+
+def test_prompts_that_cannot_be_split_do_not_all_come_between_two_steps(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    traced = Traced(model, splits=False)
+    first = traced.ask(greedy(prompt(5, 1), 20))
+    traced.until(lambda: bool(traced.found[first]))
+    long = [traced.ask(greedy(prompt(900, 2 + number), 2)) for number in range(5)]
+    before = traced.prefilled_tokens
+    traced.tick()
+    assert traced.prefilled_tokens - before <= scheduler.CHUNKS_A_TICK * scheduler.GROUP_TOKENS + 900
+    traced.until(lambda: not traced.busy)
+    assert [traced.found[one] for one in long] == [by_generate(model, one.request.ids, 2) for one in long]
 
 
 def test_a_tick_computes_no_more_than_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

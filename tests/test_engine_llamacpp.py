@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
@@ -197,6 +198,27 @@ def test_closing_ends_requests_and_nothing_listens(model: Model) -> None:
                 pass
         with pytest.raises(EngineError, match="unloaded"):
             await anext(engine.generate(greedy(prompt(8), 5)))
+
+    wait(run)
+
+
+def test_closing_ends_requests_that_wait_for_a_thread(model: Model) -> None:
+    engine = started(model, slots=1)
+    free = threading.Event()
+    for _ in range(2 * engine.slots + 1):
+        engine._pool.submit(free.wait, 30)
+
+    async def run() -> None:
+        stream = engine.generate(greedy(prompt(8), 5))
+        asked = [asyncio.create_task(anext(stream)), asyncio.create_task(engine.embed([prompt(8)]))]  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        while engine.healthy:
+            await asyncio.sleep(0.01)
+        free.set()
+        await closing
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        assert [str(error) for error in found if isinstance(error, EngineError)] == ["the model was unloaded"] * 2
 
     wait(run)
 

@@ -253,6 +253,14 @@ def test_a_vllm_that_gives_no_ids_is_refused() -> None:
 # -- either -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    with played({"/props": PROPS, "/tokenize": tokenized}, completion=llama_chunks("a")) as server:
+        engine = connected(server)
+        with pytest.raises(EngineError, match="301 tokens, more than the context length 300"):
+            together(engine, [greedy(prompt(301), 5)])  # type: ignore[arg-type]
+    assert "/completion" not in server.asked
+
+
 def test_servers_that_are_refused() -> None:
     with played(vllm()) as server:
         with pytest.raises(UsageError, match="has 2 models") as error:

@@ -28,6 +28,8 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.adapters.changes import low_rank_changes, module_changes
 from ollama_forge.files import write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.serving.engine import batched_runner
+from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.live import LiveEdit
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.engine.transformers import TransformersEngine
@@ -166,6 +168,36 @@ def test_a_prefix_is_reused_at_its_own_strength_alone(llama: tuple[Checkpoint, E
         assert prefilled(0.5) == len(turn)
         assert prefilled(1.0) == len(turn) - len(first) - len(answer) + 1
         assert prefilled(0.5) == 1
+
+
+def test_strengths_beside_each_other_share_groups_and_no_prefix(
+    llama: tuple[Checkpoint, EditRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
+    source, record = llama
+    strengths = (0.0, 1.0, -0.5)
+    models = {each: edited(source, scaled(record, each), tmp_path / str(each)) for each in strengths}
+    system = prompt(200)
+    first = [greedy((*system, *prompt(5 + place, place)), 12, strength=each) for place, each in enumerate(strengths)]
+    first += [greedy((*system, *prompt(9, 11)), 12, strength=1.0)]  # waits for the other one
+    first += [greedy(prompt(6, 20), 12, strength=each) for each in strengths]  # a group of short rows
+    merged = BatchedRunner._in_one_pass
+    groups: list[int] = []
+
+    def noted(self: BatchedRunner, *args: Any) -> torch.Tensor:
+        groups.append(len(self.groups))
+        return merged(self, *args)
+
+    monkeypatch.setattr(BatchedRunner, "_in_one_pass", noted)
+    with live_engine(source, record, slots=8) as engine:
+        found = together(engine, first)
+        computed = sum(len(request.ids) for request in first) - len(system)  # one of the same strength copied it
+        assert engine.stats.prefilled_tokens == computed
+        runner: Any = engine._scheduler.runner
+        assert runner.one_pass
+    assert found == [by_generate(models[request.strength], request.ids, 12) for request in first]
+    assert len(groups) > 1
+    assert max(groups) > 1
 
 
 def test_embeddings_are_those_of_the_edited_model(llama: tuple[Checkpoint, EditRecord], tmp_path: Path) -> None:

@@ -197,6 +197,49 @@ def test_idle_models_are_unloaded_by_keep_alive() -> None:
     run(work)
 
 
+def test_who_leaves_when_it_is_just_loaded_does_not_keep_it() -> None:
+    (a, b), (of_a, _) = models("a", "b")
+    of_a.gate.clear()
+
+    async def work() -> None:
+        registry = ModelRegistry(a, b)
+        leaving = asyncio.create_task(registry.acquire(a))
+        await until(of_a.began.is_set)
+        loading = registry._places[id(a)].loading
+        assert loading is not None
+        loading.add_done_callback(lambda _: leaving.cancel())
+        of_a.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert loaded(registry) == ["a"]
+        await registry.touch(a, 0)
+        await until(lambda: not of_a.in_memory)
+
+    run(work)
+
+
+def test_a_request_stops_an_unloading_that_waits_for_another_load() -> None:
+    (a, b), (of_a, of_b) = models("a", "b")
+    of_b.gate.clear()
+
+    async def work() -> None:
+        registry = ModelRegistry(a, b)
+        lease = await registry.acquire(a)
+        other = asyncio.create_task(registry.acquire(b))
+        await until(of_b.began.is_set)
+        lease.release(0.0)
+        await until(lambda: len(registry._tasks) == 2)  # the load, and the unloading that waits for it
+        (await registry.acquire(a)).release(60.0)
+        of_b.gate.set()
+        await other
+        await until(lambda: not registry._tasks)
+        assert of_a.in_memory
+        assert loaded(registry) == ["a", "b"]
+        await registry.close()
+
+    run(work)
+
+
 def test_one_model_stays() -> None:
     (a,), (of_a,) = models("a")
 

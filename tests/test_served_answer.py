@@ -358,6 +358,21 @@ def test_one_who_leaves_the_queue_lets_smaller_requests_in() -> None:
     asyncio.run(run())
 
 
+def test_one_who_is_cancelled_when_its_turn_comes_is_cancelled() -> None:
+    admission = Admission(slots=1, max_waiting=8)
+
+    async def run() -> None:
+        async with admission.slot():
+            waiting = [asyncio.create_task(_hold(admission, 0)) for _ in range(2)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(each) for each in found] == [asyncio.CancelledError, type(None)]
+        assert (admission.running, admission.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
 async def _hold(admission: Admission, nbytes: int) -> None:
     async with admission.slot(nbytes):
         pass

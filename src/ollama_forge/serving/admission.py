@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from ollama_forge.serving.requests import Busy
 
@@ -58,7 +58,8 @@ class Admission:
             if turn.done() and not turn.cancelled():  # it was given the slot and cancelled at once
                 self._leave(nbytes)
             else:
-                self._queue.remove((nbytes, turn))
+                with suppress(ValueError):  # ``_admit`` came first and dropped it
+                    self._queue.remove((nbytes, turn))
                 self._admit()  # those behind it may need less
             raise
 

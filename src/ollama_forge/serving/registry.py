@@ -170,10 +170,10 @@ class ModelRegistry:
             BadRequest: there is none (status 404, with ``refusal`` as the message), or it is not a valid name.
         """
         parsed = ModelName.parse(name)
-        if name and parsed is None:
-            raise BadRequest("invalid model name")
-        for model in self.models if parsed is not None else ():
-            if parsed is not None and parsed.is_same(ModelName.of(model)):
+        if parsed is None:
+            raise BadRequest("invalid model name") if name else BadRequest(refusal, 404)
+        for model in self.models:
+            if parsed.is_same(ModelName.of(model)):
                 return model
         raise BadRequest(refusal, 404)
 

@@ -44,7 +44,7 @@ class BatchedPrefill:
         self.media = on_device(media, forward.model)
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
-        self.tokens = sum(min(len(prompt), new_tokens) for prompt in prompts)
+        self.cached = [max(len(prompt) - new_tokens, 0) for prompt in prompts]
         cache.span.end = self.width - new_tokens
         pad, device = forward.model.tokenizer.pad_id, forward.device
         self._ids = torch.tensor(
@@ -222,7 +222,6 @@ class BatchedRunner:
         if self._checked:
             return self._in_one_pass(ids, inputs)
         expected = self._apart(ids, inputs)
-        self._checked = True
         try:
             found = self._in_one_pass(ids, inputs)  # it writes the same column again
             self.one_pass = bool((found - expected).abs().mean() <= _TOLERANCE * expected.float().std())
@@ -230,6 +229,7 @@ class BatchedRunner:
             if is_out_of_memory(error):
                 raise
             self.one_pass = False  # the model does more with keys and values than attend to them
+        self._checked = True
         return expected
 
     def _apart(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.kv_cache import KVCache
-from ollama_forge.serving.engine.model_runner import Forward, ModelRunner
+from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, chunk_of
 
 _ROWS = 16
 
@@ -25,8 +25,10 @@ def embedding_work(
 ) -> Iterator[tuple[list[int], Work]]:
     """Split inputs into batches: the indices of a batch's inputs, and the work that returns their vectors.
 
-    Decode steps wait for a slice of work, so none is longer than a chunk of a prefill.
+    Decode steps wait for a slice of work, so none is longer than a chunk of a prefill, but for an input that is longer
+    than a chunk and cannot be split.
     """
+    chunk = min(runner.chunk, chunk_of(forward.device))
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:
         longest = len(inputs[order[0]])
@@ -34,7 +36,7 @@ def embedding_work(
             first = order.pop(0)
             yield [first], _LongInput(forward, runner, inputs[first])
             continue
-        count = max(1, min(_ROWS, runner.chunk // longest))
+        count = max(1, min(_ROWS, chunk // longest))
         batch, order = order[:count], order[count:]
         yield batch, partial(_embed, forward.model, [list(inputs[index]) for index in batch])
 

@@ -86,7 +86,7 @@ class EncoderEngine:
         vectors: Vectors = [[] for _ in inputs]
         loop = asyncio.get_running_loop()
         for indices in _batches(inputs, padded=self._pads):
-            if self._closed:
+            if self._closed:  # then the executor takes nothing
                 raise EngineError(_CLOSED)
             found = await loop.run_in_executor(self._worker, self._try_embed, [inputs[index] for index in indices])
             for index, vector in zip(indices, found, strict=True):
@@ -95,11 +95,13 @@ class EncoderEngine:
 
     def close(self) -> None:
         self._closed = True
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.shutdown()  # what waits in it ends with an error
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def _try_embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
+        if self._closed:
+            raise EngineError(_CLOSED)
         try:
             return self._embed(inputs)
         except Exception as error:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +182,8 @@ class LlamaCppEngine:
 
     def _embed(self, ids: list[int]) -> list[float]:
         with self._embedding:
+            if self._closed.is_set():
+                raise EngineError(_CLOSED)
             if self._embedder is None:
                 self._embedder = self._load_embedder()
             answer = self._embedder.handle_embeddings({"input": [ids]})
@@ -207,7 +209,7 @@ class LlamaCppEngine:
     def close(self) -> None:
         """End all requests with an error, and free the model."""
         self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # what waits in it ends with an error
         self._server = self._embedder = None
 
 
@@ -219,7 +221,14 @@ class _Reading:
         is_over: whether nobody waits for the tokens any more.
     """
 
-    def __init__(self, server: Any, phase: Phase, vocabulary: Vocabulary, send: Any, is_over: Any) -> None:
+    def __init__(
+        self,
+        server: Any,
+        phase: Phase,
+        vocabulary: Vocabulary,
+        send: Callable[..., None],
+        is_over: Callable[[], bool],
+    ) -> None:
         self._server, self._send, self._is_over = server, send, is_over
         self._end_ids = phase.request.end_ids
         self._reader = TokenReader(phase, vocabulary)

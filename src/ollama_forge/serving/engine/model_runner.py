@@ -27,10 +27,10 @@ def chunk_of(device: torch.device) -> int:
 
 
 class Prefill(Protocol):
-    """The prefill of some prompts. ``tokens`` is the number of tokens that it computes, without padding."""
+    """The prefill of some prompts. ``cached`` is the number of tokens of each that it does not compute."""
 
     @property
-    def tokens(self) -> int: ...
+    def cached(self) -> Sequence[int]: ...
 
     def advance(self) -> Tensor | None:
         """Run the next chunk; the last chunk returns the logits ``[prompts, vocabulary]`` of the last positions."""
@@ -46,6 +46,11 @@ class ModelRunner(Protocol):
     @property
     def chunk(self) -> int:
         """Maximum number of tokens of one prompt that a prefill computes at a time."""
+        ...
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a prompt may continue the state of another sequence that begins alike."""
         ...
 
     def uncached(self, prompt: Sequence[int]) -> int:

@@ -34,10 +34,11 @@ class PrefixCache(Generic[State]):
         return len(self._entries)
 
     def add(self, ids: Sequence[int], state: State, nbytes: int) -> None:
-        """Keep a state of ``nbytes``; it replaces states whose ids are a prefix of ``ids``."""
-        new = Entry(tuple(ids), state, nbytes)
-        self._entries = [old for old in self._entries if common_prefix(old.ids, new.ids) < len(old.ids)]
-        self._entries.append(new)
+        """Keep a state of ``nbytes``, unless it is too large; it replaces states whose ids are a prefix of ``ids``."""
+        if nbytes <= self.nbytes:
+            new = Entry(tuple(ids), state, nbytes)
+            self._entries = [old for old in self._entries if common_prefix(old.ids, new.ids) < len(old.ids)]
+            self._entries.append(new)
         while len(self._entries) > self.count or sum(entry.nbytes for entry in self._entries) > self.nbytes:
             self._entries.pop(0)
 

@@ -248,9 +248,12 @@ class RemoteEngine:
         """Stream the tokens of a request; closing the iterator (``aclose``) closes the connection, which cancels it.
 
         Raises:
-            EngineError: the server cannot do what is asked for, failed, or cannot be reached.
+            EngineError: the prompt is too long; or the server cannot do what is asked for, failed, or is not reached.
         """
-        limit = min(request.max_tokens, self._context_length - len(request.ids))
+        length = len(request.ids)
+        if length > self._context_length:
+            raise EngineError(f"the prompt has {length} tokens, more than the context length {self._context_length}")
+        limit = min(request.max_tokens, self._context_length - length)
         if self._closed:
             raise EngineError(_CLOSED)
         if limit <= 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from traceback import format_tb
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence, group: list[Sequence]) -> bool:
         """Whether a prompt that is being prefilled computes a long prefix that this sequence can copy soon."""
-        if sequence.request.media is not None:
+        if sequence.request.media is not None or not self.runner.reuses:
             return False
         earlier = [*(other for joining in self._joining for other in joining.sequences), *group]
         if sequence.waits_for in earlier:
@@ -186,7 +186,8 @@ class Scheduler:
         except Exception as error:
             self._retry_singly(group, error)
             return
-        self._joining.append(_Joining(group, prefill, prefill.tokens, self._begin_masks(group)))
+        left = sum(len(sequence.prompt) for sequence in group) - sum(prefill.cached)
+        self._joining.append(_Joining(group, prefill, left, self._begin_masks(group)))
 
     def _retry_singly(self, group: list[Sequence], error: Exception) -> None:
         """Begin again with each sequence of a group that failed; if it was one sequence, that gets the error."""
@@ -202,7 +203,7 @@ class Scheduler:
 
         So a long prompt goes on in each tick, and a short one does not wait for it.
         """
-        budget = CHUNKS_A_TICK * self.runner.chunk
+        budget = CHUNKS_A_TICK * min(self.runner.chunk, GROUP_TOKENS)
         others = list(self._joining)
         for group in [*others[:1], *sorted(others[1:], key=lambda other: other.left), *others[:1]]:
             if budget > 0 and group in self._joining:
@@ -227,10 +228,9 @@ class Scheduler:
     def _join(self, group: _Joining, logits: Tensor) -> None:
         """Move prefilled sequences to the decode batch, and sample their first tokens."""
         self.prefills += 1
-        self.prefilled_tokens += group.prefill.tokens
-        lengths = [len(sequence.request.ids) for sequence in group.sequences]
-        for sequence, cached in zip(group.sequences, cached_tokens(lengths, group.prefill.tokens), strict=True):
+        for sequence, cached in zip(group.sequences, group.prefill.cached, strict=True):
             sequence.cached = cached
+            self.prefilled_tokens += len(sequence.prompt) - cached
         first = len(self.running)
         joined = []
         for index, sequence in enumerate(group.sequences):
@@ -268,7 +268,7 @@ class Scheduler:
                     raise errors[sequence]
                 finished = sequence.cancelled or self._deliver_token(sequence, tokens[index])
             except Exception as error:
-                self.deliver(sequence, failure(error))
+                self.deliver(sequence, failure(error, quotes=True))
                 self._leave(first + index)
                 continue
             if finished:
@@ -293,19 +293,6 @@ class Scheduler:
         self.runner.leave(row, sequence.ids if sequence.request.media is None else None)
 
 
-def cached_tokens(lengths: SequenceOf[int], computed: int) -> list[int]:
-    """For prompts that are prefilled together, how many tokens of each were not computed.
-
-    Args:
-        lengths: the prompts' numbers of tokens.
-        computed: how many tokens were computed in all: the last tokens of each prompt, as many of each.
-    """
-    if len(lengths) == 1:
-        return [lengths[0] - computed]
-    new = next(new for new in range(computed + 1) if sum(min(length, new) for length in lengths) >= computed)
-    return [max(length - new, 0) for length in lengths]
-
-
 def _constrain(sequences: list[Sequence]) -> Errors:
     """Set the allowed tokens of constrained sequences; the errors of those that cannot be continued."""
     errors = {}
@@ -313,7 +300,7 @@ def _constrain(sequences: list[Sequence]) -> Errors:
         try:
             sequence.constrain()
         except Exception as error:
-            errors[sequence] = failure(error)
+            errors[sequence] = failure(error, quotes=True)
     return errors
 
 
@@ -321,12 +308,19 @@ def _result(errors: Future[Errors] | None) -> Errors:
     return errors.result() if errors is not None else {}
 
 
-def failure(error: Exception) -> EngineError:
-    """The error that the client gets; the details go to the log."""
+def failure(error: Exception, *, quotes: bool = False) -> EngineError:
+    """The error that the client gets; the details go to the log.
+
+    Args:
+        quotes: whether the message of ``error`` may quote the request, so that the log must not have it.
+    """
     if isinstance(error, EngineError):
         return error
     if is_out_of_memory(error):
         release_memory()
         return EngineError("the model ran out of memory; use shorter prompts or fewer requests at a time")
-    _LOG.error("the model failed", exc_info=error)
+    if quotes:
+        _LOG.error("a request failed (%s)\n%s", type(error).__name__, "".join(format_tb(error.__traceback__)))
+    else:
+        _LOG.error("the model failed", exc_info=error)
     return EngineError(f"the model failed while generating ({type(error).__name__})")

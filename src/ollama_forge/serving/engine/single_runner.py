@@ -22,8 +22,7 @@ class SinglePrefill:
     ) -> None:
         self.forward, self.prompt, self.cache, self.chunk = forward, prompt, cache, chunk
         self.media = on_device(media, forward.model)
-        self.tokens = len(prompt) - cached
-        self.done = cached
+        self.cached, self.done = [cached], cached
         self.offset = 0
 
     def advance(self) -> Tensor | None:
@@ -92,7 +91,7 @@ class UncachedPrefill:
     """Runs a whole prompt in one pass."""
 
     def __init__(self, forward: Forward, prompt: Sequence[int]) -> None:
-        self.forward, self.prompt, self.tokens = forward, prompt, len(prompt)
+        self.forward, self.prompt, self.cached = forward, prompt, [0]
 
     def advance(self) -> Tensor | None:
         ids = torch.tensor([list(self.prompt)], device=self.forward.device)
@@ -104,6 +103,7 @@ class UncachedRunner:
 
     slots = 1
     chunk = sys.maxsize
+    reuses = False
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward

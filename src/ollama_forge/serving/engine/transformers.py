@@ -204,7 +204,7 @@ class TransformersEngine:
                 _ = self._grammars.texts if request.constraint.after else None
             return Sequence.of(request, reader, self._grammars, row_offset)
         except Exception as error:
-            raise failure(error) from None
+            raise failure(error, quotes=True) from None
 
     def _check_open(self) -> None:
         if self._closed is not None:
