@@ -32,6 +32,7 @@ needs_llamacpp = pytest.mark.skipif(
     [
         (Comparison(200, 3), False, "splits 3 of 200 texts into other tokens"),
         (Comparison(200, 0), True, "would not fit the memory"),
+        (Comparison(200, 0, 0, 0, 50, 20), False, "ends every answer at once"),
         (Comparison(200, 0, 100, 94, 50, 20), False, "agrees on 94% of 100 tokens only"),
         (Comparison(200, 0, 100, 95, 50, 20), True, "50 tokens/s for one answer, transformers 20; they agree on 95%"),
         (Comparison(200, 0, 100, 99, 20, 50), False, "50 tokens/s for one answer, llama.cpp 20; they agree on 99%"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,6 +14,7 @@ from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import EngineError, EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.model import ServedModel
+from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Busy, Delta, Done, GenerationRequest, Message, Prompt
 from tests import tiny
 from tests.scripted import FACTS, collect, serve, texts
@@ -425,3 +427,14 @@ def test_embeddings_are_cut_to_the_context_and_to_dimensions() -> None:
             await model.embed(["hello"], num_ctx=4, truncate=False)
 
     asyncio.run(run())
+
+
+def test_a_source_that_is_cancelled_ends() -> None:
+    async def source() -> AsyncGenerator[int]:
+        yield 1
+        raise asyncio.CancelledError
+
+    async def read() -> list[int]:
+        return [item async for item in pumped(source())]
+
+    assert asyncio.run(asyncio.wait_for(read(), 30)) == [1]

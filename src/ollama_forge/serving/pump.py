@@ -29,7 +29,8 @@ async def pumped(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
                     items.put_nowait((item,))
         except Exception as error:
             end = error
-        items.put_nowait(end)
+        finally:  # also if the source is cancelled by another hand, so that the reader does not wait for ever
+            items.put_nowait(end)
 
     pumping = asyncio.create_task(pump())
     handed_on = 0

@@ -49,9 +49,9 @@ class Comparison:
 
     Attributes:
         texts, differing: number of texts that were tokenized by both, and of those with other tokens.
-        tokens: number of llama.cpp's greedy tokens that were forced on transformers; 0: not compared.
+        tokens: number of llama.cpp's greedy tokens that were forced on transformers.
         agreeing: number of those that transformers finds likeliest, too.
-        llamacpp_rate, transformers_rate: tokens per second of one answer at a time.
+        llamacpp_rate, transformers_rate: tokens per second of one answer at a time; 0: not compared.
     """
 
     texts: int
@@ -66,8 +66,10 @@ class Comparison:
         """Whether llama.cpp is to run the model, and why."""
         if self.differing:
             return False, f"llama.cpp splits {self.differing} of {self.texts} texts into other tokens"
-        if not self.tokens:
+        if not self.transformers_rate:
             return True, "transformers would not fit the memory, so their tokens are not compared"
+        if not self.tokens:
+            return False, "llama.cpp ends every answer at once"
         share = self.agreeing / self.tokens
         if share < LEAST_AGREEMENT:
             return False, f"llama.cpp agrees on {share:.0%} of {self.tokens} tokens only"
