@@ -175,7 +175,11 @@ def factors(model: ChatModel) -> list[Tensor]:
     ("family", "work"), [("llama", residuals), ("gemma4_text", residuals), ("bloom", residuals), ("mixtral", factors)]
 )
 def test_an_interrupted_pass_goes_on_at_its_layer(
-    family: str, work: Callable[[ChatModel], list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    work: Callable[[ChatModel], list[Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
     checkpoint = saved(family, tmp_path / "model")
@@ -184,11 +188,46 @@ def test_an_interrupted_pass_goes_on_at_its_layer(
     with pytest.raises(Interrupted):
         work(stream)
     stream = load_streamed(checkpoint, SETTINGS, stream.model_map, ROOM)
+    assert "goes on" not in capsys.readouterr().err
     assert all(map(torch.equal, work(stream), work(whole)))
+    assert f"an interrupted pass goes on at layer 4 of {len(stream.model_map.layers)}" in capsys.readouterr().err
     reads = [stream.weights.reads[path] for path in stream.model_map.layers]
     assert reads[:3] == [0, 0, 0]
     assert set(reads[3:]) == {1}
     assert not list((tmp_path / "passes").rglob("*.safetensors"))
+
+
+def test_an_interrupted_pass_without_samples_is_not_one_with_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    layers = range(stream.model_map.n_layers)
+    interrupt(stream, 3)
+    with pytest.raises(Interrupted):
+        gather_residuals(stream, prompts_of(stream), layers)
+    del stream.weights.reader.read
+    assert torch.equal(*residuals(stream), *residuals(whole))
+
+
+def test_a_pass_that_cannot_go_on_begins_anew_and_does_not_claim_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
+
+    def fails(*_: object) -> list[Tensor]:
+        raise ForgeError("its layers hand on more than their inputs show", "")
+
+    monkeypatch.setattr(streamed._StreamedTwin, "run_interrupted", fails)
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    interrupt(stream, 3)
+    with pytest.raises(Interrupted):
+        residuals(stream)
+    del stream.weights.reader.read
+    stream.weights.reads.clear()
+    assert torch.equal(*residuals(stream), *residuals(whole))
+    assert {stream.weights.reads[path] for path in stream.model_map.layers} == {1}
+    assert "goes on" not in capsys.readouterr().err
 
 
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:
@@ -210,6 +249,26 @@ def test_a_spill_without_room_is_refused_before_any_layer_is_read(
     with pytest.raises(ForgeError, match=r"hidden states of the prompts take .* 1\.0 KB fit into memory"):
         gather_residuals(stream, prompts_of(stream), [3])
     assert not any(stream.weights.reads[path] for path in stream.model_map.layers[1:])
+
+
+def test_the_room_that_a_spill_asks_for_is_that_of_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = both(saved("llama", tmp_path / "model"))[1]
+    stream._lockstep.room = room = 1000  # less than one batch takes, so that every batch is spilled
+    spilled: dict[Path, int] = {}
+    write = lockstep.write_tensors
+
+    def counting(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        spilled[path] = sum(tensor.nbytes for tensor in tensors.values())
+        write(path, tensors)
+
+    monkeypatch.setattr(lockstep, "write_tensors", counting)
+    gather_residuals(stream, prompts_of(stream), [3])
+    assert len(spilled) == 3
+    monkeypatch.setattr(lockstep, "free_space", lambda folder: sum(spilled.values()) - room)
+    gather_residuals(stream, prompts_of(stream), [3])
+    monkeypatch.setattr(lockstep, "free_space", lambda folder: sum(spilled.values()) - room - 1)
+    with pytest.raises(ForgeError, match="hidden states of the prompts take"):
+        gather_residuals(stream, prompts_of(stream), [3])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])  # hooks, and exchanged copies of experts; tied embeddings
