@@ -354,6 +354,9 @@ def test_plan_tells_what_a_model_needs_from_its_headers(tmp_path: Path) -> None:
     assert found.active == found.parameters - experts + experts * 2 // 6
     assert found.streams is False
     assert [work.passes for work in found.works] == [1, 18, 1]
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert all(f"{work.tokens:,} (" in page for work in found.works[:2])
+    assert f"({found.states // (48 * 4):,} for least squares)" in page  # float32 of d_model values
 
 
 def test_plan_reads_no_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:
