@@ -83,7 +83,7 @@ def main() -> None:
         once = read_once(folder / "model")
         print(f"{size / GIB:.1f} GiB, {layers} layers; read once, cold: {once:.1f} s", flush=True)
         seconds, peak = compute_dir(folder / "model", chosen.memory, chosen.factors)
-        passes = 18 if chosen.factors == "least-squares" else 1
+        passes = 19 if chosen.factors == "least-squares" else 1
         print(
             f"compute-dir --factors {chosen.factors}: {seconds:.1f} s ({seconds / once:.1f}x reading once, "
             f"{passes} passes), peak {peak / GIB:.2f} GiB",

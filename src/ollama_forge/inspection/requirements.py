@@ -151,10 +151,11 @@ def _plans() -> Iterator[tuple[str, int, int, int]]:
         if not method(name).fits:
             yield command, 1, pairs, pairs
             continue
+        passes = 3 + ANSWER_TOKENS  # the direction, the beginning that prompts share, each token, the inputs
         harmless = [*fit.harmless, *fit.general]
         answered = _tokens(harmless) + ANSWER_TOKENS * len(harmless)
         inputs = _tokens(fit.harmful) + answered
-        yield command, 2 + ANSWER_TOKENS, pairs + answered + inputs, max(pairs, inputs)
+        yield command, passes, pairs + answered + inputs, max(pairs, inputs)
 
 
 def _tokens(prompts: Sequence[Prompt]) -> int:
