@@ -152,7 +152,7 @@ def _plans() -> Iterator[tuple[str, int, int, int]]:
             yield command, 1, pairs, pairs
             continue
         passes = 3 + ANSWER_TOKENS  # the direction, the beginning that prompts share, each token, the inputs
-        harmless = [*fit.harmless, *fit.general]
+        harmless: list[Prompt] = [*fit.harmless, *fit.general]
         answered = _tokens(harmless) + ANSWER_TOKENS * len(harmless)
         inputs = _tokens(fit.harmful) + answered
         yield command, passes, pairs + answered + inputs, max(pairs, inputs)
