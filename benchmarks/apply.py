@@ -9,8 +9,6 @@ temporary folder).
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -20,58 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from checkpoints import forget, measured, write_llama
 
 ROUNDS = 3
-SHARD_LAYERS = 6
-
-
-def write_model(folder: Path, d: int, hidden: int, layers: int, vocabulary: int = 32000) -> int:
-    """Write a llama-shaped bf16 checkpoint of random weights; return its size in bytes."""
-    folder.mkdir()
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": d,
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": True,  # no head is stored
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    weight_map: dict[str, str] = {}
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-
-    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-
-    save(
-        "model-00000.safetensors", {"model.embed_tokens.weight": random(vocabulary, d), "model.norm.weight": random(d)}
-    )
-    for first in range(0, layers, SHARD_LAYERS):
-        tensors: dict[str, torch.Tensor] = {}
-        for layer in range(first, min(first + SHARD_LAYERS, layers)):
-            at = f"model.layers.{layer}."
-            for name in ("q", "k", "v", "o"):
-                tensors[f"{at}self_attn.{name}_proj.weight"] = random(d, d)
-            tensors |= {f"{at}mlp.{name}_proj.weight": random(hidden, d) for name in ("gate", "up")}
-            tensors[f"{at}mlp.down_proj.weight"] = random(d, hidden)
-            tensors |= {f"{at}{name}_layernorm.weight": random(d) for name in ("input", "post_attention")}
-        save(f"model-{first + 1:05d}.safetensors", tensors)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 def timed(command: list[str]) -> float:
@@ -85,16 +35,6 @@ def apply_command(model: Path, direction: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "ollama_forge.cli.main", "abliterate", "apply", *arguments]
 
 
-def peak_of(command: list[str]) -> float:
-    """Run a command; return its peak resident memory in MB."""
-    script = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True, text=True)
-    return int(done.stdout) / 1024
-
-
 def direction(folder: Path, d: int) -> Path:
     path = folder / f"direction-{d}.pt"
     torch.save(torch.nn.functional.normalize(torch.randn(1, d)), path)
@@ -105,7 +45,7 @@ def main() -> int:
     parent = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         root = Path(temporary)
-        size = write_model(root / "model", 3072, 8192, 18, 64000)
+        size = write_llama(root / "model", 3072, 8192, 18, vocabulary=64000, tied=True)
         print(f"checkpoint of {size / 1e9:.2f} GB")
         refusal = direction(root, 3072)
         imports = [sys.executable, "-c", "import ollama_forge.cli.main, ollama_forge.api"]
@@ -126,8 +66,9 @@ def main() -> int:
         shutil.rmtree(root / "model")
         peaks = []
         for layers in (6, 60):
-            write_model(root / f"deep-{layers}", 1024, 2816, layers)
-            peaks.append(peak_of(apply_command(root / f"deep-{layers}", direction(root, 1024), root / "out")))
+            write_llama(root / f"deep-{layers}", 1024, 2816, layers, tied=True)
+            _, peak = measured(apply_command(root / f"deep-{layers}", direction(root, 1024), root / "out"))
+            peaks.append(peak / 2**20)
             shutil.rmtree(root / "out")
             print(f"{layers} layers: peak {peaks[-1]:.0f} MB")
     ratio, growth = statistics.median(ratios), peaks[1] - peaks[0]

@@ -100,7 +100,7 @@ def main() -> int:
     split = PromptSettings(num_instructions=PAIRS, max_measured=given.max_measured).load(PAIRS)
     split = fitting(split, model.tokenizer, context_of(source.config, model.model_map.learned_positions))
     bench = Bench(model, split, FitData(model, split.fit, vector_reader(source.tensors)))
-    chosen = [method for method in METHODS if method.name in (names or {m.name: m for m in METHODS})]
+    chosen = [method for method in METHODS if not names or method.name in names]
     rows = measure_methods(bench, chosen, lambda row: print(table([row], row).splitlines()[-1], flush=True))
     if names:
         return 0

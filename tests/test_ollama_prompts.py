@@ -98,6 +98,12 @@ def test_one_that_knows_tools_is_compared_with_a_tool(fake: FakeOllama, tmp_path
     assert found.prompts.lines() == ["prompts in Ollama: as the file's, 7 of 7 (one with a tool)"]
 
 
+def test_a_tool_that_the_template_refuses_is_not_said_to_be_compared(fake: FakeOllama, tmp_path: Path) -> None:
+    found = made(tmp_path, "{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + KEPT)
+    assert found.prompts.lines() == ["prompts in Ollama: as the file's, 6 of 6"]
+    assert not found.prompts.with_tools
+
+
 def test_a_learned_template_never_takes_tools_away(fake: FakeOllama, tmp_path: Path) -> None:
     """The planned TEMPLATE is not used by Ollama; the rest of the ladder has no learned one beside the tools."""
     plan = TemplatePlan(template="{{ .Prompt }} x")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.fitted import FittedFactors
 from ollama_forge.edits.hooks import hooked
-from ollama_forge.edits.method import FitContext
+from ollama_forge.edits.method import ANSWER_TOKENS, FitContext
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.registry import method, settings_of
 from ollama_forge.errors import ForgeError
@@ -34,6 +36,7 @@ from ollama_forge.evaluation.refusal_probe import refusal_probabilities, refusal
 from ollama_forge.inspection.requirements import requirements
 from ollama_forge.models import holder, lockstep, streamed
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.models.journal import Journal
 from ollama_forge.models.streamed import StreamedModel, load_streamed
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PartPrompts
@@ -162,10 +165,10 @@ def residuals(model: ChatModel) -> list[Tensor]:
     return [samples]
 
 
-def factors(model: ChatModel) -> list[Tensor]:
+def factors(model: ChatModel, answers: list[Ids] | None = None) -> list[Tensor]:
     fit = PartPrompts(tuple(tiny.lines(9, 1)), tuple(tiny.lines(9, 2)))
     context = FitContext(model, fit, lambda name: None, 0)  # type: ignore[arg-type, return-value]
-    context.__dict__["answers"] = [[5, 6, 7]] * 9
+    context.__dict__["answers"] = [[5, 6, 7]] * 9 if answers is None else answers
     direction = RefusalDirection(tiny.unit_vector(0, model.model_map.d_model).unsqueeze(0), layer=2)
     found = method("least-squares").fit(context, settings_of("least-squares", {}), {"direction": direction})
     return [side for _, one in sorted(found["direction"].by_tensor.items()) for side in (one.L, one.K)]
@@ -175,7 +178,11 @@ def factors(model: ChatModel) -> list[Tensor]:
     ("family", "work"), [("llama", residuals), ("gemma4_text", residuals), ("bloom", residuals), ("mixtral", factors)]
 )
 def test_an_interrupted_pass_goes_on_at_its_layer(
-    family: str, work: Callable[[ChatModel], list[Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    work: Callable[[ChatModel], list[Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
     checkpoint = saved(family, tmp_path / "model")
@@ -184,20 +191,117 @@ def test_an_interrupted_pass_goes_on_at_its_layer(
     with pytest.raises(Interrupted):
         work(stream)
     stream = load_streamed(checkpoint, SETTINGS, stream.model_map, ROOM)
+    assert "goes on" not in capsys.readouterr().err
     assert all(map(torch.equal, work(stream), work(whole)))
+    assert f"an interrupted pass goes on at layer 4 of {len(stream.model_map.layers)}" in capsys.readouterr().err
     reads = [stream.weights.reads[path] for path in stream.model_map.layers]
     assert reads[:3] == [0, 0, 0]
     assert set(reads[3:]) == {1}
     assert not list((tmp_path / "passes").rglob("*.safetensors"))
 
 
+def test_an_interrupted_pass_without_samples_is_not_one_with_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    layers = range(stream.model_map.n_layers)
+    interrupt(stream, 3)
+    with pytest.raises(Interrupted):
+        gather_residuals(stream, prompts_of(stream), layers)
+    del stream.weights.reader.read
+    assert torch.equal(*residuals(stream), *residuals(whole))
+
+
+def test_a_pass_that_cannot_go_on_begins_anew_and_does_not_claim_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 0)
+
+    def fails(*_: object) -> list[Tensor]:
+        raise ForgeError("its layers hand on more than their inputs show", "")
+
+    monkeypatch.setattr(streamed._StreamedTwin, "run_interrupted", fails)
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    interrupt(stream, 3)
+    with pytest.raises(Interrupted):
+        residuals(stream)
+    del stream.weights.reader.read
+    stream.weights.reads.clear()
+    assert torch.equal(*residuals(stream), *residuals(whole))
+    assert {stream.weights.reads[path] for path in stream.model_map.layers} == {1}
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_states_that_are_large_beside_the_weights_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lockstep, "_SHARE_OF_READING", 1 << 30)
+    stream = both(saved("llama", tmp_path / "model"))[1]
+    interrupt(stream, 3)
+    with pytest.raises(Interrupted):
+        residuals(stream)
+    del stream.weights.reader.read
+    residuals(stream)
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_a_journal_that_nobody_took_up_again_is_removed(tmp_path: Path) -> None:
+    ages = {"old": 15, "young": 13}  # days
+    for name, days in ages.items():
+        folder = tmp_path / "passes" / name
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - 86400 * days,) * 2)
+    Journal.of({"pass": "another"})
+    assert [path.name for path in (tmp_path / "passes").iterdir()] == ["young"]
+
+
+def test_the_next_layer_is_read_ahead_where_memory_has_room(tmp_path: Path) -> None:
+    whole, stream = both(saved("llama", tmp_path / "model"))
+    wanted, two_layers = residuals(whole), stream.weights.resident
+    for memory, ahead in ((2 * two_layers, True), (2 * two_layers - 2, False)):
+        stream = load_streamed(Checkpoint(tmp_path / "model", "tiny", "folder"), SETTINGS, stream.model_map, memory)
+        assert stream.weights.ahead is ahead
+        assert stream.weights.resident == two_layers - (0 if ahead else stream.weights.largest)
+        assert torch.equal(*residuals(stream), *wanted)
+
+
+def test_prompts_are_answered_in_groups_whose_keys_and_values_fit(tmp_path: Path) -> None:
+    whole, stream = both(saved("gemma2", tmp_path / "model"))
+    cache = whole.module(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    of_a_token = sum(side[0, :, 0].nbytes for layer in cache.layers for side in (layer.keys, layer.values))
+    assert stream._cached_bytes == of_a_token
+    prompts, passes = prompts_of(stream), 5  # three batches; the beginning that prompts share, and four tokens
+    batch = max(map(len, prompts)) + 4
+    for tokens, groups in ((7 * batch, 1), (batch, 3)):
+        stream._lockstep.room = of_a_token * tokens
+        stream.weights.reads.clear()
+        assert stream.answer(prompts, 4) == whole.answer(prompts, 4)
+        assert stream.weights.reads[stream.model_map.layers[1]] == passes * groups
+
+
+def test_memory_is_what_this_process_leaves_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, free = 1 << 40, 1 << 50
+    monkeypatch.setattr(streamed, "memory_available", lambda device: free)
+    assert given - (64 << 30) < streamed.memory_bound(replace(SETTINGS, memory=given)) < given - (64 << 20)
+    assert streamed.memory_bound(replace(SETTINGS, memory="free")) == free
+    free = 1 << 20
+    assert streamed.memory_bound(replace(SETTINGS, memory=given)) == free
+
+
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:
     whole, stream = both(saved("gemma2", tmp_path / "model"))
     stream._lockstep.room = 1000
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, of_others = (tmp_path / "passes" / f"spill-{pid}-0.safetensors" for pid in (ended.pid, os.getppid()))
+    for path in (left, of_others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert stream.answer(prompts_of(stream), 4) == whole.answer(prompts_of(whole), 4)
     wanted, found = (gather_residuals(model, prompts_of(whole), [3]).mean for model in (whole, stream))
     assert torch.equal(found, wanted)
-    assert not list((tmp_path / "passes").glob("spill-*"))
+    assert list((tmp_path / "passes").glob("spill-*")) == [of_others]
 
 
 def test_a_spill_without_room_is_refused_before_any_layer_is_read(
@@ -210,6 +314,26 @@ def test_a_spill_without_room_is_refused_before_any_layer_is_read(
     with pytest.raises(ForgeError, match=r"hidden states of the prompts take .* 1\.0 KB fit into memory"):
         gather_residuals(stream, prompts_of(stream), [3])
     assert not any(stream.weights.reads[path] for path in stream.model_map.layers[1:])
+
+
+def test_the_room_that_a_spill_asks_for_is_that_of_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = both(saved("llama", tmp_path / "model"))[1]
+    stream._lockstep.room = room = 1000  # less than one batch takes, so that every batch is spilled
+    spilled: dict[Path, int] = {}
+    write = lockstep.write_tensors
+
+    def counting(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        spilled[path] = sum(tensor.nbytes for tensor in tensors.values())
+        write(path, tensors)
+
+    monkeypatch.setattr(lockstep, "write_tensors", counting)
+    gather_residuals(stream, prompts_of(stream), [3])
+    assert len(spilled) == 3
+    monkeypatch.setattr(lockstep, "free_space", lambda folder: sum(spilled.values()) - room)
+    gather_residuals(stream, prompts_of(stream), [3])
+    monkeypatch.setattr(lockstep, "free_space", lambda folder: sum(spilled.values()) - room - 1)
+    with pytest.raises(ForgeError, match="hidden states of the prompts take"):
+        gather_residuals(stream, prompts_of(stream), [3])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])  # hooks, and exchanged copies of experts; tied embeddings
@@ -294,7 +418,14 @@ def test_plan_tells_what_a_model_needs_from_its_headers(tmp_path: Path) -> None:
     experts = 5 * 6 * 3 * 48 * 80  # layers, experts, matrices
     assert found.active == found.parameters - experts + experts * 2 // 6
     assert found.streams is False
-    assert [work.passes for work in found.works] == [1, 18, 1]
+    assert [work.passes for work in found.works] == [1, 19, 1]
+    stream.weights.reads.clear()
+    residuals(stream)
+    factors(stream, stream.answer(stream.tokenizer.instructions_ids(tiny.lines(9, 2)), ANSWER_TOKENS))
+    assert stream.weights.reads[stream.model_map.layers[1]] == found.works[1].passes
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert all(f"{work.tokens:,} (" in page for work in found.works[:2])
+    assert f"({found.states // (48 * 4):,} for least squares)" in page  # float32 of d_model values
 
 
 def test_plan_reads_no_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:

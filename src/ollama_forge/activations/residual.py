@@ -98,7 +98,8 @@ def gather_residuals_of(
             if progress:
                 progress(len(batch.rows))
 
-        journal = model.journal({"pass": "residuals", "ids": list(lists), "layers": layers, "position": position})
+        key = {"pass": "residuals", "ids": list(lists), "layers": layers, "position": position, "samples": keeps}
+        journal = model.journal(key)
         if journal is not None:
             _restore(sums, journal.kept)
             journal.statistics = partial(_statistics, sums)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.twin.skeleton import build_skeleton
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.method import ANSWER_TOKENS
-from ollama_forge.edits.registry import METHODS
+from ollama_forge.edits.registry import METHODS, method
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.loading import memory_needed
 from ollama_forge.models.stages import SMALL
+from ollama_forge.prompts.conversation import Prompt, messages_of
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.sources.resolve import look_up
 
@@ -145,18 +146,22 @@ def _plans() -> Iterator[tuple[str, int, int, int]]:
     """Each command with its passes over the weights, its tokens, and those of its largest pass."""
     for name, entry in METHODS.items():
         fit = PromptSettings().load(entry.pairs).fit
-        pairs = [*fit.harmful, *fit.harmless]
-        general = [prompt if isinstance(prompt, str) else "" for prompt in fit.general]
-        tokens = sum(TEMPLATE_TOKENS + len(text) // CHARACTERS_A_TOKEN for text in pairs)
+        pairs = _tokens([*fit.harmful, *fit.harmless])
         command = "compute-dir" if name == "orthogonal" else f"compute-dir --factors {name}"
-        if name == "orthogonal":
-            yield command, 1, tokens, tokens
+        if not method(name).fits:
+            yield command, 1, pairs, pairs
             continue
-        answered = [*fit.harmless, *general]
-        harmless = sum(TEMPLATE_TOKENS + len(text) // CHARACTERS_A_TOKEN for text in answered)
-        spoken = ANSWER_TOKENS * len(answered)
-        fitted = tokens + harmless + spoken
-        yield command, 2 + ANSWER_TOKENS, fitted + fitted, fitted
+        passes = 3 + ANSWER_TOKENS  # the direction, the beginning that prompts share, each token, the inputs
+        harmless: list[Prompt] = [*fit.harmless, *fit.general]
+        answered = _tokens(harmless) + ANSWER_TOKENS * len(harmless)
+        inputs = _tokens(fit.harmful) + answered
+        yield command, passes, pairs + answered + inputs, max(pairs, inputs)
+
+
+def _tokens(prompts: Sequence[Prompt]) -> int:
+    """About how many tokens the prompts have."""
+    characters = (sum(len(message["content"]) for message in messages_of(prompt)) for prompt in prompts)
+    return sum(TEMPLATE_TOKENS + length // CHARACTERS_A_TOKEN for length in characters)
 
 
 def _stage_sizes(

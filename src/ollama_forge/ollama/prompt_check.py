@@ -157,7 +157,8 @@ def check_prompts(client: Client, shown: Shown, prompts: Prompts) -> PromptCheck
     cases: list[tuple[str, Messages, list[Any]]] = [(name, each, []) for name, each in CONVERSATIONS.items()]
     if prompts.takes_tools:
         cases.append((TOOLS, CONVERSATIONS["a question"], [TOOL]))
-    compared, equal = 0, 0
+    compared: list[str] = []
+    equal = 0
     first: PromptDifference | None = None
     for name, messages, tools in cases:
         whole = _with_own(shown, messages)
@@ -167,7 +168,7 @@ def check_prompts(client: Client, shown: Shown, prompts: Prompts) -> PromptCheck
             continue
         if any(each["role"] == "system" and each["content"].strip() not in expected for each in whole):
             continue
-        compared += 1
+        compared.append(name)
         try:
             found = client.rendered(shown.name, messages, tools)
         except ForgeError as error:
@@ -181,7 +182,7 @@ def check_prompts(client: Client, shown: Shown, prompts: Prompts) -> PromptCheck
         if difference is not None:
             first = first or PromptDifference(name, *difference)
     problem = "" if compared else "the chat template refuses every conversation"
-    return PromptCheck(prompts.owner, compared, equal, prompts.takes_tools, first, problem)
+    return PromptCheck(prompts.owner, len(compared), equal, TOOLS in compared, first, problem)
 
 
 def first_difference(expected: str, found: str) -> tuple[str, str] | None:

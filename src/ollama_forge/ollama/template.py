@@ -52,14 +52,12 @@ class TemplatePlan:
 def template_of(model: Shown | StoredModel, note: str = "") -> TemplatePlan:
     """The template, renderer, parser and stop parameters of a model that Ollama shows or has in its store."""
     stop = model.parameters.get(STOP, ())
-    renders = model.renderer or model.parser
     return TemplatePlan(
         source=model.name,
-        template=model.template or (NO_TEMPLATE if renders else ""),
+        template=model.template or (NO_TEMPLATE if model.renderer or model.parser else ""),
         renderer=model.renderer,
         parser=model.parser,
         stop=stop if isinstance(stop, tuple) else (str(stop),),
-        jinja=getattr(model, "jinja", "") if not renders else "",
         chosen=True,
         sampling={key: model.parameters[key] for key in SAMPLING if key in model.parameters},
         note=note,
@@ -136,8 +134,9 @@ def _of_same_name(client: Client, hub_id: str) -> TemplatePlan:
 
 def _copied(shown: Shown) -> TemplatePlan:
     plan = template_of(shown, note=f"template copied from {shown.name}")
+    jinja = "" if shown.renderer or shown.parser else shown.jinja
     # a chat template is compared with the prompts that the file then has; a TEMPLATE is what the user wants to see
-    return replace(plan, chosen=not plan.jinja)
+    return replace(plan, jinja=jinja, chosen=not jinja)
 
 
 def _same_names(hub_id: str) -> tuple[str, ...]:
