@@ -287,6 +287,17 @@ def test_memory_is_what_this_process_leaves_of_the_setting(monkeypatch: pytest.M
     assert streamed.memory_bound(replace(SETTINGS, memory="free")) == free
     free = 1 << 20
     assert streamed.memory_bound(replace(SETTINGS, memory=given)) == free
+    with pytest.raises(ForgeError, match=r"--memory 1.0 MB is less than the program takes without a model"):
+        streamed.memory_bound(replace(SETTINGS, memory=1_000_000))
+
+
+def test_a_damaged_state_of_an_interrupted_pass_is_removed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "pass")
+    journal.keep(3, [(0, {"hidden": torch.ones(2)})])
+    (tmp_path / "pass" / "3-0.safetensors").write_bytes(b"cut")
+    with pytest.raises(ForgeError, match="cannot be read"):
+        Journal(tmp_path / "pass").state(0)
+    assert Journal(tmp_path / "pass").layer == 0
 
 
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:

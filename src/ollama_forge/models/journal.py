@@ -54,8 +54,19 @@ class Journal:
         return self.folder / f"{place}-{name}.safetensors"
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """What the pass with this number held before ``layer``."""
-        return read_tensors(self._file(self.layer, number))
+        """What the pass with this number held before ``layer``.
+
+        Raises:
+            ForgeError: the file is missing or damaged; the journal is removed then.
+        """
+        try:
+            return read_tensors(self._file(self.layer, number))
+        except (OSError, SafetensorError) as error:
+            self.remove()
+            raise ForgeError(
+                f"the state of an interrupted pass cannot be read: {error}",
+                "it was removed: repeat the command, and the pass begins anew",
+            ) from error
 
     def keep(self, place: int, states: Iterable[tuple[int, Tensors]]) -> None:
         """Write the states before the layer ``place``, in place of those before an earlier one."""

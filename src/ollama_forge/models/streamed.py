@@ -183,12 +183,22 @@ def staged_module(
 
 
 def memory_bound(settings: LoadSettings) -> int:
-    """Bytes that a model may take: the setting less what this process takes already, or what is free."""
+    """Bytes that a model may take: the setting less what this process takes already, or what is free.
+
+    Raises:
+        ForgeError: the setting is less than what this process takes already.
+    """
     device = pick_device(settings.device)
     free = memory_available(device)
     if settings.memory is None or settings.memory == "free":
         return free
     used = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+    if settings.memory <= used:
+        raise ForgeError(
+            f"--memory {human_size(settings.memory)} is less than the program takes without a model, "
+            f"{human_size(used)}",
+            "give more; `abliterate plan --model M` tells how much a model needs",
+        )
     return min(settings.memory - used, free)
 
 
