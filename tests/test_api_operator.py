@@ -136,6 +136,17 @@ def test_failed_and_refused_answers() -> None:
         assert ended(url, "ollama_forge_answers_total", "wire:latest", "busy") == 1
 
 
+def test_a_defect_is_counted_as_a_failure() -> None:
+    model = scripted(say)
+    engine: Any = model.engine
+    engine.script = lambda request: iter(1 / 0 for _ in range(1))
+    with loopback(model) as url:
+        for stream in (False, True):
+            httpx.post(f"{url}/api/chat", json={**CHAT, "stream": stream})
+        assert ended(url, "ollama_forge_http_requests_total", "POST", "/api/chat", "500") == 2
+        assert metrics(url)["ollama_forge_answers_total", "wire:latest", "error"] == 2
+
+
 def test_answers_whose_reader_left() -> None:
     model = scripted(say, context_length=1 << 30)
     engine: Any = model.engine

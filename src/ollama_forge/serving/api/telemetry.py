@@ -17,7 +17,6 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
 from ollama_forge.serving.requests import Busy, Done, Event
@@ -70,11 +69,8 @@ async def observed(events: AsyncGenerator[Event], record: RequestRecord) -> Asyn
                     record.answers.append(event)
                     record.outcome = event.reason
                 yield event
-        except EngineError:
-            record.outcome = "error"
-            raise
-        except Busy:
-            record.outcome = "busy"
+        except Exception as error:
+            record.outcome = "busy" if isinstance(error, Busy) else "error"
             raise
 
 
