@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,6 +151,14 @@ def test_chat_chunks_of_thought_and_calls() -> None:
     assert found[:3] == [{"role": "assistant", "content": "", "reasoning": "h"}, {"reasoning": "m"}, {"content": "a"}]
     assert (found[3]["content"], found[3]["tool_calls"][0]["function"]["name"], found[4]) == ("", "get_weather", {})
     assert chunks[4]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_usage_of_several_answers_has_the_cached_tokens_of_the_first() -> None:
+    ends = [replace(STOP, choice=1, cached_tokens=9), replace(STOP, choice=0, cached_tokens=3)]
+    chunks = written(ChatWriter("wire", include_usage=True, choices=2), *ends)
+    counts = chunks[-2]["usage"]
+    assert (counts["prompt_tokens"], counts["completion_tokens"], counts["total_tokens"]) == (12, 16, 28)
+    assert counts["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 def test_chat_chunks_of_nothing_begin_with_the_role() -> None:
