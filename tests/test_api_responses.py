@@ -36,7 +36,8 @@ ECHO = _REQUEST.echo(_REQUEST.chat_request())
 
 def answer(*pieces: Delta, done: Done = STOP) -> Completion:
     async def collect() -> Completion:
-        return await Completion.collect(events(*pieces, done))
+        (completion,) = await Completion.collect_choices(events(*pieces, done), 1)
+        return completion
 
     return asyncio.run(collect())
 
@@ -99,7 +100,7 @@ def test_collecting_puts_the_pieces_together() -> None:
 
 def test_an_answer_without_an_end_is_an_error() -> None:
     with pytest.raises(EngineError):
-        asyncio.run(Completion.collect(events(Delta("a"))))
+        asyncio.run(Completion.collect_choices(events(Delta("a")), 1))
 
 
 def test_chat_completion() -> None:
