@@ -30,7 +30,8 @@ from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.requests import Delta, Done, Event, GenerationRequest, Message
-from ollama_forge.serving.tools.families import family_of
+from ollama_forge.serving.tools import forced
+from ollama_forge.serving.tools.families import FAMILIES, family_of
 from ollama_forge.serving.tools.forced import forced_calls, plain_call_schema
 from ollama_forge.serving.tools.parser import ToolCallParser
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
@@ -259,13 +260,15 @@ def test_a_forced_call_is_made_and_follows_its_schema(
 
 
 REAL = tomllib.loads((Path(__file__).parent / "data" / "chat_templates.toml").read_text(encoding="utf-8"))
+REAL_TEMPLATES = {model: row["template"] for model, row in REAL.items()}
+REAL_TEMPLATES["phi without tags of calls"] = "<|tool|><|/tool|>"
 SCHEMAS = {"get_weather": CITY, "get_time": NOTHING}
 
 
 @pytest.mark.parametrize("several", [True, False])
-@pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize("model", REAL_TEMPLATES)
 def test_what_a_family_is_made_to_write_is_read_as_its_calls(model: str, several: bool) -> None:
-    template = REAL[model]["template"]
+    template = REAL_TEMPLATES[model]
     calls = forced_calls(template, SCHEMAS, channels=False, several=several)
     grammar = calls_grammar(calls, lambda text: [text])
     assert LLMatcher.validate_grammar_with_warnings(grammar) == (False, [])
@@ -279,6 +282,10 @@ def test_what_a_family_is_made_to_write_is_read_as_its_calls(model: str, several
     assert made == [("get_weather", {"city": "Rome"}), ("get_time", {})][: 1 + calls.several]
     assert all(not isinstance(piece, str) for piece in read)
     assert several or not calls.several
+
+
+def test_forms_of_forced_calls_belong_to_families() -> None:
+    assert set(forced._SYNTAXES) <= {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("path", TOOLS_OF)

@@ -223,6 +223,9 @@ def test_default_options() -> None:
         ({"top_k": -1}, "top_k", 0),
         ({"top_k": 40.9}, "top_k", 40),
         ({"repeat_penalty": 0}, "repeat_penalty", 1.0),
+        ({"repeat_last_n": -7}, "repeat_last_n", -1),
+        ({"min_p": -1}, "min_p", 0.0),
+        ({"typical_p": 3}, "typical_p", 1.0),
     ],
 )
 def test_odd_options(given: dict[str, Any], field: str, value: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from ollama_forge.serving.api import telemetry
 from ollama_forge.serving.api.metrics import Metrics
 from ollama_forge.serving.api.security import ServeSettings
-from ollama_forge.serving.api.telemetry import RequestRecord, log_requests
+from ollama_forge.serving.api.telemetry import RequestRecord, log_requests, observed
 from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
-from ollama_forge.serving.requests import Done
+from ollama_forge.serving.requests import Done, Event
 from tests import engines
 from tests.loopback import loopback, scripted
 
@@ -136,6 +137,17 @@ def test_failed_and_refused_answers() -> None:
         assert ended(url, "ollama_forge_answers_total", "wire:latest", "busy") == 1
 
 
+def test_a_defect_is_counted_as_a_failure() -> None:
+    model = scripted(say)
+    engine: Any = model.engine
+    engine.script = lambda request: iter(1 / 0 for _ in range(1))
+    with loopback(model) as url:
+        for stream in (False, True):
+            httpx.post(f"{url}/api/chat", json={**CHAT, "stream": stream})
+        assert ended(url, "ollama_forge_http_requests_total", "POST", "/api/chat", "500") == 2
+        assert metrics(url)["ollama_forge_answers_total", "wire:latest", "error"] == 2
+
+
 def test_answers_whose_reader_left() -> None:
     model = scripted(say, context_length=1 << 30)
     engine: Any = model.engine
@@ -146,6 +158,22 @@ def test_answers_whose_reader_left() -> None:
             next(lines)
             assert metrics(url)["ollama_forge_requests_running", "wire:latest"] == 1
         assert ended(url, "ollama_forge_answers_total", "wire:latest", "cancelled") == 1
+
+
+def test_several_answers_of_which_one_did_not_end_were_cancelled() -> None:
+    async def outcome(*ends: Done) -> str:
+        async def events() -> AsyncGenerator[Event]:
+            for end in ends:
+                yield end
+
+        record = RequestRecord("wire")
+        async for _ in observed(events(), record, 2):
+            pass
+        assert record.answers == list(ends)
+        return record.outcome
+
+    assert asyncio.run(outcome(Done("stop"))) == "cancelled"
+    assert asyncio.run(outcome(Done("stop"), Done("length", choice=1))) == "length"
 
 
 def test_cached_tokens_and_latencies() -> None:

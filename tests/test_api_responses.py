@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ ECHO = _REQUEST.echo(_REQUEST.chat_request())
 
 def answer(*pieces: Delta, done: Done = STOP) -> Completion:
     async def collect() -> Completion:
-        return await Completion.collect(events(*pieces, done))
+        (completion,) = await Completion.collect_choices(events(*pieces, done), 1)
+        return completion
 
     return asyncio.run(collect())
 
@@ -98,7 +100,7 @@ def test_collecting_puts_the_pieces_together() -> None:
 
 def test_an_answer_without_an_end_is_an_error() -> None:
     with pytest.raises(EngineError):
-        asyncio.run(Completion.collect(events(Delta("a"))))
+        asyncio.run(Completion.collect_choices(events(Delta("a")), 1))
 
 
 def test_chat_completion() -> None:
@@ -150,6 +152,14 @@ def test_chat_chunks_of_thought_and_calls() -> None:
     assert found[:3] == [{"role": "assistant", "content": "", "reasoning": "h"}, {"reasoning": "m"}, {"content": "a"}]
     assert (found[3]["content"], found[3]["tool_calls"][0]["function"]["name"], found[4]) == ("", "get_weather", {})
     assert chunks[4]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_usage_of_several_answers_has_the_cached_tokens_of_the_first() -> None:
+    ends = [replace(STOP, choice=1, cached_tokens=9), replace(STOP, choice=0, cached_tokens=3)]
+    chunks = written(ChatWriter("wire", include_usage=True, choices=2), *ends)
+    counts = chunks[-2]["usage"]
+    assert (counts["prompt_tokens"], counts["completion_tokens"], counts["total_tokens"]) == (12, 16, 28)
+    assert counts["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 def test_chat_chunks_of_nothing_begin_with_the_role() -> None:

@@ -68,7 +68,8 @@ def test_a_served_model_needs_neither_map_nor_template(tmp_path: Path) -> None:
     async def answer() -> Completion:
         prompt = model.prompts.chat([Message("user", "abc")])
         assert prompt.ids == tuple(tiny.tokenizer()("abc").input_ids)
-        return await Completion.collect(model.generate(GenerationRequest(prompt, num_predict=5)))
+        (completion,) = await Completion.collect_choices(model.generate(GenerationRequest(prompt, num_predict=5)), 1)
+        return completion
 
     assert model.engine.context_length == 64
     assert asyncio.run(answer()).done.tokens <= 5

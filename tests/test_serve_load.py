@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import httpx
 import pytest
 
 from ollama_forge.serving.api.security import ServeSettings
-from ollama_forge.serving.api.server import bind
+from ollama_forge.serving.api.server import Server, bind, server_of
 from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from tests.byte_tokenizer import tokenizer
@@ -182,14 +183,17 @@ def test_two_hundred_clients_that_leave() -> None:
 STALLED, TOKENS = 20, 1500
 
 
-def stall(url: str, path: str) -> socket.socket:
+LONG = {"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": True}
+
+
+def stall(url: str, path: str, asked: dict[str, Any] = LONG) -> socket.socket:
     """Ask for a long answer, and read nothing of it."""
     place = urlsplit(url)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.settimeout(WAIT)
     client.connect((place.hostname, place.port))
-    body = json.dumps({"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": True}).encode()
+    body = json.dumps(asked).encode()
     client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     return client
 
@@ -234,6 +238,22 @@ def test_readers_that_stall_hold_up_nobody_and_are_dropped(monkeypatch: pytest.M
 
     with loopback(model, ServeSettings(write_timeout=0.3)) as url:
         asyncio.run(run(url))
+
+
+def test_a_whole_response_that_nobody_reads_is_dropped_after_the_keep_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = long_answers(monkeypatch, slots=1)
+
+    def impatient(*arguments: Any) -> Server:
+        server = server_of(*arguments)
+        server.config.timeout_keep_alive = 0
+        return server
+
+    monkeypatch.setattr("tests.loopback.server_of", impatient)
+    body = {"model": "wire", "input": ["a"] * 100}  # less than the buffer at which writing pauses
+    with loopback(model, ServeSettings(write_timeout=0.3)) as url:
+        client = stall(url, "/api/embed", body)
+        time.sleep(1.5)
+        assert not read_all(client).endswith(b"}")
 
 
 def test_a_reader_that_goes_on_in_time_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,10 @@ def test_show_prints_them(url: str) -> None:
 def test_a_response_repeats_what_holds(url: str) -> None:
     response = httpx.post(f"{url}/v1/responses", json=RESPONSES).json()
     assert (response["temperature"], response["top_p"]) == (0.6, 1)
-    response = httpx.post(f"{url}/v1/responses", json={**RESPONSES, "temperature": 0.1}).json()
-    assert response["temperature"] == 0.1
+    assert (response["presence_penalty"], response["frequency_penalty"]) == (0, 0)
+    stated = {"temperature": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1.5}
+    response = httpx.post(f"{url}/v1/responses", json={**RESPONSES, **stated}).json()
+    assert {name: response[name] for name in stated} == stated
 
 
 def test_the_terminal_chat_begins_with_them(url: str, model: ServedModel) -> None:

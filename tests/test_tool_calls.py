@@ -263,6 +263,12 @@ def test_streams_hand_text_out_before_a_call_and_the_call_once_whole() -> None:
     assert len(call.id) == 13
 
 
+@pytest.mark.parametrize("text", ["[note(it's", '{"weather": "fine'])
+def test_brackets_in_which_no_call_begins_are_handed_out_at_once(text: str) -> None:
+    reader = parser_for(None, family_of(""), NAMES)
+    assert "".join(delta.content for letter in text for delta in reader.feed(letter)) == text
+
+
 def test_ids_differ_and_indices_count() -> None:
     _, _, two, _ = FORMS["hermes"]
     reader = parser_for(None, family_of("<tool_call>"), NAMES)

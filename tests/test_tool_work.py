@@ -66,7 +66,7 @@ class Work:
         return CountingHeld
 
 
-def work_on(monkeypatch: pytest.MonkeyPatch, parser: Callable[[], Any], text: str) -> int:
+def work_on(monkeypatch: pytest.MonkeyPatch, parser: Callable[[], Any], text: str, *, calls: int = 1) -> int:
     work = Work()
     with monkeypatch.context() as patch:
         patch.setattr("ollama_forge.serving.tools.parser.Held", work.held())
@@ -74,7 +74,7 @@ def work_on(monkeypatch: pytest.MonkeyPatch, parser: Callable[[], Any], text: st
         for table in (payloads._BRACKET, payloads._QUOTE_END):
             for key, pattern in table.items():
                 patch.setitem(table, key, work.pattern(pattern))
-        assert calls_of(read(parser(), [text[at : at + 4] for at in range(0, len(text), 4)]))
+        assert len(calls_of(read(parser(), [text[at : at + 4] for at in range(0, len(text), 4)]))) == calls
     return work.count
 
 
@@ -91,3 +91,11 @@ def test_reading_a_call_costs_work_in_proportion_to_its_length(model: str, monke
         return work_on(monkeypatch, lambda: parser_for(None, family, TOOLS), text) / len(text)
 
     assert cost(60) < 1.2 * cost(30) < 20
+
+
+def test_calls_that_never_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(lines: int) -> float:
+        text = '{"name": [\n' * lines
+        return work_on(monkeypatch, lambda: parser_for(None, family_of(""), TOOLS), text, calls=0) / len(text)
+
+    assert cost(400) < 1.2 * cost(200) < 100

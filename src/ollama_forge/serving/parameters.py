@@ -22,7 +22,7 @@ _SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 _OTHERS = ("num_ctx", "num_predict", STOP)
 _SHARE = (0.0, 1.0)
 _ANY = (-math.inf, math.inf)
-_RANGES = {
+_RANGES = {  # of the options of requests, too
     "temperature": (0.0, math.inf),
     "top_k": (0, math.inf),
     "top_p": _SHARE,
@@ -52,8 +52,7 @@ def model_parameters(checkpoint: Checkpoint) -> dict[str, Value]:
         found: dict[str, Value] = dict(find_model(checkpoint.label).parameters)
     else:
         found = {**sampling_parameters(checkpoint.folder), **_of_modelfile(checkpoint)}
-    usable = {name: _usable(name, value) for name, value in sorted(found.items())}
-    return {name: value for name, value in usable.items() if value is not None}
+    return usable(dict(sorted(found.items())))
 
 
 def _of_modelfile(checkpoint: Checkpoint) -> dict[str, Value]:
@@ -69,8 +68,16 @@ def _of_modelfile(checkpoint: Checkpoint) -> dict[str, Value]:
     return parse_assignments([f"{name}={value}" for name, value in modelfile.parameters if name in KNOWN])
 
 
+def usable(parameters: Parameters) -> dict[str, Value]:
+    """The parameters without values that generation cannot use; a number outside its range becomes the nearest in it.
+
+    Parameters that generation does not know stay as they are.
+    """
+    found = {name: _usable(name, value) for name, value in parameters.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _usable(name: str, value: Value) -> Value | None:
-    """A value that generation can use; None for one that it cannot. Other parameters of Ollama stay as they are."""
     if name == STOP:
         return value if isinstance(value, tuple) else (str(value),)
     if name not in _RANGES:
@@ -101,10 +108,10 @@ def shown(parameters: Mapping[str, Value]) -> str:
     lines = []
     for name, value in parameters.items():
         for each in value if isinstance(value, tuple) else (value,):
-            lines.append(f"{name:<30} {json.dumps(_number(each), ensure_ascii=False)}")
+            lines.append(f"{name:<30} {json.dumps(go_number(each), ensure_ascii=False)}")
     return "\n".join(lines)
 
 
-def _number(value: Value) -> Value:
-    """A number as Go prints it: 1 instead of 1.0."""
+def go_number(value: Value) -> Value:
+    """A number as Go writes it: 1 instead of 1.0. Other values stay as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -182,7 +182,9 @@ class PromptBuilder:
             raise BadRequest(str(error)) from error
         return Encoded(text, tuple(ids), media)
 
-    def _fewer(self, messages: Sequence[Message], encode: Any, limit: int, whole: Encoded) -> Encoded:
+    def _fewer(
+        self, messages: Sequence[Message], encode: Callable[[Sequence[Message]], Encoded], limit: int, whole: Encoded
+    ) -> Encoded:
         """The prompt of the newest messages that fit; all system messages and the last message stay in any case."""
         others = [index for index, message in enumerate(messages[:-1]) if message.role != "system"]
 
@@ -190,7 +192,7 @@ class PromptBuilder:
             """The prompt without the ``count`` oldest messages; None if the template refuses the others."""
             dropped = set(others[:count])
             try:
-                return encode([message for index, message in enumerate(messages) if index not in dropped])  # type: ignore[no-any-return]
+                return encode([message for index, message in enumerate(messages) if index not in dropped])
             except BadRequest:
                 return None
 

@@ -223,18 +223,8 @@ class Completion:
     done: Done
 
     @classmethod
-    async def collect(cls, events: AsyncIterator[Event]) -> Completion:
-        """Collect the events of an answer until its end.
-
-        Raises:
-            EngineError: generation failed.
-        """
-        (completion,) = await cls.collect_choices(events, 1)
-        return completion
-
-    @classmethod
     async def collect_choices(cls, events: AsyncIterator[Event], choices: int) -> list[Completion]:
-        """Collect the events of several answers until the end of each; the answers in order.
+        """Collect the events of one answer or several until the end of each; the answers in order.
 
         Raises:
             EngineError: generation failed.

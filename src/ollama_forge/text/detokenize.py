@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -37,7 +38,7 @@ class TokenBytes:
         special = {int(id_) for id_, token in added.items() if getattr(token, "special", False)}
         self.special = frozenset(special | set(getattr(tokenizer, "all_special_ids", ())))
         self._cache: dict[int, bytes] = {}
-        self._pairs: dict[tuple[int | None, int], bytes] = {}
+        self._behind = lru_cache(_MOST_PAIRS)(self._gained)
         self._anchor: int | None = None
 
     def of(self, id_: int) -> bytes:
@@ -55,12 +56,7 @@ class TokenBytes:
         """
         if before is not None and self._kind != "words":
             return self.of(id_)
-        known = self._pairs.get((before, id_))
-        if known is None:
-            if len(self._pairs) >= _MOST_PAIRS:
-                self._pairs.clear()
-            known = self._pairs[before, id_] = self._gained(before, id_)
-        return known
+        return self._behind(before, id_)
 
     def text(self, id_: int) -> str:
         return self.of(id_).decode("utf-8", errors="replace")

@@ -141,19 +141,26 @@ class ThoughtSplitter:
         self._searched = max(0, len(self._held) - len(closing) + 1)
 
     def _take_thought(self) -> str:
-        closing = self._split.closing
-        place = self._held.find(closing)
-        if place >= 0:
-            thinking, self._held = self._held[:place].rstrip(), self._held[place + len(closing) :]
+        thinking, self._held, closed = _up_to(self._held, self._split.closing)
+        if closed:
             self._state = _State.ANSWER_BEGINS
-            return thinking
-        certain = self._held[: len(self._held) - held_back(self._held, closing)].rstrip()
-        self._held = self._held[len(certain) :]
-        return certain
+        return thinking
 
     def _release(self) -> str:
         held, self._held = self._held, ""
         return held
+
+
+def _up_to(text: str, closing: str) -> tuple[str, str, bool]:
+    """The text before a closing tag without white space at its end, the text behind the tag, and whether there is one.
+
+    Without the tag, the first is what cannot belong to it or to the white space before it, and the second the rest.
+    """
+    before, found, behind = text.partition(closing)
+    if found:
+        return before.rstrip(), behind, True
+    certain = text[: len(text) - held_back(text, closing)].rstrip()
+    return certain, text[len(certain) :], False
 
 
 class AnswerTags:
@@ -172,7 +179,7 @@ class AnswerTags:
         if not self._looked:
             begun = self._held.lstrip()
             if begun.startswith(self._opening):
-                self._held, self._looked, self._inside = begun[len(self._opening) :], True, True
+                self._held, self._inside = begun[len(self._opening) :], True
             elif self._opening.startswith(begun):
                 return ""
             self._looked = True
@@ -187,14 +194,11 @@ class AnswerTags:
         if not self._begun:
             self._held = self._held.lstrip()
             self._begun = bool(self._held)
-        place = self._held.find(self._closing)
-        if place >= 0:
-            text, rest = self._held[:place].rstrip(), self._held[place + len(self._closing) :]
-            self._inside, self._held = False, ""
-            return text + rest
-        certain = self._held[: len(self._held) - held_back(self._held, self._closing)].rstrip()
-        self._held = self._held[len(certain) :]
-        return certain
+        text, self._held, closed = _up_to(self._held, self._closing)
+        if closed:
+            self._inside = False
+            return text + self._release()
+        return text
 
     def _release(self) -> str:
         held, self._held = self._held, ""

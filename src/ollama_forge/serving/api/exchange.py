@@ -81,7 +81,7 @@ async def exchange(
         if request.messages:
             generation = await asyncio.to_thread(generation_request, model, request)
             prompt_tokens = len(generation.prompt.ids)
-            events = observed(answers_of(model, request, generation), record)
+            events = observed(answers_of(model, request, generation), record, request.choices)
         events = _then_release(events, lease, request.keep_alive)
         if not request.stream:
             async with aclosing(events):

@@ -133,10 +133,11 @@ class Protocol(H11Protocol):
     """Drops clients that do not read, and sends the Server header also in the response to what is not valid HTTP.
 
     Attributes:
-        write_timeout: seconds after which a connection is closed that takes none of the data waiting for it.
+        write_timeout: seconds after which a connection is closed for which too much data still waits: its client reads
+            nothing, or a large body slowly.
     """
 
-    write_timeout = 60.0
+    write_timeout: float
     _dropping: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:

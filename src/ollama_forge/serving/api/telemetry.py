@@ -17,7 +17,6 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
 from ollama_forge.serving.requests import Busy, Done, Event
@@ -60,21 +59,19 @@ def record_of(http: Request, model: ServedModel) -> RequestRecord:
     return record
 
 
-async def observed(events: AsyncGenerator[Event], record: RequestRecord) -> AsyncGenerator[Event]:
-    """Pass the events of an answer on, and note how it ends."""
+async def observed(events: AsyncGenerator[Event], record: RequestRecord, choices: int) -> AsyncGenerator[Event]:
+    """Pass the events of all answers on, and note how generation ends: as the last answer, if all come to their end."""
     record.outcome = "cancelled"
     async with aclosing(events):
         try:
             async for event in events:
                 if isinstance(event, Done):
                     record.answers.append(event)
-                    record.outcome = event.reason
+                    if len(record.answers) == choices:
+                        record.outcome = event.reason
                 yield event
-        except EngineError:
-            record.outcome = "error"
-            raise
-        except Busy:
-            record.outcome = "busy"
+        except Exception as error:
+            record.outcome = "busy" if isinstance(error, Busy) else "error"
             raise
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from ollama_forge.serving.requests import BadRequest
 
-Tools = tuple[Mapping[str, Any], ...]
-
 
 @dataclass(frozen=True)
 class ToolChoice:
@@ -20,7 +18,7 @@ class ToolChoice:
         must_call: whether the answer has to call one of them.
     """
 
-    tools: Tools = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     must_call: bool = False
 
 
@@ -43,15 +41,18 @@ def openai_choice(tools: Sequence[Mapping[str, Any]], choice: object) -> ToolCho
     return _by_word(tools, choice, {"auto": False, "required": True})
 
 
-def anthropic_choice(tools: Sequence[Mapping[str, Any]], choice: Mapping[str, Any]) -> ToolChoice:
-    """The choice in a request to Anthropic's API: an object of type ``none``, ``auto``, ``any`` or ``tool``.
+def anthropic_choice(tools: Sequence[Mapping[str, Any]], kind: str, name: str) -> ToolChoice:
+    """The choice in a request to Anthropic's API.
+
+    Args:
+        kind: ``none``, ``auto``, ``any`` or ``tool``; "" is ``auto``.
+        name: the tool that has to be called, if ``kind`` is ``tool``.
 
     Raises:
         BadRequest: the choice is of another kind, or names a tool that was not sent.
     """
-    kind = choice.get("type")
     if kind == "tool":
-        return ToolChoice(_named(tools, [choice.get("name")]), must_call=True)
+        return ToolChoice(_named(tools, [name]), must_call=True)
     return _by_word(tools, kind, {"auto": False, "any": True})
 
 
@@ -81,7 +82,7 @@ def _name(tool: Mapping[str, Any]) -> object:
     return inner.get("name") if isinstance(inner, dict) else tool.get("name")
 
 
-def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[object]) -> Tools:
+def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[object]) -> tuple[Mapping[str, Any], ...]:
     for name in names:
         if not any(tool["function"]["name"] == name for tool in tools):
             raise BadRequest(f"tool_choice: there is no tool {name!r}")

@@ -1,7 +1,8 @@
 """The tool call formats of model families, a row each; the most specific stand first.
 
 To add a family, write a row: the texts of its chat template that no other row's family has, and its forms, which
-``readers`` and ``parameters`` make from the tags around a call. Then put a template into ``tests/data/chat_templates``.
+``readers`` and ``parameters`` make from the tags around a call. Then put a template into
+``tests/data/chat_templates.toml``.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ _PLAIN = CallSyntax(_JSON, "}", several=False)  # read as a call at the beginnin
 _TAGGED = CallSyntax(f"<tool_call>\n{_JSON}", "}\n</tool_call>", separator="\n")
 
 
-def _listed(begin: str, end: str, opening: str = _JSON, **more: Any) -> CallSyntax:
+def _listed(begin: str, end: str, opening: str = _JSON, *, template_mark: str = "") -> CallSyntax:
     """Calls in a JSON list."""
-    return CallSyntax(opening, "}", begin=begin + "[", separator=", ", end="]" + end, **more)
+    return CallSyntax(opening, "}", begin=begin + "[", separator=", ", end="]" + end, template_mark=template_mark)
 
 
 # By the family's name, the first whose mark the template has; families without one are made to write plain JSON.

@@ -25,8 +25,7 @@ class ToolCallParser:
         self._forms, self._tools = family.forms, tools
         self._numbers = CallNumbers()
         self._held = Held()
-        self._opener = ""
-        self._reading: Steps[Parsed] | None = None  # the reader at work; the held text begins with its opener
+        self._reading: Steps[Parsed] | None = None  # the reader at work, at the beginning of the held text
         self._failures = 0  # of readers that read up to the end of the output, each of them in vain
         self._space = ""
         self._has_content = self._called = False
@@ -52,7 +51,7 @@ class ToolCallParser:
                 out += self._content(self._held.take(start))
                 if form is None:
                     break
-                self._opener, self._reading = form.opener, form.read(self._held, self._tools)
+                self._reading = form.read(self._held, self._tools)
             parsed = self._read(self._reading)
             if parsed is None:
                 break

@@ -34,6 +34,10 @@ _NOT_SUPPORTED = {"container": "", "mcp_servers": ""}
 # -- content blocks ---------------------------------------------------------------------------------------------------
 
 
+def _as_blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
 class TextBlock(RequestModel):
     type: str
     text: str = ""
@@ -89,7 +93,7 @@ class DocumentSource(RequestModel):
     type: str = ""
     media_type: str = ""
     data: str = ""
-    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(lambda value: _as_blocks(value))] = []
+    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(_as_blocks)] = []
 
 
 class Citations(RequestModel):
@@ -152,10 +156,6 @@ def _kind_of(*kinds: str) -> Discriminator:
         return TAG + (given if given in kinds else "other")
 
     return Discriminator(kind)
-
-
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 _IsContent = WithJsonSchema(CONTENT_SCHEMA)
@@ -354,7 +354,7 @@ class MessagesRequest(SamplingFields):
     def _choice(self) -> ToolChoice:
         own = [tool for tool in self.tools if tool.type in ("", "custom")]
         tools = [function_tool(tool.name, tool.description, tool.input_schema) for tool in own]
-        return anthropic_choice(tools, {"type": self.tool_choice.type, "name": self.tool_choice.name})
+        return anthropic_choice(tools, self.tool_choice.type, self.tool_choice.name)
 
     def _think(self) -> bool | str | None:
         if self.thinking.type in ("enabled", "disabled"):

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.parameters import sampling_of, usable
 from ollama_forge.serving.requests import BadRequest
 
 _INT64 = (1 << 63) - 1
@@ -39,12 +40,9 @@ def _option_number(value: Any, info: ValidationInfo) -> float:
     return float(max(-_LARGEST, min(value, _LARGEST)))
 
 
-def _option_share(value: Any, info: ValidationInfo) -> float:
-    return min(max(_option_number(value, info), 0.0), 1.0)
-
-
-def _at_least(least: int) -> AfterValidator:
-    return AfterValidator(lambda value: max(value, least))
+def _in_range(value: int, info: ValidationInfo) -> Any:
+    name = str(info.field_name)
+    return usable({name: value})[name]
 
 
 def _option_flag(value: Any, info: ValidationInfo) -> bool:
@@ -63,7 +61,7 @@ def _option_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
 
 _Integer = Annotated[int, BeforeValidator(_option_integer)]
 _Number = Annotated[float, BeforeValidator(_option_number)]
-_Share = Annotated[float, BeforeValidator(_option_share)]
+_Limit = Annotated[_Integer, AfterValidator(_in_range)]
 _Flag = Annotated[bool, BeforeValidator(_option_flag)]
 _StopTexts = Annotated[
     tuple[str, ...],
@@ -80,15 +78,15 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    num_predict: Annotated[_Integer, _at_least(-1)] = -1
-    num_ctx: Annotated[_Integer, _at_least(4)] | None = None
+    num_predict: _Limit = -1
+    num_ctx: _Limit | None = None
     stop: _StopTexts = ()
     seed: _Integer | None = None
     temperature: _Number = 0.8
     top_k: _Integer = 40
-    top_p: _Share = 0.9
-    min_p: _Share = 0.0
-    typical_p: _Share = 1.0
+    top_p: _Number = 0.9
+    min_p: _Number = 0.0
+    typical_p: _Number = 1.0
     repeat_penalty: _Number = 1.0
     repeat_last_n: _Integer = 64
     presence_penalty: _Number = 0.0
@@ -116,15 +114,4 @@ class Options(BaseModel):
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=max(self.temperature, 0.0),
-            top_k=max(self.top_k, 0),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repeat_penalty=self.repeat_penalty if self.repeat_penalty > 0 else 1.0,
-            repeat_last_n=max(self.repeat_last_n, -1),
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=None if self.seed is None or self.seed < 0 else self.seed,
-        )
+        return SamplingParams(**sampling_of(usable(self.model_dump(exclude_none=True))))

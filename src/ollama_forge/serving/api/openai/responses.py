@@ -116,8 +116,8 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
 
 def usage(*done: Done) -> Usage:
     """The usage of all answers to one prompt, which counts once."""
-    prompt, completion = done[0].prompt_tokens, sum(one.tokens for one in done)
-    cached = done[0].cached_tokens
+    first = min(done, key=lambda one: one.choice)  # a stream ends its answers in any order
+    prompt, completion, cached = first.prompt_tokens, sum(one.tokens for one in done), first.cached_tokens
     details = PromptTokensDetails(cached_tokens=cached) if cached else None
     return Usage(
         prompt_tokens=prompt,

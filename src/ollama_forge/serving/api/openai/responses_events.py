@@ -90,8 +90,6 @@ class Response(ResponseModel):
     error: ResponseError | None = None
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
-    presence_penalty: int = 0
-    frequency_penalty: int = 0
     top_logprobs: int = 0
     usage: ResponseUsage | None = None
     max_tool_calls: int | None = None
@@ -107,6 +105,8 @@ class Response(ResponseModel):
     text: dict[str, Any] = {}
     top_p: int | float
     temperature: int | float
+    presence_penalty: int | float
+    frequency_penalty: int | float
     reasoning: dict[str, Any] | None = None
     max_output_tokens: int | None = None
 

@@ -31,6 +31,7 @@ from ollama_forge.serving.api.openai.requests import (
 )
 from ollama_forge.serving.api.openai.responses_events import Response
 from ollama_forge.serving.api.tool_choice import openai_choice
+from ollama_forge.serving.parameters import go_number
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
 _NOT_SUPPORTED = {
@@ -40,6 +41,7 @@ _NOT_SUPPORTED = {
     "prompt": "send the whole conversation as input",
     "top_logprobs": "",
 }
+_ECHOED_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
 
 class ContentPart(RequestModel):
@@ -297,8 +299,7 @@ class ResponsesRequest(SamplingFields):
             "tools": [tool.echo() for tool in self.tools],
             "truncation": self.truncation or "disabled",
             "text": {"format": {"type": "text"} if self.text.format is None else self.text.format.sent},
-            "top_p": _go_number(request.sampling.top_p),
-            "temperature": _go_number(request.sampling.temperature),
+            **{name: go_number(getattr(request.sampling, name)) for name in _ECHOED_SAMPLING},
             "reasoning": reasoning if any(reasoning.values()) else None,
             "max_output_tokens": self.max_output_tokens,
             "tool_choice": self.tool_choice or "auto",
@@ -319,8 +320,3 @@ def _add_call(messages: list[Message], item: FunctionCallItem, thinking: str) ->
     last = messages[-1]
     call = ToolCall(item.call_id, len(last.tool_calls), item.name, arguments)
     messages[-1] = replace(last, tool_calls=(*last.tool_calls, call), thinking=thinking or last.thinking)
-
-
-def _go_number(number: float) -> float | int:
-    """A number as Go writes it: 1 instead of 1.0."""
-    return int(number) if number.is_integer() else number
