@@ -23,7 +23,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engine.base import EngineError, EngineSettings
 from ollama_forge.serving.engine.encoder import pooled
-from ollama_forge.serving.load_model import load_model
+from ollama_forge.serving.load_model import unloaded_model
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.requests import BadRequest
 from ollama_forge.serving.sentence_modules import SentenceModules
@@ -60,7 +60,7 @@ def bert(at: Path, *, pooling: dict[str, Any] | None = MEAN, module: Any = None,
 
 
 def load(checkpoint: Checkpoint, dtype: str = "auto") -> ServedModel:
-    return load_model(checkpoint, "wire", load=LoadSettings(device="cpu", dtype=dtype), max_queue=8)
+    return unloaded_model(checkpoint, "wire", load=LoadSettings(device="cpu", dtype=dtype), max_queue=8).load()
 
 
 def embed(model: ServedModel, texts: Sequence[str], **options: Any) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_long_texts_keep_the_end_token(tmp_path: Path) -> None:
 
 def test_the_context_length_is_bounded(tmp_path: Path) -> None:
     settings = LoadSettings(device="cpu")
-    model = load_model(bert(tmp_path), "wire", load=settings, max_queue=8, engine=EngineSettings(num_ctx=5))
+    model = unloaded_model(bert(tmp_path), "wire", load=settings, max_queue=8, engine=EngineSettings(num_ctx=5)).load()
     assert (model.engine.context_length, model.metadata.context_length) == (5, 5)
     with pytest.raises(BadRequest, match="exceeds the context length"):
         asyncio.run(model.embed(["a text of more than five tokens"], truncate=False))

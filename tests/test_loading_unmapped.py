@@ -16,7 +16,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.models import chat_model, loading
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.serving.engine.base import EngineSettings
-from ollama_forge.serving.load_model import load_model
+from ollama_forge.serving.load_model import unloaded_model
 from ollama_forge.serving.requests import Completion, GenerationRequest, Message
 from ollama_forge.sources.resolve import resolve
 from tests import families, tiny
@@ -61,9 +61,9 @@ def test_a_served_model_needs_neither_map_nor_template(tmp_path: Path) -> None:
     entries = json.loads(config.read_text())
     entries.pop("chat_template", None)
     config.write_text(json.dumps(entries))
-    model = load_model(
+    model = unloaded_model(
         resolve(str(tmp_path / "model")), "base", load=SETTINGS, max_queue=1, engine=EngineSettings(num_ctx=64)
-    )
+    ).load()
 
     async def answer() -> Completion:
         prompt = model.prompts.chat([Message("user", "abc")])

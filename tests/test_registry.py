@@ -21,7 +21,7 @@ from ollama_forge.errors import ForgeError, MemoryTooSmall, UsageError
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.scripted import ScriptedEngine
-from ollama_forge.serving.load_model import load_model
+from ollama_forge.serving.load_model import unloaded_model
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import KEEP_ALIVE, Lease, ModelRegistry
 from tests import tiny
@@ -331,7 +331,7 @@ def test_idle_models_are_unloaded_for_memory() -> None:
 
 def test_its_memory_is_given_back(tmp_path: Path) -> None:
     checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
-    model = load_model(checkpoint, "tiny", load=LoadSettings(dtype="float32", device="cpu"), max_queue=1)
+    model = unloaded_model(checkpoint, "tiny", load=LoadSettings(dtype="float32", device="cpu"), max_queue=1).load()
     module: Any = model.engine.model.module  # type: ignore[attr-defined]
     weights = [weakref.ref(parameter) for parameter in module.parameters()]
     del module

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.serving.load_model import load_model
+from ollama_forge.serving.load_model import unloaded_model
 from ollama_forge.sources.resolve import resolve
 from tests.loopback import loopback
 from tests.test_wire import INCOMPLETE, OURS, compared
@@ -24,7 +24,7 @@ ENDS = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    model = load_model(resolve("demo-base"), "wire", load=LoadSettings(), max_queue=512)
+    model = unloaded_model(resolve("demo-base"), "wire", load=LoadSettings(), max_queue=512).load()
     with loopback(model) as url:
         yield url
 

@@ -141,7 +141,6 @@ def _models(
     from ollama_forge.sources.resolve import resolve
 
     engine = EngineSettings(options["engine"], options["engine_url"], options["slots"], options["num_ctx"])
-    max_queue = options["max_queue"]
     live = _live_source(options) if options["live"] else None
     models = []
     for given, source in named:
@@ -155,13 +154,13 @@ def _models(
                 adapter=options["adapter"],
             )
         name = servable_name(given or _default_name(checkpoint, live))
-        if len(named) > 1:
-            models.append(load_model.unloaded_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine))
-            continue
-        with status(f"loading {name}"):
-            models.append(
-                load_model.load_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine, live=live)
-            )
+        model = load_model.unloaded_model(
+            checkpoint, name, load=load, max_queue=options["max_queue"], engine=engine, live=live
+        )
+        if len(named) == 1:
+            with status(f"loading {name}"):
+                model.load()
+        models.append(model)
     _require_distinct([model.name for model in models])
     return models
 

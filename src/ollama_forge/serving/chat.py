@@ -94,7 +94,7 @@ def _load(
     name: str | None, checkpoint: str | None, revision: str | None, load: LoadSettings, adapter: str | None
 ) -> ChatBackend:
     from ollama_forge.serving.chat_backends import LocalBackend
-    from ollama_forge.serving.load_model import load_model
+    from ollama_forge.serving.load_model import unloaded_model
     from ollama_forge.sources.resolve import resolve
 
     if name is not None:
@@ -103,7 +103,7 @@ def _load(
     source = resolve(checkpoint, revision, trust_remote_code=load.trust_remote_code, adapter=adapter)
     label = name or Path(source.label).name
     with status(f"loading {label}"):
-        return LocalBackend(load_model(source, label, load=replace(load, system=None), max_queue=1))
+        return LocalBackend(unloaded_model(source, label, load=replace(load, system=None), max_queue=1).load())
 
 
 def _lines() -> Iterator[str]:

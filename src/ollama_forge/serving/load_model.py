@@ -19,26 +19,6 @@ if TYPE_CHECKING:
 DEFAULT = EngineSettings()
 
 
-def load_model(
-    checkpoint: Checkpoint,
-    name: str,
-    *,
-    load: LoadSettings,
-    max_queue: int,
-    engine: EngineSettings = DEFAULT,
-    live: LiveSource | None = None,
-) -> ServedModel:
-    """Load a checkpoint into an engine; see ``unloaded_model``.
-
-    Raises:
-        UsageError: the engine does not fit the checkpoint.
-        ForgeError: the checkpoint cannot be loaded, or the server does not answer.
-    """
-    model = unloaded_model(checkpoint, name, load=load, max_queue=max_queue, engine=engine, live=live)
-    model.attach(model.make_engine())
-    return model
-
-
 def unloaded_model(
     checkpoint: Checkpoint,
     name: str,
@@ -48,7 +28,7 @@ def unloaded_model(
     engine: EngineSettings = DEFAULT,
     live: LiveSource | None = None,
 ) -> ServedModel:
-    """A checkpoint's model without its weights, which ``make_engine`` loads.
+    """A checkpoint's model without its weights, which ``ServedModel.load`` loads.
 
     Args:
         engine: the engine to load them into; an embedding model has one of its own.

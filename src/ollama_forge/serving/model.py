@@ -40,7 +40,7 @@ _USUAL_ANSWER = 1024  # tokens
 
 
 class ServedModel:
-    """One model behind an API; ``load_model`` makes it from a checkpoint.
+    """One model behind an API; ``unloaded_model`` makes it from a checkpoint.
 
     Attributes:
         name: the name it is served under, without a tag.
@@ -135,6 +135,16 @@ class ServedModel:
         """
         assert self._make_engine is not None
         return self._make_engine()
+
+    def load(self) -> ServedModel:
+        """Load the engine now, and return this model.
+
+        Raises:
+            UsageError: the engine does not fit the checkpoint.
+            ForgeError: the checkpoint cannot be loaded, or the server does not answer.
+        """
+        self.attach(self.make_engine())
+        return self
 
     def attach(self, engine: Engine) -> None:
         """Answer with ``engine`` from now on."""
