@@ -9,8 +9,9 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body
+from ollama_forge.serving.engine.llama_slots import SlotCaches, SlotUse
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
 from ollama_forge.system import available_memory, usable_cores
 from ollama_forge.text.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ class LlamaCppEngine:
         config: that checkpoint's config, whose numbers give the size of the keys and values.
         slots: maximum number of requests that run at the same time.
         context: maximum number of tokens of prompt and output; None: as many as the model and the memory take.
+        adapter: a GGUF adapter, which each request applies at its own strength; None for none.
         threads: number of threads; None: one for each core.
 
     Raises:
@@ -59,15 +62,17 @@ class LlamaCppEngine:
         *,
         slots: int = 16,
         context: int | None = None,
+        adapter: Path | None = None,
         threads: int | None = None,
     ) -> None:
         if not llamacpp_is_installed():
             raise ForgeError(
                 "the engine llamacpp needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
             )
-        self.path, self._slots = path, slots
+        self.path, self._slots, self._adapter = path, slots, adapter
         self._vocabulary = Vocabulary(tokenizer)
         self._size = len(tokenizer.backend)
+        self._caches = None if adapter is None else SlotCaches(slots)
         self._context_length = fitting_context(config, slots, available_memory(), context)
         self._threads = threads or usable_cores()
         self._server: Any = _start(self._params(self._context_length, slots), path)
@@ -89,6 +94,8 @@ class LlamaCppEngine:
         params.ui = params.endpoint_slots = params.warmup = False
         params.n_threads_http = 1
         params.verbosity = 0
+        if self._adapter is not None:
+            _add_adapter(params, self._adapter)
         return params
 
     @property
@@ -145,7 +152,7 @@ class LlamaCppEngine:
 
         if self._closed.is_set():
             raise EngineError(_CLOSED)
-        reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled))
+        reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled), self._caches)
         done = loop.run_in_executor(self._pool, reading.run, body)
         try:
             while (item := await queue.get()) is not None:
@@ -217,11 +224,21 @@ class _Reading:
     Args:
         send: takes the tokens, then None or an error.
         is_over: whether nobody waits for the tokens any more.
+        caches: what the slots hold, if there is an adapter.
     """
 
-    def __init__(self, server: Any, phase: Phase, vocabulary: Vocabulary, send: Any, is_over: Any) -> None:
-        self._server, self._send, self._is_over = server, send, is_over
-        self._end_ids = phase.request.end_ids
+    def __init__(
+        self,
+        server: Any,
+        phase: Phase,
+        vocabulary: Vocabulary,
+        send: Callable[..., None],
+        is_over: Callable[[], bool],
+        caches: SlotCaches | None,
+    ) -> None:
+        self._server, self._send, self._is_over, self._caches = server, send, is_over, caches
+        self._request = phase.request
+        self._use: SlotUse | None = None
         self._reader = TokenReader(phase, vocabulary)
         self._finished = False
 
@@ -230,13 +247,26 @@ class _Reading:
         extra = {"verbose": True, "return_progress": True, "response_fields": _FIELDS}
         try:
             if not self._is_over():
-                self._server.handle_completions({**body, **extra}, self._take)
+                self._stream({**body, **extra})
             self._send(None if self._finished else EngineError(_CLOSED))
         except Exception as error:
             self._send(error if isinstance(error, EngineError) else EngineError(f"llama.cpp failed: {error}"))
 
+    def _stream(self, body: dict[str, Any]) -> None:
+        with self._slot_for(self._request.ids) as self._use:
+            if self._use is not None:
+                body |= self._use.fields
+            self._server.handle_completions(body, self._take)
+            if self._use is not None:
+                self._use.ids = (*self._request.ids, *self._reader.ids)
+
+    def _slot_for(self, ids: Sequence[int]) -> AbstractContextManager[SlotUse | None]:
+        return nullcontext() if self._caches is None else self._caches.use(ids, self._request.strength)
+
     def _take(self, chunk: dict[str, Any]) -> bool:
         """Send the tokens of a chunk; True ends the stream."""
+        if self._use is not None and "error" not in chunk:
+            self._use.begin()
         if self._is_over():
             return True
         if "error" in chunk:
@@ -248,7 +278,7 @@ class _Reading:
         tokens = self._tail(own) if is_last else self._reader.read(own)
         if tokens is None:
             tokens = self._reader.fill(own, self._replay(self._reader.missing(own)))
-        place = next((place for place, token in enumerate(tokens) if token.id in self._end_ids), len(tokens))
+        place = next((place for place, token in enumerate(tokens) if token.id in self._request.end_ids), len(tokens))
         self._finished = is_last or place < len(tokens)
         if place:
             self._send(*tokens[:place])
@@ -263,10 +293,14 @@ class _Reading:
         body = self._reader.replay_body(count)
         if body is None:
             return []
-        ids: list[int] = []
-        found = self._server.handle_completions({**body, "verbose": True, "response_fields": _FIELDS})
-        if isinstance(found, dict) and "__verbose" in found:
-            ids = found["__verbose"]["tokens"]
+        body |= {"verbose": True, "response_fields": _FIELDS}
+        with self._slot_for(body["prompt"]) as use:
+            found = self._server.handle_completions({**body, **(use.fields if use is not None else {})})
+            if not isinstance(found, dict) or "__verbose" not in found:
+                return []
+            if use is not None:
+                use.begin()
+        ids: list[int] = found["__verbose"]["tokens"]
         return ids
 
 
@@ -278,6 +312,21 @@ def _put(queue: asyncio.Queue[Item], items: Sequence[Item]) -> None:
 def _error_of(answer: Mapping[str, Any]) -> EngineError:
     error = answer.get("error", answer)
     return EngineError(f"llama.cpp: {error.get('message', error) if isinstance(error, dict) else error}")
+
+
+def _add_adapter(params: Any, path: Path) -> None:
+    """Add an adapter, and turn off the caches that mix strengths: that of prompts, and checkpoints of sliding windows.
+
+    Sliding windows keep all keys and values instead, which ``fitting_context`` counts on.
+    """
+    import xllamacpp
+
+    params.cache_ram_mib, params.n_ctx_checkpoints, params.swa_full = 0, 0, True
+    params.cache_idle_slots = False
+
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = str(path), 1.0
+    params.lora_adapters = [adapter]
 
 
 def fitting_context(config: Mapping[str, Any], slots: int, memory: int, most: int | None) -> int:
