@@ -47,11 +47,12 @@ class LlamaCppEngine:
         config: that checkpoint's config, whose numbers give the size of the keys and values.
         slots: maximum number of requests that run at the same time.
         context: maximum number of tokens of prompt and output; None: as many as the model and the memory take.
-        adapter: a GGUF adapter, which each request applies at its own strength; None for none.
+        write_adapter: writes the GGUF adapter of an edit, which each request applies at its own strength and
+            embeddings at 1, to a path; None for no edit.
         threads: number of threads; None: one for each core.
 
     Raises:
-        ForgeError: xllamacpp is not installed, or llama.cpp cannot load the file.
+        ForgeError: xllamacpp is not installed, llama.cpp cannot load the file, or the adapter cannot be written.
     """
 
     def __init__(
@@ -62,17 +63,20 @@ class LlamaCppEngine:
         *,
         slots: int = 16,
         context: int | None = None,
-        adapter: Path | None = None,
+        write_adapter: Callable[[Path], object] | None = None,
         threads: int | None = None,
     ) -> None:
         if not llamacpp_is_installed():
             raise ForgeError(
                 "the engine llamacpp needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
             )
-        self.path, self._slots, self._adapter = path, slots, adapter
+        self.path, self._slots = path, slots
         self._vocabulary = Vocabulary(tokenizer)
         self._size = len(tokenizer.backend)
-        self._caches = None if adapter is None else SlotCaches(slots)
+        self._caches = None if write_adapter is None else SlotCaches(slots)
+        self._folder = tempfile.TemporaryDirectory(prefix="ollama-forge-")
+        if write_adapter is not None:
+            write_adapter(self._adapter)
         self._context_length = fitting_context(config, slots, available_memory(), context)
         self._threads = threads or usable_cores()
         self._server: Any = _start(self._params(self._context_length, slots), path)
@@ -81,6 +85,10 @@ class LlamaCppEngine:
         self._closed = threading.Event()
         # a cancelled request may hold its thread until the end of a piece of its prompt
         self._pool = ThreadPoolExecutor(2 * slots + 1, thread_name_prefix="llama.cpp")
+
+    @property
+    def _adapter(self) -> Path:
+        return Path(self._folder.name, "adapter.gguf")
 
     def _params(self, context: int, slots: int) -> Any:
         import xllamacpp
@@ -94,7 +102,7 @@ class LlamaCppEngine:
         params.ui = params.endpoint_slots = params.warmup = False
         params.n_threads_http = 1
         params.verbosity = 0
-        if self._adapter is not None:
+        if self._caches is not None:
             _add_adapter(params, self._adapter)
         return params
 
@@ -216,6 +224,7 @@ class LlamaCppEngine:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
         self._server = self._embedder = None
+        self._folder.cleanup()
 
 
 class _Reading:
@@ -261,7 +270,7 @@ class _Reading:
                 self._use.ids = (*self._request.ids, *self._reader.ids)
 
     def _slot_for(self, ids: Sequence[int]) -> AbstractContextManager[SlotUse | None]:
-        return nullcontext() if self._caches is None else self._caches.use(ids, self._request.strength)
+        return nullcontext() if self._caches is None else self._caches.use(ids, round(self._request.strength, 3))
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """Send the tokens of a chunk; True ends the stream."""
