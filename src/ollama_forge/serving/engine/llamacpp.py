@@ -296,7 +296,7 @@ class _Reading:
     def _tail(self, chunk: dict[str, Any]) -> list[Token]:
         """The tokens of an incomplete character at the end of the output."""
         missing = self._reader.missing(chunk)
-        return [*map(Token, self._replay(missing))] if missing > 0 else []
+        return self._reader.tail(chunk, self._replay(missing)) if missing > 0 else []
 
     def _replay(self, count: int) -> list[int]:
         body = self._reader.replay_body(count)
