@@ -205,7 +205,8 @@ def _llamacpp(
 ) -> LoadedEngine:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-    run, write_adapter = _as_gguf(checkpoint, path), None
+    run = _as_gguf(checkpoint, path)
+    write_adapter: Callable[[Path], object] | None = None
     if edit is not None:
         model = map_checkpoint(checkpoint, trust_remote_code=load.trust_remote_code)
         write_adapter = partial(write_gguf_adapter, edit, model, run.layout, run.file.architecture)
