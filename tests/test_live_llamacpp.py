@@ -90,26 +90,31 @@ def test_every_strength_is_the_model_edited_at_it(gguf_models: Mapping[str, Mode
     assert mixed[1] != by_generate(ChatModel.load(model.checkpoint, F32), requests[1].ids, 32)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_caches_keep_strengths_apart(gguf_models: Mapping[str, Model], family: str) -> None:
-    """In one slot, in the cache of conversations, and in the checkpoints of a sliding window of 128."""
+def test_caches_keep_strengths_apart(gguf_models: Mapping[str, Model], family: str, slots: int) -> None:
+    """In a slot, in llama.cpp's cache of prompts, and in its checkpoints of a sliding window."""
     model = gguf_models[family]
     record = edit(model.opened(model.path))
-    prompts = [prompt(140, seed) for seed in range(3)]
+    prompts = [prompt(60, seed) for seed in range(5)]
     expected = {}
-    for strength in STRENGTHS[:3]:
+    for strength in STRENGTHS:
         with live(model, record, slots=1) as engine:  # it never hears of another strength
-            found = answers(engine, *((ids, strength) for ids in prompts))
-            turns = [(*ids, *answer, *prompt(5, 9)) for ids, answer in zip(prompts, found, strict=True)]
-            expected[strength] = [*found, *answers(engine, *((ids, strength) for ids in turns))]
-            assert len({*map(tuple, found)}) > 1
-    assert len({str(found) for found in expected.values()}) == 3
-    with live(model, record, slots=2) as engine:
-        for order in ((0.0, 1.0, -0.5), (1.0, 0.0, 1.0), (-0.5, 1.0, 0.0)):
-            for strength in order:
-                found = answers(engine, *((ids, strength) for ids in prompts))
-                turns = [(*ids, *answer, *prompt(5, 9)) for ids, answer in zip(prompts, found, strict=True)]
-                assert [*found, *answers(engine, *((ids, strength) for ids in turns))] == expected[strength]
+            for number, ids in enumerate(prompts):
+                (answer,) = answers(engine, (ids, strength))
+                turn = (*ids, *answer, *prompt(5, 9))
+                expected[number, strength] = [(ids, answer), (turn, *answers(engine, (turn, strength)))]
+    assert len({str(found) for found in expected.values()}) > len(expected) // 2
+    with live(model, record, slots=slots) as engine:
+        for strengths in ((0.0, 1.0, 0.25, 1.0, 0.0, -0.5, 1.0), (1.0, 0.0)):
+            for number in (0, 1, 2, 3, 4, 0, 1):
+                for strength in strengths:
+                    for ids, answer in expected[number, strength]:
+                        assert answers(engine, (ids, strength)) == [answer]
+        for strength in (1.0, 0.0, 0.25, 1.0):
+            for number in range(len(prompts)):
+                for ids, answer in expected[number, strength]:
+                    assert answers(engine, (ids, strength)) == [answer]
 
 
 def test_a_conversation_is_continued_at_its_own_strength_alone(gguf_models: Mapping[str, Model]) -> None:
@@ -225,6 +230,7 @@ def test_what_never_began_and_what_waits_reuses_nothing() -> None:
     caches = SlotCaches(1)
     assert use(caches, "abcd", 1.0) == (0, False)
     assert use(caches, "abcd", 0.0, begun=False) == (0, False)  # it was cancelled: nobody knows what the slot holds
+    assert use(caches, "abcd", 1.0) == (0, False)
     assert use(caches, "abcd", 0.0) == (0, False)
     with caches.use([*b"abcd"], 0.0) as found:
         assert found.fields["cache_prompt"]
