@@ -90,13 +90,14 @@ def test_every_strength_is_the_model_edited_at_it(gguf_models: Mapping[str, Mode
     assert mixed[1] != by_generate(ChatModel.load(model.checkpoint, F32), requests[1].ids, 32)
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
-def test_caches_keep_strengths_apart(gguf_models: Mapping[str, Model], family: str, slots: int) -> None:
+@pytest.mark.parametrize(("family", "slots", "length"), [("llama", 1, 60), ("gpt_oss", 1, 160), ("gpt_oss", 2, 60)])
+def test_caches_keep_strengths_apart(
+    gguf_models: Mapping[str, Model], family: str, slots: int, length: int
+) -> None:
     """In a slot, in llama.cpp's cache of prompts, and in its checkpoints of a sliding window."""
     model = gguf_models[family]
     record = edit(model.opened(model.path))
-    prompts = [prompt(60, seed) for seed in range(5)]
+    prompts = [prompt(length, seed) for seed in range(4)]
     expected = {}
     for strength in STRENGTHS:
         with live(model, record, slots=1) as engine:  # it never hears of another strength
@@ -107,7 +108,7 @@ def test_caches_keep_strengths_apart(gguf_models: Mapping[str, Model], family: s
     assert len({str(found) for found in expected.values()}) > len(expected) // 2
     with live(model, record, slots=slots) as engine:
         for strengths in ((0.0, 1.0, 0.25, 1.0, 0.0, -0.5, 1.0), (1.0, 0.0)):
-            for number in (0, 1, 2, 3, 4, 0, 1):
+            for number in (0, 1, 2, 3, 0):
                 for strength in strengths:
                     for ids, answer in expected[number, strength]:
                         assert answers(engine, (ids, strength)) == [answer]
