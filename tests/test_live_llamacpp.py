@@ -22,7 +22,6 @@ from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.engine.choice import load_engine
-from ollama_forge.serving.engine.llama_slots import SlotCaches
 from ollama_forge.serving.live_source import LiveSource
 from ollama_forge.serving.load_model import load_model
 from ollama_forge.serving.run_facts import LIVE_KEY
@@ -91,9 +90,7 @@ def test_every_strength_is_the_model_edited_at_it(gguf_models: Mapping[str, Mode
 
 
 @pytest.mark.parametrize(("family", "slots", "length"), [("llama", 1, 60), ("gpt_oss", 1, 160), ("gpt_oss", 2, 60)])
-def test_caches_keep_strengths_apart(
-    gguf_models: Mapping[str, Model], family: str, slots: int, length: int
-) -> None:
+def test_caches_keep_strengths_apart(gguf_models: Mapping[str, Model], family: str, slots: int, length: int) -> None:
     """In a slot, in llama.cpp's cache of prompts, and in its checkpoints of a sliding window."""
     model = gguf_models[family]
     record = edit(model.opened(model.path))
@@ -120,7 +117,6 @@ def test_caches_keep_strengths_apart(
 
 def test_a_conversation_is_continued_at_its_own_strength_alone(gguf_models: Mapping[str, Model]) -> None:
     model = gguf_models["gemma2"]
-    bodies: list[dict[str, Any]] = []
     computed: list[int] = []  # tokens of the prompt
 
     class Watched:
@@ -131,7 +127,6 @@ def test_a_conversation_is_continued_at_its_own_strength_alone(gguf_models: Mapp
                     computed.append(progress["total"] - progress["cache"])
                 return take(chunk)
 
-            bodies.append(body)
             server.handle_completions(body, watched)
 
     def ask(engine: Any, ids: tuple[int, ...], strength: float) -> None:
@@ -142,13 +137,9 @@ def test_a_conversation_is_continued_at_its_own_strength_alone(gguf_models: Mapp
     turn = (*first, *prompt(6, 3))
     with live(model, edit(model.opened(model.path)), slots=3) as engine:
         server, engine._server = engine._server, Watched()
-        for ids, strength in ((first, 1.0), (prompt(40, 5), 1.0), (turn, 0.5), (turn, 1.0), (turn, 0.5)):
+        for ids, strength in ((first, 1.0), (prompt(40, 5), 1.0), (turn, 0.5), (turn, 1.0), (turn, 0.5), (turn, 0.0)):
             ask(engine, ids, strength)
-    assert [body["cache_prompt"] for body in bodies] == [False, False, False, True, True]
-    slots = [body["id_slot"] for body in bodies]
-    assert slots == [*slots[:3], slots[0], slots[2]]
-    assert len({*slots}) == 3
-    assert computed == [40, 40, 46, 6, 1]
+    assert computed == [40, 40, 46, 6, 1, 46]
 
 
 def test_embeddings_are_those_of_the_edited_model(gguf_models: Mapping[str, Model], tmp_path: Path) -> None:
@@ -202,38 +193,3 @@ def test_edits_without_an_adapter_are_refused_or_left_to_transformers(gguf_model
     loaded = load_engine(biased, F32, slots=2, edit=shifting)
     loaded.engine.close()
     assert loaded.reason.startswith("engine: transformers (the edit changes")
-
-
-# -- slots ------------------------------------------------------------------------------------------------------------
-
-
-def use(caches: SlotCaches, ids: str, strength: float, *, begun: bool = True) -> tuple[int, bool]:
-    """Use a slot for a prompt whose ids are the codes of letters; the slot, and whether it is reused."""
-    with caches.use([*ids.encode()], strength) as found:
-        if begun:
-            found.begin()
-    return found.fields["id_slot"], found.fields["cache_prompt"]
-
-
-def test_a_slot_goes_on_with_what_it_holds() -> None:
-    caches = SlotCaches(3)
-    first, second = use(caches, "abcd", 1.0), use(caches, "wxyz", 0.0)
-    assert (first[1], second[1], first[0] != second[0]) == (False, False, True)
-    assert use(caches, "abcdef", 1.0) == (first[0], True)
-    assert use(caches, "wxyzef", 0.0) == (second[0], True)
-    third = use(caches, "wxyzef", 1.0)
-    assert third == (3 - first[0] - second[0], False)  # the other strength holds these tokens
-    assert use(caches, "abcdefghi", 0.5) == (first[0], False)  # the one unused for longest
-    assert use(caches, "abcdefghi", 1.0)[0] == second[0]
-
-
-def test_what_never_began_and_what_waits_reuses_nothing() -> None:
-    caches = SlotCaches(1)
-    assert use(caches, "abcd", 1.0) == (0, False)
-    assert use(caches, "abcd", 0.0, begun=False) == (0, False)  # it was cancelled: nobody knows what the slot holds
-    assert use(caches, "abcd", 1.0) == (0, False)
-    assert use(caches, "abcd", 0.0) == (0, False)
-    with caches.use([*b"abcd"], 0.0) as found:
-        assert found.fields["cache_prompt"]
-        found.begin()
-        assert use(caches, "abcd", 0.0) == (0, False)
