@@ -13,7 +13,7 @@ from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
-from ollama_forge.cli.serve import serve
+from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
 
 
@@ -358,6 +358,11 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     "--format", "schema", metavar="json|FILE", help="Answer in JSON, or according to the JSON schema in FILE."
 )
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image sent with the first message; repeatable.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Talk to the base model with the edit added while it runs; /set abliteration_strength changes its strength.",
+)
 @opt.talk_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
@@ -377,6 +382,7 @@ def chat(**options: Any) -> None:
         settings=ChatSettings(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
         images=read_images(options["images"]),
         server=options["server"],
+        live=live_source(options["name"], options["checkpoint"], options) if options["live"] else None,
     )
 
 
