@@ -33,6 +33,9 @@ def write_model(folder: Path, d: int, hidden: int, layers: int, vocabulary: int 
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": d,
+        "intermediate_size": hidden,
+        "num_attention_heads": d // 128,
+        "vocab_size": vocabulary,
         "num_hidden_layers": layers,
         "tie_word_embeddings": True,  # no head is stored
     }
