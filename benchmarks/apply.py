@@ -4,8 +4,8 @@
 
 The page cache is cold. Bounds: ``apply`` without interpreter start and imports takes at most 1.5x the time of the copy;
 ten times the layers raise the peak memory by less than 100 MB. For each round the processor time of both, and what
-``apply`` reads from disk and writes to it, tell whether the disk or the processor is what takes the time. Needs 13 GB on
-the disk of FOLDER (default: the system's temporary folder).
+``apply`` reads from disk and writes to it, tell whether the disk or the processor is what takes the time. Needs 13 GB
+on the disk of FOLDER (default: the system's temporary folder).
 """
 
 from __future__ import annotations
