@@ -35,6 +35,7 @@ from tests.test_apply import packed_gpt_oss
 
 R = tiny.unit_vector(7)
 LATE = EditSettings(skip_begin_layers=1, skip_end_layers=0)  # leaves the shards of the first layer alone
+EXPERTS = EditSettings(targets=("writers",), skip_begin_layers=1, skip_end_layers=0)
 
 
 @pytest.fixture
@@ -77,9 +78,13 @@ def split_by_parts(source: Checkpoint) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_oss", "packed"])
 def test_three_workers_write_the_bytes_of_one(tmp_path: Path, refusal: Path, family: str) -> None:
+    settings = EXPERTS if family == "packed" else LATE
     if family == "packed":
         source = packed_gpt_oss(tmp_path / "model")
-        apply(str(source.folder), tmp_path / "whole", refusal_pt=refusal, settings=LATE, out_dtype="keep")
+        _, applied = apply(
+            str(source.folder), tmp_path / "whole", refusal_pt=refusal, settings=settings, out_dtype="keep"
+        )
+        assert any(name.endswith("_scales") for name in applied.changed)
         split_by_parts(source)
     else:
         source = tiny.save(tiny.build(family), tmp_path / "model", max_shard_size="30KB")
@@ -87,7 +92,7 @@ def test_three_workers_write_the_bytes_of_one(tmp_path: Path, refusal: Path, fam
     for workers in (1, 3):
         folder = tmp_path / f"by-{workers}"
         shards = ShardSettings(workers)
-        apply(str(source.folder), folder, refusal_pt=refusal, settings=LATE, out_dtype="keep", shards=shards)
+        apply(str(source.folder), folder, refusal_pt=refusal, settings=settings, out_dtype="keep", shards=shards)
         found[workers] = contents(folder)
     assert len(Checkpoint(source.folder, "x", "folder").tensors.shards) > 3
     assert found[1] == found[3]
@@ -384,6 +389,6 @@ def test_scales_are_encoded_with_the_shard_that_holds_them(
 
     monkeypatch.setattr(EditedShard, "__init__", noted)
     source = packed_gpt_oss(tmp_path / "model")
-    apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=LATE, out_dtype="keep")
-    assert made
+    apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=EXPERTS, out_dtype="keep")
+    assert any(shard.leaks for shard in made)
     assert not any(shard.scales for shard in made)  # all are written; none stays in memory

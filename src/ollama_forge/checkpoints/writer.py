@@ -18,7 +18,7 @@ from ollama_forge.files import copy_range, sync_data, write_all
 
 _COPY_CHUNK = 64 << 20  # bytes
 _FLUSH_EVERY = 128 << 20  # bytes
-_MAX_WAITING = 2
+_MAX_WAITING = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ class GrowingFile:
 class ShardWriter:
     """Writes the header for all tensors first, then their data in the same order.
 
-    A background thread writes and copies while the caller computes the next tensor. At most ``_MAX_WAITING`` computed
-    chunks wait in memory; copies hold no memory. A later call, at the latest ``close``, raises the thread's exception.
+    A background thread writes and copies while the caller computes the next tensor. At most ``_MAX_WAITING`` bytes of
+    computed chunks (or one chunk) wait in memory; copies hold no memory. A later call, at the latest ``close``, raises
+    the thread's exception.
 
     Args:
         metadata: further entries of the header's ``__metadata__``.
@@ -134,7 +135,8 @@ class ShardWriter:
         self._stop = stop or Event()
         self._file = GrowingFile(path, self._stop)
         self._thread = ThreadPoolExecutor(1)
-        self._chunks: deque[Future[None]] = deque()
+        self._chunks: deque[tuple[Future[None], int]] = deque()
+        self._waiting = 0  # bytes of the chunks
         self._last: Future[None] | None = None
         self._failure: BaseException | None = None
         self._submit(self._file.append, memoryview(_header(tensors, metadata or {})))
@@ -144,9 +146,12 @@ class ShardWriter:
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
             self._bytes_left -= len(view)
-            while len(self._chunks) >= _MAX_WAITING:
-                self._chunks.popleft().result()
-            self._chunks.append(self._submit(self._file.append, view))
+            while self._chunks and self._waiting + len(view) > _MAX_WAITING:
+                future, size = self._chunks.popleft()
+                future.result()
+                self._waiting -= size
+            self._chunks.append((self._submit(self._file.append, view), len(view)))
+            self._waiting += len(view)
 
     def copy(self, source: TensorInfo) -> None:
         """Copy a tensor's bytes from its file."""

@@ -27,6 +27,7 @@ NO_SHARDS_HINT = "leave them out"
 T = TypeVar("T")
 Finish = Callable[[], None]
 _COPIES = 6  # of a block in float32: what an edit holds of it, and one for what the allocator keeps
+_WAITING = 64 << 20  # bytes that wait for the disk
 _STORED = 2  # of a matrix in its storage type: before and after the edit
 _POLL = 0.5  # seconds, as a wait without a limit cannot be interrupted on Windows
 
@@ -53,9 +54,12 @@ class ShardSettings:
 
 def worker_memory(layout: ShardLayout) -> int:
     """Upper bound in bytes on the memory that one worker needs beside the process itself."""
-    edited = [edit.matrix for edit in layout.plan.edits.values()]
-    values = max((matrix.shape[-2] * matrix.shape[-1] for matrix in edited), default=0)
-    return 4 * (_COPIES * min(values, blocks.BLOCK) + _STORED * values)
+    needs = [_WAITING]
+    for edit in layout.plan.edits.values():
+        values = edit.matrix.shape[-2] * edit.matrix.shape[-1] if len(edit.matrix.shape) > 1 else edit.matrix.shape[0]
+        block = blocks.block_size(edit.matrix.tensor in layout.tensors.packed)
+        needs.append(_WAITING + 4 * (_COPIES * min(values, block) + _STORED * values))
+    return max(needs)
 
 
 def usable_workers(layout: ShardLayout, workers: int) -> int:
