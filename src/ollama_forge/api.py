@@ -10,6 +10,7 @@ from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.cluster.workers import Workers
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import DirectionSettings
@@ -62,6 +63,7 @@ def compute_dir(
     direction: DirectionSettings | None = None,
     edit: EditSettings | None = None,
     allow_partial: bool = False,
+    workers: Workers | None = None,
 ) -> ComputedDirection:
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
@@ -70,6 +72,7 @@ def compute_dir(
         edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
             model, they are written to an edit file beside ``output``.
         allow_partial: accept a model of which only a part is proven; factors are fitted to that part.
+        workers: they load copies of the model, which run the prompts.
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
@@ -85,7 +88,16 @@ def compute_dir(
         check_8bit(edit)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    found = load_proven(model, split, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial)
+    found = load_proven(
+        model,
+        split,
+        load,
+        revision=revision,
+        adapter=adapter,
+        edit=edit,
+        allow_partial=allow_partial,
+        workers=workers,
+    )
     source, model_map, fit = found.source, found.model_map, found.split.fit
     computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
@@ -173,6 +185,7 @@ def apply(
     allow_partial: bool = False,
     trust_remote_code: bool = False,
     keep_undo: bool = False,
+    workers: Workers | None = None,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
@@ -189,6 +202,7 @@ def apply(
         allow_partial: accept a model of which only a part is proven, and edit that part.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
         keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
+        workers: they write the shards of a checkpoint, on storage that they share.
 
     Returns:
         The edited checkpoint (that of the first GGUF file), and the record of the edit.
@@ -234,6 +248,8 @@ def apply(
         say("note: the unembedding is tied to the embedding, so it is edited too")
     provenance = {"certificate": describe_certificate(examined)}
     if isinstance(source, GgufCheckpoint):
+        if workers is not None:
+            raise UsageError("a GGUF file is written as one, by one machine", "leave out --ray")
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
         written, applied = _write_gguf(edit, output_dir, gguf)
     else:
@@ -248,6 +264,7 @@ def apply(
             out_dtype=out_dtype,
             direction=direction,
             provenance=provenance,
+            workers=workers,
         )
     if keep_undo:
         write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models.batching import Batch
+from ollama_forge.models.batching import Batch, batch_of
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.text.tokenizer import Ids
 
@@ -98,6 +98,17 @@ def gather_residuals_of(
             if progress:
                 progress(len(batch.rows))
 
+        if model.copies is not None:
+            pieces = [
+                _Piece([prompts[row] for row in batch.rows], layers, position, own.samples is not None)
+                for own, prompts in zip(sums, lists, strict=True)
+                for batch in model.batches(prompts)
+            ]
+            for (own, batch), part in zip(batches, model.copies.map(_sums_of, pieces), strict=True):
+                own.add(batch.rows, part)
+                if progress:
+                    progress(len(batch.rows))
+            return sums
         journal = model.journal({"pass": "residuals", "ids": list(lists), "layers": layers, "position": position})
         if journal is not None:
             _restore(sums, journal.kept)
@@ -135,6 +146,12 @@ class _Sums:
         samples = torch.empty(prompts, len(layers), width) if keep else None
         return cls(layers, torch.zeros(len(layers), width, dtype=torch.float64), samples)
 
+    def add(self, rows: Sequence[int], part: _Sums) -> None:
+        """Add the sums over a batch of the prompts ``rows``."""
+        self.total.add_(part.total)
+        if self.samples is not None and part.samples is not None:
+            self.samples[list(rows)] = part.samples
+
     @contextmanager
     def recording(self, model: ChatModel, batch: Batch, position: int) -> Iterator[None]:
         """Inside, add the outputs of the layers for a batch."""
@@ -155,6 +172,24 @@ class _Sums:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A batch of prompts for a copy of the model, and what to record of it."""
+
+    prompts: list[Ids]
+    layers: Sequence[int]
+    position: int
+    keep_samples: bool
+
+
+def _sums_of(model: ChatModel, piece: _Piece) -> _Sums:
+    own = _Sums.of(model, len(piece.prompts), piece.layers, piece.keep_samples)
+    batch = batch_of(piece.prompts, model.tokenizer.pad_id, model.device)
+    with own.recording(model, batch, piece.position):
+        model.run_to_layer(batch, piece.layers[-1])
+    return own
 
 
 def _statistics(sums: Sequence[_Sums]) -> dict[str, Tensor]:

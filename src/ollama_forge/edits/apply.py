@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 import statistics
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,20 @@ from ollama_forge.checkpoints.formats.base import PackedTensor
 from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointTensors, TensorInfo
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
+from ollama_forge.cluster.workers import Workers
 from ollama_forge.edits import blocks
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
 from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.out_dtype import UNPACKED, OutDtype
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ScaledFactors, check_finite
+from ollama_forge.errors import ForgeError
 from ollama_forge.files import disk_errors, write_json
 from ollama_forge.progress import bar
+from ollama_forge.sources.here import on_this_machine
 from ollama_forge.system import return_freed_memory
+
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,82 @@ class AppliedEdit:
 
 
 def apply_plan(
-    checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype, settings: dict[str, Any]
+    checkpoint: Checkpoint,
+    plan: EditPlan,
+    folder: Path,
+    out_dtype: OutDtype,
+    settings: dict[str, Any],
+    workers: Workers | None = None,
 ) -> AppliedEdit:
     """Write the edited weights into ``folder``, with an index if they are sharded.
 
     Args:
         folder: an existing, empty folder.
         settings: the settings of the edit, for its record.
+        workers: they write the shards, on storage that they share with this process; None to write them here.
 
     Raises:
         ForgeError: an edited tensor holds NaN or a value too large for its type, a source file is cut short, or the
             disk is full.
     """
-    return _EditWriter(checkpoint, plan, folder, out_dtype).run(settings)
+    writer = _EditWriter(checkpoint, plan, folder, out_dtype)
+    with disk_errors(folder), bar("writing tensors", len(checkpoint.tensors)) as advance:
+        if workers is None:
+            for shard in writer.tensors.shards:
+                writer.write(shard, advance)
+        else:
+            shards = [shard.name for shard in writer.tensors.shards]
+            setup = _WriterOnWorker(replace(checkpoint), plan, folder.absolute(), out_dtype)
+            for part in workers.map(setup, _write_on_worker, shards):
+                writer.add(part)
+                advance(len(part.weight_map))
+            for path in folder.glob(f"*{_UNFINISHED}"):  # of workers that were lost
+                path.unlink()
+        writer.write_index()
+    return writer.applied(settings)
+
+
+@dataclass
+class _Written:
+    """What is known of the shards that were written: see ``AppliedEdit`` and ``EditRecord``."""
+
+    weight_map: dict[str, str] = field(default_factory=dict)
+    stored: Counter[str] = field(default_factory=Counter)
+    records: dict[str, MatrixRecord] = field(default_factory=dict)
+    bias_shifts: dict[str, Tensor] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    leaks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _WriterOnWorker:
+    """Makes the function that writes a shard, where it is called."""
+
+    checkpoint: Checkpoint
+    plan: EditPlan
+    folder: Path
+    out_dtype: OutDtype
+
+    def __call__(self) -> Callable[[str], _Written]:
+        checkpoint = on_this_machine(self.checkpoint)
+        if not self.folder.is_dir():
+            raise ForgeError(
+                f"{socket.gethostname()} has no {self.folder}",
+                "give an --output-dir on storage that all nodes see under the same path",
+            )
+
+        def write(name: str) -> _Written:
+            writer = _EditWriter(checkpoint, self.plan, self.folder, self.out_dtype)
+            with disk_errors(self.folder):
+                shard = next(shard for shard in writer.tensors.shards if shard.name == name)
+                writer.write(shard, lambda _: None, unfinished=f".{uuid.uuid4().hex}{_UNFINISHED}")
+            return writer.written
+
+        return write
+
+
+def _write_on_worker(write: Callable[[str], _Written], name: str) -> _Written:
+    return write(name)
 
 
 @dataclass
@@ -115,43 +185,62 @@ class _EditWriter:
         kept = out_dtype.keeps_packed and all(tensor.is_writable for tensor in edited)
         self.unpack = bool(self.owners) and not kept
         self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
-        self.leaks: dict[str, float] = {}
         self.biases = {
             edit.matrix.bias: edit for edit in plan.edits.values() if edit.bias_edit is not None and edit.matrix.bias
         }
-        self.records: dict[str, MatrixRecord] = {}
-        self.bias_shifts: dict[str, Tensor] = {}
-        self.changed: set[str] = set()
+        self.written = _Written()
 
-    def run(self, settings: dict[str, Any]) -> AppliedEdit:
-        weight_map: dict[str, str] = {}
-        stored: Counter[str] = Counter()
-        with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
-            for shard in self.tensors.shards:
-                outputs = self.outputs_of(shard)
-                with ShardWriter(self.folder / self.names[shard], outputs) as writer:
-                    for out in outputs:
-                        if out.copied is not None:
-                            writer.copy(out.copied)
-                        else:
-                            writer.write(self.computed_bytes(out))
-                            return_freed_memory()
-                        weight_map[out.name] = self.names[shard]
-                        stored[out.dtype] += out.size
-                        advance(1)
-            if list(self.names.values()) != [SINGLE_NAME]:
-                index = {"metadata": {"total_size": stored.total()}, "weight_map": weight_map}
-                write_json(self.folder / INDEX_NAME, index)
+    def write(self, shard: Path, advance: Callable[[int], None], *, unfinished: str = "") -> None:
+        """Write one shard.
+
+        Args:
+            advance: called with the number of newly written tensors.
+            unfinished: what the name of the file ends in until it is whole, so that a lost worker leaves no shard.
+        """
+        outputs, name, written = self.outputs_of(shard), self.names[shard], self.written
+        path = self.folder / name
+        with ShardWriter(path.with_name(name + unfinished), outputs) as writer:
+            for out in outputs:
+                if out.copied is not None:
+                    writer.copy(out.copied)
+                else:
+                    writer.write(self.computed_bytes(out))
+                    return_freed_memory()
+                written.weight_map[out.name] = name
+                written.stored[out.dtype] += out.size
+                advance(1)
+        if unfinished:
+            writer.path.replace(path)
+
+    def add(self, other: _Written) -> None:
+        """Add what is known of a shard that another process wrote."""
+        own = self.written
+        own.weight_map.update(other.weight_map)
+        own.stored.update(other.stored)
+        own.records.update(other.records)
+        own.bias_shifts.update(other.bias_shifts)
+        own.changed.update(other.changed)
+        own.leaks.update(other.leaks)
+
+    def write_index(self) -> None:
+        """Write the index of all shards, if there are several."""
+        if list(self.names.values()) != [SINGLE_NAME]:
+            index = {"metadata": {"total_size": self.written.stored.total()}, "weight_map": self.written.weight_map}
+            write_json(self.folder / INDEX_NAME, index)
+
+    def applied(self, settings: dict[str, Any]) -> AppliedEdit:
+        """The edit, after all shards have been written."""
+        written = self.written
         record = EditRecord(
             self.plan.factors,
             self.checkpoint.fingerprint,
-            {name: self.records[name] for name in self.plan.edits if name in self.records},
-            self.bias_shifts,
+            {name: written.records[name] for name in self.plan.edits if name in written.records},
+            written.bias_shifts,
             settings,
             self.plan.fitted_to,
         )
-        packed_as = {name: self.tensors.packed[name].codec.label for name in self.leaks}
-        return AppliedEdit(record, frozenset(self.changed), stored, self.unpack, self.leaks, packed_as)
+        packed_as = {name: self.tensors.packed[name].codec.label for name in written.leaks}
+        return AppliedEdit(record, frozenset(written.changed), written.stored, self.unpack, written.leaks, packed_as)
 
     def outputs_of(self, shard: Path) -> list[OutputTensor]:
         """The tensors to write for a shard of the source; the scales of a packed tensor come after its codes."""
@@ -218,8 +307,8 @@ class _EditWriter:
                 yield data
         record = sums.record(edit)
         if record.source_sha256 != record.result_sha256:
-            self.changed.add(out.name)
-        self.records[out.name] = record
+            self.written.changed.add(out.name)
+        self.written.records[out.name] = record
 
     def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
         """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
@@ -234,11 +323,11 @@ class _EditWriter:
             sums.result.update(scale)
             scales.append(scale)
             yield codes
-            self.changed.update(compress(packed.parts, encoded.changed))
+            self.written.changed.update(compress(packed.parts, encoded.changed))
         self.scales[packed.parts[1]] = memoryview(b"".join(scales))
-        self.records[packed.name] = sums.record(edit)
+        self.written.records[packed.name] = sums.record(edit)
         if size:
-            self.leaks[packed.name] = error / size
+            self.written.leaks[packed.name] = error / size
 
     def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
         """The scales of an edited packed matrix, encoded now if its codes are in a later shard."""
@@ -252,10 +341,10 @@ class _EditWriter:
         bias = decode_tensor(source, info.dtype, info.shape)
         check_finite(bias, info.name, self.checkpoint.label)
         shifts = bias_shifts(self.tensors, edit, bias, self.checkpoint.label)
-        self.bias_shifts[info.name] = shifts
+        self.written.bias_shifts[info.name] = shifts
         data = encode_tensor(bias + shifts, out.dtype, out.name)
         if bytes(data) != bytes(source):
-            self.changed.add(info.name)
+            self.written.changed.add(info.name)
         yield data
 
 

@@ -15,6 +15,7 @@ from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, no
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
+from ollama_forge.cluster.workers import Workers
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, leak_notes
@@ -100,8 +101,12 @@ def write_checkpoint(
     out_dtype: str = "auto",
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> AppliedEdit:
     """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
+
+    Args:
+        workers: they write the shards; None to write them here.
 
     Raises:
         ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
@@ -116,8 +121,8 @@ def write_checkpoint(
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
-    with atomic_folder(folder) as partial, hashing_source(checkpoint) as hashes:
-        applied = apply_plan(checkpoint, plan, partial, rule, described["settings"])
+    with atomic_folder(folder) as partial, hashing_source(checkpoint, workers) as hashes:
+        applied = apply_plan(checkpoint, plan, partial, rule, described["settings"], workers)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
             described["source"]["files"] = hashes()

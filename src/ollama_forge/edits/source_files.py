@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,8 +16,10 @@ from ollama_forge.checkpoints.gguf.digest import file_sha256
 from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.checkpoints.hub import cached_snapshot
 from ollama_forge.checkpoints.weight_files import hashing, weight_files
+from ollama_forge.cluster.workers import Workers
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json
+from ollama_forge.sources.here import on_this_machine
 from ollama_forge.sources.remembered import remember_source, remembered_source
 
 _EDITED = "give what apply or run wrote"
@@ -29,8 +31,11 @@ def source_location(checkpoint: Checkpoint) -> Path:
 
 
 @contextmanager
-def hashing_source(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
+def hashing_source(checkpoint: Checkpoint, workers: Workers | None = None) -> Iterator[Callable[[], dict[str, str]]]:
     """Hash a source's weight files in a thread while the block writes the edit, and remember where they lie.
+
+    Args:
+        workers: they hash the files, once the block asks for the hashes.
 
     Yields:
         A function that waits for the SHA-256 of each file, by the file's path relative to the source's folder.
@@ -38,11 +43,30 @@ def hashing_source(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, st
     found = weight_files(source_location(checkpoint))
     if isinstance(checkpoint, GgufCheckpoint):  # hashed when it was resolved
         yield lambda: {found.name(file): file_sha256(file) for file in found.files}
+    elif workers is not None:
+        names = [found.name(file) for file in found.files]
+        setup = _SourceOnWorker(replace(checkpoint))
+        yield lambda: dict(zip(names, workers.map(setup, _sha256_on_worker, names), strict=True))
     else:
         with hashing(found.files) as hashes:
             yield lambda: {found.name(file): digest for file, digest in hashes().items()}
     with suppress(ForgeError):  # without the note, undo asks for --source
         remember_source(checkpoint.fingerprint, source_location(checkpoint))
+
+
+@dataclass(frozen=True)
+class _SourceOnWorker:
+    """Finds the folder of a source where it is called."""
+
+    checkpoint: Checkpoint
+
+    def __call__(self) -> Path:
+        return source_location(on_this_machine(self.checkpoint))
+
+
+def _sha256_on_worker(folder: Path, name: str) -> str:
+    with hashing([folder / name]) as hashes:
+        return hashes()[folder / name]
 
 
 @dataclass(frozen=True)
