@@ -165,6 +165,11 @@ class RayWorkers:
         self._starting.clear()
 
     @property
+    def nodes(self) -> set[str]:
+        """The nodes of the workers that have started."""
+        return {worker.node for worker in (*self._idle, *(worker for worker, _ in self._busy.values()))}
+
+    @property
     def _workers(self) -> list[_Worker]:
         return [*self._idle, *self._starting.values(), *(worker for worker, _ in self._busy.values())]
 
