@@ -261,7 +261,7 @@ def test_a_node_without_the_model_is_told(workers: RayWorkers, tmp_path: Path) -
     from ollama_forge.models.copies import ModelOnWorker
 
     missing = ModelOnWorker(Checkpoint(tmp_path / "nowhere", "nowhere", "folder"), LOAD, None)
-    with pytest.raises(ForgeError, match="has no .*nowhere") as raised:
+    with pytest.raises(ForgeError, match=r"has no .*nowhere") as raised:
         list(workers.map(missing, failing, [0]))
     assert "storage that all nodes see" in raised.value.hint
 
