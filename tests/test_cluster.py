@@ -43,7 +43,7 @@ def cluster() -> Iterator[Any]:
     pytest.importorskip("ray", reason="the extra cluster (ray) is not installed")
     from ray.cluster_utils import Cluster
 
-    quick = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    quick = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}  # a busy machine needs some seconds
     head = {"num_cpus": 1, "object_store_memory": STORE, "_system_config": quick}
     made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1, object_store_memory=STORE)
