@@ -36,6 +36,7 @@ _PACKAGES = {  # package: (what does not work without it, how to install it)
     "fastapi": ("serve does not work", _BASE),
     "prometheus_client": ("serve does not work", _BASE),
     "llguidance": ("chat and serve do not enforce output formats", _BASE),
+    "ray": ("--ray does not work", install_hint("abliterate", "cluster")),
     "bitsandbytes": ("--load-in-8bit does not work (it also needs CUDA)", "pip install bitsandbytes"),
 }
 _TESTED = "Linux"

@@ -40,23 +40,26 @@ abliterate.add_command(plan)
 @opt.direction_options
 @opt.factors_option
 @opt.allow_partial_option
+@opt.ray_option
 @opt.json_option
 def compute_dir(**options: Any) -> None:
     """Compute the refusal direction of a model."""
     require_abliterate("compute-dir")
     from ollama_forge.api import compute_dir
 
-    computed = compute_dir(
-        options["model"],
-        Path(options["output"]),
-        revision=options["revision"],
-        adapter=options["adapter"],
-        prompts=opt.prompt_settings(options),
-        load=opt.load_settings(options),
-        direction=opt.direction_settings(options),
-        edit=opt.edit_settings(options),
-        allow_partial=options["allow_partial"],
-    )
+    with opt.cluster_of(options) as cluster:
+        computed = compute_dir(
+            options["model"],
+            Path(options["output"]),
+            revision=options["revision"],
+            adapter=options["adapter"],
+            prompts=opt.prompt_settings(options),
+            load=opt.load_settings(options),
+            direction=opt.direction_settings(options),
+            edit=opt.edit_settings(options),
+            allow_partial=options["allow_partial"],
+            cluster=cluster,
+        )
     direction = computed.direction
     if options["as_json"]:
         values = {"path": str(computed.path), "layer": direction.layer, "method": direction.method}
@@ -106,6 +109,7 @@ def compute_dir(**options: Any) -> None:
 )
 @click.option("--source", metavar="MODEL", help="With --undo: the model that was edited, if it was moved.")
 @opt.trust_option
+@opt.ray_option
 @opt.json_option
 @click.pass_context
 def apply(ctx: click.Context, /, **options: Any) -> None:
@@ -127,28 +131,30 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
     edit_file = _path(options["edit_file"])
     if options["trial"] is not None or options["study"] is not None:
         edit_file = _edit_of_trial(options)
-    written, applied = apply(
-        options["model"],
-        folder,
-        refusal_pt=_path(options["refusal_pt"]),
-        edit_file=edit_file,
-        per_layer=options["per_layer"],
-        revision=options["revision"],
-        adapter=options["adapter"],
-        settings=opt.edit_settings(options),
-        out_dtype=options["out_dtype"],
-        keep_undo=options["keep_undo"],
-        shards=ShardSettings(options["workers"], options["link"]),
-        gguf=GgufOptions(
-            output=_path(options["output"]),
-            quants=parse_quants(options["quant"]) if options["quant"] else (),
-            imatrix=_path(options["imatrix"]),
-            keep_checkpoint=options["keep_checkpoint"],
-            base=options["base"],
-        ),
-        allow_partial=options["allow_partial"],
-        trust_remote_code=options["trust_remote_code"],
-    )
+    with opt.cluster_of(options) as cluster:
+        written, applied = apply(
+            options["model"],
+            folder,
+            refusal_pt=_path(options["refusal_pt"]),
+            edit_file=edit_file,
+            per_layer=options["per_layer"],
+            revision=options["revision"],
+            adapter=options["adapter"],
+            settings=opt.edit_settings(options),
+            out_dtype=options["out_dtype"],
+            keep_undo=options["keep_undo"],
+            shards=ShardSettings(options["workers"], options["link"]),
+            gguf=GgufOptions(
+                output=_path(options["output"]),
+                quants=parse_quants(options["quant"]) if options["quant"] else (),
+                imatrix=_path(options["imatrix"]),
+                keep_checkpoint=options["keep_checkpoint"],
+                base=options["base"],
+            ),
+            allow_partial=options["allow_partial"],
+            trust_remote_code=options["trust_remote_code"],
+            cluster=cluster,
+        )
     if options["as_json"]:
         print(json.dumps(applied_json(written, applied, folder)))
     else:

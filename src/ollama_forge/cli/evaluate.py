@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 @click.option("--lm-eval-tasks-dir", "tasks_dir", metavar="DIR", help="Folder with further tasks for --lm-eval.")
 @click.option("--no-control", is_flag=True, help="Measure no change of the same size with a random direction.")
 @click.option("--force", is_flag=True, help="Make every measurement again.")
+@opt.ray_option
 @opt.json_option
 def evaluate(**options: Any) -> None:
     """Measure models beside the base that they were made of, and test their differences.
@@ -100,7 +101,8 @@ def evaluate(**options: Any) -> None:
         tasks=options["tasks"] or (),
         tasks_dir=None if options["tasks_dir"] is None else Path(options["tasks_dir"]),
     )
-    report = evaluate(settings, force=options["force"])
+    with opt.cluster_of(options) as cluster:
+        report = evaluate(settings, force=options["force"], cluster=cluster)
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:

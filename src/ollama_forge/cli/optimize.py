@@ -41,29 +41,32 @@ if TYPE_CHECKING:
 @click.option("--strengthen", is_flag=True, help="Search for edits that make the model refuse more harmful prompts.")
 @opt.few_refusals_option
 @opt.allow_partial_option
+@opt.ray_option
 @opt.json_option
 def optimize(**options: Any) -> None:
     """Search for the edits with the fewest refusals at each amount of damage, and write them for apply --trial."""
     require_abliterate("optimize")
     from ollama_forge.pipeline.optimize import OptimizeSettings, optimize
 
-    found = optimize(
-        OptimizeSettings(
-            model=options["model"],
-            study=Path(options["study"]),
-            trials=options["trials"],
-            workers=options["workers"],
-            revision=options["revision"],
-            adapter=options["adapter"],
-            prompts=opt.prompt_settings(options),
-            load=opt.load_settings(options),
-            max_kl=options["max_kl"],
-            max_answer_kl=options["max_answer_kl"],
-            strengthen=options["strengthen"],
-            allow_few_refusals=options["allow_few_refusals"],
-            allow_partial=options["allow_partial"],
+    with opt.cluster_of(options) as cluster:
+        found = optimize(
+            OptimizeSettings(
+                model=options["model"],
+                study=Path(options["study"]),
+                trials=options["trials"],
+                workers=options["workers"],
+                revision=options["revision"],
+                adapter=options["adapter"],
+                prompts=opt.prompt_settings(options),
+                load=opt.load_settings(options),
+                max_kl=options["max_kl"],
+                max_answer_kl=options["max_answer_kl"],
+                strengthen=options["strengthen"],
+                allow_few_refusals=options["allow_few_refusals"],
+                allow_partial=options["allow_partial"],
+            ),
+            cluster,
         )
-    )
     if options["as_json"]:
         print(json.dumps(found.to_json()))
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
@@ -17,6 +18,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 
 if TYPE_CHECKING:
+    from ollama_forge.cluster.protocol import Cluster
     from ollama_forge.models.chat_model import LoadSettings
 
 RENDERER_HELP = "Renderer of Ollama's that makes the prompts, by its name there."
@@ -123,6 +125,12 @@ parameter_option = click.option(
     multiple=True,
     metavar="K=V",
     help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
+)
+ray_option = click.option(
+    "--ray",
+    metavar="auto|HOST:PORT",
+    help="Share the work among the nodes of a Ray cluster (extra cluster): auto for the one that this machine is part "
+    "of. See docs/scaling.md.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
@@ -332,6 +340,22 @@ EDIT_KEYS = (
     "targets", "strength", "attn_strength", "mlp_strength", "strength_kernel",
     "skip_begin_layers", "skip_end_layers", "norm_preserving",
 )  # fmt: skip
+
+
+@contextmanager
+def cluster_of(options: dict[str, Any]) -> Iterator[Cluster | None]:
+    """The cluster that ``--ray`` names; None without it.
+
+    Raises:
+        ForgeError: Ray is not installed, or there is no cluster.
+    """
+    if options["ray"] is None:
+        yield None
+        return
+    from ollama_forge.cluster.ray_cluster import connected
+
+    with connected(options["ray"]) as cluster:
+        yield cluster
 
 
 def load_settings(options: dict[str, Any]) -> LoadSettings:

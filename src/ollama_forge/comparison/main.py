@@ -10,6 +10,7 @@ import filelock
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.comparison.candidates import (
     BaseModel,
     Candidate,
@@ -27,7 +28,7 @@ from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.evaluation.judge import Judge
 from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.gguf_model import llamacpp_is_installed
-from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.holder import ModelHolder, for_cluster
 from ollama_forge.models.machine import Machine
 from ollama_forge.progress import say
 from ollama_forge.prompts.sources import read_instructions
@@ -40,20 +41,21 @@ from ollama_forge.text.tokenizer import Tokenizer
 CONTROL = "random direction ({})"  # the name of a control's row
 
 
-def evaluate(settings: EvaluateSettings, *, force: bool = False) -> EvaluationReport:
+def evaluate(settings: EvaluateSettings, *, force: bool = False, cluster: Cluster | None = None) -> EvaluationReport:
     """Measure the base and all candidates, test their differences, and write the report.
 
     Every measurement is kept in the cache by its content: one that was made before is not made again.
 
     Args:
         force: make every measurement again.
+        cluster: its workers load copies of the models that transformers runs, which run the prompts.
 
     Raises:
         UsageError: options contradict each other, or the output folder holds the report of a run.
         ForgeError: a model or list is missing, a candidate does not fit the base, or a measurement failed. What was
             measured before stays in the cache; no report is written.
     """
-    ready = _prepare(settings)
+    ready = _prepare(settings, cluster)
     with _locked(ready.comparison(force=force)) as comparison:
         return _compare(ready, comparison)
 
@@ -75,9 +77,10 @@ class _Ready:
         return Comparison.of(self.base, self.split.report, self.machine.numerics, root, seed, force=force)
 
 
-def _prepare(settings: EvaluateSettings) -> _Ready:
+def _prepare(settings: EvaluateSettings, cluster: Cluster | None) -> _Ready:
     """Check settings and lists first, then the models, before anything is measured."""
     settings.check()
+    for_cluster(settings.load, cluster)
     require_own_folder(settings.output_dir)
     if settings.tasks:
         require_tasks(settings.tasks, settings.tasks_dir)
@@ -92,7 +95,7 @@ def _prepare(settings: EvaluateSettings) -> _Ready:
     trust = settings.load.trust_remote_code
     checkpoint = resolve(settings.base, trust_remote_code=trust)
     model_map = map_checkpoint(checkpoint, trust_remote_code=trust)
-    base = BaseModel(checkpoint, model_map, settings.load, ModelHolder(settings.load))
+    base = BaseModel(checkpoint, model_map, settings.load, ModelHolder(settings.load, cluster))
     split = fitting(split, base.tokenizer, context_of(checkpoint.config, model_map.learned_positions))
     for prompts in (*split.report.lists.values(), preserved):
         base.tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take

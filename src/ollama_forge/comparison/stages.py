@@ -143,7 +143,7 @@ class Comparison:
 
         def do() -> _Floor:
             model = self.base.get()
-            with status("measuring the base model rounded to 8 bits"), rounded(model.module) as fits:
+            with status("measuring the base model rounded to 8 bits"), model.alone(), rounded(model.module) as fits:
                 return _Floor(damage_of(model, divergence(model, self.reference)) if fits else None)
 
         return self.cache.do(Stage("noise-floor", _Floor, self.needs, do, (), MODEL_PACKAGES)).damage

@@ -15,6 +15,7 @@ from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, no
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, leak_notes
@@ -110,11 +111,13 @@ def write_checkpoint(
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
     shards: ShardSettings | None = None,
+    cluster: Cluster | None = None,
 ) -> AppliedEdit:
     """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
 
     Args:
         shards: how shards are written; None for one after the other, without links.
+        cluster: its workers write the shards, on storage that they share; None to write them in this process.
 
     Raises:
         ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
@@ -131,7 +134,7 @@ def write_checkpoint(
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
     with atomic_folder(folder) as partial, hashing_source(checkpoint, shards.workers) as hashes:
-        applied = apply_plan(layout, partial, described["settings"], shards, hashes)
+        applied = apply_plan(layout, partial, described["settings"], shards, cluster, hashes)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
             described["source"]["files"] = hashes.digests()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ollama_forge import __version__
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.load_proven import ProvenModel, load_proven
 from ollama_forge.edits.plan import vector_reader
@@ -20,6 +21,7 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.files import write_json
 from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.models.holder import for_cluster
 from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline.choosing import open_study
 from ollama_forge.pipeline.front import MeasuredTrial, edit_path, label, measure_front, write_edit
@@ -32,9 +34,11 @@ from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.choose import ChoiceSettings, begin, check_base, search
 from ollama_forge.search.ladder import Choice
+from ollama_forge.search.on_cluster import TrialsSetup, measure_on
 from ollama_forge.search.rule import Limits
 from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
+from ollama_forge.sources.portable import PortableCheckpoint
 from ollama_forge.system import usable_cores
 
 REPORT = "optimize.json"
@@ -170,6 +174,20 @@ class Searched:
         )
         return cls(loaded, trials, model_needs(loaded.source, settings.load, loaded.split, loaded.examined))
 
+    def setup(self) -> TrialsSetup:
+        """What makes the same trials on another machine."""
+        trials = self.trials
+        return TrialsSetup(
+            PortableCheckpoint.of(self.loaded.source),
+            self.loaded.model.settings,
+            self.loaded.model_map,
+            self.loaded.split,
+            trials.settings,
+            trials.pairs,
+            trials.seed,
+            trials.goal,
+        )
+
     def study(self, settings: OptimizeSettings) -> Study:
         """The study of the settings, which may be one that ``run --auto`` has begun.
 
@@ -179,19 +197,28 @@ class Searched:
         return open_study(settings.study, self.trials, settings.choosing, self.needs)
 
 
-def optimize(settings: OptimizeSettings) -> Optimized:
+def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Optimized:
     """Search, choose, measure the front on report prompts, and write an edit file for each trial of it.
 
+    Args:
+        cluster: its workers, in place of ``settings.workers``, try the edits of the study, each on its own model.
+
     Raises:
-        UsageError: a setting is unknown, or the folder has another study.
+        UsageError: a setting is unknown, or excludes ``cluster``, or the folder has another study.
         ForgeError: the model cannot be loaded or edited, or hardly refuses.
     """
+    if cluster is not None and settings.workers > 1:
+        raise UsageError(
+            "--workers and --ray exclude each other",
+            "leave out --workers: each worker of the cluster tries one edit at a time",
+        )
+    settings = replace(settings, load=for_cluster(settings.load, cluster))
     searched = Searched.of(settings)
     loaded, trials = searched.loaded, searched.trials
     cache = StageCache(settings.study)
     with cache.locked():
         study = searched.study(settings)
-        choice = _search(trials, study, settings)
+        choice = _search(searched, study, settings, cluster)
         say(f"chosen: {choice.name} ({choice.reason})")
         base, front = measure_front(trials, study, choice, settings.choosing.limits, searched.needs, cache)
         edits = {
@@ -216,28 +243,30 @@ def optimize(settings: OptimizeSettings) -> Optimized:
     return optimized
 
 
-def _search(trials: Trials, study: Study, settings: OptimizeSettings) -> Choice:
-    """Climb the ladder, and search from there, with as many processes as the settings say."""
-    choosing = settings.choosing
+def _search(searched: Searched, study: Study, settings: OptimizeSettings, cluster: Cluster | None) -> Choice:
+    """Climb the ladder, and search from there, on a cluster or with as many processes as the settings say."""
+    choosing, trials = settings.choosing, searched.trials
     check_base(trials, choosing)
+    if cluster is not None:
+        return search(trials, choosing, study, measure_on(cluster, searched.setup()))
     if settings.workers == 1:
         return search(trials, choosing, study)
     begin(trials, choosing, study)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
-    workers = [context.Process(target=_work, args=(settings,)) for _ in range(settings.workers - 1)]
-    for worker in workers:
+    processes = [context.Process(target=_work, args=(settings,)) for _ in range(settings.workers - 1)]
+    for worker in processes:
         worker.start()
     threads = torch.get_num_threads()
     torch.set_num_threads(_threads(settings.workers))
     try:
         search(trials, choosing, study)
-        for worker in workers:
+        for worker in processes:
             worker.join()
     finally:
         torch.set_num_threads(threads)
-        for worker in workers:
+        for worker in processes:
             worker.terminate()
-    if any(worker.exitcode for worker in workers):
+    if any(worker.exitcode for worker in processes):
         say("note: a worker failed; the other ones did its trials")
     return search(trials, choosing, study)  # among the last trials of all workers, too
 
