@@ -27,13 +27,13 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.copies import ModelSetup
-from ollama_forge.pipeline.optimize import OptimizeSettings, optimize
+from ollama_forge.pipeline.optimize import Optimized, OptimizeSettings, optimize
 from ollama_forge.prompts import general
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.search import study
 from ollama_forge.search.study import Study
 from ollama_forge.sources.portable import PortableCheckpoint
-from tests import planted
+from tests import pieces, planted
 from tests.test_evaluate import write_general
 
 LOAD = LoadSettings(device="cpu", dtype="float32", batch_size=16)
@@ -45,7 +45,12 @@ def nodes() -> Iterator[Any]:
     pytest.importorskip("ray", reason="the extra cluster (ray) is not installed")
     from ray.cluster_utils import Cluster
 
-    quick = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}  # a busy machine needs some seconds
+    quick = {  # a node that does not listen is dead; a busy one has seconds to answer
+        "health_check_initial_delay_ms": 500,
+        "health_check_period_ms": 300,
+        "health_check_failure_threshold": 4,
+        "health_check_timeout_ms": 10_000,
+    }
     head = {"num_cpus": 1, "object_store_memory": STORE, "_system_config": quick}
     made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1, object_store_memory=STORE)
@@ -112,36 +117,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def base() -> int:
-    return 10
-
-
-def added(base: int, piece: int) -> tuple[int, int]:
-    return base + piece, os.getpid()
-
-
-def failing(base: int, piece: int) -> None:
-    raise UsageError(f"piece {piece}", "the hint")
-
-
-def last_words(base: int, piece: int) -> None:
-    os._exit(1)
-
-
 @dataclass
 class LosingCluster:
-    """Workers of which a node is killed once it has taken a piece of a map that has several."""
+    """A cluster that loses a node when the third piece of a map is given out."""
 
     cluster: RayCluster
     kill: Callable[[], None]
     killed: bool = field(default=False)
 
     def map(self, setup: Callable[[], Any], work: Callable[[Any, Any], Any], pieces: Iterable[Any]) -> Iterator[Any]:
-        taken = list(pieces)
-
         def losing() -> Iterator[Any]:
-            for number, piece in enumerate(taken):
-                if number == 2 and len(taken) > 3 and not self.killed:
+            for number, piece in enumerate(pieces):
+                if number == 2 and not self.killed:
                     self.killed = True
                     self.kill()
                 yield piece
@@ -149,11 +136,24 @@ class LosingCluster:
         return self.cluster.map(setup, work, losing())
 
 
+@pytest.fixture
+def losing(nodes: Any, cluster: RayCluster, capfd: pytest.CaptureFixture[str]) -> Iterator[LosingCluster]:
+    if not nodes.worker_nodes:
+        nodes.add_node(num_cpus=1, object_store_memory=STORE)
+    while len(cluster.nodes) < 2:
+        list(cluster.map(pieces.base, pieces.added, range(1, 5)))
+    (node,) = nodes.worker_nodes
+    made = LosingCluster(cluster, partial(nodes.remove_node, node, allow_graceful=False))
+    yield made
+    assert made.killed
+    assert "a worker of the Ray cluster is lost; another one does its work" in capfd.readouterr().err
+
+
 def test_pieces_come_back_in_order_from_all_nodes(cluster: RayCluster) -> None:
-    pieces, found, seen = iter(range(400)), [], set[int]()
+    numbers, found, seen = iter(range(1000)), [], set[int]()
     while len(seen) < 2:  # the second worker may still start
-        some = [next(pieces) for _ in range(20)]
-        for value, process in cluster.map(base, added, some):
+        some = [next(numbers) for _ in range(20)]
+        for value, process in cluster.map(pieces.base, pieces.added, some):
             found.append(value)
             seen.add(process)
     assert found == list(range(10, 10 + len(found)))
@@ -161,93 +161,135 @@ def test_pieces_come_back_in_order_from_all_nodes(cluster: RayCluster) -> None:
 
 
 def test_errors_of_work_arrive_as_they_are(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="piece 0") as raised:
-        list(cluster.map(base, failing, range(3)))
+    with pytest.raises(UsageError, match=r"piece \d") as raised:
+        list(cluster.map(pieces.base, pieces.failing, range(3)))
     assert raised.value.hint == "the hint"
     monkeypatch.setattr(ray_cluster, "MAX_RETRIES", 1)
     with pytest.raises(ForgeError, match="lost with 2 workers"):
-        list(cluster.map(base, last_words, [0]))
+        list(cluster.map(pieces.base, pieces.last_words, [0]))
 
 
-def test_statistics_and_factors_are_those_of_one_process(cluster: RayCluster, model: Path, local: Path) -> None:
-    folder = model / "ray"
-    folder.mkdir()
-    computed(model, folder / "refusal.pt", cluster)
-    for name in ("refusal.pt", "refusal.json", "refusal.edit.safetensors"):
-        assert (folder / name).read_bytes() == (local / name).read_bytes(), name
+# What is shared equals what one process does
 
 
-def test_shards_are_those_of_one_process(cluster: RayCluster, model: Path, local: Path) -> None:
-    output = model / "applied"
-    edit = local / "refusal.edit.safetensors"
-    apply(str(model / "model"), output, edit_file=edit, cluster=cluster)
-    assert len(list(output.glob("*.safetensors"))) > 3
-    assert contents(output) == contents(local / "edited")
-    assert output.with_name("applied.edit.safetensors").read_bytes() == (local / "edited.edit.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def reported(model: Path, local: Path) -> dict[str, Any]:
+    """What one process measures."""
+    return report(model, local, "here")
 
 
-def test_measurements_are_those_of_one_process(
-    cluster: RayCluster, model: Path, local: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reports = []
-    for name, own in (("here", None), ("there", cluster)):
-        monkeypatch.setattr(comparison, "cache_root", partial(Path, model / name))
+def report(model: Path, local: Path, name: str, cluster: Any = None) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:  # a cache of its own
+        patch.setattr(comparison, "cache_root", partial(Path, model / name))
         settings = EvaluateSettings(
             str(model / "model"),
             (str(local / "edited"),),
             output_dir=model / f"report-{name}",
             prompts=prompts(model),
-            load=replace(LOAD, memory=None),
+            load=replace(LOAD, memory=None, batch_size=4),
         )
-        evaluate(settings, cluster=own)
-        reports.append({**read_json(settings.output_dir / "report.json"), "seconds": None})
-    assert reports[0]["measurements"]["base"]["harmful"] != reports[0]["measurements"][str(local / "edited")]["harmful"]
-    assert reports[0] == reports[1]
+        evaluate(settings, cluster=cluster)
+    return {**read_json(settings.output_dir / "report.json"), "seconds": None}
 
 
-def test_a_search_finds_what_one_process_finds(
-    cluster: RayCluster, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study, "RANDOM_TRIALS", 100)  # what TPE proposes depends on what is known so far
-    there = []
-    begin = Study.run_all
+@dataclass(frozen=True)
+class Search:
+    """The result of a search of six trials, and the number of those that it began with."""
+
+    found: Optimized
+    begun: int
+
+
+@pytest.fixture(scope="module")
+def searched(model: Path) -> Search:
+    """What one process finds."""
+    return search(model, "here")
+
+
+def search(model: Path, name: str, cluster: Any = None) -> Search:
+    begun, run_all = [], Study.run_all
 
     def six_more(self: Study, measure_all: Any, rule: Any, count: int) -> None:
-        begun = len([trial for trial in self.trials() if self.space.parameters(trial) is not None])
-        there.append(begun)
-        begin(self, measure_all, rule, begun + 6)
+        begun.append(len([trial for trial in self.trials() if self.space.parameters(trial) is not None]))
+        run_all(self, measure_all, rule, begun[-1] + 6)
 
-    monkeypatch.setattr(Study, "run_all", six_more)
-    settings = OptimizeSettings(
-        str(model / "model"), model / "study-here", prompts=prompts(model), load=replace(LOAD, batch_size=64)
-    )
-    here = optimize(settings)
-    found = optimize(replace(settings, study=model / "study-there"), cluster)
-    assert there[0] == there[1]
-    assert [t.name for t in found.choice.trials] == [t.name for t in here.choice.trials]
-    assert (found.choice, found.number) == (replace(here.choice, trials=found.choice.trials), here.number)
-    assert found.front == here.front
-    for number, path in here.edits.items():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "RANDOM_TRIALS", 100)  # what TPE proposes depends on what is known so far
+        patch.setattr(Study, "run_all", six_more)
+        load = replace(LOAD, batch_size=64)
+        found = optimize(
+            OptimizeSettings(str(model / "model"), model / f"study-{name}", prompts=prompts(model), load=load), cluster
+        )
+    return Search(found, begun[0])
+
+
+def require_equal(there: Search, here: Search) -> None:
+    found, expected = there.found, here.found
+    assert there.begun == here.begun
+    assert [t.name for t in found.choice.trials] == [t.name for t in expected.choice.trials]
+    assert (found.choice, found.number) == (replace(expected.choice, trials=found.choice.trials), expected.number)
+    assert found.front == expected.front
+    for number, path in expected.edits.items():
         assert found.edits[number].read_bytes() == path.read_bytes()
 
 
-def test_a_lost_node_changes_nothing(
-    nodes: Any, cluster: RayCluster, model: Path, local: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    extra = sorted(nodes.worker_nodes, key=str)[0]
-    losing = LosingCluster(cluster, partial(nodes.remove_node, extra, allow_graceful=False))
-    computed(model, model / "lost.pt", losing)
-    assert losing.killed
-    assert "a worker of the Ray cluster is lost" in capfd.readouterr().err
-    assert (model / "lost.edit.safetensors").read_bytes() == (local / "refusal.edit.safetensors").read_bytes()
+def require_computed(folder: Path, local: Path) -> None:
+    for name in ("refusal.pt", "refusal.json", "refusal.edit.safetensors"):
+        assert (folder / name).read_bytes() == (local / name).read_bytes(), name
 
-    extra = nodes.add_node(num_cpus=1, object_store_memory=STORE)
-    while len(list(cluster.map(base, added, range(20)))) and len(cluster.nodes) < 2:
-        pass
-    losing = LosingCluster(cluster, partial(nodes.remove_node, extra, allow_graceful=False))
-    apply(str(model / "model"), model / "lost", edit_file=local / "refusal.edit.safetensors", cluster=losing)
-    assert losing.killed
-    assert contents(model / "lost") == contents(local / "edited")
+
+def applied(model: Path, local: Path, name: str, cluster: Any) -> Path:
+    apply(str(model / "model"), model / name, edit_file=local / "refusal.edit.safetensors", cluster=cluster)
+    return model / name
+
+
+def test_statistics_and_factors(cluster: RayCluster, model: Path, local: Path) -> None:
+    folder = model / "ray"
+    folder.mkdir()
+    computed(model, folder / "refusal.pt", cluster)
+    require_computed(folder, local)
+
+
+def test_shards(cluster: RayCluster, model: Path, local: Path) -> None:
+    output = applied(model, local, "applied", cluster)
+    assert len(list(output.glob("*.safetensors"))) > 3
+    assert contents(output) == contents(local / "edited")
+    assert output.with_name("applied.edit.safetensors").read_bytes() == (local / "edited.edit.safetensors").read_bytes()
+
+
+def test_measurements(cluster: RayCluster, model: Path, local: Path, reported: dict[str, Any]) -> None:
+    measured = reported["measurements"]
+    assert measured["base"]["harmful"] != measured[str(local / "edited")]["harmful"]
+    assert report(model, local, "there", cluster) == reported
+
+
+def test_a_search(cluster: RayCluster, model: Path, searched: Search) -> None:
+    require_equal(search(model, "there", cluster), searched)
+
+
+# Also if a node is lost midway
+
+
+def test_statistics_after_a_loss(losing: LosingCluster, model: Path, local: Path) -> None:
+    folder = model / "lost"
+    folder.mkdir()
+    computed(model, folder / "refusal.pt", losing)
+    require_computed(folder, local)
+
+
+def test_shards_after_a_loss(losing: LosingCluster, model: Path, local: Path) -> None:
+    assert contents(applied(model, local, "applied-lost", losing)) == contents(local / "edited")
+
+
+def test_measurements_after_a_loss(losing: LosingCluster, model: Path, local: Path, reported: dict[str, Any]) -> None:
+    assert report(model, local, "lost", losing) == reported
+
+
+def test_a_search_after_a_loss(losing: LosingCluster, model: Path, searched: Search) -> None:
+    require_equal(search(model, "lost", losing), searched)
+
+
+# What does not fit
 
 
 def test_what_excludes_a_cluster_is_said(cluster: RayCluster, model: Path, local: Path) -> None:
@@ -259,10 +301,10 @@ def test_what_excludes_a_cluster_is_said(cluster: RayCluster, model: Path, local
         optimize(settings, cluster)
 
 
-def test_a_node_without_the_model_is_told(cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_node_without_the_model_is_told(tmp_path: Path) -> None:
     missing = ModelSetup(PortableCheckpoint(Checkpoint(tmp_path / "nowhere", "nowhere", "folder"), ""), LOAD, None)
     with pytest.raises(ForgeError, match=r"has no .*nowhere") as raised:
-        list(cluster.map(missing, failing, [0]))
+        missing()
     assert "storage that all nodes see" in raised.value.hint
 
 
