@@ -272,6 +272,7 @@ def test_a_cluster_writes_the_bytes_of_this_process(
         source = tiny.save(tiny.build(family), tmp_path / "model", max_shard_size="30KB")
     settings = EXPERTS if family == "packed" else LATE
     hashed, sha256 = Counter[str](), weight_files._sha256
+    by_workers = []
 
     def counted(file: Path, stop: Event) -> str:
         hashed[file.name] += 1
@@ -279,6 +280,7 @@ def test_a_cluster_writes_the_bytes_of_this_process(
 
     def left_over(folder: Path, written: WrittenShard) -> None:
         (folder / f"of-a-lost-worker{UNFINISHED}").write_bytes(b"half")
+        by_workers.append(written.source_sha256)
 
     monkeypatch.setattr(weight_files, "_sha256", counted)
     for folder, cluster in (("here", None), ("there", ThisProcess(spoil=left_over))):
@@ -287,6 +289,7 @@ def test_a_cluster_writes_the_bytes_of_this_process(
         apply(str(source.folder), output, refusal_pt=refusal, settings=settings, out_dtype="keep", cluster=cluster)
         assert hashed == Counter(shard.name for shard in source.tensors.shards)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert by_workers == [sha256_file(shard) for shard in source.tensors.shards]
 
 
 def test_links_on_a_cluster(
