@@ -180,7 +180,7 @@ def reported(model: Path, local: Path) -> dict[str, Any]:
 
 def report(model: Path, local: Path, name: str, cluster: Any = None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:  # a cache of its own
-        patch.setattr(comparison, "cache_root", partial(Path, model / name))
+        patch.setattr(comparison, "cache_root", partial(Path, model / f"cache-{name}"))
         settings = EvaluateSettings(
             str(model / "model"),
             (str(local / "edited"),),
