@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint types check clean
+.PHONY: setup demo test docs lint types check clean
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ demo: setup
 # two processes with a thread each take half the time of one with two threads: most tests are small
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
