@@ -44,7 +44,7 @@ def test_the_notebook_finds_and_removes_the_direction(capsys: pytest.CaptureFixt
     base, measured = names["base"].row, names["measured"]  # type: ignore[attr-defined]
     assert base.harmful.refusal_rate.low > 0.5
     assert measured.harmful.refusal_rate.high < base.harmful.refusal_rate.low  # type: ignore[attr-defined]
-    assert measured.damage.answer_kl.value < 0.1  # type: ignore[attr-defined]
+    assert measured.damage.answer_kl.value < 0.2  # type: ignore[attr-defined]
     assert "edited: " in capsys.readouterr().out
 
 
