@@ -76,6 +76,7 @@ def test_a_folder_left_behind_is_looked_into(tmp_path: Path) -> None:
     kept = stage(tmp_path, calls, outputs=[folder])
     StageCache(tmp_path, ignored=["card.md"]).do(kept)
     (folder / "card.md").write_text("stamped later", encoding="utf-8")
+    (folder / "card.md.partial").touch()  # what is left of a stamp if the process is killed
     assert StageCache(tmp_path, ignored=["card.md"]).is_done(kept)
     (folder / "shard-2").unlink()
     assert not StageCache(tmp_path, ignored=["card.md"]).is_done(kept)
