@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.edits import checkpoint_folder
+from ollama_forge.models.journal import Journal, passes_folder
+from ollama_forge.models.lockstep import Lockstep
+from ollama_forge.pipeline.resume import StageCache
+
 _SLOT = 512  # bytes
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
 _WRITING = os.O_WRONLY | os.O_RDWR
@@ -35,7 +40,7 @@ class Trace:
 
     def clear(self) -> None:
         self._memory[:] = bytes(len(self._memory))
-        self.stage = "preflight"
+        self.stage = "start"
 
     def _read(self, slot: int) -> str:
         return self._memory[slot * _SLOT : (slot + 1) * _SLOT].rstrip(b"\0").decode(errors="replace")
@@ -84,10 +89,7 @@ def become(patches: Mapping[tuple[Any, str], Any], folder: Path, log: Path) -> N
 
 def traced(trace: Trace, folder: Path, point: Point | None) -> None:
     """Note the stages and file operations of this process, and kill it before the operation of ``point``."""
-    from ollama_forge.models.journal import Journal
-    from ollama_forge.pipeline.resume import StageCache
-
-    do, keep = StageCache.do, Journal.keep
+    do, keep, run, apply_plan = StageCache.do, Journal.keep, Lockstep.run, checkpoint_folder.apply_plan
 
     def traced_do(self: StageCache, stage: Any) -> Any:
         trace.stage = stage.name
@@ -95,11 +97,23 @@ def traced(trace: Trace, folder: Path, point: Point | None) -> None:
         trace.stage = f"after {stage.name}"
         return result
 
+    def traced_run(self: Lockstep, *args: Any) -> Any:
+        if self.folder == passes_folder():  # not the trial on a twin
+            trace.stage = "pass, first layer" if args[-1] is None or not args[-1].layer else "pass, resumed"
+        return run(self, *args)
+
     def traced_keep(self: Journal, place: int, states: Any) -> None:
         keep(self, place, states)
-        trace.stage = f"layer {place + 1} of a pass"
+        if self.folder.parent == passes_folder():
+            trace.stage = f"pass, after layer {place}"
 
-    StageCache.do, Journal.keep = traced_do, traced_keep  # type: ignore[method-assign,assignment]
+    def traced_apply(*args: Any, **options: Any) -> Any:
+        trace.stage = "write"
+        return apply_plan(*args, **options)
+
+    for owner, function in ((StageCache, traced_do), (Lockstep, traced_run), (Journal, traced_keep)):
+        setattr(owner, function.__name__.removeprefix("traced_"), function)
+    setattr(checkpoint_folder, apply_plan.__name__, traced_apply)
     sys.addaudithook(_hook(trace, folder, None if point is None else point.operation))
 
 

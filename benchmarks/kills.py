@@ -31,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kill_points import Point, Trace, become, traced
 from kill_scenarios import SCENARIOS, Scenario, write_inputs
+from ollama_forge.files import PARTIAL
 from run_files import differences, digests, half_written
 
 _ENDS_WITHIN = 20.0  # seconds, after which a process of a killed command counts as left running
@@ -43,13 +44,11 @@ class Undisturbed:
 
     Attributes:
         files: digests of its files by name.
-        cached: names of the files in its cache.
         seconds: how long it took.
         operations: number of its file operations.
     """
 
     files: Mapping[str, str]
-    cached: frozenset[str]
     seconds: float
     operations: int
 
@@ -67,7 +66,8 @@ class Killer:
         self.kills = self.resumed_passes = 0
 
     def clear(self) -> None:
-        for path in (self.out, self.cache):
+        kept = {"architectures"} if self.scenario.learned else set()
+        for path in (self.out, *(entry for entry in self.cache.glob("*") if entry.name not in kept)):
             shutil.rmtree(path, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         self.groups.clear()
@@ -90,11 +90,14 @@ class Killer:
         return True
 
     def undisturbed(self) -> Undisturbed:
+        shutil.rmtree(self.cache, ignore_errors=True)
+        if self.scenario.learned:
+            self.attempt(None)
         self.clear()
         started = time.monotonic()
         self.attempt(None)
         seconds = time.monotonic() - started
-        return Undisturbed(digests(self.out), frozenset(_names(self.cache)), seconds, self.trace.operations)
+        return Undisturbed(digests(self.out), seconds, self.trace.operations)
 
     def points(self, expected: Undisturbed, count: int) -> Iterator[Point]:
         """Kills for one command after the other until ``count`` have hit."""
@@ -118,7 +121,7 @@ class Killer:
         else:
             self.attempt(None)
         found = differences(self.out, expected.files)
-        found += [f"left in the cache: {name}" for name in sorted(_names(self.cache) - expected.cached)]
+        found += [f"left in the cache: {name}" for name in _temporary(self.cache)]
         found += [f"left running: {name}" for name in _left_running(self.groups)]
         self.faults += found
         self.resumed_passes += self.log.read_text(encoding="utf-8").count("goes on at layer")
@@ -169,8 +172,10 @@ def _living(groups: Sequence[int]) -> Iterator[str]:
             continue
 
 
-def _names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def _temporary(cache: Path) -> list[str]:
+    """Files in the cache that only an unfinished command needs."""
+    found = [path for path in cache.rglob("*") if path.is_file()]
+    return [path.name for path in found if path.name.endswith(PARTIAL) or path.is_relative_to(cache / "passes")]
 
 
 def main() -> None:

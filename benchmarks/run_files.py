@@ -53,8 +53,7 @@ def half_written(folder: Path, expected: Mapping[str, str]) -> list[str]:
     found = [
         f"{name} is not whole"
         for name in sorted(here.keys() & expected.keys())
-        if here[name].suffix in _WHOLE_AT_ONCE
-        and hashlib.sha256(here[name].read_bytes()).hexdigest() != expected[name]
+        if here[name].suffix in _WHOLE_AT_ONCE and hashlib.sha256(here[name].read_bytes()).hexdigest() != expected[name]
     ]
     for config in (name for name in expected if Path(name).name == "config.json"):
         parent = f"{Path(config).parent.as_posix()}/"
