@@ -20,7 +20,7 @@ from ollama_forge.models import holder, lockstep
 from ollama_forge.pipeline import gguf_stages
 
 _LAYERS = 8  # of the model that is streamed
-_MEMORY = 200_000  # bytes that it may take: some layers fit
+_MEMORY = 100_000  # bytes that it may take: some layers fit
 _LISTS = ("--harmful", "harmful.txt", "--harmless", "harmless.txt")
 _RUN = (*_LISTS, "--name", "planted", "--output-dir", "out", "--max-measured", "12")
 

@@ -1,6 +1,6 @@
 """Memory and time of layer-streamed ``compute-dir`` on a synthetic Llama-shaped bf16 checkpoint, and of ``apply``.
 
-    python benchmarks/streamed.py [FOLDER] [--gib 12] [--memory 3GiB] [--factors least-squares] [--no-depths]
+    python benchmarks/streamed.py [FOLDER] [--gib 12] [--memory 3GiB] [--width 4096] [--factors least-squares]
 
 The time is printed beside that of reading the files once with a cold page cache. Bounds: the peak resident memory of
 ``compute-dir`` is below ``--memory``, that of ``apply`` below 1 GiB; sixteen times the layers raise the former by less
@@ -29,15 +29,15 @@ from tests.byte_tokenizer import tokenizer
 PAIRS = 32
 VOCABULARY = 32000
 GIB = 1 << 30
-WIDTHS = (4096, 11008)  # of the residual stream, and of an MLP
 DEPTHS = (4, 16, 64)
-DEEP_WIDTHS = (2048, 5632)
+DEEP_WIDTH = 2048
+LEAST_LAYERS = 4  # an edit leaves the first and the last one alone
 SPARE = 1 << 30  # bytes of disk beside the checkpoints: hidden states, journals
 
 
-def write_model(folder: Path, d: int, hidden: int, layers: int) -> int:
+def write_model(folder: Path, d: int, layers: int) -> int:
     """Write a checkpoint with a tokenizer; return the size of its weights in bytes."""
-    size = write_llama(folder, d, hidden, layers, vocabulary=VOCABULARY)
+    size = write_llama(folder, d, mlp_width(d), layers, vocabulary=VOCABULARY)
     tokenizer().save_pretrained(folder)
     return size
 
@@ -66,24 +66,29 @@ def compute_dir(model: Path, memory: str, factors: str, *, more: tuple[str, ...]
     return run(["compute-dir", *options, "--num-instructions", str(PAIRS), "--dtype", "bfloat16", *more])
 
 
-def layer_size(d: int, hidden: int) -> int:
+def mlp_width(d: int) -> int:
+    """Neurons of an MLP as in Llama 2: 11,008 for a residual stream of 4,096."""
+    return d * 43 // 16
+
+
+def layer_size(d: int) -> int:
     """Bytes of a decoder layer in bf16, without its norms."""
-    return 2 * (4 * d * d + 3 * d * hidden)
+    return 2 * (4 * d * d + 3 * d * mlp_width(d))
 
 
 def check_disk(folder: Path, gib: float, depths: bool) -> None:
     """End the program if the disk has too little space for the checkpoints."""
-    needed = max(2 * gib * GIB, depths * DEPTHS[-1] * layer_size(*DEEP_WIDTHS)) + SPARE
+    needed = max(2 * gib * GIB, depths * DEPTHS[-1] * layer_size(DEEP_WIDTH)) + SPARE
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(f"{needed / GIB:.0f} GiB of disk are needed, {free / GIB:.0f} GiB are free at {folder}")
 
 
-def measure_large(folder: Path, gib: float, memory: int, factors: str) -> list[str]:
+def measure_large(folder: Path, gib: float, d: int, memory: int, factors: str) -> list[str]:
     """Compute and apply an edit of a checkpoint of ``gib`` GiB; return the missed bounds."""
     missed, model, out = [], folder / "model", folder / "out"
-    layers = max(2, round((gib * GIB - 4 * VOCABULARY * WIDTHS[0]) / layer_size(*WIDTHS)))
-    size = write_model(model, *WIDTHS, layers)
+    layers = max(LEAST_LAYERS, round((gib * GIB - 4 * VOCABULARY * d) / layer_size(d)))
+    size = write_model(model, d, layers)
     once = read_once(model)
     print(f"{size / GIB:.1f} GiB, {layers} layers; read once, cold: {once:.1f} s", flush=True)
     seconds, peak = compute_dir(model, str(memory), factors)
@@ -111,7 +116,7 @@ def measure_depths(folder: Path) -> list[str]:
     """Compare the memory of ``compute-dir`` for 1, 4 and 16 times as many layers; return the missed bounds."""
     peaks = []
     for depth in DEPTHS:
-        write_model(folder / "deep", *DEEP_WIDTHS, depth)
+        write_model(folder / "deep", DEEP_WIDTH, depth)
         _, peak = compute_dir(folder / "deep", "1GiB", "orthogonal", more=("--per-layer-directions",))
         print(f"{depth} layers: peak {peak / GIB:.3f} GiB", flush=True)
         peaks.append(peak)
@@ -124,6 +129,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--gib", type=float, default=12)
     parser.add_argument("--memory", default="3GiB")
+    parser.add_argument("--width", type=int, default=4096, help="of the residual stream, a multiple of 128")
     parser.add_argument("--factors", default="least-squares")
     parser.add_argument("--no-depths", action="store_true")
     chosen = parser.parse_args()
@@ -135,7 +141,7 @@ def main() -> None:
         folder = Path(name)
         check_disk(folder, chosen.gib, not chosen.no_depths)
         os.environ["OLLAMA_FORGE_CACHE"] = str(folder / "cache")
-        missed = measure_large(folder, chosen.gib, memory, chosen.factors)
+        missed = measure_large(folder, chosen.gib, chosen.width, memory, chosen.factors)
         if not chosen.no_depths:
             missed += measure_depths(folder)
     for line in missed:
