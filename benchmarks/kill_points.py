@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ollama_forge.edits import checkpoint_folder
 from ollama_forge.models.journal import Journal, passes_folder
 from ollama_forge.models.lockstep import Lockstep
@@ -78,6 +80,7 @@ class Trace:
 def become(patches: Mapping[tuple[Any, str], Any], folder: Path, log: Path) -> None:
     """Make a forked process the leader of a group, with the cache and the working directory of a command."""
     os.setpgid(0, 0)
+    torch.set_num_threads(1)  # replaces the parent's thread pool, before two threads do that at the same time and fail
     os.chdir(folder)
     os.environ["OLLAMA_FORGE_CACHE"] = str(folder / "cache")
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
