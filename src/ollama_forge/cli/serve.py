@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds after which a client is dropped that does not read its answer.",
+    help="Seconds after which a client is dropped that reads nothing of its answer.",
 )
 @click.option(
     "--num-ctx",

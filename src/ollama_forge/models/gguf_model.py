@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -113,6 +113,8 @@ class GgufModel:
     Args:
         tokenizer: the tokenizer of the checkpoint.
     """
+
+    streams: ClassVar[bool] = False
 
     def __init__(self, server: LlamaServer, tokenizer: Tokenizer) -> None:
         self.server, self.tokenizer = server, tokenizer
