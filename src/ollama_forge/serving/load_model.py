@@ -39,7 +39,7 @@ def unloaded_model(
         ForgeError: the tokenizer cannot be loaded.
     """
     modules = SentenceModules.of(checkpoint)
-    others = engine.name == "llamacpp" or engine.url is not None
+    others = engine.name in ("llamacpp", "vllm") or engine.url is not None
     if modules is not None:
         if others or live is not None:
             raise UsageError(f"{checkpoint.label} is an embedding model", "leave out --engine, --engine-url and --live")
@@ -49,13 +49,15 @@ def unloaded_model(
     tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
 
     def make_engine() -> Engine:
-        from ollama_forge.serving.engine.choice import load_engine, remote_engine
+        from ollama_forge.serving.engine.choice import load_engine, remote_engine, vllm_engine
         from ollama_forge.serving.engine.vision import load_engine as load_transformers
 
         if live is not None:
             return load_transformers(checkpoint, load, slots=engine.slots, num_ctx=engine.num_ctx, edit=live.record)
         if engine.url is not None:
             loaded = remote_engine(checkpoint, tokenizer, engine.url, engine)
+        elif engine.name == "vllm":
+            loaded = vllm_engine(checkpoint, tokenizer, load, engine)
         else:
             loaded = load_engine(checkpoint, load, engine)
         model.engine_reason = loaded.reason
