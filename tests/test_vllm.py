@@ -259,7 +259,7 @@ def test_options_that_vllm_cannot_honour_are_refused(folder: Path, tmp_path: Pat
     object.__setattr__(file, "label", "m.gguf")
     with pytest.raises(UsageError, match=r"m\.gguf is a GGUF file"), vllm_server(file, VllmSettings(), LOAD):
         pass
-    with pytest.raises(UsageError, match="works with transformers alone"):
+    with pytest.raises(UsageError, match="works with a model in this process alone"):
         unloaded_model(model_of(folder), "m", load=LOAD, max_queue=1, engine=EngineSettings("vllm"), live=object())  # type: ignore[arg-type]
 
 
