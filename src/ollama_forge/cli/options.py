@@ -303,7 +303,7 @@ out_dtype_option = click.option(
     help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
-shard_options = _combined(
+shard_options = combined(
     click.option(
         "--workers",
         type=int,
