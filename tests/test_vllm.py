@@ -103,8 +103,7 @@ def test_it_is_started_on_loopback_with_a_key_and_ended(
         assert server.connection.url == f"http://127.0.0.1:{given['--port']}"
         assert given["--served-model-name"] == server.model
         assert (given["--tensor-parallel-size"], given["--max-model-len"], given["--dtype"]) == ("2", "512", "float32")
-        assert given["--max-loras"] == "1"
-        assert words[-2:] == ["--max-lora-rank", "8"]
+        assert words[-5:] == ["--enable-lora", "--max-loras", "1", "--max-lora-rank", "8"]
         assert server.connection.key not in words
         environment = Path(f"/proc/{found['pid']}/environ").read_bytes()
         assert f"VLLM_API_KEY={server.connection.key}".encode() in environment
