@@ -137,6 +137,17 @@ def test_one_that_dies_or_keeps_silent_is_told_in_one_line(
     assert gone(json.loads(seen.read_text())["pid"])
 
 
+def test_the_output_of_one_that_dies_later_is_kept(folder: Path, seen: Path) -> None:
+    with vllm_server(model_of(folder), VllmSettings(), LOAD) as server:
+        assert server.alive
+        os.kill(json.loads(seen.read_text())["pid"], signal.SIGKILL)
+        server.process.wait(20)
+        with pytest.raises(ForgeError, match=r"vLLM \(its output is in .*\) fails at /tokenize") as raised:
+            server.connection.request("/tokenize", {})
+        assert not server.alive
+    assert Path(raised.value.message.partition("output is in ")[2].partition(")")[0]).is_file()
+
+
 def test_what_cannot_be_started_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ForgeError, match="no vllm on PATH") as raised:
@@ -241,8 +252,10 @@ def test_serve_starts_it_and_ends_it_with_the_model(folder: Path, seen: Path) ->
     prompt = [planted.TOKENS.index(word) for word in ("<user>", "rig", "<end>", "<assistant>")]
     end = frozenset([planted.TOKENS.index("<end>")])
     assert together(model.engine, [greedy(tuple(prompt), 5, end_ids=end)]) == [[planted.TOKENS.index(planted.REFUSAL)]]  # type: ignore[arg-type]
-    pid = json.loads(seen.read_text())["pid"]
+    pid, engine_made = json.loads(seen.read_text())["pid"], model.engine
+    assert engine_made.healthy
     model.unload()
+    assert not engine_made.healthy
     assert gone(pid)
 
 

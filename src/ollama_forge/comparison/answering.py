@@ -39,7 +39,6 @@ class VllmAnswers:
     """
 
     def __init__(self, settings: VllmSettings, load: LoadSettings, prompts: Sequence[Prompt]) -> None:
-        settings.command()  # raises without vLLM
         self.settings, self._load, self._prompts = settings, load, prompts
         self._running = ExitStack()
         self._model: RemoteModel | None = None

@@ -53,6 +53,7 @@ class EvaluateSettings:
 
         Raises:
             UsageError: there is nothing to compare, a model is named twice, or options contradict each other.
+            ForgeError: there is no vLLM.
         """
         self.load.check()
         names = [*self.checkpoints, *self.ggufs, *self.engine_urls]
@@ -67,8 +68,10 @@ class EvaluateSettings:
                 "need them",
                 "give the other models with --engine-url, or leave it out",
             )
-        if self.vllm is not None and self.load.load_in_8bit:
-            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
+        if self.vllm is not None:
+            self.vllm.command()
+            if self.load.load_in_8bit:
+                raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
         if self.tasks_dir is not None and not self.tasks:
             raise UsageError("--lm-eval-tasks-dir is for --lm-eval", "name the tasks of the folder with --lm-eval")
         if self.tasks_dir is not None and not self.tasks_dir.is_dir():

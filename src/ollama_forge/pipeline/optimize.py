@@ -204,6 +204,10 @@ def optimize(settings: OptimizeSettings) -> Optimized:
         UsageError: a setting is unknown, or the folder has another study.
         ForgeError: the model cannot be loaded or edited, or hardly refuses.
     """
+    if settings.vllm is not None:
+        settings.vllm.command()  # raises without vLLM
+        if settings.load.load_in_8bit:
+            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
     with ExitStack() as running:
         searched = Searched.of(settings)
         folder = settings.study / "adapters"

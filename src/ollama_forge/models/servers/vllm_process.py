@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from ollama_forge.models.servers import process_guard
 from ollama_forge.models.servers.connection import Connection
 from ollama_forge.models.servers.vllm import VllmServer
 from ollama_forge.progress import status
+from ollama_forge.text.context import context_of
 
 _MODULE = "vllm.entrypoints.cli.main"
 _LONGEST_START = 3600.0  # seconds
@@ -75,9 +76,22 @@ class VllmSettings:
 
     def version(self) -> str:
         """vLLM's version, by the folder of its environment; "" if that does not show it."""
-        environment = Path(self.command()[0]).parent.parent
+        program = Path(self.command()[0])
+        environment = (program.resolve() if self.python is None else program).parent.parent  # a Python there is a link
         found = sorted(environment.glob("lib/python*/site-packages/vllm-*.dist-info"))
         return found[0].name.removeprefix("vllm-").removesuffix(".dist-info") if found else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedVllm(VllmServer):
+    """A vLLM that this program has started."""
+
+    process: subprocess.Popen[bytes] = field(repr=False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
 
 
 def require_runnable(checkpoint: Checkpoint) -> None:
@@ -98,7 +112,7 @@ def vllm_server(
     context: int | None = None,
     adapter_rank: int = 0,
     longest_start: float = _LONGEST_START,
-) -> Iterator[VllmServer]:
+) -> Iterator[StartedVllm]:
     """Run a vLLM for a checkpoint inside the block, on loopback and with a key that no other program has.
 
     Args:
@@ -112,27 +126,34 @@ def vllm_server(
         ForgeError: there is no vLLM, or it does not start.
     """
     require_runnable(checkpoint)
+    own = context_of(checkpoint.config, None)
+    if context is not None and own is not None:
+        context = min(context, own)  # vLLM refuses more
     dtype = str(pick_dtype(load.dtype, pick_device(load.device))).removeprefix("torch.")
     port, key, name = _free_port(), secrets.token_urlsafe(24), f"model-{secrets.token_hex(4)}"
     command = [*settings.command(), "serve", str(checkpoint.folder), *settings.arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, "--dtype", dtype]
-    command += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    command += ["--dtype", dtype, "--tensor-parallel-size", str(settings.tensor_parallel_size)]
     command += [] if context is None else ["--max-model-len", str(context)]
     command += ["--trust-remote-code"] if load.trust_remote_code else []
     if adapter_rank:
         rank = next((allowed for allowed in _RANKS if allowed >= adapter_rank), adapter_rank)
         command += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
     handle, log = tempfile.mkstemp(prefix="ollama-forge-vllm-", suffix=".log")
-    with Connection(f"http://127.0.0.1:{port}", key, name="vLLM") as connection:
+    with Connection(f"http://127.0.0.1:{port}", key, name=f"vLLM (its output is in {log})") as connection:
         with os.fdopen(handle, "wb") as output:
             process = _start(command, _environment(key, adapters=adapter_rank > 0), output.fileno())
+        started = False
         try:
             with status(f"starting vLLM for {checkpoint.label}"):
                 server = _wait(process, connection, name, Path(log), time.monotonic() + longest_start)
-            yield server
-            Path(log).unlink()
+            started = True
+            yield StartedVllm(**vars(server), process=process)
         finally:
+            failed = not started or process.poll() is not None
             _end(process)
+            if not failed:
+                Path(log).unlink()
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:

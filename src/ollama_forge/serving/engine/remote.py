@@ -17,6 +17,7 @@ from ollama_forge.models.servers.connection import reason_of
 from ollama_forge.models.servers.find import find_token_server
 from ollama_forge.models.servers.token_server import TokenServer
 from ollama_forge.models.servers.vllm import VllmServer
+from ollama_forge.models.servers.vllm_process import StartedVllm
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Logprob, Token
 from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
@@ -198,8 +199,8 @@ class RemoteEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine takes requests; false after ``close``."""
-        return not self._closed
+        """Whether the engine takes requests; false after ``close``, and once a vLLM started for it has died."""
+        return not self._closed and (not isinstance(self.server, StartedVllm) or self.server.alive)
 
     @property
     def context_length(self) -> int:
@@ -236,7 +237,7 @@ class RemoteEngine:
             async with httpx.AsyncClient(**self.server.connection.settings, verify=self._verify) as client:
                 yield Link(client, self._streams)
         except (httpx.HTTPError, httpx.StreamError, ValueError, KeyError) as error:
-            failure = f"{self.server.connection.name} fails: {error_line(error)}"
+            failure = f"{self.server.name} fails: {error_line(error)}"
             raise EngineError(_CLOSED if self._closed else failure) from error
 
     def close(self) -> None:
