@@ -30,7 +30,8 @@ def main() -> None:
         installed = Version(metadata.version(requirement.name))
         if Version(installed.base_version) != bound and not str(installed).startswith(f"{bound}."):
             wrong.append(f"{line}: {installed} is installed")
-    sys.exit("\n".join(wrong))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.commit(name, repository, [json.loads(line) for line in body.splitlines()])
             case ["resolve", _, *file]:
                 return self.send_file(repository, "/".join(file))
+            case ["tree", _]:
+                return self.answer([self.in_tree(path, data) for path, data in repository.files.items()])
         siblings = [self.listed(path, data) for path, data in repository.files.items()]
         return self.answer({"id": name, "sha": repository.head, "private": repository.private, "siblings": siblings})
 
@@ -154,6 +156,9 @@ class Handler(BaseHTTPRequestHandler):
             return entry
         digest = hashlib.sha256(data).hexdigest()
         return {**entry, "lfs": {"sha256": digest, "size": len(data), "pointerSize": 130}}
+
+    def in_tree(self, path: str, data: bytes) -> dict[str, Any]:
+        return {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
 
     def preupload(self, repository: Repository, wanted: dict[str, Any]) -> None:
         files = [

@@ -222,9 +222,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except ForgeError:
         raise
     except Exception as error:  # the exception depends on the HTTP library that huggingface_hub uses
-        response = next((found for one in _chain(error) if (found := getattr(one, "response", None)) is not None), None)
-        status = getattr(response, "status_code", None)
-        said = _without_token(first_line(next(one for one in reversed(_chain(error)))))
+        status, said = _answer(error)
         if status == 401:
             raise ForgeError("the Hub does not accept the token", _NO_TOKEN) from None
         if status in (402, 403):
@@ -242,12 +240,16 @@ def _hub_errors(repo: str) -> Iterator[None]:
         ) from None
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The exception and its causes."""
-    found = [error]
-    while (cause := found[-1].__cause__) is not None:
-        found.append(cause)
-    return found
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """The status with which the Hub answered, None if it did not, and what it said; no address, which may be signed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if response is not None:
+            said = getattr(cause, "server_message", None) or f"{response.status_code} {response.reason_phrase}"
+            return response.status_code, _without_token(said.splitlines()[0][:300])
+        error, cause = cause, cause.__cause__
+    return None, _without_token(first_line(error))
 
 
 def _without_token(text: str) -> str:
