@@ -28,7 +28,7 @@ def main() -> None:
             continue
         bound = next(Version(part.version) for part in requirement.specifier if part.operator == ">=")
         installed = Version(metadata.version(requirement.name))
-        if Version(installed.base_version) != bound and not str(installed).startswith(f"{bound}."):
+        if installed != bound:
             wrong.append(f"{line}: {installed} is installed")
     if wrong:
         sys.exit("\n".join(wrong))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from ollama_forge.cli.abliterate import abliterate
+from ollama_forge.cli.main import cli
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.pipeline.report import Report
 from ollama_forge.publishing.contents import Contents, contents
@@ -118,7 +118,7 @@ def test_what_a_run_made_arrives_as_one_private_commit(tmp_path: Path, hub: Hub)
     assert sent["template"] == b"{{ .Prompt }}\n"
     assert sent["system"] == b"Be brief."
     assert json.loads(sent["params"]) == {"stop": ["<|end|>"], "temperature": 0.5}
-    fetched = Path(snapshot_download(REPO, cache_dir=tmp_path / "fetched"))  # as a user does it
+    fetched = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path / "fetched"))  # as a user does it
     assert (fetched / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -277,7 +277,7 @@ def test_a_hub_that_does_not_answer(tmp_path: Path, hub: Hub, monkeypatch: pytes
 
 @pytest.mark.parametrize("repo", ["m", "a/b/c", "alice/", "https://hub/alice/m", "alice/m n"])
 def test_names_of_repositories(tmp_path: Path, hub: Hub, repo: str) -> None:
-    with pytest.raises(UsageError, match="owner/name"):
+    with pytest.raises(UsageError, match="is no repository of the Hub"):
         push(finished(tmp_path / "run"), repo)
 
 
@@ -299,28 +299,31 @@ def test_runs_that_are_not_published(tmp_path: Path) -> None:
         contents("m", REPO, folder=folder)
 
 
-def test_the_command_shows_first_and_sends_when_told(tmp_path: Path) -> None:
+def test_the_command_shows_first_and_sends_when_told(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     finished(tmp_path / "abliterate-m")
-    command = ("-m", "ollama_forge.cli.main", "abliterate", "push", "--name", "m", "--repo", REPO)
-    with writable_hub.serving() as stand_in:
-        environment = {
-            "HF_ENDPOINT": stand_in.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
-        }  # fmt: skip
-        shown = run(*command, cwd=tmp_path, environment=environment)
-        assert shown.returncode == 0, shown.stderr
-        assert not stand_in.repositories
-        assert "model.safetensors (3.0 KB)" in shown.stdout
-        assert "a new repository, private" in shown.stdout
-        assert shown.stdout.splitlines()[-1] == "nothing was sent; the same command with --upload sends it"
-        done = run(*command, "--upload", cwd=tmp_path, environment=environment)
-        assert done.returncode == 0, done.stderr
-        assert stand_in.repositories[REPO].files["model.safetensors"] == WEIGHTS
-        assert f"published: {stand_in.url}/{REPO}/commit/" in done.stdout
-        assert "ollama cp m USER/m, then ollama push USER/m" in done.stdout
-        again = run(*command, "--json", cwd=tmp_path, environment=environment)
-    told = json.loads(again.stdout)
-    assert told["commit"] is None
-    assert not any(file["send"] for file in told["files"])
-    assert TOKEN not in shown.stdout + shown.stderr + done.stdout + done.stderr + again.stdout + again.stderr
-    assert "push" in abliterate.commands
+    monkeypatch.chdir(tmp_path)
+    command = ["abliterate", "push", "--name", "m", "--repo", REPO]
+
+    def told(*options: str) -> str:
+        cli.main([*command, *options], standalone_mode=False)
+        shown = capsys.readouterr()
+        assert TOKEN not in shown.out + shown.err
+        return shown.out
+
+    shown = told()
+    assert not hub.repositories
+    assert "model.safetensors (3.0 KB)" in shown
+    assert "a new repository, private" in shown
+    assert shown.splitlines()[-1] == "nothing was sent; the same command with --upload sends it"
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = run("-m", "ollama_forge.cli.main", *command, "--upload", cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories[REPO].files["model.safetensors"] == WEIGHTS
+    assert f"published: {hub.url}/{REPO}/commit/{hub.repositories[REPO].head}" in done.stdout
+    assert "ollama cp m USER/m, then ollama push USER/m" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    again = json.loads(told("--json"))
+    assert again["commit"] is None
+    assert not any(file["send"] for file in again["files"])
