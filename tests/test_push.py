@@ -53,6 +53,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that this process asks, with the token of alice."""
     with writable_hub.serving() as stand_in:
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        files = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -118,7 +120,7 @@ def test_what_a_run_made_arrives_as_one_private_commit(tmp_path: Path, hub: Hub)
     assert sent["template"] == b"{{ .Prompt }}\n"
     assert sent["system"] == b"Be brief."
     assert json.loads(sent["params"]) == {"stop": ["<|end|>"], "temperature": 0.5}
-    fetched = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path / "fetched"))  # as a user does it
+    fetched = Path(snapshot_download(REPO, cache_dir=tmp_path / "fetched"))  # as a user does it
     assert (fetched / "model.safetensors").read_bytes() == WEIGHTS
 
 
