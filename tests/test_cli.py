@@ -33,6 +33,7 @@ COMMANDS = [
     ("abliterate", "evaluate"),
     ("abliterate", "optimize"),
     ("abliterate", "chat"),
+    ("abliterate", "push"),
     ("doctor",),
 ]
 COMPUTE = ("abliterate", "compute-dir", "--output", "x.pt", "--model")
