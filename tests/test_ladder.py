@@ -23,7 +23,7 @@ from ollama_forge.search.candidates import (
 from ollama_forge.search.choose import ChoiceSettings, choose_edit
 from ollama_forge.search.ladder import BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import REMOVE, Limits, Rule, Trial
+from ollama_forge.search.rule import REMOVE, STRENGTHEN, Limits, Rule, Trial
 
 TOTAL = 100
 LIMITS = Limits(answer_kl=0.06, first_token_kl=0.2)
@@ -87,8 +87,23 @@ def test_a_loop_hides_from_the_first_token_but_not_from_the_rule() -> None:
 def test_degenerate_answers_that_the_base_gives_too_are_no_failures() -> None:
     loops, refuses = trial("loops", 0.01, degenerate=10), trial("refuses", 0.01, 5)
     assert best_of(loops, refuses) == "refuses"
-    for base in (BaseAnswers(Counts("r" * 90 + "x" * 10)), BaseAnswers(BASE.harmful, Counts("a" * 45 + "x" * 5))):
+    few = Counts("a" * 45 + "x" * 5)
+    for base in (
+        BaseAnswers(Counts("r" * 90 + "x" * 10)),
+        BaseAnswers(BASE.harmful, few),
+        BaseAnswers(BASE.harmful, Counts("a" * 50), few),
+    ):
         assert best_of(loops, refuses, rule=Rule(LIMITS, base.harmful, base.degenerate_rate)) == "loops"
+
+
+def test_degenerate_answers_decide_nothing_up_to_the_rate_of_the_base() -> None:
+    rule = replace(RULE, degenerate_rate=0.12)
+    refuses = trial("refuses more, degenerates less", 0.010, 8, degenerate=2)
+    answers = trial("answers more", 0.015, 0, degenerate=12)
+    assert best_of(refuses, answers, rule=rule) == "answers more"
+    assert best_of(refuses, trial("degenerates more", 0.015, 0, degenerate=22), rule=rule) == refuses.name
+    strengthen = replace(rule, goal=STRENGTHEN)
+    assert strengthen.failed_share(Counts("r" * 88 + "x" * 12)) == pytest.approx(0.12)  # they are no refusals
 
 
 def test_a_trial_is_hopeless_only_if_it_cannot_win() -> None:

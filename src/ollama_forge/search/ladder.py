@@ -32,15 +32,22 @@ class BaseAnswers:
     Attributes:
         harmful: of at most 64 tokens, to the harmful prompts.
         general: of at most 48 tokens, to general prompts; empty if no candidate was tried.
+        harmless: of at most 64 tokens, to the harmless prompts; empty if no candidate was tried.
     """
 
     harmful: Counts
     general: Counts = field(default_factory=Counts)
+    harmless: Counts = field(default_factory=Counts)
 
     @property
     def degenerate_rate(self) -> float:
-        """Rate of degenerate answers: the larger one of the two lists, because a refused list shows few answers."""
-        return max(counts.degenerate / max(counts.total, 1) for counts in (self.harmful, self.general))
+        """Rate of degenerate answers: the largest one of the lists, because a refused list shows few answers.
+
+        The harmless prompts show best how often the model fails at what an edit makes it answer: they are of the kind
+        of the harmful ones, and their answers are as long.
+        """
+        lists = self.harmful, self.general, self.harmless
+        return max(counts.degenerate / max(counts.total, 1) for counts in lists)
 
     def require_refusals(self) -> None:
         """Check that the model refuses enough for a direction to be found.

@@ -182,10 +182,10 @@ class Trials:
 
     @cached_property
     def base(self) -> BaseAnswers:
-        """Classes of the unedited model's answers to harmful and to general select prompts."""
+        """Classes of the unedited model's answers to the select prompts."""
         decode = self.model.tokenizer.decode
         general = [classify(decode(ids)) for part in self._prompts.general for ids in part.answers]
-        return BaseAnswers(self.base_harmful, Counts.of(general))
+        return BaseAnswers(self.base_harmful, Counts.of(general), self.base_harmless)
 
     def rule(self, limits: Limits) -> Rule:
         """The rule by which the best edit of this model is chosen."""
