@@ -154,7 +154,7 @@ def test_where_stores_are_looked_for(store: Store, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     service = Store(tmp_path / "service")
-    monkeypatch.setattr(ollama_store, "SERVICE_STORES", (str(service.path),))
+    monkeypatch.setattr(ollama_names, "SERVICE_STORES", (str(service.path),))
     with pytest.raises(ForgeError, match=r"Ollama keeps no models in .*home") as caught:
         find_model("m")
     assert "OLLAMA_MODELS" in caught.value.hint

@@ -76,6 +76,15 @@ def cache_root() -> Path:
     return platformdirs.user_cache_path("ollama-forge", appauthor=False)
 
 
+def hub_cache() -> Path:
+    """The folder in which huggingface_hub keeps downloaded models, as its variables say."""
+    given = os.environ.get("HF_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
+
+
 def config_file() -> Path:
     """The user's config file, which need not exist: ``OLLAMA_FORGE_CONFIG``, else in the user's config folder."""
     override = os.environ.get("OLLAMA_FORGE_CONFIG")

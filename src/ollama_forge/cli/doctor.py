@@ -6,10 +6,11 @@ import json
 
 import click
 
+from ollama_forge.cli.base import Command
 from ollama_forge.cli.options import json_option
 
 
-@click.command()
+@click.command("doctor", cls=Command)
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what is installed, what is missing, and what needs the missing parts."""
