@@ -1,4 +1,4 @@
-"""Fixtures of several test modules. No test reaches the user's own Ollama: its address and its store are set here."""
+"""Fixtures of several test modules. No test reaches the user's own Ollama or settings: they are set here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tests.gguf_models import Model
 
 
+for _name in [name for name in os.environ if name.startswith("OLLAMA_FORGE_") and name != "OLLAMA_FORGE_CACHE"]:
+    del os.environ[_name]
+os.environ["OLLAMA_FORGE_CONFIG"] = os.devnull  # not the user's config file
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # the discard port, where nothing listens
 os.environ["OLLAMA_MODELS"] = str(Path(__file__).parent / "no-such-store")
 sys.addaudithook(usual_port.note)

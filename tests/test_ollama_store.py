@@ -21,7 +21,7 @@ from ollama_forge.ollama.registration import OllamaSettings, plan_registration
 from ollama_forge.ollama.shown import Shown
 from ollama_forge.ollama.template import template_of
 from ollama_forge.pipeline import RunSettings
-from ollama_forge.sources import ollama_store
+from ollama_forge.sources import ollama_names, ollama_store
 from ollama_forge.sources.ollama_names import OllamaName
 from ollama_forge.sources.ollama_store import StoredModel, find_model
 from ollama_forge.sources.resolve import resolve, resolve_gguf

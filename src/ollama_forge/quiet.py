@@ -18,7 +18,7 @@ _silent_blocks = 0
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside the block, log only errors of transformers (in a verbose process: all it does), and disable tqdm's bars."""
+    """Inside the block, log only errors of transformers (in a verbose process all), and disable tqdm's bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

@@ -121,7 +121,7 @@ def _set_variable(name: str, value: str | None) -> None:
 
 
 def common_options(*, of_program: bool = False) -> list[click.Option]:
-    """New options that every command has; or those behind the program's name, which are for the command that follows."""
+    """New options that every command has; or those behind the program's name, which are for the command that comes"""
     return [
         click.Option(
             ["--config"],

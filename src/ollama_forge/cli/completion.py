@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -23,7 +24,7 @@ class _Completed(click.types.StringParamType):
         return self.complete(incomplete)
 
 
-def completed_type(option: click.Option) -> click.ParamType:
+def completed_type(option: click.Option) -> click.ParamType[Any]:
     """The type of an option; a text whose kind the help names (``FILE``, ``DIR``, ``MODEL``) gets completions of it."""
     complete = _BY_METAVAR.get(option.metavar or "")
     return option.type if complete is None or option.type is not click.STRING else _Completed(complete)

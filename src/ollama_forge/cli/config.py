@@ -120,15 +120,20 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) else None
 
 
+def _shown(value: Any) -> str:
+    if value is None or value == []:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _print(settings: list[Setting], *, by_command: bool) -> None:
     """Print a line for each option, value and place, with its commands; what is set comes before the defaults."""
     from ollama_forge.cli.columns import print_columns
 
     rows: dict[tuple[str, str, str], list[str]] = {}
     for one in settings:
-        value = "-" if one.value in (None, []) else json.dumps(one.value, ensure_ascii=False)
-        value += f" (refused: {one.problem})" if one.problem else ""
-        rows.setdefault((one.option, value.strip('"'), one.origin or one.source), []).append(one.command)
+        value = f"{_shown(one.value)} (refused: {one.problem})" if one.problem else _shown(one.value)
+        rows.setdefault((one.option, value, one.origin or one.source), []).append(one.command)
     ordered = sorted(rows, key=lambda row: (row[2] == "default", row))
     total = len({one.command for one in settings})
     lines = [(*row, "all" if len(rows[row]) == total else ", ".join(rows[row])) for row in ordered]
