@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ollama_forge.files import disk_errors
-
 
 def free_space(folder: Path) -> int:
     """Bytes available to the user on the disk of ``folder``, which need not exist.
@@ -21,6 +19,8 @@ def free_space(folder: Path) -> int:
     Raises:
         ForgeError: the disk cannot be queried.
     """
+    from ollama_forge.files import disk_errors
+
     folder = folder.absolute()
     with disk_errors(folder):
         existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)

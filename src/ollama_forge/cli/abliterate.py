@@ -11,7 +11,7 @@ import click
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.base import Command
-from ollama_forge.cli.completion import complete_ollama, complete_runs
+from ollama_forge.cli.completers import complete_ollama, complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan

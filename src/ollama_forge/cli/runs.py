@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.base import Command, DefaultGroup
-from ollama_forge.cli.completion import complete_runs
+from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.confirm import confirm, yes_option
 from ollama_forge.cli.options import json_option
 

@@ -11,7 +11,7 @@ import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.base import Command
-from ollama_forge.cli.completion import complete_runs
+from ollama_forge.cli.completers import complete_runs
 from ollama_forge.errors import UsageError, require_abliterate
 from ollama_forge.names import run_output
 
