@@ -97,8 +97,8 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
     out = Terminal()
     printer = AnswerPrinter(out)
-    printer.add("hm", "")
-    printer.add("", "yes")
+    printer.show("hm", "")
+    printer.show("", "yes")
     assert ("\x1b" in out.getvalue()) == (not no_color)
 
 

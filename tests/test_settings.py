@@ -80,6 +80,9 @@ def test_an_option_that_may_be_repeated_takes_several_values(
     path = config(tmp_path, serve={"checkpoint": ["c d", "e"]})
     assert forge("abliterate", "serve", "--config", str(path)).status == 0
     assert (seen["names"], seen["checkpoints"]) == (("a", "b"), ("c d", "e"))
+    config(tmp_path, serve={"checkpoint": "c d"})
+    assert forge("abliterate", "serve", "--config", str(path)).status == 0
+    assert seen["checkpoints"] == ("c d",)
 
 
 def test_the_users_own_file_is_read_unless_another_is_named(
@@ -148,10 +151,33 @@ def test_every_option_has_its_variable(forge: Call, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_option_has_its_key(forge: Call, tmp_path: Path) -> None:
-    path = config(tmp_path, **dict.fromkeys(OPTIONS - {"verbose", "json"}, 1))
-    for one in shown(forge("config", "show", "--json", "--config", str(path))):
-        if one["option"] not in ("--verbose", "--json"):
-            assert (one["source"], one["origin"]) == ("config file", str(path)), one
+    tables: dict[str, dict[str, Any]] = {}
+    for name, command in COMMANDS.items():
+        if name != "config show":
+            values = {base.key_of(option): True if option.is_flag else "1" for option in base.options_of(command)}
+            tables[name] = {key: value for key, value in values.items() if key != "config"}
+    runs, cache = ({verb: tables.pop(f"{group} {verb}") for verb in ("list", "rm")} for group in ("runs", "cache"))
+    path = config(tmp_path, **tables, runs=runs, cache=cache)
+    settings = shown(forge("config", "show", "--json", "--config", str(path)))
+    for one in settings:
+        place = ("default", "") if one["command"] == "config show" else ("config file", str(path))
+        assert one["option"] == "--json" or (one["source"], one["origin"]) == place, one
+    assert {one["command"] for one in settings} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("quiet", 1, "true or false"),
+        ("seed", True, "a value of its own"),
+        ("device", ["cpu", "cuda"], "one value"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(forge: Call, tmp_path: Path, key: str, value: Any, hint: str) -> None:
+    path = config(tmp_path, **{key: value})
+    said = forge("abliterate", "run", "--model", "m", "--name", "n", "--config", str(path))
+    assert (said.status, said.out) == (2, "")
+    assert said.err.startswith(f"error: {path}: {key} = {value!r} is wrong\nhint: the option takes {hint}")
 
 
 def test_config_show_of_one_command(forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from ollama_forge.cli.completers import completed_type
+from ollama_forge.cli.options import CommaSeparated
 from ollama_forge.errors import UsageError
 from ollama_forge.progress import QUIET, VERBOSE
 from ollama_forge.system import config_file
@@ -205,9 +206,27 @@ def find_config(root: click.Group, given: Path | None) -> ConfigFile | None:
 
 
 def default_map(config: ConfigFile, command: click.Command, name: str) -> dict[str, Any]:
-    """The values of a config file for a command, by the names of its parameters."""
+    """The values of a config file for a command, by the names of its parameters.
+
+    Raises:
+        UsageError: a value is a list where one value belongs, or true or false where the option is no flag, or no such
+            value where it is one.
+    """
     values = config.of(name)
-    return {str(option.name): values[key_of(option)] for option in options_of(command) if key_of(option) in values}
+    given = [option for option in options_of(command) if key_of(option) in values]
+    return {str(option.name): _fitting(option, values[key_of(option)], config) for option in given}
+
+
+def _fitting(option: click.Option, value: Any, config: ConfigFile) -> Any:
+    """A value of a config file, which click would convert to a text or a number whatever it is."""
+    wanted = ""
+    if option.is_flag != isinstance(value, bool):
+        wanted = "true or false" if option.is_flag else "a value of its own, and no true or false"
+    elif isinstance(value, list) and not option.multiple and not isinstance(option.type, CommaSeparated):
+        wanted = "one value, and no list"
+    if wanted:
+        raise UsageError(f"{config.path}: {key_of(option)} = {value!r} is wrong", f"the option takes {wanted}")
+    return [value] if option.multiple and not isinstance(value, list) else value
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
