@@ -18,7 +18,7 @@ class ExitStatus(IntEnum):
 
 EXIT_STATUSES: Mapping[ExitStatus, str] = {  # docs/command-line.md has the same table
     ExitStatus.DONE: "the command did what it was asked to",
-    ExitStatus.FAILED: "the command failed; the lines error: and hint: on stderr say why and what to do",
+    ExitStatus.FAILED: "the command failed; stderr says why and what to do",
     ExitStatus.USAGE: "an option or argument is wrong; nothing was done",
     ExitStatus.INTERRUPTED: "the command was interrupted with Ctrl-C; a run goes on when it is repeated",
 }
