@@ -78,18 +78,21 @@ def test_of_quiet_and_verbose_the_first_place_wins(forge: Call, monkeypatch: pyt
     )
 
 
-def test_a_quiet_bar_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "_PLAIN_EVERY", 0.0)
-    for quiet in ("0", "1"):
-        monkeypatch.setenv(progress.QUIET, quiet)
-        with progress.bar("work", 3) as advance:
-            advance(1)
-        assert capsys.readouterr().err.startswith("work: 1 of 3") == (quiet == "0")
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_quiet_bars_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_EVERY", 0.0)
+    for terminal in (io.StringIO, Terminal):
+        for quiet in ("0", "1"):
+            monkeypatch.setenv(progress.QUIET, quiet)
+            monkeypatch.setattr(sys, "stderr", terminal())
+            with progress.status("thinking"), progress.bar("work", 3) as advance:
+                advance(1)
+            assert ("work" in sys.stderr.getvalue()) == (quiet == "0")
+            assert ("thinking" in sys.stderr.getvalue()) == (quiet == "0" and terminal is Terminal)
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
@@ -158,16 +161,24 @@ def program(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="needs bash")
-def test_completion_in_bash(program: Path) -> None:
+def test_completion_in_bash(program: Path, tmp_path: Path) -> None:
     script = """
     source <(ollama-forge completion bash)
-    COMP_WORDS=(ollama-forge abliterate plan --mod); COMP_CWORD=3
-    _ollama_forge_completion ollama-forge
-    printf '%s\\n' "${COMPREPLY[@]}"
+    complete_words() {
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+        _ollama_forge_completion ollama-forge 2>/dev/null  # compopt works on a key press alone
+        printf '%s\\n' "${COMPREPLY[@]}"
+    }
+    complete_words ollama-forge abliterate plan --mod
+    complete_words ollama-forge abliterate plan --model ollama : llama3 : 8
+    complete_words ollama-forge convert --template-from llama3 :
     """
-    environment = {**os.environ, "PATH": f"{program}{os.pathsep}{os.environ['PATH']}"}
+    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "8b"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}", encoding="utf-8")
+    environment = {**os.environ, "OLLAMA_MODELS": str(tmp_path), "PATH": f"{program}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "--model\n"
+    assert done.stdout.split() == ["--model", "8b", "8b"]
 
 
 # The report for a bug

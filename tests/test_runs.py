@@ -94,11 +94,16 @@ def test_runs_rm_asks(forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert asked == ["remove abliterate-mine (5.0 KB)?"] * 2
 
 
-def test_runs_rm_leaves_what_is_not_a_runs_or_in_use(forge: Call, tmp_path: Path) -> None:
+def test_runs_rm_leaves_what_is_not_a_runs_or_in_use(
+    forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = made(tmp_path, "mine")
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     assert "holds notes.txt, not written by run" in forge("runs", "rm", "mine", "--yes").err
     (folder / "notes.txt").unlink()
+    monkeypatch.chdir(folder / "checkpoint")
+    assert "holds the current folder" in forge("runs", "rm", "mine", "--folder", str(tmp_path), "--yes").err
+    monkeypatch.chdir(tmp_path)
     (folder / ".stages").mkdir()
     with filelock.FileLock(folder / ".stages" / "lock"):
         said = forge("runs", "rm", "mine", "--yes")
@@ -127,18 +132,18 @@ def test_damaged_files_of_a_run_do_not_hide_it(forge: Call, tmp_path: Path) -> N
 def test_the_cache_is_shown_and_freed_by_kind(forge: Call, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     assert forge("cache").out.startswith(f"{root}: 0 B\n")
-    for kind, size in (("demo", 3000), ("lists", 10), ("from-an-old-version", 100)):
+    for kind, size in (("demo", 3000), ("lists", 200), ("from-an-old-version", 100)):
         (root / kind / "sub").mkdir(parents=True)
         (root / kind / "sub" / "file").write_bytes(b"x" * size)
     rows = [re.split(r"  +", line) for line in forge("cache").out.splitlines()]
-    assert rows[0] == [f"{root}: 3.1 KB"]
-    assert [row[0] for row in rows[1:-1]] == ["kind", "demo", "from-an-old-version", "lists"]
+    assert rows[0] == [f"{root}: 3.3 KB"]
+    assert [row[0] for row in rows[1:-1]] == ["kind", "demo", "lists", "from-an-old-version"]
     assert rows[2] == ["demo", "3.0 KB", "1", KINDS["demo"]]
-    assert rows[3][-1] == "unknown"
+    assert rows[4][-1] == "unknown"
     assert "add --yes" in forge("cache", "rm", "lists").err
     assert (
         forge("cache", "rm", "lists", "demo", "--yes", "--json").out
-        == '{"removed": ["lists", "demo"], "bytes": 3010}\n'
+        == '{"removed": ["lists", "demo"], "bytes": 3200}\n'
     )
     assert sorted(path.name for path in root.iterdir()) == ["from-an-old-version"]
     assert forge("cache", "rm", "demos", "--yes").status == 1

@@ -98,6 +98,7 @@ def test_the_users_own_file_is_read_unless_another_is_named(
     assert (planned["device"], planned["dtype"]) == ("own", "auto")
     assert forge("abliterate", "plan", "--model", "m", "--config", str(named)).status == 0
     assert (planned["device"], planned["dtype"]) == ("auto", "named")
+    assert forge("--config", "nowhere", "abliterate", "plan", "--model", "m", "--config", str(named)).status == 0
     said = forge("abliterate", "plan", "--model", "m", "--config", "nowhere.toml")
     assert (said.status, said.out) == (1, "")
     assert said.err.startswith("error: nowhere.toml does not exist\n")

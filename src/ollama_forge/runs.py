@@ -88,7 +88,7 @@ def remove_run(run: Run) -> None:
             "move that elsewhere first, or remove the folder yourself",
         )
     if Path.cwd().is_relative_to(folder):
-        raise ForgeError(f"{run.folder} is the current folder", "change to another folder first")
+        raise ForgeError(f"{run.folder} holds the current folder", "change to another folder first")
     with disk_errors(folder):
         (folder / _LOCK).parent.mkdir(exist_ok=True)
         lock = filelock.FileLock(folder / _LOCK)

@@ -86,10 +86,7 @@ def hub_cache() -> Path:
 
 
 def config_file() -> Path:
-    """The user's config file, which need not exist: ``OLLAMA_FORGE_CONFIG``, else in the user's config folder."""
-    override = os.environ.get("OLLAMA_FORGE_CONFIG")
-    if override:
-        return Path(override).expanduser()
+    """The user's config file, which need not exist."""
     import platformdirs
 
     return platformdirs.user_config_path("ollama-forge", appauthor=False) / "config.toml"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from ollama_forge.cli.base import Command
@@ -9,6 +11,16 @@ from ollama_forge.cli.base import Command
 PROGRAM = "ollama-forge"
 _VARIABLE = "_OLLAMA_FORGE_COMPLETE"  # click's, made from the program's name
 _SHELLS = ("bash", "zsh", "fish", "powershell")
+
+
+def prepare_completion() -> None:
+    """If this process was started to complete, let bash complete words with a colon."""
+    if _VARIABLE in os.environ:
+        from click.shell_completion import add_completion_class
+
+        from ollama_forge.cli.bash import BashWithColons
+
+        add_completion_class(BashWithColons)
 
 
 @click.command("completion", cls=Command)

@@ -12,7 +12,7 @@ from ollama_forge import __version__
 from ollama_forge.cli.abliterate import abliterate
 from ollama_forge.cli.base import common_options, keep_common_options, where_from
 from ollama_forge.cli.cache import cache
-from ollama_forge.cli.completion import PROGRAM, completion
+from ollama_forge.cli.completion import PROGRAM, completion, prepare_completion
 from ollama_forge.cli.config import config
 from ollama_forge.cli.doctor import doctor
 from ollama_forge.cli.ollama import convert, refresh_template
@@ -80,6 +80,7 @@ def main() -> None:
     """Run the command line, and exit with an ``ExitStatus``."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # Windows pipes encode few characters, and none a lone surrogate
         sys.stdout.reconfigure(errors="replace")
+    prepare_completion()
     try:
         cli.main(prog_name=PROGRAM, standalone_mode=False)
     except ForgeError as error:
