@@ -17,9 +17,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def endpoints() -> str:
     """The endpoints as Markdown: a section for each API, with the fields of each request."""
     from ollama_forge.serving.api.app import build_app
+    from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.registry import ModelRegistry
 
-    paths: Mapping[str, Mapping[str, Any]] = build_app(ModelRegistry()).openapi()["paths"]
+    paths: Mapping[str, Mapping[str, Any]] = build_app(ModelRegistry(), ServeSettings()).openapi()["paths"]
     found = [(route["tags"][0], method, path, route) for path, of in paths.items() for method, route in of.items()]
     return "\n".join(line for tag, routes in groupby(found, lambda route: route[0]) for line in _section(tag, routes))
 
