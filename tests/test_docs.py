@@ -18,7 +18,7 @@ NEEDS = {
 }  # fmt: skip
 OTHERS = {"ollama", "curl", "codex", "claude", "pip", "uv", "python3", "docker"}  # programs whose options are not ours
 
-OF_VLLM = {"--gpu-memory-utilization", "--quantization"}  # examples of --vllm-args
+OF_VLLM = {"--enable-lora", "--gpu-memory-utilization", "--quantization"}  # which the docs speak of
 
 
 def commands(group: click.Group, name: str = "ollama-forge") -> Iterator[tuple[str, click.Command]]:
