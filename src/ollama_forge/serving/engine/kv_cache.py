@@ -123,6 +123,11 @@ class KVCache(Cache):
             layer.keys, layer.values = keys, values
         span.row_room, span.column_room, span.start, span.end = rows, columns, new.start, new.end
 
+    def release(self) -> None:
+        """Drop the buffers; the cache must not be used any more."""
+        for layer in self.filled_layers:
+            layer.keys = layer.values = None
+
     def copy_row(self, source: KVCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
         """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.
 
