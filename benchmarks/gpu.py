@@ -12,6 +12,7 @@ Needs the extra ``dev``.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -60,6 +61,9 @@ def main() -> int:
     if unknown := set(only) - set(sections):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     warnings.filterwarnings("ignore")
+    reasons = logging.getLogger("ollama_forge.serving.engine.cuda_graphs")  # says why a model has no graphs
+    reasons.setLevel(logging.INFO)
+    reasons.addHandler(logging.StreamHandler(sys.stdout))
     device = torch.device(chosen.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     print(f"{name}, torch {torch.__version__}", flush=True)
@@ -69,7 +73,7 @@ def main() -> int:
         if "engine" in only:
             for family in some or gpu_engine.FAMILIES:
                 table.check(f"engine: {family}", partial(gpu_engine.family, family, device))
-            for each in (gpu_engine.constrained, gpu_engine.logprobs, gpu_engine.embeddings, gpu_engine.sampled):
+            for each in gpu_engine.FEATURES:
                 table.check(f"engine: {each.__name__}", partial(each, device))
         if "live" in only:
             table.check("engine: live", partial(gpu_engine.live, device, root))

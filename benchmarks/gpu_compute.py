@@ -41,14 +41,18 @@ def save(name: str, folder: Path) -> Checkpoint:
     return tiny.save(tiny.build(name), folder)
 
 
-def results(model: ChatModel, source: Checkpoint, fit: PartPrompts, *, divergences: bool = True) -> dict[str, Any]:
+def results(
+    model: ChatModel, source: Checkpoint, fit: PartPrompts, *, fits: bool = True, divergences: bool = True
+) -> dict[str, Any]:
     """The direction, the fitted keys and the divergence of the edit; ``seconds`` of the first two."""
     started = time.perf_counter()
     direction = compute_direction(model, fit, DirectionSettings(), fingerprint=source.fingerprint)
     computed = time.perf_counter()
     settings, read = settings_of("least-squares", {}), vector_reader(source.tensors)
     context = FitContext(model, fit, read, 0)
-    fitted = method("least-squares").fit(context, settings, {"direction": direction})["direction"]
+    fitted = FittedFactors()
+    if fits:
+        fitted = method("least-squares").fit(context, settings, {"direction": direction})["direction"]
     done = time.perf_counter()
     found: dict[str, Any] = {"direction": direction.vectors, "seconds": (computed - started, done - computed)}
     found |= {f"key of {name}": factors.K for name, factors in fitted.by_tensor.items()}
@@ -104,11 +108,11 @@ def large(check: Check, device: torch.device, root: Path, layers: int, width: in
         state["map"] = map_checkpoint(source)
         return f"{size / 2**30:.1f} GiB"
 
-    def times(name: str, load: Callable[[], ChatModel]) -> str:
+    def times(name: str, load: Callable[[], ChatModel], *, fits: bool = True) -> str:
         started = time.perf_counter()
         model = load()
         loaded = time.perf_counter() - started
-        found = results(model, state["source"], fit, divergences=False)
+        found = results(model, state["source"], fit, fits=fits, divergences=False)
         del model
         release_memory()
         state[name] = found
@@ -129,10 +133,6 @@ def large(check: Check, device: torch.device, root: Path, layers: int, width: in
     check("large: write and map", write)
     check("large: device", lambda: times("device", whole(device)))
     check("large: device again", lambda: times("again", whole(device)))
-    for gib in (1, 4):
-        streamed = lambda gib=gib: load_streamed(state["source"], settings(device), state["map"], gib << 30)  # noqa: E731
-        check(f"large: streamed, {gib} GiB", lambda streamed=streamed: times("streamed", streamed))  # type: ignore[misc]
-    check("large: CPU", lambda: times("cpu", whole(torch.device("cpu"))))
 
     def in_8_bits() -> str:
         started = time.perf_counter()
@@ -144,6 +144,10 @@ def large(check: Check, device: torch.device, root: Path, layers: int, width: in
 
     if importlib.util.find_spec("bitsandbytes") is not None:
         check("large: 8 bits", in_8_bits)
+    check("large: CPU, direction", lambda: times("cpu", whole(torch.device("cpu")), fits=False))
+    for gib, fits in ((1, False), (4, True)):
+        streamed = lambda gib=gib: load_streamed(state["source"], settings(device), state["map"], gib << 30)  # noqa: E731
+        check(f"large: streamed, {gib} GiB", lambda s=streamed, f=fits: times("streamed", s, fits=f))  # type: ignore[misc]
 
 
 def edits(device: torch.device) -> str:

@@ -39,7 +39,7 @@ from ollama_forge.serving.engine.sequence import Sequence as EngineSequence
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.text.tokenizer import Tokenizer
 
-__all__ = ["FAMILIES", "constrained", "embeddings", "family", "live", "logprobs", "sampled", "speed"]
+__all__ = ["FAMILIES", "FEATURES", "family", "live", "speed"]
 
 Check = Callable[[str, Callable[[], str]], None]
 SCHEMA = {"type": "object", "properties": {"flag": {"type": "boolean"}}, "required": ["flag"]}
@@ -144,6 +144,58 @@ def sampled(device: torch.device) -> str:
     return f"{len(kinds)} kinds, together as alone"
 
 
+def experts(device: torch.device) -> str:
+    """Experts in bf16, where transformers multiplies them without asking the device how many tokens each has."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        **{**tiny_families.HEADS, "hidden_size": 256, "head_dim": 64, "intermediate_size": 512},
+        moe_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+    )
+    torch.manual_seed(0)
+    model = tiny_families.wrapped(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval())
+    requests = [greedy(prompt(9 + place, place), 40) for place in range(3)]
+    with running(model) as engine:
+        found = together(engine, requests)
+        pairs = zip(found, [wanted(model, request) for request in requests], strict=True)
+        alike = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=True))
+        return f"graphs: {engine.support.graphs}, {alike} of 120 ids equal (bf16 rounds)"
+
+
+def wanted(model: ChatModel, request: EngineRequest) -> list[int]:
+    return by_generate(model, request.ids, request.max_tokens)
+
+
+def failed_capture(device: torch.device) -> str:
+    """A model that waits for the device only while it is captured, so that nobody sees it beforehand."""
+    model = on_device("llama", device)
+    forward = model.forward
+
+    def reads(**inputs: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            inputs["input_ids"].sum().item()
+        return forward(**inputs)
+
+    model.forward = reads  # type: ignore[method-assign]
+    request = greedy(prompt(20, 1), 40)
+    with running(model) as engine:
+        same(engine.support.graphs, False, "graphs")
+        same(together(engine, [request])[0], wanted(model, request), "without graphs")
+    model.forward = forward  # type: ignore[method-assign]
+    release_memory()
+    with running(model) as engine:
+        found = engine.support.graphs
+        same(together(engine, [request])[0], wanted(model, request), "afterwards")
+    release_memory()
+    return f"without graphs after it; another engine has graphs: {found}"
+
+
+FEATURES = (constrained, logprobs, embeddings, sampled, experts, failed_capture)
+
+
 def live(device: torch.device, folder: Path) -> str:
     source = tiny.save(tiny.build("mistral"), folder / "live")
     model_map = map_checkpoint(source)
@@ -214,7 +266,6 @@ def timed(work: Callable[[], Any]) -> float:
 def speed(check: Check, device: torch.device, layers: int, width: int) -> None:
     state: dict[str, Any] = {}
     greedy_params, drawn = SamplingParams(temperature=0.0), SamplingParams(seed=1)
-    free = torch.cuda.mem_get_info(device)[0]
 
     def load() -> str:
         state["model"] = model = big(device, layers, width)
@@ -261,29 +312,65 @@ def speed(check: Check, device: torch.device, layers: int, width: int) -> None:
                 check(name, lambda s=streams, g=graphs, a=ahead: step(state["model"], s, g, a))  # type: ignore[misc]
     check("step: 16 rows, one long", lambda: step(state["model"], 16, True, True, longest=2000))
 
+    def with_cudnn(rows: int) -> str:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            return step(state["model"], rows, True, True)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    for streams in STREAMS:
+        check(f"step: {streams} rows, cuDNN", lambda streams=streams: with_cudnn(streams))  # type: ignore[misc]
+    check("step: kernels of 16 rows", lambda: kernels(state["model"], 16))
+
     def unload() -> str:
         state.pop("engine").close()
         state.clear()
         release_memory()
-        left = free - torch.cuda.mem_get_info(device)[0]
-        return f"{left / 2**20:.0f} MiB more in use than before it was loaded"
+        held, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+        return f"{held / 2**20:.0f} MiB held; with CUDA's own {(free[1] - free[0]) / 2**20:.0f} MiB in use"
 
     check("speed: unloaded", unload)
 
 
-def step(model: ChatModel, rows: int, graphs: bool, ahead: bool, *, longest: int = WORDS) -> str:
-    """Milliseconds of a step, of its forward pass on the device and of its sampling, and the waits of the host."""
+def running_rows(model: ChatModel, rows: int, graphs: bool, longest: int = WORDS) -> tuple[Scheduler, BatchedRunner]:
+    """A scheduler whose rows are all decoding, with captured steps."""
     forward, has_kv = Forward(model), layers_with_kv(model.module.config)
     assert has_kv is not None
     made = StepGraphs(forward, has_kv, 1 << 33) if graphs else None
     runner = BatchedRunner(forward, has_kv, rows, 0, graphs=made)
-    runner.runs_ahead = ahead
     scheduler = Scheduler(runner, lambda *_: None)
     for number in range(rows):
         ids = prompt(longest if number == 0 else WORDS, number)
         scheduler.submit(EngineSequence.of(EngineRequest(ids, 10_000, SamplingParams(temperature=0.0)), None, None))  # type: ignore[arg-type]
     for _ in range(rows + 10):
         scheduler.tick()
+    return scheduler, runner
+
+
+def kernels(model: ChatModel, rows: int) -> str:
+    """The kernels of a step, and how long the device is busy with them."""
+    scheduler, _ = running_rows(model, rows, True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            scheduler.tick()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    busy = sum(event.self_device_time_total for event in events) / STEPS / 1e3
+    count = sum(event.count for event in events) / STEPS
+    most = sorted(events, key=lambda event: -event.self_device_time_total)[:8]
+    scheduler.close()
+    return f"{count:.0f} kernels, busy {busy:.2f} ms: " + "; ".join(
+        f"{event.self_device_time_total / STEPS / 1e3:.2f} ms {event.count / STEPS:.0f}x {event.key[:48]}"
+        for event in most
+    )
+
+
+def step(model: ChatModel, rows: int, graphs: bool, ahead: bool, *, longest: int = WORDS) -> str:
+    """Milliseconds of a step, of its forward pass on the device and of its sampling, and the waits of the host."""
+    scheduler, runner = running_rows(model, rows, graphs, longest)
+    runner.runs_ahead = ahead
+    scheduler.tick()
     seconds = timed(lambda: [scheduler.tick() for _ in range(STEPS)]) / STEPS
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

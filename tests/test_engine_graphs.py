@@ -52,7 +52,7 @@ class Graphed(Traced):
         self.recorder = Recorder()
         forward, has_kv = self.batch.forward, self.batch.has_kv
         self.graphs = StepGraphs(forward, has_kv, nbytes, capture=self.recorder, patience=patience)
-        self.batch.graphs, self.batch.runs_ahead = self.graphs, True
+        self.batch.graphs, self.batch.runs_ahead, self.batch._shares_layers = self.graphs, True, True
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,7 +100,7 @@ def test_a_sequence_that_outgrows_its_buffers_goes_on(tmp_path: Path) -> None:
 
 def test_the_pool_is_bounded_and_hands_out_zeros() -> None:
     def cache(pool: BufferPool, columns: int) -> PooledKVCache:
-        made = PooledKVCache([True, False], 1, columns, pool)
+        made = PooledKVCache([True, False], 1, columns, None, pool)
         made.layers[0].update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))  # type: ignore[union-attr]
         return made
 
@@ -143,12 +143,14 @@ def test_what_makes_the_host_wait_is_not_captured(tmp_path: Path, monkeypatch: p
         lambda tensor: tensor.to("meta"),
     ],
 )
-def test_host_reads_are_found(read: Callable[[torch.Tensor], Any]) -> None:
-    tensor = torch.arange(5)
-    with pytest.raises(HostReadError), NoHostReads(tensor.device):
-        read(tensor)
-    with NoHostReads(tensor.device):
-        assert (tensor[tensor.clone()] * 2).sum() is not None
+@pytest.mark.parametrize("inference", [False, True])
+def test_host_reads_are_found(read: Callable[[torch.Tensor], Any], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        tensor = torch.arange(5)
+        with pytest.raises(HostReadError), NoHostReads(tensor.device):
+            read(tensor)
+        with NoHostReads(tensor.device):
+            assert (tensor[tensor.clone()] * 2).sum() is not None
 
 
 def test_the_self_test_takes_graphs_only_where_they_are_right(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ollama_forge.models.device import is_out_of_memory, upload
 from ollama_forge.serving.engine.cuda_graphs import StepGraphs
 from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedKVCache
-from ollama_forge.serving.engine.kv_cache import KVCache
+from ollama_forge.serving.engine.kv_cache import KVCache, Layout
 from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
 from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
@@ -115,6 +115,8 @@ class BatchedRunner:
         self.reuses = reuses
         self.rows: list[Row] = []
         self.groups: list[RowGroup] = []
+        self._layout: Layout | None = None
+        self._shares_layers = forward.device.type == "cuda"
         self._switch = AttentionSwitch(forward.model.module)
         self.one_pass = self._switch.available
         self._checked = False
@@ -148,7 +150,7 @@ class BatchedRunner:
         return None if kept is None else CachedPrefix(kept[0], 0, 0, kept[1])
 
     def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> BatchedPrefill:
-        cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)))
+        cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)), self._layout)
         found = [self._cached_prefix(prompt) if media is None else None for prompt in prompts]
         new_tokens = max(
             len(prompt) - (prefix.length if prefix is not None else 0)
@@ -162,6 +164,9 @@ class BatchedRunner:
         return prefill
 
     def join(self, prefill: BatchedPrefill, index: int) -> None:
+        if self._layout is None and self._shares_layers:
+            self._layout = Layout.of(prefill.cache)
+            self._shares_layers = self._layout is not None
         source = prefill.row(index)
         group = self._group_for(source.length)
         prompt = () if prefill.media else tuple(prefill.prompts[index])
@@ -184,7 +189,9 @@ class BatchedRunner:
         return RowGroup(self._new_cache, length, self.slots, self.forward.device)
 
     def _new_cache(self, rows: int, columns: int) -> KVCache:
-        return KVCache(self.has_kv, rows, columns) if self.graphs is None else self.graphs.new_cache(rows, columns)
+        if self.graphs is not None:
+            return self.graphs.new_cache(rows, columns, self._layout)
+        return KVCache(self.has_kv, rows, columns, self._layout)
 
     @property
     def _waste(self) -> int:
@@ -316,7 +323,7 @@ class BatchedRunner:
         source = row.group.prefix(row)
         source = replace(source, length=min(source.length, len(ids)))
         try:
-            kept = KVCache(self.has_kv, 1, source.length)
+            kept = KVCache(self.has_kv, 1, source.length, self._layout)
             kept.copy_row(source.cache, source.row, source.start, 0, 0, source.length)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -326,6 +333,8 @@ class BatchedRunner:
         self.prefixes.add(ids[: source.length], kept, kept.nbytes)
 
     def reset(self) -> None:
+        for group in self.groups:
+            group.release()
         self.rows, self.groups = [], []
         self.prefixes.clear()
         if self.graphs is not None:

@@ -8,6 +8,7 @@ size.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ollama_forge.models.device import is_out_of_memory, upload
-from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer
+from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer, Layout
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.row_group import RowGroup
 
@@ -41,14 +42,14 @@ class HostReadError(Exception):
     """A model's forward pass makes the host wait for the device."""
 
 
-class NoHostReads(TorchDispatchMode):
+class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, an operation whose result the host has to wait for raises ``HostReadError``.
 
     Found while a graph is captured, it would leave the process's CUDA state damaged.
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,6 +59,10 @@ class NoHostReads(TorchDispatchMode):
         )
         if (name in _READS and args[0].device.type == self.device.type) or masks:
             raise HostReadError(name)
+        with self:  # in inference mode, operations that consist of others come whole
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and isinstance(result, Tensor):
             source = args[1] if name == "copy_" else args[0]
@@ -75,6 +80,7 @@ class Buffers:
 
     Attributes:
         layers: for each layer of the model, keys and values, each ``[rows, heads, columns, dim]``; None: it has none.
+        stack: the tensor that the layers share; None if they do not.
         graphs: by number of rows.
         steps: number of steps without a graph, by number of rows.
     """
@@ -82,6 +88,7 @@ class Buffers:
     rows: int
     columns: int
     layers: list[tuple[Tensor, Tensor] | None]
+    stack: Tensor | None = None
     graphs: dict[int, StepGraph] = field(default_factory=dict)
     steps: dict[int, int] = field(default_factory=dict)
 
@@ -90,6 +97,8 @@ class Buffers:
         return sum(buffer.nbytes for buffer in self)
 
     def __iter__(self) -> Iterator[Tensor]:
+        if self.stack is not None:
+            return iter([self.stack])
         return (buffer for pair in self.layers if pair is not None for buffer in pair)
 
 
@@ -127,24 +136,27 @@ class PooledKVCache(KVCache):
         rows, columns: initial sizes; ``columns`` is rounded up.
     """
 
-    def __init__(self, has_kv: Sequence[bool], rows: int, columns: int, pool: BufferPool) -> None:
+    def __init__(
+        self, has_kv: Sequence[bool], rows: int, columns: int, layout: Layout | None, pool: BufferPool
+    ) -> None:
         columns = power_of_two(columns, _LEAST_COLUMNS)
-        super().__init__(has_kv, rows, columns)
+        kept = pool.take(rows, columns)
+        super().__init__(has_kv, rows, columns, layout if kept is None else None)
         self.pool = pool
-        self._buffers = pool.take(rows, columns)
-        if self._buffers is not None:
-            self._use(self._buffers)
+        self._buffers = kept
+        if kept is not None:
+            self._use(kept)
 
     @property
     def buffers(self) -> Buffers:
         """The buffers, whose graphs are of this size; call this once each layer has some."""
         if self._buffers is None:
             layers = [_buffers_of(layer) for layer in self._own]
-            self._buffers = Buffers(self.span.row_room, self.span.column_room, layers)
+            self._buffers = Buffers(self.span.row_room, self.span.column_room, layers, self.stack)
         return self._buffers
 
     def _use(self, buffers: Buffers) -> None:
-        self._buffers = buffers
+        self._buffers, self.stack = buffers, buffers.stack
         for layer, pair in zip(self._own, buffers.layers, strict=True):
             if layer is not None and pair is not None:
                 layer.keys, layer.values = pair
@@ -161,7 +173,7 @@ class PooledKVCache(KVCache):
             span, old = self.span, self.buffers
             start, end = span.start, span.end
             for target, origin in zip(new, old, strict=True):
-                target[: span.rows, :, to : to + end - start] = origin[: span.rows, :, start:end]
+                target[..., : span.rows, :, to : to + end - start, :] = origin[..., : span.rows, :, start:end, :]
             self._use(new)
             span.row_room, span.column_room, span.start, span.end = rows, columns, to, to + end - start
         if old is not None:
@@ -171,7 +183,7 @@ class PooledKVCache(KVCache):
         """Give the buffers back; the cache must not be used any more."""
         if next(self.filled_layers, None) is not None:
             self.pool.give(self.buffers)
-        self._buffers = None
+        self._buffers = self.stack = None
 
 
 def _buffers_of(layer: KVLayer | None) -> tuple[Tensor, Tensor] | None:
@@ -305,8 +317,8 @@ class StepGraphs:
         self.failed = False
         self._capture = capture or CudaCapture(forward.device)
 
-    def new_cache(self, rows: int, columns: int) -> PooledKVCache:
-        return PooledKVCache(self.has_kv, rows, columns, self.pool)
+    def new_cache(self, rows: int, columns: int, layout: Layout | None) -> PooledKVCache:
+        return PooledKVCache(self.has_kv, rows, columns, layout, self.pool)
 
     def step(self, group: RowGroup, ids: Tensor) -> Tensor:
         """Decode a group with ids ``[rows, 1]``: logits ``[rows, vocabulary]``, valid until the next step."""
@@ -361,6 +373,13 @@ class CudaCapture:
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
         # the modes of other threads' work are their own: they may allocate and copy meanwhile
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            output = run()
+        mode = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        collects = gc.isenabled()
+        gc.disable()  # a graph that is collected now would end the capture
+        try:
+            with torch.cuda.device(self.device), mode:
+                output = run()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay, output

@@ -100,7 +100,8 @@ class RowGroup:
             self._update_start()
 
     def release(self) -> None:
-        """Give back the memory of a group without rows, which must not be used any more."""
+        """Drop the rows and give back the memory; the group must not be used any more."""
+        self.rows.clear()
         self.cache.release()
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:

@@ -111,7 +111,7 @@ class Sampled:
         on_cuda = ids.device.type == "cuda"
         tensors = (ids, *(logprobs.tensors if logprobs is not None else ()))
         self._copies = [tensor.to("cpu", non_blocking=on_cuda) for tensor in tensors]
-        self._copied = torch.cuda.Event() if on_cuda else None
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(ids.device))
 

@@ -143,7 +143,10 @@ class SelfTest:
         assert self.has_kv is not None
         graphs = StepGraphs(self.forward, self.has_kv, 1 << 40, capture=self.capture, patience=0)
         runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, graphs=graphs)
-        return self._holds(self._batches(runner)) and not graphs.failed
+        try:
+            return self._holds(self._batches(runner)) and not graphs.failed
+        finally:
+            runner.reset()
 
     def _caches(self) -> Iterator[list[float]]:
         """Two sequences one after the other, and a pass of another text between tokens, as embeddings make it."""
