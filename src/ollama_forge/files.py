@@ -234,7 +234,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         with disk_errors(path):
             for file in temporary.rglob("*"):
-                if file.is_file():
+                if file.is_file() and file.stat().st_nlink == 1:  # a file with more names was on disk before
                     sync_file(file)
             _rename_folder(temporary, path)
     except BaseException:

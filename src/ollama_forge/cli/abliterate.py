@@ -13,7 +13,7 @@ from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
-from ollama_forge.cli.serve import serve
+from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
 
 
@@ -86,6 +86,7 @@ def compute_dir(**options: Any) -> None:
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
+@opt.shard_options
 @click.option(
     "--quant",
     metavar="TYPE[,TYPE]",
@@ -119,6 +120,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
         raise UsageError("--source is for --undo", "--model names the model to edit")
     from ollama_forge.api import GgufOptions, apply
     from ollama_forge.cli.applied import applied_json, print_applied
+    from ollama_forge.edits.shard_workers import ShardSettings
     from ollama_forge.export.mix import parse_quants
 
     folder = _path(options["output_dir"])
@@ -136,6 +138,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
         settings=opt.edit_settings(options),
         out_dtype=options["out_dtype"],
         keep_undo=options["keep_undo"],
+        shards=ShardSettings(options["workers"], options["link"]),
         gguf=GgufOptions(
             output=_path(options["output"]),
             quants=parse_quants(options["quant"]) if options["quant"] else (),
@@ -224,6 +227,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
+@opt.shard_options
 @opt.allow_partial_option
 @opt.limit_options
 @click.option(
@@ -278,6 +282,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     """Do all stages: direction, edit, verification, measurements, GGUF file, Ollama. Finished stages are skipped."""
     require_abliterate("run")
     from ollama_forge.cli.closing import closing_lines
+    from ollama_forge.edits.shard_workers import ShardSettings
     from ollama_forge.export.plan import ExportSettings
     from ollama_forge.ollama.registration import OllamaSettings
     from ollama_forge.pipeline import RunSettings, run
@@ -315,6 +320,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         base=options["base"],
         keep_checkpoint=options["keep_checkpoint"],
         keep_undo=options["keep_undo"],
+        shards=ShardSettings(options["workers"], options["link"]),
         export=ExportSettings(
             options["quant"], not options["no_requantize"], options["llama_cpp_dir"], options["imatrix"]
         ),
@@ -358,6 +364,11 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     "--format", "schema", metavar="json|FILE", help="Answer in JSON, or according to the JSON schema in FILE."
 )
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image sent with the first message; repeatable.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Talk to the base model with the edit added while it runs; /set abliteration_strength changes its strength.",
+)
 @opt.talk_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
@@ -377,6 +388,7 @@ def chat(**options: Any) -> None:
         settings=ChatSettings(think=think, schema=read_format(options["schema"]) if options["schema"] else None),
         images=read_images(options["images"]),
         server=options["server"],
+        live=live_source(options["name"], options["checkpoint"], options) if options["live"] else None,
     )
 
 

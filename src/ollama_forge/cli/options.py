@@ -303,6 +303,24 @@ out_dtype_option = click.option(
     help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
+shard_options = _combined(
+    click.option(
+        "--workers",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Shards of the checkpoint to edit at the same time. The bytes are the same; each worker needs memory for "
+        "a few blocks of a matrix.",
+    ),
+    click.option(
+        "--link",
+        is_flag=True,
+        help="Make shards that the edit leaves alone reflinks to the source's files, where the file system has them, "
+        "else hard links: a later change of such a file changes both.",
+    ),
+)
+
 LOAD_KEYS = (
     "device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit",
     "trust_remote_code", "memory",

@@ -141,7 +141,7 @@ def _models(
     from ollama_forge.sources.resolve import resolve
 
     engine = EngineSettings(options["engine"], options["engine_url"], options["slots"], options["num_ctx"])
-    live = _live_source(options) if options["live"] else None
+    live = live_source(*named[0], options) if options["live"] else None
     models = []
     for given, source in named:
         if live is not None:
@@ -190,7 +190,13 @@ def _require_distinct(names: Sequence[str]) -> None:
             raise UsageError(f"two models are called {name}", "give each checkpoint a --name of its own")
 
 
-def _live_source(options: dict[str, Any]) -> LiveSource:
+def live_source(name: str | None, checkpoint: str | None, options: dict[str, Any]) -> LiveSource:
+    """What ``--live`` loads, of a run or of an edited checkpoint.
+
+    Raises:
+        UsageError: another option has no meaning with it.
+        ForgeError: there is no edit, or its base is not at hand.
+    """
     from ollama_forge.serving.live_source import live_source_of, live_source_of_run
 
     if options["revision"] is not None or options["adapter"] is not None:
@@ -199,9 +205,11 @@ def _live_source(options: dict[str, Any]) -> LiveSource:
             "leave them out",
         )
     trusted = options["trust_remote_code"]
-    if options["checkpoints"]:
-        return live_source_of(Path(options["checkpoints"][0]), trust_remote_code=trusted)
-    return live_source_of_run(options["names"][0], trust_remote_code=trusted)
+    if checkpoint is not None:
+        return live_source_of(Path(checkpoint), trust_remote_code=trusted)
+    if name is None:
+        raise UsageError("give either --name or --checkpoint", "--name is what run was given")
+    return live_source_of_run(name, trust_remote_code=trusted)
 
 
 def _default_name(checkpoint: Checkpoint, live: LiveSource | None = None) -> str:

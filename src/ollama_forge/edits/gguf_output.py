@@ -29,9 +29,10 @@ from ollama_forge.checkpoints.gguf.types import can_encode, nearest_encodable
 from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
-from ollama_forge.edits.apply import AppliedEdit, MatrixSums, bias_shifts
+from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
+from ollama_forge.edits.edited_shard import MatrixSums, bias_shifts
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, check_finite
 from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.settings import EditSettings
@@ -75,7 +76,7 @@ def write_gguf(
     planned = planned_types(checkpoint, plan, types)
     described = describe_edit(checkpoint, model, plan, settings, direction)
     with hashing_source(checkpoint) as hashes:
-        described["source"]["files"] = hashes()
+        described["source"]["files"] = hashes.digests()
     metadata = edited_metadata(checkpoint.file.metadata, {**described, **(provenance or {})})
     check_target(checkpoint, path, file_size(checkpoint.file, metadata, planned))
     if types is None:

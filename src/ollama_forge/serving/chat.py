@@ -24,6 +24,7 @@ from ollama_forge.serving.requests import Message
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.serving.live_source import LiveSource
 
 HELP = """\
 /set NAME VALUE  change a setting; VALUE default resets it, /set alone shows all of them
@@ -35,6 +36,7 @@ HELP = """\
 _COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 _SETTINGS = (*_SAMPLING, "num_predict", "num_ctx", "think")
+_STRENGTH = "abliteration_strength"  # a setting of live models
 _LEVELS = ("low", "medium", "high", "max")
 _THINK: dict[str, bool | str] = {"on": True, "off": False, **{level: level for level in _LEVELS}}
 _SHOWN: dict[object, str] = {None: "default", True: "on", False: "off"}
@@ -51,6 +53,7 @@ def chat(
     settings: ChatSettings | None = None,
     images: Sequence[bytes] = (),
     server: str = DEFAULT_SERVER,
+    live: LiveSource | None = None,
 ) -> None:
     """Talk to the model that ``run`` made under ``name``, or to ``checkpoint``, until the input ends.
 
@@ -60,6 +63,7 @@ def chat(
     Args:
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         images: the bytes of image files, which are sent with the first message.
+        live: the base model and the edit, which is applied at any strength; None for one model.
 
     Raises:
         UsageError: neither or both of ``name`` and ``checkpoint`` are given.
@@ -67,7 +71,9 @@ def chat(
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
-    backend = (None if adapter else _server_for(name, load, server)) or _load(name, checkpoint, revision, load, adapter)
+    backend: ChatBackend | None = None if adapter else _server_for(name, load, server, live=live is not None)
+    if backend is None:
+        backend = _load(name, checkpoint, revision, load, adapter) if live is None else _load_live(name, live, load)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
@@ -75,16 +81,20 @@ def chat(
             import readline  # noqa: F401 -- line editing for input()
 
         say("/help lists the commands, /bye leaves")
+        if backend.live:
+            say("its edit is live: /set abliteration_strength 0 for the base, 1 for the edited model")
     try:
         Chat(backend, settings=settings, system=load.system, images=images).loop(_lines())
     finally:
         backend.close()
 
 
-def _server_for(name: str | None, load: LoadSettings, server: str) -> ChatBackend | None:
+def _server_for(name: str | None, load: LoadSettings, server: str, *, live: bool = False) -> ChatBackend | None:
     if name is None or load != type(load)(system=load.system):
         return None
     found = running_server(server, name)
+    if found is not None and live and not found.live:
+        return None
     if found is not None:
         say(f"{name} is served at {server}")
     return found
@@ -104,6 +114,16 @@ def _load(
     label = name or Path(source.label).name
     with status(f"loading {label}"):
         return LocalBackend(unloaded_model(source, label, load=replace(load, system=None), max_queue=1).load())
+
+
+def _load_live(name: str | None, live: LiveSource, load: LoadSettings) -> ChatBackend:
+    from ollama_forge.serving.chat_backends import LocalBackend
+    from ollama_forge.serving.load_model import unloaded_model
+
+    label = name or live.edited.name
+    with status(f"loading {label}"):
+        model = unloaded_model(live.base, label, load=replace(load, system=None), max_queue=1, live=live)
+        return LocalBackend(model.load())
 
 
 def _lines() -> Iterator[str]:
@@ -205,24 +225,27 @@ class Chat:
 
     def set(self, words: list[str]) -> None:
         """Change or show settings, as spelled in this chat or in that of ``ollama run``."""
+        settings = (*_SETTINGS, _STRENGTH) if self.backend.live else _SETTINGS
         match words[1:] if words[:1] == ["parameter"] else words:
             case []:
-                say("\n".join(f"{name:<18}{self._setting(name)}" for name in _SETTINGS))
+                say("\n".join(f"{name:<22}{self._setting(name)}" for name in settings))
             case ["think" | "nothink" as word]:
                 self.settings = replace(self.settings, think=word == "think")
                 say(f"think {self._setting('think')}")
             case ["system", *text]:
                 self.set_system(" ".join(text))
-            case [name] if name in _SETTINGS:
+            case [name] if name in settings:
                 say(f"{name} {self._setting(name)}")
-            case [name, spelled] if name in _SETTINGS:
+            case [name, spelled] if name in settings:
                 try:
                     self._change(name, spelled)
                     say(f"{name} {self._setting(name)}")
                 except ValueError as error:
                     say(str(error))
+            case [name, *_] if name == _STRENGTH:
+                say("this model has one strength; chat or serve with --live gives it any")
             case _:
-                say(f"/set NAME VALUE, NAME one of {', '.join(_SETTINGS)}")
+                say(f"/set NAME VALUE, NAME one of {', '.join(settings)}")
 
     def _setting(self, name: str) -> str:
         value = getattr(self.settings.sampling if name in _SAMPLING else self.settings, name)

@@ -15,6 +15,7 @@ from ollama_forge.serving.engine.two_phase import Phase, Vocabulary
 
 _RANDOM_SEED = (1 << 32) - 1  # llama.cpp draws a seed for this one
 _LEAST_TEMPERATURE = 1e-6
+_INCOMPLETE = b"\xf0\x9f\x98"  # the beginning of a character of four bytes
 _LONGEST_GAP = 32  # tokens that end within a character, one after the other
 
 
@@ -116,6 +117,18 @@ class TokenReader:
             return self._add([*map(Token, replayed[:-1]), last])
         text = str(chunk["content"])
         return self._add([*map(Token, self._vocabulary.encode(text))])
+
+    def tail(self, chunk: Mapping[str, Any], replayed: list[int]) -> list[Token]:
+        """The tokens of an incomplete character at the end of an output, before the last chunk.
+
+        Without a replay nobody knows them. They become others that make up an incomplete character, so that as many
+        are counted as were generated, and an output that was cut is known to be.
+        """
+        ids = [self._vocabulary.ids.get(bytes([byte])) for byte in _INCOMPLETE]
+        known = [id_ for id_ in ids if id_ is not None]
+        if not replayed and chunk["stop_type"] == "limit" and len(known) == len(ids):
+            replayed = [known[place % len(known)] for place in range(self.missing(chunk))]
+        return self._add([*map(Token, replayed)])
 
     def _add(self, tokens: list[Token]) -> list[Token]:
         self.ids += [token.id for token in tokens]

@@ -103,7 +103,7 @@ class LlamaServerProtocol:
             async for chunk in chunks:
                 missing = reader.missing(chunk)
                 if chunk.get("stop"):
-                    tokens = [*map(Token, await replay(missing))] if missing > 0 else []
+                    tokens = reader.tail(chunk, await replay(missing)) if missing > 0 else []
                 else:
                     read = reader.read(chunk)
                     tokens = reader.fill(chunk, await replay(missing)) if read is None else read
