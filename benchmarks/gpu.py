@@ -1,10 +1,11 @@
 """What the program does on a CUDA GPU: is it right there, and how fast.
 
-    python benchmarks/gpu.py [--only engine,live,speed,compute,large,edits] [--layers 16] [--width 2048]
+    python benchmarks/gpu.py [--only engine,live,speed,steps,compute,large,edits] [--layers 16] [--width 2048]
 
 Prints a row for each check, and goes on when one fails. Tiny random models of many families are compared with
 transformers' ``generate`` (``engine``, ``live``) and with the CPU (``compute``); a random bf16 Llama-shaped model of a
-billion weights, made on the device, shows the speed (``speed``) and one on disk that of ``compute-dir`` (``large``).
+billion weights, made on the device, shows the speed beside ``generate`` (``speed``) and where a step's time goes
+(``steps``), and one on disk the time of ``compute-dir`` (``large``).
 
 Needs the extra ``dev``.
 """
@@ -49,7 +50,7 @@ def main() -> int:
     import gpu_compute
     import gpu_engine
 
-    sections = ("engine", "live", "speed", "compute", "large", "edits")
+    sections = ("engine", "live", "speed", "steps", "compute", "large", "edits")
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(sections))
     parser.add_argument("--families", help="some of them, for engine and compute")
@@ -79,6 +80,8 @@ def main() -> int:
             table.check("engine: live", partial(gpu_engine.live, device, root))
         if "speed" in only:
             gpu_engine.speed(table.check, device, chosen.layers, chosen.width)
+        if "steps" in only:
+            gpu_engine.steps(table.check, device, chosen.layers, chosen.width)
         if "compute" in only:
             for family in some or gpu_compute.FAMILIES:
                 table.check(f"compute: {family}", partial(gpu_compute.family, family, device, root / family))

@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from ollama_forge.serving.engine.sequence import Sequence as EngineSequence
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.text.tokenizer import Tokenizer
 
-__all__ = ["FAMILIES", "FEATURES", "family", "live", "speed"]
+__all__ = ["FAMILIES", "FEATURES", "family", "live", "speed", "steps"]
 
 Check = Callable[[str, Callable[[], str]], None]
 SCHEMA = {"type": "object", "properties": {"flag": {"type": "boolean"}}, "required": ["flag"]}
@@ -193,7 +194,25 @@ def failed_capture(device: torch.device) -> str:
     return f"without graphs after it; another engine has graphs: {found}"
 
 
-FEATURES = (constrained, logprobs, embeddings, sampled, experts, failed_capture)
+def two_models(device: torch.device) -> str:
+    """An engine is loaded and captures its steps while another one answers."""
+    models = [on_device(name, device) for name in ("llama", "gpt_neox")]
+    requests = [greedy(prompt(9 + each, each), 100) for each in range(6)]
+
+    def answers(engine: TransformersEngine) -> list[list[int]]:
+        return [together(engine, [request])[0] for request in requests]
+
+    with running(models[0]) as first, ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(answers, first)
+        with running(models[1]) as second:
+            found = [answers(second), beside.result()]
+        supports = first.support.graphs, second.support.graphs
+    expected = [[wanted(model, request) for request in requests] for model in reversed(models)]
+    same(found, expected, "answers")
+    return f"graphs: {supports}, ids equal"
+
+
+FEATURES = (constrained, logprobs, embeddings, sampled, experts, failed_capture, two_models)
 
 
 def live(device: torch.device, folder: Path) -> str:
@@ -305,32 +324,36 @@ def speed(check: Check, device: torch.device, layers: int, width: int) -> None:
         check(f"speed: {streams} streams", lambda streams=streams: rates(streams, greedy_params))  # type: ignore[misc]
         check(f"speed: {streams} by generate", lambda streams=streams: baseline(streams))  # type: ignore[misc]
     check("speed: 16 streams, sampled", lambda: rates(16, drawn))
-    for streams in STREAMS:
-        for graphs in (True, False):
-            for ahead in (True, False) if graphs else (True,):
-                name = f"step: {streams} rows{'' if graphs else ', eager'}{'' if ahead else ', read at once'}"
-                check(name, lambda s=streams, g=graphs, a=ahead: step(state["model"], s, g, a))  # type: ignore[misc]
-    check("step: 16 rows, one long", lambda: step(state["model"], 16, True, True, longest=2000))
 
-    def with_cudnn(rows: int) -> str:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        try:
-            return step(state["model"], rows, True, True)
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(False)
+    def short_answers() -> str:
+        found = []
+        for round_ in range(10, 13):
+            requests = requests_of(64, round_, 2, greedy_params)
+            found.append(1e3 * timed(lambda requests=requests: together(state["engine"], requests)))
+        return f"{found[0]:.0f}, {found[1]:.0f}, {found[2]:.0f} ms"
 
-    for streams in STREAMS:
-        check(f"step: {streams} rows, cuDNN", lambda streams=streams: with_cudnn(streams))  # type: ignore[misc]
-    check("step: kernels of 16 rows", lambda: kernels(state["model"], 16))
+    check("speed: 64 answers, 2 tokens", short_answers)
 
     def unload() -> str:
         state.pop("engine").close()
         state.clear()
         release_memory()
-        held, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
-        return f"{held / 2**20:.0f} MiB held; with CUDA's own {(free[1] - free[0]) / 2**20:.0f} MiB in use"
+        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return f"{used / 2**20:.0f} MiB in use, {held / 2**20:.0f} MiB held"
 
     check("speed: unloaded", unload)
+
+
+def steps(check: Check, device: torch.device, layers: int, width: int) -> None:
+    """Where the time of a decode step goes."""
+    model = big(device, layers, width)
+    for streams in STREAMS:
+        for graphs in (True, False):
+            for ahead in (True, False) if graphs else (True,):
+                name = f"step: {streams} rows{'' if graphs else ', eager'}{'' if ahead else ', read at once'}"
+                check(name, lambda s=streams, g=graphs, a=ahead: step(model, s, g, a))  # type: ignore[misc]
+    check("step: 16 rows, one long", lambda: step(model, 16, True, True, longest=2000))
+    check("step: kernels of 16 rows", lambda: kernels(model, 16))
 
 
 def running_rows(model: ChatModel, rows: int, graphs: bool, longest: int = WORDS) -> tuple[Scheduler, BatchedRunner]:
@@ -380,6 +403,7 @@ def step(model: ChatModel, rows: int, graphs: bool, ahead: bool, *, longest: int
                 scheduler.tick()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    groups = len(runner.groups)
     waits = sum("synchroniz" in str(warning.message) for warning in caught) / STEPS
     with torch.inference_mode():
         tokens = torch.zeros(rows, dtype=torch.long, device=model.device)
@@ -393,7 +417,6 @@ def step(model: ChatModel, rows: int, graphs: bool, ahead: bool, *, longest: int
         states = [sequence.sampling for sequence in scheduler.running]
         sampling = timed(lambda: [sample(logits, states).read() for _ in range(STEPS)]) / STEPS
     pass_ = begun.elapsed_time(ended) / STEPS
-    groups = len(runner.groups)
     scheduler.close()
     return (
         f"{1e3 * seconds:.2f} ms a step, {rows / seconds:.0f} tokens/s; forward {pass_:.2f} ms, sample and read "

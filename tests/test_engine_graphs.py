@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ollama_forge.serving.engine import batched_runner
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.engine.cuda_graphs import BufferPool, HostReadError, NoHostReads, PooledKVCache, StepGraphs
 from ollama_forge.serving.engine.kv_cache import layers_with_kv
@@ -71,6 +72,22 @@ def test_replayed_steps_answer_as_generate(family: str) -> None:
     assert [traced.found[one] for one in sequences] == [by_generate(model, r.ids, r.max_tokens) for r in requests]
     assert not traced.graphs.failed
     assert sum(traced.recorder.replays) > 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_groups_are_replayed_one_after_the_other(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched_runner, "_WASTE_BY_GRAPH", 40)
+    model = build(family)
+    requests = [greedy(prompt(length, seed), count) for seed, (length, count) in enumerate(SHAPES)]
+    traced = Graphed(model, chunk=128)
+    sequences = [traced.ask(request) for request in requests]
+    most = 0
+    while traced.busy:
+        traced.tick()
+        most = max(most, len(traced.batch.groups))
+    assert [traced.found[one] for one in sequences] == [by_generate(model, r.ids, r.max_tokens) for r in requests]
+    assert most > 1
+    assert sum(map(bool, traced.recorder.replays)) > 1
 
 
 def test_buffers_and_their_graphs_are_used_again(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +115,23 @@ def upload(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dt
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+@contextmanager
+def planned_attention(device: torch.device) -> Iterator[None]:
+    """Inside the block, attention on CUDA may be cuDNN's.
+
+    It is the fastest for a long cache, but plans each new shape first, for 50 ms. ``ChatModel`` turns it off, since
+    prompts and decode steps have ever new shapes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def float64_device(device: torch.device) -> torch.device:

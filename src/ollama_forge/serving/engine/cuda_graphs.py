@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
-from ollama_forge.models.device import is_out_of_memory, upload
+from ollama_forge.models.device import is_out_of_memory, planned_attention, upload
 from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer, Layout
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.row_group import RowGroup
@@ -257,11 +257,12 @@ class StepGraph:
         Raises:
             HostReadError: the model makes the host wait for the device.
         """
-        self._load(group)
-        with NoHostReads(self.ids.device):
-            self._run()
-        self._load(group)
-        self._replay, self._logits = capture(self._run)
+        with planned_attention(self.ids.device):
+            self._load(group)
+            with NoHostReads(self.ids.device):
+                self._run()
+            self._load(group)
+            self._replay, self._logits = capture(self._run)
         self._loaded = None
 
     def step(self, group: RowGroup, ids: Tensor) -> Tensor:
