@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -319,9 +318,8 @@ class BatchedRunner:
         self._regroup()  # frees the memory of an empty group
 
     def _keep(self, row: Row, ids: Sequence[int]) -> None:
-        """Keep a row's keys and values of ``ids`` for later prompts, if there is memory for a copy."""
+        """Keep a row's keys and values for later prompts, if there is memory for a copy."""
         source = row.group.prefix(row)
-        source = replace(source, length=min(source.length, len(ids)))
         try:
             kept = KVCache(self.has_kv, 1, source.length, self._layout)
             kept.copy_row(source.cache, source.row, source.start, 0, 0, source.length)

@@ -12,6 +12,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ollama_forge.models.device import is_out_of_memory, planned_attention, upload
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer, Layout
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.row_group import RowGroup
@@ -27,6 +29,8 @@ from ollama_forge.serving.engine.row_group import RowGroup
 _LOG = logging.getLogger(__name__)
 _LEAST_COLUMNS = 256
 _STEPS_BEFORE_CAPTURE = 3  # that buffers have had as many rows: captures cost some ten steps, and rows may come and go
+_STEPS_BEFORE_RETRY = 200  # after memory ran out, or another model was loaded meanwhile
+_WAIT_SECONDS = 0.1
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 
 Replay = Callable[[], None]
@@ -243,10 +247,10 @@ class StepGraph:
         self._numbers = torch.arange(columns, device=device)
         self._mask = torch.ones(rows, columns, dtype=torch.long, device=device)
         layers: list[Any] = [
-            DummyLayer() if pair is None else _StaticLayer(*pair, rows, self._column)  # type: ignore[no-untyped-call]
+            _StaticLayer(*pair, rows, self._column) if pair is not None else DummyLayer()  # type: ignore[no-untyped-call]
             for pair in cache.buffers.layers
         ]
-        self._forward, self._cache = forward, Cache(layers=layers)  # type: ignore[no-untyped-call]
+        self._forward, self._cache = forward, Cache(layers=layers)
         self._loaded: tuple[int, int] | None = None  # the group's version and end for which the tensors are set
         self._replay: Replay | None = None
         self._logits = self._column
@@ -299,9 +303,11 @@ class StepGraphs:
         nbytes: maximum size of the buffers that are kept for later groups.
         capture: records a step; None: a CUDA graph.
         patience: number of steps without a graph before one is captured.
+        wait: seconds for which a capture waits until no other thread uses the GPU; then it is tried again later.
 
     Attributes:
         failed: whether a capture failed, after which no other is tried.
+        captured: number of graphs that were captured.
     """
 
     def __init__(
@@ -312,10 +318,11 @@ class StepGraphs:
         *,
         capture: Capture | None = None,
         patience: int = _STEPS_BEFORE_CAPTURE,
+        wait: float = _WAIT_SECONDS,
     ) -> None:
-        self.forward, self.has_kv, self.patience = forward, has_kv, patience
+        self.forward, self.has_kv, self.patience, self.wait = forward, has_kv, patience, wait
         self.pool = BufferPool(nbytes)
-        self.failed = False
+        self.failed, self.captured = False, 0
         self._capture = capture or CudaCapture(forward.device)
 
     def new_cache(self, rows: int, columns: int, layout: Layout | None) -> PooledKVCache:
@@ -345,23 +352,38 @@ class StepGraphs:
         steps = buffers.steps[rows] = buffers.steps.get(rows, 0) + 1
         if steps <= self.patience:
             return None
+        with DEVICE_USE.alone(self.wait) as alone:
+            graph = self._captured(group, rows) if alone else None
+        if graph is None:
+            buffers.steps[rows] = -_STEPS_BEFORE_RETRY
+        else:
+            buffers.graphs[rows] = graph
+            self.captured += 1
+        return graph
+
+    def _captured(self, group: RowGroup, rows: int) -> StepGraph | None:
+        assert isinstance(group.cache, PooledKVCache)
         try:
             graph = StepGraph(self.forward, group.cache, rows)
             graph.capture(group, self._capture)
         except Exception as error:
             if is_out_of_memory(error):
                 self.pool.free.clear()
-                buffers.steps[rows] = 0
                 return None
             _LOG.info("decode steps run without CUDA graphs: %s", error)
             self.failed = True
             return None
-        buffers.graphs[rows] = graph
         return graph
 
     def clear(self) -> None:
         """Forget all buffers and graphs."""
         self.pool.free.clear()
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device, since cuBLAS keeps 32 MiB for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class CudaCapture:
@@ -373,8 +395,9 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # the modes of other threads' work are their own: they may allocate and copy meanwhile
-        mode = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        # thread-local: what other threads allocate and copy does not end the capture
+        stream = _capture_stream(self.device)
+        mode = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
         collects = gc.isenabled()
         gc.disable()  # a graph that is collected now would end the capture
         try:

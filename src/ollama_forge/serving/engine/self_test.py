@@ -23,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 _SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide, full of fish."
 _TOKENS = 48
 _CHUNK = 7
+_WAIT_SECONDS = 5.0  # until another model's step has ended
 # The tolerance for the mean relative difference of logits. On a real model in bfloat16, rounding makes it 0.01 and
 # positions that are off by one make it 0.06; other wrong states make it about 1.
 _ROUNDING = 4  # times the precision of the weights' type
@@ -141,10 +142,10 @@ class SelfTest:
         if self.forward.device.type != "cuda" and self.capture is None:
             return None
         assert self.has_kv is not None
-        graphs = StepGraphs(self.forward, self.has_kv, 1 << 40, capture=self.capture, patience=0)
+        graphs = StepGraphs(self.forward, self.has_kv, 1 << 40, capture=self.capture, patience=0, wait=_WAIT_SECONDS)
         runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, graphs=graphs)
         try:
-            return self._holds(self._batches(runner)) and not graphs.failed
+            return self._holds(self._batches(runner)) and not graphs.failed and graphs.captured > 0
         finally:
             runner.reset()
 

@@ -24,6 +24,7 @@ from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
 from ollama_forge.serving.engine.cuda_graphs import StepGraphs
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.engine.embedding import Vectors, Work, embedding_work
 from ollama_forge.serving.engine.kv_cache import KVCache, layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
@@ -88,7 +89,8 @@ class TransformersEngine:
         self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._grammar_lock = threading.Lock()
         free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
-        runner, self.support = self._runner(slots, free)
+        with DEVICE_USE.shared():
+            runner, self.support = self._runner(slots, free)
         self._scheduler = Scheduler(runner, self._deliver)
         self.cache_bytes = free // _RUNNING_SHARE
         self.token_bytes = self._measure_token()
@@ -271,15 +273,16 @@ class TransformersEngine:
             while self._inbox:
                 self._scheduler.submit(self._inbox.popleft())
             job = self._jobs.popleft() if self._jobs else None
-        if job is not None:
-            with nullcontext() if self._live is None else self._live.at([1.0]):
-                self._run_job(*job)
-        try:
-            self._scheduler.tick()
-            self._failures = 0
-        except Exception as error:
-            self._scheduler.fail(failure(error))
-            self._failures += 1
+        with DEVICE_USE.shared():
+            if job is not None:
+                with nullcontext() if self._live is None else self._live.at([1.0]):
+                    self._run_job(*job)
+            try:
+                self._scheduler.tick()
+                self._failures = 0
+            except Exception as error:
+                self._scheduler.fail(failure(error))
+                self._failures += 1
         self._send()
         if self._failures == _MOST_FAILURES:
             raise RuntimeError("the model fails at each step")
@@ -312,7 +315,8 @@ class TransformersEngine:
                     future.set_exception(error)
             self._jobs.clear()
             self._inbox.clear()
-        self._scheduler.close()
+        with DEVICE_USE.shared():
+            self._scheduler.close()
 
     def _deliver(self, sequence: Sequence, item: Item) -> None:
         self._outbox.append((sequence.sink, item))
