@@ -18,7 +18,7 @@ from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.engine.cuda_graphs import BufferPool, HostReadError, NoHostReads, PooledKVCache, StepGraphs
 from ollama_forge.serving.engine.kv_cache import layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward
-from ollama_forge.serving.engine.sampler import Sampled
+from ollama_forge.serving.engine.sampled import Sampled
 from ollama_forge.serving.engine.self_test import SelfTest
 from tests.engines import by_generate, greedy, load, prompt
 from tests.test_engine_families import build

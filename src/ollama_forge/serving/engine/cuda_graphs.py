@@ -283,7 +283,8 @@ class StepGraph:
     def _load(self, group: RowGroup) -> None:
         """Set the columns of the group's rows. Rows beyond them are at position 0, and see what is in the buffers."""
         beyond = self.rows - len(group.rows)
-        starts = upload([group.starts + [self.columns] * beyond, group.starts + [0] * beyond], self._starts.device)
+        zero = [start - row.offset for start, row in zip(group.starts, group.rows, strict=True)]  # of positions
+        starts = upload([zero + [self.columns] * beyond, group.starts + [0] * beyond], self._starts.device)
         self._starts.copy_(starts.unsqueeze(2))
         self._mask.copy_(self._numbers >= self._starts[1])
         self._column.fill_(group.cache.span.end)

@@ -22,10 +22,16 @@ _versions = itertools.count()
 
 @dataclass(eq=False)
 class Row:
-    """A running sequence: its prompt, whose keys and values later prompts may copy, and its group."""
+    """A running sequence.
+
+    Attributes:
+        prompt: the prompt, whose keys and values later prompts may copy; empty for one with images.
+        offset: what is added to the positions of its next tokens, because of its images.
+    """
 
     prompt: tuple[int, ...]
     group: RowGroup
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class RowGroup:
             starts = upload(self.starts, self.device).unsqueeze(1)
             columns = torch.arange(span.column_room, device=self.device)
             self._mask = (columns >= starts).long() if max(self.starts) > span.start else None
-            self.positions = span.end - starts
+            offsets = upload([row.offset for row in self.rows], self.device).unsqueeze(1)
+            self.positions = span.end - starts + offsets
             self._inputs_of = self.version
         return self.positions, None if self._mask is None else self._mask[:, span.start : span.end + 1]
 

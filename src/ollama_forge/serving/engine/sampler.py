@@ -2,8 +2,9 @@
 
 The order is that of llama.cpp's default chain: penalties, top_k, typical_p, top_p, min_p, temperature, random draw.
 
-Sorting a large vocabulary costs more than a decode step, so no row is sorted further than its filters need: not at all
-without top_k, typical_p and top_p, and to the ``_MOST_CANDIDATES`` likeliest tokens where those decide the filters.
+Sorting a large vocabulary costs more than a decode step, so no row is sorted much further than its filters need: not at
+all without top_k, typical_p and top_p, else to the ``_MOST_CANDIDATES`` likeliest tokens, to eight times as many where
+those do not decide the filters, and so on; all of it only where that is most of the vocabulary.
 What a row gets does not depend on the other rows.
 
 Nothing here waits for the device: what is sampled stays there until ``Sampled.read``.
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.models.device import float64_device, upload
-from ollama_forge.serving.engine.base import Logprob, SamplingParams, Token
+from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.engine.sampled import Logprobs, Sampled
 
 _UNIFORMS = 32
 _LEAST_TEMPERATURE = 1e-6  # lower temperatures decode greedily: logits divided by less would overflow
 _MOST_CANDIDATES = 1024
+_GROWTH = 8  # how many times as many candidates are taken where the last ones did not decide
 _BLOCK = 512  # ids whose weights are summed before a token among them is drawn
 _KEPT_COLUMNS = 256  # settings of rows that are kept on the device, as they are the same from step to step
 
@@ -99,36 +102,6 @@ class Candidates:
     scores: Tensor
 
 
-class Sampled:
-    """The next tokens of some rows, on the device of their logits; the copy to the host has begun.
-
-    Attributes:
-        ids: the tokens' ids ``[rows]`` on the device.
-    """
-
-    def __init__(self, ids: Tensor, logprobs: _Logprobs | None) -> None:
-        self.ids, self._logprobs = ids, logprobs
-        on_cuda = ids.device.type == "cuda"
-        tensors = (ids, *(logprobs.tensors if logprobs is not None else ()))
-        self._copies = [tensor.to("cpu", non_blocking=on_cuda) for tensor in tensors]
-        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(ids.device))
-
-    def read(self) -> list[Token]:
-        """Wait for the tokens; rows that ask for log-probabilities have them."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        ids, *rest = (copy.tolist() for copy in self._copies)
-        tokens = [Token(id_) for id_ in ids]
-        if self._logprobs is not None:
-            values, top_values, top_ids = rest
-            for place, (row, count) in enumerate(self._logprobs.wanted):
-                pairs = zip(top_ids[place][:count], top_values[place][:count], strict=True)
-                tokens[row] = Token(ids[row], values[place], tuple(Logprob(*pair) for pair in pairs))
-        return tokens
-
-
 DrawRows = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]
 
 
@@ -183,7 +156,7 @@ def _by_order(params: Sequence[SamplingParams | None], scores: Tensor) -> Iterat
     A GPU sorts all of it where a filter needs more than ``top_k`` tokens: to see how far it has to sort, the host would
     have to wait.
     """
-    cautious = scores.shape[-1] > _MOST_CANDIDATES and scores.device.type != "cuda"
+    cautious = scores.shape[-1] >= 2 * _MOST_CANDIDATES and scores.device.type != "cuda"
     rows: dict[DrawRows, list[int]] = {_draw_sorted: [], _draw_among_likeliest: [], _draw_unsorted: []}
     for row, each in enumerate(params):
         if each is None:
@@ -210,17 +183,26 @@ def _draw_sorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Seq
 
 
 def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    """Draw rows without top_k: filter the likeliest tokens, and the whole vocabulary where they do not decide."""
-    likeliest = scores.topk(_MOST_CANDIDATES, dim=-1)
+    """Draw rows without top_k: among the likeliest tokens, and among more of them where those do not decide."""
+    parts: list[tuple[list[int], Tensor]] = []
+    left = list(range(len(params)))  # the rows that are not decided
     whole = Whole.of(scores, entropy=any(each.typical_p < 1 for each in params))
-    candidates = _filter(Candidates(likeliest.indices, likeliest.values.float()), params, whole)
-    chosen = draw(candidates, params, uniforms)
-    decided = _decided(likeliest.values.float(), params, whole)
-    rest = [row for row, is_decided in enumerate(decided) if not is_decided]
-    if rest:
-        drawn = _draw_sorted(scores[rest], [params[row] for row in rest], [uniforms[row] for row in rest])
-        chosen[rest] = drawn
-    return chosen
+    count = _MOST_CANDIDATES
+    while left and 2 * count <= scores.shape[-1]:
+        likeliest = _rows(scores, left).topk(count, dim=-1)
+        mine, share = [params[row] for row in left], whole.of_rows(left)
+        candidates = Candidates(likeliest.indices, likeliest.values.float())
+        decided = _decided(candidates.scores, mine, share)
+        picked = draw(_filter(candidates, mine, share), mine, [uniforms[row] for row in left])
+        done = [place for place, is_decided in enumerate(decided) if is_decided]
+        if done:
+            parts.append(([left[place] for place in done], _rows(picked, done)))
+        left = [row for row, is_decided in zip(left, decided, strict=True) if not is_decided]
+        count *= _GROWTH
+    if left:
+        mine, levels = [params[row] for row in left], [uniforms[row] for row in left]
+        parts.append((left, _draw_sorted(_rows(scores, left), mine, levels)))
+    return _joined(parts)
 
 
 def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> list[bool]:
@@ -324,6 +306,9 @@ class Whole:
         total = logits.logsumexp(-1, keepdim=True)
         return cls(total, _entropy(logits - total) if entropy else None)
 
+    def of_rows(self, rows: Sequence[int]) -> Whole:
+        return Whole(self.total[rows], None if self.entropy is None else self.entropy[rows])
+
 
 def _filter(candidates: Candidates, params: Sequence[SamplingParams], whole: Whole | None = None) -> Candidates:
     """Filter by typical_p, top_p and min_p; ``whole`` is given if there are tokens beyond the candidates."""
@@ -385,20 +370,7 @@ def draw(candidates: Candidates, params: Sequence[SamplingParams], uniforms: Seq
     return candidates.ids.gather(-1, picked.to(candidates.ids.device)).squeeze(1)
 
 
-@dataclass(frozen=True)
-class _Logprobs:
-    """Log-probabilities, on the device.
-
-    Attributes:
-        wanted: the rows that ask for them, each with its number of alternatives.
-        tensors: those of the tokens ``[wanted]``, those of the likeliest tokens and their ids ``[wanted, most]``.
-    """
-
-    wanted: Sequence[tuple[int, int]]
-    tensors: tuple[Tensor, Tensor, Tensor]
-
-
-def _logprobs(logits: Tensor, states: Sequence[SamplingState], chosen: Tensor) -> _Logprobs | None:
+def _logprobs(logits: Tensor, states: Sequence[SamplingState], chosen: Tensor) -> Logprobs | None:
     """Log-probabilities of the chosen tokens ``[rows]`` and of their alternatives, from the raw logits."""
     wanted = [(row, state.top_logprobs) for row, state in enumerate(states) if state.top_logprobs is not None]
     if not wanted:
@@ -408,4 +380,4 @@ def _logprobs(logits: Tensor, states: Sequence[SamplingState], chosen: Tensor) -
     total = scores.logsumexp(-1, keepdim=True)
     values = (scores.gather(-1, _rows(chosen, rows).unsqueeze(1)) - total).squeeze(1)
     top = scores.topk(min(max(count for _, count in wanted), scores.shape[-1]), dim=-1)
-    return _Logprobs(wanted, (values, top.values - total, top.indices))
+    return Logprobs(wanted, (values, top.values - total, top.indices))

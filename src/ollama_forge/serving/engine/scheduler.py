@@ -17,7 +17,8 @@ from ollama_forge.models.device import is_out_of_memory, release_memory, upload
 from ollama_forge.serving.engine.base import EngineError, Token
 from ollama_forge.serving.engine.model_runner import ModelRunner, Prefill
 from ollama_forge.serving.engine.prefix_cache import common_prefix
-from ollama_forge.serving.engine.sampler import Sampled, sample
+from ollama_forge.serving.engine.sampled import Sampled
+from ollama_forge.serving.engine.sampler import sample
 from ollama_forge.serving.engine.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
