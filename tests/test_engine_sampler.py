@@ -229,7 +229,8 @@ def test_what_is_drawn_is_what_sorting_everything_leaves(
     for uniform, token in zip(uniforms, chosen, strict=True):
         first = last = order.index(token)
         if draw_rows is not _draw_unsorted:  # equal logits may come in any order
-            first, *_, last = np.flatnonzero(weights == weights[first]).tolist() * 2
+            equal = np.flatnonzero(weights == weights[first])
+            first, last = int(equal[0]), int(equal[-1])
         assert heights[first] - weights[first] / weights.sum() - 1e-5 <= uniform <= heights[last] + 1e-5
 
 
