@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -245,6 +250,29 @@ def test_a_failing_converter(tmp_path: Path, body: str, words: str) -> None:
     assert "\n" not in caught.value.message
     assert target.read_bytes() == b"earlier"
     assert not partial_of(target).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_converter_of_a_killed_run_ends(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    body = f"import os, time\nopen({str(started)!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(60)"
+    folder = other_converter(tmp_path / "llama.cpp", body)
+    checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
+    killed = os.fork()
+    if not killed:
+        convert(folder, checkpoint, tmp_path / "out.gguf", outtype="f16", name="x")
+    within(20, lambda: started.exists() and started.read_text().endswith(" "))
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    left = psutil.Process(int(started.read_text()))
+    within(20, lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
 from ollama_forge.cli.vllm import engine_option, vllm_options, vllm_settings
 from ollama_forge.errors import require_abliterate
 from ollama_forge.prompts.settings import MAX_REPORT
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ollama_forge.comparison.report import EvaluationReport
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.option(
     "--base",
     required=True,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
 from ollama_forge.cli.vllm import engine_option, vllm_options, vllm_settings
 from ollama_forge.errors import require_abliterate
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ollama_forge.pipeline.optimize import Optimized
 
 
-@click.command()
+@click.command("optimize", cls=Command)
 @opt.model_option
 @click.option(
     "--study",

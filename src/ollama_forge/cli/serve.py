@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.vllm import vllm_options, vllm_settings
 from ollama_forge.errors import UsageError, require_abliterate
 from ollama_forge.names import run_output
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
     from ollama_forge.serving.model import ServedModel
 
 
-@click.command("serve")
+@click.command("serve", cls=Command)
 @click.option(
     "--name",
     "names",
     multiple=True,
+    shell_complete=complete_runs,
     help="Name of a model that run made; with --checkpoint, the name to serve it under. May be given several times.",
 )
 @click.option(
@@ -63,7 +66,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds after which a client is dropped that does not read its answer.",
+    help="Seconds after which a client is dropped that reads nothing of its answer.",
 )
 @click.option(
     "--num-ctx",
@@ -93,7 +96,7 @@ if TYPE_CHECKING:
     help="Forward to a llama-server or a vLLM (URL#MODEL) that runs the model; --name or --checkpoint gives the "
     "tokenizer and the template.",
 )
-@click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
+@click.option("--api-key", metavar="KEY", help="Bearer token that clients must send.")
 @click.option(
     "--live",
     is_flag=True,

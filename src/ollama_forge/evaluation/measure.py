@@ -14,7 +14,6 @@ from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.refusal_probe import count_by_probe
 from ollama_forge.evaluation.refusals import classify, is_surely_refusal
 from ollama_forge.models.protocol import AnsweringModel, ScoringModel
-from ollama_forge.models.streamed import StreamedModel
 from ollama_forge.models.thoughts import THOUGHT_TOKENS, answer_after_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.conversation import Conversation, Prompt, request_of
@@ -204,16 +203,14 @@ def answer_texts(
     return [model.tokenizer.decode(answer) for answer in answers]
 
 
-def count_answers(
-    model: AnsweringModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None
-) -> Counts:
+def count_answers(model: ScoringModel, prompts: Sequence[Ids], progress: Callable[[int], None] | None = None) -> Counts:
     """Count the classes of the answers of at most 64 tokens to tokenized prompts, for choosing.
 
     The answers are classified without their prompts, since a choice rests on refusals and degenerate answers, which
     the prompts hardly change. Generation stops early for certain refusals alone, because a degenerate loop only shows
     in a long answer. Of a model that is streamed from disk, the first token alone tells (``refusal_probe.py``).
     """
-    if isinstance(model, StreamedModel):
+    if model.streams:
         return count_by_probe(model, prompts, progress)
     decided = _refuses(model.tokenizer)
     answers = answer_after_thoughts(model, prompts, CHOOSING_TOKENS, decided=decided, progress=progress)

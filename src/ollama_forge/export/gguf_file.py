@@ -18,7 +18,7 @@ from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
 from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, llama_server
 from ollama_forge.models.servers.token_server import RemoteModel
 from ollama_forge.models.thoughts import detect_thought
-from ollama_forge.progress import say, status
+from ollama_forge.progress import say, status, warn
 from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def quantise_files(
         size = file.path.stat().st_size
         made.append(QuantisedFile(file.path, file.quant, size, tool, fallback, verified=verified))
     if fallback:
-        say(f"warning: llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
+        warn(f"llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
     return QuantisedFiles(tuple(made))
 
 

@@ -38,6 +38,10 @@ class AnsweredModel:
     def tokenizer(self) -> Tokenizer:
         return self.scoring.tokenizer
 
+    @property
+    def streams(self) -> bool:
+        return self.answering.streams
+
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> list[Ids]:
         return self.answering.answer(prompts, max_new_tokens, **options)
 

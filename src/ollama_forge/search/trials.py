@@ -203,10 +203,10 @@ class Trials:
 
     @cached_property
     def base(self) -> BaseAnswers:
-        """Classes of the unedited model's answers to harmful and to general select prompts."""
+        """Classes of the unedited model's answers to the select prompts."""
         decode = self.model.tokenizer.decode
         general = [classify(decode(ids)) for part in self._prompts.general for ids in part.answers]
-        return BaseAnswers(self.base_harmful, Counts.of(general))
+        return BaseAnswers(self.base_harmful, Counts.of(general), self.base_harmless)
 
     def rule(self, limits: Limits) -> Rule:
         """The rule by which the best edit of this model is chosen."""
@@ -295,12 +295,12 @@ class Trials:
         if not probes:
             middle = self.layers[len(self.layers) // 2]
             spread = sorted(self.layers, key=lambda layer: ((layer - middle) % 2, abs(layer - middle)))
-            return Ladder(self.layers, tuple(spread), self.goal, has_experts)
+            return Ladder(self.layers, tuple(spread), self.goal, self.space.balanced, has_experts)
         rate = base.harmful.refusal / max(base.harmful.total, 1)
         ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
         ranking = ranking[:RANKED_LAYERS]
         inducing = tuple(layer for layer in ranking if self._induces(layer))
-        return Ladder(self.layers, inducing or tuple(ranking), self.goal, has_experts)
+        return Ladder(self.layers, inducing or tuple(ranking), self.goal, self.space.balanced, has_experts)
 
     def _induces(self, layer: int) -> bool:
         """Whether the layer's direction, as long as the harmful and the harmless mean are apart, induces refusal."""

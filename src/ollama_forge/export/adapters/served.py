@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -75,6 +75,8 @@ class AdapterAnswers:
 @dataclass
 class _EditedModel:
     """An edit of a checkpoint: an ``AnsweringModel``."""
+
+    streams: ClassVar[bool] = False
 
     answers: AdapterAnswers
     plan: EditPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ollama_forge.models.protocol import Decided
 from ollama_forge.models.servers.connection import Connection, ask_all
@@ -55,6 +55,8 @@ class RemoteModel:
     Attributes:
         tokenizer: that of the checkpoint that the server runs.
     """
+
+    streams: ClassVar[bool] = False
 
     server: TokenServer
     tokenizer: Tokenizer

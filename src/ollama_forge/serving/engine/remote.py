@@ -70,25 +70,16 @@ class LlamaServerStream:
 
     async def stream(self, link: Link, phase: Phase, vocabulary: Vocabulary) -> AsyncGenerator[Token, None]:
         reader = TokenReader(phase, vocabulary)
-
-        async def replay(count: int) -> list[int]:
-            body = reader.replay_body(count)
-            if body is None:
-                return []
-            response = await link.client.post("/completion", json=body)
-            ids: list[int] = response.json().get("tokens", []) if response.is_success else []
-            return ids
-
         async with aclosing(link.events("/completion", completion_body(phase))) as chunks:
             async for chunk in chunks:
-                missing = reader.missing(chunk)
-                if chunk.get("stop"):
-                    tokens = reader.tail(chunk, await replay(missing)) if missing > 0 else []
-                else:
-                    read = reader.read(chunk)
-                    tokens = reader.fill(chunk, await replay(missing)) if read is None else read
-                for token in tokens:
+                body = reader.replay_body(chunk)
+                for token in reader.read(chunk, [] if body is None else await self._replay(link, body)):
                     yield token
+
+    async def _replay(self, link: Link, body: Mapping[str, Any]) -> list[int]:
+        response = await link.client.post("/completion", json=body)
+        ids: list[int] = response.json().get("tokens", []) if response.is_success else []
+        return ids
 
 
 @dataclass(frozen=True)
