@@ -28,6 +28,7 @@ from ollama_forge.serving.chat_output import RepetitionDetector
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
 from ollama_forge.serving.engine.scripted import ScriptedEngine
 from ollama_forge.serving.requests import Message
+from ollama_forge.serving.run_facts import LIVE_KEY
 from tests import planted
 from tests.http_servers import QuietServer
 from tests.loopback import loopback, scripted
@@ -98,6 +99,36 @@ def test_settings_are_spelled_as_in_ollama_and_kept_in_their_range(capsys: pytes
     chat.command("/set num_predict")
     chat.command("/set num_ctx")
     assert capsys.readouterr().err == "num_predict 4096\nnum_ctx default\n"
+
+
+def test_a_live_model_is_answered_for_at_any_strength(capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, and on a server that says so."""
+    lines = ("a", "/set abliteration_strength 0.5", "b", "/set abliteration_strength -99", "c")
+    reset = ("/set abliteration_strength default", "/set", "d")
+    model = serve("1", "2", "3", "4")
+    model.live = True
+    chat = Chat(LocalBackend(model), io.StringIO())
+    chat.loop((*lines, *reset))
+    assert [request.strength for request in requests(chat)] == [1.0, 0.5, -10.0, 1.0]
+    assert "abliteration_strength 1.0\n" in capsys.readouterr().err
+    served = scripted(lambda *_: "hello")
+    served.live, served.metadata = True, replace(served.metadata, model_info={LIVE_KEY: 1.0})
+    engine = served.engine
+    assert isinstance(engine, ScriptedEngine)
+    with loopback(served) as url:
+        backend = running_server(url, "wire")
+        assert backend is not None
+        assert backend.live
+        Chat(backend, io.StringIO()).loop((*lines, *reset))
+    assert [request.strength for request in engine.requests] == [1.0, 0.5, -10.0, 1.0]
+
+
+def test_a_model_with_one_strength_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    chat, _ = talk("a", lines=("/set abliteration_strength 0", "/set", "hi"))
+    assert [request.strength for request in requests(chat)] == [1.0]
+    shown = capsys.readouterr().err
+    assert "this model has one strength" in shown
+    assert "abliteration_strength" not in shown.replace("/set abliteration_strength 0", "")
 
 
 def test_a_message_of_several_lines() -> None:

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jsonschema
@@ -19,9 +20,12 @@ from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest, SamplingParams, Token
 from ollama_forge.serving.engine.llama_completion import TokenReader, split_within_characters
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
+from ollama_forge.serving.model import ServedModel
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
 from tests.engines import collect, greedy, prompt, running, together, wait
 from tests.gguf_models import Model
+from tests.loopback import FACTS, THINKING, TOOLS, loopback
+from tests.test_api_streams import post
 
 if not llamacpp_is_installed():
     pytest.skip("the extra llamacpp is not installed", allow_module_level=True)
@@ -121,6 +125,61 @@ def test_a_schema_begins_behind_a_text(engine: LlamaCppEngine, model: Model) -> 
 def test_a_malformed_schema_is_refused(engine: LlamaCppEngine) -> None:
     with pytest.raises(EngineError, match="invalid format"):
         together(engine, [greedy(prompt(4), 5, constraint=Constraint("["))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_output_that_is_cut_within_a_character_is_as_long_as_it_may_be(
+    engine: LlamaCppEngine, model: Model, temperature: float
+) -> None:
+    constraint = Constraint(json.dumps({"const": "ééé"}))
+    for count in range(2, 9):
+        asked = EngineRequest(
+            prompt(20), count, SamplingParams(temperature, seed=1), end_ids=END, constraint=constraint
+        )
+        (ids,) = together(engine, [asked])  # type: ignore[arg-type]
+        assert len(ids) == min(count, 8)
+        assert decoded(model, ids).rstrip("\ufffd") == '"ééé"'.encode()[:count].decode("utf-8", "ignore")
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+TOOL_LIST = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}},
+]
+FORMS = {
+    "plain": TOOLS,
+    "hermes": "{# <tool_call> #}" + TOOLS,
+    "mistral": "{# [TOOL_CALLS][ARGS] #}" + TOOLS,
+    "channels": "{# <|channel|>analysis #}{% if tools %}{{ tools | length }}{% endif %}" + THINKING,
+}
+
+
+@contextmanager
+def kept(engine: LlamaCppEngine) -> Iterator[LlamaCppEngine]:
+    """The engine without its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "close", lambda: None)
+        yield engine
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forced_calls_are_calls(engine: LlamaCppEngine, model: Model, form: str) -> None:
+    body = {"model": "wire", "messages": [{"role": "user", "content": "hi"}], "temperature": 1.0, "seed": 3}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    tokenizer = Tokenizer.load(model.checkpoint.folder).backend
+    with kept(engine), loopback(ServedModel("wire", tokenizer, engine, FACTS, template=FORMS[form])) as url:
+        for choice in ("required", named):
+            status, text = post(url, "/v1/chat/completions", {**body, "tools": TOOL_LIST, "tool_choice": choice})
+            if form == "channels" and choice == "required":
+                assert (status, "name one tool in tool_choice" in text) == (500, True)
+                continue
+            message = json.loads(text)["choices"][0]["message"]
+            (call,) = message["tool_calls"]
+            name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+            assert not message.get("content")
+            assert (name, arguments) in [("get_time", {})] * (choice == "required") + [
+                ("get_weather", {"city": city}) for city in ("Paris", "Rome")
+            ]
 
 
 class CountedServer:
@@ -256,20 +315,40 @@ def test_ids_within_a_character_are_found(vocabulary: Vocabulary, text: str) -> 
     ids = bytes_ids(vocabulary, text)
     begun = reader.read({"tokens": [70], "tokens_predicted": 1, "content": "A"})
     chunk = {"tokens": ids[-1:], "tokens_predicted": 1 + len(ids), "content": text}
+    assert reader.replay_body(chunk) is None
     found = reader.read(chunk)
-    assert begun is not None
-    assert found is not None
-    assert [token.id for token in [*begun, *found]] == [70, *ids]
-    assert reader.missing({"tokens_predicted": 1 + len(ids)}) == 0
+    assert [token.id for token in [*begun, *found]] == reader.ids == [70, *ids]
 
 
-def test_broken_characters_keep_their_text(vocabulary: Vocabulary) -> None:
-    reader = TokenReader(Phase(EngineRequest((5,), 20)), vocabulary)
+def test_broken_characters_are_replayed_where_that_gives_the_same_tokens(vocabulary: Vocabulary) -> None:
+    last = vocabulary.ids[b"x"]
+    chunk = {"tokens": [last], "tokens_predicted": 3, "content": "\ufffdx"}
+    drawn, greedy = (
+        TokenReader(Phase(EngineRequest((5,), 20, SamplingParams(temperature=temperature))), vocabulary)
+        for temperature in (0.8, 0.0)
+    )
+    assert drawn.replay_body(chunk) is None
+    filled = [token.id for token in drawn.read(chunk)]
+    assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
+    body = greedy.replay_body(chunk)
+    assert body is not None
+    assert (body["prompt"], body["n_predict"], body["stream"]) == ([5], 3, False)
+    assert [token.id for token in greedy.read(chunk, [8, 9, last])] == greedy.ids == [8, 9, last]
+    end = {"stop_type": "limit", "tokens_predicted": 5}
+    body = greedy.replay_body(end)
+    assert body is not None
+    assert (body["prompt"], body["n_predict"]) == ([5, 8, 9, last], 2)
+    assert [token.id for token in greedy.read(end, [8, 9])] == [8, 9]
+    assert greedy.replay_body(end) is None
+
+
+def test_a_replay_that_does_not_fit_is_not_taken(vocabulary: Vocabulary) -> None:
     last = vocabulary.ids[b"x"]
     chunk = {"tokens": [last], "tokens_predicted": 2, "content": "\ufffdx"}
-    assert reader.read(chunk) is None
-    filled = [token.id for token in reader.fill(chunk, [])]
-    assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
+    for replayed in ([8], [8, 9], [8, 9, last]):
+        reader = TokenReader(Phase(EngineRequest((5,), 20)), vocabulary)
+        filled = [token.id for token in reader.read(chunk, replayed)]
+        assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
 
 
 def test_longest_tokens_come_first() -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -15,7 +15,16 @@ import pytest
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models import gguf_model
 from ollama_forge.models.gguf_model import llama_server, llamacpp_is_installed
-from ollama_forge.serving.engine.base import Constraint, EngineError, EngineRequest, Logprob, SamplingParams, Token
+from ollama_forge.serving.engine.base import (
+    Constraint,
+    EngineError,
+    EngineRequest,
+    Logprob,
+    SamplingParams,
+    TaggedJson,
+    Token,
+    ToolCallGrammar,
+)
 from ollama_forge.serving.engine.remote import RemoteEngine
 from ollama_forge.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import tokenizer as byte_tokenizer
@@ -153,6 +162,21 @@ def test_a_schema_on_a_llama_server_begins_behind_the_thought() -> None:
     assert free["logit_bias"] == [[END, False]]
     assert bound["prompt"] == [9, *ids_of("so</t>")]
     assert bound["json_schema"]["type"] == "object"
+
+
+def test_a_forced_call_in_a_channel_has_its_beginning_given() -> None:
+    """Elsewhere a call is plain JSON; there that would be content."""
+    tools = tuple(TaggedJson(f"<c>{name}:", '{"type": "object"}', "") for name in ("f", "g"))
+    calls = ToolCallGrammar(tools[:1], thought=("<a>", "</a>"))
+    asked = greedy((9,), 50, end_ids=frozenset([END]), constraint=Constraint('{"type": "object"}', calls=calls))
+    with played({"/props": PROPS, "/tokenize": tokenized}, completion=llama_chunks("{}")) as server:
+        engine: Any = connected(server)
+        assert together(engine, [asked, replace(asked, max_tokens=3)]) == [ids_of("<c>f:{}"), ids_of("<c>")]
+        (body,) = server.asked["/completion"]
+        assert (body["prompt"], body["n_predict"]) == ([9, *ids_of("<c>f:")], 50 - len(ids_of("<c>f:")))
+        several = Constraint('{"type": "object"}', calls=replace(calls, tools=tools))
+        with pytest.raises(EngineError, match="name one tool in tool_choice"):
+            together(engine, [replace(asked, constraint=several)])
 
 
 def endless(_: Any) -> Iterator[Any]:
@@ -297,7 +321,7 @@ def test_a_real_llama_server_gives_its_greedy_ids(
     model, asked = gguf_models["gemma2"], greedy(prompt(30), 20)
     with llama_server(model.path, 256, 2) as server:
         body = {"prompt": list(asked.ids), "n_predict": 20, "temperature": 0, "return_tokens": True}
-        expected = server.post("/completion", body)["tokens"]
+        expected = server.connection.request("/completion", body)["tokens"]
         tokenizer = Tokenizer.load(model.checkpoint.folder)
-        engine = RemoteEngine.connect(str(server.client.base_url), tokenizer, context=256, slots=2)
+        engine = RemoteEngine.connect(server.connection.url, tokenizer, context=256, slots=2)
         assert together(engine, [asked]) == [expected]  # type: ignore[arg-type]

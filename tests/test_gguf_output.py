@@ -31,6 +31,7 @@ from ollama_forge.edits.orthogonal import plan_orthogonal
 from ollama_forge.edits.plan import EditPlan, vector_reader
 from ollama_forge.edits.proven import examine
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.verify import verify
 from ollama_forge.files import partial_of, read_json
@@ -334,6 +335,7 @@ def test_refusals_leave_everything_as_it_was(model: Model, source: Path, tmp_pat
         ({"gguf": GgufOptions(output=Path("x.gguf"), quants=("Q8_0", "Q4_0"))}, "--output takes one file alone"),
         ({"gguf": GgufOptions(output=Path("x.gguf"), imatrix=Path("i"))}, "--imatrix is for --quant"),
         ({"gguf": GgufOptions(output=Path("x.gguf")), "out_dtype": "bf16"}, "--out-dtype bf16 has no meaning"),
+        ({"gguf": GgufOptions(output=Path("x.gguf")), "shards": ShardSettings(2)}, "--workers and --link are for"),
     ],
 )
 def test_options_that_exclude_each_other(model: Model, source: Path, given: dict[str, Any], said: str) -> None:

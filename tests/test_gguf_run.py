@@ -14,6 +14,7 @@ from ollama_forge.checkpoints.gguf.file import read_gguf, value_of, write_header
 from ollama_forge.cli.closing import closing_lines
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.export.plan import ExportSettings, plan_export
 from ollama_forge.files import read_json, sha256_file
@@ -184,6 +185,7 @@ def test_options_without_a_meaning(source: Path, gguf_models: Mapping[str, Model
     for changes, match in (
         ({"model": folder, "keep_checkpoint": True}, "--keep-checkpoint has no meaning"),
         ({"model": str(source), "out_dtype": "bf16"}, "--out-dtype has no meaning"),
+        ({"model": str(source), "shards": ShardSettings(link=True)}, "--workers and --link are for"),
         ({"model": str(source), "export": ExportSettings(llama_cpp_dir="x")}, "--llama-cpp-dir has no use"),
         ({"model": folder, "base": folder}, "--base is for a GGUF file"),
     ):

@@ -23,6 +23,7 @@ from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_workers import NO_SHARDS, NO_SHARDS_HINT, ShardSettings
 from ollama_forge.edits.source_files import source_entry, source_location
 from ollama_forge.edits.undo import Undone
 from ollama_forge.edits.undo import keep_undo as write_undo_of
@@ -143,7 +144,7 @@ class GgufOptions:
                 "--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them"
             )
 
-    def check_source(self, source: Checkpoint, out_dtype: str) -> None:
+    def check_source(self, source: Checkpoint, out_dtype: str, shards: ShardSettings | None) -> None:
         """Raise UsageError for options that have no meaning for the source."""
         if not isinstance(source, GgufCheckpoint):
             if self != GgufOptions():
@@ -151,6 +152,8 @@ class GgufOptions:
                     f"{source.label} is not a GGUF file, which --output, --quant and --keep-checkpoint are for",
                     "leave them out; run makes a GGUF file of a checkpoint",
                 )
+        elif shards is not None and shards != ShardSettings():
+            raise UsageError(NO_SHARDS, NO_SHARDS_HINT)
         elif out_dtype != "auto" and not (self.keep_checkpoint and out_dtype == "bf16"):
             raise UsageError(
                 f"--out-dtype {out_dtype} has no meaning for a GGUF file",
@@ -173,6 +176,7 @@ def apply(
     allow_partial: bool = False,
     trust_remote_code: bool = False,
     keep_undo: bool = False,
+    shards: ShardSettings | None = None,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
@@ -189,6 +193,7 @@ def apply(
         allow_partial: accept a model of which only a part is proven, and edit that part.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
         keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
+        shards: how the shards of a checkpoint are written; None for one after the other, without links.
 
     Returns:
         The edited checkpoint (that of the first GGUF file), and the record of the edit.
@@ -213,7 +218,7 @@ def apply(
         source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
     else:
         source = resolve_gguf(model, revision, base)
-    gguf.check_source(source, out_dtype)
+    gguf.check_source(source, out_dtype, shards)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
@@ -248,6 +253,7 @@ def apply(
             out_dtype=out_dtype,
             direction=direction,
             provenance=provenance,
+            shards=shards,
         )
     if keep_undo:
         write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)

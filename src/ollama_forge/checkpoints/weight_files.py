@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -77,20 +76,36 @@ def pieces_of(place: ByteRange) -> Iterator[bytearray]:
             yield read_at(file, place.start + done, min(PIECE, place.size - done))
 
 
-@contextmanager
-def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Hash files in a thread while the block runs.
+class FileHashes:
+    """SHA-256 of files, computed in threads.
 
-    Yields:
-        A function that waits for the SHA-256 of each file, and raises OSError if one cannot be read.
+    Args:
+        threads: number of files that are hashed at the same time.
     """
-    stop = Event()
-    with ThreadPoolExecutor(1) as thread:
-        hashes = thread.submit(lambda: {file: _sha256(file, stop) for file in files})
-        try:
-            yield hashes.result
-        finally:
-            stop.set()
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads)
+        self._stop = Event()
+        self._hashes: dict[Path, Future[str]] = {}
+
+    def begin(self, file: Path) -> None:
+        """Hash ``file``, once; call it when the file is about to be read anyway, so that the disk reads it once."""
+        if file not in self._hashes:
+            self._hashes[file] = self._pool.submit(_sha256, file, self._stop)
+
+    def of(self, file: Path) -> str:
+        """Wait for the hash of ``file``.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        self.begin(file)
+        return self._hashes[file].result()
+
+    def close(self) -> None:
+        """Stop hashing."""
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _sha256(file: Path, stop: Event) -> str:

@@ -1,35 +1,30 @@
-"""Apply an edit plan to the tensors of a checkpoint on disk, one at a time; tensors without an edit are copied."""
+"""Apply an edit plan to the tensors of a checkpoint on disk, shard by shard; tensors without an edit are copied."""
 
 from __future__ import annotations
 
-import hashlib
-import math
+import errno
 import statistics
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from itertools import compress
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ollama_forge.architectures.model_map import ModelMap
-from ollama_forge.architectures.read_matrix import experts_of
-from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.formats.base import PackedTensor
-from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
-from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME, CheckpointTensors, TensorInfo
-from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
-from ollama_forge.edits import blocks
-from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
-from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
+from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
+from ollama_forge.checkpoints.writer import GrowingFile, OutputTensor, ShardWriter
+from ollama_forge.edits.edit_file import EditRecord
+from ollama_forge.edits.edited_shard import EditedShard
 from ollama_forge.edits.expert_groups import equal, grouped
-from ollama_forge.edits.out_dtype import UNPACKED, OutDtype
-from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit, ScaledFactors, check_finite
+from ollama_forge.edits.shard_layout import ShardLayout
+from ollama_forge.edits.shard_workers import ShardSettings, usable_workers, work_on_shards
+from ollama_forge.edits.source_files import SourceHashes
 from ollama_forge.files import disk_errors, write_json
-from ollama_forge.progress import bar
+from ollama_forge.links import Sharing, share_file
+from ollama_forge.progress import bar, say
 from ollama_forge.system import return_freed_memory
 
 
@@ -56,233 +51,145 @@ class AppliedEdit:
 
 
 def apply_plan(
-    checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype, settings: dict[str, Any]
+    layout: ShardLayout,
+    folder: Path,
+    settings: dict[str, Any],
+    shards: ShardSettings | None = None,
+    hashes: SourceHashes | None = None,
 ) -> AppliedEdit:
     """Write the edited weights into ``folder``, with an index if they are sharded.
 
     Args:
         folder: an existing, empty folder.
         settings: the settings of the edit, for its record.
+        shards: how shards are written; None for one after the other, without links.
+        hashes: told of each shard that is about to be read.
 
     Raises:
         ForgeError: an edited tensor holds NaN or a value too large for its type, a source file is cut short, or the
             disk is full.
     """
-    return _EditWriter(checkpoint, plan, folder, out_dtype).run(settings)
+    return _Application(layout, folder, shards or ShardSettings(), hashes).run(settings)
 
 
 @dataclass
-class MatrixSums:
-    """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
+class _Written:
+    """What one shard adds to the result."""
 
-    source: Any = field(default_factory=hashlib.sha256)
-    result: Any = field(default_factory=hashlib.sha256)
-    squared_norm: float = 0.0
-    squared_change: float = 0.0
-    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add_blocks(self, edit: MatrixEdit, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
-        """Yield the blocks of one matrix (of one expert), and add up their norms; overwrites ``before``."""
-        parts: list[JoinedFactors] = []
-        for block in edited_blocks:
-            parts.append(JoinedFactors(block.after.factors, block.after.scale))
-            self.squared_norm += float(torch.linalg.vector_norm(block.before)) ** 2
-            self.squared_change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
-            yield block
-        joined = join_blocks(edit, parts).factors
-        self.factors.append((joined.L, joined.K))
-
-    def record(self, edit: MatrixEdit) -> MatrixRecord:
-        left, right = stacked(self.factors) if edit.matrix.experts else self.factors[0]
-        return MatrixRecord(
-            left,
-            right,
-            edit.strength,
-            edit.rescale,
-            self.source.hexdigest(),
-            self.result.hexdigest(),
-            (self.squared_change / self.squared_norm) ** 0.5 if self.squared_norm else 0.0,
-        )
+    outputs: list[OutputTensor]
+    edited: EditedShard
+    shared: Sharing | None = None
 
 
-class _EditWriter:
-    def __init__(self, checkpoint: Checkpoint, plan: EditPlan, folder: Path, out_dtype: OutDtype) -> None:
-        self.checkpoint, self.plan, self.folder, self.out_dtype = checkpoint, plan, folder, out_dtype
-        self.tensors = checkpoint.tensors
-        self.names = _shard_names(self.tensors)
-        self.owners = {part: tensor for tensor in self.tensors.packed.values() for part in tensor.parts + tensor.extras}
-        edited = [tensor for name, tensor in self.tensors.packed.items() if name in plan.edits]
-        kept = out_dtype.keeps_packed and all(tensor.is_writable for tensor in edited)
-        self.unpack = bool(self.owners) and not kept
-        self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
-        self.leaks: dict[str, float] = {}
-        self.biases = {
-            edit.matrix.bias: edit for edit in plan.edits.values() if edit.bias_edit is not None and edit.matrix.bias
-        }
-        self.records: dict[str, MatrixRecord] = {}
-        self.bias_shifts: dict[str, Tensor] = {}
-        self.changed: set[str] = set()
+class _Application:
+    def __init__(self, layout: ShardLayout, folder: Path, shards: ShardSettings, hashes: SourceHashes | None) -> None:
+        self.layout, self.folder, self.shards, self.hashes = layout, folder, shards, hashes
+        self.unshared: str | None = None  # why the file system shares no bytes
+        self.advance: Callable[[int], None] = lambda _: None
 
     def run(self, settings: dict[str, Any]) -> AppliedEdit:
-        weight_map: dict[str, str] = {}
-        stored: Counter[str] = Counter()
-        with disk_errors(self.folder), bar("writing tensors", len(self.tensors)) as advance:
-            for shard in self.tensors.shards:
-                outputs = self.outputs_of(shard)
-                with ShardWriter(self.folder / self.names[shard], outputs) as writer:
-                    for out in outputs:
-                        if out.copied is not None:
-                            writer.copy(out.copied)
-                        else:
-                            writer.write(self.computed_bytes(out))
-                            return_freed_memory()
-                        weight_map[out.name] = self.names[shard]
-                        stored[out.dtype] += out.size
-                        advance(1)
-            if list(self.names.values()) != [SINGLE_NAME]:
+        layout, plan = self.layout, self.layout.plan
+        sources = layout.tensors.shards
+        workers = usable_workers(layout, self.shards.workers)
+        with disk_errors(self.folder), bar("writing tensors", len(layout.tensors)) as self.advance:
+            done = work_on_shards(sources, self.write, workers)
+            stored: Counter[str] = Counter()
+            weight_map: dict[str, str] = {}
+            for shard, written in zip(sources, done, strict=True):
+                for out in written.outputs:
+                    weight_map[out.name] = layout.names[shard]
+                    stored[out.dtype] += out.size
+            if list(layout.names.values()) != [SINGLE_NAME]:
                 index = {"metadata": {"total_size": stored.total()}, "weight_map": weight_map}
                 write_json(self.folder / INDEX_NAME, index)
+        self.say_shared([written.shared for written in done])
+        edited = [written.edited for written in done]
+        records = {name: record for shard in edited for name, record in shard.records.items()}
+        leaks = {name: leak for shard in edited for name, leak in shard.leaks.items()}
         record = EditRecord(
-            self.plan.factors,
-            self.checkpoint.fingerprint,
-            {name: self.records[name] for name in self.plan.edits if name in self.records},
-            self.bias_shifts,
+            plan.factors,
+            layout.checkpoint.fingerprint,
+            {name: records[name] for name in plan.edits if name in records},
+            {name: shift for shard in edited for name, shift in shard.bias_shifts.items()},
             settings,
-            self.plan.fitted_to,
+            plan.fitted_to,
         )
-        packed_as = {name: self.tensors.packed[name].codec.label for name in self.leaks}
-        return AppliedEdit(record, frozenset(self.changed), stored, self.unpack, self.leaks, packed_as)
+        changed = frozenset(name for shard in edited for name in shard.changed)
+        packed_as = {name: layout.tensors.packed[name].codec.label for name in leaks}
+        return AppliedEdit(record, changed, stored, layout.unpack, leaks, packed_as)
 
-    def outputs_of(self, shard: Path) -> list[OutputTensor]:
-        """The tensors to write for a shard of the source; the scales of a packed tensor come after its codes."""
-        infos = self.tensors.of_shard(shard)
-        places = {info.name: place for place, info in enumerate(infos)}
+    def write(self, shard: Path, stop: Event) -> tuple[_Written, Callable[[], None]]:
+        """Edit one shard. Returns what is known of it, and a function that waits until it is on disk."""
+        if self.hashes is not None:
+            self.hashes.begin(shard)
+        written = _Written(self.layout.outputs_of(shard), EditedShard(self.layout))
+        target = self.folder / self.layout.names[shard]
+        if self.layout.is_unchanged(shard):
+            finish = self.keep(shard, target, written, stop)
+        else:
+            finish = self.edit(target, written, stop)
+        return written, partial(self.finish, shard, finish)
 
-        def place(info: TensorInfo) -> tuple[int, bool]:
-            codes = self.owners[info.name].parts[0] if info.name in self.owners else info.name
-            return places.get(codes, places[info.name]), info.name != codes
+    def edit(self, target: Path, written: _Written, stop: Event) -> Callable[[], None]:
+        writer = ShardWriter(target, written.outputs, stop=stop)
+        try:
+            for out in written.outputs:
+                if stop.is_set():
+                    raise CancelledError
+                if out.copied is not None:
+                    writer.copy(out.copied)
+                else:
+                    writer.write(written.edited.computed_bytes(out))
+                    return_freed_memory()
+                self.advance(1)
+        except BaseException:
+            stop.set()
+            writer.release()
+            raise
+        return writer.close
 
-        return [out for info in sorted(infos, key=place) if (out := self.output_tensor(info))]
+    def keep(self, shard: Path, target: Path, written: _Written, stop: Event) -> Callable[[], None]:
+        """Share the bytes of an unchanged shard if asked to, else copy them."""
+        if self.shards.link and self.unshared is None:
+            try:
+                written.shared = share_file(shard, target)
+            except OSError as error:
+                other = error.errno == errno.EXDEV
+                self.unshared = "is on another file system" if other else f"cannot link it ({error.strerror or error})"
+        if written.shared is None:
+            return partial(self.copy, shard, target, len(written.outputs), stop)
+        self.advance(len(written.outputs))
+        return lambda: None
 
-    def output_tensor(self, info: TensorInfo) -> OutputTensor | None:
-        """The output tensor for one tensor of the source; None for the scales of a packed tensor that is decoded."""
-        owner = self.owners.get(info.name)
-        if owner is not None and self.unpack:
-            return OutputTensor(owner.name, UNPACKED, owner.shape) if info.name == owner.parts[0] else None
-        dtype = info.dtype if owner is not None else self.out_dtype.storage_type(info.dtype)
-        edited = info.name in self.plan.edits or info.name in self.biases
-        if owner is not None:
-            edited = owner.name in self.plan.edits and info.name in owner.parts
-        copied = dtype == info.dtype and not edited and self.tensors.lies_in_file(info.name)
-        return OutputTensor(info.name, dtype, info.shape, info if copied else None)
+    def copy(self, shard: Path, target: Path, tensors: int, stop: Event) -> None:
+        file = GrowingFile(target, stop)
+        try:
+            file.copy(shard, 0, shard.stat().st_size)
+            file.close()
+        finally:
+            file.release()
+        self.advance(tensors)
 
-    def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
-        owner = self.owners.get(out.name)
-        if owner is not None and not self.unpack:
-            edit = self.plan.edits[owner.name]
-            return (
-                self.encoded_matrix_bytes(edit, owner) if out.name == owner.parts[0] else self.scale_bytes(owner, out)
+    def finish(self, shard: Path, finish: Callable[[], None]) -> None:
+        finish()
+        if self.hashes is not None:
+            self.hashes.wait(shard)  # not far behind, where the system has dropped the file's pages again
+
+    def say_shared(self, shared: Sequence[Sharing | None]) -> None:
+        if not self.shards.link:
+            return
+        hard, reflinks = shared.count(Sharing.HARD_LINK), shared.count(Sharing.REFLINK)
+        if hard:
+            say(
+                f"warning: {hard} of {len(shared)} shards are hard links to the source's files: "
+                "a later change of one changes both"
             )
-        if out.name in self.plan.edits:
-            return self.edited_matrix_bytes(self.plan.edits[out.name], out)
-        if out.name in self.biases:
-            return self.edited_bias_bytes(self.biases[out.name], out)
-        packed = self.tensors.packed.get(out.name)
-        return self.converted_bytes(out) if packed is None else self.decoded_bytes(packed, out)
-
-    def converted_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
-        info = self.tensors[out.name]
-        width = info.size // max(info.count, 1)
-        for start in range(0, info.count, blocks.BLOCK):
-            count = min(blocks.BLOCK, info.count - start)
-            data = self.tensors.read_bytes(info.name, start * width, count * width)
-            yield tensor_bytes(round_tensor(stored_tensor(data, info.dtype, (count,)), out.dtype, out.name))
-
-    def decoded_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
-        rows, columns = packed.shape[-2:]
-        step = max(1, blocks.BLOCK // columns) if packed.codec.by_regions else max(rows, 1)
-        for expert in range(packed.shape[0]) if packed.is_stack else [None]:
-            matrix = self.tensors.read_packed(packed.name, expert)
-            for start in range(0, rows, step):
-                values = matrix.decode(slice(start, start + step))
-                check_finite(values, packed.name, self.checkpoint.label)
-                yield encode_tensor(values, out.dtype, out.name)
-
-    def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        sums = MatrixSums()
-        for expert in experts_of(edit.matrix):
-            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
-            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
-            for data in blockwise.stored_bytes(counted, out.dtype):
-                sums.result.update(data)
-                yield data
-        record = sums.record(edit)
-        if record.source_sha256 != record.result_sha256:
-            self.changed.add(out.name)
-        self.records[out.name] = record
-
-    def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
-        """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
-        sums, scales = MatrixSums(), []
-        size, error = 0.0, 0.0
-        for expert in experts_of(edit.matrix):
-            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.checkpoint.label)
-            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
-            size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
-            codes, scale = (tensor_bytes(part) for part in encoded.parts)
-            sums.result.update(codes)
-            sums.result.update(scale)
-            scales.append(scale)
-            yield codes
-            self.changed.update(compress(packed.parts, encoded.changed))
-        self.scales[packed.parts[1]] = memoryview(b"".join(scales))
-        self.records[packed.name] = sums.record(edit)
-        if size:
-            self.leaks[packed.name] = error / size
-
-    def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
-        """The scales of an edited packed matrix, encoded now if its codes are in a later shard."""
-        if out.name not in self.scales:
-            deque(self.encoded_matrix_bytes(self.plan.edits[packed.name], packed), maxlen=0)
-        yield self.scales.pop(out.name)
-
-    def edited_bias_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        info = self.tensors[out.name]
-        source = self.tensors.read_bytes(info.name)
-        bias = decode_tensor(source, info.dtype, info.shape)
-        check_finite(bias, info.name, self.checkpoint.label)
-        shifts = bias_shifts(self.tensors, edit, bias, self.checkpoint.label)
-        self.bias_shifts[info.name] = shifts
-        data = encode_tensor(bias + shifts, out.dtype, out.name)
-        if bytes(data) != bytes(source):
-            self.changed.add(info.name)
-        yield data
-
-
-def _shard_names(tensors: CheckpointTensors) -> dict[Path, str]:
-    """The name of the file to write for each file of the source; a GGUF file becomes one safetensors file."""
-    ending = Path(SINGLE_NAME).suffix
-    return {shard: shard.name if shard.suffix == ending else SINGLE_NAME for shard in tensors.shards}
-
-
-def bias_shifts(tensors: CheckpointTensors, edit: MatrixEdit, bias: Tensor, label: str) -> Tensor:
-    """The values to add to the bias of an edited matrix, float32 in the bias's shape.
-
-    Args:
-        bias: float32 ``[out]``; of stacked experts ``[experts, out]``.
-        label: name of the checkpoint, for messages.
-    """
-
-    def shift(row: Tensor, expert: int | None) -> Tensor:
-        factors: ScaledFactors | None = None
-        if isinstance(edit.bias_edit, BiasEdit) and edit.bias_edit.norm_bias is not None:
-            factors = BlockwiseEdit(tensors, edit, expert, label).factors()
-        assert edit.bias_edit is not None
-        return edit.bias_edit.shift(row, factors, edit.strength, expert)
-
-    if not edit.matrix.experts:
-        return shift(bias, None)
-    return torch.stack([shift(row, expert) for expert, row in enumerate(bias)])
+        if reflinks:
+            say(f"note: {reflinks} of {len(shared)} shards are reflinks, which take no space until they are changed")
+        if self.unshared is not None:
+            say(f"note: unchanged shards were copied, as the folder {self.unshared}")
+        elif not hard and not reflinks:
+            say("note: the edit changes every shard, so that none is linked")
 
 
 def describe_changes(applied: AppliedEdit, model: ModelMap) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,7 @@ from ollama_forge.edits.factors import (
 from ollama_forge.edits.plan import MatrixEdit, check_finite
 
 BLOCK = 16 << 20  # values per block: 64 MB in float32; an edit holds about five copies at a time
+CACHED_BLOCK = 1 << 20  # values per block of plain floats, whose copies stay in the processor's cache
 ROWS, COLUMNS = 0, 1
 
 
@@ -49,6 +50,11 @@ class EditedBlock:
     stop: int
     before: Tensor
     after: EditedMatrix
+
+
+def block_size(packed: bool) -> int:
+    """Values per block. Packed matrices take large blocks, since several are edited twice to find their range."""
+    return BLOCK if packed else min(BLOCK, CACHED_BLOCK)
 
 
 def independent_axis(edit: MatrixEdit) -> int | None:
@@ -143,13 +149,14 @@ class BlockwiseEdit:
         self.shape = (1, *matrix.shape)[-2:]
         axis = independent_axis(edit)
         whole = self.packed is not None and not self.packed.codec.by_regions
-        self.one_block = axis is None or whole or self.shape[0] * self.shape[1] <= BLOCK
+        self.form = form or _writable(self.packed)
+        self.block = block_size(self.packed is not None or self.form is not None)
+        self.one_block = axis is None or whole or self.shape[0] * self.shape[1] <= self.block
         self.disk_axis = 0 if axis is None else axis ^ matrix.transposed
         self.axis_length = self.shape[self.disk_axis]
         other = self.shape[1 - self.disk_axis]
-        self.form = form or _writable(self.packed)
         step = self.form.steps[self.disk_axis] if self.form else 1
-        self.block_length = self.axis_length if self.one_block else max(step, BLOCK // other // step * step)
+        self.block_length = self.axis_length if self.one_block else max(step, self.block // other // step * step)
         divisible = isinstance(self.form, RowwiseCodec) and self.form.rows_apart and self._source_rows_apart()
         self.by_rows = divisible and not self.one_block and self.disk_axis == 0
         self._stored: Tensor | None = None  # the matrix in its storage type, if blocks are not contiguous on disk
@@ -194,7 +201,7 @@ class BlockwiseEdit:
                 assert written is not None
             written[:, block.start : block.stop] = stored  # these columns of ``_stored`` are not read again
         if written is not None:
-            rows = max(1, BLOCK // self.shape[1])
+            rows = max(1, self.block // self.shape[1])
             for start in range(0, self.shape[0], rows):
                 yield tensor_bytes(written[start : start + rows])
 

@@ -22,9 +22,11 @@ from ollama_forge.edits.out_dtype import FLOAT_NAMES, UNPACKED, OutDtype
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.provenance import describe_edit, write_provenance
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_layout import ShardLayout
+from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json
+from ollama_forge.files import atomic_folder, disk_errors, human_size, left_by_killed, read_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.system import free_space
 
@@ -53,7 +55,7 @@ def check_output(folder: Path, needed: int) -> None:
         raise UsageError(f"{folder} is a file", "give a folder for the edited checkpoint")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROVENANCE).is_file():
         raise UsageError(f"{folder} holds something else than an edited checkpoint", "give a new or empty folder")
-    free = free_space(folder)
+    free = free_space(folder) + left_by_killed(folder)
     if needed > free:
         raise ForgeError(
             f"the edited checkpoint needs {human_size(needed)}, but only {human_size(free)} are free at {folder}",
@@ -90,6 +92,13 @@ def _factors_size(checkpoint: Checkpoint) -> int:
     return sum(4 * MAX_DIRECTIONS * math.prod(s[:-2]) * sum(s[-2:]) for s in shapes if len(s) > 1)
 
 
+def _linked_size(layout: ShardLayout, folder: Path) -> int:
+    """Bytes of the shards that take no space in ``folder`` if they are linked; 0 on another file system."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    unchanged = [shard.stat() for shard in layout.tensors.shards if layout.is_unchanged(shard)]
+    return sum(found.st_size for found in unchanged if found.st_dev == existing.stat().st_dev)
+
+
 def write_checkpoint(
     checkpoint: Checkpoint,
     model: ModelMap,
@@ -100,15 +109,20 @@ def write_checkpoint(
     out_dtype: str = "auto",
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
+    shards: ShardSettings | None = None,
 ) -> AppliedEdit:
     """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
+
+    Args:
+        shards: how shards are written; None for one after the other, without links.
 
     Raises:
         ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
         UsageError: unknown ``out_dtype``, or ``folder`` is the source model or holds other files.
     """
-    rule = OutDtype.parse(out_dtype)
-    check_output(folder, output_size(checkpoint, out_dtype))
+    rule, shards = OutDtype.parse(out_dtype), shards or ShardSettings()
+    layout = ShardLayout(checkpoint, plan, rule)
+    check_output(folder, output_size(checkpoint, out_dtype) - (_linked_size(layout, folder) if shards.link else 0))
     if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
     described = describe_edit(checkpoint, model, plan, settings, direction)
@@ -116,11 +130,11 @@ def write_checkpoint(
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
-    with atomic_folder(folder) as partial, hashing_source(checkpoint) as hashes:
-        applied = apply_plan(checkpoint, plan, partial, rule, described["settings"])
+    with atomic_folder(folder) as partial, hashing_source(checkpoint, shards.workers) as hashes:
+        applied = apply_plan(layout, partial, described["settings"], shards, hashes)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
-            described["source"]["files"] = hashes()
+            described["source"]["files"] = hashes.digests()
         write_provenance(
             described,
             model,
@@ -148,7 +162,8 @@ def write_decoded(checkpoint: Checkpoint, folder: Path) -> None:
         ForgeError: the disk is full; ``folder`` is then unchanged.
     """
     with atomic_folder(folder) as partial:
-        applied = apply_plan(checkpoint, EditPlan("none", {}, {}, projects=False), partial, OutDtype.AUTO, {})
+        layout = ShardLayout(checkpoint, EditPlan("none", {}, {}, projects=False), OutDtype.AUTO)
+        applied = apply_plan(layout, partial, {})
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
 

@@ -29,15 +29,16 @@ from ollama_forge.checkpoints.gguf.types import can_encode, nearest_encodable
 from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
-from ollama_forge.edits.apply import AppliedEdit, MatrixSums, bias_shifts
+from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
+from ollama_forge.edits.edited_shard import MatrixSums, bias_shifts
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, check_finite
 from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_file, copy_range, disk_errors, human_size, read_at, write_all
+from ollama_forge.files import atomic_file, copy_range, disk_errors, human_size, left_by_killed, read_at, write_all
 from ollama_forge.progress import bar, say
 from ollama_forge.system import free_space, return_freed_memory
 
@@ -75,7 +76,7 @@ def write_gguf(
     planned = planned_types(checkpoint, plan, types)
     described = describe_edit(checkpoint, model, plan, settings, direction)
     with hashing_source(checkpoint) as hashes:
-        described["source"]["files"] = hashes()
+        described["source"]["files"] = hashes.digests()
     metadata = edited_metadata(checkpoint.file.metadata, {**described, **(provenance or {})})
     check_target(checkpoint, path, file_size(checkpoint.file, metadata, planned))
     if types is None:
@@ -162,7 +163,7 @@ def check_target(checkpoint: GgufCheckpoint, path: Path, needed: int) -> None:
         raise UsageError(f"{path} is a folder", "give a file, or use --output-dir")
     if any((folder / "manifests").is_dir() and (folder / "blobs").is_dir() for folder in target.parents):
         raise UsageError(f"{path} lies in Ollama's own store", "give a file elsewhere, and register it with convert")
-    free = free_space(path.parent)
+    free = free_space(path.parent) + left_by_killed(path)
     if needed > free:
         raise ForgeError(
             f"the edited file needs {human_size(needed)}, but only {human_size(free)} are free at {path.parent}",

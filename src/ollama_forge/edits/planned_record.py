@@ -7,9 +7,9 @@ from typing import Any
 from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.storage import decode_tensor
-from ollama_forge.edits.apply import bias_shifts
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord, stacked
+from ollama_forge.edits.edited_shard import bias_shifts
 from ollama_forge.edits.plan import EditPlan, MatrixEdit
 
 

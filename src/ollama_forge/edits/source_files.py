@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.digest import file_sha256
 from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.checkpoints.hub import cached_snapshot
-from ollama_forge.checkpoints.weight_files import hashing, weight_files
+from ollama_forge.checkpoints.weight_files import FileHashes, weight_files
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import read_json
 from ollama_forge.sources.remembered import remember_source, remembered_source
@@ -28,19 +28,49 @@ def source_location(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if isinstance(checkpoint, GgufCheckpoint) else checkpoint.folder
 
 
-@contextmanager
-def hashing_source(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, str]]]:
-    """Hash a source's weight files in a thread while the block writes the edit, and remember where they lie.
+class SourceHashes:
+    """The SHA-256 of a source's weight files, computed in threads; those of a GGUF file are known from resolving it.
 
-    Yields:
-        A function that waits for the SHA-256 of each file, by the file's path relative to the source's folder.
+    Args:
+        threads: number of files that are hashed at the same time.
     """
-    found = weight_files(source_location(checkpoint))
-    if isinstance(checkpoint, GgufCheckpoint):  # hashed when it was resolved
-        yield lambda: {found.name(file): file_sha256(file) for file in found.files}
-    else:
-        with hashing(found.files) as hashes:
-            yield lambda: {found.name(file): digest for file, digest in hashes().items()}
+
+    def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
+        self._found = weight_files(source_location(checkpoint))
+        self._known = isinstance(checkpoint, GgufCheckpoint)
+        self._hashes = FileHashes(threads)
+
+    def begin(self, file: Path) -> None:
+        """Hash ``file`` from now on, if it is one of the source's."""
+        if not self._known and file in self._found.files:
+            self._hashes.begin(file)
+
+    def wait(self, file: Path) -> None:
+        """Wait for the hash of a file that was begun."""
+        if not self._known and file in self._found.files:
+            self._hashes.of(file)
+
+    def digests(self) -> dict[str, str]:
+        """Wait for the SHA-256 of each file, by the file's path relative to the source's folder.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        digest = file_sha256 if self._known else self._hashes.of
+        if not self._known:
+            for file in self._found.files:
+                self._hashes.begin(file)
+        return {self._found.name(file): digest(file) for file in self._found.files}
+
+    def close(self) -> None:
+        self._hashes.close()
+
+
+@contextmanager
+def hashing_source(checkpoint: Checkpoint, threads: int = 1) -> Iterator[SourceHashes]:
+    """The hashes of a source's weight files; after the block, it is remembered where they lie."""
+    with closing(SourceHashes(checkpoint, threads)) as hashes:
+        yield hashes
     with suppress(ForgeError):  # without the note, undo asks for --source
         remember_source(checkpoint.fingerprint, source_location(checkpoint))
 

@@ -10,6 +10,7 @@ from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.registry import check_8bit
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_workers import NO_SHARDS, NO_SHARDS_HINT, ShardSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.models.chat_model import LoadSettings
@@ -35,6 +36,7 @@ class RunSettings:
         base: the Hugging Face release of a GGUF source, to compute the edit on; None to compute it on the file.
         keep_checkpoint: also write a checkpoint of an edited GGUF file.
         keep_undo: also write undo files beside the edited weights.
+        shards: how the shards of the checkpoint are written.
         evaluate: measure the models on report prompts.
         verify: verify the written weights.
     """
@@ -59,6 +61,7 @@ class RunSettings:
     base: str | None = None
     keep_checkpoint: bool = False
     keep_undo: bool = False
+    shards: ShardSettings = field(default_factory=ShardSettings)
     out_dtype: str = "auto"
     evaluate: bool = True
     verify: bool = True
@@ -111,6 +114,8 @@ class RunSettings:
             raise UsageError(
                 "--keep-checkpoint has no meaning for a model that is no GGUF file", "its checkpoint is always written"
             )
+        if is_file and self.shards != ShardSettings():
+            raise UsageError(NO_SHARDS, NO_SHARDS_HINT)
         if is_file and self.out_dtype != OutDtype.AUTO and not self.keep_checkpoint:
             raise UsageError(
                 "--out-dtype has no meaning for a GGUF file, whose tensors keep their types",

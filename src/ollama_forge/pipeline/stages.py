@@ -223,6 +223,7 @@ def _write_weights(ready: Preflight, cache: StageCache, choice: Choice) -> Stage
                     out_dtype=ready.settings.out_dtype,
                     direction=direction,
                     provenance=provenance,
+                    shards=ready.settings.shards,
                 )
         if isinstance(ready.source, GgufCheckpoint):
             export = ready.export

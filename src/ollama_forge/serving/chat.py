@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
-from ollama_forge.progress import say, status
+from ollama_forge.progress import say, show, status
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.chat_backends import DEFAULT_SERVER, AnswerEnd, ChatBackend, ChatSettings, running_server
 from ollama_forge.serving.chat_output import AnswerPrinter, RepetitionError
@@ -24,6 +24,7 @@ from ollama_forge.serving.requests import Message
 
 if TYPE_CHECKING:
     from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.serving.live_source import LiveSource
 
 HELP = """\
 /set NAME VALUE  change a setting; VALUE default resets it, /set alone shows all of them
@@ -35,6 +36,7 @@ HELP = """\
 _COUNTS = ("top_k", "seed", "repeat_last_n", "num_predict", "num_ctx")
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 _SETTINGS = (*_SAMPLING, "num_predict", "num_ctx", "think")
+_STRENGTH = "abliteration_strength"  # a setting of live models
 _LEVELS = ("low", "medium", "high", "max")
 _THINK: dict[str, bool | str] = {"on": True, "off": False, **{level: level for level in _LEVELS}}
 _SHOWN: dict[object, str] = {None: "default", True: "on", False: "off"}
@@ -51,6 +53,7 @@ def chat(
     settings: ChatSettings | None = None,
     images: Sequence[bytes] = (),
     server: str = DEFAULT_SERVER,
+    live: LiveSource | None = None,
 ) -> None:
     """Talk to the model that ``run`` made under ``name``, or to ``checkpoint``, until the input ends.
 
@@ -60,6 +63,7 @@ def chat(
     Args:
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         images: the bytes of image files, which are sent with the first message.
+        live: the base model and the edit, which is applied at any strength; None for one model.
 
     Raises:
         UsageError: neither or both of ``name`` and ``checkpoint`` are given.
@@ -67,7 +71,9 @@ def chat(
     """
     if (name is None) == (checkpoint is None):
         raise UsageError("give either --name or --checkpoint", "--name is what run was given")
-    backend = (None if adapter else _server_for(name, load, server)) or _load(name, checkpoint, revision, load, adapter)
+    backend: ChatBackend | None = None if adapter else _server_for(name, load, server, live=live is not None)
+    if backend is None:
+        backend = _load(name, checkpoint, revision, load, adapter) if live is None else _load_live(name, live, load)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     if sys.stdin.isatty():
@@ -75,16 +81,20 @@ def chat(
             import readline  # noqa: F401 -- line editing for input()
 
         say("/help lists the commands, /bye leaves")
+        if backend.live:
+            say("its edit is live: /set abliteration_strength 0 for the base, 1 for the edited model")
     try:
         Chat(backend, settings=settings, system=load.system, images=images).loop(_lines())
     finally:
         backend.close()
 
 
-def _server_for(name: str | None, load: LoadSettings, server: str) -> ChatBackend | None:
+def _server_for(name: str | None, load: LoadSettings, server: str, *, live: bool = False) -> ChatBackend | None:
     if name is None or load != type(load)(system=load.system):
         return None
     found = running_server(server, name)
+    if found is not None and live and not found.live:
+        return None
     if found is not None:
         say(f"{name} is served at {server}")
     return found
@@ -106,6 +116,16 @@ def _load(
         return LocalBackend(unloaded_model(source, label, load=replace(load, system=None), max_queue=1).load())
 
 
+def _load_live(name: str | None, live: LiveSource, load: LoadSettings) -> ChatBackend:
+    from ollama_forge.serving.chat_backends import LocalBackend
+    from ollama_forge.serving.load_model import unloaded_model
+
+    label = name or live.edited.name
+    with status(f"loading {label}"):
+        model = unloaded_model(live.base, label, load=replace(load, system=None), max_queue=1, live=live)
+        return LocalBackend(model.load())
+
+
 def _lines() -> Iterator[str]:
     prompt = ">>> " if sys.stdin.isatty() else ""
     while True:
@@ -114,7 +134,7 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            say("\n/bye or Ctrl-D leaves")
+            show("\n/bye or Ctrl-D leaves")
 
 
 def read_format(value: str) -> str:
@@ -186,43 +206,46 @@ class Chat:
         word, _, rest = text.partition(" ")
         match word:
             case "/help" | "/?":
-                say(HELP)
+                show(HELP)
             case "/clear":
                 self.messages.clear()
-                say("the conversation is forgotten")
+                show("the conversation is forgotten")
             case "/system":
                 self.set_system(rest)
             case "/set":
                 self.set(rest.split())
             case _:
-                say(f"unknown command {word}; /help lists them")
+                show(f"unknown command {word}; /help lists them")
 
     def set_system(self, text: str) -> None:
         """Change the system prompt, "" for none, and forget the conversation."""
         self.system = text.strip() or None
         self.messages.clear()
-        say("system prompt set, conversation started over" if self.system else "no system prompt, started over")
+        show("system prompt set, conversation started over" if self.system else "no system prompt, started over")
 
     def set(self, words: list[str]) -> None:
         """Change or show settings, as spelled in this chat or in that of ``ollama run``."""
+        settings = (*_SETTINGS, _STRENGTH) if self.backend.live else _SETTINGS
         match words[1:] if words[:1] == ["parameter"] else words:
             case []:
-                say("\n".join(f"{name:<18}{self._setting(name)}" for name in _SETTINGS))
+                show("\n".join(f"{name:<22}{self._setting(name)}" for name in settings))
             case ["think" | "nothink" as word]:
                 self.settings = replace(self.settings, think=word == "think")
-                say(f"think {self._setting('think')}")
+                show(f"think {self._setting('think')}")
             case ["system", *text]:
                 self.set_system(" ".join(text))
-            case [name] if name in _SETTINGS:
-                say(f"{name} {self._setting(name)}")
-            case [name, spelled] if name in _SETTINGS:
+            case [name] if name in settings:
+                show(f"{name} {self._setting(name)}")
+            case [name, spelled] if name in settings:
                 try:
                     self._change(name, spelled)
-                    say(f"{name} {self._setting(name)}")
+                    show(f"{name} {self._setting(name)}")
                 except ValueError as error:
-                    say(str(error))
+                    show(str(error))
+            case [name, *_] if name == _STRENGTH:
+                show("this model has one strength; chat or serve with --live gives it any")
             case _:
-                say(f"/set NAME VALUE, NAME one of {', '.join(_SETTINGS)}")
+                show(f"/set NAME VALUE, NAME one of {', '.join(settings)}")
 
     def _setting(self, name: str) -> str:
         value = getattr(self.settings.sampling if name in _SAMPLING else self.settings, name)
@@ -265,12 +288,12 @@ class Chat:
         except ForgeError as error:
             self.messages.pop()
             said.end()
-            say(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+            show(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
             return
         self.images = ()  # they are part of the conversation now
         said.end()
         if note:
-            say(f"({note})")
+            show(f"({note})")
         self.messages.append(Message("assistant", said.content, thinking=said.thinking))
 
     def _cut(self, ended: AnswerEnd) -> str:

@@ -16,6 +16,7 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.ollama.parameters import NO_PARAMETERS, Parameters, read_shown
 from ollama_forge.serving.engine.base import EngineError, SamplingParams
 from ollama_forge.serving.requests import BadRequest, Busy, Done, GenerationRequest, Message
+from ollama_forge.serving.run_facts import LIVE_KEY
 
 if TYPE_CHECKING:
     from ollama_forge.serving.model import ServedModel
@@ -39,6 +40,7 @@ class ChatSettings:
         num_ctx: maximum number of tokens of prompt and answer; None: as many as the model takes.
         think: True, False or a level such as "high"; None: the model's own default.
         schema: the text of a JSON schema that answers satisfy.
+        abliteration_strength: multiple of a live edit's own strength; 0 is the base model.
     """
 
     sampling: SamplingParams = CHAT_SAMPLING
@@ -46,6 +48,7 @@ class ChatSettings:
     num_ctx: int | None = None
     think: bool | str | None = None
     schema: str | None = None
+    abliteration_strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,13 @@ class AnswerEnd:
 
 
 class ChatBackend(Protocol):
-    """Answers conversations. ``parameters`` are the model's own."""
+    """Answers conversations. ``parameters`` are the model's own; ``live``: it applies its edit at any strength."""
 
     @property
     def parameters(self) -> Parameters: ...
+
+    @property
+    def live(self) -> bool: ...
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         """Answer, giving ``show`` each piece; an exception of ``show`` or Ctrl-C ends the generation.
@@ -86,9 +92,11 @@ class LocalBackend:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._runner = asyncio.Runner()  # turns Ctrl-C into a cancelled answer
-        self.parameters = model.metadata.parameters
+        self.parameters, self.live = model.metadata.parameters, model.live
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
+        from ollama_forge.serving.api.exchange import live_strength
+
         model = self._model
         if settings.think and "thinking" not in model.capabilities:
             raise ForgeError(f'"{model.name}" does not support thinking', "leave out --think, or /set think off")
@@ -101,6 +109,7 @@ class LocalBackend:
                 prompt,
                 settings.sampling,
                 settings.num_predict,
+                strength=live_strength(model, settings.abliteration_strength),
                 stop=stop if isinstance(stop, tuple) else (),
                 schema=settings.schema,
             )
@@ -126,8 +135,8 @@ class LocalBackend:
 class RemoteBackend:
     """Answers by a server of this program, through ``/api/chat``."""
 
-    def __init__(self, server: str, name: str, parameters: Parameters = NO_PARAMETERS) -> None:
-        self.server, self.name, self.parameters = server, name, parameters
+    def __init__(self, server: str, name: str, parameters: Parameters = NO_PARAMETERS, *, live: bool = False) -> None:
+        self.server, self.name, self.parameters, self.live = server, name, parameters, live
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, show: Show) -> AnswerEnd:
         try:
@@ -157,6 +166,8 @@ class RemoteBackend:
 
     def _body(self, messages: Sequence[Message], settings: ChatSettings) -> dict[str, Any]:
         options = {**asdict(settings.sampling), "num_predict": settings.num_predict, "num_ctx": settings.num_ctx}
+        if self.live:
+            options["abliteration_strength"] = settings.abliteration_strength
         body: dict[str, Any] = {
             "model": self.name,
             "messages": [_message_body(message) for message in messages],
@@ -184,7 +195,8 @@ def running_server(server: str, name: str) -> RemoteBackend | None:
             return None
         body = {"model": name}
         facts = httpx.post(f"{_url(server)}/api/show", json=body, timeout=_LOOK_SECONDS, trust_env=False).json()
-        return RemoteBackend(server, name, read_shown(str(facts.get("parameters") or "")))
+        live = LIVE_KEY in (facts.get("model_info") or {})
+        return RemoteBackend(server, name, read_shown(str(facts.get("parameters") or "")), live=live)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, AttributeError, TypeError):
         return None
 

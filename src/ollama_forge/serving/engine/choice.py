@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.gguf.digest import file_sha256
+from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.tokens import check_tokens
+from ollama_forge.export.adapters.changes import low_rank_changes
+from ollama_forge.export.adapters.gguf import gguf_factors, write_gguf_adapter
 from ollama_forge.files import read_json, sha256_json, write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
-from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, GgufModel, llama_server, llamacpp_is_installed
+from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, llama_server, llamacpp_is_installed
+from ollama_forge.models.servers.token_server import RemoteModel
+from ollama_forge.models.servers.vllm_process import VllmSettings, vllm_server
 from ollama_forge.names import gguf_files
 from ollama_forge.progress import status
 from ollama_forge.serving.engine.base import Engine, EngineSettings
@@ -27,7 +35,7 @@ from ollama_forge.text.tokenizer import Ids, Tokenizer
 if TYPE_CHECKING:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-ENGINES = ("auto", "transformers", "llamacpp")
+ENGINES = ("auto", "transformers", "llamacpp", "vllm")
 LEAST_AGREEMENT = 0.95
 _TOKENS = 32  # of each answer that is compared
 _TIMED = 2  # answers whose time counts
@@ -94,12 +102,17 @@ class LoadedEngine:
     reason: str
 
 
-def load_engine(checkpoint: Checkpoint, load: LoadSettings, settings: EngineSettings) -> LoadedEngine:
+def load_engine(
+    checkpoint: Checkpoint, load: LoadSettings, settings: EngineSettings, *, edit: EditRecord | None = None
+) -> LoadedEngine:
     """Load a checkpoint into the engine that is wanted, or that fits best.
+
+    Args:
+        edit: an edit of the checkpoint, applied at the strength that each request asks for.
 
     Raises:
         UsageError: llamacpp is wanted, and there is no GGUF file.
-        ForgeError: the model cannot be loaded.
+        ForgeError: the model cannot be loaded, or the edit has no form that an engine can apply at any strength.
     """
     path = gguf_of(checkpoint)
     if settings.name == "llamacpp":
@@ -107,8 +120,8 @@ def load_engine(checkpoint: Checkpoint, load: LoadSettings, settings: EngineSett
             raise UsageError(
                 f"{checkpoint.label} has no GGUF file", "--engine llamacpp runs GGUF files, and runs that made one"
             )
-        return _llamacpp(checkpoint, path, load, settings, "as asked for")
-    reason = "as asked for" if settings.name == "transformers" else _obstacle(checkpoint, load, path)
+        return _llamacpp(checkpoint, path, load, settings, "as asked for", edit)
+    reason = "as asked for" if settings.name == "transformers" else _obstacle(checkpoint, load, path, edit)
     model = None
     if reason is None:
         assert path is not None
@@ -116,14 +129,15 @@ def load_engine(checkpoint: Checkpoint, load: LoadSettings, settings: EngineSett
         taken, reason = found.verdict
         if taken:
             del model
-            return _llamacpp(checkpoint, path, load, settings, reason)
+            return _llamacpp(checkpoint, path, load, settings, reason, edit)
     from ollama_forge.serving.engine.transformers import TransformersEngine
     from ollama_forge.serving.engine.vision import load_engine as load_transformers
 
-    if model is not None:
+    if model is not None and edit is None:
         engine = TransformersEngine(model, slots=settings.slots, num_ctx=settings.num_ctx)
     else:
-        engine = load_transformers(checkpoint, load, slots=settings.slots, num_ctx=settings.num_ctx)
+        del model
+        engine = load_transformers(checkpoint, load, slots=settings.slots, num_ctx=settings.num_ctx, edit=edit)
     return LoadedEngine(engine, checkpoint, f"engine: transformers ({reason})")
 
 
@@ -135,11 +149,37 @@ def remote_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, url: str, settin
     """
     from ollama_forge.serving.engine.remote import RemoteEngine
 
-    text = checkpoint.config.get("text_config") or checkpoint.config
-    longest = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
-    context = min(longest, settings.num_ctx or longest)
+    context = _context(checkpoint, settings)
     engine = RemoteEngine.connect(url, tokenizer, context=context, slots=settings.slots)
-    return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.url}")
+    return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.server.connection.url}")
+
+
+def vllm_engine(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, load: LoadSettings, settings: EngineSettings
+) -> LoadedEngine:
+    """Start a vLLM that runs the checkpoint; closing the engine ends it.
+
+    Raises:
+        UsageError: the checkpoint is a GGUF file.
+        ForgeError: there is no vLLM, or it does not start.
+    """
+    from ollama_forge.serving.engine.remote import RemoteEngine
+
+    vllm = settings.vllm or VllmSettings()
+    with ExitStack() as running:
+        server = running.enter_context(vllm_server(checkpoint, vllm, load, context=settings.num_ctx))
+        context = _context(checkpoint, settings)
+        end = running.pop_all().close
+    engine = RemoteEngine(server, tokenizer, context=context, slots=settings.slots, end=end)
+    devices = f" on {vllm.tensor_parallel_size} devices" if vllm.tensor_parallel_size > 1 else ""
+    return LoadedEngine(engine, checkpoint, f"engine: vLLM {server.version}{devices}, context {engine.context_length}")
+
+
+def _context(checkpoint: Checkpoint, settings: EngineSettings) -> int:
+    """The context length by the model's config and the settings."""
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    longest: int = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
+    return min(longest, settings.num_ctx or longest)
 
 
 def gguf_of(checkpoint: Checkpoint) -> Path | None:
@@ -152,7 +192,9 @@ def gguf_of(checkpoint: Checkpoint) -> Path | None:
     return next(iter(gguf_files(run, run.name.removeprefix("abliterate-"))), None)
 
 
-def _obstacle(checkpoint: Checkpoint, load: LoadSettings, path: Path | None) -> str | None:
+def _obstacle(
+    checkpoint: Checkpoint, load: LoadSettings, path: Path | None, edit: EditRecord | None = None
+) -> str | None:
     """Why llama.cpp is not considered; None if it is."""
     if path is None:
         return "there is no GGUF file"
@@ -160,21 +202,55 @@ def _obstacle(checkpoint: Checkpoint, load: LoadSettings, path: Path | None) -> 
         return "xllamacpp is not installed"
     if pick_device(load.device).type != "cpu":
         return f"it runs on {pick_device(load.device)}"
-    return "llama.cpp takes no images here" if "vision_config" in checkpoint.config else None
+    if "vision_config" in checkpoint.config:
+        return "llama.cpp takes no images here"
+    if edit is not None:
+        try:
+            _check_adapter(checkpoint, path, load, edit)
+        except ForgeError as error:
+            return error.message
+    return None
 
 
 def _llamacpp(
-    checkpoint: Checkpoint, path: Path, load: LoadSettings, settings: EngineSettings, reason: str
+    checkpoint: Checkpoint,
+    path: Path,
+    load: LoadSettings,
+    settings: EngineSettings,
+    reason: str,
+    edit: EditRecord | None,
 ) -> LoadedEngine:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-    run = checkpoint if isinstance(checkpoint, GgufCheckpoint) else gguf_checkpoint_of(checkpoint, path)
-    tokenizer = _tokenizer(checkpoint, load)
+    run = _as_gguf(checkpoint, path)
+    write_adapter: Callable[[Path], object] | None = None
+    if edit is not None:
+        model = map_checkpoint(checkpoint, trust_remote_code=load.trust_remote_code)
+        write_adapter = partial(write_gguf_adapter, edit, model, run.layout, run.file.architecture)
     engine: LlamaCppEngine = LlamaCppEngine(
-        path, tokenizer, checkpoint.config, slots=settings.slots, context=settings.num_ctx
+        path,
+        _tokenizer(checkpoint, load),
+        checkpoint.config,
+        slots=settings.slots,
+        context=settings.num_ctx,
+        write_adapter=write_adapter,
     )
     context = f"context {engine.context_length}"
     return LoadedEngine(engine, run, f"engine: llama.cpp on {path.name}, {context} ({reason})")
+
+
+def _as_gguf(checkpoint: Checkpoint, path: Path) -> GgufCheckpoint:
+    return checkpoint if isinstance(checkpoint, GgufCheckpoint) else gguf_checkpoint_of(checkpoint, path)
+
+
+def _check_adapter(checkpoint: Checkpoint, path: Path, load: LoadSettings, edit: EditRecord) -> None:
+    """Check that an adapter of the GGUF file can express an edit.
+
+    Raises:
+        ForgeError: none can.
+    """
+    model = map_checkpoint(checkpoint, trust_remote_code=load.trust_remote_code)
+    gguf_factors(low_rank_changes(edit, model), _as_gguf(checkpoint, path).layout)
 
 
 def _tokenizer(checkpoint: Checkpoint, load: LoadSettings) -> Tokenizer:
@@ -227,7 +303,7 @@ def compare(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[Com
         check = check_tokens(tokenizer, server.tokenize)
         if check.mismatches:
             return Comparison(check.texts, check.mismatches), None
-        answer = GgufModel(server, tokenizer).answer
+        answer = RemoteModel(server, tokenizer).answer
         answers, rate = answer(prompts, _TOKENS), _rate(answer, prompts)
     device = pick_device(load.device)
     needed = checkpoint.parameters * pick_dtype(load.dtype, device).itemsize

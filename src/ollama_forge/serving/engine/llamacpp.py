@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
-from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body
+from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body, is_last
+from ollama_forge.serving.engine.llama_slots import SlotChoice
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
 from ollama_forge.system import available_memory, usable_cores
 from ollama_forge.text.tokenizer import Tokenizer
@@ -45,10 +47,12 @@ class LlamaCppEngine:
         config: that checkpoint's config, whose numbers give the size of the keys and values.
         slots: maximum number of requests that run at the same time.
         context: maximum number of tokens of prompt and output; None: as many as the model and the memory take.
+        write_adapter: writes the GGUF adapter of an edit, which each request applies at its own strength and
+            embeddings at 1, to a path; None for no edit.
         threads: number of threads; None: one for each core.
 
     Raises:
-        ForgeError: xllamacpp is not installed, or llama.cpp cannot load the file.
+        ForgeError: xllamacpp is not installed, llama.cpp cannot load the file, or the adapter cannot be written.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class LlamaCppEngine:
         *,
         slots: int = 16,
         context: int | None = None,
+        write_adapter: Callable[[Path], object] | None = None,
         threads: int | None = None,
     ) -> None:
         if not llamacpp_is_installed():
@@ -68,11 +73,16 @@ class LlamaCppEngine:
         self.path, self._slots = path, slots
         self._vocabulary = Vocabulary(tokenizer)
         self._size = len(tokenizer.backend)
+        self._folder = tempfile.TemporaryDirectory(prefix="ollama-forge-")
+        self._adapter = None if write_adapter is None else Path(self._folder.name, "adapter.gguf")
+        if write_adapter is not None and self._adapter is not None:
+            write_adapter(self._adapter)
         self._context_length = fitting_context(config, slots, available_memory(), context)
         self._threads = threads or usable_cores()
         self._server: Any = _start(self._params(self._context_length, slots), path)
         self._embedder: Any = None
         self._embedding = threading.Lock()
+        self._choice = SlotChoice(slots)
         self._closed = threading.Event()
         # a cancelled request may hold its thread until the end of a piece of its prompt
         self._pool = ThreadPoolExecutor(2 * slots + 1, thread_name_prefix="llama.cpp")
@@ -89,6 +99,8 @@ class LlamaCppEngine:
         params.ui = params.endpoint_slots = params.warmup = False
         params.n_threads_http = 1
         params.verbosity = 0
+        if self._adapter is not None:
+            _add_adapter(params, self._adapter)
         return params
 
     @property
@@ -116,7 +128,8 @@ class LlamaCppEngine:
         limit = min(request.max_tokens, self._context_length - len(request.ids))
         if limit <= 0:
             return
-        phases = in_phases(self._run, replace(request, max_tokens=limit), self._vocabulary)
+        run = self._run if self._adapter is None else self._run_scaled
+        phases = in_phases(run, replace(request, max_tokens=limit), self._vocabulary)
         try:
             async for token in phases:
                 yield token
@@ -131,9 +144,25 @@ class LlamaCppEngine:
         if not 0 <= min(ids) <= max(ids) < self._size:
             raise EngineError("the prompt contains token ids that the model does not know")
 
-    async def _run(self, phase: Phase) -> AsyncGenerator[Token, None]:
-        """Stream the tokens of one phase, which a thread of the pool reads."""
-        body = completion_body(phase)
+    async def _run_scaled(self, phase: Phase) -> AsyncGenerator[Token, None]:
+        """Stream the tokens of one phase at the strength of its request."""
+        strength = round(phase.request.strength, 3)
+        lora = {"lora": [{"id": 0, "scale": strength}]}
+        with self._choice.use(phase.request.ids, strength) as slot:
+            async with aclosing(self._run(phase, lora, slot)) as tokens:
+                async for token in tokens:
+                    yield token
+
+    async def _run(
+        self, phase: Phase, lora: Mapping[str, Any] | None = None, slot: int = -1
+    ) -> AsyncGenerator[Token, None]:
+        """Stream the tokens of one phase, which a thread of the pool reads.
+
+        Args:
+            lora: what the requests say of the adapter.
+            slot: number of the slot to run in; -1: any.
+        """
+        body = {**completion_body(phase), "id_slot": slot}
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Item]()
         cancelled = threading.Event()
 
@@ -145,7 +174,7 @@ class LlamaCppEngine:
 
         if self._closed.is_set():
             raise EngineError(_CLOSED)
-        reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled))
+        reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled), lora or {})
         done = loop.run_in_executor(self._pool, reading.run, body)
         try:
             while (item := await queue.get()) is not None:
@@ -211,6 +240,7 @@ class LlamaCppEngine:
         self._closed.set()
         self._pool.shutdown()  # what waits in it ends with an error
         self._server = self._embedder = None
+        self._folder.cleanup()
 
 
 class _Reading:
@@ -219,6 +249,7 @@ class _Reading:
     Args:
         send: takes the tokens, then None or an error.
         is_over: whether nobody waits for the tokens any more.
+        lora: what each of its requests says of the adapter; after one without it, llama.cpp mixes strengths.
     """
 
     def __init__(
@@ -228,18 +259,19 @@ class _Reading:
         vocabulary: Vocabulary,
         send: Callable[..., None],
         is_over: Callable[[], bool],
+        lora: Mapping[str, Any],
     ) -> None:
         self._server, self._send, self._is_over = server, send, is_over
+        # ``verbose`` puts the form of /completion into that of /v1/completions, which has no ids
+        self._extra = {"verbose": True, "response_fields": _FIELDS, **lora}
         self._end_ids = phase.request.end_ids
         self._reader = TokenReader(phase, vocabulary)
         self._finished = False
 
     def run(self, body: dict[str, Any]) -> None:
-        # ``verbose`` puts the form of /completion into that of /v1/completions, which has no ids
-        extra = {"verbose": True, "return_progress": True, "response_fields": _FIELDS}
         try:
             if not self._is_over():
-                self._server.handle_completions({**body, **extra}, self._take)
+                self._server.handle_completions({**body, **self._extra, "return_progress": True}, self._take)
             self._send(None if self._finished else EngineError(_CLOSED))
         except Exception as error:
             self._send(error if isinstance(error, EngineError) else EngineError(f"llama.cpp failed: {error}"))
@@ -253,27 +285,17 @@ class _Reading:
             self._send(_error_of(chunk))
             return True
         own = chunk["__verbose"]
-        is_last = "stop_type" in own
-        tokens = self._tail(own) if is_last else self._reader.read(own)
-        if tokens is None:
-            tokens = self._reader.fill(own, self._replay(self._reader.missing(own)))
+        body = self._reader.replay_body(own)
+        tokens = self._reader.read(own, [] if body is None else self._replay(body))
         place = next((place for place, token in enumerate(tokens) if token.id in self._end_ids), len(tokens))
-        self._finished = is_last or place < len(tokens)
+        self._finished = is_last(own) or place < len(tokens)
         if place:
             self._send(*tokens[:place])
         return self._finished
 
-    def _tail(self, chunk: dict[str, Any]) -> list[Token]:
-        """The tokens of an incomplete character at the end of the output."""
-        missing = self._reader.missing(chunk)
-        return [*map(Token, self._replay(missing))] if missing > 0 else []
-
-    def _replay(self, count: int) -> list[int]:
-        body = self._reader.replay_body(count)
-        if body is None:
-            return []
+    def _replay(self, body: dict[str, Any]) -> list[int]:
         ids: list[int] = []
-        found = self._server.handle_completions({**body, "verbose": True, "response_fields": _FIELDS})
+        found = self._server.handle_completions({**body, **self._extra})
         if isinstance(found, dict) and "__verbose" in found:
             ids = found["__verbose"]["tokens"]
         return ids
@@ -287,6 +309,20 @@ def _put(queue: asyncio.Queue[Item], items: Sequence[Item]) -> None:
 def _error_of(answer: Mapping[str, Any]) -> EngineError:
     error = answer.get("error", answer)
     return EngineError(f"llama.cpp: {error.get('message', error) if isinstance(error, dict) else error}")
+
+
+def _add_adapter(params: Any, path: Path) -> None:
+    """Add an adapter, and turn off the caches that do not know its strength.
+
+    llama.cpp empties a slot whose strength changes, but its cache of prompts in memory compares tokens alone, and so do
+    checkpoints of sliding windows. These keep all keys and values instead, which ``fitting_context`` counts on.
+    """
+    import xllamacpp
+
+    params.cache_ram_mib, params.n_ctx_checkpoints, params.swa_full = 0, 0, True
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = str(path), 1.0
+    params.lora_adapters = [adapter]
 
 
 def fitting_context(config: Mapping[str, Any], slots: int, memory: int, most: int | None) -> int:

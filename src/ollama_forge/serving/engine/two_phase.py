@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from ollama_forge.serving.engine.base import EngineRequest, Token
+from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import Tokenizer
 
@@ -48,11 +48,31 @@ async def in_phases(
 ) -> AsyncGenerator[Token, None]:
     """Stream the tokens of a request, whose constraint may begin after a text.
 
+    A forced call is plain JSON, which is read as a call in every format but that of gpt-oss's channels. There the text
+    before the arguments is given, and the arguments are generated.
+
     Args:
         run: streams the tokens of one phase; closing it cancels the phase.
+
+    Raises:
+        EngineError: one of several tools has to be called in a channel.
     """
     constraint = request.constraint
     schema = constraint.schema if constraint else None
+    if constraint is not None and constraint.calls is not None and constraint.calls.thought is not None:
+        if len(constraint.calls.tools) > 1:
+            raise EngineError(
+                "this engine cannot make the model choose a tool in its channels: name one tool in tool_choice, "
+                "or start the server with --engine transformers"
+            )
+        (tool,) = constraint.calls.tools
+        opening, schema = vocabulary.encode(tool.opening)[: request.max_tokens], tool.schema
+        for id_ in opening:
+            yield Token(id_)
+        if len(opening) == request.max_tokens:
+            return
+        ids, left = (*request.ids, *opening), request.max_tokens - len(opening)
+        request, constraint = replace(request, ids=ids, max_tokens=left), None
     if constraint is not None and constraint.after:
         written: list[int] = []
         texts = [text.encode() for text in constraint.after]

@@ -1,0 +1,180 @@
+"""The edited tensors of one shard, block by block: hashes, changes and factors on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.checkpoints.formats.base import PackedTensor
+from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round_tensor, stored_tensor, tensor_bytes
+from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.checkpoints.writer import OutputTensor
+from ollama_forge.edits import blocks
+from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
+from ollama_forge.edits.edit_file import MatrixRecord, stacked
+from ollama_forge.edits.plan import BiasEdit, MatrixEdit, ScaledFactors, check_finite
+from ollama_forge.edits.shard_layout import ShardLayout
+
+
+@dataclass
+class MatrixSums:
+    """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
+
+    source: Any = field(default_factory=hashlib.sha256)
+    result: Any = field(default_factory=hashlib.sha256)
+    squared_norm: float = 0.0
+    squared_change: float = 0.0
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add_blocks(self, edit: MatrixEdit, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
+        """Yield the blocks of one matrix (of one expert), and add up their norms; overwrites ``before``."""
+        parts: list[JoinedFactors] = []
+        for block in edited_blocks:
+            parts.append(JoinedFactors(block.after.factors, block.after.scale))
+            self.squared_norm += float(torch.linalg.vector_norm(block.before)) ** 2
+            self.squared_change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
+            yield block
+        joined = join_blocks(edit, parts).factors
+        self.factors.append((joined.L, joined.K))
+
+    def record(self, edit: MatrixEdit) -> MatrixRecord:
+        left, right = stacked(self.factors) if edit.matrix.experts else self.factors[0]
+        return MatrixRecord(
+            left,
+            right,
+            edit.strength,
+            edit.rescale,
+            self.source.hexdigest(),
+            self.result.hexdigest(),
+            (self.squared_change / self.squared_norm) ** 0.5 if self.squared_norm else 0.0,
+        )
+
+
+class EditedShard:
+    """Computes the bytes of a shard's tensors, and keeps what the record of the edit says of them.
+
+    Attributes:
+        records: the record of each edited matrix of the shard.
+        bias_shifts: the values added to each edited bias.
+        changed: names of the tensors whose bytes differ from the source's.
+        leaks: for packed matrices, the share of the edit that rounding undid.
+    """
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self.layout, self.tensors, self.label = layout, layout.tensors, layout.checkpoint.label
+        self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
+        self.records: dict[str, MatrixRecord] = {}
+        self.bias_shifts: dict[str, Tensor] = {}
+        self.changed: set[str] = set()
+        self.leaks: dict[str, float] = {}
+
+    def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
+        owner = self.layout.owners.get(out.name)
+        if owner is not None and not self.layout.unpack:
+            edit = self.layout.plan.edits[owner.name]
+            return (
+                self.encoded_matrix_bytes(edit, owner) if out.name == owner.parts[0] else self.scale_bytes(owner, out)
+            )
+        if out.name in self.layout.plan.edits:
+            return self.edited_matrix_bytes(self.layout.plan.edits[out.name], out)
+        if out.name in self.layout.biases:
+            return self.edited_bias_bytes(self.layout.biases[out.name], out)
+        packed = self.tensors.packed.get(out.name)
+        return self.converted_bytes(out) if packed is None else self.decoded_bytes(packed, out)
+
+    def converted_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
+        info = self.tensors[out.name]
+        width = info.size // max(info.count, 1)
+        for start in range(0, info.count, blocks.BLOCK):
+            count = min(blocks.BLOCK, info.count - start)
+            data = self.tensors.read_bytes(info.name, start * width, count * width)
+            yield tensor_bytes(round_tensor(stored_tensor(data, info.dtype, (count,)), out.dtype, out.name))
+
+    def decoded_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
+        rows, columns = packed.shape[-2:]
+        step = max(1, blocks.BLOCK // columns) if packed.codec.by_regions else max(rows, 1)
+        for expert in range(packed.shape[0]) if packed.is_stack else [None]:
+            matrix = self.tensors.read_packed(packed.name, expert)
+            for start in range(0, rows, step):
+                values = matrix.decode(slice(start, start + step))
+                check_finite(values, packed.name, self.label)
+                yield encode_tensor(values, out.dtype, out.name)
+
+    def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
+        sums = MatrixSums()
+        for expert in experts_of(edit.matrix):
+            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.label)
+            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
+            for data in blockwise.stored_bytes(counted, out.dtype):
+                sums.result.update(data)
+                yield data
+        record = sums.record(edit)
+        if record.source_sha256 != record.result_sha256:
+            self.changed.add(out.name)
+        self.records[out.name] = record
+
+    def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
+        """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
+        sums, scales = MatrixSums(), []
+        size, error = 0.0, 0.0
+        for expert in experts_of(edit.matrix):
+            blockwise = BlockwiseEdit(self.tensors, edit, expert, self.label)
+            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
+            size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
+            codes, scale = (tensor_bytes(part) for part in encoded.parts)
+            sums.result.update(codes)
+            sums.result.update(scale)
+            scales.append(scale)
+            yield codes
+            self.changed.update(compress(packed.parts, encoded.changed))
+        self.scales[packed.parts[1]] = memoryview(b"".join(scales))
+        self.records[packed.name] = sums.record(edit)
+        if size:
+            self.leaks[packed.name] = error / size
+
+    def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
+        """The scales of an edited packed matrix, encoded now if its codes are in another shard."""
+        if out.name not in self.scales:
+            deque(self.encoded_matrix_bytes(self.layout.plan.edits[packed.name], packed), maxlen=0)
+        yield self.scales.pop(out.name)
+
+    def edited_bias_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
+        info = self.tensors[out.name]
+        source = self.tensors.read_bytes(info.name)
+        bias = decode_tensor(source, info.dtype, info.shape)
+        check_finite(bias, info.name, self.label)
+        shifts = bias_shifts(self.tensors, edit, bias, self.label)
+        self.bias_shifts[info.name] = shifts
+        data = encode_tensor(bias + shifts, out.dtype, out.name)
+        if bytes(data) != bytes(source):
+            self.changed.add(info.name)
+        yield data
+
+
+def bias_shifts(tensors: CheckpointTensors, edit: MatrixEdit, bias: Tensor, label: str) -> Tensor:
+    """The values to add to the bias of an edited matrix, float32 in the bias's shape.
+
+    Args:
+        bias: float32 ``[out]``; of stacked experts ``[experts, out]``.
+        label: name of the checkpoint, for messages.
+    """
+
+    def shift(row: Tensor, expert: int | None) -> Tensor:
+        factors: ScaledFactors | None = None
+        if isinstance(edit.bias_edit, BiasEdit) and edit.bias_edit.norm_bias is not None:
+            factors = BlockwiseEdit(tensors, edit, expert, label).factors()
+        assert edit.bias_edit is not None
+        return edit.bias_edit.shift(row, factors, edit.strength, expert)
+
+    if not edit.matrix.experts:
+        return shift(bias, None)
+    return torch.stack([shift(row, expert) for expert, row in enumerate(bias)])
