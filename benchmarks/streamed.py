@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 from checkpoints import forget, measured, write_llama
 from ollama_forge.cli.options import MemorySize
+from ollama_forge.prompts.general import general_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.byte_tokenizer import SPECIAL, TEMPLATE
-
-from ollama_forge.prompts.general import general_prompts
 
 PAIRS = 32
 VOCABULARY = 32000
