@@ -32,7 +32,8 @@ from ollama_forge.export.convert import (
 )
 from ollama_forge.files import partial_of
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.gguf_model import GgufModel, llama_server
+from ollama_forge.models.gguf_model import llama_server
+from ollama_forge.models.servers.token_server import RemoteModel
 from ollama_forge.records import from_json, to_json
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import planted, tiny
@@ -112,7 +113,7 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     prompts = chat.tokenizer.instructions_ids(tiny.lines(6))
     wanted, scores = chat.answer(prompts, 12), of_model(chat, prompts)
     with llama_server(path, 256, slots=8) as server:
-        found = GgufModel(server, chat.tokenizer).answer(prompts, 12)
+        found = RemoteModel(server, chat.tokenizer).answer(prompts, 12)
         first = first_log_probs(server, prompts, chat.tokenizer.encode("a")[-1])
     assert float(kl_per_prompt(scores, first).max()) < 1e-3
     agreeing = sum(a[:3] == b[:3] for a, b in zip(wanted, found, strict=True))

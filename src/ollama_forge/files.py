@@ -308,6 +308,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed. 0 if it does not exist."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def human_size(size: float) -> str:
     """Format a size in bytes with decimal units: ``1536`` -> ``1.5 KB``."""
     for unit in ("B", "KB", "MB", "GB"):
