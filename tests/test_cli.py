@@ -34,6 +34,7 @@ COMMANDS = [
     ("abliterate", "evaluate"),
     ("abliterate", "optimize"),
     ("abliterate", "chat"),
+    ("abliterate", "push"),
     ("doctor",),
 ]
 # what no command may import before it does something: each of the last ones takes as long as click itself

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -49,6 +50,24 @@ def sha256_json(value: Any) -> str:
 def partial_of(path: Path) -> Path:
     """The temporary path ``<path>.partial``, which is renamed to ``path`` when it is complete."""
     return path.with_name(path.name + PARTIAL)
+
+
+def left_by_killed(path: Path) -> int:
+    """Bytes on disk of what a killed process left of ``path``, which the next one to write it removes."""
+    left = partial_of(path)
+    return sum(map(_allocated, left.rglob("*") if left.is_dir() else [left]))
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that removing a file frees; 0 for a folder, a missing file, and one with another hard link."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return 0
+    blocks = getattr(found, "st_blocks", None)  # of 512 bytes; Windows tells none
+    return found.st_size if blocks is None else 512 * int(blocks)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ollama_forge.cli.completers import complete_ollama, complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
+from ollama_forge.cli.push import push
 from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -29,6 +30,7 @@ abliterate.add_command(export_adapter)
 abliterate.add_command(evaluate)
 abliterate.add_command(optimize)
 abliterate.add_command(plan)
+abliterate.add_command(push)
 
 
 @abliterate.command("compute-dir", cls=Command)

@@ -13,7 +13,7 @@ from ollama_forge.checkpoints.formats.registry import unreadable_tensor
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
 from ollama_forge.checkpoints.hub_gguf import fetch_gguf, gguf_reference
-from ollama_forge.checkpoints.hub_headers import hub_checkpoint
+from ollama_forge.checkpoints.hub_headers import HubCheckpoint, fetch_companions, hub_checkpoint
 from ollama_forge.checkpoints.pickled import convert_pickled
 from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
@@ -72,6 +72,18 @@ def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool 
             checkpoint = hub_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         _say_own_code(checkpoint)
+    return checkpoint
+
+
+def resolve_without_weights(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Like ``look_up``, with the files beside the weights: of a model on the Hub, the weights alone are not downloaded.
+
+    Raises:
+        ForgeError: the model does not exist or cannot be read.
+    """
+    checkpoint = look_up(model, trust_remote_code=trust_remote_code)
+    if isinstance(checkpoint, HubCheckpoint):
+        return replace(checkpoint, folder=fetch_companions(checkpoint))
     return checkpoint
 
 

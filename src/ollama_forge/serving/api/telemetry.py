@@ -49,6 +49,11 @@ class RequestRecord:
         return self.answers[0].prompt_tokens if self.answers else self.embedded_tokens
 
     @property
+    def cached_tokens(self) -> int:
+        """Number of tokens of the prompt that were not computed, for the first answer; the others share its prompt."""
+        return min(self.answers, key=lambda done: done.choice).cached_tokens if self.answers else 0
+
+    @property
     def tokens(self) -> int:
         return sum(done.tokens for done in self.answers)
 
