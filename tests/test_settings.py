@@ -200,6 +200,19 @@ def test_config_show_of_one_command(forge: Call, tmp_path: Path, monkeypatch: py
     assert forge("config", "show", "srve").err == "error: there is no command srve\nhint: did you mean serve?\n"
 
 
+def test_config_show_tells_whether_there_is_a_file(
+    forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(tmp_path, seed=1)
+    assert forge("config", "--config", str(path)).out.startswith(f"config file: {path}\n")
+    monkeypatch.delenv("OLLAMA_FORGE_CONFIG")
+    absent = tmp_path / "absent.toml"
+    for module in ("base", "config"):
+        monkeypatch.setattr(f"ollama_forge.cli.{module}.config_file", lambda: absent)
+    assert forge("config").out.startswith(f"config file: {absent} (does not exist)\n")
+    assert json.loads(forge("config", "--json").out)["exists"] is False
+
+
 def test_config_show_of_all_commands_names_them(forge: Call) -> None:
     rows = [re.split(r"  +", line) for line in forge("config").out.splitlines()]
     assert ["--quiet", "false", "default", "all"] in rows
