@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,9 +15,11 @@ from click.core import ParameterSource
 from ollama_forge.cli import base
 from ollama_forge.cli.base import Command, DefaultGroup
 from ollama_forge.cli.options import json_option
-from ollama_forge.config_file import ConfigFile
 from ollama_forge.errors import UsageError, did_you_mean
 from ollama_forge.system import cache_root, config_file
+
+if TYPE_CHECKING:
+    from ollama_forge.config_file import ConfigFile
 
 SECRET = frozenset({"api_key"})  # options whose values are not shown
 OTHER_VARIABLES = frozenset({"OLLAMA_FORGE_CACHE"})  # variables of this program that belong to no option
@@ -97,6 +99,8 @@ def set_options(ctx: click.Context) -> list[str]:
 
 
 def _commands_and_config(ctx: click.Context) -> tuple[dict[str, click.Command], ConfigFile]:
+    from ollama_forge.config_file import ConfigFile
+
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
     path = ctx.meta.get(base.CONFIG)  # the file that the common options were read from
