@@ -225,6 +225,18 @@ def test_the_options_that_run_records_are_keys_of_a_config_file() -> None:
     assert {name for name, key in named.items() if name != key} == {"as_json"}
 
 
+def test_what_run_records_gives_the_same_options(forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(COMMANDS["run"], "callback", lambda **options: seen.append(options))
+    line = ["--model", "m", "--name", "n", "--layer-fracs", "0.4,0.5", "--targets", "mlp", "--parameter", "seed=1"]
+    line += ["--no-norm-preserving", "--memory", "2GiB", "--quant", "Q4_K_M,Q8_0", "--template-kwargs", '{"a": 1}']
+    assert forge("abliterate", "run", *line).status == 0
+    recorded = {key: value for key, value in seen[0].items() if key != "as_json" and value is not None}
+    path = config(tmp_path, **{key: list(one) if isinstance(one, tuple) else one for key, one in recorded.items()})
+    assert forge("abliterate", "run", "--config", str(path)).status == 0
+    assert seen[0] == seen[1]
+
+
 def test_undo_refuses_options_of_the_command_line_alone(forge: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_FORGE_STRENGTH", "2")
     line = ("abliterate", "apply", "--undo", "--model", "m")
