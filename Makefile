@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-lowest lint types package check clean
+.PHONY: setup demo test test-lowest docs lint types package check clean
 
 setup: $(READY)
 
@@ -18,8 +18,12 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ollama-forge abliterate run --model demo --name demo --max-measured 64
 
+# two processes with a thread each take half the time of one with two threads: most tests are small
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 # The lowest versions that pyproject.toml allows, on the lowest Python, in an environment of its own (6 GB). TESTS= names some.
 LOWEST := .venv-lowest

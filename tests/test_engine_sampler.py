@@ -195,7 +195,7 @@ def kept_by_hand(logits: np.ndarray, params: SamplingParams) -> tuple[dict[int, 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    vocabulary=st.sampled_from([7, 1024, 1500, 3000]),
+    vocabulary=st.sampled_from([7, 1024, 1500, 3000, 20_000]),
     flat=st.sampled_from([0.05, 1.0, 4.0]),
     top_k=st.sampled_from([0, 5, 1024, 1200]),
     top_p=st.sampled_from([1.0, 0.9, 0.3, 0.999]),
@@ -239,13 +239,15 @@ def test_what_is_drawn_is_what_sorting_everything_leaves(
         ({"top_k": 40}, [40]),
         ({"top_k": 0, "top_p": 0.9}, [1024]),
         ({"top_k": 0, "top_p": 1.0, "typical_p": 0.9}, [1024]),
-        ({"top_k": 0, "top_p": 0.9999999}, [1024, 5000]),  # the likeliest tokens do not reach it
+        ({"top_k": 0, "top_p": 0.9995}, [1024, 8192]),  # the likeliest tokens do not reach it
+        ({"top_k": 0, "top_p": 1.0, "typical_p": 0.9995}, [1024, 8192]),
+        ({"top_k": 0, "top_p": 0.9999999}, [1024, 8192, 20_000]),
     ],
 )
 def test_rows_are_sorted_no_further_than_their_filters_need(
     fields: dict[str, float], sorts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * 4
     counts: list[int] = []
     topk = torch.Tensor.topk
 

@@ -199,12 +199,12 @@ def arm(point):
     elif point == "within choose":
         choosing.PlanFiles.save = die
     elif point == "within a shard":
-        real = apply._EditWriter.edited_matrix_bytes
+        real = apply.EditedShard.edited_matrix_bytes
         def edited(self, edit, out):
             if len(self.records) == 3:
                 die()
             return real(self, edit, out)
-        apply._EditWriter.edited_matrix_bytes = edited
+        apply.EditedShard.edited_matrix_bytes = edited
     elif point == "before the factors":
         apply.EditRecord.save = die
     else:
@@ -213,6 +213,7 @@ def arm(point):
 for point in POINTS:
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # replaces the parent's thread pool, before two threads do that at once and fail
         arm(point)
         pipeline.run(settings(folder, planted_layer=0))
         os._exit(0)
@@ -273,11 +274,11 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     script = (
         "import sys, os, signal; sys.path.insert(0, %r)\n"
         "from ollama_forge.edits import apply\n"
-        "real = apply._EditWriter.edited_matrix_bytes\n"
+        "real = apply.EditedShard.edited_matrix_bytes\n"
         "def edited(self, edit, out):\n"
         "    if len(self.records) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, edit, out)\n"
-        "apply._EditWriter.edited_matrix_bytes = edited\n"
+        "apply.EditedShard.edited_matrix_bytes = edited\n"
         "from ollama_forge.cli.main import main\n"
         "sys.argv = ['ollama-forge', 'abliterate', 'apply', '--model', %r, '--refusal-pt', %r, '--output-dir', %r]\n"
         "main()\n"

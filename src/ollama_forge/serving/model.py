@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import (
@@ -27,12 +27,8 @@ from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.threads import off_loop
-from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import template_text
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ModelMetadata", "ServedModel"]
 _EMBEDDINGS = 4  # requests for embeddings at a time; the engine computes them one after the other
@@ -195,7 +191,7 @@ class ServedModel:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
-        output = OutputProcessor(self._tokens, request, family_of(self.prompts.template.text))
+        output = OutputProcessor(self._tokens, request, self.prompts.family)
         limit = max(prompt.context - len(prompt.ids), 0)
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)

@@ -29,6 +29,9 @@ class BatchedPrefill:
 
     A single prompt runs in chunks after its cached prefix. Several prompts run in one pass, which computes the last
     ``new_tokens`` tokens of each; ``new_tokens`` is the largest number of uncached tokens among them.
+
+    Attributes:
+        offset: what is added to the positions behind the images of a prompt.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class BatchedPrefill:
     ) -> None:
         self.forward, self.cache, self.prompts, self.chunk = forward, cache, prompts, chunk
         self.media = on_device(media, forward.model)
+        self.offset = 0
         self.width = max(map(len, prompts))
         self.starts = [self.width - len(prompt) for prompt in prompts]
         self.cached = [max(len(prompt) - new_tokens, 0) for prompt in prompts]
@@ -61,9 +65,12 @@ class BatchedPrefill:
         inputs = dict(self.media)
         if self._mask is not None:
             inputs["attention_mask"] = self._mask
-        logits, _ = self.forward(
-            self._ids[:, span.end : end], self.cache, position_ids=self._positions[:, span.end : end], **inputs
-        )
+        finds_positions = bool(self.media) and self.forward.finds_positions
+        if not finds_positions:
+            inputs["position_ids"] = self._positions[:, span.end : end]
+        logits, _ = self.forward(self._ids[:, span.end : end], self.cache, **inputs)
+        if finds_positions:
+            self.offset = self.forward.take_offset()
         span.end = end
         return logits if end == self.width else None
 
@@ -158,7 +165,7 @@ class BatchedRunner:
         source = prefill.row(index)
         group = self._group_for(source.length)
         prompt = () if prefill.media else tuple(prefill.prompts[index])
-        row = Row(prompt, group)
+        row = Row(prompt, group, prefill.offset)
         group.join(row, source)
         if group not in self.groups:
             self.groups.append(group)

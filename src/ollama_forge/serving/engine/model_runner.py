@@ -130,8 +130,8 @@ class Forward:
         return self.model.device
 
     @property
-    def keeps_positions(self) -> bool:
-        """Whether the module itself keeps the offset of the positions behind an image."""
+    def finds_positions(self) -> bool:
+        """Whether the module itself finds the positions of a prompt with images (Qwen-VL and the like)."""
         return bool(self._with_offset)
 
     def take_offset(self) -> int:

@@ -19,10 +19,16 @@ _SPARE_COLUMNS = 64
 
 @dataclass(eq=False)
 class Row:
-    """A running sequence: its prompt, whose keys and values later prompts may copy, and its group."""
+    """A running sequence.
+
+    Attributes:
+        prompt: the prompt, whose keys and values later prompts may copy; empty for one with images.
+        offset: what is added to the positions of its next tokens, because of its images.
+    """
 
     prompt: tuple[int, ...]
     group: RowGroup
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class RowGroup:
             starts = torch.tensor(self.starts, device=self.device).unsqueeze(1)
             columns = torch.arange(span.column_room, device=self.device)
             self._mask = (columns >= starts).long() if max(self.starts) > span.start else None
-            self.positions = span.end - starts
+            offsets = torch.tensor([row.offset for row in self.rows], device=self.device).unsqueeze(1)
+            self.positions = span.end - starts + offsets
             self._changed = False
         return self.positions, None if self._mask is None else self._mask[:, span.start : span.end + 1]
 

@@ -2,8 +2,9 @@
 
 The order is that of llama.cpp's default chain: penalties, top_k, typical_p, top_p, min_p, temperature, random draw.
 
-Sorting a large vocabulary costs more than a decode step, so no row is sorted further than its filters need: not at all
-without top_k, typical_p and top_p, and to the ``_MOST_CANDIDATES`` likeliest tokens where those decide the filters.
+Sorting a large vocabulary costs more than a decode step, so no row is sorted much further than its filters need: not at
+all without top_k, typical_p and top_p, else to the ``_MOST_CANDIDATES`` likeliest tokens, to eight times as many where
+those do not decide the filters, and so on; all of it only where that is most of the vocabulary.
 What a row gets does not depend on the other rows.
 """
 
@@ -23,6 +24,7 @@ from ollama_forge.serving.engine.base import Logprob, SamplingParams, Token
 _UNIFORMS = 32
 _LEAST_TEMPERATURE = 1e-6  # lower temperatures decode greedily: logits divided by less would overflow
 _MOST_CANDIDATES = 1024
+_GROWTH = 8  # how many times as many candidates are taken where the last ones did not decide
 _BLOCK = 512  # ids whose weights are summed before a token among them is drawn
 
 
@@ -136,7 +138,7 @@ def _by_order(params: Sequence[SamplingParams | None], vocabulary: int) -> Itera
             continue
         if each.top_k <= 0 and each.top_p >= 1 and each.typical_p >= 1:
             rows[_draw_unsorted].append(row)
-        elif each.top_k <= 0 and vocabulary > _MOST_CANDIDATES:
+        elif each.top_k <= 0 and vocabulary >= 2 * _MOST_CANDIDATES:
             rows[_draw_among_likeliest].append(row)
         else:
             rows[_draw_sorted].append(row)
@@ -157,16 +159,25 @@ def _draw_sorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Seq
 
 
 def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
-    """Draw rows without top_k: filter the likeliest tokens, and the whole vocabulary where they do not decide."""
-    likeliest = scores.topk(_MOST_CANDIDATES, dim=-1)
+    """Draw rows without top_k: among the likeliest tokens, and among more of them where those do not decide."""
+    chosen = [0] * len(params)
+    left = list(range(len(params)))  # the rows that are not decided
     whole = Whole.of(scores, entropy=any(each.typical_p < 1 for each in params))
-    candidates = _filter(Candidates(likeliest.indices, likeliest.values.float()), params, whole)
-    chosen = draw(candidates, params, uniforms)
-    decided = _decided(likeliest.values.float(), params, whole)
-    rest = [row for row, is_decided in enumerate(decided) if not is_decided]
-    if rest:
-        drawn = _draw_sorted(scores[rest], [params[row] for row in rest], [uniforms[row] for row in rest])
-        for row, token in zip(rest, drawn, strict=True):
+    count = _MOST_CANDIDATES
+    while left and 2 * count <= scores.shape[-1]:
+        likeliest = (scores if len(left) == len(params) else scores[left]).topk(count, dim=-1)
+        mine, share = [params[row] for row in left], whole.of_rows(left)
+        candidates = Candidates(likeliest.indices, likeliest.values.float())
+        decided = _decided(candidates.scores, mine, share)
+        picked = draw(_filter(candidates, mine, share), mine, [uniforms[row] for row in left])
+        for row, token, is_decided in zip(left, picked, decided, strict=True):
+            if is_decided:
+                chosen[row] = token
+        left = [row for row, is_decided in zip(left, decided, strict=True) if not is_decided]
+        count *= _GROWTH
+    if left:
+        picked = _draw_sorted(scores[left], [params[row] for row in left], [uniforms[row] for row in left])
+        for row, token in zip(left, picked, strict=True):
             chosen[row] = token
     return chosen
 
@@ -271,6 +282,9 @@ class Whole:
         logits = logits.float()
         total = logits.logsumexp(-1, keepdim=True)
         return cls(total, _entropy(logits - total) if entropy else None)
+
+    def of_rows(self, rows: Sequence[int]) -> Whole:
+        return Whole(self.total[rows], None if self.entropy is None else self.entropy[rows])
 
 
 def _filter(candidates: Candidates, params: Sequence[SamplingParams], whole: Whole | None = None) -> Candidates:

@@ -105,7 +105,7 @@ class TransformersEngine:
     def _runner(self, slots: int, prefix_bytes: int) -> tuple[ModelRunner, StateSupport]:
         """The runner that the self-test finds, and what it found."""
         forward = self._forward
-        has_kv = None if forward.keeps_positions else layers_with_kv(self.model.module.config)
+        has_kv = layers_with_kv(self.model.module.config)
         support = SelfTest(forward, has_kv).run()
         if not support.caches:
             return UncachedRunner(forward), support
