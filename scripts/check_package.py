@@ -89,7 +89,7 @@ def try_out(commands: Path) -> None:
     place = run(commands / "python", "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)", **options).strip()
     if not Path(place).resolve().is_relative_to(commands.parent.resolve()):
         sys.exit(f"the fresh environment takes {PACKAGE} from {place}")
-    version = run(forge, "--version", **options).split()[-1]
+    version = run(forge, "--version", **options).splitlines()[0].split()[-1]
     findings = {finding["name"]: finding for finding in json.loads(run(forge, "doctor", "--json", **options))}
     if not findings["ollama-forge"]["detail"].startswith(version) or not findings["torch"]["ok"]:
         sys.exit(f"doctor says {findings['ollama-forge']} and {findings['torch']}")

@@ -203,9 +203,15 @@ def test_what_is_there_already_is_not_sent_again(tmp_path: Path, hub: Hub) -> No
 
 def test_a_repository_with_other_content_is_left_alone(tmp_path: Path, hub: Hub) -> None:
     folder = finished(tmp_path / "run")
-    theirs = {"config.json": b"{}", "model-00002-of-00002.safetensors": b"old", "logo.png": b"p", "README.md": b"mine"}
+    theirs = {
+        "config.json": CHECKPOINT["config.json"].replace(b"llama", b"other"),  # of the same size
+        "model.safetensors": b"v" * len(WEIGHTS),
+        "model-00002-of-00002.safetensors": b"old",
+        "logo.png": b"p",
+        "README.md": b"mine",
+    }
     before = dict(hub.create(REPO, theirs).files)
-    with pytest.raises(ForgeError, match=r"alice/m exists and holds other content: config\.json") as caught:
+    with pytest.raises(ForgeError, match=r"holds other content: config\.json, model\.safetensors$") as caught:
         push(folder)
     assert "--replace" in caught.value.hint
     assert hub.repositories[REPO].files == before
