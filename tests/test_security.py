@@ -1,4 +1,4 @@
-"""The threat model in SECURITY.md: each boundary that it names has a test, and names of models stay names of folders."""
+"""The threat model in SECURITY.md: each boundary in it has a test, and names of models stay names of folders."""
 
 from __future__ import annotations
 
