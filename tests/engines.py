@@ -72,9 +72,9 @@ def wait(work: Callable[[], Awaitable[T]]) -> T:
 
 
 @torch.inference_mode()
-def by_generate(model: ChatModel, ids: Sequence[int], count: int) -> list[int]:
-    """The greedy answer of transformers' own ``generate``, of exactly so many tokens."""
-    inputs = torch.tensor([list(ids)])
+def by_generate(model: ChatModel, ids: Sequence[int], count: int, **media: Any) -> list[int]:
+    """The greedy answer of transformers' own ``generate``, of exactly so many tokens; ``media`` are the images."""
+    inputs = torch.tensor([list(ids)], device=model.device)
     out = model.module.generate(  # type: ignore[operator]
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),
@@ -83,5 +83,6 @@ def by_generate(model: ChatModel, ids: Sequence[int], count: int) -> list[int]:
         do_sample=False,
         pad_token_id=model.tokenizer.pad_id,
         eos_token_id=None,
+        **media,
     )
     return out[0, len(ids) :].tolist()  # type: ignore[no-any-return]

@@ -56,7 +56,8 @@ def scripted(
 @contextmanager
 def loopback(model: ServedModel | ModelRegistry, settings: ServeSettings | None = None) -> Iterator[str]:
     """Serve ``model``; its URL. Everything has ended when this returns."""
-    server = server_of(model, settings or ServeSettings())
+    registry = model if isinstance(model, ModelRegistry) else ModelRegistry(model)
+    server = server_of(registry, settings or ServeSettings())
     with bind("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -68,6 +69,6 @@ def loopback(model: ServedModel | ModelRegistry, settings: ServeSettings | None 
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            for one in model.models if isinstance(model, ModelRegistry) else (model,):
+            for one in registry.models:
                 one.stopping = True
             thread.join(10)

@@ -15,10 +15,11 @@ from ollama_forge import __version__
 from ollama_forge.serving.api import body as json_body
 from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings
+from ollama_forge.serving.registry import ModelRegistry
 from ollama_forge.serving.requests import BadRequest
 from tests.loopback import scripted
 
-app = build_app(scripted(lambda *_: "hello", slots=4), ServeSettings(host="0.0.0.0"))
+app = build_app(ModelRegistry(scripted(lambda *_: "hello", slots=4)), ServeSettings(host="0.0.0.0"))
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
 RECORDED = ("option ", "invalid format: ", "there was an error signing out")  # what Ollama answers with status 500
 

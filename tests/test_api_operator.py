@@ -185,9 +185,23 @@ def test_cached_tokens_and_latencies() -> None:
     text = samples(found.text("")[0].decode())
     assert text["ollama_forge_prefix_cache_tokens_total", "wire"] == 6
     assert text["ollama_forge_prefix_cache_hits_total", "wire"] == 1
+    assert text["ollama_forge_prompt_tokens_total", "wire"] == 16
     assert text["ollama_forge_time_to_first_token_seconds_sum", "wire"] == pytest.approx(3)
     assert text["ollama_forge_time_per_token_seconds_sum", "wire"] == pytest.approx(1)  # four tokens after the first
     assert text["ollama_forge_time_per_token_seconds_count", "wire"] == 1
+
+
+def test_the_prompt_of_several_answers_counts_once() -> None:
+    found = Metrics(ModelRegistry())
+    for first in (0, 6):
+        ends = [Done("stop", prompt_tokens=8, tokens=5, cached_tokens=7, choice=choice) for choice in (2, 1)]
+        ends.append(Done("stop", prompt_tokens=8, tokens=5, cached_tokens=first))  # the first answer ends last
+        found.observe(RequestRecord("wire", ends, "stop"), method="POST", route="/", status=200, seconds=1.0)
+    text = samples(found.text("")[0].decode())
+    assert text["ollama_forge_prompt_tokens_total", "wire"] == 16
+    assert text["ollama_forge_prefix_cache_tokens_total", "wire"] == 6
+    assert text["ollama_forge_prefix_cache_hits_total", "wire"] == 1
+    assert text["ollama_forge_generated_tokens_total", "wire"] == 30
 
 
 def test_each_server_counts_for_itself(url: str) -> None:
@@ -235,7 +249,11 @@ def test_the_log_has_a_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     assert not any(word in caplog.text for word in (SECRET, ANSWER, "wrong-one"))
 
 
-def test_the_log_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quiet", ["", "1"])
+def test_the_log_goes_to_stderr_unless_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_QUIET", quiet)
     log = telemetry._LOG
     before = log.handlers, log.propagate, log.level
     try:
@@ -247,4 +265,4 @@ def test_the_log_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         log.setLevel(before[2])
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("GET /api/version 200 ") == 1
+    assert said.err.count("GET /api/version 200 ") == (0 if quiet else 1)

@@ -55,7 +55,7 @@ def sent(body: BaseModel) -> Any:
 
 
 def chat_completion(completion: Completion) -> Any:
-    return sent(responses.chat_completion("wire", completion))
+    return sent(responses.chat_completion("wire", completion, tools={}))
 
 
 def text_completion(completion: Completion) -> Any:
@@ -67,7 +67,7 @@ def message(completion: Completion) -> Any:
 
 
 def response(completion: Completion) -> Any:
-    return sent(responses_events.response("wire", ECHO, completion))
+    return sent(responses_events.response("wire", ECHO, completion, tools={}))
 
 
 def server_sent(writer: StreamWriter, *given: Event) -> list[tuple[str | None, Any]]:
@@ -135,18 +135,27 @@ def test_logprobs_without_end_are_numbers() -> None:
 
 
 def test_chat_chunks() -> None:
-    chunks = written(ChatWriter("wire", include_usage=True), Delta("a"), Delta(), Delta("b", logprobs=(TOKEN,)), STOP)
+    chunks = written(
+        ChatWriter("wire", include_usage=True, tools={}), Delta("a"), Delta(), Delta("b", logprobs=(TOKEN,)), STOP
+    )
     assert deltas(chunks) == [{"role": "assistant", "content": "a"}, {"content": "b"}, {}]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:3]] == [None, None, "stop"]
     assert "logprobs" in chunks[1]["choices"][0]
     assert (chunks[3]["choices"], chunks[3]["usage"]["total_tokens"], chunks[4]) == ([], 20, "[DONE]")
     assert len({chunk["id"] for chunk in chunks[:4]}) == 1
-    assert all("usage" not in chunk for chunk in written(ChatWriter("wire", include_usage=False), Delta("a"), STOP)[:2])
+    assert all(
+        "usage" not in chunk
+        for chunk in written(ChatWriter("wire", include_usage=False, tools={}), Delta("a"), STOP)[:2]
+    )
 
 
 def test_chat_chunks_of_thought_and_calls() -> None:
     chunks = written(
-        ChatWriter("wire", include_usage=False), Delta(thinking="h"), Delta("a", "m"), Delta(tool_calls=(CALL,)), STOP
+        ChatWriter("wire", include_usage=False, tools={}),
+        Delta(thinking="h"),
+        Delta("a", "m"),
+        Delta(tool_calls=(CALL,)),
+        STOP,
     )
     found = deltas(chunks)
     assert found[:3] == [{"role": "assistant", "content": "", "reasoning": "h"}, {"reasoning": "m"}, {"content": "a"}]
@@ -156,14 +165,17 @@ def test_chat_chunks_of_thought_and_calls() -> None:
 
 def test_the_usage_of_several_answers_has_the_cached_tokens_of_the_first() -> None:
     ends = [replace(STOP, choice=1, cached_tokens=9), replace(STOP, choice=0, cached_tokens=3)]
-    chunks = written(ChatWriter("wire", include_usage=True, choices=2), *ends)
+    chunks = written(ChatWriter("wire", include_usage=True, tools={}, choices=2), *ends)
     counts = chunks[-2]["usage"]
     assert (counts["prompt_tokens"], counts["completion_tokens"], counts["total_tokens"]) == (12, 16, 28)
     assert counts["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 def test_chat_chunks_of_nothing_begin_with_the_role() -> None:
-    assert deltas(written(ChatWriter("wire", include_usage=False), STOP)) == [{"role": "assistant", "content": ""}, {}]
+    assert deltas(written(ChatWriter("wire", include_usage=False, tools={}), STOP)) == [
+        {"role": "assistant", "content": ""},
+        {},
+    ]
 
 
 def test_text_completion() -> None:
@@ -238,9 +250,9 @@ def test_response() -> None:
 
 def test_response_events_are_numbered_and_close_what_they_open() -> None:
     given = (Delta(thinking="h"), Delta("a", "m"), Delta("b"), Delta(tool_calls=(CALL, OTHER)), STOP)
-    found = written(ResponseWriter("wire", ECHO), *given)
+    found = written(ResponseWriter("wire", ECHO, tools={}), *given)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
-    assert [event["type"] for event in found] == names(ResponseWriter("wire", ECHO), *given)
+    assert [event["type"] for event in found] == names(ResponseWriter("wire", ECHO, tools={}), *given)
     added = [event for event in found if event["type"] == "response.output_item.added"]
     done = [event for event in found if event["type"] == "response.output_item.done"]
     assert [event["item"]["type"] for event in added] == ["reasoning", "message", "function_call", "function_call"]
@@ -254,10 +266,10 @@ def test_response_events_are_numbered_and_close_what_they_open() -> None:
 
 
 WRITERS: list[Callable[[], StreamWriter]] = [
-    lambda: ChatWriter("w", include_usage=True),
+    lambda: ChatWriter("w", include_usage=True, tools={}),
     lambda: TextWriter("w", include_usage=True),
     lambda: MessageWriter("w", prompt_tokens=1),
-    lambda: ResponseWriter("w", ECHO),
+    lambda: ResponseWriter("w", ECHO, tools={}),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
+from ollama_forge.serving.engine.base import EngineRequest
 from ollama_forge.serving.engine.model_runner import StateSupport, chunk_of
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.text.tokenizer import Tokenizer
@@ -147,7 +149,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
         NO_CACHE,
         config("recurrent_gemma", **{**HEADS, "num_hidden_layers": 4}, lru_width=48, attention_window_size=16),
     ),
-    "qwen2_5_vl": (ONE, families.WRAPPERS["qwen2_5_vl"]),
+    "qwen2_5_vl": (ALL, families.WRAPPERS["qwen2_5_vl"]),
 }  # fmt: skip
 
 
@@ -175,7 +177,8 @@ def by_whole_passes(model: ChatModel, ids: tuple[int, ...], count: int) -> list[
     """The greedy answer without a cache, where ``generate`` cannot use the model's."""
     said = list(ids)
     for _ in range(count):
-        said.append(int(model.forward(input_ids=torch.tensor([said]), use_cache=False).logits[0, -1].argmax()))
+        text = torch.tensor([said], device=model.device)
+        said.append(int(model.forward(input_ids=text, use_cache=False).logits[0, -1].argmax()))
     return said[len(ids) :]
 
 
@@ -229,6 +232,31 @@ def test_a_family_equals_generate(family: str) -> None:
         assert together(engine, [greedy(turn, 6)]) == [answer(model, turn, 6)]
         new = engine.stats.prefilled_tokens - before
         assert new == (1 + 7 if engine.support.reuses else len(turn))
+
+
+def with_image(text: tuple[int, ...], height: int, width: int) -> EngineRequest:
+    """A request with an image of ``height * width`` patches behind the first tokens; four patches are a token."""
+    tokens = [families.IMAGE_TOKEN] * (height * width // 4)
+    ids = (*text[:5], *tokens, *text[5:])
+    media = {
+        "pixel_values": torch.randn(height * width, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(height)),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+        "mm_token_type_ids": torch.tensor([[int(id_ == families.IMAGE_TOKEN) for id_ in ids]]),
+    }
+    return replace(greedy(ids, 10), media=media)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_with_images_of_different_sizes_are_answered_together() -> None:
+    """The positions behind an image depend on its size, so that each row has others."""
+    model = build("qwen2_5_vl")
+    requests = [with_image(prompt(15, 1), 8, 8), greedy(prompt(22, 2), 10), with_image(prompt(9, 3), 4, 12)]
+    alone = [by_generate(model, request.ids, 10, **(request.media or {})) for request in requests]
+    assert alone[0] != by_generate(model, requests[0].ids, 10)
+    with running(model, slots=4) as engine:
+        assert together(engine, requests) == alone
+        assert together(engine, requests[2:]) == alone[2:]
+        assert together(engine, [requests[1]]) == [alone[1]]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -315,20 +315,40 @@ def test_ids_within_a_character_are_found(vocabulary: Vocabulary, text: str) -> 
     ids = bytes_ids(vocabulary, text)
     begun = reader.read({"tokens": [70], "tokens_predicted": 1, "content": "A"})
     chunk = {"tokens": ids[-1:], "tokens_predicted": 1 + len(ids), "content": text}
+    assert reader.replay_body(chunk) is None
     found = reader.read(chunk)
-    assert begun is not None
-    assert found is not None
-    assert [token.id for token in [*begun, *found]] == [70, *ids]
-    assert reader.missing({"tokens_predicted": 1 + len(ids)}) == 0
+    assert [token.id for token in [*begun, *found]] == reader.ids == [70, *ids]
 
 
-def test_broken_characters_keep_their_text(vocabulary: Vocabulary) -> None:
-    reader = TokenReader(Phase(EngineRequest((5,), 20)), vocabulary)
+def test_broken_characters_are_replayed_where_that_gives_the_same_tokens(vocabulary: Vocabulary) -> None:
+    last = vocabulary.ids[b"x"]
+    chunk = {"tokens": [last], "tokens_predicted": 3, "content": "\ufffdx"}
+    drawn, greedy = (
+        TokenReader(Phase(EngineRequest((5,), 20, SamplingParams(temperature=temperature))), vocabulary)
+        for temperature in (0.8, 0.0)
+    )
+    assert drawn.replay_body(chunk) is None
+    filled = [token.id for token in drawn.read(chunk)]
+    assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
+    body = greedy.replay_body(chunk)
+    assert body is not None
+    assert (body["prompt"], body["n_predict"], body["stream"]) == ([5], 3, False)
+    assert [token.id for token in greedy.read(chunk, [8, 9, last])] == greedy.ids == [8, 9, last]
+    end = {"stop_type": "limit", "tokens_predicted": 5}
+    body = greedy.replay_body(end)
+    assert body is not None
+    assert (body["prompt"], body["n_predict"]) == ([5, 8, 9, last], 2)
+    assert [token.id for token in greedy.read(end, [8, 9])] == [8, 9]
+    assert greedy.replay_body(end) is None
+
+
+def test_a_replay_that_does_not_fit_is_not_taken(vocabulary: Vocabulary) -> None:
     last = vocabulary.ids[b"x"]
     chunk = {"tokens": [last], "tokens_predicted": 2, "content": "\ufffdx"}
-    assert reader.read(chunk) is None
-    filled = [token.id for token in reader.fill(chunk, [])]
-    assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
+    for replayed in ([8], [8, 9], [8, 9, last]):
+        reader = TokenReader(Phase(EngineRequest((5,), 20)), vocabulary)
+        filled = [token.id for token in reader.read(chunk, replayed)]
+        assert b"".join(map(vocabulary.tokens.of, filled)).decode() == "\ufffdx"
 
 
 def test_longest_tokens_come_first() -> None:

@@ -214,6 +214,7 @@ def arm(point):
 for point in POINTS:
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # replaces the parent's thread pool, before two threads do that at once and fail
         arm(point)
         pipeline.run(settings(folder, planted_layer=0))
         os._exit(0)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +26,7 @@ from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS, ServedModel, loopback, scripted
 
 WAIT = 60.0
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much a client has taken")
 
 
 @dataclass(frozen=True)
@@ -206,15 +208,20 @@ def read_all(client: socket.socket) -> bytes:
     return data
 
 
-def long_answers(monkeypatch: pytest.MonkeyPatch, slots: int) -> ServedModel:
-    """Answers longer than what the server's buffers hold."""
+def send_buffers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Give the server's connections send buffers of ``size`` bytes."""
 
-    def small_buffers(host: str, port: int) -> socket.socket:
+    def sized(host: str, port: int) -> socket.socket:
         listening = bind(host, port)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         return listening
 
-    monkeypatch.setattr("tests.loopback.bind", small_buffers)
+    monkeypatch.setattr("tests.loopback.bind", sized)
+
+
+def long_answers(monkeypatch: pytest.MonkeyPatch, slots: int) -> ServedModel:
+    """Answers longer than what the server's buffers hold."""
+    send_buffers(monkeypatch, 4096)
     engine = ScriptedEngine(lambda request: [*[70] * TOKENS, 1], slots=slots, context_length=1 << 20)
     return ServedModel("wire", tokenizer(), engine, FACTS)
 
@@ -254,6 +261,26 @@ def test_a_whole_response_that_nobody_reads_is_dropped_after_the_keep_alive(monk
         client = stall(url, "/api/embed", body)
         time.sleep(1.5)
         assert not read_all(client).endswith(b"}")
+
+
+@pytest.mark.parametrize("buffer", [4096, pytest.param(1 << 20, marks=linux)])
+def test_a_slow_reader_of_a_large_body_is_not_dropped(monkeypatch: pytest.MonkeyPatch, buffer: int) -> None:
+    """It reads steadily, but for many write timeouts less than makes room in the server's buffers."""
+    send_buffers(monkeypatch, buffer)
+    model = scripted(lambda *_: "a", slots=1)
+    body = {"model": "wire", "input": ["a"] * 6000}  # some megabytes of vectors
+    with loopback(model, ServeSettings(write_timeout=0.4)) as url:
+        client = stall(url, "/api/embed", body)
+        head = b"".join(client.recv(512) for _ in range(4))
+        began = time.monotonic()
+        while time.monotonic() - began < 2.0:
+            head += client.recv(512)
+            time.sleep(0.01)
+        data = head + read_all(client)
+    length = int(data.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    answer = data.partition(b"\r\n\r\n")[2]
+    assert len(answer) == length > 3 << 19
+    assert len(json.loads(answer)["embeddings"]) == 6000
 
 
 def test_a_reader_that_goes_on_in_time_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:

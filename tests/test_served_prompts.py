@@ -67,10 +67,12 @@ def test_templates_that_join_arguments_to_text_get_them_spelled() -> None:
 
 
 def test_mistral_gets_ids_of_nine_letters() -> None:
-    model = serve("x", template=JSON + "{# length 9 #}")
+    model = serve("x", template=JSON + "{# [TOOL_CALLS] #}")
     calls = (ToolCall("call_ab12cd34", 0, "f", {}),)
     turns = dicts(model, [Message("user", "a"), Message("assistant", tool_calls=calls), Message("tool", "3")])
     assert turns[1]["tool_calls"][0]["id"] == turns[2]["tool_call_id"] == "lab12cd34"
+    (orphan,) = dicts(model, [Message("tool", "3", tool_call_id="call_ab12cd34")])
+    assert orphan["tool_call_id"] == "lab12cd34"
 
 
 def test_kimi_gets_ids_with_the_name_and_the_number_of_the_call() -> None:
@@ -80,6 +82,8 @@ def test_kimi_gets_ids_with_the_name_and_the_number_of_the_call() -> None:
     turns = dicts(model, [Message("user", "a"), Message("assistant", tool_calls=calls), *results])
     shown = [turns[1]["tool_calls"][0]["id"], turns[1]["tool_calls"][1]["id"]]
     assert shown == [turns[2]["tool_call_id"], turns[3]["tool_call_id"]] == ["functions.f:0", "functions.g:1"]
+    (orphan,) = dicts(model, [Message("tool", "3", tool_call_id="call_x")])
+    assert orphan["tool_call_id"] == "call_x"
 
 
 def test_a_last_message_of_the_assistants_is_gone_on_with() -> None:

@@ -271,6 +271,10 @@ def block(*functions: str) -> str:
         ({"const": "1"}, "1", "1"),
         ({"$ref": "#/$defs/Name"}, "10", "10"),
         ({"$ref": "#/$defs/Loop"}, "10", 10),
+        ({"$ref": "#/$defs/a~1b~0c%20d"}, "10", "10"),
+        ({"$ref": "#/$defs/List/anyOf/1"}, "10", "10"),
+        ({"$ref": "#/$defs/List/anyOf/2"}, "10", 10),
+        ({"$ref": "#$defs/Name"}, "10", 10),
         ({"properties": {}}, "{}", {}),
         ({"items": {}}, "[]", []),
         ({}, "10", 10),
@@ -281,7 +285,13 @@ def block(*functions: str) -> str:
     ],
 )
 def test_values_follow_the_schema(schema: Any, text: str, value: Any) -> None:
-    defs = {"Name": {"type": "string"}, "Loop": {"$ref": "#/$defs/Loop"}}
+    name = {"type": "string"}
+    defs = {
+        "Name": name,
+        "Loop": {"$ref": "#/$defs/Loop"},
+        "a/b~c d": name,
+        "List": {"anyOf": [{"type": "integer"}, name]},
+    }
     tools = {"f": {"properties": {"x": schema} if schema is not None else {}, "$defs": defs}}
     assert coder(block(function("f", x=text)), tools) == [("call", ("f", {"x": value}))]
 

@@ -80,7 +80,7 @@ def _format_default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
+def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -134,7 +134,7 @@ ray_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-model_options = _combined(
+model_options = combined(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",
@@ -151,10 +151,10 @@ model_options = _combined(
     ),
     trust_option,
 )
-talk_options = _combined(
+talk_options = combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
 )
-limit_options = _combined(
+limit_options = combined(
     click.option(
         "--max-answer-kl",
         type=float,
@@ -190,12 +190,12 @@ memory_option = click.option(
     help="Memory to use, such as 8GiB. If the model needs more, its layers are read from disk one after the other, "
     "each for all prompts at once.",
 )
-load_options = _combined(
+load_options = combined(
     talk_options,
     batch_size_option,
     click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
 )
-list_options = _combined(
+list_options = combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
     ),
@@ -213,7 +213,7 @@ list_options = _combined(
         help="Seed for shuffling the instructions.",
     ),
 )
-prompt_options = _combined(
+prompt_options = combined(
     list_options,
     click.option(
         "--num-instructions",
@@ -230,7 +230,7 @@ max_measured_option = click.option(
     help="Largest number of prompts of each list for choosing and for measuring "
     f"(default {MAX_SELECT} and {MAX_REPORT}; 0: all).",
 )
-direction_options = _combined(
+direction_options = combined(
     click.option(
         "--method",
         default=DirectionSettings.method,
@@ -265,7 +265,7 @@ factors_option = click.option(
     default=None,
     help=f"How the edit is computed from the direction (default {EditSettings.factors}).",
 )
-edit_options = _combined(
+edit_options = combined(
     click.option(
         "--targets",
         type=CommaSeparated(str, "name"),
@@ -311,7 +311,7 @@ out_dtype_option = click.option(
     help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
-shard_options = _combined(
+shard_options = combined(
     click.option(
         "--workers",
         type=int,

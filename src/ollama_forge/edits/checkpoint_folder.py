@@ -27,7 +27,7 @@ from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json
+from ollama_forge.files import atomic_folder, disk_errors, human_size, left_by_killed, read_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.system import free_space
 
@@ -56,7 +56,7 @@ def check_output(folder: Path, needed: int) -> None:
         raise UsageError(f"{folder} is a file", "give a folder for the edited checkpoint")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROVENANCE).is_file():
         raise UsageError(f"{folder} holds something else than an edited checkpoint", "give a new or empty folder")
-    free = free_space(folder)
+    free = free_space(folder) + left_by_killed(folder)
     if needed > free:
         raise ForgeError(
             f"the edited checkpoint needs {human_size(needed)}, but only {human_size(free)} are free at {folder}",

@@ -39,6 +39,10 @@ class AnsweringModel(Protocol):
     """A checkpoint run by transformers, or a GGUF file run by llama.cpp."""
 
     @property
+    def streams(self) -> bool:
+        """Whether its weights are read from disk for every forward pass."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer for prompts and answers."""
 

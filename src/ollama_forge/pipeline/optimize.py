@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.registry import METHODS, check_8bit, max_pairs
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.export.adapters.served import AdapterAnswers
 from ollama_forge.files import write_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import for_cluster
 from ollama_forge.models.machine import Machine
+from ollama_forge.models.servers.vllm_process import VllmSettings
 from ollama_forge.pipeline.choosing import open_study
 from ollama_forge.pipeline.front import MeasuredTrial, edit_path, label, measure_front, write_edit
 from ollama_forge.pipeline.preflight import model_needs
 from ollama_forge.pipeline.report import tables
 from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.pipeline.trial_answers import connected, started
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
@@ -53,6 +57,8 @@ class OptimizeSettings:
         trials: number of edits to try, those of earlier searches in the folder included.
         workers: number of processes that try edits; each holds the model.
         allow_partial: accept a model of which only a part is proven, and edit that part.
+        vllm: starts a vLLM that answers for the model and its edits; None for transformers.
+        engine_url: the vLLM that answers, ``URL`` or ``URL#MODEL``; None for none.
         max_kl, max_answer_kl, strengthen, allow_few_refusals: see ``ChoiceSettings``.
 
     Raises:
@@ -72,11 +78,18 @@ class OptimizeSettings:
     strengthen: bool = False
     allow_few_refusals: bool = False
     allow_partial: bool = False
+    vllm: VllmSettings | None = None
+    engine_url: str | None = None
 
     def __post_init__(self) -> None:
         for option, number in (("--trials", self.trials), ("--workers", self.workers)):
             if number < 1:
                 raise UsageError(f"{option} {number} is not positive", "the defaults are --trials 60 and --workers 1")
+
+        if self.vllm is not None and self.engine_url is not None:
+            raise UsageError("--engine-url names the engine itself", "leave out --engine")
+        if self.workers > 1 and (self.vllm is not None or self.engine_url is not None):
+            raise UsageError("--workers is for transformers; a vLLM answers many prompts at a time", "leave it out")
 
     @property
     def choosing(self) -> ChoiceSettings:
@@ -188,6 +201,11 @@ class Searched:
             trials.goal,
         )
 
+    def answered_by(self, answers: AdapterAnswers) -> Searched:
+        """The same trials, with answers by a vLLM."""
+        self.trials.answers = answers
+        return replace(self, needs={**self.needs, "vllm": answers.server.version})
+
     def study(self, settings: OptimizeSettings) -> Study:
         """The study of the settings, which may be one that ``run --auto`` has begun.
 
@@ -212,8 +230,24 @@ def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Opti
             "--workers and --ray exclude each other",
             "leave out --workers: each worker of the cluster tries one edit at a time",
         )
+    if cluster is not None and (settings.vllm is not None or settings.engine_url is not None):
+        raise UsageError("--ray is for transformers; a vLLM answers many prompts at a time", "leave it out")
     settings = replace(settings, load=for_cluster(settings.load, cluster))
-    searched = Searched.of(settings)
+    if settings.vllm is not None:
+        settings.vllm.command()  # raises without vLLM
+        if settings.load.load_in_8bit:
+            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
+    with ExitStack() as running:
+        searched = Searched.of(settings)
+        folder = settings.study / "adapters"
+        if settings.vllm is not None:
+            searched = searched.answered_by(running.enter_context(started(searched.loaded, settings.vllm, folder)))
+        elif settings.engine_url is not None:
+            searched = searched.answered_by(connected(searched.loaded, settings.engine_url, folder))
+        return _optimize(searched, settings, cluster)
+
+
+def _optimize(searched: Searched, settings: OptimizeSettings, cluster: Cluster | None) -> Optimized:
     loaded, trials = searched.loaded, searched.trials
     cache = StageCache(settings.study)
     with cache.locked():

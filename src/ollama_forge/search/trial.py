@@ -12,7 +12,6 @@ from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.divergence import Reference, divergence
 from ollama_forge.evaluation.measure import count_answers
 from ollama_forge.models.protocol import ScoringModel
-from ollama_forge.models.streamed import StreamedModel
 from ollama_forge.search.candidates import Candidate
 from ollama_forge.search.rule import Rule, Trial
 from ollama_forge.text.tokenizer import Ids
@@ -67,7 +66,7 @@ def run_trial(
             return replace(trial, ended_early=f"answer KL above {rule.limits.answer_kl:g}")
         if trial.first_token_kl > slack * rule.limits.first_token_kl:
             return replace(trial, ended_early=f"first-token KL above {rule.limits.first_token_kl:g}")
-    wave_size = max(len(prompts.harmful), 1) if isinstance(model, StreamedModel) else WAVE  # each reads all weights
+    wave_size = max(len(prompts.harmful), 1) if model.streams else WAVE  # each reads all weights
     for start in range(0, len(prompts.harmful), wave_size):
         reason = loses(trial)
         if reason:

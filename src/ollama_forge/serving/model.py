@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollama_forge.serving.admission import Admission
 from ollama_forge.serving.engine.base import (
@@ -21,18 +21,15 @@ from ollama_forge.serving.engine.base import (
     ImageEncoder,
     Limited,
 )
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
 from ollama_forge.serving.pump import pumped
 from ollama_forge.serving.requests import BadRequest, Done, Event, GenerationRequest
 from ollama_forge.serving.threads import off_loop
-from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.detokenize import TokenBytes
 from ollama_forge.text.tokenizer import template_text
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ModelMetadata", "ServedModel"]
 _EMBEDDINGS = 4  # requests for embeddings at a time; the engine computes them one after the other
@@ -134,7 +131,8 @@ class ServedModel:
             ForgeError: it cannot be loaded.
         """
         assert self._make_engine is not None
-        return self._make_engine()
+        with DEVICE_USE.shared():
+            return self._make_engine()
 
     def load(self) -> ServedModel:
         """Load the engine now, and return this model.
@@ -164,7 +162,8 @@ class ServedModel:
         engine, self._engine, self.prompts.encoder = self.engine, None, None
         engine.close()
         del engine
-        release_memory()
+        with DEVICE_USE.shared():
+            release_memory()
 
     def _find_capabilities(self, vision: bool) -> frozenset[str]:
         if self._embedded_text is not None:
@@ -195,7 +194,7 @@ class ServedModel:
         started = time.perf_counter_ns()
         request = self._with_open_thought(request)
         prompt = request.prompt
-        output = OutputProcessor(self._tokens, request, family_of(self.prompts.template.text))
+        output = OutputProcessor(self._tokens, request, self.prompts.family)
         limit = max(prompt.context - len(prompt.ids), 0)
         if request.num_predict >= 0:
             limit = min(limit, request.num_predict)

@@ -9,6 +9,8 @@ from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, ImageEncoder
 from ollama_forge.serving.requests import BadRequest, Message, Prompt, Tools
+from ollama_forge.serving.tools.base import ToolFamily
+from ollama_forge.serving.tools.families import family_of
 from ollama_forge.text.template import Template, TemplateError, render_template
 from ollama_forge.text.thinking import ThinkingSplit
 
@@ -28,6 +30,8 @@ class PromptBuilder:
     """Makes prompts for one model.
 
     Attributes:
+        template: the chat template.
+        family: its tool call format.
         context_length: the model's context in tokens, which bounds ``num_ctx``.
         encoder: encodes images; None if the model takes none.
     """
@@ -45,7 +49,7 @@ class PromptBuilder:
         """``system`` is the system prompt of conversations that have none; ``template_kwargs`` are the template's."""
         self._tokenizer, self.encoder = tokenizer, encoder
         self._system, self._template_kwargs = system, dict(template_kwargs or {})
-        self.template = Template(template)
+        self.template, self.family = Template(template), family_of(template)
         self.context_length = context_length
 
     def chat(
@@ -157,11 +161,11 @@ class PromptBuilder:
         template = self.template.text
         try:
             try:
-                return render_template(self._tokenizer, template, as_dicts(messages, template), **options)
+                return render_template(self._tokenizer, template, as_dicts(messages, self.family), **options)
             except TemplateError as error:
                 if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
                     raise
-            spelled = as_dicts(messages, template, spell_arguments=True)  # this template joins the arguments to text
+            spelled = as_dicts(messages, self.family, spell_arguments=True)  # this template joins the arguments to text
             return render_template(self._tokenizer, template, spelled, **options)
         except TemplateError as error:
             raise BadRequest(error.message) from error
@@ -238,14 +242,15 @@ def _too_long(count: int, limit: int) -> BadRequest:
     )
 
 
-def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: bool = False) -> list[dict[str, Any]]:
+def as_dicts(messages: Sequence[Message], family: ToolFamily, *, spell_arguments: bool = False) -> list[dict[str, Any]]:
     """Messages as Hugging Face templates take them.
 
     Args:
+        family: the tool call format of the template.
         spell_arguments: give the arguments of calls as JSON text instead of objects.
     """
     named = _with_call_ids(messages)
-    id_in = _ids_in(template, named)
+    id_in = _ids_in(family, named)
     turns: list[dict[str, Any]] = []
     for message in named:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -257,7 +262,7 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
         if message.tool_calls:
             turn["tool_calls"] = [
                 {
-                    "id": id_in(call.id),
+                    "id": id_in(call.id, call.name),
                     "type": "function",
                     "function": {
                         "name": call.name,
@@ -270,25 +275,19 @@ def as_dicts(messages: Sequence[Message], template: str, *, spell_arguments: boo
             ]
         if message.role == "tool":
             turn |= {"name": message.tool_name, "tool_name": message.tool_name}
-            turn["tool_call_id"] = id_in(message.tool_call_id)
+            turn["tool_call_id"] = id_in(message.tool_call_id, message.tool_name)
         turns.append(turn)
     return turns
 
 
-def _ids_in(template: str, messages: Sequence[Message]) -> Callable[[str], str]:
-    """How a template wants the ids of calls: Mistral's short, Kimi's with the name and the number of the call."""
-    if "length 9" in template or "|length != 9" in template:
-        return _short
-    if "<|tool_call_argument_begin|>" not in template:
-        return str
+def _ids_in(family: ToolFamily, messages: Sequence[Message]) -> Callable[[str, str], str]:
+    """Makes the id that a template wants from the id of a call and the tool's name."""
+    make = family.call_id
+    if make is None:
+        return lambda id_, name: id_
     calls = [call for message in messages for call in message.tool_calls]
-    ids = {call.id: f"functions.{call.name}:{number}" for number, call in enumerate(calls)}
-    return lambda id_: ids.get(id_, id_)
-
-
-def _short(id_: str) -> str:
-    """An id of nine letters and digits."""
-    return "".join(letter for letter in id_ if letter.isalnum())[-9:].rjust(9, "0")
+    numbers = {call.id: number for number, call in enumerate(calls)}
+    return lambda id_, name: make(id_, name, numbers.get(id_))
 
 
 def _with_call_ids(messages: Sequence[Message]) -> list[Message]:

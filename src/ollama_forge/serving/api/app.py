@@ -22,13 +22,11 @@ from ollama_forge.serving.api.operator import routes as operator_routes
 from ollama_forge.serving.api.routing import Api, no_route
 from ollama_forge.serving.api.security import Guard, ServeSettings
 from ollama_forge.serving.api.telemetry import Telemetry
-from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
 
 
-def build_app(served: ServedModel | ModelRegistry, settings: ServeSettings | None = None) -> FastAPI:
-    """Build the application that serves one model or several, and that closes them when it shuts down."""
-    registry = served if isinstance(served, ModelRegistry) else ModelRegistry(served)
+def build_app(registry: ModelRegistry, settings: ServeSettings) -> FastAPI:
+    """Build the application that serves the models of a registry, and that closes them when it shuts down."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +47,7 @@ def build_app(served: ServedModel | ModelRegistry, settings: ServeSettings | Non
         app.include_router(routes(registry))
     app.include_router(operator_routes(registry, metrics))
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_middleware(Guard, settings=settings or ServeSettings(), api_of=api_of)
+    app.add_middleware(Guard, settings=settings, api_of=api_of)
     app.add_middleware(Telemetry, metrics=metrics)  # the last one added is the outermost: it sees refusals, too
     return app
 

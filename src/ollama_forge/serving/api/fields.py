@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +17,12 @@ from ollama_forge.serving.api.body import RequestModel, json_type, unmarshal_err
 from ollama_forge.serving.engine.base import SamplingParams
 from ollama_forge.serving.requests import BadRequest, Message
 
+_LOG = logging.getLogger(__name__)
 _INT64 = 1 << 63
 _NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
 _DATA_URL = re.compile(r"data:(?:image/(?:jpeg|jpg|png|webp))?;base64,")
 _TEXT_URL = re.compile(r"data:text/[\w.+-]+(?:;charset=utf-8)?;base64,", re.IGNORECASE)
+_LEFT_OUT = ("web_search", "web_fetch", "image_generation", "tool_search")  # the beginnings of types of tools
 _EFFORTS: dict[str, bool | str] = {
     "none": False,
     "minimal": "low",
@@ -209,6 +212,25 @@ def function_tool(name: str, description: str, parameters: Mapping[str, Any] | N
     """A tool in OpenAI's format, completed with the fields that chat templates require."""
     schema = {"type": "object", "properties": {}} if parameters is None else dict(parameters)
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+def leave_out_hosted(types: Iterable[str], *, others: bool) -> None:
+    """Refuse tools that do not run at the client. Those that agents send with every request are left out beside others.
+
+    Args:
+        types: the types of such tools, as the client spells them.
+        others: whether the request has tools that run at the client.
+
+    Raises:
+        BadRequest: a tool is refused.
+    """
+    left_out = []
+    for kind in types:
+        if not (others and kind.startswith(_LEFT_OUT)):
+            raise BadRequest(f'tools of type "{kind[:100]}" are not supported')
+        left_out.append(kind[:100])
+    if left_out:
+        _LOG.warning("the model is not offered these tools, which do not run here: %s", ", ".join(map(repr, left_out)))
 
 
 def with_tool_names(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -28,10 +28,11 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         self._requests = self._counter("http_requests", "Requests by route and status", "method", "route", "status")
         self._answers = self._counter("answers", "Requests for generation by how they ended", "model", "outcome")
+        # several answers (n) share one prompt, which these three count once
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts and of embedded texts", "model")
-        self._tokens = self._counter("generated_tokens", "Tokens of answers", "model")
         self._cached_tokens = self._counter("prefix_cache_tokens", "Prompt tokens that were not computed", "model")
-        self._cache_hits = self._counter("prefix_cache_hits", "Answers whose prompt was partly cached", "model")
+        self._cache_hits = self._counter("prefix_cache_hits", "Requests whose prompt was partly cached", "model")
+        self._tokens = self._counter("generated_tokens", "Tokens of answers", "model")
         self._duration = self._histogram("request_duration_seconds", "Time of a request for a model", _SECONDS)
         self._first = self._histogram("time_to_first_token_seconds", "Time in the queue and on the prompt", _SECONDS)
         self._each = self._histogram("time_per_token_seconds", "Mean time of an answer's later tokens", _TOKEN_SECONDS)
@@ -49,6 +50,8 @@ class Metrics:
             return
         self._duration.labels(record.model).observe(seconds)
         self._prompt_tokens.labels(record.model).inc(record.prompt_tokens)
+        self._cached_tokens.labels(record.model).inc(record.cached_tokens)
+        self._cache_hits.labels(record.model).inc(record.cached_tokens > 0)
         if record.outcome:
             self._answers.labels(record.model, record.outcome).inc()
         for done in record.answers:
@@ -56,8 +59,6 @@ class Metrics:
 
     def _observe_answer(self, model: str, done: Done) -> None:
         self._tokens.labels(model).inc(done.tokens)
-        self._cached_tokens.labels(model).inc(done.cached_tokens)
-        self._cache_hits.labels(model).inc(done.cached_tokens > 0)
         if done.tokens:
             self._first.labels(model).observe((done.load_ns + done.prompt_ns) / _NS)
         if done.tokens > 1:

@@ -43,7 +43,7 @@ class ServeSettings:
         api_key: the key that clients must send; None: no key.
         origins: origins of web pages that may call, in addition to local ones; one ``*`` in each matches any text.
         max_body: maximum size of a request's body in bytes.
-        write_timeout: seconds in which a client has to read what waits for it; it is dropped if it reads too little.
+        write_timeout: seconds after which a client is dropped that took none of the bytes that wait for it.
     """
 
     host: str = "127.0.0.1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,16 +15,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError
-from ollama_forge.progress import say
+from ollama_forge.progress import say, warn
 from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings, is_loopback
 from ollama_forge.serving.api.telemetry import log_requests
-from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
 
 GRACE = 3.0  # seconds in which running answers may finish
 _MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
 _BACKLOG = 2048
+_LOOKS = 8  # at a client that does not read, within the write timeout
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -69,7 +70,7 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket, *, li
     say(f"  Anthropic clients:  ANTHROPIC_BASE_URL=http://{reached}:{port}")
     if not is_loopback(settings.host):
         keyless = "" if settings.api_key else ", and it needs no API key; set one with --api-key"
-        say(f"warning: {settings.host} is reached from other machines{keyless}")
+        warn(f"{settings.host} is reached from other machines{keyless}")
 
 
 def serve(registry: ModelRegistry, settings: ServeSettings, listening: socket.socket) -> None:
@@ -78,8 +79,8 @@ def serve(registry: ModelRegistry, settings: ServeSettings, listening: socket.so
     server_of(registry, settings).run(sockets=[listening])
 
 
-def server_of(served: ServedModel | ModelRegistry, settings: ServeSettings) -> Server:
-    registry = served if isinstance(served, ModelRegistry) else ModelRegistry(served)
+def server_of(registry: ModelRegistry, settings: ServeSettings) -> Server:
+    """The server of the models of a registry; it does not run yet."""
 
     class Timed(Protocol):
         write_timeout = settings.write_timeout
@@ -133,38 +134,53 @@ class Protocol(H11Protocol):
     """Drops clients that do not read, and sends the Server header also in the response to what is not valid HTTP.
 
     Attributes:
-        write_timeout: seconds after which a connection is closed for which too much data still waits: its client reads
-            nothing, or a large body slowly.
+        write_timeout: seconds after which a connection is closed whose client took none of the bytes that wait for it.
+            A client that takes some in that time is not dropped, however slow it is.
     """
 
     write_timeout: float
-    _dropping: asyncio.TimerHandle | None = None
+    _watching: asyncio.TimerHandle | None = None
+    _left = 0  # bytes that the client had not taken at the last look
+    _taken_at = 0.0  # the loop's time when it was last seen to take some
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._drop_later()
+        self._watch()
 
     def resume_writing(self) -> None:
-        self._keep()
+        self._stop_watching()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         if self.transport.get_write_buffer_size():  # it closes when the client has read all of this
-            self._drop_later()
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._keep()
+        self._stop_watching()
         super().connection_lost(exc)
 
-    def _drop_later(self) -> None:
-        self._keep()
-        self._dropping = self.loop.call_later(self.write_timeout, self.transport.abort)
+    def _watch(self) -> None:
+        self._stop_watching()
+        self._left, self._taken_at = unread_bytes(self.transport), self.loop.time()
+        self._look_later()
 
-    def _keep(self) -> None:
-        if self._dropping is not None:
-            self._dropping.cancel()
-            self._dropping = None
+    def _look_later(self) -> None:
+        self._watching = self.loop.call_later(self.write_timeout / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        before, self._left = self._left, unread_bytes(self.transport)
+        if self._left < before:
+            self._taken_at = self.loop.time()
+        if self.loop.time() - self._taken_at >= self.write_timeout:
+            self.transport.abort()
+        else:
+            self._look_later()
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
 
     def send_400_response(self, msg: str) -> None:
         body = msg.encode("ascii", "replace")
@@ -174,3 +190,19 @@ class Protocol(H11Protocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def unread_bytes(transport: asyncio.Transport) -> int:
+    """Number of written bytes that the client has not received, as far as the system tells.
+
+    They wait in the transport, then in the socket's send buffer. The transport alone would show a slow client's reading
+    only every few hundred kilobytes, because the system asks for more bytes when much of the send buffer is free.
+    """
+    left = transport.get_write_buffer_size()
+    opened = transport.get_extra_info("socket")
+    if sys.platform == "linux" and opened is not None and (number := opened.fileno()) >= 0:
+        import fcntl
+        import termios
+
+        left += struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))[0]
+    return left

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ollama_forge.progress import is_quiet
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
 from ollama_forge.serving.requests import Busy, Done, Event
@@ -46,6 +47,11 @@ class RequestRecord:
     def prompt_tokens(self) -> int:
         """Number of tokens of the prompt, which several answers share, or of embedded texts."""
         return self.answers[0].prompt_tokens if self.answers else self.embedded_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Number of tokens of the prompt that were not computed, for the first answer; the others share its prompt."""
+        return min(self.answers, key=lambda done: done.choice).cached_tokens if self.answers else 0
 
     @property
     def tokens(self) -> int:
@@ -122,8 +128,8 @@ def log_line(record: RequestRecord, method: str, path: str, status: int, seconds
 
 
 def log_requests() -> None:
-    """Log requests to stderr from now on."""
+    """Log requests to stderr from now on, unless this process is quiet."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     _LOG.handlers, _LOG.propagate = [handler], False
-    _LOG.setLevel(logging.INFO)
+    _LOG.setLevel(logging.WARNING if is_quiet() else logging.INFO)

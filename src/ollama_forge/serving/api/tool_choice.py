@@ -33,9 +33,9 @@ def openai_choice(tools: Sequence[Mapping[str, Any]], choice: object) -> ToolCho
         if kind == "allowed_tools":
             inner = choice.get("allowed_tools")
             return _allowed(tools, inner if isinstance(inner, dict) else choice)
-        if kind not in ("function", "none", "auto", "required"):
+        if kind not in ("function", "custom", "none", "auto", "required"):
             raise BadRequest(f'tool_choice of type "{kind}" is not supported')
-        if kind == "function":
+        if kind in ("function", "custom"):
             return ToolChoice(_named(tools, [_name(choice)]), must_call=True)
         choice = kind
     return _by_word(tools, choice, {"auto": False, "required": True})
@@ -77,8 +77,8 @@ def _allowed(tools: Sequence[Mapping[str, Any]], allowed: Mapping[str, Any]) -> 
 
 
 def _name(tool: Mapping[str, Any]) -> object:
-    """The name in ``{"function": {"name": …}}`` or ``{"name": …}``."""
-    inner = tool.get("function")
+    """The name in ``{"function": {"name": …}}``, ``{"custom": {"name": …}}`` or ``{"name": …}``."""
+    inner = tool.get("function", tool.get("custom"))
     return inner.get("name") if isinstance(inner, dict) else tool.get("name")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -75,11 +75,17 @@ def compact_schema(schema: str) -> Any:
     return {**closed, "x-guidance": style}
 
 
+def is_last(chunk: Mapping[str, Any]) -> bool:
+    """Whether a chunk is the last one of a stream, which has no tokens."""
+    return "stop_type" in chunk or bool(chunk.get("stop"))
+
+
 class TokenReader:
-    """Reads the tokens of one stream of chunks.
+    """Reads the tokens of one stream of chunks; an engine asks ``replay_body`` before it reads a chunk.
 
     llama.cpp sends no chunk for a token that ends within a character: the next chunk has the whole text, but the last
-    token's id alone. The ids between are found again by the bytes of the text. They have no log-probabilities.
+    token's id alone. The ids between are found again by the bytes of the text, else by a replay. They have no
+    log-probabilities.
 
     Attributes:
         ids: the tokens that were read.
@@ -89,50 +95,65 @@ class TokenReader:
         self._phase, self._vocabulary = phase, vocabulary
         self.ids: list[int] = []
 
-    def missing(self, chunk: Mapping[str, Any]) -> int:
+    def replay_body(self, chunk: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A request, answered by one object, for the tokens that a chunk does not tell.
+
+        It is None if the chunk tells all, and where the request would draw other tokens.
+        """
+        request, missing = self._phase.request, self._missing(chunk)
+        if missing <= 0 or (not is_last(chunk) and self._told(chunk) is not None):
+            return None
+        if self._phase.schema is not None or request.sampling.temperature >= _LEAST_TEMPERATURE:
+            return None
+        prompt = [*request.ids, *self.ids]
+        return {**completion_body(self._phase), "prompt": prompt, "n_predict": missing, "n_probs": 0, "stream": False}
+
+    def read(self, chunk: Mapping[str, Any], replayed: Sequence[int] = ()) -> list[Token]:
+        """The tokens of a chunk.
+
+        Args:
+            replayed: the ids that answer ``replay_body``; none if it is None, or there was no answer.
+        """
+        tokens = self._tail(chunk, replayed) if is_last(chunk) else self._told(chunk)
+        if tokens is None:
+            tokens = self._filled(chunk, replayed)
+        self.ids += [token.id for token in tokens]
+        return tokens
+
+    def _missing(self, chunk: Mapping[str, Any]) -> int:
         """How many tokens were generated, but not read; a chunk that is not the last one holds the last of them."""
         return int(chunk["tokens_predicted"]) - len(self.ids)
 
-    def read(self, chunk: Mapping[str, Any]) -> list[Token] | None:
-        """The tokens of a chunk that is not the last one; None if the ids between cannot be found (see ``fill``)."""
-        count = self.missing(chunk)
+    def _told(self, chunk: Mapping[str, Any]) -> list[Token] | None:
+        """The tokens of a chunk that is not the last one; None if the ids between cannot be found."""
+        count = self._missing(chunk)
         if count <= 0 or not chunk["tokens"]:  # the progress of the prompt
             return []
         last = self._token(chunk["tokens"][-1], chunk)
         between = self._between(str(chunk["content"]), count - 1, last.id)
-        return None if between is None else self._add([*map(Token, between), last])
+        return None if between is None else [*map(Token, between), last]
 
-    def replay_body(self, count: int) -> dict[str, Any] | None:
-        """A request for the next ``count`` tokens as one object; None where it would draw other tokens."""
-        request = self._phase.request
-        if self._phase.schema is not None or request.sampling.temperature >= _LEAST_TEMPERATURE:
-            return None
-        prompt = [*request.ids, *self.ids]
-        return {**completion_body(self._phase), "prompt": prompt, "n_predict": count, "n_probs": 0, "stream": False}
-
-    def fill(self, chunk: Mapping[str, Any], replayed: list[int]) -> list[Token]:
+    def _filled(self, chunk: Mapping[str, Any], replayed: Sequence[int]) -> list[Token]:
         """The tokens of a chunk, by a replay if it fits, else other tokens with the same text."""
         last = self._token(chunk["tokens"][-1], chunk)
-        if len(replayed) == self.missing(chunk) and replayed[-1] == last.id:
-            return self._add([*map(Token, replayed[:-1]), last])
-        text = str(chunk["content"])
-        return self._add([*map(Token, self._vocabulary.encode(text))])
+        if len(replayed) == self._missing(chunk) and replayed[-1] == last.id:
+            return [*map(Token, replayed[:-1]), last]
+        return [*map(Token, self._vocabulary.encode(str(chunk["content"])))]
 
-    def tail(self, chunk: Mapping[str, Any], replayed: list[int]) -> list[Token]:
+    def _tail(self, chunk: Mapping[str, Any], replayed: Sequence[int]) -> list[Token]:
         """The tokens of an incomplete character at the end of an output, before the last chunk.
 
         Without a replay nobody knows them. They become others that make up an incomplete character, so that as many
         are counted as were generated, and an output that was cut is known to be.
         """
+        missing = self._missing(chunk)
+        if missing <= 0:
+            return []
         ids = [self._vocabulary.ids.get(bytes([byte])) for byte in _INCOMPLETE]
         known = [id_ for id_ in ids if id_ is not None]
-        if not replayed and chunk["stop_type"] == "limit" and len(known) == len(ids):
-            replayed = [known[place % len(known)] for place in range(self.missing(chunk))]
-        return self._add([*map(Token, replayed)])
-
-    def _add(self, tokens: list[Token]) -> list[Token]:
-        self.ids += [token.id for token in tokens]
-        return tokens
+        if not replayed and chunk.get("stop_type") == "limit" and len(known) == len(ids):
+            replayed = [known[place % len(known)] for place in range(missing)]
+        return [*map(Token, replayed)]
 
     def _token(self, id_: int, chunk: Mapping[str, Any]) -> Token:
         top, found = self._phase.request.top_logprobs, chunk.get("completion_probabilities")

@@ -19,7 +19,7 @@ from typing import Any
 from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models.gguf_model import llamacpp_is_installed
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
-from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body
+from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body, is_last
 from ollama_forge.serving.engine.llama_slots import SlotChoice
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
 from ollama_forge.system import available_memory, usable_cores
@@ -285,25 +285,15 @@ class _Reading:
             self._send(_error_of(chunk))
             return True
         own = chunk["__verbose"]
-        is_last = "stop_type" in own
-        tokens = self._tail(own) if is_last else self._reader.read(own)
-        if tokens is None:
-            tokens = self._reader.fill(own, self._replay(self._reader.missing(own)))
+        body = self._reader.replay_body(own)
+        tokens = self._reader.read(own, [] if body is None else self._replay(body))
         place = next((place for place, token in enumerate(tokens) if token.id in self._end_ids), len(tokens))
-        self._finished = is_last or place < len(tokens)
+        self._finished = is_last(own) or place < len(tokens)
         if place:
             self._send(*tokens[:place])
         return self._finished
 
-    def _tail(self, chunk: dict[str, Any]) -> list[Token]:
-        """The tokens of an incomplete character at the end of the output."""
-        missing = self._reader.missing(chunk)
-        return self._reader.tail(chunk, self._replay(missing)) if missing > 0 else []
-
-    def _replay(self, count: int) -> list[int]:
-        body = self._reader.replay_body(count)
-        if body is None:
-            return []
+    def _replay(self, body: dict[str, Any]) -> list[int]:
         ids: list[int] = []
         found = self._server.handle_completions({**body, **self._extra})
         if isinstance(found, dict) and "__verbose" in found:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from ollama_forge.serving.requests import Tools
 from ollama_forge.serving.tools.base import Call, Untyped
@@ -134,10 +135,14 @@ def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a reference like ``#/$defs/Name`` points to; None for any other."""
-    found: Any = root
-    if not reference.startswith("#/"):
+    """What a reference to a place in the same document points to (``#/$defs/Name``); None for any other."""
+    if not reference.startswith("#"):
         return None
-    for part in reference[2:].split("/"):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+    found: Any = root
+    for part in unquote(reference[1:]).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list):
+            found = found[int(key)] if key.isdecimal() and int(key) < len(found) else None
+        else:
+            found = found.get(key) if isinstance(found, Mapping) else None
+    return found if reference[1:2] in ("", "/") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import string
@@ -143,6 +144,37 @@ class Form:
     only_first: bool = False
 
 
+JSON_CALL = '{"name": "NAME", "arguments": '  # the usual opening of a call
+
+
+@dataclass(frozen=True)
+class CallSyntax:
+    """How calls are written whose arguments are a JSON object.
+
+    Attributes:
+        opening, closing: the texts around the arguments; in ``opening``, NAME stands for the tool's name.
+        begin, separator, end: the texts before the first call, between two, and after the last.
+        several: whether more than one call can be written.
+        template_mark: a text that the chat template must contain; "" for any template.
+        thought: the texts around a thought that may come before, where it is part of the format.
+    """
+
+    opening: str
+    closing: str = ""
+    begin: str = ""
+    separator: str = ""
+    end: str = ""
+    several: bool = True
+    template_mark: str = ""
+    thought: tuple[str, str] | None = None
+
+    def opening_of(self, name: str) -> str:
+        """The text before the arguments of a call of the tool ``name``."""
+        if '"NAME"' in self.opening:
+            return self.opening.replace('"NAME"', json.dumps(name, ensure_ascii=False))
+        return self.opening.replace("NAME", name)
+
+
 @dataclass(frozen=True)
 class ToolFamily:
     """The tool call format of a family of models.
@@ -150,13 +182,19 @@ class ToolFamily:
     Attributes:
         template_marks: how the family is known: a chat template has all texts of one of these groups.
         forms: how its models write calls.
+        written: how its models are made to write calls, where that is JSON between texts: the first whose mark the
+            chat template has. Without any, they are made to write plain JSON.
         answer_tags: tags that its models may put around an answer.
+        call_id: the id of a call as the template wants it, from the call's id, the tool's name, and the call's number
+            in the conversation (None: the call is not there). None: any id will do.
     """
 
     name: str
     template_marks: tuple[tuple[str, ...], ...]
     forms: tuple[Form, ...]
+    written: tuple[CallSyntax, ...] = ()
     answer_tags: tuple[str, str] | None = None
+    call_id: Callable[[str, str, int | None], str] | None = None
 
     def matches(self, template: str) -> bool:
         """Whether a chat template uses this format."""

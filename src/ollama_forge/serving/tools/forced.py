@@ -1,116 +1,21 @@
-"""Calls that a request forces: how a family writes a call as JSON between texts, and the grammar of such calls."""
+"""Calls that a request forces: the grammar of an answer that consists of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from ollama_forge.serving.engine.base import TaggedJson, ToolCallGrammar
+from ollama_forge.serving.tools.base import JSON_CALL, CallSyntax
 from ollama_forge.serving.tools.families import family_of
 
-
-@dataclass(frozen=True)
-class CallSyntax:
-    """How calls are written whose arguments are a JSON object.
-
-    Attributes:
-        opening, closing: the texts around the arguments; in ``opening``, NAME stands for the tool's name.
-        begin, separator, end: the texts before the first call, between two, and after the last.
-        several: whether more than one call can be written.
-        template_mark: a text that the chat template must contain; "" for any template.
-        thought: the texts around a thought that may come before, where it is part of the format.
-    """
-
-    opening: str
-    closing: str = ""
-    begin: str = ""
-    separator: str = ""
-    end: str = ""
-    several: bool = True
-    template_mark: str = ""
-    thought: tuple[str, str] | None = None
-
-    def opening_of(self, name: str) -> str:
-        """The text before the arguments of a call of the tool ``name``."""
-        if '"NAME"' in self.opening:
-            return self.opening.replace('"NAME"', json.dumps(name, ensure_ascii=False))
-        return self.opening.replace("NAME", name)
-
-
-_JSON = '{"name": "NAME", "arguments": '
-_DEEPSEEK_BLOCK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _HARMONY = CallSyntax(
     "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",  # ends with the answer
     several=False,
     thought=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
 )
-_PLAIN = CallSyntax(_JSON, "}", several=False)  # read as a call at the beginning of an answer, whatever the family
-_TAGGED = CallSyntax(f"<tool_call>\n{_JSON}", "}\n</tool_call>", separator="\n")
-
-
-def _listed(begin: str, end: str, opening: str = _JSON, *, template_mark: str = "") -> CallSyntax:
-    """Calls in a JSON list."""
-    return CallSyntax(opening, "}", begin=begin + "[", separator=", ", end="]" + end, template_mark=template_mark)
-
-
-# By the family's name, the first whose mark the template has; families without one are made to write plain JSON.
-_SYNTAXES: dict[str, tuple[CallSyntax, ...]] = {
-    "hermes": (_TAGGED,),
-    "granite": (replace(_TAGGED, template_mark="<tool_call>"), _listed("<|tool_call|>", "")),
-    "nemotron": (_listed("<TOOLCALL>", "</TOOLCALL>"),),
-    "phi": (_listed("<|tool_call|>", "<|/tool_call|>", template_mark="<|tool_call|>"), _listed("functools", "")),
-    "hunyuan": (_listed("<tool_calls>", "</tool_calls>"),),
-    "apertus": (_listed("<|tools_prefix|>", "<|tools_suffix|>", '{"NAME": '),),
-    "command": (
-        CallSyntax(
-            '{"tool_call_id": "0", "tool_name": "NAME", "parameters": ',
-            "}",
-            begin="<|START_ACTION|>[\n    ",
-            end="\n]<|END_ACTION|>",
-            several=False,
-            template_mark="<|START_ACTION|>",
-        ),
-        CallSyntax(
-            '    {\n        "tool_name": "NAME",\n        "parameters": ',
-            "\n    }",
-            begin="Action: ```json\n[\n",
-            separator=",\n",
-            end="\n]```",
-        ),
-    ),
-    "kimi": (
-        CallSyntax(
-            "<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>",
-            "<|tool_call_end|>",
-            begin="<|tool_calls_section_begin|>",
-            end="<|tool_calls_section_end|>",
-            several=False,
-        ),
-    ),
-    "llama": (CallSyntax('{"name": "NAME", "parameters": ', "}", several=False),),
-    "mistral": (
-        CallSyntax("[TOOL_CALLS]NAME[ARGS]", template_mark="[ARGS]"),
-        _listed("[TOOL_CALLS]", ""),
-    ),
-    "deepseek": (
-        CallSyntax(
-            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
-            "\n```<｜tool▁call▁end｜>",
-            begin=_DEEPSEEK_BLOCK[0],
-            separator="\n",
-            end=_DEEPSEEK_BLOCK[1],
-            template_mark="```json",
-        ),
-        CallSyntax(
-            "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
-            "<｜tool▁call▁end｜>",
-            begin=_DEEPSEEK_BLOCK[0],
-            end=_DEEPSEEK_BLOCK[1],
-        ),
-    ),
-}
+_PLAIN = CallSyntax(JSON_CALL, "}", several=False)  # read as a call at the beginning of an answer, whatever the family
 
 
 def forced_calls(
@@ -127,7 +32,7 @@ def forced_calls(
     Raises:
         ValueError, RecursionError: a schema contains NaN or Infinity, or is nested too deeply.
     """
-    known = (*_SYNTAXES.get(family_of(template).name, ()), _PLAIN)
+    known = (*family_of(template).written, _PLAIN)
     syntax = _HARMONY if channels else next(syntax for syntax in known if syntax.template_mark in template)
     tools = tuple(
         TaggedJson(syntax.opening_of(name), _json({"type": "object", **schema}), syntax.closing)

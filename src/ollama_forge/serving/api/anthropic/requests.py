@@ -18,6 +18,7 @@ from ollama_forge.serving.api.fields import (
     document_text,
     function_tool,
     image_of_base64,
+    leave_out_hosted,
     refuse_fields,
     required,
     stop_strings,
@@ -250,7 +251,7 @@ class MessageParam(RequestModel):
 
 
 class Tool(RequestModel):
-    """A tool; those with another type (web search, computer use) run on Anthropic's servers."""
+    """A tool; those of another type (web search, computer use) have no schema or run on Anthropic's servers."""
 
     type: str = ""
     name: str = ""
@@ -353,6 +354,7 @@ class MessagesRequest(SamplingFields):
 
     def _choice(self) -> ToolChoice:
         own = [tool for tool in self.tools if tool.type in ("", "custom")]
+        leave_out_hosted((tool.type for tool in self.tools if tool.type not in ("", "custom")), others=bool(own))
         tools = [function_tool(tool.name, tool.description, tool.input_schema) for tool in own]
         return anthropic_choice(tools, self.tool_choice.type, self.tool_choice.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, FailFast, Field, WithJsonSchema
@@ -20,14 +21,23 @@ from ollama_forge.serving.api.fields import (
     answer_schema,
     call_arguments,
     document_text,
-    function_tool,
     image_of_url,
+    leave_out_hosted,
     refuse_fields,
     required,
     stop_strings,
     text_of_url,
     think_of_effort,
     with_tool_names,
+)
+from ollama_forge.serving.api.openai.tools import (
+    CustomFormat,
+    SentTool,
+    SentTools,
+    by_model_name,
+    call_of_input,
+    sent_custom,
+    sent_function,
 )
 from ollama_forge.serving.api.tool_choice import openai_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
@@ -64,14 +74,24 @@ class FunctionCall(RequestModel):
     arguments: str = ""
 
 
+class CustomCall(RequestModel):
+    """The custom tool and the input of an earlier tool call."""
+
+    name: str = ""
+    input: str = ""
+
+
 class MessageToolCall(RequestModel):
     """An earlier tool call."""
 
     id: str = ""
     type: str = ""
     function: FunctionCall = FunctionCall()
+    custom: CustomCall | None = None
 
     def tool_call(self, index: int) -> ToolCall:
+        if self.custom is not None:
+            return call_of_input(self.id, index, self.custom.name, self.custom.input)
         return ToolCall(self.id, index, self.function.name, call_arguments(self.function.arguments))
 
 
@@ -154,11 +174,34 @@ class ToolFunction(RequestModel):
     parameters: dict[str, Any] | None = None
 
 
+class CustomTool(RequestModel):
+    """A tool that takes free text."""
+
+    name: str = ""
+    description: str = ""
+    format: CustomFormat = CustomFormat()
+
+
 class Tool(RequestModel):
-    """A tool that the model may call."""
+    """A tool that the model may call: a function, or a custom tool."""
 
     type: str = ""
-    function: ToolFunction = ToolFunction()
+    function: ToolFunction | None = None
+    custom: CustomTool | None = None
+
+    @property
+    def sent_tool(self) -> SentTool | None:
+        """The tool, or None for one of another type.
+
+        Raises:
+            BadRequest: the format of a custom tool is unknown.
+        """
+        if self.type == "custom" and self.custom is not None:
+            return sent_custom(self.custom.name, self.custom.description, self.custom.format)
+        if self.type not in ("", "function") and self.function is None:
+            return None
+        function = self.function or ToolFunction()
+        return sent_function(function.name, function.description, function.parameters)
 
 
 class JsonSchemaFormat(RequestModel):
@@ -256,6 +299,15 @@ class ChatCompletionRequest(_CompletionFields):
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
 
+    @cached_property
+    def sent_tools(self) -> SentTools:
+        """The tools that the model sees.
+
+        Raises:
+            BadRequest: the format of a custom tool is unknown.
+        """
+        return by_model_name(*(found for tool in self.tools if (found := tool.sent_tool) is not None))
+
     def chat_request(self) -> ChatRequest:
         """The request in the common form.
 
@@ -271,9 +323,9 @@ class ChatCompletionRequest(_CompletionFields):
             raise BadRequest("modalities: answers are text")
         self.check_choices()
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        functions = (tool.function for tool in self.tools)
-        tools = [function_tool(one.name, one.description, one.parameters) for one in functions]
-        choice = openai_choice(tools, self.tool_choice)
+        hosted = [tool.type for tool in self.tools if tool.sent_tool is None]
+        leave_out_hosted(hosted, others=bool(self.sent_tools))
+        choice = openai_choice([tool.function for tool in self.sent_tools.values()], self.tool_choice)
         return ChatRequest(
             model=self.model,
             strength=self.abliteration_strength,

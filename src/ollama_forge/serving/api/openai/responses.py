@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from ollama_forge.serving.api.exchange import LEAST_LOGPROB, arguments_text
+from ollama_forge.serving.api.openai.tools import SentTools, input_of_call
 from ollama_forge.serving.api.routing import Api, ResponseModel, new_id, omit_empty, omit_none
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
@@ -55,13 +56,19 @@ class FunctionCall(ResponseModel):
     arguments: str
 
 
+class CustomCall(ResponseModel):
+    name: str
+    input: str
+
+
 class ToolCall(ResponseModel):
-    """A tool call; the arguments are a string of JSON."""
+    """A call of a function, whose arguments are a string of JSON, or of a custom tool."""
 
     id: str
     index: int
     type: str = "function"
-    function: FunctionCall
+    function: FunctionCall | None = omit_none()
+    custom: CustomCall | None = omit_none()
 
 
 class Alternative(ResponseModel):
@@ -91,11 +98,16 @@ class Usage(ResponseModel):
     prompt_tokens_details: PromptTokensDetails | None = omit_none()
 
 
-def tool_calls(calls: Sequence[CommonToolCall]) -> list[ToolCall]:
-    return [
-        ToolCall(id=call.id, index=call.index, function=FunctionCall(name=call.name, arguments=arguments_text(call)))
-        for call in calls
-    ]
+def tool_calls(calls: Sequence[CommonToolCall], tools: SentTools) -> list[ToolCall]:
+    return [_tool_call(call, tools) for call in calls]
+
+
+def _tool_call(call: CommonToolCall, tools: SentTools) -> ToolCall:
+    if call.name in tools and tools[call.name].custom:
+        custom = CustomCall(name=call.name, input=input_of_call(call))
+        return ToolCall(id=call.id, index=call.index, type="custom", custom=custom)
+    function = FunctionCall(name=call.name, arguments=arguments_text(call))
+    return ToolCall(id=call.id, index=call.index, function=function)
 
 
 def choice_logprobs(tokens: Sequence[TokenLogprob]) -> ChoiceLogprobs | None:
@@ -160,16 +172,15 @@ class ChatCompletion(ResponseModel):
     usage: Usage
 
 
-def chat_completion(model: str, *completions: Completion) -> ChatCompletion:
+def chat_completion(model: str, *completions: Completion, tools: SentTools) -> ChatCompletion:
     """The body of ``/v1/chat/completions``, with a choice for each completion."""
-    choices = [_chat_choice(index, completion) for index, completion in enumerate(completions)]
+    choices = [_chat_choice(index, completion, tools) for index, completion in enumerate(completions)]
     return ChatCompletion(model=model, choices=choices, usage=usage(*(one.done for one in completions)))
 
 
-def _chat_choice(index: int, completion: Completion) -> ChatChoice:
-    message = AssistantMessage(
-        content=completion.content, reasoning=completion.thinking, tool_calls=tool_calls(completion.tool_calls)
-    )
+def _chat_choice(index: int, completion: Completion, tools: SentTools) -> ChatChoice:
+    calls = tool_calls(completion.tool_calls, tools)
+    message = AssistantMessage(content=completion.content, reasoning=completion.thinking, tool_calls=calls)
     return ChatChoice(
         index=index,
         message=message,

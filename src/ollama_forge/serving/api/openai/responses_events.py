@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ollama_forge.serving.api.exchange import arguments_text, server_sent_event
 from ollama_forge.serving.api.openai.responses import timestamp
+from ollama_forge.serving.api.openai.tools import SentTools, input_of_call
 from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_none
 from ollama_forge.serving.requests import Completion, Delta, Done, Event, ToolCall
 
@@ -47,11 +48,22 @@ class OutputFunctionCall(ResponseModel):
     type: Literal["function_call"] = "function_call"
     status: str = "completed"
     call_id: str
+    namespace: str | None = omit_none()
     name: str
     arguments: str
 
 
-OutputItem = OutputMessage | OutputReasoning | OutputFunctionCall
+class OutputCustomToolCall(ResponseModel):
+    id: str
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    status: str = "completed"
+    call_id: str
+    namespace: str | None = omit_none()
+    name: str
+    input: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputFunctionCall | OutputCustomToolCall
 
 
 class InputTokensDetails(ResponseModel):
@@ -119,8 +131,15 @@ def output_reasoning(id_: str, text: str) -> OutputReasoning:
     return OutputReasoning(id=id_, summary=[SummaryText(text=text)], encrypted_content=text)
 
 
-def output_call(id_: str, call: ToolCall) -> OutputFunctionCall:
-    return OutputFunctionCall(id=id_, call_id=call.id, name=call.name, arguments=arguments_text(call))
+def output_call(call: ToolCall, tools: SentTools) -> OutputFunctionCall | OutputCustomToolCall:
+    """The item of a call, under the name that the client gave the tool."""
+    tool = tools.get(call.name)
+    names: dict[str, Any] = {"name": call.name}
+    if tool is not None:
+        names = {"name": tool.name, "namespace": tool.namespace or None}
+    if tool is not None and tool.custom:
+        return OutputCustomToolCall(id=new_id("ctc_"), call_id=call.id, input=input_of_call(call), **names)
+    return OutputFunctionCall(id=new_id("fc_"), call_id=call.id, arguments=arguments_text(call), **names)
 
 
 def response_usage(done: Done) -> ResponseUsage:
@@ -147,14 +166,19 @@ def status_of(done: Done) -> str:
     return "incomplete" if done.reason == "length" else "completed"
 
 
-def response(model: str, echo: Mapping[str, Any], completion: Completion) -> Response:
-    """The body of ``/v1/responses``; ``echo`` has the fields of the request that it repeats."""
+def response(model: str, echo: Mapping[str, Any], completion: Completion, *, tools: SentTools) -> Response:
+    """The body of ``/v1/responses``.
+
+    Args:
+        echo: the fields of the request that the response repeats.
+        tools: the tools of the request.
+    """
     output: list[OutputItem] = []
     if completion.thinking:
         output.append(output_reasoning(new_id("rs_"), completion.thinking))
     if completion.content or not completion.tool_calls:
         output.append(output_message(new_id("msg_"), completion.content))
-    output += [output_call(new_id("fc_"), call) for call in completion.tool_calls]
+    output += [output_call(call, tools) for call in completion.tool_calls]
     return Response(model=model, output=output, **ending(completion.done), **echo)
 
 
@@ -176,6 +200,7 @@ class StreamEvent(ResponseModel):
     delta: str | None = omit_none()
     text: str | None = omit_none()
     arguments: str | None = omit_none()
+    input: str | None = omit_none()
     logprobs: list[Any] | None = omit_none()
 
 
@@ -184,10 +209,11 @@ class ResponseWriter:
 
     Args:
         echo: the fields of the request that the response repeats.
+        tools: the tools of the request.
     """
 
-    def __init__(self, model: str, echo: Mapping[str, Any]) -> None:
-        self._id, self._model, self._echo = new_id("resp_"), model, echo
+    def __init__(self, model: str, echo: Mapping[str, Any], *, tools: SentTools) -> None:
+        self._id, self._model, self._echo, self._tools = new_id("resp_"), model, echo, tools
         self._created = timestamp()
         self._number = 0
         self._output: list[OutputItem] = []
@@ -221,7 +247,7 @@ class ResponseWriter:
     def _thinking(self, text: str) -> Iterator[bytes]:
         if self._open != "reasoning":
             yield from self._close()
-            self._start("reasoning", "rs_")
+            self._start("reasoning", new_id("rs_"))
             item = OutputReasoning(id=self._item_id, summary=[])
             yield self._event("response.output_item.added", **self._place(), item=item)
         self._text += text
@@ -230,7 +256,7 @@ class ResponseWriter:
     def _content(self, text: str) -> Iterator[bytes]:
         if self._open != "message":
             yield from self._close()
-            self._start("message", "msg_")
+            self._start("message", new_id("msg_"))
             item = OutputMessage(id=self._item_id, status="in_progress", content=[])
             yield self._event("response.output_item.added", **self._place(), item=item)
             part = OutputText(text="")
@@ -240,17 +266,20 @@ class ResponseWriter:
 
     def _call(self, call: ToolCall) -> Iterator[bytes]:
         yield from self._close()
-        self._start("function_call", "fc_")
-        item = output_call(self._item_id, call)
-        begun = item.model_copy(update={"status": "in_progress", "arguments": ""})
-        arguments = item.arguments
+        item = output_call(call, self._tools)
+        self._start(item.type, item.id)
+        if isinstance(item, OutputCustomToolCall):
+            kind, field, text = "custom_tool_call_input", "input", item.input
+        else:
+            kind, field, text = "function_call_arguments", "arguments", item.arguments
+        begun = item.model_copy(update={"status": "in_progress", field: ""})
         yield self._event("response.output_item.added", **self._place(), item=begun)
-        yield self._event("response.function_call_arguments.delta", **self._of_item(), delta=arguments)
-        yield self._event("response.function_call_arguments.done", **self._of_item(), arguments=arguments)
+        yield self._event(f"response.{kind}.delta", **self._of_item(), delta=text)
+        yield self._event(f"response.{kind}.done", **self._of_item(), **{field: text})
         yield from self._end(item)
 
-    def _start(self, kind: str, prefix: str) -> None:
-        self._open, self._item_id, self._text = kind, new_id(prefix), ""
+    def _start(self, kind: str, id_: str) -> None:
+        self._open, self._item_id, self._text = kind, id_, ""
 
     def _close(self) -> Iterator[bytes]:
         place, text = self._of_item(), self._text

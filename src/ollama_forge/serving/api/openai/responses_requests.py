@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
@@ -14,8 +15,8 @@ from ollama_forge.serving.api.fields import (
     Name,
     SamplingFields,
     call_arguments,
-    function_tool,
     image_of_url,
+    leave_out_hosted,
     refuse_fields,
     required,
     think_of_effort,
@@ -30,6 +31,16 @@ from ollama_forge.serving.api.openai.requests import (
     role_of,
 )
 from ollama_forge.serving.api.openai.responses_events import Response
+from ollama_forge.serving.api.openai.tools import (
+    CustomFormat,
+    SentTool,
+    SentTools,
+    by_model_name,
+    call_of_input,
+    model_name,
+    sent_custom,
+    sent_function,
+)
 from ollama_forge.serving.api.tool_choice import openai_choice
 from ollama_forge.serving.parameters import go_number
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
@@ -118,16 +129,34 @@ class ReasoningItem(RequestModel):
 
 
 class FunctionCallItem(RequestModel):
-    """An earlier tool call; the arguments are JSON text."""
+    """An earlier call of a function; the arguments are JSON text."""
 
     type: str
     call_id: str = ""
+    namespace: str = ""
     name: str = ""
     arguments: str = ""
 
+    def tool_call(self, index: int) -> ToolCall:
+        arguments = call_arguments(self.arguments, "failed to parse function call arguments")
+        return ToolCall(self.call_id, index, model_name(self.namespace, self.name), arguments)
 
-class FunctionCallOutputItem(RequestModel):
-    """The result of a tool call."""
+
+class CustomToolCallItem(RequestModel):
+    """An earlier call of a custom tool."""
+
+    type: str
+    call_id: str = ""
+    namespace: str = ""
+    name: str = ""
+    input: str = ""
+
+    def tool_call(self, index: int) -> ToolCall:
+        return call_of_input(self.call_id, index, model_name(self.namespace, self.name), self.input)
+
+
+class ToolCallOutputItem(RequestModel):
+    """The result of a call of a function or of a custom tool."""
 
     type: str
     call_id: str = ""
@@ -144,20 +173,28 @@ class OtherItem(RequestModel):
     type: str = ""
 
 
-_ITEM_KINDS = ("message", "reasoning", "function_call", "function_call_output")
+_ITEM_KINDS = {
+    "message": "message",
+    "reasoning": "reasoning",
+    "function_call": "function_call",
+    "custom_tool_call": "custom_tool_call",
+    "function_call_output": "output",
+    "custom_tool_call_output": "output",
+}
 
 
 def _item_kind(value: Any) -> str:
     given = value if isinstance(value, dict) else {}
     kind = given.get("type") or ("message" if given.get("role") else "")
-    return TAG + (kind if kind in _ITEM_KINDS else "other")
+    return TAG + _ITEM_KINDS.get(kind if isinstance(kind, str) else "", "other")
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("#message")]
     | Annotated[ReasoningItem, Tag("#reasoning")]
     | Annotated[FunctionCallItem, Tag("#function_call")]
-    | Annotated[FunctionCallOutputItem, Tag("#function_call_output")]
+    | Annotated[CustomToolCallItem, Tag("#custom_tool_call")]
+    | Annotated[ToolCallOutputItem, Tag("#output")]
     | Annotated[OtherItem, Tag("#other")],
     Discriminator(_item_kind),
 ]
@@ -185,17 +222,53 @@ _ITEMS_SCHEMA = {
 }
 
 
-class FunctionTool(RequestModel):
-    """A tool that the model may call; tools of other types run on OpenAI's servers, so the model does not get them."""
+class MemberTool(RequestModel):
+    """A function or a custom tool, perhaps in a namespace."""
 
     type: str = ""
     name: str = ""
     description: str = ""
     parameters: dict[str, Any] | None = None
+    format: CustomFormat = CustomFormat()
+
+    def sent_tool(self, namespace: str = "") -> SentTool | None:
+        """The tool, or None for one of another type.
+
+        Raises:
+            BadRequest: the format of a custom tool is unknown.
+        """
+        if self.type in ("", "function"):
+            return sent_function(self.name, self.description, self.parameters, namespace=namespace)
+        if self.type == "custom":
+            return sent_custom(self.name, self.description, self.format, namespace=namespace)
+        return None
+
+
+_ECHOED = {
+    "custom": ("type", "name", "description", "format"),
+    "namespace": ("type", "name", "description", "tools"),
+}
+
+
+class Tool(MemberTool):
+    """A tool that the model may call: a function, a custom tool, or a namespace of them."""
+
+    tools: Annotated[list[MemberTool], FailFast()] = []
+
+    def split(self) -> tuple[list[SentTool], list[str]]:
+        """The tools that the model sees, and the types of those that do not run at the client.
+
+        Raises:
+            BadRequest: the format of a custom tool is unknown.
+        """
+        members, namespace = (self.tools, self.name) if self.type == "namespace" else ([self], "")
+        found = [(member.type, member.sent_tool(namespace)) for member in members]
+        return [tool for _, tool in found if tool is not None], [type_ for type_, tool in found if tool is None]
 
     def echo(self) -> dict[str, Any]:
         """The fields that the response repeats."""
-        return {key: self.sent.get(key) for key in ("type", "name", "description", "strict", "parameters")}
+        keys = _ECHOED.get(self.type, ("type", "name", "description", "strict", "parameters"))
+        return {key: self.sent.get(key) for key in keys}
 
 
 class TextFormat(RequestModel):
@@ -223,11 +296,20 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: Integer | None = None
     reasoning: Reasoning = Reasoning()
     text: TextField = TextField()
-    tools: Annotated[list[FunctionTool], FailFast()] = []
+    tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool = True
     truncation: Annotated[str, WithJsonSchema({"enum": ["auto", "disabled"]})] = ""
     include: Annotated[list[str], FailFast()] = []
+
+    @cached_property
+    def sent_tools(self) -> SentTools:
+        """The tools that the model sees.
+
+        Raises:
+            BadRequest: the format of a custom tool is unknown.
+        """
+        return by_model_name(*(found for tool in self.tools for found in tool.split()[0]))
 
     def chat_request(self) -> ChatRequest:
         """The request in the common form.
@@ -241,9 +323,9 @@ class ResponsesRequest(SamplingFields):
         if self.truncation not in ("", "auto", "disabled"):
             raise BadRequest(f'truncation: "{self.truncation}" is neither "auto" nor "disabled"')
         instructions = [Message("system", self.instructions)] if self.instructions else []
-        functions = [tool for tool in self.tools if tool.type in ("", "function")]
-        tools = [function_tool(tool.name, tool.description, tool.parameters) for tool in functions]
-        choice = openai_choice(tools, self.tool_choice)
+        hosted = [type_ for tool in self.tools for type_ in tool.split()[1]]
+        leave_out_hosted(hosted, others=bool(self.sent_tools))
+        choice = openai_choice([tool.function for tool in self.sent_tools.values()], self.tool_choice)
         return ChatRequest(
             model=self.model,
             strength=self.abliteration_strength,
@@ -272,10 +354,10 @@ class ResponsesRequest(SamplingFields):
                     if message.role == "assistant":
                         message, thinking = replace(message, thinking=thinking), ""
                     messages.append(message)
-                case FunctionCallItem():
+                case FunctionCallItem() | CustomToolCallItem():
                     _add_call(messages, item, thinking)
                     thinking = ""
-                case FunctionCallOutputItem():
+                case ToolCallOutputItem():
                     messages.append(item.message())
                 case OtherItem(type=""):
                     raise BadRequest("input item missing required 'type' field")
@@ -296,7 +378,7 @@ class ResponsesRequest(SamplingFields):
         reasoning = {"effort": self.reasoning.effort or None, "summary": self.reasoning.summary or None}
         echo: dict[str, Any] = {
             "instructions": self.instructions or None,
-            "tools": [tool.echo() for tool in self.tools],
+            "tools": [tool.echo() for tool in self.tools if tool.split()[0]],
             "truncation": self.truncation or "disabled",
             "text": {"format": {"type": "text"} if self.text.format is None else self.text.format.sent},
             **{name: go_number(getattr(request.sampling, name)) for name in _ECHOED_SAMPLING},
@@ -312,11 +394,10 @@ class ResponsesRequest(SamplingFields):
         return echo
 
 
-def _add_call(messages: list[Message], item: FunctionCallItem, thinking: str) -> None:
+def _add_call(messages: list[Message], item: FunctionCallItem | CustomToolCallItem, thinking: str) -> None:
     """Add a tool call to the last message if it is the assistant's, else to a new message of the assistant."""
-    arguments = call_arguments(item.arguments, "failed to parse function call arguments")
     if not messages or messages[-1].role != "assistant":
         messages.append(Message("assistant"))
     last = messages[-1]
-    call = ToolCall(item.call_id, len(last.tool_calls), item.name, arguments)
+    call = item.tool_call(len(last.tool_calls))
     messages[-1] = replace(last, tool_calls=(*last.tool_calls, call), thinking=thinking or last.thinking)

@@ -62,8 +62,10 @@ async def chat_completions(registry: ModelRegistry, http: Request) -> Response:
         registry,
         registry.find(name, refusal=f"model '{name}' not found"),
         request,
-        whole=partial(responses.chat_completion, name),
-        writer=lambda _: ChatWriter(name, include_usage=body.include_usage, choices=request.choices),
+        whole=partial(responses.chat_completion, name, tools=body.sent_tools),
+        writer=lambda _: ChatWriter(
+            name, include_usage=body.include_usage, tools=body.sent_tools, choices=request.choices
+        ),
     )
 
 
@@ -114,8 +116,8 @@ async def responses_v1(registry: ModelRegistry, http: Request) -> Response:
         registry,
         found,
         request,
-        whole=partial(responses_events.response, name, echo),
-        writer=lambda _: responses_events.ResponseWriter(name, echo),
+        whole=partial(responses_events.response, name, echo, tools=body.sent_tools),
+        writer=lambda _: responses_events.ResponseWriter(name, echo, tools=body.sent_tools),
     )
 
 

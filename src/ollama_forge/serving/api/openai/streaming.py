@@ -23,6 +23,7 @@ from ollama_forge.serving.api.openai.responses import (
     tool_calls,
     usage,
 )
+from ollama_forge.serving.api.openai.tools import SentTools
 from ollama_forge.serving.api.routing import ResponseModel, new_id, omit_empty, omit_none
 from ollama_forge.serving.requests import Delta, Done, Event, TokenLogprob
 
@@ -62,11 +63,12 @@ class ChatWriter:
 
     Args:
         include_usage: whether the stream ends with a chunk of token counts.
+        tools: the tools of the request.
         choices: number of answers.
     """
 
-    def __init__(self, model: str, *, include_usage: bool, choices: int = 1) -> None:
-        self._model, self._include_usage, self._choices = model, include_usage, choices
+    def __init__(self, model: str, *, include_usage: bool, tools: SentTools, choices: int = 1) -> None:
+        self._model, self._include_usage, self._tools, self._choices = model, include_usage, tools, choices
         self._id, self._created = new_id("chatcmpl-"), timestamp()
         self._begun: set[int] = set()  # the choices of which a chunk was written
         self._called: set[int] = set()  # the choices that call a tool
@@ -97,7 +99,7 @@ class ChatWriter:
             return
         if delta.tool_calls:
             self._called.add(delta.choice)
-        calls = tool_calls(delta.tool_calls)
+        calls = tool_calls(delta.tool_calls, self._tools)
         if delta.thinking and (delta.content or calls):
             yield self._chunk(delta.choice, ChunkDelta(reasoning=delta.thinking), logprobs=delta.logprobs)
             yield self._chunk(delta.choice, ChunkDelta(content=delta.content, tool_calls=calls))
