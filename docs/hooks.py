@@ -7,11 +7,17 @@ from itertools import groupby
 from typing import Any
 
 _MARK = "<!-- endpoints -->"
+_DIALOG = 'data-md-component="search" role="dialog"'
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the mark on the page of the HTTP API by the endpoints."""
     return markdown.replace(_MARK, endpoints()) if _MARK in markdown else markdown
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the dialog of the search, which the theme leaves without a name."""
+    return output.replace(_DIALOG, f'{_DIALOG} aria-label="Search"')
 
 
 def endpoints() -> str:
