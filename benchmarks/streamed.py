@@ -20,11 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from checkpoints import forget, measured, write_llama
 from ollama_forge.cli.options import MemorySize
+from ollama_forge.prompts.general import general_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.byte_tokenizer import tokenizer
+from tests.byte_tokenizer import SPECIAL, TEMPLATE
 
 PAIRS = 32
 VOCABULARY = 32000
@@ -33,6 +37,21 @@ DEPTHS = (4, 16, 64)
 DEEP_WIDTH = 2048
 LEAST_LAYERS = 4  # an edit leaves the first and the last one alone
 SPARE = 1 << 30  # bytes of disk beside the checkpoints: hidden states, journals
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs learned from the general prompts: four characters to a token, as with a tokenizer of a real model."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    backend.train_from_iterator([prompt.text for prompt in general_prompts()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = TEMPLATE
+    return fast
 
 
 def write_model(folder: Path, d: int, layers: int) -> int:

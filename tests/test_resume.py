@@ -164,6 +164,7 @@ def test_what_is_done_asks_for_no_room(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_killed_run_left_is_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = settings(tmp_path, edit=ONE_EDIT)
+    preflight.preflight(made)  # proves the architecture, with edits on this disk too
     left = made.folder / "checkpoint.partial" / "model.safetensors"
     left.parent.mkdir(parents=True)
     for module in (disk_space, checkpoint_folder):

@@ -200,6 +200,19 @@ def test_config_show_of_one_command(forge: Call, tmp_path: Path, monkeypatch: py
     assert forge("config", "show", "srve").err == "error: there is no command srve\nhint: did you mean serve?\n"
 
 
+def test_config_show_tells_whether_there_is_a_file(
+    forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(tmp_path, seed=1)
+    assert forge("config", "--config", str(path)).out.startswith(f"config file: {path}\n")
+    monkeypatch.delenv("OLLAMA_FORGE_CONFIG")
+    absent = tmp_path / "absent.toml"
+    for module in ("base", "config"):
+        monkeypatch.setattr(f"ollama_forge.cli.{module}.config_file", lambda: absent)
+    assert forge("config").out.startswith(f"config file: {absent} (does not exist)\n")
+    assert json.loads(forge("config", "--json").out)["exists"] is False
+
+
 def test_config_show_of_all_commands_names_them(forge: Call) -> None:
     rows = [re.split(r"  +", line) for line in forge("config").out.splitlines()]
     assert ["--quiet", "false", "default", "all"] in rows
@@ -210,6 +223,18 @@ def test_config_show_of_all_commands_names_them(forge: Call) -> None:
 def test_the_options_that_run_records_are_keys_of_a_config_file() -> None:
     named = {option.name: base.key_of(option) for option in base.options_of(COMMANDS["run"])}
     assert {name for name, key in named.items() if name != key} == {"as_json"}
+
+
+def test_what_run_records_gives_the_same_options(forge: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(COMMANDS["run"], "callback", lambda **options: seen.append(options))
+    line = ["--model", "m", "--name", "n", "--layer-fracs", "0.4,0.5", "--targets", "mlp", "--parameter", "seed=1"]
+    line += ["--no-norm-preserving", "--memory", "2GiB", "--quant", "Q4_K_M,Q8_0", "--template-kwargs", '{"a": 1}']
+    assert forge("abliterate", "run", *line).status == 0
+    recorded = {key: value for key, value in seen[0].items() if key != "as_json" and value is not None}
+    path = config(tmp_path, **{key: list(one) if isinstance(one, tuple) else one for key, one in recorded.items()})
+    assert forge("abliterate", "run", "--config", str(path)).status == 0
+    assert seen[0] == seen[1]
 
 
 def test_undo_refuses_options_of_the_command_line_alone(forge: Call, monkeypatch: pytest.MonkeyPatch) -> None:

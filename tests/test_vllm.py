@@ -234,13 +234,7 @@ def test_trials_are_answered_with_adapters(folder: Path, seen: Path, tmp_path: P
 def count_requests(connection: Any) -> list[str]:
     """The routes that a connection is asked for from now on."""
     asked: list[str] = []
-    send = connection._send
-
-    def counted(route: str, body: Any) -> Any:
-        asked.append(route)
-        return send(route, body)
-
-    connection._send = counted
+    connection.client.event_hooks = {"request": [lambda request: asked.append(request.url.path)]}
     return asked
 
 

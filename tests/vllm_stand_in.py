@@ -84,6 +84,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that may wait; more than are opened at once
+
+
 def main() -> None:
     arguments = sys.argv[3:] if sys.argv[1] == "-m" else sys.argv[1:]
     if "STAND_IN_SEEN" in os.environ:
@@ -98,7 +102,7 @@ def main() -> None:
     Handler.vocabulary = tokenizer["model"]["vocab"]
     Handler.bad = ("steal", "forge", "stalk", "bribe", "scam", "burgle", "smear", "rig")
     Handler.name = arguments[arguments.index("--served-model-name") + 1]
-    ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
+    Server(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
 
 
 if __name__ == "__main__":

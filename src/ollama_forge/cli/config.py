@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,9 +15,11 @@ from click.core import ParameterSource
 from ollama_forge.cli import base
 from ollama_forge.cli.base import Command, DefaultGroup
 from ollama_forge.cli.options import json_option
-from ollama_forge.config_file import ConfigFile
 from ollama_forge.errors import UsageError, did_you_mean
 from ollama_forge.system import cache_root, config_file
+
+if TYPE_CHECKING:
+    from ollama_forge.config_file import ConfigFile
 
 SECRET = frozenset({"api_key"})  # options whose values are not shown
 OTHER_VARIABLES = frozenset({"OLLAMA_FORGE_CACHE"})  # variables of this program that belong to no option
@@ -68,10 +70,10 @@ def show(ctx: click.Context, command: tuple[str, ...], as_json: bool) -> None:
     settings = [setting for name, entry in chosen.items() for setting in _settings(name, entry, found)]
     unknown = unknown_variables(commands)
     if as_json:
-        told = {"config_file": str(path), "exists": path.is_file(), "cache": str(cache_root())}
+        told = {"config_file": str(path), "exists": found.path is not None, "cache": str(cache_root())}
         print(json.dumps({**told, "unknown_variables": unknown, "settings": [asdict(one) for one in settings]}))
         return
-    print(f"config file: {path}{'' if path.is_file() else ' (does not exist)'}")
+    print(f"config file: {path}{'' if found.path else ' (does not exist)'}")
     print(f"cache: {cache_root()}{' (from OLLAMA_FORGE_CACHE)' if os.environ.get('OLLAMA_FORGE_CACHE') else ''}")
     for name, near in unknown.items():
         print(f"warning: the variable {name} belongs to no option{f': {near}' if near else ''}")
@@ -97,10 +99,12 @@ def set_options(ctx: click.Context) -> list[str]:
 
 
 def _commands_and_config(ctx: click.Context) -> tuple[dict[str, click.Command], ConfigFile]:
+    from ollama_forge.config_file import ConfigFile
+
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
-    path = ctx.meta.get(base.CONFIG) or config_file()
-    return dict(base.commands_of(root)), ConfigFile.read(path) if path.is_file() else ConfigFile()
+    path = ctx.meta.get(base.CONFIG)  # the file that the common options were read from
+    return dict(base.commands_of(root)), ConfigFile() if path is None else ConfigFile.read(path)
 
 
 def unknown_variables(commands: dict[str, click.Command]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
 from ollama_forge.cli.completers import complete_runs
 from ollama_forge.errors import require_abliterate
 from ollama_forge.files import human_size
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ollama_forge.publishing.hub import Comparison
 
 
-@click.command("push")
+@click.command("push", cls=Command)
 @click.option("--name", required=True, shell_complete=complete_runs, help="Name of a model that run made.")
 @click.option("--repo", required=True, metavar="OWNER/NAME", help="Repository on the Hugging Face Hub.")
 @click.option("--output-dir", metavar="DIR", help="Folder of the run, if run was given one.")

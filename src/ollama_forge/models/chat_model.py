@@ -98,6 +98,8 @@ class ChatModel:
         self._model_map = model_map
         self.settings = settings
         self.device = next(module.parameters()).device
+        if self.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see ``planned_attention``
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):  # bf16 products of strided slices are hundreds of times slower on CPUs

@@ -58,7 +58,10 @@ class Connection:
         Raises:
             ForgeError: the server is not reached, refuses the request, or does not answer with an object.
         """
-        answer = self._send(route, body)
+        try:
+            answer = self._send(route, body)
+        except httpx.HTTPError as error:
+            raise self._failure(route, error) from error
         try:
             content = answer.json() if answer.content else {}
         except ValueError as error:
@@ -76,7 +79,10 @@ class Connection:
         Raises:
             ForgeError: the server is not reached, or refuses the request.
         """
-        answer = self._send(route, body)
+        try:
+            answer = self.client.post(route, json=body)
+        except httpx.HTTPError as error:
+            raise self._failure(route, error) from error
         if answer.is_error:
             try:
                 reason = reason_of(answer.json())
@@ -85,10 +91,11 @@ class Connection:
             raise ForgeError(f"{self.name} refuses {route}: {answer.status_code} {reason}", "read the server's log")
 
     def _send(self, route: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        method = "GET" if body is None else "POST"
         try:
-            return self.client.request("GET" if body is None else "POST", route, json=body)
-        except httpx.HTTPError as error:
-            raise self._failure(route, error) from error
+            return self.client.request(method, route, json=body)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            return self.client.request(method, route, json=body)  # the server closed an idle connection just then
 
     def _failure(self, route: str, error: Exception) -> ForgeError:
         return ForgeError(
