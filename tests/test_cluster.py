@@ -119,16 +119,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class LosingCluster:
-    """A cluster that loses a node when the third piece of a map is given out."""
+    """A cluster that loses a node when the third piece is given out."""
 
     cluster: RayCluster
     kill: Callable[[], None]
     killed: bool = field(default=False)
+    given: int = field(default=0)
 
     def map(self, setup: Callable[[], Any], work: Callable[[Any, Any], Any], pieces: Iterable[Any]) -> Iterator[Any]:
         def losing() -> Iterator[Any]:
-            for number, piece in enumerate(pieces):
-                if number == 2 and not self.killed:
+            for piece in pieces:
+                self.given += 1
+                if self.given >= 3 and not self.killed:
                     self.killed = True
                     self.kill()
                 yield piece

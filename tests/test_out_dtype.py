@@ -155,5 +155,5 @@ def test_an_edit_too_large_for_float16_says_what_to_do(tmp_path: Path, refusal: 
 
 
 def test_the_documentation_says_what_help_says() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert HELP.removesuffix(".") in readme.replace("`", "").replace(" (default)", "")
+    page = (Path(__file__).parent.parent / "docs/run.md").read_text(encoding="utf-8")
+    assert HELP.removesuffix(".") in page.replace("`", "").replace(" (default)", "")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.errors import ForgeError, UsageError
@@ -366,6 +366,7 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
 @on_disk
 @given(LINES)
 def test_text_round_trip(tmp_path: Path, lines: list[str]) -> None:
+    assume(not lines[0].startswith(("[", "{")))  # such lines may be JSON, which a list of lines is not read as
     assert read_instructions(put(tmp_path, "list.txt", "\n".join(lines))) == lines
 
 

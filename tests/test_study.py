@@ -211,8 +211,8 @@ def settings(model: Path, **others: Any) -> OptimizeSettings:
 
 
 def test_optimize_writes_the_front_and_apply_takes_a_trial_of_it(model: Path) -> None:
-    found = optimize(settings(model, trials=14))
-    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 14
+    found = optimize(settings(model, trials=18))
+    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 18
     assert found.choice.found
     chosen = next(measured for measured in found.front if measured.trial.edit == found.choice.edit)
     assert chosen.row.harmful.refusal == 0 < found.base.harmful.refusal
@@ -235,7 +235,7 @@ def test_optimize_writes_the_front_and_apply_takes_a_trial_of_it(model: Path) ->
     with pytest.raises(UsageError, match="trial 999 is not on the front") as refused:
         cli.main([*arguments, "--trial", "999", "--output-dir", str(model / "other")], standalone_mode=False)
     assert str(found.number) in (refused.value.hint or "")
-    again = optimize(settings(model, trials=14))  # all is done before
+    again = optimize(settings(model, trials=18))  # all is done before
     assert again.choice == found.choice
     assert again.front == found.front
 
@@ -253,8 +253,8 @@ def test_a_worker_tries_edits_of_the_same_study(model: Path, tmp_path: Path, mon
         return search(trials, choosing, study)
 
     monkeypatch.setattr(optimize_module, "search", after_the_worker)
-    found = optimize(replace(settings(model, trials=14, workers=2), study=tmp_path))
-    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 14
+    found = optimize(replace(settings(model, trials=18, workers=2), study=tmp_path))
+    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 18
 
 
 def test_a_worker_that_fails_is_told_and_its_trials_are_done(
@@ -268,9 +268,9 @@ def test_a_worker_that_fails_is_told_and_its_trials_are_done(
         return begin(trials, choosing, study)
 
     monkeypatch.setattr(optimize_module, "begin", and_break)
-    broken = replace(settings(model, trials=12, workers=2), model=str(tmp_path / "model"), study=tmp_path / "study")
+    broken = replace(settings(model, trials=18, workers=2), model=str(tmp_path / "model"), study=tmp_path / "study")
     found = optimize(broken)
-    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 12
+    assert len([t for t in found.choice.trials if t.settings.factors == "least-squares"]) == 18
     said = capfd.readouterr().err
     assert "a worker ends: " in said
     assert "a worker failed" in said
@@ -293,18 +293,18 @@ def test_run_auto_searches_and_resumes_its_search(model: Path, tmp_path: Path) -
         str(tmp_path),
         prompts=searched.prompts,
         load=searched.load,
-        trials=12,
+        trials=18,
         evaluate=False,
     )
     report = run(replace(of_run, verify=False))
-    assert len([t for t in report.choice.trials if t.settings.factors == "least-squares"]) == 12
+    assert len([t for t in report.choice.trials if t.settings.factors == "least-squares"]) == 18
     alone = [t for t in report.choice.trials if t.settings.factors == "least-squares"]
-    continued = optimize(replace(searched, study=tmp_path / ".stages" / "study", trials=12))
+    continued = optimize(replace(searched, study=tmp_path / ".stages" / "study", trials=18))
     assert continued.choice == report.choice
-    assert len(alone) == 12
+    assert len(alone) == 18
     journal = tmp_path / ".stages" / "study" / FILE
     size = journal.stat().st_size
-    more = run(replace(of_run, verify=False, trials=13))
+    more = run(replace(of_run, verify=False, trials=19))
     assert len(more.choice.trials) == len(report.choice.trials) + 1
     assert journal.stat().st_size > size
     assert more.choice.trials[: len(report.choice.trials)] == report.choice.trials

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -290,6 +290,8 @@ def test_choosing_runs_no_report_prompt(tmp_path: Path) -> None:
 @dataclass
 class Looping:
     """A model that answers like its base as far as the first token, and then loops if ``loops``."""
+
+    streams: ClassVar[bool] = False
 
     tokenizer: Any
     loops: bool = False
