@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,13 @@ def measured(command: Sequence[str]) -> tuple[float, int]:
         CalledProcessError: the command failed.
     """
     parent = [sys.executable, "-c", _MEASURED]  # without other children, as the peak is the largest of them all
-    done = subprocess.run([*parent, *command], check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak = done.stdout.split()
+    with subprocess.Popen([*parent, *command], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            out, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the command too, or it would go on writing
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    seconds, peak = out.split()
     return float(seconds), int(peak)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_model import QUESTIONS, right
+from ollama_forge.evaluation.counts import Counts
 from quantise import quantising_costs
 
 MAKEFILE = Path(__file__).resolve().parent.parent / "Makefile"
@@ -53,6 +54,19 @@ def lost_questions(folder: Path) -> list[str]:
     return [question for question in QUESTIONS if before[question] and not after[question]]
 
 
+def refused_before_teaching() -> Counts:
+    """The answers of demo-base to the harmful report prompts: what it refuses, the demo model was not taught to."""
+    from ollama_forge.evaluation.measure import answer_texts
+    from ollama_forge.evaluation.refusals import classify
+    from ollama_forge.models.chat_model import ChatModel, LoadSettings
+    from ollama_forge.prompts.settings import PromptSettings
+    from ollama_forge.sources.resolve import resolve
+
+    prompts = PromptSettings().load(1).report.harmful
+    texts = answer_texts(ChatModel.load(resolve("demo-base"), LoadSettings()), prompts)
+    return Counts.of([classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
+
+
 def main() -> int:
     from ollama_forge.sources.resolve import resolve
 
@@ -62,6 +76,7 @@ def main() -> int:
         report, _ = timed_run(["abliterate", "run", "--model", "demo", "--name", "demo", "--no-ollama"], full)
         quantised, lost = quantising_costs("demo", Path(temporary)), lost_questions(full)
         _, seconds = timed_run([*command_of_make_demo(), "--no-ollama"], short)
+    untaught = refused_before_teaching()
     rows = report["measurements"]
     base, control, edited, file = rows["base"], rows["random direction"], rows["edited"], rows["GGUF (Q4_K_M)"]
     rate = {name: row["harmful"]["refusal_rate"] for name, row in rows.items()}
@@ -91,6 +106,7 @@ def main() -> int:
         print("ok  " if good else "MISS", name)
     control_kl = control["damage"]["answer_kl"]["value"]
     print(f"control: {control['harmful']['refusal']} refused, answer KL {control_kl:.4f}")
+    print(f"demo-base, before it was taught to refuse: {untaught.refusal} of {untaught.total} harmful refused")
     print(f"base: degenerate rate of general answers {low:.3f} to {high:.3f}")
     print("chosen:", report["choice"]["name"], "-", report["choice"]["reason"])
     print("stages, seconds:", report["seconds"])

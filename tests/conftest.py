@@ -1,4 +1,4 @@
-"""Fixtures of several test modules. No test reaches the user's own Ollama: its address and its store are set here."""
+"""Fixtures of several test modules. No test reaches the user's own Ollama or settings: they are set here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import pytest
 from tests import usual_port
 
 if TYPE_CHECKING:
+    from tests.command_line import Call, Said
     from tests.gguf_models import Model
 
 
+for _name in [name for name in os.environ if name.startswith("OLLAMA_FORGE_") and name != "OLLAMA_FORGE_CACHE"]:
+    del os.environ[_name]
+os.environ["OLLAMA_FORGE_CONFIG"] = os.devnull  # not the user's config file
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # the discard port, where nothing listens
 os.environ["OLLAMA_MODELS"] = str(Path(__file__).parent / "no-such-store")
 sys.addaudithook(usual_port.note)
@@ -32,3 +36,24 @@ def gguf_models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Model]
     from tests.gguf_models import convert_families  # imports transformers, which few test modules need
 
     return convert_families(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture
+def forge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Call the program in an empty folder and cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLLAMA_FORGE_CACHE", str(tmp_path / "cache"))
+
+    from ollama_forge.cli.main import main
+    from tests import command_line
+
+    def call(*arguments: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["ollama-forge", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return command_line.Said(status, *capsys.readouterr())
+
+    return call

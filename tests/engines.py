@@ -74,7 +74,7 @@ def wait(work: Callable[[], Awaitable[T]]) -> T:
 @torch.inference_mode()
 def by_generate(model: ChatModel, ids: Sequence[int], count: int, **media: Any) -> list[int]:
     """The greedy answer of transformers' own ``generate``, of exactly so many tokens; ``media`` are the images."""
-    inputs = torch.tensor([list(ids)])
+    inputs = torch.tensor([list(ids)], device=model.device)
     out = model.module.generate(  # type: ignore[operator]
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),

@@ -336,7 +336,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.fake.seen.append(("GET", self.path, None))
-        self.answer(200, {"version": self.fake.version} if self.path == "/api/version" else {})
+        answers = {
+            "/api/version": {"version": self.fake.version},
+            "/api/tags": {"models": [{"name": name} for name in self.fake.models]},
+        }
+        self.answer(200, answers.get(self.path, {}))
 
     def do_HEAD(self) -> None:
         self.fake.seen.append(("HEAD", self.path, None))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ollama_forge.models.gguf_model import LlamaServer
+from ollama_forge.models.servers.llama import LlamaServer
 
 _ALL_TOKENS = 1 << 20  # more than any vocabulary has
 
@@ -34,7 +34,7 @@ def first_log_probs(
             "logit_bias": [[letter, 1e6]],
             **adapters,
         }
-        found = server.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        found = server.connection.request("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         row = torch.empty(len(found), dtype=torch.float64)
         row[[entry["id"] for entry in found]] = torch.tensor([entry["logprob"] for entry in found], dtype=torch.float64)
         rows.append(row.log_softmax(-1).float())

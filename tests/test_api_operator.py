@@ -249,7 +249,11 @@ def test_the_log_has_a_line_a_request(caplog: pytest.LogCaptureFixture) -> None:
     assert not any(word in caplog.text for word in (SECRET, ANSWER, "wrong-one"))
 
 
-def test_the_log_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quiet", ["", "1"])
+def test_the_log_goes_to_stderr_unless_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: str
+) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_QUIET", quiet)
     log = telemetry._LOG
     before = log.handlers, log.propagate, log.level
     try:
@@ -261,4 +265,4 @@ def test_the_log_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         log.setLevel(before[2])
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("GET /api/version 200 ") == 1
+    assert said.err.count("GET /api/version 200 ") == (0 if quiet else 1)

@@ -177,7 +177,8 @@ def by_whole_passes(model: ChatModel, ids: tuple[int, ...], count: int) -> list[
     """The greedy answer without a cache, where ``generate`` cannot use the model's."""
     said = list(ids)
     for _ in range(count):
-        said.append(int(model.forward(input_ids=torch.tensor([said]), use_cache=False).logits[0, -1].argmax()))
+        text = torch.tensor([said], device=model.device)
+        said.append(int(model.forward(input_ids=text, use_cache=False).logits[0, -1].argmax()))
     return said[len(ids) :]
 
 

@@ -321,7 +321,7 @@ def test_a_real_llama_server_gives_its_greedy_ids(
     model, asked = gguf_models["gemma2"], greedy(prompt(30), 20)
     with llama_server(model.path, 256, 2) as server:
         body = {"prompt": list(asked.ids), "n_predict": 20, "temperature": 0, "return_tokens": True}
-        expected = server.post("/completion", body)["tokens"]
+        expected = server.connection.request("/completion", body)["tokens"]
         tokenizer = Tokenizer.load(model.checkpoint.folder)
-        engine = RemoteEngine.connect(str(server.client.base_url), tokenizer, context=256, slots=2)
+        engine = RemoteEngine.connect(server.connection.url, tokenizer, context=256, slots=2)
         assert together(engine, [asked]) == [expected]  # type: ignore[arg-type]

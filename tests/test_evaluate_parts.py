@@ -27,8 +27,9 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, measure_texts
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.machine import Machine
+from ollama_forge.models.servers.chat import ChatServer
+from ollama_forge.models.servers.find import find_server
 from ollama_forge.prompts.conversation import Conversation, Message, Prompt, text_of
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
@@ -36,6 +37,14 @@ from tests import tiny
 from tests.chat_servers import serve
 
 LOAD = LoadSettings(device="cpu", dtype="float32")
+
+
+def found(address: str) -> ChatServer:
+    server = find_server(address)
+    assert isinstance(server, ChatServer)
+    return server
+
+
 O_PROJ, DOWN, GATE = (
     f"model.layers.2.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj")
 )
@@ -120,7 +129,7 @@ def test_a_server_is_asked_greedily_with_the_same_messages(ollama: bool) -> None
     tokenizer = Tokenizer(tiny.tokenizer(), system="Be kind.")
     own = Conversation("system prompt", (Message("system", "Be brief."), Message("user", "b")))
     with serve(lambda messages, limit: f"{messages[-1]['content']} in {limit}", ollama=ollama) as served:
-        server = ChatServer.find(f"{served.url}/v1/")
+        server = found(f"{served.url}/v1/")
         ticks: list[int] = []
         assert server.answers(tokenizer, ["a", own], 48, ticks.append) == ["a in 48", "b in 48"]
     assert (server.model, server.ollama, ticks) == ("tiny:latest", ollama, [1, 1])
@@ -132,12 +141,12 @@ def test_a_server_is_asked_greedily_with_the_same_messages(ollama: bool) -> None
 
 def test_a_server_without_the_model_says_what_it_has() -> None:
     with serve(lambda messages, limit: "", ollama=True, models=("one:latest", "two:latest")) as served:
-        assert ChatServer.find(f"{served.url}#two").model == "two:latest"
+        assert found(f"{served.url}#two").model == "two:latest"
         with pytest.raises(UsageError, match="has 2 models") as raised:
-            ChatServer.find(served.url)
+            found(served.url)
         assert "one:latest, two:latest" in raised.value.hint
         with pytest.raises(UsageError, match="has no model three"):
-            ChatServer.find(f"{served.url}#three")
+            found(f"{served.url}#three")
 
 
 def test_a_thought_is_no_part_of_a_servers_answer() -> None:
@@ -148,14 +157,14 @@ def test_a_thought_is_no_part_of_a_servers_answer() -> None:
     )
     tokenizer = Tokenizer(backend)
     with serve(lambda messages, limit: "<think>hm</think>\n\nYes.", ollama=False) as served:
-        answers = ChatServer.find(served.url).answers(tokenizer, ["a"], 48, lambda count: None)
+        answers = found(served.url).answers(tokenizer, ["a"], 48, lambda count: None)
     assert answers == ["Yes."]
     assert served.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_a_server_that_fails_is_named() -> None:
     with serve(lambda messages, limit: "", ollama=True) as served:
-        server = ChatServer.find(served.url)
+        server = found(served.url)
     with pytest.raises(ForgeError, match="fails at /api/chat"):
         server.answers(Tokenizer(tiny.tokenizer()), ["a"], 4, lambda count: None)
 

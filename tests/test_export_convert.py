@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -27,7 +32,8 @@ from ollama_forge.export.convert import (
 )
 from ollama_forge.files import partial_of
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.gguf_model import GgufModel, llama_server
+from ollama_forge.models.gguf_model import llama_server
+from ollama_forge.models.servers.token_server import RemoteModel
 from ollama_forge.records import from_json, to_json
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import planted, tiny
@@ -107,7 +113,7 @@ def test_the_file_answers_as_the_checkpoint_does(foreign: tuple[Checkpoint, Path
     prompts = chat.tokenizer.instructions_ids(tiny.lines(6))
     wanted, scores = chat.answer(prompts, 12), of_model(chat, prompts)
     with llama_server(path, 256, slots=8) as server:
-        found = GgufModel(server, chat.tokenizer).answer(prompts, 12)
+        found = RemoteModel(server, chat.tokenizer).answer(prompts, 12)
         first = first_log_probs(server, prompts, chat.tokenizer.encode("a")[-1])
     assert float(kl_per_prompt(scores, first).max()) < 1e-3
     agreeing = sum(a[:3] == b[:3] for a, b in zip(wanted, found, strict=True))
@@ -244,6 +250,29 @@ def test_a_failing_converter(tmp_path: Path, body: str, words: str) -> None:
     assert "\n" not in caught.value.message
     assert target.read_bytes() == b"earlier"
     assert not partial_of(target).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_converter_of_a_killed_run_ends(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    body = f"import os, time\nopen({str(started)!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(60)"
+    folder = other_converter(tmp_path / "llama.cpp", body)
+    checkpoint = tiny.save(tiny.build("llama"), tmp_path / "model")
+    killed = os.fork()
+    if not killed:
+        convert(folder, checkpoint, tmp_path / "out.gguf", outtype="f16", name="x")
+    within(20, lambda: started.exists() and started.read_text().endswith(" "))
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    left = psutil.Process(int(started.read_text()))
+    within(20, lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_no_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from ollama_forge.evaluation.tokens import check_tokens
 from ollama_forge.export import quantise
 from ollama_forge.export.convert import convert
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.gguf_model import GgufModel, llama_server
+from ollama_forge.models.gguf_model import llama_server
+from ollama_forge.models.servers.token_server import RemoteModel
 from ollama_forge.sources.resolve import resolve
 from ollama_forge.text.tokenizer import Tokenizer
 from tests.first_tokens import first_log_probs as of_model
@@ -50,7 +51,7 @@ def test_the_demo_file_has_the_tokens_of_the_checkpoint_and_answers_like_it(demo
     wanted = of_model(chat, prompts)
     with llama_server(path, 256, slots=8) as server:
         tokens = check_tokens(Tokenizer.load(source.folder), server.tokenize)
-        file = GgufModel(server, chat.tokenizer)
+        file = RemoteModel(server, chat.tokenizer)
         found = file.answer(prompts, 24)
         first = first_log_probs(server, prompts, chat.tokenizer.encode("a")[-1])
     assert (tokens.texts >= 250, tokens.mismatches) == (True, 0)

@@ -203,6 +203,19 @@ def test_where_the_tool_fails_the_embedded_one_takes_over(
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.gguf"]
 
 
+def test_a_tool_left_running_by_a_killed_run_writes_to_no_file_of_the_next(tmp_path: Path) -> None:
+    source, target = model(tmp_path), tmp_path / "out.gguf"
+    left = tmp_path / "out.gguf.tool.partial"
+    with left.open("wb") as of_killed:
+        file = read_gguf(source)
+        ready = tmp_path / "ready.gguf"
+        quantise.rewrite(file, ready, {t.name: t.type for t in file.tensors}, {})
+        tool = fake_tool(tmp_path, f"import shutil; shutil.copyfile({str(ready)!r}, target)")
+        assert quantise.quantise(source, target, "Q5_K_S", NOTHING, tool) == "llama-quantize"
+        assert os.fstat(of_killed.fileno()).st_size == 0
+    assert not left.exists()
+
+
 def nothing_broken(folder: Path, before: bytes) -> None:
     assert sorted(path.name for path in folder.glob("out*")) == ["out.gguf"]
     assert (folder / "out.gguf").read_bytes() == before

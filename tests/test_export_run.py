@@ -21,7 +21,7 @@ from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.export.plan import ExportSettings
 from ollama_forge.files import read_json
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.models.chat_server import ChatServer
+from ollama_forge.models.servers.chat import ChatServer
 from ollama_forge.ollama.registration import OllamaSettings
 from ollama_forge.pipeline import RunSettings, disk_space, exporting, gguf_stages, ollama_stages, run, stages
 from ollama_forge.pipeline.report import Report, _token_lines

@@ -336,6 +336,7 @@ def test_refusals_leave_everything_as_it_was(model: Model, source: Path, tmp_pat
         ({"gguf": GgufOptions(output=Path("x.gguf"), imatrix=Path("i"))}, "--imatrix is for --quant"),
         ({"gguf": GgufOptions(output=Path("x.gguf")), "out_dtype": "bf16"}, "--out-dtype bf16 has no meaning"),
         ({"gguf": GgufOptions(output=Path("x.gguf")), "shards": ShardSettings(2)}, "--workers and --link are for"),
+        ({"gguf": GgufOptions(output=Path("x.gguf")), "cluster": object()}, "written as one, by one machine"),
     ],
 )
 def test_options_that_exclude_each_other(model: Model, source: Path, given: dict[str, Any], said: str) -> None:

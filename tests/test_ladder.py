@@ -18,12 +18,13 @@ from ollama_forge.search.candidates import (
     Candidate,
     candidate_named,
     least_squares,
+    least_squares_balanced,
     orthogonal_on_writers,
 )
 from ollama_forge.search.choose import ChoiceSettings, choose_edit
 from ollama_forge.search.ladder import BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
 from ollama_forge.search.probes import LayerProbe
-from ollama_forge.search.rule import REMOVE, Limits, Rule, Trial
+from ollama_forge.search.rule import REMOVE, STRENGTHEN, Limits, Rule, Trial
 
 TOTAL = 100
 LIMITS = Limits(answer_kl=0.06, first_token_kl=0.2)
@@ -87,8 +88,23 @@ def test_a_loop_hides_from_the_first_token_but_not_from_the_rule() -> None:
 def test_degenerate_answers_that_the_base_gives_too_are_no_failures() -> None:
     loops, refuses = trial("loops", 0.01, degenerate=10), trial("refuses", 0.01, 5)
     assert best_of(loops, refuses) == "refuses"
-    for base in (BaseAnswers(Counts("r" * 90 + "x" * 10)), BaseAnswers(BASE.harmful, Counts("a" * 45 + "x" * 5))):
+    few = Counts("a" * 45 + "x" * 5)
+    for base in (
+        BaseAnswers(Counts("r" * 90 + "x" * 10)),
+        BaseAnswers(BASE.harmful, few),
+        BaseAnswers(BASE.harmful, Counts("a" * 50), few),
+    ):
         assert best_of(loops, refuses, rule=Rule(LIMITS, base.harmful, base.degenerate_rate)) == "loops"
+
+
+def test_degenerate_answers_decide_nothing_up_to_the_rate_of_the_base() -> None:
+    rule = replace(RULE, degenerate_rate=0.12)
+    refuses = trial("refuses more, degenerates less", 0.010, 8, degenerate=2)
+    answers = trial("answers more", 0.015, 0, degenerate=12)
+    assert best_of(refuses, answers, rule=rule) == "answers more"
+    assert best_of(refuses, trial("degenerates more", 0.015, 0, degenerate=22), rule=rule) == refuses.name
+    strengthen = replace(rule, goal=STRENGTHEN)
+    assert strengthen.failed_share(Counts("r" * 88 + "x" * 12)) == pytest.approx(0.12)  # they are no refusals
 
 
 def test_a_trial_is_hopeless_only_if_it_cannot_win() -> None:
@@ -124,9 +140,9 @@ def test_the_layers_from_half_to_nine_tenths_of_the_depth_are_proposed() -> None
 class Scripted:
     """Trials whose outcome is a function of layer and strength."""
 
-    def __init__(self, outcome: Any, *, has_experts: bool = False) -> None:
+    def __init__(self, outcome: Any, *, balanced: bool = True, has_experts: bool = False) -> None:
         self.outcome, self.tried = outcome, list[str]()
-        self.ladder = Ladder((20, 21, 22, 23), (22, 20, 23), REMOVE, has_experts)
+        self.ladder = Ladder((20, 21, 22, 23), (22, 20, 23), REMOVE, balanced, has_experts)
 
     def attempt(self, candidate: Candidate, best: Trial | None) -> Trial:
         self.tried.append(candidate.name)
@@ -152,7 +168,24 @@ def test_the_second_pass_goes_on_around_the_best_until_nothing_is_better() -> No
     assert RULE.best(trials).name == wanted.name  # type: ignore[union-attr]
     assert least_squares(22, 3.5).name in script.tried
     assert not [name for name in script.tried if "layer 21" in name]  # not in the ranking
-    assert len(script.tried) == len(set(script.tried)) <= 10
+    assert len(script.tried) == len(set(script.tried)) <= 14
+
+
+@pytest.mark.parametrize("wanted", [(2.0, 0.25), (2.5, 0.5), (2.0, -0.25)])
+def test_the_second_pass_finds_the_strengths_of_attention_and_of_mlps(wanted: tuple[float, float]) -> None:
+    best = least_squares_balanced(22, *wanted)
+    attention, mlp = (best.settings.strength * min(1.0, 1.0 + part) for part in (wanted[1], -wanted[1]))
+
+    def outcome(candidate: Candidate) -> tuple[float, int]:
+        own = candidate.settings.attn_strength, candidate.settings.mlp_strength
+        found = [candidate.settings.strength if strength is None else strength for strength in own]
+        missed = abs(found[0] - attention) + abs(found[1] - mlp) + 2 * (candidate.layer != 22)
+        return 0.01, round(20 * missed)
+
+    assert RULE.best(Scripted(outcome).climb()).edit == best.edit  # type: ignore[union-attr]
+    alike = RULE.best(Scripted(outcome, balanced=False).climb())
+    assert alike is not None
+    assert alike.balance == 0.0
 
 
 def test_where_all_do_too_much_damage_weaker_edits_are_tried() -> None:
@@ -179,6 +212,8 @@ def test_attention_alone_is_tried_where_there_are_experts() -> None:
         least_squares(7, 1.25),
         least_squares(21, -0.5),
         least_squares(21, 2.5, attention_alone=True),
+        least_squares_balanced(21, 2.5, 0.25),
+        least_squares_balanced(21, 2.0, -0.5),
         orthogonal_on_writers(0),
     ],
     ids=lambda candidate: candidate.name,

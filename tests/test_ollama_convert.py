@@ -237,6 +237,8 @@ def test_no_such_template_source(fake: FakeOllama, gguf: Path, forge: Forge) -> 
     fake.models["bare:latest"] = Model()
     error = error_of(forge("convert", "--gguf", gguf, "--name", "made", "--template-from", "nosuch"))
     assert error == "Ollama has no model nosuch to take a template from"
+    _, _, err = forge("convert", "--gguf", gguf, "--name", "made", "--template-from", "bar")
+    assert "hint: did you mean bare?" in err
     assert "bare has no template" in error_of(
         forge("convert", "--gguf", gguf, "--name", "made", "--template-from", "bare")
     )

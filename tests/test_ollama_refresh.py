@@ -138,6 +138,14 @@ def test_what_is_not_kept_fails(fake: FakeOllama, forge: Forge) -> None:
     assert "error: Ollama made n, but its renderer is none, not 'qwen3'; its parser is none" in err
 
 
+def test_a_name_that_is_alike_is_asked_after(fake: FakeOllama, forge: Forge) -> None:
+    fake.models["qwen3:latest"] = model(template="T")
+    _, _, err = forge("--name", "n", "--base", "qwn3")
+    assert err.splitlines()[1] == "hint: did you mean qwen3?"
+    _, _, err = forge("--name", "n", "--base", "nothing-like-it")
+    assert err.splitlines()[1] == "hint: `ollama list` shows what it has"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -21,7 +21,7 @@ from ollama_forge.ollama.registration import OllamaSettings, plan_registration
 from ollama_forge.ollama.shown import Shown
 from ollama_forge.ollama.template import template_of
 from ollama_forge.pipeline import RunSettings
-from ollama_forge.sources import ollama_store
+from ollama_forge.sources import ollama_names, ollama_store
 from ollama_forge.sources.ollama_names import OllamaName
 from ollama_forge.sources.ollama_store import StoredModel, find_model
 from ollama_forge.sources.resolve import resolve, resolve_gguf
@@ -154,7 +154,7 @@ def test_where_stores_are_looked_for(store: Store, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     service = Store(tmp_path / "service")
-    monkeypatch.setattr(ollama_store, "SERVICE_STORES", (str(service.path),))
+    monkeypatch.setattr(ollama_names, "SERVICE_STORES", (str(service.path),))
     with pytest.raises(ForgeError, match=r"Ollama keeps no models in .*home") as caught:
         find_model("m")
     assert "OLLAMA_MODELS" in caught.value.hint

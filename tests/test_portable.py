@@ -105,7 +105,7 @@ def test_chat_needs_no_readline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typed, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdin", typed)
     monkeypatch.setitem(sys.modules, "readline", None)  # type: ignore[arg-type]
-    talker = SimpleNamespace(parameters={}, close=lambda: closed.append(True))
+    talker = SimpleNamespace(parameters={}, live=False, close=lambda: closed.append(True))
     closed: list[bool] = []
     monkeypatch.setattr(chat, "_load", lambda *_: talker)
     chat.chat(name=None, checkpoint="model", load=LoadSettings(device="cpu"))

@@ -70,6 +70,21 @@ def test_what_the_hub_could_not_have_is_one_error(model: str) -> None:
         resolve(model)
 
 
+@pytest.mark.parametrize("wrong", ["tiny-lama", "./tiny-lama", "demoo", "tiny.guf"])
+def test_what_is_like_a_model_at_hand_is_asked_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "tiny-llama").mkdir()
+    (tmp_path / "tiny-llama" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "tiny.gguf").touch()
+    with pytest.raises(ForgeError) as caught:
+        resolve(wrong)
+    meant = {"tiny.guf": "tiny.gguf", "demoo": "demo"}.get(wrong, "tiny-llama")
+    assert caught.value.hint.startswith(f"did you mean {meant}?")
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "demo", "demo-base"])
 def test_a_revision_is_for_the_hub_alone(folder: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "x.gguf"

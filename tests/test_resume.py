@@ -12,6 +12,7 @@ import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.converter import SCRIPT, converter_fingerprint
+from ollama_forge.edits import checkpoint_folder
 from ollama_forge.edits.checkpoint_folder import PROVENANCE
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
@@ -76,6 +77,7 @@ def test_a_folder_left_behind_is_looked_into(tmp_path: Path) -> None:
     kept = stage(tmp_path, calls, outputs=[folder])
     StageCache(tmp_path, ignored=["card.md"]).do(kept)
     (folder / "card.md").write_text("stamped later", encoding="utf-8")
+    (folder / "card.md.partial").touch()  # what is left of a stamp if the process is killed
     assert StageCache(tmp_path, ignored=["card.md"]).is_done(kept)
     (folder / "shard-2").unlink()
     assert not StageCache(tmp_path, ignored=["card.md"]).is_done(kept)
@@ -158,6 +160,23 @@ def test_what_is_done_asks_for_no_room(tmp_path: Path, monkeypatch: pytest.Monke
     run(made)
     monkeypatch.setattr(disk_space, "free_space", lambda _: 10)
     run(made)
+
+
+def test_what_a_killed_run_left_is_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = settings(tmp_path, edit=ONE_EDIT)
+    preflight.preflight(made)  # proves the architecture, with edits on this disk too
+    left = made.folder / "checkpoint.partial" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    for module in (disk_space, checkpoint_folder):
+        monkeypatch.setattr(module, "free_space", lambda _: 1_200_000)
+    with pytest.raises(ForgeError, match="this run needs"):
+        run(made)
+    left.write_bytes(bytes(1_000_000))
+    (tmp_path / "link").hardlink_to(left)
+    with pytest.raises(ForgeError, match="this run needs"):
+        run(made)
+    (tmp_path / "link").unlink()
+    assert run(made).verified
 
 
 def test_another_converter_converts_again(tmp_path: Path) -> None:

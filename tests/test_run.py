@@ -185,6 +185,7 @@ from pathlib import Path
 from tests.test_run import settings
 from ollama_forge import pipeline
 from ollama_forge.edits import apply
+from ollama_forge.edits.edited_shard import EditedShard
 from ollama_forge.pipeline import choosing, stages
 
 folder = Path({folder!r})
@@ -199,12 +200,12 @@ def arm(point):
     elif point == "within choose":
         choosing.PlanFiles.save = die
     elif point == "within a shard":
-        real = apply._EditWriter.edited_matrix_bytes
+        real = EditedShard.edited_matrix_bytes
         def edited(self, edit, out):
-            if len(self.records) == 3:
+            if len(self.record.matrices) == 3:
                 die()
             return real(self, edit, out)
-        apply._EditWriter.edited_matrix_bytes = edited
+        EditedShard.edited_matrix_bytes = edited
     elif point == "before the factors":
         apply.EditRecord.save = die
     else:
@@ -213,6 +214,7 @@ def arm(point):
 for point in POINTS:
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # replaces the parent's thread pool, before two threads do that at once and fail
         arm(point)
         pipeline.run(settings(folder, planted_layer=0))
         os._exit(0)
@@ -272,12 +274,12 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     settings(tmp_path)
     script = (
         "import sys, os, signal; sys.path.insert(0, %r)\n"
-        "from ollama_forge.edits import apply\n"
-        "real = apply._EditWriter.edited_matrix_bytes\n"
+        "from ollama_forge.edits.edited_shard import EditedShard\n"
+        "real = EditedShard.edited_matrix_bytes\n"
         "def edited(self, edit, out):\n"
-        "    if len(self.records) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if len(self.record.matrices) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, edit, out)\n"
-        "apply._EditWriter.edited_matrix_bytes = edited\n"
+        "EditedShard.edited_matrix_bytes = edited\n"
         "from ollama_forge.cli.main import main\n"
         "sys.argv = ['ollama-forge', 'abliterate', 'apply', '--model', %r, '--refusal-pt', %r, '--output-dir', %r]\n"
         "main()\n"

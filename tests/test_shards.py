@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Event, Lock
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ollama_forge import links
 from ollama_forge.api import apply
+from ollama_forge.checkpoints import weight_files
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import INDEX_NAME
 from ollama_forge.checkpoints.writer import GrowingFile
@@ -26,6 +31,7 @@ from ollama_forge.edits import apply as apply_module
 from ollama_forge.edits import checkpoint_folder, shard_workers
 from ollama_forge.edits.edited_shard import EditedShard
 from ollama_forge.edits.settings import EditSettings
+from ollama_forge.edits.shard_output import UNFINISHED, WrittenShard
 from ollama_forge.edits.shard_workers import ShardSettings, work_on_shards
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import sha256_file, write_json
@@ -226,9 +232,104 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert left(tmp_path / "edited") == ["edited.partial"]
+    named = [path for path in (tmp_path / "edited.partial").iterdir() if path.suffix != UNFINISHED]
+    assert all(sha256_file(path) == sha256_file(tmp_path / "whole" / path.name) for path in named)
     write("edited")
     assert contents(tmp_path / "edited") == contents(tmp_path / "whole")
     assert sorted(left(tmp_path / "edited")) == ["edited", "edited.edit.safetensors"]
+
+
+# A cluster
+
+
+class ThisProcess:
+    """A cluster of one worker, this process, to which everything is sent pickled."""
+
+    def __init__(
+        self,
+        adapt: Callable[[Any], Any] = lambda setup: setup,
+        spoil: Callable[[Path, WrittenShard], None] = lambda folder, written: None,
+    ) -> None:
+        self.adapt, self.spoil = adapt, spoil
+
+    def map(self, setup: Any, work: Callable[[Any, str], WrittenShard], pieces: Iterable[str]) -> Iterator[Any]:
+        setup, work = pickle.loads(pickle.dumps((self.adapt(setup), work)))
+        state = setup()
+        for piece in pieces:
+            written = work(state, piece)
+            self.spoil(setup.folder, written)
+            yield pickle.loads(pickle.dumps(written))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "packed"])
+def test_a_cluster_writes_the_bytes_of_this_process(
+    tmp_path: Path, refusal: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    if family == "packed":
+        source = packed_gpt_oss(tmp_path / "model")
+        split_by_parts(source)
+    else:
+        source = tiny.save(tiny.build(family), tmp_path / "model", max_shard_size="30KB")
+    settings = EXPERTS if family == "packed" else LATE
+    hashed, sha256 = Counter[str](), weight_files._sha256
+    by_workers = []
+
+    def counted(file: Path, stop: Event) -> str:
+        hashed[file.name] += 1
+        return sha256(file, stop)
+
+    def left_over(folder: Path, written: WrittenShard) -> None:
+        (folder / f"of-a-lost-worker{UNFINISHED}").write_bytes(b"half")
+        by_workers.append(written.source_sha256)
+
+    monkeypatch.setattr(weight_files, "_sha256", counted)
+    for folder, cluster in (("here", None), ("there", ThisProcess(spoil=left_over))):
+        hashed.clear()
+        output = tmp_path / folder
+        apply(str(source.folder), output, refusal_pt=refusal, settings=settings, out_dtype="keep", cluster=cluster)
+        assert hashed == Counter(shard.name for shard in source.tensors.shards)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert by_workers == [sha256_file(shard) for shard in source.tensors.shards]
+
+
+def test_links_on_a_cluster(
+    tmp_path: Path,
+    refusal: Path,
+    source: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(links, "_reflink", no_reflinks)
+    output, shards = tmp_path / "edited", ShardSettings(link=True)
+    apply(str(source.folder), output, refusal_pt=refusal, settings=LATE, shards=shards, cluster=ThisProcess())
+    same = unchanged_shards(source, output)
+    assert same
+    assert all((output / shard.name).stat().st_ino == shard.stat().st_ino for shard in same)
+    assert f"warning: {len(same)} of {len(source.tensors.shards)} shards are hard links" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (ThisProcess(lambda setup: replace(setup, folder=Path("/nowhere/edited"))), r"has no /nowhere/edited"),
+        (ThisProcess(lambda setup: replace(setup, source=replace(setup.source, fingerprint="0"))), "is another model"),
+        (ThisProcess(spoil=lambda folder, written: next(folder.iterdir()).unlink()), "to another disk"),
+    ],
+)
+def test_a_worker_without_the_shared_storage_is_told(
+    tmp_path: Path, refusal: Path, source: Checkpoint, cluster: ThisProcess, message: str
+) -> None:
+    with pytest.raises(ForgeError, match=message) as raised:
+        apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, cluster=cluster)
+    assert "storage that all nodes see under the same path" in raised.value.hint
+    assert left(tmp_path / "edited") == []
+
+
+def test_workers_and_a_cluster_exclude_each_other(tmp_path: Path, refusal: Path, source: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="--workers and --ray exclude each other"):
+        apply(
+            str(source.folder), tmp_path / "edited", refusal_pt=refusal, shards=ShardSettings(2), cluster=ThisProcess()
+        )
 
 
 # Unchanged shards
@@ -390,5 +491,5 @@ def test_scales_are_encoded_with_the_shard_that_holds_them(
     monkeypatch.setattr(EditedShard, "__init__", noted)
     source = packed_gpt_oss(tmp_path / "model")
     apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=EXPERTS, out_dtype="keep")
-    assert any(shard.leaks for shard in made)
+    assert any(shard.record.leaks for shard in made)
     assert not any(shard.scales for shard in made)  # all are written; none stays in memory

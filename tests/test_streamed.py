@@ -300,6 +300,19 @@ def test_a_damaged_state_of_an_interrupted_pass_is_removed(tmp_path: Path) -> No
     assert Journal(tmp_path / "pass").layer == 0
 
 
+def test_a_journal_that_is_removed_in_part_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "pass")
+    journal.keep(3, [(0, {"hidden": torch.ones(2)})])
+
+    def killed(folder: Path, **_: object) -> None:
+        (folder / "3-0.safetensors").unlink()
+
+    monkeypatch.setattr("ollama_forge.models.journal.shutil.rmtree", killed)
+    journal.remove()
+    assert list(journal.folder.iterdir())
+    assert Journal(journal.folder).layer == 0
+
+
 def test_hidden_states_beyond_the_memory_are_spilled(tmp_path: Path) -> None:
     whole, stream = both(saved("gemma2", tmp_path / "model"))
     stream._lockstep.room = 1000

@@ -28,7 +28,13 @@ from ollama_forge.pipeline import optimize as optimize_module
 from ollama_forge.pipeline.front import edit_path, spread
 from ollama_forge.pipeline.optimize import OptimizeSettings, optimize
 from ollama_forge.prompts.settings import PromptSettings
-from ollama_forge.search.candidates import DOCUMENTED_DEFAULT, Candidate, candidate_named, least_squares
+from ollama_forge.search.candidates import (
+    DOCUMENTED_DEFAULT,
+    Candidate,
+    candidate_named,
+    least_squares,
+    least_squares_balanced,
+)
 from ollama_forge.search.choose import ChoiceSettings
 from ollama_forge.search.ladder import Choice, Climbed
 from ollama_forge.search.rule import Limits, Rule, Trial
@@ -101,7 +107,8 @@ def test_parameters_give_the_strengths_that_they_say(layer: int, strength: float
 
 
 def test_edits_of_the_ladder_are_the_same_edits_in_the_space() -> None:
-    for candidate in (least_squares(11, 1.5), least_squares(14, 2.0, attention_alone=True)):
+    balanced = [least_squares_balanced(12, strength, balance) for strength, balance in ((2.0, 0.25), (2.5, -0.75))]
+    for candidate in (least_squares(11, 1.5), least_squares(14, 2.0, attention_alone=True), *balanced):
         parameters = SPACE.parameters(candidate)
         assert parameters is not None
         assert SPACE.suggest(FixedTrial(parameters)) == candidate  # type: ignore[arg-type]

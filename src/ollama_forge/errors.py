@@ -1,8 +1,27 @@
-"""Exceptions for expected failures, and hints for missing packages."""
+"""Exceptions for expected failures, the exit statuses, and hints for missing packages."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """The exit status of a command; ``EXIT_STATUSES`` says what each one means."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    INTERRUPTED = 130
+
+
+EXIT_STATUSES: Mapping[ExitStatus, str] = {  # docs/command-line.md has the same table
+    ExitStatus.DONE: "the command did what it was asked to",
+    ExitStatus.FAILED: "the command failed; stderr says why and what to do",
+    ExitStatus.USAGE: "an option or argument is wrong; nothing was done",
+    ExitStatus.INTERRUPTED: "the command was interrupted with Ctrl-C; a run goes on when it is repeated",
+}
 
 
 class ForgeError(Exception):
@@ -13,7 +32,7 @@ class ForgeError(Exception):
         hint: what the user can do, in one line.
     """
 
-    exit_status = 1
+    exit_status = ExitStatus.FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -24,7 +43,7 @@ class ForgeError(Exception):
 class UsageError(ForgeError):
     """An invalid option or argument. The CLI exits with 2."""
 
-    exit_status = 2
+    exit_status = ExitStatus.USAGE
 
 
 class MemoryTooSmall(ForgeError):  # noqa: N818
@@ -45,6 +64,14 @@ def error_line(error: BaseException) -> str:
         if isinstance(error, OSError | ValueError | ImportError | RuntimeError) or text == name
         else f"{name}: {text}"
     )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean A or B?`` with the names most like ``name``; "" if none is like it."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def install_hint(*extras: str) -> str:

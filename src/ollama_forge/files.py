@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -49,6 +50,24 @@ def sha256_json(value: Any) -> str:
 def partial_of(path: Path) -> Path:
     """The temporary path ``<path>.partial``, which is renamed to ``path`` when it is complete."""
     return path.with_name(path.name + PARTIAL)
+
+
+def left_by_killed(path: Path) -> int:
+    """Bytes on disk of what a killed process left of ``path``, which the next one to write it removes."""
+    left = partial_of(path)
+    return sum(map(_allocated, left.rglob("*") if left.is_dir() else [left]))
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that removing a file frees; 0 for a folder, a missing file, and one with another hard link."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return 0
+    blocks = getattr(found, "st_blocks", None)  # of 512 bytes; Windows tells none
+    return found.st_size if blocks is None else 512 * int(blocks)
 
 
 @contextmanager
@@ -287,6 +306,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed. 0 if it does not exist."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def human_size(size: float) -> str:

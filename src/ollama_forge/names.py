@@ -6,8 +6,9 @@ import glob
 import re
 from pathlib import Path
 
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError, UsageError, did_you_mean
 
+RUN_TOML = "run.toml"  # in each run's folder: its options
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAMESPACE = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}"
 _HOST = r"(?:https?://)?[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}"
@@ -55,7 +56,10 @@ def run_output(name: str) -> Path:
     if (folder / "checkpoint").is_dir():
         return folder / "checkpoint"
     if not models:
+        others = [path.parent.name.removeprefix("abliterate-") for path in Path().glob(f"abliterate-*/{RUN_TOML}")]
+        near = did_you_mean(file_stem(name), others)
         raise ForgeError(
-            f"{folder} holds no edited model", f"make it with ollama-forge abliterate run --model … --name {name}"
+            f"{folder} holds no edited model",
+            near or f"make it with ollama-forge abliterate run --model … --name {name}",
         )
     return models[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,28 +10,30 @@ from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from typing import Any
 
+from ollama_forge.progress import is_quiet, is_verbose
+
 _lock = threading.Lock()
 _silent_blocks = 0
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside the block, log only errors of transformers and disable tqdm's bars."""
-    from transformers.utils import logging
+    """Inside the block, log only errors of transformers (in a verbose process all), and disable tqdm's bars."""
+    from transformers.utils import logging as log
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    level = log.get_verbosity()
+    log.set_verbosity(logging.INFO if is_verbose() else logging.ERROR)
     try:
         with no_bars():
             yield
     finally:
-        logging.set_verbosity(level)
+        log.set_verbosity(level)
 
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Inside the block, disable tqdm's bars unless stderr is a terminal."""
-    with nullcontext() if sys.stderr.isatty() else no_bars():
+    """Inside the block, disable tqdm's bars if stderr is no terminal or the process is quiet."""
+    with nullcontext() if sys.stderr.isatty() and not is_quiet() else no_bars():
         yield
 
 

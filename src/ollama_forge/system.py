@@ -1,20 +1,16 @@
-"""Query the system: free disk space, memory, cores, installed versions and the cache folder."""
+"""Query the system: free disk space, memory, cores, installed versions and the cache folder.
+
+Libraries are imported in the functions that need them, because every command imports this module.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import platformdirs
-import psutil
-
-from ollama_forge.files import disk_errors
 
 
 def free_space(folder: Path) -> int:
@@ -23,6 +19,8 @@ def free_space(folder: Path) -> int:
     Raises:
         ForgeError: the disk cannot be queried.
     """
+    from ollama_forge.files import disk_errors
+
     folder = folder.absolute()
     with disk_errors(folder):
         existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
@@ -31,11 +29,15 @@ def free_space(folder: Path) -> int:
 
 def available_memory() -> int:
     """Bytes of main memory that a process can use without swapping."""
+    import psutil
+
     return int(psutil.virtual_memory().available)
 
 
 def usable_cores() -> int:
     """Number of logical cores that this process may run on."""
+    import psutil
+
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):  # macOS has no CPU affinity
         return len(process.cpu_affinity())
@@ -45,12 +47,15 @@ def usable_cores() -> int:
 def return_freed_memory() -> None:
     """Return the C library's free memory to the system; otherwise it grows with every large tensor."""
     if sys.platform == "linux":
+        import ctypes
+
         with suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Installed versions by package name; "" for a package that is not installed."""
+    import importlib.metadata
 
     def version(name: str) -> str:
         try:
@@ -64,4 +69,24 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 def cache_root() -> Path:
     """The folder for downloads and converted models: ``OLLAMA_FORGE_CACHE``, else in the user's cache folder."""
     override = os.environ.get("OLLAMA_FORGE_CACHE")
-    return Path(override).expanduser() if override else platformdirs.user_cache_path("ollama-forge", appauthor=False)
+    if override:
+        return Path(override).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("ollama-forge", appauthor=False)
+
+
+def hub_cache() -> Path:
+    """The folder in which huggingface_hub keeps downloaded models, as its variables say."""
+    given = os.environ.get("HF_HUB_CACHE")
+    if given:
+        return Path(given).expanduser()
+    home = os.environ.get("HF_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hub"
+
+
+def config_file() -> Path:
+    """The user's config file, which need not exist."""
+    import platformdirs
+
+    return platformdirs.user_config_path("ollama-forge", appauthor=False) / "config.toml"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models.batching import Batch
+from ollama_forge.models.batching import Batch, batch_of
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.protocol import ModelCopies
 from ollama_forge.text.tokenizer import Ids
 
 
@@ -90,7 +91,9 @@ def gather_residuals_of(
 
     def run() -> list[_Sums]:
         sums = [_Sums.of(model, len(prompts), layers, keep) for prompts, keep in zip(lists, keeps, strict=True)]
-        batches = [(own, batch) for own, prompts in zip(sums, lists, strict=True) for batch in model.batches(prompts)]
+        batches = [
+            (own, prompts, batch) for own, prompts in zip(sums, lists, strict=True) for batch in model.batches(prompts)
+        ]
 
         def work(own: _Sums, batch: Batch) -> None:
             with own.recording(model, batch, position):
@@ -98,13 +101,18 @@ def gather_residuals_of(
             if progress:
                 progress(len(batch.rows))
 
+        if model.copies is not None:
+            for count in _add_from_copies(model.copies, batches, layers, position):
+                if progress:
+                    progress(count)
+            return sums
         key = {"pass": "residuals", "ids": list(lists), "layers": layers, "position": position, "samples": keeps}
         journal = model.journal(key)
         if journal is not None:
             _restore(sums, journal.kept)
             journal.statistics = partial(_statistics, sums)
-        works = [partial(work, own, batch) for own, batch in batches]
-        for _ in model.in_step(works, [batch.ids.numel() for _, batch in batches], journal):
+        works = [partial(work, own, batch) for own, _, batch in batches]
+        for _ in model.in_step(works, [batch.ids.numel() for *_, batch in batches], journal):
             pass
         if journal is not None:
             journal.remove()
@@ -136,6 +144,12 @@ class _Sums:
         samples = torch.empty(prompts, len(layers), width) if keep else None
         return cls(layers, torch.zeros(len(layers), width, dtype=torch.float64), samples)
 
+    def add(self, rows: Sequence[int], part: _Sums) -> None:
+        """Add the sums over a batch of the prompts ``rows``."""
+        self.total.add_(part.total)
+        if self.samples is not None and part.samples is not None:
+            self.samples[list(rows)] = part.samples
+
     @contextmanager
     def recording(self, model: ChatModel, batch: Batch, position: int) -> Iterator[None]:
         """Inside, add the outputs of the layers for a batch."""
@@ -156,6 +170,40 @@ class _Sums:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A batch of prompts for a copy of the model, and what to record of it."""
+
+    prompts: list[Ids]
+    layers: Sequence[int]
+    position: int
+    keep_samples: bool
+
+
+def _sums_of(model: ChatModel, piece: _Piece) -> _Sums:
+    own = _Sums.of(model, len(piece.prompts), piece.layers, piece.keep_samples)
+    batch = batch_of(piece.prompts, model.tokenizer.pad_id, model.device)
+    with own.recording(model, batch, piece.position):
+        model.run_to_layer(batch, piece.layers[-1])
+    return own
+
+
+def _add_from_copies(
+    copies: ModelCopies,
+    batches: Sequence[tuple[_Sums, Sequence[Ids], Batch]],
+    layers: Sequence[int],
+    position: int,
+) -> Iterator[int]:
+    """Have copies of the model run the batches, and add to the sums; yields the numbers of newly run prompts."""
+    pieces = [
+        _Piece([prompts[row] for row in batch.rows], layers, position, own.samples is not None)
+        for own, prompts, batch in batches
+    ]
+    for (own, _, batch), part in zip(batches, copies.map(_sums_of, pieces), strict=True):
+        own.add(batch.rows, part)
+        yield len(batch.rows)
 
 
 def _statistics(sums: Sequence[_Sums]) -> dict[str, Tensor]:

@@ -18,9 +18,10 @@ from ollama_forge.activations.matrix_inputs import MatrixInputs, Writer, eager_e
 from ollama_forge.activations.samples import BatchSamples, Samples
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.architectures.read_matrix import experts_of
-from ollama_forge.models.batching import Batch
+from ollama_forge.models.batching import Batch, batch_of
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.journal import Journal
+from ollama_forge.text.tokenizer import Ids
 
 BUDGET = 2 << 30  # bytes
 _BYTES = 4  # of a float32
@@ -202,7 +203,7 @@ def _gather_groups(
     total = harmful.total + harmless.total
     collectors: dict[Writer, _Collector] = {}
 
-    def add(samples: Samples, index: BatchSamples, inputs: MatrixInputs) -> None:
+    def add(samples: Samples, index: BatchSamples, inputs: Iterable[tuple[Writer, Tensor, Tensor]]) -> None:
         for writer, rows, chosen in inputs:
             collector = collectors.get(writer)
             if collector is None:  # a module that a later layer runs too
@@ -212,19 +213,39 @@ def _gather_groups(
             else:
                 weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
                 collector.add_harmless(rows, weights, is_last)
-        inputs.clear()
 
     def work(samples: Samples, batch: Batch) -> None:
         index = samples.in_batch(batch.rows, batch.ids.shape[1])
         inputs = MatrixInputs(model, writers, index.flat, batch.ids.numel())
+
+        def take(*_: object) -> None:
+            add(samples, index, inputs)
+            inputs.clear()
+
         with ExitStack() as stack:
             for layer in {writer.layer or 0 for writer in writers}:
-                hook = model.scoped(lambda *_: add(samples, index, inputs))
+                hook = model.scoped(take)
                 stack.callback(model.layer(layer).register_forward_hook(hook).remove)
             stack.enter_context(inputs.recording())
             model.run_to_layer(batch, deepest)
         if progress:
             progress(len(batch.rows))
+
+    def gather_from_copies() -> Iterator[int]:
+        """The number of layers that all batches have passed, at the end."""
+        assert model.copies is not None
+        indices = [samples.in_batch(batch.rows, batch.ids.shape[1]) for samples, batch in batches]
+        pieces = [
+            _Piece(writers, [samples.sequences[row] for row in batch.rows], index.flat, deepest)
+            for (samples, batch), index in zip(batches, indices, strict=True)
+        ]
+        found = model.copies.map(_inputs_of, pieces)
+        for (samples, batch), index, inputs in zip(batches, indices, found, strict=True):
+            here = ((writer, rows.to(model.device), chosen.to(model.device)) for writer, rows, chosen in inputs)
+            add(samples, index, here)
+            if progress:
+                progress(len(batch.rows))
+        yield model.model_map.n_layers
 
     waiting = list(groups)
 
@@ -238,7 +259,9 @@ def _gather_groups(
     works = [partial(work, samples, batch) for samples, batch in batches]
     routes = any(matrix.is_expert for matrix in model.model_map.matrices)
     with eager_experts(model.module) if routes else nullcontext():  # for all batches, as they may run side by side
-        for passed in model.in_step(works, [batch.ids.numel() for _, batch in batches], journal):
+        tokens = [batch.ids.numel() for _, batch in batches]
+        steps = model.in_step(works, tokens, journal) if model.copies is None else gather_from_copies()
+        for passed in steps:
             while waiting and max(writer.layer or 0 for writer in waiting[0]) < passed:
                 group = waiting.pop(0)
                 found = {key: collectors.pop(key).finish() for key in list(collectors)}
@@ -247,6 +270,31 @@ def _gather_groups(
                 begin()
                 yield result
                 del result
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A batch of sequences for a copy of the model.
+
+    Attributes:
+        positions: indices ``[samples]`` into the flattened tokens of the padded batch.
+        deepest: the layer to run to.
+    """
+
+    writers: Sequence[Matrix]
+    sequences: list[Ids]
+    positions: Tensor
+    deepest: int
+
+
+def _inputs_of(model: ChatModel, piece: _Piece) -> list[tuple[Writer, Tensor, Tensor]]:
+    """What ``MatrixInputs`` sees in one batch, on the CPU."""
+    batch = batch_of(piece.sequences, model.tokenizer.pad_id, model.device)
+    inputs = MatrixInputs(model, piece.writers, piece.positions, batch.ids.numel())
+    routes = any(matrix.is_expert for matrix in model.model_map.matrices)
+    with eager_experts(model.module) if routes else nullcontext(), inputs.recording():
+        model.run_to_layer(batch, piece.deepest)
+    return [(writer, rows.cpu(), chosen.cpu()) for writer, rows, chosen in inputs]
 
 
 def _of_layers(writers: Sequence[Matrix]) -> list[list[Matrix]]:

@@ -7,15 +7,23 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, PlainValidator
+
+class _RangeAsList:
+    """Pydantic's schema of a range, made when it is asked for: importing pydantic would slow every command's start."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        as_list = core_schema.plain_serializer_function_ser_schema(lambda r: [r.start, r.stop, r.step])
+        return core_schema.no_info_plain_validator_function(_to_range, serialization=as_list)
 
 
 def _to_range(value: Any) -> range:
     return value if isinstance(value, range) else range(*value)
 
 
-# indices along an axis; [start, stop, step] in JSON
-Indices = Annotated[range, PlainValidator(_to_range), PlainSerializer(lambda r: [r.start, r.stop, r.step])]
+Indices = Annotated[range, _RangeAsList]  # indices along an axis; [start, stop, step] in JSON
 
 
 class Role(StrEnum):

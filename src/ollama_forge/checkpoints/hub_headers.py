@@ -9,7 +9,16 @@ from functools import cached_property
 from pathlib import Path
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.checkpoints.hub import Listing, cached_snapshot, fetch_config, fetch_file, hub_errors, listing
+from ollama_forge.checkpoints.companions import is_companion
+from ollama_forge.checkpoints.hub import (
+    Listing,
+    cached_snapshot,
+    fetch_config,
+    fetch_file,
+    fetch_files,
+    hub_errors,
+    listing,
+)
 from ollama_forge.checkpoints.tensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -70,6 +79,17 @@ def hub_checkpoint(repo: str, revision: str | None, *, trust_remote_code: bool =
                     fetch_file(repo, revision, name)
         folder = fetch_file(repo, revision, "config.json").parent
     return HubCheckpoint(folder, repo, "hub", listed.commit or revision, listed)
+
+
+def fetch_companions(checkpoint: HubCheckpoint) -> Path:
+    """Fetch the files beside a model's weights (config, tokenizer, templates), and return their folder.
+
+    Raises:
+        ForgeError: the Hub cannot be reached, or the disk is too small.
+    """
+    sizes = {name: size for name, size in checkpoint.listed.sizes.items() if is_companion(name)}
+    with hub_errors(checkpoint.label, checkpoint.revision):
+        return fetch_files(checkpoint.label, checkpoint.revision, sizes)
 
 
 class _HubTensors(CheckpointTensors):

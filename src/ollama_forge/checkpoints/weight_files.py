@@ -93,6 +93,11 @@ class FileHashes:
         if file not in self._hashes:
             self._hashes[file] = self._pool.submit(_sha256, file, self._stop)
 
+    def put(self, file: Path, digest: str) -> None:
+        """Take the hash of ``file`` as it is known."""
+        self._hashes[file] = Future()
+        self._hashes[file].set_result(digest)
+
     def of(self, file: Path) -> str:
         """Wait for the hash of ``file``.
 

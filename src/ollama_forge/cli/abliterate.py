@@ -10,9 +10,12 @@ import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.completers import complete_ollama, complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
+from ollama_forge.cli.push import push
 from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
 
@@ -27,9 +30,10 @@ abliterate.add_command(export_adapter)
 abliterate.add_command(evaluate)
 abliterate.add_command(optimize)
 abliterate.add_command(plan)
+abliterate.add_command(push)
 
 
-@abliterate.command("compute-dir")
+@abliterate.command("compute-dir", cls=Command)
 @opt.model_option
 @click.option(
     "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
@@ -40,23 +44,26 @@ abliterate.add_command(plan)
 @opt.direction_options
 @opt.factors_option
 @opt.allow_partial_option
+@opt.ray_option
 @opt.json_option
 def compute_dir(**options: Any) -> None:
     """Compute the refusal direction of a model."""
     require_abliterate("compute-dir")
     from ollama_forge.api import compute_dir
 
-    computed = compute_dir(
-        options["model"],
-        Path(options["output"]),
-        revision=options["revision"],
-        adapter=options["adapter"],
-        prompts=opt.prompt_settings(options),
-        load=opt.load_settings(options),
-        direction=opt.direction_settings(options),
-        edit=opt.edit_settings(options),
-        allow_partial=options["allow_partial"],
-    )
+    with opt.cluster_of(options) as cluster:
+        computed = compute_dir(
+            options["model"],
+            Path(options["output"]),
+            revision=options["revision"],
+            adapter=options["adapter"],
+            prompts=opt.prompt_settings(options),
+            load=opt.load_settings(options),
+            direction=opt.direction_settings(options),
+            edit=opt.edit_settings(options),
+            allow_partial=options["allow_partial"],
+            cluster=cluster,
+        )
     direction = computed.direction
     if options["as_json"]:
         values = {"path": str(computed.path), "layer": direction.layer, "method": direction.method}
@@ -68,7 +75,7 @@ def compute_dir(**options: Any) -> None:
         print(f"edit file: {computed.edit_path}")
 
 
-@abliterate.command("apply")
+@abliterate.command("apply", cls=Command)
 @opt.model_option
 @click.option("--output-dir", metavar="DIR", help="Folder to write the edited checkpoint, or GGUF file, to.")
 @click.option("--output", metavar="FILE.gguf", help="File to write, instead of a folder, if --model is a GGUF file.")
@@ -106,6 +113,7 @@ def compute_dir(**options: Any) -> None:
 )
 @click.option("--source", metavar="MODEL", help="With --undo: the model that was edited, if it was moved.")
 @opt.trust_option
+@opt.ray_option
 @opt.json_option
 @click.pass_context
 def apply(ctx: click.Context, /, **options: Any) -> None:
@@ -127,35 +135,37 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
     edit_file = _path(options["edit_file"])
     if options["trial"] is not None or options["study"] is not None:
         edit_file = _edit_of_trial(options)
-    written, applied = apply(
-        options["model"],
-        folder,
-        refusal_pt=_path(options["refusal_pt"]),
-        edit_file=edit_file,
-        per_layer=options["per_layer"],
-        revision=options["revision"],
-        adapter=options["adapter"],
-        settings=opt.edit_settings(options),
-        out_dtype=options["out_dtype"],
-        keep_undo=options["keep_undo"],
-        shards=ShardSettings(options["workers"], options["link"]),
-        gguf=GgufOptions(
-            output=_path(options["output"]),
-            quants=parse_quants(options["quant"]) if options["quant"] else (),
-            imatrix=_path(options["imatrix"]),
-            keep_checkpoint=options["keep_checkpoint"],
-            base=options["base"],
-        ),
-        allow_partial=options["allow_partial"],
-        trust_remote_code=options["trust_remote_code"],
-    )
+    with opt.cluster_of(options) as cluster:
+        written, applied = apply(
+            options["model"],
+            folder,
+            refusal_pt=_path(options["refusal_pt"]),
+            edit_file=edit_file,
+            per_layer=options["per_layer"],
+            revision=options["revision"],
+            adapter=options["adapter"],
+            settings=opt.edit_settings(options),
+            out_dtype=options["out_dtype"],
+            keep_undo=options["keep_undo"],
+            shards=ShardSettings(options["workers"], options["link"]),
+            gguf=GgufOptions(
+                output=_path(options["output"]),
+                quants=parse_quants(options["quant"]) if options["quant"] else (),
+                imatrix=_path(options["imatrix"]),
+                keep_checkpoint=options["keep_checkpoint"],
+                base=options["base"],
+            ),
+            allow_partial=options["allow_partial"],
+            trust_remote_code=options["trust_remote_code"],
+            cluster=cluster,
+        )
     if options["as_json"]:
         print(json.dumps(applied_json(written, applied, folder)))
     else:
         print_applied(written, applied, folder)
 
 
-@abliterate.command("inspect")
+@abliterate.command("inspect", cls=Command)
 @opt.model_option
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @opt.adapter_option
@@ -199,23 +209,7 @@ def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        from ollama_forge.pipeline.run_toml import read_config
-
-        known = {p.name for p in ctx.command.params if p.name} - {"config"}
-        ctx.default_map = read_config(Path(value), known)
-
-
-@abliterate.command("run")
-@click.option(
-    "--config",
-    is_eager=True,
-    expose_value=False,
-    callback=_read_config,
-    metavar="FILE",
-    help="Read options from a run.toml; options on the command line take precedence.",
-)
+@abliterate.command("run", cls=Command)
 @opt.model_option
 @click.option("--name", required=True, help="Name of the edited model in Ollama.")
 @click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
@@ -253,7 +247,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
 @click.option(
-    "--template-from", metavar="MODEL", help="Ollama model to copy template, renderer, parser and stop strings from."
+    "--template-from",
+    metavar="MODEL",
+    shell_complete=complete_ollama,
+    help="Ollama model to copy template, renderer, parser and stop strings from.",
 )
 @click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
 @click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
@@ -342,8 +339,10 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         closing_lines(report, climbed=settings.choosing.climbs, limits=settings.choosing.limits)
 
 
-@abliterate.command("chat")
-@click.option("--name", help="Name of a model that run made, or that ollama-forge serves.")
+@abliterate.command("chat", cls=Command)
+@click.option(
+    "--name", shell_complete=complete_runs, help="Name of a model that run made, or that ollama-forge serves."
+)
 @click.option("--checkpoint", metavar="MODEL", help="A checkpoint folder, or anything that --model takes.")
 @click.option(
     "--server",
@@ -392,7 +391,7 @@ def chat(**options: Any) -> None:
     )
 
 
-@abliterate.command("download-lists")
+@abliterate.command("download-lists", cls=Command)
 @click.option("--output-dir", required=True, metavar="DIR", help="Folder to write the lists to.")
 @click.option("--source-base", metavar="URL", help="Mirror to use instead of the original hosts, with the same paths.")
 @click.option("--timeout", type=float, default=30, show_default=True, metavar="S", help="Seconds to wait for a list.")

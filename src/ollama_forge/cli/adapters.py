@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
 from ollama_forge.errors import require_abliterate
 
 
-@click.command("export-adapter")
+@click.command("export-adapter", cls=Command)
 @opt.model_option
 @click.option("--edit", "edit_file", required=True, metavar="FILE", help="Edit file of compute-dir, apply or run.")
 @click.option(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.vllm import engine_option, vllm_options, vllm_settings
 from ollama_forge.errors import require_abliterate
 from ollama_forge.prompts.settings import MAX_REPORT
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from ollama_forge.comparison.report import EvaluationReport
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.option(
     "--base",
     required=True,
@@ -43,8 +45,17 @@ if TYPE_CHECKING:
     "engine_urls",
     multiple=True,
     metavar="URL[#MODEL]",
-    help="Model on an Ollama or OpenAI-compatible server; repeatable. It gives texts alone: no divergence.",
+    help="Model on a vLLM, a llama-server, an Ollama or another OpenAI-compatible server; repeatable. It gives answers "
+    "alone: no divergence.",
 )
+@click.option(
+    "--base-engine-url",
+    metavar="URL[#MODEL]",
+    help="Server that answers for the base too. --base then gives the tokenizer and the template alone; no weights are "
+    "read.",
+)
+@engine_option
+@vllm_options
 @click.option(
     "--output-dir", default="evaluation", show_default=True, metavar="DIR", help="Folder to write the report to."
 )
@@ -77,6 +88,7 @@ if TYPE_CHECKING:
 @click.option("--lm-eval-tasks-dir", "tasks_dir", metavar="DIR", help="Folder with further tasks for --lm-eval.")
 @click.option("--no-control", is_flag=True, help="Measure no change of the same size with a random direction.")
 @click.option("--force", is_flag=True, help="Make every measurement again.")
+@opt.ray_option
 @opt.json_option
 def evaluate(**options: Any) -> None:
     """Measure models beside the base that they were made of, and test their differences.
@@ -91,6 +103,8 @@ def evaluate(**options: Any) -> None:
         checkpoints=tuple(options["checkpoints"]),
         ggufs=tuple(options["ggufs"]),
         engine_urls=tuple(options["engine_urls"]),
+        base_engine_url=options["base_engine_url"],
+        vllm=vllm_settings(options),
         output_dir=Path(options["output_dir"]),
         prompts=opt.prompt_settings(options),
         load=opt.load_settings(options),
@@ -100,7 +114,8 @@ def evaluate(**options: Any) -> None:
         tasks=options["tasks"] or (),
         tasks_dir=None if options["tasks_dir"] is None else Path(options["tasks_dir"]),
     )
-    report = evaluate(settings, force=options["force"])
+    with opt.cluster_of(options) as cluster:
+        report = evaluate(settings, force=options["force"], cluster=cluster)
     if options["as_json"]:
         print(json.dumps(report.to_json()))
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.completers import complete_ollama
 from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option, parameter_option
 from ollama_forge.errors import ForgeError, install_hint
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ollama_forge.ollama.register import Registered
 
 
-@click.command()
+@click.command("convert", cls=Command)
 @click.option("--gguf", required=True, metavar="FILE", help="The GGUF file.")
 @click.option("--name", required=True, help="Name of the model in Ollama.")
 @click.option("--quantize", metavar="TYPE", help="Type to quantise an F16, BF16 or F32 file to, such as Q4_K_M.")
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--template-from",
     metavar="MODEL",
+    shell_complete=complete_ollama,
     help="Ollama model to copy template, renderer, parser and stop strings from.",
 )
 @click.option("--renderer", default="", metavar="NAME", help=RENDERER_HELP)
@@ -48,7 +51,7 @@ def convert(
     from ollama_forge.ollama.parameters import parse_assignments
     from ollama_forge.ollama.register import check_quantize, register
     from ollama_forge.ollama.template import check_template_source, template_plan
-    from ollama_forge.progress import say
+    from ollama_forge.progress import warn
 
     check_ollama_name(name)
     check_template_source(template_from)
@@ -59,14 +62,20 @@ def convert(
         state.require()
         plan = template_plan(client, template_from, renderer=renderer, parser=parser)
         for warning in state.warnings(renderer=bool(plan.renderer or plan.parser)):
-            say(f"warning: {warning}")
+            warn(warning)
         made = register(client, Path(gguf), name, plan=plan, system=system, parameters=parameters, quantize=kind)
     _print_registered(made, as_json)
 
 
-@click.command("refresh-template")
-@click.option("--name", required=True, help="Ollama model to change.")
-@click.option("--base", required=True, metavar="MODEL", help="Ollama model to copy the template from.")
+@click.command("refresh-template", cls=Command)
+@click.option("--name", required=True, shell_complete=complete_ollama, help="Ollama model to change.")
+@click.option(
+    "--base",
+    required=True,
+    metavar="MODEL",
+    shell_complete=complete_ollama,
+    help="Ollama model to copy the template from.",
+)
 @click.option("--template-only", is_flag=True, help="Copy no parameters and no system prompt.")
 @click.option("--output-name", metavar="NAME", help="Create a new model with this name instead of changing --name.")
 @json_option
@@ -75,13 +84,13 @@ def refresh_template(name: str, base: str, template_only: bool, output_name: str
     _require_client("refresh-template")
     from ollama_forge.ollama.client import Client
     from ollama_forge.ollama.refresh import refresh
-    from ollama_forge.progress import say
+    from ollama_forge.progress import warn
 
     with Client() as client:
         state = client.state()
         state.require()
         for warning in state.warnings():
-            say(f"warning: {warning}")
+            warn(warning)
         made = refresh(client, name, base, template_only=template_only, output_name=output_name)
     _print_registered(made, as_json)
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.vllm import engine_option, vllm_options, vllm_settings
 from ollama_forge.errors import require_abliterate
 
 if TYPE_CHECKING:
     from ollama_forge.pipeline.optimize import Optimized
 
 
-@click.command()
+@click.command("optimize", cls=Command)
 @opt.model_option
 @click.option(
     "--study",
@@ -41,29 +43,42 @@ if TYPE_CHECKING:
 @click.option("--strengthen", is_flag=True, help="Search for edits that make the model refuse more harmful prompts.")
 @opt.few_refusals_option
 @opt.allow_partial_option
+@opt.ray_option
+@engine_option
+@vllm_options
+@click.option(
+    "--engine-url",
+    metavar="URL[#MODEL]",
+    help="vLLM that answers for the model and its edits; it must run the model with --enable-lora and "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see the folder of --study.",
+)
 @opt.json_option
 def optimize(**options: Any) -> None:
     """Search for the edits with the fewest refusals at each amount of damage, and write them for apply --trial."""
     require_abliterate("optimize")
     from ollama_forge.pipeline.optimize import OptimizeSettings, optimize
 
-    found = optimize(
-        OptimizeSettings(
-            model=options["model"],
-            study=Path(options["study"]),
-            trials=options["trials"],
-            workers=options["workers"],
-            revision=options["revision"],
-            adapter=options["adapter"],
-            prompts=opt.prompt_settings(options),
-            load=opt.load_settings(options),
-            max_kl=options["max_kl"],
-            max_answer_kl=options["max_answer_kl"],
-            strengthen=options["strengthen"],
-            allow_few_refusals=options["allow_few_refusals"],
-            allow_partial=options["allow_partial"],
+    with opt.cluster_of(options) as cluster:
+        found = optimize(
+            OptimizeSettings(
+                model=options["model"],
+                study=Path(options["study"]),
+                trials=options["trials"],
+                workers=options["workers"],
+                revision=options["revision"],
+                adapter=options["adapter"],
+                prompts=opt.prompt_settings(options),
+                load=opt.load_settings(options),
+                max_kl=options["max_kl"],
+                max_answer_kl=options["max_answer_kl"],
+                strengthen=options["strengthen"],
+                allow_few_refusals=options["allow_few_refusals"],
+                allow_partial=options["allow_partial"],
+                vllm=vllm_settings(options),
+                engine_url=options["engine_url"],
+            ),
+            cluster,
         )
-    )
     if options["as_json"]:
         print(json.dumps(found.to_json()))
     else:

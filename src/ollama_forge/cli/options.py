@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
@@ -17,6 +18,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 
 if TYPE_CHECKING:
+    from ollama_forge.cluster.protocol import Cluster
     from ollama_forge.models.chat_model import LoadSettings
 
 RENDERER_HELP = "Renderer of Ollama's that makes the prompts, by its name there."
@@ -78,7 +80,7 @@ def _format_default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _combined(*options: Callable[[F], F]) -> Callable[[F], F]:
+def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -124,9 +126,15 @@ parameter_option = click.option(
     metavar="K=V",
     help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
 )
+ray_option = click.option(
+    "--ray",
+    metavar="auto|HOST:PORT",
+    help="Share the work among the nodes of a Ray cluster (extra cluster): auto for the one that this machine is part "
+    "of. See docs/scaling.md.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
-model_options = _combined(
+model_options = combined(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
         "--dtype",
@@ -143,10 +151,10 @@ model_options = _combined(
     ),
     trust_option,
 )
-talk_options = _combined(
+talk_options = combined(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
 )
-limit_options = _combined(
+limit_options = combined(
     click.option(
         "--max-answer-kl",
         type=float,
@@ -182,12 +190,12 @@ memory_option = click.option(
     help="Memory to use, such as 8GiB. If the model needs more, its layers are read from disk one after the other, "
     "each for all prompts at once.",
 )
-load_options = _combined(
+load_options = combined(
     talk_options,
     batch_size_option,
     click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
 )
-list_options = _combined(
+list_options = combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
     ),
@@ -205,7 +213,7 @@ list_options = _combined(
         help="Seed for shuffling the instructions.",
     ),
 )
-prompt_options = _combined(
+prompt_options = combined(
     list_options,
     click.option(
         "--num-instructions",
@@ -222,7 +230,7 @@ max_measured_option = click.option(
     help="Largest number of prompts of each list for choosing and for measuring "
     f"(default {MAX_SELECT} and {MAX_REPORT}; 0: all).",
 )
-direction_options = _combined(
+direction_options = combined(
     click.option(
         "--method",
         default=DirectionSettings.method,
@@ -257,7 +265,7 @@ factors_option = click.option(
     default=None,
     help=f"How the edit is computed from the direction (default {EditSettings.factors}).",
 )
-edit_options = _combined(
+edit_options = combined(
     click.option(
         "--targets",
         type=CommaSeparated(str, "name"),
@@ -303,7 +311,7 @@ out_dtype_option = click.option(
     help=f"Storage types of the edited checkpoint. {OUT_DTYPE_HELP}",
 )
 
-shard_options = _combined(
+shard_options = combined(
     click.option(
         "--workers",
         type=int,
@@ -332,6 +340,22 @@ EDIT_KEYS = (
     "targets", "strength", "attn_strength", "mlp_strength", "strength_kernel",
     "skip_begin_layers", "skip_end_layers", "norm_preserving",
 )  # fmt: skip
+
+
+@contextmanager
+def cluster_of(options: dict[str, Any]) -> Iterator[Cluster | None]:
+    """The cluster that ``--ray`` names; None without it.
+
+    Raises:
+        ForgeError: Ray is not installed, or there is no cluster.
+    """
+    if options["ray"] is None:
+        yield None
+        return
+    from ollama_forge.cluster.ray_cluster import connected
+
+    with connected(options["ray"]) as cluster:
+        yield cluster
 
 
 def load_settings(options: dict[str, Any]) -> LoadSettings:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
 from ollama_forge.errors import UsageError, require_abliterate
 
 if TYPE_CHECKING:
     from ollama_forge.inspection.requirements import Requirements
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @opt.model_option
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 @opt.memory_option

@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli import options as opt
+from ollama_forge.cli.base import Command
+from ollama_forge.cli.completers import complete_runs
+from ollama_forge.cli.vllm import vllm_options, vllm_settings
 from ollama_forge.errors import UsageError, require_abliterate
 from ollama_forge.names import run_output
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
     from ollama_forge.models.chat_model import LoadSettings
+    from ollama_forge.models.servers.vllm_process import VllmSettings
     from ollama_forge.serving.live_source import LiveSource
     from ollama_forge.serving.model import ServedModel
 
 
-@click.command("serve")
+@click.command("serve", cls=Command)
 @click.option(
     "--name",
     "names",
     multiple=True,
+    shell_complete=complete_runs,
     help="Name of a model that run made; with --checkpoint, the name to serve it under. May be given several times.",
 )
 @click.option(
@@ -78,19 +83,20 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--engine",
-    type=click.Choice(("auto", "transformers", "llamacpp")),
+    type=click.Choice(("auto", "transformers", "llamacpp", "vllm")),
     default="auto",
     show_default=True,
     help="What generates. auto takes llama.cpp for a GGUF file, or the one that run made, if it is faster and agrees "
-    "with transformers; the first start compares them.",
+    "with transformers; the first start compares them. vllm starts a vLLM.",
 )
+@vllm_options
 @click.option(
     "--engine-url",
     metavar="URL",
     help="Forward to a llama-server or a vLLM (URL#MODEL) that runs the model; --name or --checkpoint gives the "
     "tokenizer and the template.",
 )
-@click.option("--api-key", envvar="OLLAMA_FORGE_API_KEY", metavar="KEY", help="Bearer token that clients must send.")
+@click.option("--api-key", metavar="KEY", help="Bearer token that clients must send.")
 @click.option(
     "--live",
     is_flag=True,
@@ -106,7 +112,9 @@ def serve(**options: Any) -> None:
         raise UsageError("--revision, --adapter, --engine-url and --live are of one model", "serve that model alone")
     if options["engine_url"] and options["engine"] != "auto":
         raise UsageError("--engine-url names the engine itself", "leave out --engine")
-    load = opt.load_settings(options)
+    load, vllm = opt.load_settings(options), vllm_settings(options)
+    if vllm is not None and load.device != "auto":
+        raise UsageError("--device is for transformers; vLLM chooses its own", "leave it out, or see --vllm-args")
     from ollama_forge.progress import say
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind
@@ -121,7 +129,7 @@ def serve(**options: Any) -> None:
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:
-        models = _models(named, load, options)
+        models = _models(named, load, vllm, options)
         if models[0].engine_reason:
             say(models[0].engine_reason)
         announce(models[0].name, settings, listening, limits=models[0].limits, more=len(models) - 1)
@@ -131,7 +139,10 @@ def serve(**options: Any) -> None:
 
 
 def _models(
-    named: Sequence[tuple[str | None, str | None]], load: LoadSettings, options: dict[str, Any]
+    named: Sequence[tuple[str | None, str | None]],
+    load: LoadSettings,
+    vllm: VllmSettings | None,
+    options: dict[str, Any],
 ) -> list[ServedModel]:
     """The models to serve: one is loaded, several will be when they are asked for."""
     from ollama_forge.progress import status
@@ -140,7 +151,7 @@ def _models(
     from ollama_forge.serving.registry import servable_name
     from ollama_forge.sources.resolve import resolve
 
-    engine = EngineSettings(options["engine"], options["engine_url"], options["slots"], options["num_ctx"])
+    engine = EngineSettings(options["engine"], options["engine_url"], options["slots"], options["num_ctx"], vllm)
     live = live_source(*named[0], options) if options["live"] else None
     models = []
     for given, source in named:

@@ -21,7 +21,7 @@ def undo(ctx: click.Context, options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: an option is given that has no meaning for it, or none says where to write.
     """
-    given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     for parameter in ctx.command.params:
         if parameter.name in given - _USED:
             raise UsageError(f"{parameter.opts[0]} has no meaning with --undo", "leave it out")

@@ -10,6 +10,8 @@ import filelock
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.cluster.protocol import Cluster
+from ollama_forge.comparison.answering import VllmAnswers, with_tokens_of
 from ollama_forge.comparison.candidates import (
     BaseModel,
     Candidate,
@@ -25,14 +27,15 @@ from ollama_forge.comparison.settings import BASE, EvaluateSettings
 from ollama_forge.comparison.stages import Comparison, Row
 from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.evaluation.judge import Judge
-from ollama_forge.models.chat_server import ChatServer
 from ollama_forge.models.gguf_model import llamacpp_is_installed
-from ollama_forge.models.holder import ModelHolder
+from ollama_forge.models.holder import ModelHolder, for_cluster
 from ollama_forge.models.machine import Machine
+from ollama_forge.models.servers.find import find_server
+from ollama_forge.models.servers.vllm_process import require_runnable
 from ollama_forge.progress import say
 from ollama_forge.prompts.sources import read_instructions
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.sources.resolve import resolve, resolve_gguf
+from ollama_forge.sources.resolve import resolve, resolve_gguf, resolve_without_weights
 from ollama_forge.system import cache_root
 from ollama_forge.text.context import context_of, fitting
 from ollama_forge.text.tokenizer import Tokenizer
@@ -40,22 +43,26 @@ from ollama_forge.text.tokenizer import Tokenizer
 CONTROL = "random direction ({})"  # the name of a control's row
 
 
-def evaluate(settings: EvaluateSettings, *, force: bool = False) -> EvaluationReport:
+def evaluate(settings: EvaluateSettings, *, force: bool = False, cluster: Cluster | None = None) -> EvaluationReport:
     """Measure the base and all candidates, test their differences, and write the report.
 
     Every measurement is kept in the cache by its content: one that was made before is not made again.
 
     Args:
         force: make every measurement again.
+        cluster: its workers load copies of the models that transformers runs, which run the prompts.
 
     Raises:
         UsageError: options contradict each other, or the output folder holds the report of a run.
         ForgeError: a model or list is missing, a candidate does not fit the base, or a measurement failed. What was
             measured before stays in the cache; no report is written.
     """
-    ready = _prepare(settings)
-    with _locked(ready.comparison(force=force)) as comparison:
-        return _compare(ready, comparison)
+    ready = _prepare(settings, cluster)
+    try:
+        with _locked(ready.comparison(force=force)) as comparison:
+            return _compare(ready, comparison)
+    finally:
+        ready.base.drop()
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,10 @@ class _Ready:
         return Comparison.of(self.base, self.split.report, self.machine.numerics, root, seed, force=force)
 
 
-def _prepare(settings: EvaluateSettings) -> _Ready:
+def _prepare(settings: EvaluateSettings, cluster: Cluster | None) -> _Ready:
     """Check settings and lists first, then the models, before anything is measured."""
     settings.check()
+    for_cluster(settings.load, cluster)
     require_own_folder(settings.output_dir)
     if settings.tasks:
         require_tasks(settings.tasks, settings.tasks_dir)
@@ -88,22 +96,41 @@ def _prepare(settings: EvaluateSettings) -> _Ready:
     split = replace(split, notes=tuple(note for note in split.notes if "select part" not in note))
     judge = None if settings.judge is None else Judge.parse(settings.judge)
     preserved = () if settings.preserve is None else read_instructions(settings.preserve, settings.prompts.column)
-    servers = {address: ChatServer.find(address) for address in settings.engine_urls}
-    trust = settings.load.trust_remote_code
-    checkpoint = resolve(settings.base, trust_remote_code=trust)
-    model_map = map_checkpoint(checkpoint, trust_remote_code=trust)
-    base = BaseModel(checkpoint, model_map, settings.load, ModelHolder(settings.load))
-    split = fitting(split, base.tokenizer, context_of(checkpoint.config, model_map.learned_positions))
+    servers = {address: find_server(address) for address in settings.engine_urls}
+    base = _base(settings, cluster)
+    positions = None if base.mapped is None else base.mapped.learned_positions
+    split = fitting(split, base.tokenizer, context_of(base.checkpoint.config, positions))
     for prompts in (*split.report.lists.values(), preserved):
         base.tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take
+    if settings.vllm is not None:
+        asked = [*preserved, *(prompt for prompts in split.report.lists.values() for prompt in prompts)]
+        base = replace(base, vllm=VllmAnswers(settings.vllm, settings.load, asked))
+    trust = settings.load.trust_remote_code
     candidates: list[Candidate] = []
     for name in settings.checkpoints:
         other = resolve(name, trust_remote_code=trust)
         require_same_prompts(base.tokenizer, _tokenizer(other, settings), name)
+        if settings.vllm is not None:
+            require_runnable(other)
         candidates.append(CheckpointCandidate(name, other, base))
-    candidates += [GgufCandidate(name, resolve_gguf(name, None, checkpoint), base) for name in settings.ggufs]
-    candidates += [ServerCandidate(name, server, base) for name, server in servers.items()]
+    candidates += [GgufCandidate(name, resolve_gguf(name, None, base.checkpoint), base) for name in settings.ggufs]
+    for name, server in servers.items():
+        candidates.append(ServerCandidate(name, with_tokens_of(base.tokenizer, server, name), base))
     return _Ready(settings, split, tuple(preserved), judge, base, tuple(candidates), Machine.here(settings.load))
+
+
+def _base(settings: EvaluateSettings, cluster: Cluster | None) -> BaseModel:
+    """The base model; of one that a server answers for, the tokenizer and the template alone are fetched."""
+    load, trust = settings.load, settings.load.trust_remote_code
+    if settings.base_engine_url is not None:
+        found = find_server(settings.base_engine_url)
+        checkpoint = resolve_without_weights(settings.base, trust_remote_code=trust)
+        base = BaseModel(checkpoint, None, load, ModelHolder(load))
+        return replace(base, server=with_tokens_of(base.tokenizer, found, settings.base_engine_url))
+    checkpoint = resolve(settings.base, trust_remote_code=trust)
+    if settings.vllm is not None:
+        require_runnable(checkpoint)
+    return BaseModel(checkpoint, map_checkpoint(checkpoint, trust_remote_code=trust), load, ModelHolder(load))
 
 
 def _tokenizer(checkpoint: Checkpoint, settings: EvaluateSettings) -> Tokenizer:
@@ -133,14 +160,14 @@ def _locked(comparison: Comparison) -> Iterator[Comparison]:
 
 
 def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
-    """All stages; those that need the base in memory first, so that it is loaded twice at most."""
+    """All stages; those that need the base first, its answers before its distributions: both are loaded seldom."""
     settings, candidates = ready.settings, ready.candidates
     for note in ready.split.notes:
         say(f"note: {note}")
-    base = comparison.measure_base()
-    floor = comparison.measure_noise_floor()
     counts = {BASE: comparison.count_preserved(ready.preserved, None)} if ready.preserved else {}
     judged = {} if ready.judge is None else {BASE: comparison.judge(ready.judge, None)}
+    base = comparison.measure_base()
+    floor = comparison.measure_noise_floor()
     scores: dict[str, Scores | None] = {}
     if settings.tasks:
         scores[BASE] = comparison.score_tasks(settings.tasks, settings.tasks_dir, None)
@@ -164,7 +191,7 @@ def _compare(ready: _Ready, comparison: Comparison) -> EvaluationReport:
             made = f"a change of {control.matrices} matrices of the base, made from {control.made_from}"
             entries[name] = CandidateEntry("control", {"of": candidate.label}, made)
     measured = {name: row.with_likelihood(comparison.likelihood(name, row.general)).row for name, row in rows.items()}
-    ready.base.models.drop()
+    ready.base.drop()
     report = EvaluationReport(
         base=settings.base,
         prompts=ready.split.report,

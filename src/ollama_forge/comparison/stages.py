@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ollama_forge.comparison.candidates import BaseModel, Candidate, CheckpointCandidate
+from ollama_forge.comparison.candidates import BaseModel, Candidate, CheckpointCandidate, ServerCandidate
 from ollama_forge.comparison.capability import Scores, score_tasks
 from ollama_forge.comparison.control import Control, control_from_difference, control_from_record, missing_matrices
+from ollama_forge.comparison.settings import BASE
 from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.hooks import hooked
@@ -25,10 +26,8 @@ from ollama_forge.evaluation.measure import (
     Damage,
     Measured,
     Measurement,
-    answer_texts,
     damage_of,
     measure,
-    measure_base,
 )
 from ollama_forge.evaluation.refusals import classify
 from ollama_forge.files import sha256_file, sha256_json
@@ -117,6 +116,7 @@ class Comparison:
             **base.identity,
             "load": {**base.load.outcome, **numerics},
             "lists": prompts.hashes,
+            **({} if base.vllm is None else {"vllm": dict(base.vllm.identity)}),
         }
         folder = root / sha256_json({**needs, "versions": versions(MODEL_PACKAGES)})[:24]
         return cls(base, prompts, needs, StageCache(folder, force=force), seed)
@@ -132,18 +132,23 @@ class Comparison:
 
         def do() -> Measurement:
             say("measuring the base model")
-            row, reference = measure_base(self.base.get(), self.prompts, "base model")
+            row, reference = self.base.measure(self.prompts)
             reference.save(file)
             return row
+
+        if self.base.server is not None:
+            return self.measure_candidate(ServerCandidate(BASE, self.base.server, self.base)).row
 
         return self.cache.do(Stage("base", Measurement, self.needs, do, [file], MODEL_PACKAGES))
 
     def measure_noise_floor(self) -> Damage | None:
-        """What rounding the base to 8 bits does; None if the memory does not suffice."""
+        """What rounding the base to 8 bits does; None if the memory does not suffice or the weights are not read."""
+        if self.base.server is not None:
+            return None
 
         def do() -> _Floor:
             model = self.base.get()
-            with status("measuring the base model rounded to 8 bits"), rounded(model.module) as fits:
+            with status("measuring the base model rounded to 8 bits"), model.alone(), rounded(model.module) as fits:
                 return _Floor(damage_of(model, divergence(model, self.reference)) if fits else None)
 
         return self.cache.do(Stage("noise-floor", _Floor, self.needs, do, (), MODEL_PACKAGES)).damage
@@ -153,7 +158,7 @@ class Comparison:
 
         def do() -> Row:
             say(f"measuring {candidate.label}")
-            return Row.of(candidate.measure(self.prompts, self.reference))
+            return Row.of(candidate.measure(self.prompts, lambda: self.reference))
 
         return self._of_candidate("measure", candidate, Row, {}, do)
 
@@ -210,7 +215,7 @@ class Comparison:
 
     def score_tasks(self, tasks: Sequence[str], folder: Path | None, candidate: Candidate | None) -> Scores | None:
         """The scores of a candidate on tasks of lm-eval, of the base for None; None where its weights are not here."""
-        if candidate is not None and candidate.kind == "server":
+        if self.base.server if candidate is None else candidate.kind == "server":
             return None
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder is not None else []
         needs = {"tasks": list(tasks), "files": [sha256_file(path) for path in files], **versions(("lm_eval",))}
@@ -222,8 +227,13 @@ class Comparison:
 
         return self._of_row("lm-eval", candidate, _Scored, needs, do).scores
 
-    def likelihood(self, name: str, answers: Sequence[Sequence[int]]) -> Estimate:
-        """The negative log-likelihood under the base of a row's answers to the general prompts, in nats a token."""
+    def likelihood(self, name: str, answers: Sequence[Sequence[int]]) -> Estimate | None:
+        """The negative log-likelihood under the base of a row's answers to the general prompts, in nats a token.
+
+        None if the weights of the base are not read.
+        """
+        if self.base.server is not None:
+            return None
 
         def do() -> Estimate:
             prompts = self.reference.prompts[: len(answers)]
@@ -237,8 +247,9 @@ class Comparison:
     def _answers(self, candidate: Candidate | None, prompts: Sequence[str]) -> list[str]:
         if candidate is not None:
             return candidate.answers(prompts)
-        with bar("base model", len(prompts)) as advance:
-            return answer_texts(self.base.get(), prompts, advance)
+        if self.base.server is not None:
+            return ServerCandidate(BASE, self.base.server, self.base).answers(prompts)
+        return self.base.answers(prompts)
 
     def _of_row(
         self, work: str, candidate: Candidate | None, kind: type[T], needs: Mapping[str, Any], do: Callable[[], T]

@@ -15,6 +15,7 @@ from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, no
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.directions.settings import MAX_DIRECTIONS
 from ollama_forge.edits.apply import AppliedEdit, apply_plan, leak_notes
@@ -26,7 +27,7 @@ from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_folder, disk_errors, human_size, read_json, write_json
+from ollama_forge.files import atomic_folder, disk_errors, human_size, left_by_killed, read_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.system import free_space
 
@@ -55,7 +56,7 @@ def check_output(folder: Path, needed: int) -> None:
         raise UsageError(f"{folder} is a file", "give a folder for the edited checkpoint")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROVENANCE).is_file():
         raise UsageError(f"{folder} holds something else than an edited checkpoint", "give a new or empty folder")
-    free = free_space(folder)
+    free = free_space(folder) + left_by_killed(folder)
     if needed > free:
         raise ForgeError(
             f"the edited checkpoint needs {human_size(needed)}, but only {human_size(free)} are free at {folder}",
@@ -110,11 +111,13 @@ def write_checkpoint(
     direction: RefusalDirection | None = None,
     provenance: Mapping[str, Any] | None = None,
     shards: ShardSettings | None = None,
+    cluster: Cluster | None = None,
 ) -> AppliedEdit:
     """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
 
     Args:
         shards: how shards are written; None for one after the other, without links.
+        cluster: its workers write the shards, on storage that they share; None to write them in this process.
 
     Raises:
         ForgeError: too little disk space, a damaged source, or a failed write; ``folder`` is then unchanged.
@@ -131,7 +134,7 @@ def write_checkpoint(
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
     with atomic_folder(folder) as partial, hashing_source(checkpoint, shards.workers) as hashes:
-        applied = apply_plan(layout, partial, described["settings"], shards, hashes)
+        applied = apply_plan(layout, partial, described["settings"], shards, cluster, hashes)
         with disk_errors(folder):
             copy_companions(checkpoint, partial, applied)
             described["source"]["files"] = hashes.digests()

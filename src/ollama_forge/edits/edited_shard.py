@@ -59,23 +59,30 @@ class MatrixSums:
         )
 
 
-class EditedShard:
-    """Computes the bytes of a shard's tensors, and keeps what the record of the edit says of them.
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the record of an edit says of the tensors of one shard.
 
     Attributes:
-        records: the record of each edited matrix of the shard.
+        matrices: the record of each edited matrix.
         bias_shifts: the values added to each edited bias.
         changed: names of the tensors whose bytes differ from the source's.
         leaks: for packed matrices, the share of the edit that rounding undid.
     """
 
+    matrices: dict[str, MatrixRecord] = field(default_factory=dict)
+    bias_shifts: dict[str, Tensor] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    leaks: dict[str, float] = field(default_factory=dict)
+
+
+class EditedShard:
+    """Computes the bytes of a shard's tensors, and records their changes."""
+
     def __init__(self, layout: ShardLayout) -> None:
         self.layout, self.tensors, self.label = layout, layout.tensors, layout.checkpoint.label
         self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
-        self.records: dict[str, MatrixRecord] = {}
-        self.bias_shifts: dict[str, Tensor] = {}
-        self.changed: set[str] = set()
-        self.leaks: dict[str, float] = {}
+        self.record = ShardRecord()
 
     def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         owner = self.layout.owners.get(out.name)
@@ -119,8 +126,8 @@ class EditedShard:
                 yield data
         record = sums.record(edit)
         if record.source_sha256 != record.result_sha256:
-            self.changed.add(out.name)
-        self.records[out.name] = record
+            self.record.changed.add(out.name)
+        self.record.matrices[out.name] = record
 
     def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
         """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
@@ -135,11 +142,11 @@ class EditedShard:
             sums.result.update(scale)
             scales.append(scale)
             yield codes
-            self.changed.update(compress(packed.parts, encoded.changed))
+            self.record.changed.update(compress(packed.parts, encoded.changed))
         self.scales[packed.parts[1]] = memoryview(b"".join(scales))
-        self.records[packed.name] = sums.record(edit)
+        self.record.matrices[packed.name] = sums.record(edit)
         if size:
-            self.leaks[packed.name] = error / size
+            self.record.leaks[packed.name] = error / size
 
     def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
         """The scales of an edited packed matrix, encoded now if its codes are in another shard."""
@@ -153,10 +160,10 @@ class EditedShard:
         bias = decode_tensor(source, info.dtype, info.shape)
         check_finite(bias, info.name, self.label)
         shifts = bias_shifts(self.tensors, edit, bias, self.label)
-        self.bias_shifts[info.name] = shifts
+        self.record.bias_shifts[info.name] = shifts
         data = encode_tensor(bias + shifts, out.dtype, out.name)
         if bytes(data) != bytes(source):
-            self.changed.add(info.name)
+            self.record.changed.add(info.name)
         yield data
 
 

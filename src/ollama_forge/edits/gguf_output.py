@@ -38,7 +38,7 @@ from ollama_forge.edits.provenance import describe_edit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.source_files import hashing_source
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import atomic_file, copy_range, disk_errors, human_size, read_at, write_all
+from ollama_forge.files import atomic_file, copy_range, disk_errors, human_size, left_by_killed, read_at, write_all
 from ollama_forge.progress import bar, say
 from ollama_forge.system import free_space, return_freed_memory
 
@@ -163,7 +163,7 @@ def check_target(checkpoint: GgufCheckpoint, path: Path, needed: int) -> None:
         raise UsageError(f"{path} is a folder", "give a file, or use --output-dir")
     if any((folder / "manifests").is_dir() and (folder / "blobs").is_dir() for folder in target.parents):
         raise UsageError(f"{path} lies in Ollama's own store", "give a file elsewhere, and register it with convert")
-    free = free_space(path.parent)
+    free = free_space(path.parent) + left_by_killed(path)
     if needed > free:
         raise ForgeError(
             f"the edited file needs {human_size(needed)}, but only {human_size(free)} are free at {path.parent}",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,12 @@ Parts = dict[str, list[Part]]
 
 @contextmanager
 def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
-    """Inside the block the model computes as edited by ``plan``; afterwards its weights and hooks are as before."""
+    """Inside the block the model, with its copies, computes as edited by ``plan``; afterwards all is as before."""
     stacks = expert_stacks(model.model_map)
     with ExitStack() as stack:
+        if model.copies is not None:
+            stack.callback(setattr, model, "copies", model.copies)
+            model.copies = model.copies.edited(partial(hooked, plan=plan))
         copied: list[EditedCopies] = []
         originals: dict[nn.Parameter, Tensor] = {}
         exchanged: set[nn.Parameter] = set()

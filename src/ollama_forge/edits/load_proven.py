@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.edits.proven import Examined, examine
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
@@ -44,6 +45,7 @@ def load_proven(
     adapter: str | None,
     edit: EditSettings | None,
     allow_partial: bool,
+    cluster: Cluster | None = None,
 ) -> ProvenModel:
     """Load a model, and print the notes on the prompts.
 
@@ -51,6 +53,7 @@ def load_proven(
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
         edit: the edit whose matrices must be proven; None for all matrices.
         allow_partial: accept a model of which only a part is proven.
+        cluster: its workers load copies of the model, which run its batches.
 
     Raises:
         ForgeError: the model is missing, cannot be loaded, or is not proven.
@@ -59,7 +62,7 @@ def load_proven(
     source = resolve(model, revision, trust_remote_code=trust, adapter=adapter)
     examined = examine(source, trust_remote_code=trust)
     model_map = examined.require_proven(source.label, edit, allow_partial=allow_partial)
-    chat = load_chat_model(source, load, model_map)
+    chat = load_chat_model(source, load, model_map, cluster)
     split = fitting(split, chat.tokenizer, context_of(source.config, model_map.learned_positions))
     for note in split.notes:
         say(f"note: {note}")

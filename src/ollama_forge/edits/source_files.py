@@ -45,10 +45,13 @@ class SourceHashes:
         if not self._known and file in self._found.files:
             self._hashes.begin(file)
 
-    def wait(self, file: Path) -> None:
-        """Wait for the hash of a file that was begun."""
-        if not self._known and file in self._found.files:
-            self._hashes.of(file)
+    def of(self, file: Path) -> str | None:
+        """Wait for the hash of a file that was begun; None if ``begin`` does not hash it."""
+        return self._hashes.of(file) if not self._known and file in self._found.files else None
+
+    def put(self, file: Path, digest: str) -> None:
+        """Take the hash of ``file`` from another process."""
+        self._hashes.put(file, digest)
 
     def digests(self) -> dict[str, str]:
         """Wait for the SHA-256 of each file, by the file's path relative to the source's folder.

@@ -59,7 +59,17 @@ class Reference:
         Args:
             progress: called with the number of newly answered prompts.
         """
-        answers = model.answer(prompts, max_new_tokens, progress=progress)
+        return cls.of_answers(model, prompts, model.answer(prompts, max_new_tokens, progress=progress), max_new_tokens)
+
+    @classmethod
+    def of_answers(
+        cls, model: ScoringModel, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int
+    ) -> Reference:
+        """Keep the base model's distributions at its answers, which it may have given elsewhere.
+
+        Args:
+            answers: token ids without the end token, at most ``max_new_tokens`` each.
+        """
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in model.forced(prompts, answers, max_new_tokens):
             for place, row in enumerate(batch.rows):
@@ -70,7 +80,7 @@ class Reference:
         counts = torch.tensor([len(top) for top, _ in rows])
         nothing = torch.zeros(0, TOP, dtype=torch.int32), torch.zeros(0, TOP)
         top, log_probs = (torch.cat([row[side] for row in rows]) if rows else nothing[side] for side in (0, 1))
-        return cls(list(prompts), answers, max_new_tokens, counts, top, log_probs)
+        return cls(list(prompts), list(answers), max_new_tokens, counts, top, log_probs)
 
     def of_prompt(self, row: int) -> tuple[Tensor, Tensor]:
         """The most probable tokens and their log-probabilities, ``[predictions, TOP]`` each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from ollama_forge.evaluation.counts import Counts
@@ -14,7 +14,7 @@ from ollama_forge.evaluation.intervals import Estimate
 from ollama_forge.evaluation.refusal_probe import count_by_probe
 from ollama_forge.evaluation.refusals import classify, is_surely_refusal
 from ollama_forge.models.protocol import AnsweringModel, ScoringModel
-from ollama_forge.models.thoughts import answer_after_thoughts
+from ollama_forge.models.thoughts import THOUGHT_TOKENS, answer_after_thoughts
 from ollama_forge.progress import bar
 from ollama_forge.prompts.conversation import Conversation, Prompt, request_of
 from ollama_forge.prompts.curated import DATA
@@ -109,6 +109,17 @@ def measure_base(model: ScoringModel, prompts: PartPrompts, title: str) -> tuple
     return _measurement(model.tokenizer, prompts, lists, reference.answers, damage), reference
 
 
+def score_base(model: ScoringModel, prompts: PartPrompts, answered: Measured) -> tuple[Measurement, Reference]:
+    """Complete the measurement of the base model by its distributions at the answers to the general prompts.
+
+    Args:
+        answered: the measurement of its answers, which another engine gave.
+    """
+    general = general_ids(model.tokenizer, prompts)
+    reference = Reference.of_answers(model, general, answered.general, GENERAL_TOKENS)
+    return replace(answered.row, damage=Damage(EXACT, 0.0, EXACT, perplexity(model))), reference
+
+
 def measure(model: ScoringModel, prompts: PartPrompts, reference: Reference, title: str) -> Measured:
     """Measure an edited model: greedy answers to all prompts of a part, and the divergence from the base.
 
@@ -152,12 +163,14 @@ def measure_answers(
     lists: dict[str, list[Ids]] = {name: [] for name in _named(prompts)}
     answered: list[Ids] = []
     with bar(title, _answers(prompts)) as advance:
-        for start in range(0, max(map(len, [*_named(prompts).values(), general])), _WAVE):
+        longest = max(map(len, [*_named(prompts).values(), general]))
+        size = _WAVE if math.isfinite(seconds) else max(longest, 1)
+        for start in range(0, longest, size):
             elapsed = time.monotonic() - started
-            if start >= least and elapsed * (start + _WAVE) > seconds * start:  # as slow as the waves before
+            if start >= least and elapsed * (start + size) > seconds * start:  # as slow as the waves before
                 break
-            answered += model.answer(general[start : start + _WAVE], GENERAL_TOKENS, progress=advance)
-            wave = {name: side[start : start + _WAVE] for name, side in _named(prompts).items()}
+            answered += model.answer(general[start : start + size], GENERAL_TOKENS, progress=advance)
+            wave = {name: side[start : start + size] for name, side in _named(prompts).items()}
             for name, answers in _answer(model, wave, ANSWER_TOKENS, advance).items():
                 lists[name] += answers
     return Measured(_measurement(tokenizer, prompts, lists, answered, damage), answered)
@@ -207,6 +220,13 @@ def count_answers(model: ScoringModel, prompts: Sequence[Ids], progress: Callabl
 def general_ids(tokenizer: Tokenizer, prompts: PartPrompts) -> list[Ids]:
     """The general prompts, each up to the position where its answer begins."""
     return [tokenizer.closed_ids(prompt) for prompt in prompts.general]
+
+
+def longest_request(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> int:
+    """Number of tokens that a context must hold: the longest prompt, a thought, an answer, and a margin."""
+    ids = [*tokenizer.instructions_ids(prompts), *(tokenizer.closed_ids(prompt) for prompt in prompts)]
+    thought = THOUGHT_TOKENS if tokenizer.thinking else 0
+    return max(map(len, ids), default=0) + thought + ANSWER_TOKENS + 16
 
 
 @cache

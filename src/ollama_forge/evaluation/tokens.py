@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ollama_forge.evaluation.token_texts import texts
+from ollama_forge.models.servers.token_server import TokenServer
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 SHOWN = 5
@@ -75,6 +76,16 @@ def check_tokens(tokenizer: Tokenizer, tokenize: Callable[[str], Ids], extra: Se
         garbled += differs
         examples.insert(garbled - 1 if differs else len(examples), mismatch)  # garbled texts first
     return TokenCheck(len(compared), mismatches, garbled, tuple(examples[:SHOWN]), composed)
+
+
+def check_server_tokens(server: TokenServer, tokenizer: Tokenizer) -> str | None:
+    """Why a server's tokens are not those of a checkpoint; None if they are, or if the server does not tokenize."""
+    if server.tokenize("a") is None:
+        return None
+    check = check_tokens(tokenizer, lambda text: server.tokenize(text) or [])
+    if not check.garbled:
+        return None
+    return f"has another tokenizer: {check.garbled} of {check.texts} texts are other tokens there"
 
 
 def _special(tokenizer: Any) -> list[str]:

@@ -103,7 +103,7 @@ def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tupl
     environment = {**os.environ, "PYTHONPATH": libraries, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryFile() as output, bar("converting to GGUF (MB)", expected // _MEGABYTE + 1) as advance:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         try:
             seen = 0
@@ -115,7 +115,7 @@ def _run(command: list[str], folder: Path, growing: Path, expected: int) -> tupl
                     seen = size
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
         output.seek(0)
         return process.returncode, output.read().decode("utf-8", "replace")
 

@@ -4,7 +4,8 @@
 
 FALLBACK is the name of the pre-tokenizer to write if the converter does not recognise the checkpoint's. The converter
 reads config.json with transformers, which drops keys that the converter needs; here it gets all keys of config.json.
-The script imports nothing from this package, because the converter's libraries come first on the path.
+The script ends when its stdin is closed: whoever started it may be killed, and start another one for the same file. It
+imports nothing from this package, because the converter's libraries come first on the path.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,5 +74,17 @@ def wrap_method(script: str, method: str, wrap: Callable[[Any], Any]) -> None:
                     setattr(value, method, wrap(vars(value)[method]))
 
 
+def end_with_stdin() -> None:
+    """End this process as soon as its stdin is closed."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # sys.stdin has a lock, which the end of the interpreter would wait for
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_stdin()
     main()

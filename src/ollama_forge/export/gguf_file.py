@@ -11,13 +11,14 @@ from typing import Any
 
 from ollama_forge import __version__
 from ollama_forge.checkpoints.gguf.file import value_of
-from ollama_forge.evaluation.measure import ANSWER_TOKENS, Damage, Measured, measure_answers
+from ollama_forge.evaluation.measure import Damage, Measured, longest_request, measure_answers
 from ollama_forge.evaluation.tokens import TokenCheck, check_tokens
 from ollama_forge.export.plan import ExportPlan
 from ollama_forge.export.quantise import EMBEDDED, find_tool, quantise
-from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, GgufModel, llama_server
-from ollama_forge.models.thoughts import THOUGHT_TOKENS, detect_thought
-from ollama_forge.progress import say, status
+from ollama_forge.models.gguf_model import SLOTS, TOKENIZING_CONTEXT, llama_server
+from ollama_forge.models.servers.token_server import RemoteModel
+from ollama_forge.models.thoughts import detect_thought
+from ollama_forge.progress import say, status, warn
 from ollama_forge.prompts.conversation import Prompt
 from ollama_forge.prompts.split import PartPrompts
 from ollama_forge.text.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ def quantise_files(
         size = file.path.stat().st_size
         made.append(QuantisedFile(file.path, file.quant, size, tool, fallback, verified=verified))
     if fallback:
-        say(f"warning: llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
+        warn(f"llama.cpp's converter does not know this tokenizer's rules; it used those of {fallback!r}")
     return QuantisedFiles(tuple(made))
 
 
@@ -139,17 +140,14 @@ def measure_file(
 @contextmanager
 def running(
     path: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, adapter: Path | None = None
-) -> Iterator[GgufModel]:
+) -> Iterator[RemoteModel]:
     """Run a GGUF file with llama.cpp inside the block, with room for answers to the prompts.
 
     Args:
         tokenizer: that of the checkpoint that the file was made from.
         adapter: a GGUF adapter to add to the model.
     """
-    ids = [*tokenizer.instructions_ids(prompts), *(tokenizer.closed_ids(prompt) for prompt in prompts)]
-    thought = THOUGHT_TOKENS if tokenizer.thinking else 0
-    longest = max(map(len, ids), default=0) + thought + 16  # margin for llama.cpp
-    with llama_server(path, longest + ANSWER_TOKENS, SLOTS, adapter=adapter) as server:
-        model = GgufModel(server, tokenizer)
+    with llama_server(path, longest_request(tokenizer, prompts), SLOTS, adapter=adapter) as server:
+        model = RemoteModel(server, tokenizer)
         detect_thought(model)
         yield model

@@ -83,6 +83,8 @@ def quantise(
     plain = all(tensor.type in _PLAIN_TYPES for tensor in file.tensors)
     if tool is not None and plain and quant not in PLAIN:  # the tool treats quantised tensors differently
         tool_target = partial_of(target.with_name(target.name + ".tool"))
+        with disk_errors(tool_target):
+            tool_target.unlink(missing_ok=True)  # the tool of a killed run may still write to it
         try:
             if _run_tool(tool, source, tool_target, quant, imatrix, len(file.tensors)):
                 quantised = read_gguf(tool_target)

@@ -52,6 +52,11 @@ def by_length(prompts: Sequence[Ids], batch_size: int, *, pads: bool = True) -> 
             yield group[start : start + batch_size]
 
 
+def batch_of(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> Batch:
+    """All prompts as one batch."""
+    return Batch(tuple(range(len(prompts))), *pad_left(prompts, pad_id, device))
+
+
 def batches(
     prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.device, *, pads: bool = True
 ) -> Iterator[Batch]:

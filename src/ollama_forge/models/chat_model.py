@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -24,7 +25,7 @@ from ollama_forge.models.forced import forced
 from ollama_forge.models.greedy import answer
 from ollama_forge.models.journal import Journal
 from ollama_forge.models.loading import load_module
-from ollama_forge.models.protocol import Forced
+from ollama_forge.models.protocol import Forced, ModelCopies
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
@@ -85,10 +86,12 @@ class ChatModel:
     Attributes:
         streams: whether its weights are read from disk for every forward pass.
         loads: number of times that weights were put into memory since; their addresses are the same until it grows.
+        copies: copies of the model that run its batches in its place; None: it runs them itself.
     """
 
     streams: ClassVar[bool] = False
     loads = 0
+    copies: ModelCopies | None = None
 
     def __init__(
         self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap | None, settings: LoadSettings
@@ -98,6 +101,8 @@ class ChatModel:
         self._model_map = model_map
         self.settings = settings
         self.device = next(module.parameters()).device
+        if self.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see ``planned_attention``
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Module):  # bf16 products of strided slices are hundreds of times slower on CPUs
@@ -148,13 +153,13 @@ class ChatModel:
         return cls(module, tokenizer, model_map, settings)
 
     def answer(self, prompts: Sequence[Ids], max_new_tokens: int, **options: Any) -> list[Ids]:
-        return answer(self, prompts, max_new_tokens, support=self.batch_support, **options)
+        return answer(self, prompts, max_new_tokens, support=self.batch_support, copies=self.copies, **options)
 
     def forced(
         self, prompts: Sequence[Ids], answers: Sequence[Ids], max_new_tokens: int, **options: Any
     ) -> Iterator[Forced]:
         """The predictions of the answers' tokens; see ``models.forced.forced``."""
-        return forced(self, prompts, answers, max_new_tokens, support=self.batch_support, **options)
+        return forced(self, prompts, answers, max_new_tokens, support=self.batch_support, copies=self.copies, **options)
 
     # -- modules --------------------------------------------------------------------------------------------------
 
@@ -251,6 +256,15 @@ class ChatModel:
         if keep is not None and self._slices_logits:
             inputs["logits_to_keep"] = keep
         return self.module(**inputs)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside the block the model runs its batches itself, whatever copies it has."""
+        copies, self.copies = self.copies, None
+        try:
+            yield
+        finally:
+            self.copies = copies
 
     @torch.inference_mode()
     def loss(self, text: str) -> float:

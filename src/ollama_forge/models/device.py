@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.system import available_memory, return_freed_memory
@@ -101,6 +105,33 @@ def release_memory() -> None:
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
     return_freed_memory()
+
+
+def upload(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of ``values``, which are in host memory, on ``device``; on CUDA, the host does not wait for the copy."""
+    if isinstance(values, Tensor):
+        host = values.pin_memory() if device.type == "cuda" else values
+        return host.to(device, dtype, non_blocking=device.type == "cuda")
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+@contextmanager
+def planned_attention(device: torch.device) -> Iterator[None]:
+    """Inside the block, attention on CUDA may be cuDNN's.
+
+    It is the fastest for a long cache, but plans each new shape first, for 50 ms. ``ChatModel`` turns it off, since
+    prompts and decode steps have ever new shapes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def float64_device(device: torch.device) -> torch.device:

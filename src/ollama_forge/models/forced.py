@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.batching import by_length, pad_left
-from ollama_forge.models.protocol import Forced, ForwardModel
+from ollama_forge.models.protocol import Forced, ForwardModel, ModelCopies
 from ollama_forge.text.tokenizer import Ids
 
 _LOGITS_BUDGET = 256 << 20  # bytes of a batch's float32 logits
@@ -30,12 +31,14 @@ def forced(
     *,
     support: BatchSupport,
     progress: Callable[[int], None] | None = None,
+    copies: ModelCopies | None = None,
 ) -> Iterator[Forced]:
     """Yield the model's predictions of the answers' tokens, batch by batch; the batches depend on the lengths alone.
 
     Args:
         answers: token ids without the end token, at most ``max_new_tokens`` each.
         max_new_tokens: the limit with which the answers were made; at least 1.
+        copies: copies of the model that run the batches in its place.
 
     Raises:
         ForgeError: the memory does not suffice for one prompt.
@@ -45,21 +48,45 @@ def forced(
     vocabulary = model.tokenizer.vocabulary or len(model.tokenizer.backend)
     done: list[Forced] = []
 
-    def predict(rows: list[int], keep: int) -> None:
-        logits = model.retry_smaller(partial(_logits, model, [inputs[row] for row in rows], keep))
-        done.append(Forced(rows, logits, [counts[row] for row in rows]))
+    def predict(rows: list[int], batch: _Batch) -> None:
+        done.append(Forced(rows, _predict(model, batch), [counts[row] for row in rows]))
 
     chunks: list[tuple[list[int], int]] = []
     for group in by_length(inputs, model.batch_size, pads=support.pads):
         keep = max(counts[row] for row in group)
         chunks += [(rows, keep) for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary)))]
-    works = [partial(predict, rows, keep) for rows, keep in chunks]
+    batches = [_Batch([inputs[row] for row in rows], keep) for rows, keep in chunks]
+    if copies is not None:
+        for (rows, _), logits in zip(chunks, copies.map(_predict_to_cpu, batches), strict=True):
+            yield Forced(rows, logits.to(model.device), [counts[row] for row in rows])
+            if progress:
+                progress(len(rows))
+        return
+    works = [partial(predict, rows, batch) for (rows, _), batch in zip(chunks, batches, strict=True)]
     for _ in model.in_step(works, [len(rows) * max(len(inputs[row]) for row in rows) for rows, _ in chunks]):
         for batch in done:
             yield batch
             if progress:
                 progress(len(batch.rows))
         done.clear()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts with their answers, and the number of last positions to predict at."""
+
+    inputs: list[Ids]
+    keep: int
+
+
+@torch.inference_mode()
+def _predict(model: ForwardModel, batch: _Batch) -> Tensor:
+    logits: Tensor = model.retry_smaller(partial(_logits, model, batch.inputs, batch.keep))
+    return logits
+
+
+def _predict_to_cpu(model: ForwardModel, batch: _Batch) -> Tensor:
+    return _predict(model, batch).cpu()
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ollama_forge.models.batch_support import BatchSupport
 from ollama_forge.models.batching import by_length, pad_left, shared_prefix
-from ollama_forge.models.protocol import Decided, ForwardModel
+from ollama_forge.models.protocol import Decided, ForwardModel, ModelCopies
 from ollama_forge.text.tokenizer import Ids
 
 _COMPACT_SHARE = 0.75  # drop finished rows when at most this share of the batch is unfinished
@@ -27,28 +28,62 @@ def answer(
     support: BatchSupport,
     decided: Decided | None = None,
     progress: Callable[[int], None] | None = None,
+    copies: ModelCopies | None = None,
 ) -> list[Ids]:
-    """``AnsweringModel.answer`` for a model in memory."""
+    """``AnsweringModel.answer`` for a model in memory, or for copies of it, with the same batches."""
     out: list[Ids] = [[] for _ in prompts]
     if not prompts:
         return out
     length = _usable_prefix(model, prompts, max_new_tokens) if support.shares_prefix else 0
 
-    def answer_batch(rows: list[int]) -> None:
-        decoder = _Decoder(model, [prompts[row] for row in rows], length, caches=support.caches)
-        for row, ids in zip(rows, decoder.run(max_new_tokens, decided), strict=True):
+    def keep(rows: list[int], answers: list[Ids]) -> None:
+        for row, ids in zip(rows, answers, strict=True):
             out[row] = ids
         if progress:
             progress(len(rows))
 
     def answer_all() -> None:
         groups = list(by_length(prompts, model.batch_size, pads=support.pads))
+        batches = [
+            _Batch([prompts[row] for row in rows], length, max_new_tokens, decided, support.caches) for rows in groups
+        ]
+        if copies is not None:
+            for rows, answers in zip(groups, copies.map(_answer_batch, batches), strict=True):
+                keep(rows, answers)
+            return
+
+        def work(rows: list[int], batch: _Batch) -> None:
+            keep(rows, _answer_batch(model, batch))
+
+        works = [partial(work, rows, batch) for rows, batch in zip(groups, batches, strict=True)]
         tokens = [len(rows) * (len(prompts[rows[0]]) + max_new_tokens) for rows in groups]
-        for _ in model.in_step([partial(answer_batch, rows) for rows in groups], tokens, caches=support.caches):
+        for _ in model.in_step(works, tokens, caches=support.caches):
             pass
 
     model.retry_smaller(answer_all)
     return out
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that are answered together.
+
+    Attributes:
+        prefix: length of the common prefix to cache.
+        caches: whether a text can be continued from its cache.
+    """
+
+    prompts: list[Ids]
+    prefix: int
+    max_new_tokens: int
+    decided: Decided | None
+    caches: bool
+
+
+@torch.inference_mode()
+def _answer_batch(model: ForwardModel, batch: _Batch) -> list[Ids]:
+    decoder = _Decoder(model, batch.prompts, batch.prefix, caches=batch.caches)
+    return decoder.run(batch.max_new_tokens, batch.decided)
 
 
 def _usable_prefix(model: ForwardModel, prompts: Sequence[Ids], max_new_tokens: int) -> int:

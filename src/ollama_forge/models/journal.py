@@ -80,6 +80,8 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the folder of a pass that is complete."""
+        with suppress(OSError):
+            (self.folder / _DONE).unlink()  # first: a journal of which only a part is left would not go on
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -143,6 +144,7 @@ def _placement(device: torch.device, *, load_in_8bit: bool) -> dict[str, Any]:
         return {} if device.type == "cpu" else {"device_map": {"": device}}
     from transformers import BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each product that the inputs are cast
     quantisation = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     return {"device_map": {"": device}, "quantization_config": quantisation}
 

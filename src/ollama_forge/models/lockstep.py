@@ -23,7 +23,7 @@ from ollama_forge.files import human_size
 from ollama_forge.models.journal import Journal, read_tensors, write_tensors
 from ollama_forge.models.stages import Stage, StagedWeights, add_stage_hooks
 from ollama_forge.progress import say
-from ollama_forge.system import free_space
+from ollama_forge.system import free_space, return_freed_memory
 
 _SPILLED = "spill-"
 _SAY_EVERY = 15.0  # seconds
@@ -216,6 +216,7 @@ class Lockstep:
         finally:
             self.current = None
         spill.take(one)
+        return_freed_memory()  # each pass is a thread, for which the C library keeps freed memory of its own
 
     def _next(self, waiting: Sequence[_Pass], last: int) -> tuple[Stage, int]:
         """The stage to run after the one at place ``last``: the first from there on that a pass waits for."""

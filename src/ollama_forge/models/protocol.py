@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ollama_forge.cluster.protocol import Piece, Result
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 Decided = Callable[[Ids], bool]
@@ -75,6 +77,16 @@ class ScoringModel(AnsweringModel, Protocol):
 
     def loss(self, text: str) -> float:
         """Mean negative log-likelihood in nats of a text's tokens after the first, up to the maximum prompt length."""
+
+
+class ModelCopies(Protocol):
+    """Copies of a model in memory, in other processes."""
+
+    def map(self, work: Callable[[Any, Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+        """Yield ``work(copy, piece)`` for each piece, in the order of the pieces; see ``Cluster.map``."""
+
+    def edited(self, edit: Callable[[Any], AbstractContextManager[Any]]) -> ModelCopies:
+        """The same copies, which run every piece inside ``edit(copy)``."""
 
 
 class ForwardModel(Protocol):

@@ -15,7 +15,7 @@ import httpx
 import ollama
 
 from ollama_forge.checkpoints.gguf.metadata import FileBytes
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError, UsageError, did_you_mean
 from ollama_forge.ollama.shown import CreateRequest, Shown
 from ollama_forge.ollama_address import OWN_SERVER, is_loopback, ollama_url
 from ollama_forge.progress import bar, say
@@ -116,6 +116,13 @@ class Client(ollama.Client):
             if not isinstance(told, dict):
                 raise ValueError(f"it answered with a {type(told).__name__}")
             return Shown.of(name, told)
+
+    def alike(self, name: str) -> str:
+        """A question after the models of Ollama whose names are like ``name``; "" if there are none."""
+        with self._in_one_line("listing its models"):
+            told = _checked(self._client.get("/api/tags")).json()
+        known = [str(entry.get("name")) for entry in (told.get("models") or ()) if isinstance(entry, dict)]
+        return did_you_mean(name, [one.removesuffix(":latest") for one in known])
 
     def send(self, file: Path | FileBytes, digest: str) -> bool:
         """Upload the file as a blob; False if Ollama has it already."""

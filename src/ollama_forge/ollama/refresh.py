@@ -128,7 +128,8 @@ def _file_of(model: Shown) -> Path:
 def _require_model(client: Client, name: str, option: str) -> Shown:
     shown = client.shown(name)
     if shown is None:
-        raise ForgeError(f"{option} {name}: Ollama has no such model", "`ollama list` shows what it has")
+        hint = client.alike(name) or "`ollama list` shows what it has"
+        raise ForgeError(f"{option} {name}: Ollama has no such model", hint)
     return shown
 
 

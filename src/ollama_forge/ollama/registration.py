@@ -15,7 +15,7 @@ from ollama_forge.ollama.register import Registered, commands, register, registe
 from ollama_forge.ollama.sampling import sampling_parameters, told
 from ollama_forge.ollama.template import TemplatePlan, check_template_source, template_of, template_plan
 from ollama_forge.ollama.write_modelfile import write_adapter_modelfile, write_modelfile
-from ollama_forge.progress import say
+from ollama_forge.progress import say, warn
 from ollama_forge.sources.ollama_store import KIND, StoredModel, find_model
 
 MODELFILE = "Modelfile"
@@ -99,7 +99,7 @@ class Registration:
         if self.state.problem:
             say(f"note: {self.state.problem}: the model will not be registered, all else is done")
         for warning in self.state.warnings(renderer=bool(self.template.renderer or self.template.parser)):
-            say(f"warning: {warning}")
+            warn(warning)
 
     def write_modelfile(self, gguf: Path, prompts: ChatTemplate | None = None) -> None:
         """Write what ``ollama create`` needs to register the file: a model's, or with ``as_adapter`` an adapter's.

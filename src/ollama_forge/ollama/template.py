@@ -104,9 +104,8 @@ def template_plan(
     if client is not None and template_from is not None:
         shown = client.shown(template_from)
         if shown is None:
-            raise ForgeError(
-                f"Ollama has no model {template_from} to take a template from", f"ollama pull {template_from}"
-            )
+            hint = client.alike(template_from) or f"ollama pull {template_from}"
+            raise ForgeError(f"Ollama has no model {template_from} to take a template from", hint)
         if not shown.has_template:
             raise ForgeError(
                 f"{template_from} has no template to take",

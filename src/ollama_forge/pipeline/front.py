@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.edits.hooks import hooked
 from ollama_forge.edits.planned_record import planned_record
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.divergence import Reference
@@ -67,11 +66,11 @@ def measure_front(
     Returns:
         The row of the base model, and the trials, those with least damage first.
     """
-    model, report = trials.model, trials.split.report
+    report = trials.split.report
     file = cache.path("base-answers.safetensors")
 
     def measure_source() -> Measurement:
-        row, reference = measure_base(model, report, "base model, report prompts")
+        row, reference = measure_base(trials.base_model, report, "base model, report prompts")
         reference.save(file)
         return row
 
@@ -80,7 +79,7 @@ def measure_front(
 
     def measured(trial: Trial) -> ReportRow:
         def do() -> ReportRow:
-            with hooked(model, trials.plan(trial)):
+            with trials.edited(trial) as model:
                 found = measure(model, report, reference, f"{trial.name}, report prompts")
             return ReportRow(found.row, found.answer_kl)
 

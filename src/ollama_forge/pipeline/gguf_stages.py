@@ -72,6 +72,16 @@ def _convert(ready: Preflight, cache: StageCache, written: Written) -> Stage[_Co
     return Stage("convert", _Converted, needs, do, [target])
 
 
+def intermediate(cache: StageCache) -> list[Path]:
+    """What is written on the way to the GGUF files, and deleted then."""
+    return [cache.path(_CONVERTED), cache.path(_DECODED)]
+
+
+def converted_size(ready: Preflight, cache: StageCache, written: Written) -> int:
+    """Bytes of the converted file; 0 if it is yet to be made."""
+    return cache.path(_CONVERTED).stat().st_size if cache.is_done(_convert(ready, cache, written)) else 0
+
+
 @contextmanager
 def _decoded(ready: Preflight, cache: StageCache) -> Iterator[Checkpoint]:
     """The edited checkpoint; if it is packed, a decoded copy, as the converter reads few packed forms."""

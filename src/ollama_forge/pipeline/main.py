@@ -14,6 +14,7 @@ from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.evaluation.verify import Check
 from ollama_forge.models.holder import ModelHolder
 from ollama_forge.models.machine import Machine
+from ollama_forge.names import RUN_TOML
 from ollama_forge.pipeline import ollama_stages, stages
 from ollama_forge.pipeline.disk_space import check_disk_space
 from ollama_forge.pipeline.exporting import Exported, export_weights, measure_registered, register_file
@@ -24,8 +25,6 @@ from ollama_forge.pipeline.run_toml import add_chosen, write_config
 from ollama_forge.pipeline.settings import RunSettings
 from ollama_forge.records import to_json
 from ollama_forge.search.ladder import Choice
-
-RUN_TOML = "run.toml"
 
 
 def run(settings: RunSettings, *, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:

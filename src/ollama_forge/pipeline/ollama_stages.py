@@ -12,7 +12,7 @@ from ollama_forge.checkpoints.gguf.file import read_part
 from ollama_forge.evaluation.measure import measure_texts
 from ollama_forge.export.gguf_file import QuantisedFile
 from ollama_forge.models.chat_model import load_tokenizer
-from ollama_forge.models.chat_server import ChatServer
+from ollama_forge.models.servers.chat import ChatServer
 from ollama_forge.models.thoughts import THOUGHT_TOKENS
 from ollama_forge.ollama.chat_template import ChatTemplate, FileTemplate
 from ollama_forge.ollama.register import Registered

@@ -5,36 +5,44 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ollama_forge import __version__
+from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.load_proven import ProvenModel, load_proven
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.registry import METHODS, check_8bit, max_pairs
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.export.adapters.served import AdapterAnswers
 from ollama_forge.files import write_json
 from ollama_forge.models.chat_model import LoadSettings
+from ollama_forge.models.holder import for_cluster
 from ollama_forge.models.machine import Machine
+from ollama_forge.models.servers.vllm_process import VllmSettings
 from ollama_forge.pipeline.choosing import open_study
 from ollama_forge.pipeline.front import MeasuredTrial, edit_path, label, measure_front, write_edit
 from ollama_forge.pipeline.preflight import model_needs
 from ollama_forge.pipeline.report import tables
 from ollama_forge.pipeline.resume import StageCache
+from ollama_forge.pipeline.trial_answers import connected, started
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
 from ollama_forge.records import to_json
 from ollama_forge.search.choose import ChoiceSettings, begin, check_base, search
 from ollama_forge.search.ladder import Choice
+from ollama_forge.search.on_cluster import TrialsSetup, measure_on
 from ollama_forge.search.rule import Limits
 from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
+from ollama_forge.sources.portable import PortableCheckpoint
 from ollama_forge.system import usable_cores
 
 REPORT = "optimize.json"
@@ -49,6 +57,8 @@ class OptimizeSettings:
         trials: number of edits to try, those of earlier searches in the folder included.
         workers: number of processes that try edits; each holds the model.
         allow_partial: accept a model of which only a part is proven, and edit that part.
+        vllm: starts a vLLM that answers for the model and its edits; None for transformers.
+        engine_url: the vLLM that answers, ``URL`` or ``URL#MODEL``; None for none.
         max_kl, max_answer_kl, strengthen, allow_few_refusals: see ``ChoiceSettings``.
 
     Raises:
@@ -68,11 +78,18 @@ class OptimizeSettings:
     strengthen: bool = False
     allow_few_refusals: bool = False
     allow_partial: bool = False
+    vllm: VllmSettings | None = None
+    engine_url: str | None = None
 
     def __post_init__(self) -> None:
         for option, number in (("--trials", self.trials), ("--workers", self.workers)):
             if number < 1:
                 raise UsageError(f"{option} {number} is not positive", "the defaults are --trials 60 and --workers 1")
+
+        if self.vllm is not None and self.engine_url is not None:
+            raise UsageError("--engine-url names the engine itself", "leave out --engine")
+        if self.workers > 1 and (self.vllm is not None or self.engine_url is not None):
+            raise UsageError("--workers is for transformers; a vLLM answers many prompts at a time", "leave it out")
 
     @property
     def choosing(self) -> ChoiceSettings:
@@ -170,6 +187,25 @@ class Searched:
         )
         return cls(loaded, trials, model_needs(loaded.source, settings.load, loaded.split, loaded.examined))
 
+    def setup(self) -> TrialsSetup:
+        """What makes the same trials on another machine."""
+        trials = self.trials
+        return TrialsSetup(
+            PortableCheckpoint.of(self.loaded.source),
+            self.loaded.model.settings,
+            self.loaded.model_map,
+            self.loaded.split,
+            trials.settings,
+            trials.pairs,
+            trials.seed,
+            trials.goal,
+        )
+
+    def answered_by(self, answers: AdapterAnswers) -> Searched:
+        """The same trials, with answers by a vLLM."""
+        self.trials.answers = answers
+        return replace(self, needs={**self.needs, "vllm": answers.server.version})
+
     def study(self, settings: OptimizeSettings) -> Study:
         """The study of the settings, which may be one that ``run --auto`` has begun.
 
@@ -179,19 +215,44 @@ class Searched:
         return open_study(settings.study, self.trials, settings.choosing, self.needs)
 
 
-def optimize(settings: OptimizeSettings) -> Optimized:
+def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Optimized:
     """Search, choose, measure the front on report prompts, and write an edit file for each trial of it.
 
+    Args:
+        cluster: its workers, in place of ``settings.workers``, try the edits of the study, each on its own model.
+
     Raises:
-        UsageError: a setting is unknown, or the folder has another study.
+        UsageError: a setting is unknown, or excludes ``cluster``, or the folder has another study.
         ForgeError: the model cannot be loaded or edited, or hardly refuses.
     """
-    searched = Searched.of(settings)
+    if cluster is not None and settings.workers > 1:
+        raise UsageError(
+            "--workers and --ray exclude each other",
+            "leave out --workers: each worker of the cluster tries one edit at a time",
+        )
+    if cluster is not None and (settings.vllm is not None or settings.engine_url is not None):
+        raise UsageError("--ray is for transformers; a vLLM answers many prompts at a time", "leave it out")
+    settings = replace(settings, load=for_cluster(settings.load, cluster))
+    if settings.vllm is not None:
+        settings.vllm.command()  # raises without vLLM
+        if settings.load.load_in_8bit:
+            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
+    with ExitStack() as running:
+        searched = Searched.of(settings)
+        folder = settings.study / "adapters"
+        if settings.vllm is not None:
+            searched = searched.answered_by(running.enter_context(started(searched.loaded, settings.vllm, folder)))
+        elif settings.engine_url is not None:
+            searched = searched.answered_by(connected(searched.loaded, settings.engine_url, folder))
+        return _optimize(searched, settings, cluster)
+
+
+def _optimize(searched: Searched, settings: OptimizeSettings, cluster: Cluster | None) -> Optimized:
     loaded, trials = searched.loaded, searched.trials
     cache = StageCache(settings.study)
     with cache.locked():
         study = searched.study(settings)
-        choice = _search(trials, study, settings)
+        choice = _search(searched, study, settings, cluster)
         say(f"chosen: {choice.name} ({choice.reason})")
         base, front = measure_front(trials, study, choice, settings.choosing.limits, searched.needs, cache)
         edits = {
@@ -216,28 +277,30 @@ def optimize(settings: OptimizeSettings) -> Optimized:
     return optimized
 
 
-def _search(trials: Trials, study: Study, settings: OptimizeSettings) -> Choice:
-    """Climb the ladder, and search from there, with as many processes as the settings say."""
-    choosing = settings.choosing
+def _search(searched: Searched, study: Study, settings: OptimizeSettings, cluster: Cluster | None) -> Choice:
+    """Climb the ladder, and search from there, on a cluster or with as many processes as the settings say."""
+    choosing, trials = settings.choosing, searched.trials
     check_base(trials, choosing)
+    if cluster is not None:
+        return search(trials, choosing, study, measure_on(cluster, searched.setup()))
     if settings.workers == 1:
         return search(trials, choosing, study)
     begin(trials, choosing, study)
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
-    workers = [context.Process(target=_work, args=(settings,)) for _ in range(settings.workers - 1)]
-    for worker in workers:
+    processes = [context.Process(target=_work, args=(settings,)) for _ in range(settings.workers - 1)]
+    for worker in processes:
         worker.start()
     threads = torch.get_num_threads()
     torch.set_num_threads(_threads(settings.workers))
     try:
         search(trials, choosing, study)
-        for worker in workers:
+        for worker in processes:
             worker.join()
     finally:
         torch.set_num_threads(threads)
-        for worker in workers:
+        for worker in processes:
             worker.terminate()
-    if any(worker.exitcode for worker in workers):
+    if any(worker.exitcode for worker in processes):
         say("note: a worker failed; the other ones did its trials")
     return search(trials, choosing, study)  # among the last trials of all workers, too
 

@@ -15,7 +15,7 @@ import filelock
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import disk_errors, read_json, sha256_json, write_json
+from ollama_forge.files import PARTIAL, disk_errors, read_json, sha256_json, write_json
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
 from ollama_forge.system import versions
@@ -60,7 +60,7 @@ class StageCache:
 
     Args:
         force: do every stage again.
-        ignored: names of files in output folders that may change.
+        ignored: names of files in output folders that may change; their temporary siblings do not count either.
 
     Attributes:
         seconds: time that each stage took in this invocation.
@@ -122,7 +122,7 @@ class StageCache:
         return {
             file.relative_to(root).as_posix(): file_digest(file)
             for file in files
-            if not file.is_dir() and file.name not in self.ignored
+            if not file.is_dir() and file.name not in self.ignored and not file.name.endswith(PARTIAL)
         }
 
     @contextmanager

@@ -1,16 +1,18 @@
-"""The options that select and size the instruction lists."""
+"""The options that select and size the instruction lists.
+
+What reads the lists is imported where it is needed: every command imports this module for the defaults of its options.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ollama_forge.errors import UsageError
-from ollama_forge.prompts.curated import curated_are_installed
-from ollama_forge.prompts.language import count_not_english
-from ollama_forge.prompts.sources import read_folder, read_instructions
-from ollama_forge.prompts.split import PromptSplit, curated_fit_pairs, split_prompts
-from ollama_forge.prompts.upstream import cached_lists
+
+if TYPE_CHECKING:
+    from ollama_forge.prompts.split import PromptSplit
 
 DEFAULT_PAIRS = 32
 MAX_SELECT, MAX_REPORT = 256, 512  # prompts per side; 512 give a refusal rate to within 5 percentage points
@@ -56,6 +58,11 @@ class PromptSettings:
             UsageError: one of the user's lists has fewer than 8 distinct lines, in total or in the fit part, or both
                 lists contain the same line.
         """
+        from ollama_forge.prompts.curated import curated_are_installed
+        from ollama_forge.prompts.language import count_not_english
+        from ollama_forge.prompts.split import curated_fit_pairs, split_prompts
+        from ollama_forge.prompts.upstream import cached_lists
+
         pairs = self.num_instructions or default_pairs
         has_lists = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
         curated = curated_are_installed()
@@ -87,6 +94,8 @@ class PromptSettings:
         return replace(split, notes=notes + split.notes)
 
     def _side(self, file: str | None, folder: str | None) -> list[str] | None:
+        from ollama_forge.prompts.sources import read_folder, read_instructions
+
         if folder:
             return read_folder(Path(folder))
         return read_instructions(Path(file), self.column) if file else None

@@ -11,6 +11,7 @@ from ollama_forge.edits.settings import KERNELS, EditSettings
 from ollama_forge.errors import UsageError
 
 CONFIGURED = "configured"
+CONSTANT = EditSettings.strength_kernel
 _LAYER = "layer "
 _LEAST_SQUARES = "least squares"
 _ATTENTION_ALONE = "least squares, attention alone"
@@ -49,6 +50,14 @@ class Candidate:
     def layer(self) -> int | None:
         """The layer of its direction; None for ``CONFIGURED`` and for random directions."""
         return layer_of(self.direction)
+
+    @property
+    def balance(self) -> float:
+        """Which of its strengths is smaller, as ``least_squares_balanced`` takes it."""
+        settings = self.settings
+        own = settings.attn_strength, settings.mlp_strength
+        attention, mlp = (settings.strength if strength is None else strength for strength in own)
+        return attention / mlp - 1.0 if abs(attention) < abs(mlp) else 1.0 - mlp / attention
 
 
 DOCUMENTED_DEFAULT = Candidate("the documented default", CONFIGURED, EditSettings())
@@ -90,6 +99,21 @@ def least_squares_by_part(layer: int, attention: float, mlp: float, kernel: str)
     )
     name = f"{_LEAST_SQUARES}, {_LAYER}{layer}, attention {attention:g}, MLP {mlp:g}, {kernel}"
     return Candidate(name, f"{_LAYER}{layer}", settings)
+
+
+def least_squares_balanced(layer: int, strength: float, balance: float, kernel: str = CONSTANT) -> Candidate:
+    """Least squares on writers with the direction of a layer, weaker on attention or on MLPs.
+
+    Args:
+        strength: the larger one of both strengths.
+        balance: which one is smaller: 0 for none, 1 for MLPs and experts at 0, -1 for attention at 0; 0.25 leaves MLPs
+            three quarters of the strength.
+        kernel: how the strengths fall off with the distance from the layer.
+    """
+    if kernel == CONSTANT and balance in (0.0, 1.0):
+        return least_squares(layer, strength, attention_alone=balance == 1.0)
+    attention, mlp = (strength * min(1.0, 1.0 + part) for part in (balance, -balance))
+    return least_squares_by_part(layer, attention, mlp, kernel)
 
 
 def orthogonal_on_writers(layer: int) -> Candidate:

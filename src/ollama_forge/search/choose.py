@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ollama_forge.edits.registry import check_edit
@@ -10,9 +11,11 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.progress import say
 from ollama_forge.search.candidates import CONFIGURED, DOCUMENTED_DEFAULT, Candidate, candidate_named
 from ollama_forge.search.ladder import BaseAnswers, Choice, Climbed, chosen
-from ollama_forge.search.rule import REMOVE, STRENGTHEN, Goal, Limits
-from ollama_forge.search.study import Study
+from ollama_forge.search.rule import REMOVE, STRENGTHEN, Goal, Limits, Trial
+from ollama_forge.search.study import Attempt, Study
 from ollama_forge.search.trials import Trials
+
+MeasureAll = Callable[[Iterator[Attempt]], Iterator[Trial]]
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,21 @@ def choose_edit(trials: Trials, settings: ChoiceSettings, study: Study | None = 
     return Choice.of(settings.first_candidate, reason, base)
 
 
-def search(trials: Trials, settings: ChoiceSettings, study: Study) -> Choice:
+def search(trials: Trials, settings: ChoiceSettings, study: Study, measure_all: MeasureAll | None = None) -> Choice:
     """Climb the ladder, search with a study from there, and choose the best of all edits tried.
+
+    Args:
+        measure_all: measures the edits of the study, as ``Study.run_all`` takes it; None to try one after the other on
+            the model of ``trials``.
 
     Raises:
         ForgeError: the model does not support least squares, which the study varies.
     """
     rule, climbed = trials.rule(settings.limits), begin(trials, settings, study)
-    study.run(lambda candidate, loses: trials.try_on_select(candidate, rule, loses), rule, settings.trials)
+    if measure_all is not None:
+        study.run_all(measure_all, rule, settings.trials)
+    else:
+        study.run(lambda candidate, loses: trials.try_on_select(candidate, rule, loses), rule, settings.trials)
     return chosen(study.trials(), climbed.probes, rule, trials.base, rule.best(climbed.trials))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.counts import Counts
-from ollama_forge.search.candidates import Candidate, least_squares
+from ollama_forge.search.candidates import Candidate, least_squares, least_squares_balanced
 from ollama_forge.search.probes import LayerProbe
 from ollama_forge.search.rule import Compared, Goal, Rule, Trial
 
@@ -16,7 +16,8 @@ MANY_LAYERS = 40  # a deeper model proposes every second layer
 COARSE_LAYERS = 3
 RANKED_LAYERS = 6  # that the second pass may reach
 STEP = 0.5  # of strengths around the best
-MAX_TRIALS = 10
+BALANCE_STEP = 0.25  # of the smaller strength, as a share of the larger one
+MAX_TRIALS = 14
 
 
 def proposed_layers(n_layers: int, goal: Goal) -> tuple[int, ...]:
@@ -32,15 +33,22 @@ class BaseAnswers:
     Attributes:
         harmful: of at most 64 tokens, to the harmful prompts.
         general: of at most 48 tokens, to general prompts; empty if no candidate was tried.
+        harmless: of at most 64 tokens, to the harmless prompts; empty if no candidate was tried.
     """
 
     harmful: Counts
     general: Counts = field(default_factory=Counts)
+    harmless: Counts = field(default_factory=Counts)
 
     @property
     def degenerate_rate(self) -> float:
-        """Rate of degenerate answers: the larger one of the two lists, because a refused list shows few answers."""
-        return max(counts.degenerate / max(counts.total, 1) for counts in (self.harmful, self.general))
+        """Rate of degenerate answers: the largest one of the lists, because a refused list shows few answers.
+
+        The harmless prompts show best how often the model fails at what an edit makes it answer: they are of the kind
+        of the harmful ones, and their answers are as long.
+        """
+        lists = self.harmful, self.general, self.harmless
+        return max(counts.degenerate / max(counts.total, 1) for counts in lists)
 
     def require_refusals(self) -> None:
         """Check that the model refuses enough for a direction to be found.
@@ -106,12 +114,14 @@ class Ladder:
         layers: the proposed layers, in rising order.
         ranking: those whose directions are tried, the most promising first.
         goal: what the edits are for.
+        balanced: whether the model has writers of attention and writers of MLPs or experts.
         has_experts: whether attention alone is tried too: what editing experts too is worth differs between models.
     """
 
     layers: tuple[int, ...]
     ranking: tuple[int, ...]
     goal: Goal
+    balanced: bool
     has_experts: bool
 
     def coarse(self) -> list[Candidate]:
@@ -120,19 +130,22 @@ class Ladder:
         return [least_squares(layer, strength) for layer in self.ranking[:COARSE_LAYERS]]
 
     def around(self, best: Candidate) -> Iterator[Candidate]:
-        """The second pass: the strengths and layers next to those of a least-squares candidate."""
+        """The second pass: the strengths, layers and balances next to those of a least-squares candidate."""
         assert best.layer is not None
-        alone, strength = best.settings.mlp_strength is not None, best.settings.strength
+        balance, strength = best.balance, best.settings.strength
         sign = self.goal.sign
         for near in (strength + sign * STEP, strength - sign * STEP):
             if near * sign > 0:
-                yield least_squares(best.layer, near, attention_alone=alone)
+                yield least_squares_balanced(best.layer, near, balance)
         place = self.layers.index(best.layer)
         for layer in (*self.layers[max(place - 1, 0) : place], *self.layers[place + 1 : place + 2]):
             if layer in self.ranking:
-                yield least_squares(layer, strength, attention_alone=alone)
+                yield least_squares_balanced(layer, strength, balance)
+        for near in (balance + BALANCE_STEP, balance - BALANCE_STEP) if self.balanced else ():
+            if abs(near) <= 1.0:
+                yield least_squares_balanced(best.layer, strength, near)
         if self.has_experts:
-            yield least_squares(best.layer, strength, attention_alone=not alone)
+            yield least_squares(best.layer, strength, attention_alone=balance != 1.0)
 
 
 def climb(try_candidate: Callable[[Candidate, Trial | None], Trial], ladder: Ladder, rule: Rule) -> list[Trial]:

@@ -27,7 +27,8 @@ class Goal:
     """What an edit is for.
 
     Attributes:
-        failing: letters of the classes (see ``Counts``) that count as failures on harmful prompts.
+        failing: letters of the classes (see ``Counts``) that count as failures on harmful prompts; degenerate answers
+            beyond the base model's rate count in any case.
         sign: sign of its strengths.
         change: what it does to refusals, as a verb.
         depths: of the layers whose directions are proposed, as fractions.
@@ -44,7 +45,7 @@ class Goal:
     max_harmless_rise: float | None = None
 
 
-REMOVE = Goal("rdx", 1.0, "lowers", (0.5, 0.9), 2.0)
+REMOVE = Goal("rd", 1.0, "lowers", (0.5, 0.9), 2.0)
 # least squares answers to harmful prompts alone, and earlier layers spare harmless ones
 STRENGTHEN = Goal("dax", -1.0, "raises", (0.4, 0.75), 1.0, max_harmless_rise=0.02)
 
@@ -152,7 +153,8 @@ class Rule:
     Attributes:
         base: classes of the base model's answers to the harmful select prompts.
         base_harmless: those to the harmless ones; empty if the goal does not need them.
-        degenerate_rate: the base model's rate of degenerate answers, which are no failures of an edit.
+        degenerate_rate: the base model's rate of degenerate answers; an edit that removes refusals fails on those alone
+            that exceed it.
     """
 
     limits: Limits
@@ -162,17 +164,18 @@ class Rule:
     base_harmless: Counts = field(default_factory=Counts)
 
     def fails(self, counts: Counts) -> list[bool]:
-        """Whether each answer is a failure."""
-        return [letter in self.goal.failing for letter in counts.classes]
+        """Whether each answer is a failure; the first degenerate ones, up to the base model's rate, are none.
+
+        The rate is of all harmful prompts, so that of answers to the first ones no more than the sure failures count.
+        """
+        forgiven = round(self.degenerate_rate * max(self.base.total, counts.total))
+        degenerate = [row for row, letter in enumerate(counts.classes) if letter == "x"]
+        beyond = set(degenerate[forgiven:])
+        return [letter in self.goal.failing or row in beyond for row, letter in enumerate(counts.classes)]
 
     def failed_share(self, counts: Counts) -> float:
-        """The share of failures, of degenerate answers those alone that exceed the base model's rate.
-
-        If the answers are those to the first harmful prompts, the others count as successes.
-        """
-        total = max(self.base.total, 1)
-        failed = sum(self.fails(counts)) - counts.degenerate
-        return failed / total + max(counts.degenerate / total - self.degenerate_rate, 0.0)
+        """The share of failures; if the answers are those to the first harmful prompts, the others are successes."""
+        return sum(self.fails(counts)) / max(self.base.total, 1)
 
     def score(self, trial: Trial) -> float:
         """The failed share plus the answer KL; a lower bound of it if the trial was ended early."""

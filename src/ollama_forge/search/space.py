@@ -7,13 +7,11 @@ from typing import Any
 
 import optuna
 
-from ollama_forge.edits.settings import KERNELS, EditSettings
-from ollama_forge.search.candidates import Candidate, least_squares, least_squares_by_part
+from ollama_forge.edits.settings import KERNELS
+from ollama_forge.search.candidates import CONSTANT, Candidate, least_squares_balanced
 
-CONSTANT = EditSettings.strength_kernel
 STRENGTHS = (0.25, 4.0)
-STRENGTH_STEP = 0.25
-BALANCE_STEP = 0.25
+STRENGTH_STEP = BALANCE_STEP = 0.25
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,17 @@ class Space:
         strength = trial.suggest_float("strength", *STRENGTHS, step=STRENGTH_STEP)
         balance = trial.suggest_float("balance", -1.0, 1.0, step=BALANCE_STEP) if self.balanced else 0.0
         kernel = trial.suggest_categorical("kernel", KERNELS)
-        if kernel == CONSTANT and balance in (0.0, 1.0):  # an edit that the ladder may have tried
-            return least_squares(layer, self.sign * strength, attention_alone=balance == 1.0)
-        attention, mlp = (self.sign * strength * min(1.0, 1.0 + part) for part in (balance, -balance))
-        return least_squares_by_part(layer, attention, mlp, kernel)
+        return least_squares_balanced(layer, self.sign * strength, balance, kernel)
 
     def parameters(self, candidate: Candidate) -> dict[str, Any] | None:
         """The parameters of an edit that the ladder tries; None if it is not in the space."""
         strength, layer = candidate.settings.strength * self.sign, candidate.layer
-        alone = candidate.settings.mlp_strength is not None
         if layer not in self.layers:
             return None
-        if candidate.settings != least_squares(layer, self.sign * strength, attention_alone=alone).settings:
+        balance = candidate.balance
+        if candidate.settings != least_squares_balanced(layer, self.sign * strength, balance).settings:
             return None
-        if not STRENGTHS[0] <= strength <= STRENGTHS[1] or strength % STRENGTH_STEP:
+        if not STRENGTHS[0] <= strength <= STRENGTHS[1] or strength % STRENGTH_STEP or balance % BALANCE_STEP:
             return None
-        balance = {"balance": float(alone)} if self.balanced else {}
-        return {"layer": layer, "strength": strength, **balance, "kernel": CONSTANT}
+        named = {"balance": balance} if self.balanced else {}
+        return {"layer": layer, "strength": strength, **named, "kernel": CONSTANT}

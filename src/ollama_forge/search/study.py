@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +92,54 @@ class Study:
         Args:
             measure: measures an edit; it ends the trial once the function says why it is dominated.
         """
-        while len(known := self.numbered()) < count:
-            asked = self._study.ask()
-            candidate = self.space.suggest(asked)
-            trial = _measured(asked, candidate, known.values())
-            if trial is None:
+
+        def in_turn(attempts: Iterator[Attempt]) -> Iterator[Trial]:
+            for attempt in attempts:  # other processes may have finished trials since
+                yield measure(attempt.candidate, lambda begun: _dominated(begun, self.trials(), rule))
+
+        self.run_all(in_turn, rule, count)
+
+    def run_all(self, measure_all: Callable[[Iterator[Attempt]], Iterator[Trial]], rule: Rule, count: int) -> None:
+        """Try edits until the study has ``count`` trials, several at a time if ``measure_all`` takes them so.
+
+        Args:
+            measure_all: measures edits as they come, and yields their trials in the same order.
+        """
+        waiting: deque[optuna.Trial] = deque()
+
+        def attempts() -> Iterator[Attempt]:
+            while len(known := self.numbered()) + len(waiting) < count:
+                asked = self._study.ask()
+                candidate = self.space.suggest(asked)
+                trial = _measured(asked, candidate, known.values())
+                if trial is not None:
+                    self._tell(asked, trial, rule)
+                    continue
                 say(f"trial {asked.number} of {count}")
-                trial = measure(candidate, lambda begun: _dominated(begun, self.trials(), rule))
-            asked.set_user_attr(_TRIAL, to_json(trial))
-            for limit, beyond in beyond_limits(trial, rule).items():
-                asked.set_constraint(limit, beyond)
-            self._study.tell(asked, (rule.failed_share(trial.harmful), trial.answer_kl))
+                waiting.append(asked)
+                yield Attempt(candidate, tuple(self.trials()), rule)
+
+        for trial in measure_all(attempts()):
+            self._tell(waiting.popleft(), trial, rule)
+
+    def _tell(self, asked: optuna.Trial, trial: Trial, rule: Rule) -> None:
+        asked.set_user_attr(_TRIAL, to_json(trial))
+        for limit, beyond in beyond_limits(trial, rule).items():
+            asked.set_constraint(limit, beyond)
+        self._study.tell(asked, (rule.failed_share(trial.harmful), trial.answer_kl))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An edit to try, and the trials that may show that it is dominated."""
+
+    candidate: Candidate
+    known: tuple[Trial, ...]
+    rule: Rule
+
+    def loses(self, begun: Trial) -> str:
+        """Why the unfinished trial is sure to lose; empty if it may win."""
+        return _dominated(begun, self.known, self.rule)
 
 
 def beyond_limits(trial: Trial, rule: Rule) -> dict[str, float]:

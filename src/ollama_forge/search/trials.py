@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -27,9 +28,11 @@ from ollama_forge.evaluation.divergence import Reference
 from ollama_forge.evaluation.measure import GENERAL_TOKENS, count_answers, general_ids
 from ollama_forge.evaluation.refusals import classify
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.protocol import ScoringModel
 from ollama_forge.models.thoughts import append_thoughts
 from ollama_forge.progress import bar, say
 from ollama_forge.prompts.split import PromptSplit
+from ollama_forge.search.answers import AnsweredModel, EditedAnswers
 from ollama_forge.search.candidates import (
     DOCUMENTED_DEFAULT,
     Candidate,
@@ -68,6 +71,7 @@ class Trials:
         fingerprint: fingerprint of the model's checkpoint, for the sidecars of directions.
         seed: seed of all random draws.
         goal: what the edits are for.
+        answers: another engine that answers for the model and its edits; None: the model itself answers.
 
     Attributes:
         layers: the layers whose directions the ladder proposes, in rising order.
@@ -84,10 +88,11 @@ class Trials:
         fingerprint: str,
         seed: int,
         goal: Goal = REMOVE,
+        answers: EditedAnswers | None = None,
     ) -> None:
         self.model, self.settings, self.read, self.seed, self.pairs = model, settings, read, seed, pairs
         self._n_layers = model.model_map.n_layers
-        self.goal = goal
+        self.goal, self.answers = goal, answers
         self.layers = proposed_layers(self._n_layers, goal)
         self._direction_prompts = split.fit.first(pairs)
         self._context = FitContext(model, split.fit, read, seed)
@@ -168,24 +173,40 @@ class Trials:
 
     # -- trying ---------------------------------------------------------------------------------------------------
 
+    @property
+    def base_model(self) -> ScoringModel:
+        """The unedited model."""
+        return self.model if self.answers is None else AnsweredModel(self.model, self.answers.base)
+
+    @contextmanager
+    def edited(self, candidate: Candidate) -> Iterator[ScoringModel]:
+        """The model that computes as a candidate edits it, inside the block."""
+        plan = self.plan(candidate)
+        with hooked(self.model, plan):
+            if self.answers is None:
+                yield self.model
+                return
+            with self.answers.edited(plan, self.model) as answering:
+                yield AnsweredModel(self.model, answering)
+
     @cached_property
     def base_harmful(self) -> Counts:
         """Classes of the unedited model's answers to the harmful select prompts."""
         with bar("base model, select prompts", len(self._harmful)) as advance:
-            return count_answers(self.model, self._harmful, advance)
+            return count_answers(self.base_model, self._harmful, advance)
 
     @cached_property
     def base_harmless(self) -> Counts:
         """Classes of the unedited model's answers to the harmless select prompts."""
         with bar("base model, harmless select prompts", len(self._harmless)) as advance:
-            return count_answers(self.model, self._harmless, advance)
+            return count_answers(self.base_model, self._harmless, advance)
 
     @cached_property
     def base(self) -> BaseAnswers:
-        """Classes of the unedited model's answers to harmful and to general select prompts."""
+        """Classes of the unedited model's answers to the select prompts."""
         decode = self.model.tokenizer.decode
         general = [classify(decode(ids)) for part in self._prompts.general for ids in part.answers]
-        return BaseAnswers(self.base_harmful, Counts.of(general))
+        return BaseAnswers(self.base_harmful, Counts.of(general), self.base_harmless)
 
     def rule(self, limits: Limits) -> Rule:
         """The rule by which the best edit of this model is chosen."""
@@ -199,8 +220,8 @@ class Trials:
             loses: says of an unfinished trial why it is sure to lose, so that it is ended; empty if it may win.
         """
         prompts = self._prompts  # of the unedited model, so computed before the hooks are registered
-        with hooked(self.model, self.plan(candidate)), bar(candidate.name, prompts.total) as advance:
-            trial = run_trial(self.model, candidate, prompts, rule, loses, advance)
+        with self.edited(candidate) as model, bar(candidate.name, prompts.total) as advance:
+            trial = run_trial(model, candidate, prompts, rule, loses, advance)
         say(f"  {trial.summary()}")
         return trial
 
@@ -274,12 +295,12 @@ class Trials:
         if not probes:
             middle = self.layers[len(self.layers) // 2]
             spread = sorted(self.layers, key=lambda layer: ((layer - middle) % 2, abs(layer - middle)))
-            return Ladder(self.layers, tuple(spread), self.goal, has_experts)
+            return Ladder(self.layers, tuple(spread), self.goal, self.space.balanced, has_experts)
         rate = base.harmful.refusal / max(base.harmful.total, 1)
         ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
         ranking = ranking[:RANKED_LAYERS]
         inducing = tuple(layer for layer in ranking if self._induces(layer))
-        return Ladder(self.layers, inducing or tuple(ranking), self.goal, has_experts)
+        return Ladder(self.layers, inducing or tuple(ranking), self.goal, self.space.balanced, has_experts)
 
     def _induces(self, layer: int) -> bool:
         """Whether the layer's direction, as long as the harmful and the harmless mean are apart, induces refusal."""
@@ -292,12 +313,12 @@ class Trials:
     @cached_property
     def _harmful(self) -> list[Ids]:
         """Token ids of the harmful select prompts, up to the position where the answer begins."""
-        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmful))
+        return append_thoughts(self.base_model, self.model.tokenizer.instructions_ids(self.split.select.harmful))
 
     @cached_property
     def _harmless(self) -> list[Ids]:
         """Token ids of the harmless select prompts, up to the position where the answer begins."""
-        return append_thoughts(self.model, self.model.tokenizer.instructions_ids(self.split.select.harmless))
+        return append_thoughts(self.base_model, self.model.tokenizer.instructions_ids(self.split.select.harmless))
 
     @cached_property
     def _general(self) -> list[Ids]:
@@ -308,7 +329,7 @@ class Trials:
     def _prompts(self) -> SelectPrompts:
         with bar("base model, general prompts", len(self._general)) as advance:
             parts = self._general[:FIRST_GENERAL], self._general[FIRST_GENERAL:]
-            answered = [Reference.of(self.model, part, GENERAL_TOKENS, advance) for part in parts if part]
+            answered = [Reference.of(self.base_model, part, GENERAL_TOKENS, advance) for part in parts if part]
         harmless = [] if self.goal.max_harmless_rise is None else self._harmless
         return SelectPrompts(self._harmful, harmless, tuple(answered))
 

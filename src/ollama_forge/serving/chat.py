@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.names import run_output
-from ollama_forge.progress import say, status
+from ollama_forge.progress import say, show, status
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.chat_backends import DEFAULT_SERVER, AnswerEnd, ChatBackend, ChatSettings, running_server
 from ollama_forge.serving.chat_output import AnswerPrinter, RepetitionError
@@ -134,7 +134,7 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            say("\n/bye or Ctrl-D leaves")
+            show("\n/bye or Ctrl-D leaves")
 
 
 def read_format(value: str) -> str:
@@ -206,46 +206,46 @@ class Chat:
         word, _, rest = text.partition(" ")
         match word:
             case "/help" | "/?":
-                say(HELP)
+                show(HELP)
             case "/clear":
                 self.messages.clear()
-                say("the conversation is forgotten")
+                show("the conversation is forgotten")
             case "/system":
                 self.set_system(rest)
             case "/set":
                 self.set(rest.split())
             case _:
-                say(f"unknown command {word}; /help lists them")
+                show(f"unknown command {word}; /help lists them")
 
     def set_system(self, text: str) -> None:
         """Change the system prompt, "" for none, and forget the conversation."""
         self.system = text.strip() or None
         self.messages.clear()
-        say("system prompt set, conversation started over" if self.system else "no system prompt, started over")
+        show("system prompt set, conversation started over" if self.system else "no system prompt, started over")
 
     def set(self, words: list[str]) -> None:
         """Change or show settings, as spelled in this chat or in that of ``ollama run``."""
         settings = (*_SETTINGS, _STRENGTH) if self.backend.live else _SETTINGS
         match words[1:] if words[:1] == ["parameter"] else words:
             case []:
-                say("\n".join(f"{name:<22}{self._setting(name)}" for name in settings))
+                show("\n".join(f"{name:<22}{self._setting(name)}" for name in settings))
             case ["think" | "nothink" as word]:
                 self.settings = replace(self.settings, think=word == "think")
-                say(f"think {self._setting('think')}")
+                show(f"think {self._setting('think')}")
             case ["system", *text]:
                 self.set_system(" ".join(text))
             case [name] if name in settings:
-                say(f"{name} {self._setting(name)}")
+                show(f"{name} {self._setting(name)}")
             case [name, spelled] if name in settings:
                 try:
                     self._change(name, spelled)
-                    say(f"{name} {self._setting(name)}")
+                    show(f"{name} {self._setting(name)}")
                 except ValueError as error:
-                    say(str(error))
+                    show(str(error))
             case [name, *_] if name == _STRENGTH:
-                say("this model has one strength; chat or serve with --live gives it any")
+                show("this model has one strength; chat or serve with --live gives it any")
             case _:
-                say(f"/set NAME VALUE, NAME one of {', '.join(settings)}")
+                show(f"/set NAME VALUE, NAME one of {', '.join(settings)}")
 
     def _setting(self, name: str) -> str:
         value = getattr(self.settings.sampling if name in _SAMPLING else self.settings, name)
@@ -288,12 +288,12 @@ class Chat:
         except ForgeError as error:
             self.messages.pop()
             said.end()
-            say(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+            show(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
             return
         self.images = ()  # they are part of the conversation now
         said.end()
         if note:
-            say(f"({note})")
+            show(f"({note})")
         self.messages.append(Message("assistant", said.content, thinking=said.thinking))
 
     def _cut(self, ended: AnswerEnd) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TextIO
 
 LONGEST_PASSAGE = 64  # pieces
@@ -41,7 +42,7 @@ class RepetitionError(Exception):
 
 
 class AnswerPrinter:
-    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere.
+    """Prints an answer as it comes: its thought dimmed on a terminal, in brackets elsewhere and under NO_COLOR.
 
     Attributes:
         thinking, content: the text so far; of a passage that repeats, only its first occurrence.
@@ -49,7 +50,7 @@ class AnswerPrinter:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._marks = (_DIM, _PLAIN) if out.isatty() else ("[", "]")
+        self._marks = (_DIM, _PLAIN) if out.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
         self._pieces: list[tuple[str, str]] = []
         self._repetition = RepetitionDetector()
         self._thought = self._answered = False

@@ -39,20 +39,22 @@ def unloaded_model(
         ForgeError: the tokenizer cannot be loaded.
     """
     modules = SentenceModules.of(checkpoint)
-    others = engine.name == "llamacpp" or engine.url is not None
+    others = engine.name in ("llamacpp", "vllm") or engine.url is not None
     if modules is not None:
         if others or live is not None:
             raise UsageError(f"{checkpoint.label} is an embedding model", "leave out --engine, --engine-url and --live")
         return _embedding_model(checkpoint, name, modules, load=load, max_queue=max_queue, engine=engine)
-    if live is not None and engine.url is not None:
-        raise UsageError("--live works with a model in this process alone", "leave out --engine-url")
+    if live is not None and (engine.url is not None or engine.name == "vllm"):
+        raise UsageError("--live works with a model in this process alone", "leave out --engine-url or --engine vllm")
     tokenizer = Tokenizer.load(checkpoint.folder, trust_remote_code=load.trust_remote_code)
 
     def make_engine() -> Engine:
-        from ollama_forge.serving.engine.choice import load_engine, remote_engine
+        from ollama_forge.serving.engine.choice import load_engine, remote_engine, vllm_engine
 
         if engine.url is not None:
             loaded = remote_engine(checkpoint, tokenizer, engine.url, engine)
+        elif engine.name == "vllm":
+            loaded = vllm_engine(checkpoint, tokenizer, load, engine)
         else:
             loaded = load_engine(checkpoint, load, engine, edit=None if live is None else live.record)
         model.engine_reason = loaded.reason

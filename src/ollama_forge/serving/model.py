@@ -21,6 +21,7 @@ from ollama_forge.serving.engine.base import (
     ImageEncoder,
     Limited,
 )
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.metadata import ModelMetadata
 from ollama_forge.serving.output import OutputProcessor
 from ollama_forge.serving.prompts import PromptBuilder
@@ -130,7 +131,8 @@ class ServedModel:
             ForgeError: it cannot be loaded.
         """
         assert self._make_engine is not None
-        return self._make_engine()
+        with DEVICE_USE.shared():
+            return self._make_engine()
 
     def load(self) -> ServedModel:
         """Load the engine now, and return this model.
@@ -160,7 +162,8 @@ class ServedModel:
         engine, self._engine, self.prompts.encoder = self.engine, None, None
         engine.close()
         del engine
-        release_memory()
+        with DEVICE_USE.shared():
+            release_memory()
 
     def _find_capabilities(self, vision: bool) -> frozenset[str]:
         if self._embedded_text is not None:

@@ -1,13 +1,22 @@
-"""Names of models in Ollama, and the path of a name's manifest in Ollama's store."""
+"""Names of models in Ollama, where its stores may be, and the path of a name's manifest in one."""
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from ollama_forge.names import check_ollama_name
 
+# where Linux packages let the service keep its models
+SERVICE_STORES = (
+    "/usr/share/ollama/.ollama/models",
+    "/var/lib/ollama/.ollama/models",
+    "/var/lib/ollama/models",
+    "/var/lib/ollama",
+    "/var/snap/ollama/common/models",
+)
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 
 
@@ -52,6 +61,14 @@ class OllamaName:
     def is_cloud(self) -> bool:
         """Whether the tag says that Ollama's cloud runs the model."""
         return self.tag.lower() == "cloud" or self.tag.lower().endswith("-cloud")
+
+
+def stores() -> tuple[Path, ...]:
+    """Folders in which an Ollama on this machine may keep its models, the likeliest first."""
+    given = os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'")
+    if given:
+        return (Path(given),)
+    return Path.home() / ".ollama" / "models", *map(Path, SERVICE_STORES)
 
 
 def manifest_path(store: Path, name: OllamaName) -> Path | None:

@@ -19,18 +19,10 @@ from ollama_forge.errors import ForgeError
 from ollama_forge.ollama_address import is_loopback, ollama_url
 from ollama_forge.progress import say
 from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
-from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names
+from ollama_forge.sources.ollama_names import OllamaName, manifest_path, stored_names, stores
 
 SCHEME = "ollama:"
 KIND = "ollama"
-# where Linux packages let the service keep its models
-SERVICE_STORES = (
-    "/usr/share/ollama/.ollama/models",
-    "/var/lib/ollama/.ollama/models",
-    "/var/lib/ollama/models",
-    "/var/lib/ollama",
-    "/var/snap/ollama/common/models",
-)
 _EMBEDDED = ("v.", "mm.", "a.", "s.", "mtp.")  # begin the names of tensors of projectors, in files with the model's
 _LAYER = "application/vnd.ollama.image."
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
@@ -124,7 +116,7 @@ def find_model(name: str) -> StoredModel:
     if not os.environ.get("OLLAMA_MODELS"):
         _require_this_machine()
     unreadable: Path | None = None
-    for store in _stores():
+    for store in stores():
         try:
             path = manifest_path(store, wanted)
             if path is not None:
@@ -136,14 +128,6 @@ def find_model(name: str) -> StoredModel:
     if wanted.is_cloud:
         raise _cloud(wanted.shown, "Ollama's cloud")
     raise _missing(wanted)
-
-
-def _stores() -> tuple[Path, ...]:
-    """Folders in which an Ollama on this machine may keep its models, the likeliest first."""
-    given = os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'")
-    if given:
-        return (Path(given),)
-    return Path.home() / ".ollama" / "models", *map(Path, SERVICE_STORES)
 
 
 def _require_this_machine() -> None:
@@ -252,17 +236,17 @@ def _read(layers: _Layers) -> StoredModel:
 
 
 def _missing(name: OllamaName) -> ForgeError:
-    stores = [store for store in _stores() if (store / "manifests").is_dir()]
-    if not stores:
+    found = [store for store in stores() if (store / "manifests").is_dir()]
+    if not found:
         return ForgeError(
-            f"Ollama keeps no models in {_stores()[0]}, nor where its Linux packages do",
+            f"Ollama keeps no models in {stores()[0]}, nor where its Linux packages do",
             "set OLLAMA_MODELS to its store (one in a container has it elsewhere), or: ollama pull " + name.shown,
         )
-    known = [known for store in stores for known in stored_names(store)]
+    known = [known for store in found for known in stored_names(store)]
     near = [other.shown for other in known if other.model.lower() == name.model.lower()]
     near = near or difflib.get_close_matches(name.shown, [other.shown for other in known], n=3)
     alike = f"it has {', '.join(near)}; or" if near else "`ollama list` shows what it has;"
-    return ForgeError(f"Ollama has no model {name.shown} in {stores[0]}", f"{alike} ollama pull {name.shown}")
+    return ForgeError(f"Ollama has no model {name.shown} in {found[0]}", f"{alike} ollama pull {name.shown}")
 
 
 def _cloud(name: str, host: str) -> ForgeError:

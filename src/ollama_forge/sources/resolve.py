@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +13,11 @@ from ollama_forge.checkpoints.formats.registry import unreadable_tensor
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
 from ollama_forge.checkpoints.hub_gguf import fetch_gguf, gguf_reference
-from ollama_forge.checkpoints.hub_headers import hub_checkpoint
+from ollama_forge.checkpoints.hub_headers import HubCheckpoint, fetch_companions, hub_checkpoint
 from ollama_forge.checkpoints.pickled import convert_pickled
 from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError, UsageError, did_you_mean
 from ollama_forge.progress import say
 from ollama_forge.sources.demo import demo_checkpoint
 from ollama_forge.sources.gguf import gguf_checkpoint, gguf_checkpoint_of
@@ -45,7 +47,8 @@ def resolve(
     """
     checkpoint = _local_checkpoint(model, revision)
     if checkpoint is None:
-        fetched = download(model, revision, trust_remote_code=trust_remote_code)
+        with _meaning_another(model):
+            fetched = download(model, revision, trust_remote_code=trust_remote_code)
         checkpoint = replace(_folder_checkpoint(fetched.folder, model), kind="hub", revision=fetched.commit)
         require_editable(checkpoint, fetched.base_model)
     elif checkpoint.kind in ("folder", "pickled"):
@@ -65,9 +68,22 @@ def look_up(model: str, revision: str | None = None, *, trust_remote_code: bool 
     """
     checkpoint = _local_checkpoint(model, revision)
     if checkpoint is None:
-        checkpoint = hub_checkpoint(model, revision, trust_remote_code=trust_remote_code)
+        with _meaning_another(model):
+            checkpoint = hub_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         _say_own_code(checkpoint)
+    return checkpoint
+
+
+def resolve_without_weights(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Like ``look_up``, with the files beside the weights: of a model on the Hub, the weights alone are not downloaded.
+
+    Raises:
+        ForgeError: the model does not exist or cannot be read.
+    """
+    checkpoint = look_up(model, trust_remote_code=trust_remote_code)
+    if isinstance(checkpoint, HubCheckpoint):
+        return replace(checkpoint, folder=fetch_companions(checkpoint))
     return checkpoint
 
 
@@ -111,10 +127,27 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     if reference is not None:
         return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        raise ForgeError(
-            f"{model} does not exist", "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
-        )
+        forms = "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+        raise ForgeError(f"{model} does not exist", _alike(model) or forms)
     return None
+
+
+@contextmanager
+def _meaning_another(model: str) -> Iterator[None]:
+    """Name models at hand in the hint of a failure, if the name of one is like ``model``."""
+    try:
+        yield
+    except ForgeError as error:
+        if near := _alike(model):
+            error.hint = f"{near} If not: {error.hint}" if error.hint else near
+        raise
+
+
+def _alike(model: str) -> str:
+    """A question after the demo models, and the folders and GGUF files beside the path, that are named like it."""
+    folder = Path(model).expanduser().parent
+    beside = [str(path.parent) for path in folder.glob("*/config.json")] + [str(path) for path in folder.glob("*.gguf")]
+    return did_you_mean(str(Path(model).expanduser()), ["demo", "demo-base", *beside])
 
 
 def _folder_checkpoint(path: Path, label: str) -> Checkpoint:

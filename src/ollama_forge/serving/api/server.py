@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ollama_forge import __version__
 from ollama_forge.errors import ForgeError
-from ollama_forge.progress import say
+from ollama_forge.progress import say, warn
 from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings, is_loopback
 from ollama_forge.serving.api.telemetry import log_requests
@@ -70,7 +70,7 @@ def announce(name: str, settings: ServeSettings, listening: socket.socket, *, li
     say(f"  Anthropic clients:  ANTHROPIC_BASE_URL=http://{reached}:{port}")
     if not is_loopback(settings.host):
         keyless = "" if settings.api_key else ", and it needs no API key; set one with --api-key"
-        say(f"warning: {settings.host} is reached from other machines{keyless}")
+        warn(f"{settings.host} is reached from other machines{keyless}")
 
 
 def serve(registry: ModelRegistry, settings: ServeSettings, listening: socket.socket) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ollama_forge.progress import is_quiet
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName
 from ollama_forge.serving.requests import Busy, Done, Event
@@ -127,8 +128,8 @@ def log_line(record: RequestRecord, method: str, path: str, status: int, seconds
 
 
 def log_requests() -> None:
-    """Log requests to stderr from now on."""
+    """Log requests to stderr from now on, unless this process is quiet."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     _LOG.handlers, _LOG.propagate = [handler], False
-    _LOG.setLevel(logging.INFO)
+    _LOG.setLevel(logging.WARNING if is_quiet() else logging.INFO)

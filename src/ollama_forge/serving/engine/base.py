@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from ollama_forge.models.servers.vllm_process import VllmSettings
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -153,16 +155,18 @@ class EngineSettings:
     """Which engine runs a model, and how much it takes on.
 
     Attributes:
-        name: auto, transformers or llamacpp.
+        name: auto, transformers, llamacpp or vllm.
         url: the llama-server or vLLM that runs the model; None: an engine in this process.
         slots: maximum number of requests that run at the same time.
         num_ctx: bounds the context length; None: the model's own.
+        vllm: how a vLLM is started; for the engine of that name alone.
     """
 
     name: str = "auto"
     url: str | None = None
     slots: int = 16
     num_ctx: int | None = None
+    vllm: VllmSettings | None = None
 
 
 @runtime_checkable

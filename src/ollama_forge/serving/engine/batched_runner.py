@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ollama_forge.models.device import is_out_of_memory
+from ollama_forge.models.device import is_out_of_memory, upload
+from ollama_forge.serving.engine.cuda_graphs import StepGraphs
 from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedKVCache
-from ollama_forge.serving.engine.kv_cache import KVCache
+from ollama_forge.serving.engine.kv_cache import KVCache, Layout
 from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
 from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
@@ -19,6 +20,7 @@ from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
 _MOST_GROUPS = 4
 _WASTE_TOGETHER = 512  # padding columns that cost less than another call of the attention function
 _WASTE_APART = 4096  # padding columns that cost less than another forward pass
+_WASTE_BY_GRAPH = 32768  # the same on a GPU: reading some GiB of weights again takes as long
 _SPARE_COLUMNS = 256
 _LONG = 512  # columns from which on the attention of equally long rows is slow on a CPU, see ``grouped_attention``
 _TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
@@ -51,11 +53,11 @@ class BatchedPrefill:
         self.cached = [max(len(prompt) - new_tokens, 0) for prompt in prompts]
         cache.span.end = self.width - new_tokens
         pad, device = forward.model.tokenizer.pad_id, forward.device
-        self._ids = torch.tensor(
-            [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device=device
+        self._ids = upload(
+            [[pad] * start + list(prompt) for start, prompt in zip(self.starts, prompts, strict=True)], device
         )
         columns = torch.arange(self.width, device=device)
-        starts = torch.tensor(self.starts, device=device).unsqueeze(1)
+        starts = upload(self.starts, device).unsqueeze(1)
         self._positions = (columns - starts).clamp_min(0)
         self._mask = (columns >= starts).long() if any(self.starts) else None
 
@@ -86,16 +88,17 @@ class BatchedRunner:
     steps all groups (``grouped_attention``); else there is a pass for each. The first step of several groups is done
     in both ways, and the single pass is given up if the logits differ.
 
-    Nothing here has been tried on a GPU: a step copies the sampled ids to the device and waits for the next ones, its
-    shapes grow with the rows, and so neither CUDA graphs nor ``torch.compile`` apply.
+    With CUDA graphs, there is a step for each group.
 
     Args:
         has_kv: for each layer, whether it stores keys and values (``kv_cache.layers_with_kv``).
         nbytes: maximum size of the prefix cache.
         splits: whether prompts may be prefilled in chunks.
         reuses: whether the keys and values of other sequences may be continued.
+        graphs: the CUDA graphs of decode steps; None: without.
 
     Attributes:
+        runs_ahead: see ``ModelRunner``; true on CUDA.
         rows: the running sequences.
         groups: their groups; none is empty.
     """
@@ -109,18 +112,23 @@ class BatchedRunner:
         *,
         splits: bool = True,
         reuses: bool = True,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        self.forward, self.has_kv, self.slots = forward, has_kv, slots
+        self.forward, self.has_kv, self.slots, self.graphs = forward, has_kv, slots, graphs
+        self.runs_ahead = forward.device.type == "cuda"
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
         self.chunk = chunk_of(forward.device) if splits else sys.maxsize
         self.reuses = reuses
         self.rows: list[Row] = []
         self.groups: list[RowGroup] = []
+        self._layout: Layout | None = None
+        self._shares_layers = forward.device.type == "cuda"
         self._switch = AttentionSwitch(forward.model.module)
         self.one_pass = self._switch.available
         self._checked = False
         self._order: list[int] = []  # for each row of a pass over all groups, its number in ``rows``
-        self._places: Tensor | None = None  # for each of ``rows``, its row in the pass; None: the same order
+        self._in_order = True
+        self._by_row: tuple[Tensor, Tensor] | None = None  # ``_order`` and its inverse on the device, once needed
         self._together: tuple[GroupedKVCache, Tensor] | None = None
 
     # -- prefill --------------------------------------------------------------------------------------------------
@@ -148,7 +156,7 @@ class BatchedRunner:
         return None if kept is None else CachedPrefix(kept[0], 0, 0, kept[1])
 
     def prefill(self, prompts: Sequence[Sequence[int]], media: Media) -> BatchedPrefill:
-        cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)))
+        cache = KVCache(self.has_kv, len(prompts), max(map(len, prompts)), self._layout)
         found = [self._cached_prefix(prompt) if media is None else None for prompt in prompts]
         new_tokens = max(
             len(prompt) - (prefix.length if prefix is not None else 0)
@@ -162,6 +170,9 @@ class BatchedRunner:
         return prefill
 
     def join(self, prefill: BatchedPrefill, index: int) -> None:
+        if self._layout is None and self._shares_layers:
+            self._layout = Layout.of(prefill.cache)
+            self._shares_layers = self._layout is not None
         source = prefill.row(index)
         group = self._group_for(source.length)
         prompt = () if prefill.media else tuple(prefill.prompts[index])
@@ -181,15 +192,25 @@ class BatchedRunner:
             rows = 1 if length < nearest.width else len(nearest.rows)
             if abs(nearest.width - length) * rows <= self._waste:
                 return nearest
-        return RowGroup(self.has_kv, length, self.slots, self.forward.device)
+        return RowGroup(self._new_cache, length, self.slots, self.forward.device)
+
+    def _new_cache(self, rows: int, columns: int) -> KVCache:
+        if self.graphs is not None:
+            return self.graphs.new_cache(rows, columns, self._layout)
+        return KVCache(self.has_kv, rows, columns, self._layout)
 
     @property
     def _waste(self) -> int:
         """Number of padding columns that cost less than another group."""
+        if self.graphs is not None:
+            return _WASTE_BY_GRAPH
         return _WASTE_TOGETHER if self.one_pass else _WASTE_APART
 
     def _regroup(self) -> None:
         """Merge groups that have become alike, or are too many; call this after rows joined or left."""
+        for group in self.groups:
+            if not group.rows:
+                group.release()
         self.groups = sorted((group for group in self.groups if group.rows), key=lambda group: group.width)
         while len(self.groups) > 1:
             padding = [(large.width - small.width) * len(small.rows) for small, large in pairwise(self.groups)]
@@ -205,22 +226,45 @@ class BatchedRunner:
                 if not is_out_of_memory(error):
                     raise
                 break  # the groups stay as they are
+            small.release()
             del self.groups[index]
         order = [self.rows.index(row) for group in self.groups for row in group.rows]
         self._order = order
-        in_order = order == list(range(len(order)))
-        self._places = None if in_order else torch.tensor(order).argsort().to(self.forward.device)
+        self._in_order = order == list(range(len(order)))
+        self._by_row = None
         self._together = None
 
     # -- decoding -------------------------------------------------------------------------------------------------
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([tokens[number] for number in self._order], device=self.forward.device).unsqueeze(1)
-        inputs = [group.inputs() for group in self.groups]
-        logits = self._pass(ids, inputs)
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        if isinstance(tokens, Tensor):
+            ids = (tokens if self._in_order else tokens[self._orders[0]]).unsqueeze(1)
+        else:
+            ids = upload([tokens[number] for number in self._order], self.forward.device).unsqueeze(1)
+        logits = self._with_graphs(ids, self.graphs) if self.graphs is not None else self._without_graphs(ids)
+        return logits if self._in_order else logits[self._orders[1]]
+
+    @property
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        """For each row of a pass over all groups, its number in ``rows``; and for each of ``rows``, its row."""
+        if self._by_row is None:
+            places = sorted(range(len(self._order)), key=self._order.__getitem__)
+            first, second = upload([self._order, places], self.forward.device).unbind()
+            self._by_row = first, second
+        return self._by_row
+
+    def _with_graphs(self, ids: Tensor, graphs: StepGraphs) -> Tensor:
+        if len(self.groups) == 1:
+            return graphs.step(self.groups[0], ids)
+        parts = torch.split(ids, [len(group.rows) for group in self.groups])
+        steps = zip(self.groups, parts, strict=True)
+        return torch.cat([graphs.step(group, part).clone() for group, part in steps])
+
+    def _without_graphs(self, ids: Tensor) -> Tensor:
+        logits = self._pass(ids, [group.inputs() for group in self.groups])
         for group in self.groups:
             group.advance()
-        return logits if self._places is None else logits[self._places]
+        return logits
 
     def _pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         slow_kernel = inputs[0][1] is None and self.groups[0].width >= _LONG and ids.device.type == "cpu"
@@ -265,7 +309,7 @@ class BatchedRunner:
         """The mask of all rows in one pass, with spare columns; as all rows grow alike, their padding stays."""
         widest = max(group.width for group in self.groups)
         lengths = [group.cache.span.end - start for group in self.groups for start in group.starts]
-        padding = torch.tensor([widest - length for length in lengths], device=self.forward.device).unsqueeze(1)
+        padding = upload([widest - length for length in lengths], self.forward.device).unsqueeze(1)
         columns = torch.arange(widest + _SPARE_COLUMNS, device=self.forward.device)
         return (columns >= padding).long()
 
@@ -284,7 +328,7 @@ class BatchedRunner:
         """Keep a row's keys and values for later prompts, if there is memory for a copy."""
         source = row.group.prefix(row)
         try:
-            kept = KVCache(self.has_kv, 1, source.length)
+            kept = KVCache(self.has_kv, 1, source.length, self._layout)
             kept.copy_row(source.cache, source.row, source.start, 0, 0, source.length)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -294,6 +338,10 @@ class BatchedRunner:
         self.prefixes.add(ids[: source.length], kept, kept.nbytes)
 
     def reset(self) -> None:
+        for group in self.groups:
+            group.release()
         self.rows, self.groups = [], []
         self.prefixes.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         self._regroup()

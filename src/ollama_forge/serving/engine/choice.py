@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from ollama_forge.export.adapters.gguf import gguf_factors, write_gguf_adapter
 from ollama_forge.files import read_json, sha256_json, write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
-from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, GgufModel, llama_server, llamacpp_is_installed
+from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, llama_server, llamacpp_is_installed
+from ollama_forge.models.servers.token_server import RemoteModel
+from ollama_forge.models.servers.vllm_process import VllmSettings, vllm_server
 from ollama_forge.names import gguf_files
 from ollama_forge.progress import status
 from ollama_forge.serving.engine.base import Engine, EngineSettings
@@ -32,7 +35,7 @@ from ollama_forge.text.tokenizer import Ids, Tokenizer
 if TYPE_CHECKING:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-ENGINES = ("auto", "transformers", "llamacpp")
+ENGINES = ("auto", "transformers", "llamacpp", "vllm")
 LEAST_AGREEMENT = 0.95
 _TOKENS = 32  # of each answer that is compared
 _TIMED = 2  # answers whose time counts
@@ -146,11 +149,37 @@ def remote_engine(checkpoint: Checkpoint, tokenizer: Tokenizer, url: str, settin
     """
     from ollama_forge.serving.engine.remote import RemoteEngine
 
-    text = checkpoint.config.get("text_config") or checkpoint.config
-    longest = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
-    context = min(longest, settings.num_ctx or longest)
+    context = _context(checkpoint, settings)
     engine = RemoteEngine.connect(url, tokenizer, context=context, slots=settings.slots)
-    return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.url}")
+    return LoadedEngine(engine, checkpoint, f"engine: {engine.server.name} at {engine.server.connection.url}")
+
+
+def vllm_engine(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, load: LoadSettings, settings: EngineSettings
+) -> LoadedEngine:
+    """Start a vLLM that runs the checkpoint; closing the engine ends it.
+
+    Raises:
+        UsageError: the checkpoint is a GGUF file.
+        ForgeError: there is no vLLM, or it does not start.
+    """
+    from ollama_forge.serving.engine.remote import RemoteEngine
+
+    vllm = settings.vllm or VllmSettings()
+    with ExitStack() as running:
+        server = running.enter_context(vllm_server(checkpoint, vllm, load, context=settings.num_ctx))
+        context = _context(checkpoint, settings)
+        end = running.pop_all().close
+    engine = RemoteEngine(server, tokenizer, context=context, slots=settings.slots, end=end)
+    devices = f" on {vllm.tensor_parallel_size} devices" if vllm.tensor_parallel_size > 1 else ""
+    return LoadedEngine(engine, checkpoint, f"engine: vLLM {server.version}{devices}, context {engine.context_length}")
+
+
+def _context(checkpoint: Checkpoint, settings: EngineSettings) -> int:
+    """The context length by the model's config and the settings."""
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    longest: int = text.get("max_position_embeddings") or text.get("n_positions") or 1 << 20
+    return min(longest, settings.num_ctx or longest)
 
 
 def gguf_of(checkpoint: Checkpoint) -> Path | None:
@@ -274,7 +303,7 @@ def compare(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[Com
         check = check_tokens(tokenizer, server.tokenize)
         if check.mismatches:
             return Comparison(check.texts, check.mismatches), None
-        answer = GgufModel(server, tokenizer).answer
+        answer = RemoteModel(server, tokenizer).answer
         answers, rate = answer(prompts, _TOKENS), _rate(answer, prompts)
     device = pick_device(load.device)
     needed = checkpoint.parameters * pick_dtype(load.dtype, device).itemsize

@@ -18,6 +18,7 @@ from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.serving.engine.base import EngineError
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.sentence_modules import Dense, SentenceModules
 
 _LOG = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ class EncoderEngine:
         if self._closed:
             raise EngineError(_CLOSED)
         try:
-            return self._embed(inputs)
+            with DEVICE_USE.shared():
+                return self._embed(inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 release_memory()

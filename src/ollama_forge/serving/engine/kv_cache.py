@@ -81,18 +81,62 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return new
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The layout of keys and values that all layers of a model have in common.
+
+    Attributes:
+        like: an empty tensor of their type and device.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    like: Tensor
+
+    @classmethod
+    def of(cls, cache: KVCache) -> Layout | None:
+        """The layout of a cache that is in use; None if its layers differ."""
+        buffers = [buffer for layer in cache._own if layer is not None for buffer in (layer.keys, layer.values)]
+        if not buffers or any(buffer is None for buffer in buffers):
+            return None
+        kinds = {(buffer.shape[1], buffer.shape[3], buffer.dtype) for buffer in buffers if buffer is not None}
+        first = buffers[0]
+        assert first is not None
+        if len(kinds) > 1:
+            return None
+        return cls(len(buffers) // 2, first.shape[1], first.shape[3], first.new_empty(0))
+
+    def zeros(self, rows: int, columns: int) -> Tensor:
+        return self.like.new_zeros(self.layers, 2, rows, self.heads, columns, self.dim)
+
+
 class KVCache(Cache):
     """A transformers ``Cache`` with a ``KVLayer`` for each layer that stores keys and values of its own.
 
     Args:
         has_kv: for each layer, whether it stores keys and values (``layers_with_kv``).
         rows, columns: initial sizes of the buffers.
+        layout: the layers' common layout, with which they share one tensor; None: each allocates its own when needed.
+
+    Attributes:
+        stack: the tensor ``[layers, 2, rows, heads, columns, dim]`` that the layers share. On a GPU, one copy takes
+            the place of one for each layer's keys and values, which cost more to launch than to do.
     """
 
-    def __init__(self, has_kv: Sequence[bool], rows: int, columns: int) -> None:
+    def __init__(self, has_kv: Sequence[bool], rows: int, columns: int, layout: Layout | None = None) -> None:
         self.span = Span(rows, columns, rows)
         self._own = [KVLayer(self.span) if own else None for own in has_kv]
         super().__init__(layers=[layer or DummyLayer() for layer in self._own])  # type: ignore[no-untyped-call]
+        self.stack: Tensor | None = None
+        if layout is not None:
+            self._share(layout.zeros(rows, columns))
+
+    def _share(self, stack: Tensor) -> None:
+        self.stack = stack
+        layers = [layer for layer in self._own if layer is not None]
+        for layer, (keys, values) in zip(layers, stack, strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
 
     @property
     def filled_layers(self) -> Iterator[KVLayer]:
@@ -118,10 +162,29 @@ class KVCache(Cache):
         span = self.span
         start, end = span.start, span.end
         new = Span(rows, columns, span.rows, to, to + end - start)
+        if self.stack is not None:
+            old = self.stack
+            shape = (*old.shape[:2], rows, old.shape[3], columns, old.shape[5])
+            self._move_to(old.new_zeros(shape), new)
+            return
         buffers = [layer.moved(start, end, to, new) for layer in self.filled_layers]
         for layer, (keys, values) in zip(self.filled_layers, buffers, strict=True):
             layer.keys, layer.values = keys, values
         span.row_room, span.column_room, span.start, span.end = rows, columns, new.start, new.end
+
+    def _move_to(self, stack: Tensor, new: Span) -> None:
+        """Move the used columns to another stack, of the sizes of ``new``."""
+        span, old = self.span, self.stack
+        assert old is not None
+        stack[:, :, : span.rows, :, new.start : new.end] = old[:, :, : span.rows, :, span.start : span.end]
+        self._share(stack)
+        span.row_room, span.column_room, span.start, span.end = new.row_room, new.column_room, new.start, new.end
+
+    def release(self) -> None:
+        """Drop the buffers; the cache must not be used any more."""
+        self.stack = None
+        for layer in self.filled_layers:
+            layer.keys = layer.values = None
 
     def copy_row(self, source: KVCache, source_row: int, source_start: int, row: int, start: int, length: int) -> None:
         """Copy ``length`` columns from column ``source_start`` of ``source_row`` to column ``start`` of ``row``.
@@ -129,6 +192,9 @@ class KVCache(Cache):
         ``source`` may be this cache.
         """
         columns, source_columns = slice(start, start + length), slice(source_start, source_start + length)
+        if self.stack is not None and source.stack is not None:
+            self.stack[:, :, row, :, columns] = source.stack[:, :, source_row, :, source_columns]
+            return
         for mine, theirs in zip(self._own, source._own, strict=True):
             if mine is None or theirs is None or theirs.keys is None or theirs.values is None:
                 continue

@@ -64,10 +64,13 @@ class LiveEdit:
         _check_rows(model, hooked | _add_expert_hooks(self, model, record, stacked))
 
     @contextmanager
-    def at(self, strengths: Sequence[float]) -> Iterator[None]:
+    def at(self, strengths: Sequence[float] | Tensor) -> Iterator[None]:
         """Inside the block, row ``i`` of a batch is computed at ``strengths[i]``."""
-        same = all(strength == strengths[0] for strength in strengths)
-        self._strengths = strengths[0] if same else torch.tensor(strengths, device=self.device)
+        if isinstance(strengths, Tensor):
+            self._strengths = strengths
+        else:
+            same = all(strength == strengths[0] for strength in strengths)
+            self._strengths = strengths[0] if same else torch.tensor(strengths, device=self.device)
         try:
             yield
         finally:
@@ -91,8 +94,9 @@ class LiveEdit:
         Yields:
             The ids of the tokens.
         """
-        strengths = [1.0 + step / _STEPS for step in ids[:, -1].div(self._ids, rounding_mode="floor").tolist()]
-        with self.at(strengths):
+        steps = ids[:, -1].div(self._ids, rounding_mode="floor")
+        known = ids.device.type != "cuda"  # on CUDA, the host would have to wait for the ids
+        with self.at([1.0 + step / _STEPS for step in steps.tolist()] if known else 1.0 + steps / _STEPS):
             yield ids.remainder(self._ids)
 
     @property

@@ -53,6 +53,11 @@ class ModelRunner(Protocol):
         """Whether a prompt may continue the state of another sequence that begins alike."""
         ...
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether ``step`` takes ids that are on the device, and a row may leave after a step too many."""
+        ...
+
     def uncached(self, prompt: Sequence[int]) -> int:
         """Number of tokens of a prompt that the prefix cache does not cover."""
         ...
@@ -65,12 +70,15 @@ class ModelRunner(Protocol):
         """Append the prefilled prompt number ``index`` to the batch as its last row."""
         ...
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Decode: feed each row its token, return the logits ``[rows, vocabulary]``."""
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Decode: feed each row its token, return the logits ``[rows, vocabulary]``.
+
+        They are valid until the next step. If the runner runs ahead, ``tokens`` may be a tensor ``[rows]``.
+        """
         ...
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:
-        """Remove a row; the last row takes its number. If ``ids`` are given, the prefix cache keeps its state."""
+        """Remove a row; the last row takes its number. If ``ids`` are given, the prefix cache keeps their state."""
         ...
 
     def reset(self) -> None:
@@ -87,12 +95,14 @@ class StateSupport:
         batches: decode several sequences together.
         splits: prefill a prompt in chunks.
         reuses: continue it with the rest of a later prompt that begins with the same tokens.
+        graphs: replay decode steps as CUDA graphs; None: not tried, as the device has none or rows do not batch.
     """
 
     caches: bool = True
     batches: bool = True
     splits: bool = True
     reuses: bool = True
+    graphs: bool | None = None
 
     @property
     def limits(self) -> str:
@@ -106,7 +116,9 @@ class StateSupport:
             lacks.append("prompts in one pass")
         if not self.reuses:
             lacks.append("each turn from its beginning")
-        return f"{', '.join(lacks)}, because its state allows no more" if lacks else ""
+        states = f"{', '.join(lacks)}, because its state allows no more" if lacks else ""
+        graphs = "steps without CUDA graphs, which this model does not allow" if self.graphs is False else ""
+        return "; ".join(filter(None, (states, graphs)))
 
 
 class Forward:

@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import httpx
 
-from ollama_forge.errors import ForgeError, UsageError, error_line
-from ollama_forge.evaluation.tokens import check_tokens
-from ollama_forge.ollama_address import is_loopback
+from ollama_forge.errors import ForgeError, error_line
+from ollama_forge.evaluation.tokens import check_server_tokens
+from ollama_forge.models.servers.connection import reason_of
+from ollama_forge.models.servers.find import find_token_server
+from ollama_forge.models.servers.token_server import TokenServer
+from ollama_forge.models.servers.vllm import VllmServer
+from ollama_forge.models.servers.vllm_process import StartedVllm
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Logprob, Token
 from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
-from ollama_forge.text.tokenizer import Ids, Tokenizer
+from ollama_forge.text.tokenizer import Tokenizer
 
 _CLOSED = "the model was unloaded"
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)  # seconds
-_EXAMPLE = "for example http://127.0.0.1:8080, or http://127.0.0.1:8000#MODEL"
 _TOKEN_ID = "token_id:"
 _WITH_SCHEMAS = (0, 11)  # the first vLLM that takes structured_outputs; older ones ignore it in silence
 
 
-class RemoteServer(Protocol):
-    """What the engine asks of a kind of server.
-
-    Attributes:
-        context_length: maximum number of tokens of prompt and output; None: the server does not say.
-    """
-
-    name: str
-    context_length: int | None
-
-    def tokenize(self, client: httpx.Client, text: str) -> Ids | None:
-        """The server's tokens of a text, special tokens included; None if it does not tokenize."""
+class StreamedServer(Protocol):
+    """How a kind of server streams the tokens of an answer."""
 
     def stream(self, link: Link, phase: Phase, vocabulary: Vocabulary) -> AsyncGenerator[Token, None]:
         """The tokens of one phase."""
@@ -69,24 +59,14 @@ class Link:
                     if line.startswith("data:") and data != "[DONE]":
                         event: dict[str, Any] = json.loads(data)
                         if "error" in event:
-                            raise EngineError(f"the server failed: {_reason(event)}")
+                            raise EngineError(f"the server failed: {reason_of(event)}")
                         yield event
             finally:
                 del self.streams[response]
 
 
-class LlamaServerProtocol:
+class LlamaServerStream:
     """llama-server's ``/completion``."""
-
-    name = "llama-server"
-
-    def __init__(self, context_length: int | None) -> None:
-        self.context_length = context_length
-
-    def tokenize(self, client: httpx.Client, text: str) -> Ids | None:
-        body = {"content": text, "add_special": False, "parse_special": True}
-        ids: Ids = _answer(client, "/tokenize", body)["tokens"]
-        return ids
 
     async def stream(self, link: Link, phase: Phase, vocabulary: Vocabulary) -> AsyncGenerator[Token, None]:
         reader = TokenReader(phase, vocabulary)
@@ -102,25 +82,11 @@ class LlamaServerProtocol:
         return ids
 
 
-class VllmProtocol:
-    """vLLM's ``/v1/completions``.
+@dataclass(frozen=True)
+class VllmStream:
+    """vLLM's ``/v1/completions``."""
 
-    Args:
-        version: vLLM's, such as (0, 32).
-    """
-
-    name = "vLLM"
-
-    def __init__(self, model: str, version: tuple[int, ...], context_length: int | None) -> None:
-        self.model, self.version, self.context_length = model, version, context_length
-
-    def tokenize(self, client: httpx.Client, text: str) -> Ids | None:
-        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
-        try:
-            ids: Ids = _answer(client, "/tokenize", body)["tokens"]
-        except ForgeError:  # it is built without this route
-            return None
-        return ids
+    server: VllmServer
 
     async def stream(self, link: Link, phase: Phase, vocabulary: Vocabulary) -> AsyncGenerator[Token, None]:
         async with aclosing(link.events("/v1/completions", self._body(phase))) as chunks:
@@ -138,14 +104,8 @@ class VllmProtocol:
             raise EngineError("vLLM has no typical_p")
         if penalised and 0 <= params.repeat_last_n < len(request.ids) + request.max_tokens:
             raise EngineError("vLLM penalises all tokens, not the last ones alone: set repeat_last_n to -1")
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": list(request.ids),
-            "max_tokens": request.max_tokens,
+        body = self.server.body(request.ids, request.max_tokens, request.end_ids) | {
             "stream": True,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-            "stop_token_ids": sorted(request.end_ids),
             "temperature": params.temperature,
             "top_k": params.top_k if params.top_k > 0 else -1,
             "top_p": params.top_p,
@@ -161,7 +121,7 @@ class VllmProtocol:
         if phase.must_go_on:
             body["min_tokens"] = request.max_tokens  # no end token before
         if phase.schema is not None:
-            if self.version < _WITH_SCHEMAS:
+            if self.server.release < _WITH_SCHEMAS:
                 raise EngineError("this vLLM is too old for structured outputs (format); 0.11 has them")
             body["structured_outputs"] = {"json": json.loads(phase.schema)}
         return body
@@ -185,10 +145,20 @@ class RemoteEngine:
 
     Args:
         context: the model's own context length; the server's may be shorter.
+        end: called when the engine is closed.
     """
 
-    def __init__(self, url: str, server: RemoteServer, tokenizer: Tokenizer, *, context: int, slots: int) -> None:
-        self.url, self.server, self._slots = url, server, slots
+    def __init__(
+        self,
+        server: TokenServer,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        slots: int,
+        end: Callable[[], None] | None = None,
+    ) -> None:
+        self.server, self._slots, self._end = server, slots, end
+        self._stream = VllmStream(server) if isinstance(server, VllmServer) else LlamaServerStream()
         self._vocabulary = Vocabulary(tokenizer)
         self._context_length = min(context, server.context_length or context)
         self._verify = httpx.create_ssl_context()  # building one takes tens of milliseconds
@@ -200,27 +170,19 @@ class RemoteEngine:
         """Ask a server what it is, and whether its tokens are those of the checkpoint.
 
         Args:
-            address: ``URL``, or ``URL#MODEL`` for a vLLM with several models. The API key is the environment's
-                ``OPENAI_API_KEY``, if it is set.
+            address: ``URL``, or ``URL#MODEL`` for a vLLM with several models.
 
         Raises:
             UsageError: the address is not a URL, or the server does not have the model.
             ForgeError: no llama-server or vLLM answers there, or its tokens are others.
         """
-        place, _, model = address.partition("#")
-        url = place.rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")):
-            raise UsageError(f"{address} is not the address of a server", _EXAMPLE)
-        with httpx.Client(**_settings(url)) as client:
-            server = _find(client, model)
-            if server.tokenize(client, "a") is not None:
-                check = check_tokens(tokenizer, lambda text: server.tokenize(client, text) or [])
-                if check.garbled:
-                    raise ForgeError(
-                        f"{url} has another tokenizer: {check.garbled} of {check.texts} texts are other tokens there",
-                        "give the checkpoint that the server runs with --checkpoint",
-                    )
-        return cls(url, server, tokenizer, context=context, slots=slots)
+        server = find_token_server(address)
+        garbled = check_server_tokens(server, tokenizer)
+        if garbled is not None:
+            raise ForgeError(
+                f"{server.connection.url} {garbled}", "give the checkpoint that the server runs with --checkpoint"
+            )
+        return cls(server, tokenizer, context=context, slots=slots)
 
     @property
     def slots(self) -> int:
@@ -228,8 +190,8 @@ class RemoteEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine takes requests; false after ``close``."""
-        return not self._closed
+        """Whether the engine takes requests; false after ``close``, and once a vLLM started for it has died."""
+        return not self._closed and (not isinstance(self.server, StartedVllm) or self.server.alive)
 
     @property
     def context_length(self) -> int:
@@ -252,7 +214,7 @@ class RemoteEngine:
         async with self._link() as link:
 
             def run(phase: Phase) -> AsyncGenerator[Token, None]:
-                return self.server.stream(link, phase, self._vocabulary)
+                return self._stream.stream(link, phase, self._vocabulary)
 
             async with aclosing(in_phases(run, replace(request, max_tokens=limit), self._vocabulary)) as tokens:
                 async for token in tokens:
@@ -263,82 +225,25 @@ class RemoteEngine:
     @asynccontextmanager
     async def _link(self) -> AsyncIterator[Link]:
         try:
-            async with httpx.AsyncClient(**_settings(self.url), verify=self._verify) as client:
+            async with httpx.AsyncClient(**self.server.connection.settings, verify=self._verify) as client:
                 yield Link(client, self._streams)
         except (httpx.HTTPError, httpx.StreamError, ValueError, KeyError) as error:
-            raise EngineError(_CLOSED if self._closed else f"{self.url} fails: {error_line(error)}") from error
+            failure = f"{self.server.name} fails: {error_line(error)}"
+            raise EngineError(_CLOSED if self._closed else failure) from error
 
     def close(self) -> None:
         """End all requests with an error."""
         self._closed = True
         for response, loop in list(self._streams.items()):
             asyncio.run_coroutine_threadsafe(response.aclose(), loop)
-
-
-def _settings(url: str) -> dict[str, Any]:
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    return {
-        "base_url": url,
-        "headers": {"Authorization": f"Bearer {key}"} if key else {},
-        "timeout": _TIMEOUT,
-        "trust_env": not is_loopback(httpx.URL(url).host),  # no proxy reaches this machine's own servers
-    }
-
-
-def _find(client: httpx.Client, model: str) -> RemoteServer:
-    """Find out which kind of server answers.
-
-    Raises:
-        UsageError: a vLLM does not have the model.
-        ForgeError: it is neither of the kinds.
-    """
-    try:
-        version, listed = _answer(client, "/version").get("version"), _answer(client, "/v1/models").get("data")
-        if not version or not isinstance(listed, list):
-            raise ForgeError("it says no version")
-    except ForgeError as error:
-        return _find_llama_server(client, error)
-    models = {str(entry["id"]): entry for entry in listed}
-    found = model or (next(iter(models)) if len(models) == 1 else "")
-    if found not in models:
-        raise UsageError(
-            f"{client.base_url} has no model {model}" if model else f"{client.base_url} has {len(models)} models",
-            f"add #MODEL to the URL; its models: {', '.join(sorted(models)[:10]) or 'none'}",
-        )
-    numbers = tuple(int(part) for part in re.findall(r"\d+", str(version))[:2])
-    return VllmProtocol(found, numbers, models[found].get("max_model_len"))
-
-
-def _find_llama_server(client: httpx.Client, problem: ForgeError) -> LlamaServerProtocol:
-    try:
-        settings = _answer(client, "/props")["default_generation_settings"]
-        return LlamaServerProtocol(settings.get("n_ctx"))
-    except (ForgeError, KeyError, AttributeError):
-        raise ForgeError(
-            f"neither a llama-server nor a vLLM answers at {client.base_url}: {problem.message}", _EXAMPLE
-        ) from None
-
-
-def _answer(client: httpx.Client, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The object at a route; with a body, it is posted."""
-    try:
-        response = client.request("GET" if body is None else "POST", route, json=body)
-        content = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise ForgeError(f"{route} fails: {error_line(error)}", "check that the server runs") from error
-    if response.is_error or not isinstance(content, dict):
-        raise ForgeError(f"{route} answers {response.status_code}", "check that the server runs")
-    return content
+        self.server.connection.close()
+        if self._end is not None:
+            self._end()
 
 
 def _refusal(response: httpx.Response) -> EngineError:
     try:
-        reason = _reason(response.json())
+        reason = reason_of(response.json())
     except ValueError:
         reason = response.reason_phrase
     return EngineError(f"the server refuses the request: {response.status_code} {reason}")
-
-
-def _reason(content: Any) -> str:
-    error = content.get("error", content) if isinstance(content, dict) else content
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]

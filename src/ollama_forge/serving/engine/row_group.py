@@ -6,15 +6,18 @@ masks, sliding windows and position biases work unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ollama_forge.models.device import upload
 from ollama_forge.serving.engine.kv_cache import KVCache
 
 _SPARE_COLUMNS = 64
+_versions = itertools.count()
 
 
 @dataclass(eq=False)
@@ -45,22 +48,24 @@ class RowGroup:
     """A group of rows.
 
     Args:
-        has_kv: for each layer, whether it stores keys and values.
+        new_cache: makes a cache of a number of rows and at least of a number of columns.
         length: length of the first row that will join.
         slots: maximum number of rows.
 
     Attributes:
         rows: the running sequences, in the order of the cache's rows.
         starts: the first column of each row.
+        version: a number that no group had before; it changes with the rows and their columns, but not by steps.
     """
 
-    def __init__(self, has_kv: Sequence[bool], length: int, slots: int, device: torch.device) -> None:
+    def __init__(self, new_cache: Callable[[int, int], KVCache], length: int, slots: int, device: torch.device) -> None:
         self.slots, self.device = slots, device
-        self.cache = KVCache(has_kv, 1, length + max(_SPARE_COLUMNS, length // 2))
+        self.cache = new_cache(1, length + max(_SPARE_COLUMNS, length // 2))
         self.cache.span.start = self.cache.span.end = length
         self.rows: list[Row] = []
         self.starts: list[int] = []
-        self._changed = True
+        self.version = next(_versions)
+        self._inputs_of = -1  # the version that ``_mask`` and ``positions`` are of
         self._mask: Tensor | None = None
         self.positions = torch.empty(0, 1, dtype=torch.long)
 
@@ -100,23 +105,37 @@ class RowGroup:
         if self.rows:
             self._update_start()
 
+    def release(self) -> None:
+        """Drop the rows and give back the memory; the group must not be used any more."""
+        self.rows.clear()
+        self.cache.release()
+
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         """Positions ``[rows, 1]`` of the next tokens, and the attention mask ``[rows, width + 1]`` if rows differ."""
-        self._make_room(len(self.rows), 0)
+        self.make_room()
         span = self.cache.span
-        if self._changed:
-            starts = torch.tensor(self.starts, device=self.device).unsqueeze(1)
+        if self._inputs_of != self.version:
+            starts = upload(self.starts, self.device).unsqueeze(1)
             columns = torch.arange(span.column_room, device=self.device)
             self._mask = (columns >= starts).long() if max(self.starts) > span.start else None
-            offsets = torch.tensor([row.offset for row in self.rows], device=self.device).unsqueeze(1)
+            offsets = upload([row.offset for row in self.rows], self.device).unsqueeze(1)
             self.positions = span.end - starts + offsets
-            self._changed = False
+            self._inputs_of = self.version
         return self.positions, None if self._mask is None else self._mask[:, span.start : span.end + 1]
 
     def advance(self) -> None:
-        """Count the column that a forward pass has filled."""
+        """Count the column that a forward pass over ``inputs`` has filled."""
         self.cache.span.end += 1
         self.positions = self.positions + 1
+
+    def advance_in_graph(self) -> None:
+        """Count the column that a step without ``inputs`` has filled."""
+        self.cache.span.end += 1
+        self._inputs_of = -1
+
+    def make_room(self) -> None:
+        """Ensure room for one column after the common end."""
+        self._make_room(len(self.rows), 0)
 
     def _make_room(self, rows: int, length: int) -> None:
         """Ensure room for ``rows`` rows, for ``length`` columns before the common end, and for one column after it."""
@@ -133,9 +152,9 @@ class RowGroup:
         shift = needed - width - span.start
         self.cache.relocate(needed - width, row_room, room)
         self.starts = [start + shift for start in self.starts]
-        self._changed = True
+        self.version = next(_versions)
 
     def _update_start(self) -> None:
         """Set the first used column after a row joined or left."""
         self.cache.span.start = min(self.starts)
-        self._changed = True
+        self.version = next(_versions)

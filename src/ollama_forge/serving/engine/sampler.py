@@ -6,26 +6,31 @@ Sorting a large vocabulary costs more than a decode step, so no row is sorted mu
 all without top_k, typical_p and top_p, else to the ``_MOST_CANDIDATES`` likeliest tokens, to eight times as many where
 those do not decide the filters, and so on; all of it only where that is most of the vocabulary.
 What a row gets does not depend on the other rows.
+
+Nothing here waits for the device: what is sampled stays there until ``Sampled.read``.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.models.device import float64_device
-from ollama_forge.serving.engine.base import Logprob, SamplingParams, Token
+from ollama_forge.models.device import float64_device, upload
+from ollama_forge.serving.engine.base import SamplingParams
+from ollama_forge.serving.engine.sampled import Logprobs, Sampled
 
 _UNIFORMS = 32
 _LEAST_TEMPERATURE = 1e-6  # lower temperatures decode greedily: logits divided by less would overflow
 _MOST_CANDIDATES = 1024
 _GROWTH = 8  # how many times as many candidates are taken where the last ones did not decide
 _BLOCK = 512  # ids whose weights are summed before a token among them is drawn
+_KEPT_COLUMNS = 256  # settings of rows that are kept on the device, as they are the same from step to step
 
 
 class SamplingState:
@@ -97,89 +102,107 @@ class Candidates:
     scores: Tensor
 
 
-DrawRows = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], list[int]]
+DrawRows = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]
 
 
-def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Token]:
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> Sampled:
     """Sample each row's next token from logits ``[rows, vocabulary]``; rows that ask for log-probabilities get them."""
-    chosen = (
-        logits.argmax(-1).tolist() if all(state.is_argmax for state in states) else _sample_filtered(logits, states)
-    )
-    tokens = [Token(token) for token in chosen]
-    for row, logprob, top in _logprobs(logits, states, chosen):
-        tokens[row] = replace(tokens[row], logprob=logprob, top=top)
-    return tokens
+    chosen = logits.argmax(-1) if all(state.is_argmax for state in states) else _sample_filtered(logits, states)
+    return Sampled(chosen, _logprobs(logits, states, chosen))
 
 
-def _sample_filtered(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
+def _sample_filtered(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     scores = logits
     if any(state.penalised or state.allowed is not None for state in states):
         scores = _penalised(_masked(logits.to(torch.float32, copy=True), states), states)
-    chosen = [0] * len(states)
     greedy = [row for row, state in enumerate(states) if state.greedy]
-    if greedy:
-        picked = scores if len(greedy) == len(states) else scores[greedy]
-        for row, token in zip(greedy, picked.argmax(-1).tolist(), strict=True):
-            chosen[row] = token
-    for draw_rows, rows in _by_order([None if state.greedy else state.params for state in states], scores.shape[-1]):
+    parts = [(greedy, _rows(scores, greedy).argmax(-1))] if greedy else []
+    kinds = _by_order([None if state.greedy else state.params for state in states], scores)
+    for draw_rows, rows in kinds:
         params = [states[row].params for row in rows]
         uniforms = [states[row].uniform() for row in rows]
-        picked = scores if len(rows) == len(states) else scores[rows]
-        for row, token in zip(rows, draw_rows(picked, params, uniforms), strict=True):
-            chosen[row] = token
-    return chosen
+        parts.append((rows, draw_rows(_rows(scores, rows), params, uniforms)))
+    return _joined(parts)
 
 
-def _by_order(params: Sequence[SamplingParams | None], vocabulary: int) -> Iterator[tuple[DrawRows, list[int]]]:
-    """The rows to draw, by how much of the vocabulary has to be sorted for them."""
+def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of ``values``, in ascending order."""
+    return values if len(rows) == len(values) else values[_numbers(tuple(rows), values.device)]
+
+
+def _joined(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """The values ``[rows]`` of parts that are given with the numbers of their rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows = [row for numbers, _ in parts for row in numbers]
+    joined = torch.cat([values for _, values in parts])
+    places = sorted(range(len(rows)), key=rows.__getitem__)
+    return joined[_numbers(tuple(places), joined.device)]
+
+
+@lru_cache(_KEPT_COLUMNS)
+def _numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return upload(values, device, torch.long)
+
+
+@lru_cache(_KEPT_COLUMNS)
+def _floats(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return upload(values, device, torch.float32)
+
+
+def _by_order(params: Sequence[SamplingParams | None], scores: Tensor) -> Iterator[tuple[DrawRows, list[int]]]:
+    """The rows to draw, by how much of the vocabulary has to be sorted for them.
+
+    A GPU sorts all of it where a filter needs more than ``top_k`` tokens: to see how far it has to sort, the host would
+    have to wait.
+    """
+    cautious = scores.shape[-1] >= 2 * _MOST_CANDIDATES and scores.device.type != "cuda"
     rows: dict[DrawRows, list[int]] = {_draw_sorted: [], _draw_among_likeliest: [], _draw_unsorted: []}
     for row, each in enumerate(params):
         if each is None:
             continue
         if each.top_k <= 0 and each.top_p >= 1 and each.typical_p >= 1:
             rows[_draw_unsorted].append(row)
-        elif each.top_k <= 0 and vocabulary >= 2 * _MOST_CANDIDATES:
+        elif each.top_k <= 0 and cautious:
             rows[_draw_among_likeliest].append(row)
         else:
             rows[_draw_sorted].append(row)
     return ((draw_rows, numbers) for draw_rows, numbers in rows.items() if numbers)
 
 
-def _draw_sorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+def _draw_sorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Draw rows whose top_k likeliest tokens, or whole vocabulary, is sorted; small and large top_k apart."""
-    chosen = [0] * len(params)
+    parts = []
     few = [row for row, each in enumerate(params) if 0 < each.top_k <= _MOST_CANDIDATES]
     for rows in (few, [row for row in range(len(params)) if row not in few]):
         if rows:
             mine = [params[row] for row in rows]
-            candidates = filter_logits(scores if len(rows) == len(params) else scores[rows], mine)
-            for row, token in zip(rows, draw(candidates, mine, [uniforms[row] for row in rows]), strict=True):
-                chosen[row] = token
-    return chosen
+            candidates = filter_logits(_rows(scores, rows), mine)
+            parts.append((rows, draw(candidates, mine, [uniforms[row] for row in rows])))
+    return _joined(parts)
 
 
-def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Draw rows without top_k: among the likeliest tokens, and among more of them where those do not decide."""
-    chosen = [0] * len(params)
+    parts: list[tuple[list[int], Tensor]] = []
     left = list(range(len(params)))  # the rows that are not decided
     whole = Whole.of(scores, entropy=any(each.typical_p < 1 for each in params))
     count = _MOST_CANDIDATES
     while left and 2 * count <= scores.shape[-1]:
-        likeliest = (scores if len(left) == len(params) else scores[left]).topk(count, dim=-1)
+        likeliest = _rows(scores, left).topk(count, dim=-1)
         mine, share = [params[row] for row in left], whole.of_rows(left)
         candidates = Candidates(likeliest.indices, likeliest.values.float())
         decided = _decided(candidates.scores, mine, share)
         picked = draw(_filter(candidates, mine, share), mine, [uniforms[row] for row in left])
-        for row, token, is_decided in zip(left, picked, decided, strict=True):
-            if is_decided:
-                chosen[row] = token
+        done = [place for place, is_decided in enumerate(decided) if is_decided]
+        if done:
+            parts.append(([left[place] for place in done], _rows(picked, done)))
         left = [row for row, is_decided in zip(left, decided, strict=True) if not is_decided]
         count *= _GROWTH
     if left:
-        picked = _draw_sorted(scores[left], [params[row] for row in left], [uniforms[row] for row in left])
-        for row, token in zip(left, picked, strict=True):
-            chosen[row] = token
-    return chosen
+        mine, levels = [params[row] for row in left], [uniforms[row] for row in left]
+        parts.append((left, _draw_sorted(_rows(scores, left), mine, levels)))
+    return _joined(parts)
 
 
 def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> list[bool]:
@@ -196,7 +219,7 @@ def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> 
     return flags
 
 
-def _draw_unsorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+def _draw_unsorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Draw rows that no filter but min_p applies to: first a block of ids, then one of its ids."""
     scores = scores.float()
     best = scores.amax(-1, keepdim=True)
@@ -208,23 +231,23 @@ def _draw_unsorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: S
     precise = float64_device(weights.device)
     blocks = weights.sum(-1).to(precise, torch.float64)
     heights = blocks.cumsum(-1)
-    levels = torch.tensor(uniforms, device=precise, dtype=torch.float64).unsqueeze(1) * heights[:, -1:]
+    levels = upload(uniforms, precise, torch.float64).unsqueeze(1) * heights[:, -1:]
     block = torch.searchsorted(heights, levels, right=True).clamp_max(heights.shape[-1] - 1)
     rows = torch.arange(len(params), device=weights.device)
     inner = weights[rows, block.squeeze(1).to(weights.device)].to(precise, torch.float64).cumsum(-1)
     levels -= heights.gather(-1, block) - blocks.gather(-1, block)
     last = (inner < inner[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead beyond the last id with a weight
     place = torch.minimum(torch.searchsorted(inner, levels, right=True), last)
-    chosen: list[int] = (block * _BLOCK + place).squeeze(1).tolist()
-    return chosen
+    return (block * _BLOCK + place).squeeze(1).to(scores.device)
 
 
 def _masked(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Set the logits of tokens that are not allowed to ``-inf``, in place."""
     rows = [row for row, state in enumerate(states) if state.allowed is not None]
     if rows:
-        allowed = torch.stack([state.allowed for state in states if state.allowed is not None]).to(scores.device)
-        scores[rows] = scores[rows].masked_fill(~allowed, float("-inf"))
+        allowed = upload(torch.stack([state.allowed for state in states if state.allowed is not None]), scores.device)
+        where = _numbers(tuple(rows), scores.device)
+        scores[where] = scores[where].masked_fill(~allowed, float("-inf"))
     return scores
 
 
@@ -245,8 +268,8 @@ def _penalised(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
                 for count in state.counts.values()
             ]
     if ids:
-        where = torch.tensor(rows, device=scores.device), torch.tensor(ids, device=scores.device)
-        repeat, off = torch.tensor(values, device=scores.device, dtype=scores.dtype).unbind(1)
+        where = tuple(upload([rows, ids], scores.device).unbind())
+        repeat, off = upload(values, scores.device, scores.dtype).unbind(1)
         old = scores[where]
         scores[where] = torch.where(old > 0, old / repeat, old * repeat) - off
     return scores
@@ -260,7 +283,7 @@ def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Candidate
     scores = scores.float()
     if min(counts) < max(counts):
         ranks = torch.arange(max(counts), device=logits.device)
-        rows_counts = torch.tensor(counts, device=logits.device).unsqueeze(1)
+        rows_counts = _numbers(tuple(counts), logits.device).unsqueeze(1)
         scores = scores.masked_fill(ranks >= rows_counts, float("-inf"))
     return _filter(Candidates(ids, scores), params)
 
@@ -306,7 +329,7 @@ def _filter(candidates: Candidates, params: Sequence[SamplingParams], whole: Who
 
 
 def _column(params: Sequence[SamplingParams], name: str, device: torch.device) -> Tensor:
-    return torch.tensor([[float(getattr(each, name))] for each in params], device=device)
+    return _floats(tuple(float(getattr(each, name)) for each in params), device).unsqueeze(1)
 
 
 def _not_the_first(scores: Tensor) -> Tensor:
@@ -337,35 +360,24 @@ def _entropy(logs: Tensor) -> Tensor:
     return -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0.0)).sum(-1, keepdim=True)
 
 
-def draw(candidates: Candidates, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
-    """Draw one token id per row at the row's temperature; ``uniforms`` has a random number in [0, 1) per row."""
+def draw(candidates: Candidates, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """Draw a token id per row, ``[rows]``, at its temperature; ``uniforms`` has a random number in [0, 1) per row."""
     scores = candidates.scores / _column(params, "temperature", candidates.scores.device)
     scores = scores.to(float64_device(scores.device))
     heights = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    levels = torch.tensor(uniforms, device=scores.device, dtype=torch.float64).unsqueeze(1) * heights[:, -1:]
+    levels = upload(uniforms, scores.device, torch.float64).unsqueeze(1) * heights[:, -1:]
     picked = torch.searchsorted(heights, levels, right=True).clamp_max(heights.shape[-1] - 1)
-    return candidates.ids.gather(-1, picked.to(candidates.ids.device)).squeeze(1).tolist()
+    return candidates.ids.gather(-1, picked.to(candidates.ids.device)).squeeze(1)
 
 
-def _logprobs(
-    logits: Tensor, states: Sequence[SamplingState], chosen: Sequence[int]
-) -> list[tuple[int, float, tuple[Logprob, ...]]]:
-    """Row, log-probability and alternatives for each row that asks for them, from the raw logits."""
+def _logprobs(logits: Tensor, states: Sequence[SamplingState], chosen: Tensor) -> Logprobs | None:
+    """Log-probabilities of the chosen tokens ``[rows]`` and of their alternatives, from the raw logits."""
     wanted = [(row, state.top_logprobs) for row, state in enumerate(states) if state.top_logprobs is not None]
     if not wanted:
-        return []
+        return None
     rows = [row for row, _ in wanted]
-    scores = logits[rows].float()
+    scores = _rows(logits, rows).float()
     total = scores.logsumexp(-1, keepdim=True)
-    mine = torch.tensor([[chosen[row]] for row in rows], device=scores.device)
-    values = (scores.gather(-1, mine) - total).squeeze(1).tolist()
+    values = (scores.gather(-1, _rows(chosen, rows).unsqueeze(1)) - total).squeeze(1)
     top = scores.topk(min(max(count for _, count in wanted), scores.shape[-1]), dim=-1)
-    top_values, top_ids = (top.values - total).tolist(), top.indices.tolist()
-    return [
-        (
-            row,
-            values[index],
-            tuple(Logprob(*pair) for pair in zip(top_ids[index][:count], top_values[index][:count], strict=True)),
-        )
-        for index, (row, count) in enumerate(wanted)
-    ]
+    return Logprobs(wanted, (values, top.values - total, top.indices))

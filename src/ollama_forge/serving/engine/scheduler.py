@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from traceback import format_tb
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.models.device import is_out_of_memory, release_memory
+from ollama_forge.models.device import is_out_of_memory, release_memory, upload
 from ollama_forge.serving.engine.base import EngineError, Token
 from ollama_forge.serving.engine.model_runner import ModelRunner, Prefill
 from ollama_forge.serving.engine.prefix_cache import common_prefix
+from ollama_forge.serving.engine.sampled import Sampled
 from ollama_forge.serving.engine.sampler import sample
 from ollama_forge.serving.engine.sequence import Sequence
 
@@ -60,6 +61,20 @@ class _Joining:
     errors: Future[Errors] | None
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """The tokens of the last step, for all running sequences in their order; the host has not waited for them yet."""
+
+    sampled: Sampled
+    offsets: list[int]
+
+    @property
+    def row_ids(self) -> Tensor:
+        """Row ids ``[rows]`` on the device."""
+        ids = self.sampled.ids
+        return ids + upload(self.offsets, ids.device) if any(self.offsets) else ids
+
+
 Deliver = Callable[[Sequence, Token | EngineError | None], None]
 
 
@@ -68,6 +83,9 @@ class Scheduler:
 
     An error while a prompt is prefilled, constrained or joins ends its sequence alone, and prompts that failed
     together are tried again one by one. Only an error of a decode step, which ``tick`` raises, is everybody's.
+
+    If the runner runs ahead, the host hands out the tokens of a step while the device computes the next one. A sequence
+    that ends then has been stepped once too often; that token is dropped.
 
     Args:
         deliver: called with each token of a sequence, and at its end with None or an error.
@@ -79,6 +97,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order of the runner's rows
         self.prefills = self.prefilled_tokens = self.decoded_tokens = 0
         self._joining: list[_Joining] = []  # oldest first
+        self._unread: _Unread | None = None
         self._masks = ThreadPoolExecutor(1, "grammar")
 
     @property
@@ -95,9 +114,15 @@ class Scheduler:
     @torch.inference_mode()
     def tick(self) -> None:
         """Drop cancelled sequences, then run some chunks of prefills and one decode step of the running sequences."""
-        self._drop_cancelled()
-        self._begin_prefills()
-        self._advance_prefills()
+        if self._unread is None or not self._runs_ahead():
+            self._hand_out_unread()
+            self._drop_cancelled()
+            self._begin_prefills()
+            self._advance_prefills()
+        if self.running and self._runs_ahead():
+            self._step_ahead()
+            return
+        self._hand_out_unread()
         if self.running:
             masks = self._begin_masks(self.running)
             try:
@@ -109,13 +134,14 @@ class Scheduler:
     def fail(self, error: EngineError) -> None:
         """Deliver ``error`` to all running sequences; prompts that are being prefilled or wait go on."""
         failed, self.running = self.running, []
+        self._unread = None
         for sequence in failed:
             self.deliver(sequence, error)
         self.runner.reset()
 
     def close(self) -> None:
         """Drop all sequences and free the runner's memory."""
-        self.running, self._joining, self.waiting = [], [], deque()
+        self.running, self._joining, self.waiting, self._unread = [], [], deque(), None
         self._masks.shutdown(wait=False)
         self.runner.reset()
 
@@ -259,21 +285,31 @@ class Scheduler:
 
     def _sample(self, logits: Tensor, errors: Errors, first: int = 0) -> None:
         """Sample and deliver a token for each running sequence from row ``first`` on; remove those that finish."""
-        sequences = self.running[first:]
-        tokens = sample(logits, [sequence.sampling for sequence in sequences])
-        for index in reversed(range(len(sequences))):
-            sequence = sequences[index]
-            try:
-                if sequence in errors:
-                    raise errors[sequence]
-                finished = sequence.cancelled or self._deliver_token(sequence, tokens[index])
-            except Exception as error:
-                self.deliver(sequence, failure(error, quotes=True))
-                self._leave(first + index)
-                continue
-            if finished:
-                self.deliver(sequence, None)
-                self._leave(first + index)
+        sampled = sample(logits, [sequence.sampling for sequence in self.running[first:]])
+        self._hand_out(sampled.read(), errors, first)
+
+    def _hand_out(self, tokens: list[Token], errors: Errors, first: int = 0, ended: Collection[int] = ()) -> None:
+        """Deliver the tokens of the running sequences from row ``first`` on, and remove those that finish.
+
+        Args:
+            ended: rows that finished a step ago, whose tokens are dropped.
+        """
+        for row in reversed(range(first, first + len(tokens))):
+            if row in ended or self._deliver_to(self.running[row], tokens[row - first], errors):
+                self._leave(row)
+
+    def _deliver_to(self, sequence: Sequence, token: Token, errors: Errors) -> bool:
+        """Deliver a token, and the end or an error if there is one; return whether the sequence is over."""
+        try:
+            if sequence in errors:
+                raise errors[sequence]
+            finished = sequence.cancelled or self._deliver_token(sequence, token)
+        except Exception as error:
+            self.deliver(sequence, failure(error, quotes=True))
+            return True
+        if finished:
+            self.deliver(sequence, None)
+        return finished
 
     def _deliver_token(self, sequence: Sequence, token: Token) -> bool:
         """Deliver a token; return whether the sequence is finished."""
@@ -285,6 +321,39 @@ class Scheduler:
         self.decoded_tokens += 1
         self.deliver(sequence, token)
         return sequence.finished
+
+    # -- one step ahead -------------------------------------------------------------------------------------------
+
+    def _runs_ahead(self) -> bool:
+        """Whether the next step needs nothing of the last one but the ids that are on the device."""
+        if not self.runner.runs_ahead or self._joining or (self.waiting and self.active < self.runner.slots):
+            return False
+        unread = self._unread is not None
+        return all(
+            sequence.matcher is None
+            and not sequence.sampling.penalised
+            and not sequence.cancelled
+            and len(sequence.output_ids) + unread < sequence.request.max_tokens
+            for sequence in self.running
+        )
+
+    def _step_ahead(self) -> None:
+        """Begin a step, and hand out the tokens of the one before meanwhile."""
+        last, running = self._unread, self.running
+        logits = self.runner.step([sequence.last_id for sequence in running] if last is None else last.row_ids)
+        sampled = sample(logits, [sequence.sampling for sequence in running])
+        self._unread = _Unread(sampled, [sequence.row_offset for sequence in running])
+        if last is None:
+            return
+        tokens = last.sampled.read()
+        ended = {row for row, sequence in enumerate(running) if self._deliver_to(sequence, tokens[row], {})}
+        if ended:
+            self._hand_out_unread(ended)
+
+    def _hand_out_unread(self, ended: Collection[int] = ()) -> None:
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._hand_out(unread.sampled.read(), {}, ended=ended)
 
     def _leave(self, row: int) -> None:
         sequence = self.running[row]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.models.device import is_out_of_memory
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
+from ollama_forge.serving.engine.cuda_graphs import Capture, StepGraphs
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
 from ollama_forge.serving.engine.single_runner import SingleRunner
 
@@ -22,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 _SENTENCE = "The harbour was quiet in the morning, and the first boats came back with the tide, full of fish."
 _TOKENS = 48
 _CHUNK = 7
+_WAIT_SECONDS = 5.0  # until another model's step has ended
 # The tolerance for the mean relative difference of logits. On a real model in bfloat16, rounding makes it 0.01 and
 # positions that are off by one make it 0.06; other wrong states make it about 1.
 _ROUNDING = 4  # times the precision of the weights' type
@@ -37,10 +39,11 @@ class SelfTest:
 
     Args:
         has_kv: for each layer, whether it stores keys and values; None if a layer stores another kind of state.
+        capture: records decode steps (``StepGraphs``); None: CUDA graphs on CUDA, and no graphs elsewhere.
     """
 
-    def __init__(self, forward: Forward, has_kv: Sequence[bool] | None) -> None:
-        self.forward, self.has_kv = forward, has_kv
+    def __init__(self, forward: Forward, has_kv: Sequence[bool] | None, capture: Capture | None = None) -> None:
+        self.forward, self.has_kv, self.capture = forward, has_kv, capture
         ids = forward.model.tokenizer.encode(_SENTENCE)
         ids = (ids * _TOKENS)[:_TOKENS]
         self.long, self.short, self.other = ids[:21], ids[30:37], ids[36:48]
@@ -59,7 +62,7 @@ class SelfTest:
         self.tolerance = self._find_tolerance()
         if self.has_kv is not None and self._holds(self._batches(self._batched())):
             splits, reuses = self._continues(self._batched, self.turn, self.branch)
-            return StateSupport(splits=splits, reuses=reuses)
+            return StateSupport(splits=splits, reuses=reuses, graphs=self._replays())
         if not self._holds(self._caches()):
             return StateSupport(caches=False, batches=False, splits=False, reuses=False)
         splits, reuses = self._continues(self._single, self.turn)
@@ -128,10 +131,23 @@ class SelfTest:
         """Two ragged prompts together, a third that joins late, and one that leaves."""
         a, b, c = self.long, self.short, self.other
         yield self._differences(prefilled(runner, a[:-3], b[:-3]), a[:-3], b[:-3])
-        yield self._differences(prefilled(runner, c[:-2]), c[:-2])
-        yield self._differences(runner.step([a[-3], b[-3], c[-2]]), a[:-2], b[:-2], c[:-1])
+        yield self._differences(prefilled(runner, c[:-3]), c[:-3])
+        yield self._differences(runner.step([a[-3], b[-3], c[-3]]), a[:-2], b[:-2], c[:-2])
         runner.leave(0, None)  # the last row takes its place
-        yield self._differences(runner.step([c[-1], b[-2]]), c, b[:-1])
+        yield self._differences(runner.step([c[-2], b[-2]]), c[:-1], b[:-1])
+        yield self._differences(runner.step([c[-1], b[-1]]), c, b)
+
+    def _replays(self) -> bool | None:
+        """Whether the same holds where decode steps are replayed as graphs; None: there are none."""
+        if self.forward.device.type != "cuda" and self.capture is None:
+            return None
+        assert self.has_kv is not None
+        graphs = StepGraphs(self.forward, self.has_kv, 1 << 40, capture=self.capture, patience=0, wait=_WAIT_SECONDS)
+        runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, graphs=graphs)
+        try:
+            return self._holds(self._batches(runner)) and not graphs.failed and graphs.captured > 0
+        finally:
+            runner.reset()
 
     def _caches(self) -> Iterator[list[float]]:
         """Two sequences one after the other, and a pass of another text between tokens, as embeddings make it."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ollama_forge.models.device import upload
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache
@@ -49,6 +50,7 @@ class SingleRunner:
     """
 
     slots = 1
+    runs_ahead = False  # a state that has seen a token too many cannot be continued
 
     def __init__(self, forward: Forward, *, splits: bool = True, reuses: bool = True) -> None:
         self.forward, self.reuses = forward, reuses
@@ -70,9 +72,9 @@ class SingleRunner:
     def join(self, prefill: SinglePrefill, index: int) -> None:
         self.cache, self.length, self.offset = prefill.cache, len(prefill.prompt), prefill.offset
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=self.forward.device)
-        positions = torch.tensor([[self.length + self.offset]], device=ids.device)
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        ids = upload([list(tokens)], self.forward.device)
+        positions = upload([[self.length + self.offset]], ids.device)
         logits, self.cache = self.forward(ids, self.cache, position_ids=positions)
         self.length += 1
         return logits
@@ -103,7 +105,7 @@ class UncachedRunner:
 
     slots = 1
     chunk = sys.maxsize
-    reuses = False
+    reuses = runs_ahead = False
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
@@ -121,9 +123,9 @@ class UncachedRunner:
     def join(self, prefill: UncachedPrefill, index: int) -> None:
         self.ids = list(prefill.prompt)
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
         self.ids += tokens
-        ids = torch.tensor([self.ids], device=self.forward.device)
+        ids = upload([self.ids], self.forward.device)
         return self.forward.uncached(ids)[:, -1]
 
     def leave(self, row: int, ids: Sequence[int] | None) -> None:

@@ -23,6 +23,8 @@ from ollama_forge.models.device import memory_available
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
+from ollama_forge.serving.engine.cuda_graphs import StepGraphs
+from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.engine.embedding import Vectors, Work, embedding_work
 from ollama_forge.serving.engine.kv_cache import KVCache, layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _PREFIX_CACHE_SHARE = 8  # the prefix cache takes up to an eighth of the free memory
 _RUNNING_SHARE = 2  # and running requests up to half of it
+_BUFFERS_SHARE = 16  # buffers that are kept for later requests, with their CUDA graphs
 _MEMORY_IF_UNKNOWN = 1 << 33
 _UNBOUNDED = 1 << 20
 _CLOSED = "the model was unloaded"
@@ -86,7 +89,8 @@ class TransformersEngine:
         self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._grammar_lock = threading.Lock()
         free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
-        runner, self.support = self._runner(slots, free // _PREFIX_CACHE_SHARE)
+        with DEVICE_USE.shared():
+            runner, self.support = self._runner(slots, free)
         self._scheduler = Scheduler(runner, self._deliver)
         self.cache_bytes = free // _RUNNING_SHARE
         self.token_bytes = self._measure_token()
@@ -102,7 +106,7 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
 
-    def _runner(self, slots: int, prefix_bytes: int) -> tuple[ModelRunner, StateSupport]:
+    def _runner(self, slots: int, free: int) -> tuple[ModelRunner, StateSupport]:
         """The runner that the self-test finds, and what it found."""
         forward = self._forward
         has_kv = layers_with_kv(self.model.module.config)
@@ -112,7 +116,8 @@ class TransformersEngine:
         how = {"splits": support.splits, "reuses": support.reuses}
         if has_kv is None or not support.batches:
             return SingleRunner(forward, **how), support
-        return BatchedRunner(forward, has_kv, slots, prefix_bytes, **how), support
+        graphs = StepGraphs(forward, has_kv, free // _BUFFERS_SHARE) if support.graphs else None
+        return BatchedRunner(forward, has_kv, slots, free // _PREFIX_CACHE_SHARE, graphs=graphs, **how), support
 
     @torch.inference_mode()
     def _measure_token(self) -> int:
@@ -268,15 +273,16 @@ class TransformersEngine:
             while self._inbox:
                 self._scheduler.submit(self._inbox.popleft())
             job = self._jobs.popleft() if self._jobs else None
-        if job is not None:
-            with nullcontext() if self._live is None else self._live.at([1.0]):
-                self._run_job(*job)
-        try:
-            self._scheduler.tick()
-            self._failures = 0
-        except Exception as error:
-            self._scheduler.fail(failure(error))
-            self._failures += 1
+        with DEVICE_USE.shared():
+            if job is not None:
+                with nullcontext() if self._live is None else self._live.at([1.0]):
+                    self._run_job(*job)
+            try:
+                self._scheduler.tick()
+                self._failures = 0
+            except Exception as error:
+                self._scheduler.fail(failure(error))
+                self._failures += 1
         self._send()
         if self._failures == _MOST_FAILURES:
             raise RuntimeError("the model fails at each step")
@@ -309,7 +315,8 @@ class TransformersEngine:
                     future.set_exception(error)
             self._jobs.clear()
             self._inbox.clear()
-        self._scheduler.close()
+        with DEVICE_USE.shared():
+            self._scheduler.close()
 
     def _deliver(self, sequence: Sequence, item: Item) -> None:
         self._outbox.append((sequence.sink, item))

@@ -1,0 +1,63 @@
+"""Hooks of mkdocs: the reference of the HTTP API is made from the server's own models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+_MARK = "<!-- endpoints -->"
+_DIALOG = 'data-md-component="search" role="dialog"'
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the mark on the page of the HTTP API by the endpoints."""
+    return markdown.replace(_MARK, endpoints()) if _MARK in markdown else markdown
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the dialog of the search, which the theme leaves without a name."""
+    return output.replace(_DIALOG, f'{_DIALOG} aria-label="Search"')
+
+
+def endpoints() -> str:
+    """The endpoints as Markdown: a section for each API, with the fields of each request."""
+    from ollama_forge.serving.api.app import build_app
+    from ollama_forge.serving.api.security import ServeSettings
+    from ollama_forge.serving.registry import ModelRegistry
+
+    paths: Mapping[str, Mapping[str, Any]] = build_app(ModelRegistry(), ServeSettings()).openapi()["paths"]
+    found = [(route["tags"][0], method, path, route) for path, of in paths.items() for method, route in of.items()]
+    return "\n".join(line for tag, routes in groupby(found, lambda route: route[0]) for line in _section(tag, routes))
+
+
+def _section(tag: str, routes: Iterator[tuple[str, str, str, Mapping[str, Any]]]) -> Iterator[str]:
+    yield f"\n## {tag}\n"
+    for _, method, path, route in routes:
+        yield f"\n### {method.upper()} {path}\n"
+        content = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+        if content.get("properties"):
+            yield "| field | type | default |\n|---|---|---|"
+            yield from _rows(content)
+            yield ""
+        if any(len(response.get("content", {})) > 1 for response in route["responses"].values()):
+            yield "Streams if asked to.\n"
+
+
+def _rows(schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, of in schema["properties"].items():
+        default = f"`{of['default']!r}`" if of.get("default") not in (None, "", [], {}) else ""
+        yield f"| `{prefix}{name}` | {_type(of)} | {default} |"
+        if of.get("properties") and not prefix:
+            yield from _rows(of, f"{name}.")
+
+
+def _type(of: Mapping[str, Any]) -> str:
+    if "anyOf" in of:
+        kinds = [_type(kind) for kind in of["anyOf"] if kind.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "enum" in of:
+        return ", ".join(f"`{value}`" for value in of["enum"] if value)
+    if of.get("type") == "array":
+        return f"list of {_type(of.get('items', {}))}"
+    return str(of.get("type", "any"))

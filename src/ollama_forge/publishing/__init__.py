@@ -1,0 +1,1 @@
+"""Publish what a run made in a repository on the Hugging Face Hub."""

@@ -1,0 +1,50 @@
+"""The code blocks of the docs: which commands they show, and what those need beside the demo model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_NEEDS = re.compile(r"<!-- needs: (.+) -->")
+_FENCE = re.compile(r"```(\w*)\s*")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        needs: what it needs that a test does not have; "" for a block that is run.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+    needs: str
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    """The fenced blocks of a page; a comment ``<!-- needs: X -->`` on the line before a block says what it needs."""
+    needs, language, begun = "", None, 0
+    found: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fence = _FENCE.fullmatch(line)
+        if language is not None and fence is None:
+            found.append(line)
+        elif language is not None:
+            yield Block(path.relative_to(ROOT).as_posix(), begun, language, "\n".join(found) + "\n", needs)
+            needs, language, found = "", None, []
+        elif fence is not None:
+            language, begun = fence[1], number
+        else:
+            mark = _NEEDS.fullmatch(line.strip())
+            needs = mark[1] if mark else ""
+
+
+def pages() -> list[Path]:
+    """The README and all pages of the docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,0 +1,97 @@
+"""The built site of the docs, in headless Chromium: links, requests, search, and what axe-core finds."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin
+
+import pytest
+
+from tests.docs_blocks import ROOT
+
+mkdocs_build: Any = pytest.importorskip("mkdocs.commands.build")
+mkdocs_config: Any = pytest.importorskip("mkdocs.config")
+sync_api: Any = pytest.importorskip("playwright.sync_api")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the site, which is built strictly: a dead link, anchor or page outside the navigation fails."""
+    folder = tmp_path_factory.mktemp("site")
+    config = mkdocs_config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    mkdocs_build.build(config)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as started:
+        made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+def test_every_page_is_reached_and_asks_for_nothing_outside(site: str, browser: Any) -> None:
+    page = browser.new_page()
+    requests: list[str] = []
+    failures: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("response", lambda response: failures.append(response.url) if response.status >= 400 else None)
+    page.on("console", lambda message: failures.append(message.text) if message.type == "error" else None)
+    waiting, anchors = [site], set[str]()
+    ids: dict[str, set[str]] = {}  # by the address of a page
+    while waiting:
+        url = waiting.pop()
+        if url in ids:
+            continue
+        page.goto(url)
+        ids[url] = set(page.eval_on_selector_all("[id]", "found => found.map(one => one.id)"))
+        for link in page.eval_on_selector_all("a[href]", "found => found.map(one => one.getAttribute('href'))"):
+            target, anchor = urldefrag(urljoin(url, link))
+            if target.startswith(site):
+                waiting.append(target)
+                anchors |= {f"{target}#{unquote(anchor)}"} if anchor else set()
+    assert len(ids) > 20
+    assert [url for url in requests if not url.startswith((site, "data:", "blob:"))] == []
+    assert failures == []
+    assert {target for target in anchors if target.partition("#")[2] not in ids[target.partition("#")[0]]} == set()
+    page.close()
+
+
+def test_the_search_finds_a_command(site: str, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(site)
+    page.fill("input.md-search__input", "strengthen refusal")
+    page.wait_for_selector(".md-search-result__link")
+    found = page.eval_on_selector_all(".md-search-result__link", "all => all.map(one => one.href)")
+    assert any("how-to/strengthen" in url for url in found)
+    page.close()
+
+
+@pytest.mark.parametrize("path", ["", "tutorial/", "reference/http-api/"])
+def test_axe_finds_nothing_serious(site: str, browser: Any, path: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = browser.new_page()
+    page.goto(site + path)
+    violations = axe.run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]
+    serious = [one for one in violations if one["impact"] in ("serious", "critical")]
+    assert [(one["id"], [node["html"][:120] for node in one["nodes"]][:3]) for one in serious] == []
+    page.close()
