@@ -237,6 +237,7 @@ def test_a_family_equals_generate(family: str) -> None:
 def with_image(text: tuple[int, ...], height: int, width: int) -> EngineRequest:
     """A request with an image of ``height * width`` patches behind the first tokens; four patches are a token."""
     tokens = [families.IMAGE_TOKEN] * (height * width // 4)
+    text = tuple(0 if id_ == families.IMAGE_TOKEN else id_ for id_ in text)
     ids = (*text[:5], *tokens, *text[5:])
     media = {
         "pixel_values": torch.randn(height * width, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(height)),
