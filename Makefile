@@ -20,7 +20,7 @@ demo: setup
 
 # two processes with a thread each take half the time of one with two threads: most tests are small
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: setup
 	$(BIN)/mkdocs build --strict
