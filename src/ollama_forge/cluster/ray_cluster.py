@@ -221,7 +221,7 @@ class RayCluster:
         except self._ray.exceptions.RayTaskError as error:
             raise ForgeError(
                 f"a worker cannot start on a node of the Ray cluster: {error_line(error)}",
-                "install ollama-forge with the extras abliterate and cluster on every node",
+                "install this program with the extras abliterate and cluster on every node",
             ) from error
         except self._ray.exceptions.RayError:
             return
@@ -240,7 +240,7 @@ class RayCluster:
         except self._ray.exceptions.RayTaskError as error:  # the functions or the piece could not be unpickled
             raise ForgeError(
                 f"a node of the Ray cluster cannot do its work: {error_line(error)}",
-                "install the same versions of ollama-forge, torch and transformers on every node",
+                "bring this program, torch and transformers to the same versions on every node",
             ) from error
         except self._ray.exceptions.RayError as error:
             if task.losses == MAX_RETRIES:

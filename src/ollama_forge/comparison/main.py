@@ -130,7 +130,8 @@ def _base(settings: EvaluateSettings, cluster: Cluster | None) -> BaseModel:
     checkpoint = resolve(settings.base, trust_remote_code=trust)
     if settings.vllm is not None:
         require_runnable(checkpoint)
-    return BaseModel(checkpoint, map_checkpoint(checkpoint, trust_remote_code=trust), load, ModelHolder(load))
+    mapped = map_checkpoint(checkpoint, trust_remote_code=trust)
+    return BaseModel(checkpoint, mapped, load, ModelHolder(load, cluster))
 
 
 def _tokenizer(checkpoint: Checkpoint, settings: EvaluateSettings) -> Tokenizer:
