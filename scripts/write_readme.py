@@ -16,14 +16,18 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- output of make demo -->", "<!-- end -->"
 FIRST = "model"  # of the header of the first table
+CHOSEN, LAST = "chosen: ", "tokens: "
 WIDTH, HEIGHT = 1000, 900
 
 
 def output(log: str) -> str:
-    """The tables and all that follows them."""
-    lines = log.splitlines()
+    """The table of refusals, the choice and the checks: the rest is in the picture."""
+    lines = [line.rstrip() for line in log.splitlines()]
     header = next(number for number, line in enumerate(lines) if re.search(rf"[┃|] {FIRST} ", line))
-    return "\n".join(line.rstrip() for line in lines[header - 1 :])
+    end = next(number for number in range(header, len(lines)) if lines[number].startswith("└"))
+    chosen = next(number for number in range(end, len(lines)) if lines[number].startswith(CHOSEN))
+    last = next(number for number in range(chosen, len(lines)) if lines[number].startswith(LAST))
+    return "\n".join([*lines[header - 1 : end + 1], "…", *lines[chosen : last + 1]])
 
 
 def main() -> None:
