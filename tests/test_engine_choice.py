@@ -75,7 +75,7 @@ def test_without_a_file_there_is_one_engine(gguf_models: Mapping[str, Model]) ->
 def test_the_comparison_of_a_run_is_kept(
     gguf_models: Mapping[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
+    monkeypatch.setattr(gguf_model, "usable_threads", lambda: 1)
     made = run_of(gguf_models["gemma2"], tmp_path)
     first = load_engine(made, CPU, EngineSettings(slots=2))
     kept = json.loads((tmp_path / "abliterate-mine/engine.json").read_text())
@@ -101,7 +101,7 @@ def answered(loaded: LoadedEngine) -> list[list[int]]:
 def test_other_weights_do_not_agree(
     gguf_models: Mapping[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
+    monkeypatch.setattr(gguf_model, "usable_threads", lambda: 1)
     model = gguf_models["gemma2"]
     folder = tmp_path / "other"
     shutil.copytree(model.checkpoint.folder, folder)

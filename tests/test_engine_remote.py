@@ -317,7 +317,7 @@ def test_errors_of_the_server_are_said() -> None:
 def test_a_real_llama_server_gives_its_greedy_ids(
     gguf_models: Mapping[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
+    monkeypatch.setattr(gguf_model, "usable_threads", lambda: 1)
     model, asked = gguf_models["gemma2"], greedy(prompt(30), 20)
     with llama_server(model.path, 256, 2) as server:
         body = {"prompt": list(asked.ids), "n_predict": 20, "temperature": 0, "return_tokens": True}

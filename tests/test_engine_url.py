@@ -64,7 +64,7 @@ def test_a_llama_server_gets_token_ids_and_gives_the_counts_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
+    monkeypatch.setattr(gguf_model, "usable_threads", lambda: 1)
     for side, seed in (("harmful", 1), ("harmless", 2)):
         (tmp_path / f"{side}.txt").write_text("\n".join(tiny.lines(240, seed)), encoding="utf-8")
     path = gguf_models["llama"].path

@@ -161,8 +161,8 @@ def test_a_file_is_served_with_its_edit(
     model = gguf_models["gemma2"]
     base = model.opened(model.path)
     record = edit(base)
-    monkeypatch.setattr(gguf_model, "usable_cores", lambda: 1)
-    monkeypatch.setattr("ollama_forge.serving.engine.llamacpp.usable_cores", lambda: 1)
+    monkeypatch.setattr(gguf_model, "usable_threads", lambda: 1)
+    monkeypatch.setattr("ollama_forge.serving.engine.llamacpp.usable_threads", lambda: 1)
     source = LiveSource(base, record, tmp_path / "edited.gguf")
     served = unloaded_model(
         base, "mine", load=F32, max_queue=5, engine=EngineSettings("llamacpp", slots=2), live=source

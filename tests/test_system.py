@@ -44,6 +44,13 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     assert system.usable_cores() == 1
 
 
+def test_threads_are_as_many_as_openmp_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "usable_cores", lambda: 4)
+    for bound, threads in (("", 4), ("2", 2), ("16", 4), ("0", 4), ("two", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", bound)
+        assert system.usable_threads() == threads
+
+
 def test_available_memory() -> None:
     assert 0 < system.available_memory() <= psutil.virtual_memory().total
 

@@ -44,6 +44,12 @@ def usable_cores() -> int:
     return psutil.cpu_count() or 1
 
 
+def usable_threads() -> int:
+    """Number of threads to compute with: ``OMP_NUM_THREADS`` bounds those of llama.cpp as it does those of torch."""
+    bound = os.environ.get("OMP_NUM_THREADS", "")
+    return min(usable_cores(), int(bound)) if bound.isdecimal() and int(bound) else usable_cores()
+
+
 def return_freed_memory() -> None:
     """Return the C library's free memory to the system; otherwise it grows with every large tensor."""
     if sys.platform == "linux":

@@ -15,7 +15,7 @@ from ollama_forge.errors import ForgeError, install_hint
 from ollama_forge.models import llamacpp_worker
 from ollama_forge.models.servers.connection import Connection
 from ollama_forge.models.servers.llama import LlamaServer
-from ollama_forge.system import usable_cores
+from ollama_forge.system import usable_threads
 
 SLOTS = 8
 TOKENIZING_CONTEXT = 256
@@ -43,7 +43,7 @@ def llama_server(path: Path, context: int, slots: int = 1, *, adapter: Path | No
             "running a GGUF file needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp")
         )
     command = [sys.executable, "-P", str(Path(llamacpp_worker.__file__)), str(path)]
-    command += [str(context * slots), str(slots), str(usable_cores()), *([] if adapter is None else [str(adapter)])]
+    command += [str(context * slots), str(slots), str(usable_threads()), *([] if adapter is None else [str(adapter)])]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:

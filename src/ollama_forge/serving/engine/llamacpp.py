@@ -22,7 +22,7 @@ from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.llama_completion import TokenReader, completion_body, is_last
 from ollama_forge.serving.engine.llama_slots import SlotChoice
 from ollama_forge.serving.engine.two_phase import Phase, Vocabulary, in_phases
-from ollama_forge.system import available_memory, usable_cores
+from ollama_forge.system import available_memory, usable_threads
 from ollama_forge.text.tokenizer import Tokenizer
 
 _CLOSED = "the model was unloaded"
@@ -78,7 +78,7 @@ class LlamaCppEngine:
         if write_adapter is not None and self._adapter is not None:
             write_adapter(self._adapter)
         self._context_length = fitting_context(config, slots, available_memory(), context)
-        self._threads = threads or usable_cores()
+        self._threads = threads or usable_threads()
         self._server: Any = _start(self._params(self._context_length, slots), path)
         self._embedder: Any = None
         self._embedding = threading.Lock()
