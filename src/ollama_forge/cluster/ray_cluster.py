@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import time
@@ -39,7 +40,7 @@ def connected(address: str) -> Iterator[RayCluster]:
     except ImportError as error:
         raise ForgeError("--ray needs Ray, which is not installed", install_hint("abliterate", "cluster")) from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ForgeError(
             f"there is no Ray cluster at {address}: {error_line(error)}",
@@ -189,7 +190,11 @@ class RayCluster:
         present = Counter(worker.node for worker in self._workers)
         for node in nodes:
             name = node["NodeID"]
-            options = {"num_cpus": 1, "num_gpus": 1 if node["Resources"].get("GPU") else 0, "max_restarts": 0}
+            options: dict[str, Any] = {
+                "num_cpus": 1,
+                "num_gpus": 1 if node["Resources"].get("GPU") else 0,
+                "max_restarts": 0,
+            }
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(name, soft=False)
             for _ in range(wanted[name] - present[name]):
                 actor = self._ray.remote(_Actor).options(**options).remote(sharing[node["NodeManagerHostname"]])
