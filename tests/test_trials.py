@@ -452,7 +452,7 @@ def test_a_direction_alone_is_no_least_squares_edit(folder: Path, tmp_path: Path
 def test_a_method_that_fits_factors_is_not_for_a_model_in_8_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_model, "require_8bit", lambda device: None)
+    monkeypatch.setattr(chat_model, "require_bits", lambda *_: None)
     nowhere, load = str(tmp_path / "nowhere"), replace(LOAD, load_in_8bit=True)
     for edit in (TOY, METHODS["least-squares"].settings):
         with pytest.raises(UsageError, match="own weights"):

@@ -22,7 +22,7 @@ from ollama_forge.edits.load_proven import load_proven
 from ollama_forge.edits.method import FitContext
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
-from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
+from ollama_forge.edits.registry import check_bits, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_workers import NO_SHARDS, NO_SHARDS_HINT, ShardSettings
 from ollama_forge.edits.source_files import source_entry, source_location
@@ -85,8 +85,7 @@ def compute_dir(
     edit = edit or EditSettings()
     check_edit(edit)
     load.check()
-    if load.load_in_8bit:
-        check_8bit(edit)
+    check_bits(edit, load.bits)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
     found = load_proven(

@@ -39,6 +39,7 @@ abliterate.add_command(push)
     "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
 )
 @opt.load_options
+@opt.bits_options
 @opt.memory_option
 @opt.prompt_options
 @opt.direction_options
@@ -214,6 +215,7 @@ def _path(value: str | None) -> Path | None:
 @click.option("--name", required=True, help="Name of the edited model in Ollama.")
 @click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
 @opt.load_options
+@opt.bits_options
 @opt.memory_option
 @opt.prompt_options
 @opt.max_measured_option
@@ -369,6 +371,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     help="Talk to the base model with the edit added while it runs; /set abliteration_strength changes its strength.",
 )
 @opt.talk_options
+@opt.bits_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
     require_abliterate("chat")

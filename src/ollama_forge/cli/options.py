@@ -137,6 +137,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 model_options = combined(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     click.option(
+        "--device-map",
+        type=click.Choice(("auto", "balanced", "balanced_low_0", "sequential")),
+        help="Share the model's layers among all CUDA devices, in the way that transformers calls so. "
+        "CUDA_VISIBLE_DEVICES names some of them.",
+    ),
+    click.option(
         "--dtype",
         default="auto",
         show_default=True,
@@ -152,7 +158,13 @@ model_options = combined(
     trust_option,
 )
 talk_options = combined(
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
+    adapter_option,
+    model_options,
+)
+bits_options = combined(
+    click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes)."),
+    click.option("--load-in-4bit", is_flag=True, help="Load the model in 4 bits, NF4 (bitsandbytes)."),
 )
 limit_options = combined(
     click.option(
@@ -190,11 +202,7 @@ memory_option = click.option(
     help="Memory to use, such as 8GiB. If the model needs more, its layers are read from disk one after the other, "
     "each for all prompts at once.",
 )
-load_options = combined(
-    talk_options,
-    batch_size_option,
-    click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
-)
+load_options = combined(talk_options, batch_size_option)
 list_options = combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
@@ -331,7 +339,7 @@ shard_options = combined(
 
 LOAD_KEYS = (
     "device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit",
-    "trust_remote_code", "memory",
+    "load_in_4bit", "device_map", "trust_remote_code", "memory",
 )  # fmt: skip
 PROMPT_KEYS = (
     "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",

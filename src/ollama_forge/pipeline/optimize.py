@@ -17,7 +17,7 @@ from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.load_proven import ProvenModel, load_proven
 from ollama_forge.edits.plan import vector_reader
-from ollama_forge.edits.registry import METHODS, check_8bit, max_pairs
+from ollama_forge.edits.registry import METHODS, check_bits, max_pairs
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.export.adapters.served import AdapterAnswers
@@ -164,8 +164,7 @@ class Searched:
             ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
         """
         settings.load.check()
-        if settings.load.load_in_8bit:
-            check_8bit(METHODS["least-squares"].settings)
+        check_bits(METHODS["least-squares"].settings, settings.load.bits)
         loaded = load_proven(
             settings.model,
             settings.prompts.load(max_pairs()),
@@ -235,8 +234,7 @@ def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Opti
     settings = replace(settings, load=for_cluster(settings.load, cluster))
     if settings.vllm is not None:
         settings.vllm.command()  # raises without vLLM
-        if settings.load.load_in_8bit:
-            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
+        settings.load.check_for_vllm()
     with ExitStack() as running:
         searched = Searched.of(settings)
         folder = settings.study / "adapters"
