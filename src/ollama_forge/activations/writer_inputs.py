@@ -17,7 +17,7 @@ from torch import Tensor
 from ollama_forge.activations.matrix_inputs import MatrixInputs, Writer, eager_experts, unseen
 from ollama_forge.activations.samples import BatchSamples, Samples
 from ollama_forge.architectures.model_map import Matrix
-from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.architectures.read_matrix import experts_a_token, experts_of
 from ollama_forge.models.batching import Batch, batch_of
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.journal import Journal
@@ -84,6 +84,21 @@ def gather_writer_inputs(
 def keeps_moment(in_features: int, samples: int) -> bool:
     """Whether to keep the second moment ``[in, in]`` instead of the rows; with rows, the dual problem is solved."""
     return in_features <= samples
+
+
+def held_size(model: ChatModel, writers: Sequence[Matrix], bad: int, good: int) -> int:
+    """Bytes of the inputs of a layer's writers, at most, as a streamed model gathers them.
+
+    Args:
+        bad, good: numbers of harmful and harmless positions.
+    """
+    taken = experts_a_token(model.module.config.to_dict()) or 1  # type: ignore[union-attr, operator]
+    sizes = []
+    for group in _of_layers(writers):
+        tensors = len([writer for writer in group if writer.is_expert])
+        routed = dict.fromkeys([group[0].layer], taken / max(tensors, 1))
+        sizes.append(sum(_size(writer, bad, good, routed) for writer in group))
+    return int(max(sizes, default=0))
 
 
 def units(writers: Iterable[Matrix]) -> list[list[Matrix]]:
@@ -165,8 +180,11 @@ class _Collector:
 
     def finish(self) -> WriterInputs:
         none = torch.zeros(0, self.width)
-        rows = torch.cat([none, *self.rows]) / max(self.weight, _LEAST_WEIGHT) ** 0.5 if self.moment is None else None
-        if self.moment is not None:
+        rows = None
+        if self.moment is None:
+            rows = torch.cat([none, *self.rows]).div_(max(self.weight, _LEAST_WEIGHT) ** 0.5)
+            self.rows.clear()
+        else:
             self.moment /= max(self.weight, _LEAST_WEIGHT)
         return WriterInputs(
             torch.cat([none, *self.harmful]),
@@ -202,6 +220,13 @@ def _gather_groups(
     deepest = max(writer.layer or 0 for writer in writers)
     total = harmful.total + harmless.total
     collectors: dict[Writer, _Collector] = {}
+    seen: list[tuple[Samples, BatchSamples, list[tuple[Writer, Tensor, Tensor]]]] = []
+
+    def add_seen() -> None:
+        """Add what streamed batches have seen, in this thread: MKL keeps memory for each that multiplies floats."""
+        for found in seen:
+            add(*found)
+        seen.clear()
 
     def add(samples: Samples, index: BatchSamples, inputs: Iterable[tuple[Writer, Tensor, Tensor]]) -> None:
         for writer, rows, chosen in inputs:
@@ -219,7 +244,10 @@ def _gather_groups(
         inputs = MatrixInputs(model, writers, index.flat, batch.ids.numel())
 
         def take(*_: object) -> None:
-            add(samples, index, inputs)
+            if model.streams:
+                seen.append((samples, index, list(inputs)))
+            else:
+                add(samples, index, inputs)
             inputs.clear()
 
         with ExitStack() as stack:
@@ -262,14 +290,15 @@ def _gather_groups(
         tokens = [batch.ids.numel() for _, batch in batches]
         steps = model.in_step(works, tokens, journal) if model.copies is None else gather_from_copies()
         for passed in steps:
+            add_seen()
             while waiting and max(writer.layer or 0 for writer in waiting[0]) < passed:
                 group = waiting.pop(0)
                 found = {key: collectors.pop(key).finish() for key in list(collectors)}
                 result = {w.tensor: [found.pop((w.tensor, e)) for e in experts_of(w)] for w in group}
                 _check_seen(group, result)
-                begin()
                 yield result
-                del result
+                del result  # before the collectors of the next group take as much
+                begin()
 
 
 @dataclass(frozen=True)

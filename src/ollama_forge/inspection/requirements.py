@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.architectures.read_matrix import experts_a_token
 from ollama_forge.architectures.twin.skeleton import build_skeleton
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.edits.method import ANSWER_TOKENS
@@ -30,7 +30,6 @@ from ollama_forge.sources.resolve import look_up
 READ_SPEED = 1.0e9  # bytes a second, of an ordinary NVMe disk, with the page cache cold
 TEMPLATE_TOKENS, CHARACTERS_A_TOKEN = 25, 4
 PROCESS = 1 << 30  # bytes that Python, its libraries and the activations of a batch take
-_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _PRODUCT = 1024  # rows and columns of the matrices whose product is timed
 
 
@@ -186,8 +185,7 @@ def _stage_sizes(
 
 def _active(checkpoint: Checkpoint, model_map: ModelMap) -> int:
     """The number of parameters that a token runs through."""
-    config: Mapping[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    chosen = next((int(config[name]) for name in _EXPERTS_A_TOKEN if isinstance(config.get(name), int)), None)
+    chosen = experts_a_token(checkpoint.config)
     experts = [matrix for matrix in model_map.matrices if matrix.is_expert]
     if chosen is None or not experts:
         return checkpoint.parameters
