@@ -17,7 +17,7 @@ from torch import Tensor
 from ollama_forge.activations.matrix_inputs import MatrixInputs, Writer, eager_experts, unseen
 from ollama_forge.activations.samples import BatchSamples, Samples
 from ollama_forge.architectures.model_map import Matrix
-from ollama_forge.architectures.read_matrix import experts_a_token, experts_of
+from ollama_forge.architectures.read_matrix import experts_of
 from ollama_forge.models.batching import Batch, batch_of
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.journal import Journal
@@ -86,13 +86,13 @@ def keeps_moment(in_features: int, samples: int) -> bool:
     return in_features <= samples
 
 
-def held_size(model: ChatModel, writers: Sequence[Matrix], bad: int, good: int) -> int:
+def held_size(writers: Sequence[Matrix], bad: int, good: int, taken: int) -> int:
     """Bytes of the inputs of a layer's writers, at most, as a streamed model gathers them.
 
     Args:
         bad, good: numbers of harmful and harmless positions.
+        taken: number of experts that a token is routed to.
     """
-    taken = experts_a_token(model.module.config.to_dict()) or 1  # type: ignore[union-attr, operator]
     sizes = []
     for group in _of_layers(writers):
         tensors = len([writer for writer in group if writer.is_expert])

@@ -40,17 +40,18 @@ from torch import Tensor
 from ollama_forge.activations.samples import Samples, harmful_samples, harmless_samples, most_samples
 from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, held_size, keeps_moment, units
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
-from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.architectures.read_matrix import experts_a_token, experts_of
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.method import ANSWER_TOKENS, EditMethod, FitContext
+from ollama_forge.edits.method import ANSWER_TOKENS, EditMethod, FitContext, FitSize
 from ollama_forge.edits.orthogonal import output_basis
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.matrices import weight_of
 from ollama_forge.progress import bar
+from ollama_forge.prompts.split import PartPrompts
 
 _BYTES = 4  # of a float32
 RIDGE = 0.01  # rho, as a fraction of the mean diagonal of the second moments
@@ -308,14 +309,22 @@ class LeastSquares(EditMethod):
     def check(self, settings: EditSettings) -> None:
         _check(settings)
 
+    def fit_size(
+        self, model: ModelMap, config: Mapping[str, Any], settings: EditSettings, prompts: PartPrompts
+    ) -> FitSize:
+        writers = least_squares_writers(model, settings)
+        harmless = len(prompts.harmless) + len(prompts.general)
+        bad, good = most_samples(len(prompts.harmful), harmless, ANSWER_TOKENS)
+        held = held_size(writers, bad, good, experts_a_token(config) or 1)
+        return FitSize(held, _working_size(writers, bad + good))
+
     def fit(
         self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]
     ) -> dict[str, FittedFactors]:
-        writers = least_squares_writers(context.model.model_map, settings)
-        most = most_samples(len(context.harmful), len(context.harmless), ANSWER_TOKENS)
-        held, working = held_size(context.model, writers, *most), _working_size(writers, sum(most))
-        with context.model.reserving(held, working, "least squares"):  # before the answers, which are many passes
-            return self._fit(context, writers, directions)
+        model = context.model
+        size = self.fit_size(model.model_map, model.module.config.to_dict(), settings, context.prompts)
+        with model.reserving(size.held, size.working, "least squares"):  # before the answers, which are many passes
+            return self._fit(context, least_squares_writers(model.model_map, settings), directions)
 
     def _fit(
         self, context: FitContext, writers: Sequence[Matrix], directions: Mapping[str, RefusalDirection]

@@ -17,7 +17,7 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.architectures.read_matrix import experts_a_token
 from ollama_forge.architectures.twin.skeleton import build_skeleton
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.edits.method import ANSWER_TOKENS
+from ollama_forge.edits.method import ANSWER_TOKENS, FitSize
 from ollama_forge.edits.registry import METHODS, method
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
@@ -60,6 +60,7 @@ class Requirements:
         layer: the largest decoder layer in memory.
         whole: memory of the whole model.
         streamed: least memory of a streamed model, which holds two layers.
+        fitting: what a method that fits takes on top of that.
         states: hidden states of all prompts of the largest pass, which are spilled beyond the memory.
         memory: what may be used.
         streams: whether the model is streamed with that memory; None if that is too little, too.
@@ -75,6 +76,7 @@ class Requirements:
     layer: int
     whole: int
     streamed: int
+    fitting: int
     states: int
     memory: int
     streams: bool | None
@@ -114,6 +116,7 @@ def requirements(
         for command, passes, tokens, _ in plans
     ]
     works.append(Work("apply", 1, 0, 2 * reading))
+    fitting = max(size.held + size.working for size in _fit_sizes(checkpoint, model_map))
     most = max(largest_pass for *_, largest_pass in plans)
     return Requirements(
         model=checkpoint.label,
@@ -125,6 +128,7 @@ def requirements(
         layer=max(layers),
         whole=whole,
         streamed=streamed,
+        fitting=fitting,
         states=most * model_map.d_model * dtype.itemsize,
         memory=memory,
         streams=streams,
@@ -155,6 +159,13 @@ def _plans() -> Iterator[tuple[str, int, int, int]]:
         answered = _tokens(harmless) + ANSWER_TOKENS * len(harmless)
         inputs = _tokens(fit.harmful) + answered
         yield command, passes, pairs + answered + inputs, max(pairs, inputs)
+
+
+def _fit_sizes(checkpoint: Checkpoint, model_map: ModelMap) -> Iterator[FitSize]:
+    """What each method takes to fit its factors."""
+    for name, entry in METHODS.items():
+        prompts = PromptSettings().load(entry.pairs).fit
+        yield method(name).fit_size(model_map, checkpoint.config, entry.settings, prompts)
 
 
 def _tokens(prompts: Sequence[Prompt]) -> int:

@@ -11,7 +11,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,6 @@ def _tensors(entry: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-@cache
 def _reading(kind: type) -> type:
     """The class of an entry that reads the attributes that it has lost."""
 

@@ -38,6 +38,7 @@ from ollama_forge.system import free_space, keep_no_freed_blocks, versions
 _SAME = 1e-4  # largest difference from the whole twin, as a share of its largest logit; measured: 0
 _PACKAGES = ("ollama-forge", "torch", "transformers")
 _WIDE, _NARROW = 4, 12  # values of a token that a layer holds as it runs: as wide as its widest matrix, as the stream
+_RUNNING = 128 << 20  # bytes that libraries take once they run: kernels, buffers of MKL, threads; measured: 68 MiB
 _HINT = "use a machine with more memory, --dtype bfloat16, or a smaller model"
 
 
@@ -118,7 +119,9 @@ class StreamedModel(ChatModel):
             raise ForgeError(
                 f"streaming {self._label} needs about {human_size(needed)} for its largest layer{purpose}, "
                 f"but {human_size(self._memory)} may be used",
-                _HINT if self.settings.memory == "free" else f"give --memory {human_size(_used() + needed)} or more",
+                _HINT
+                if self.settings.memory == "free"
+                else f"give --memory {human_size(_used() + _RUNNING + needed)} or more",
             )
         batch = max(left // 2, working)
         self._lockstep.room = left - batch
@@ -152,7 +155,7 @@ class StreamedModel(ChatModel):
         caches: bool = False,
     ) -> Iterator[int]:
         waves = [slice(None)]
-        if caches and self._streaming.spills:
+        if caches and self._streaming.spills and self.device.type == "cpu":
             self._ask(sum(tokens) * self._cached_bytes)
         elif caches:
             waves = list(_waves(tokens, self._lockstep.room // self._cached_bytes))
@@ -267,7 +270,7 @@ def memory_bound(settings: LoadSettings) -> int:
     free = memory_available(device)
     if settings.memory is None or settings.memory == "free":
         return free
-    used = _used() if device.type == "cpu" else 0
+    used = _used() + _RUNNING if device.type == "cpu" else 0
     if settings.memory <= used:
         raise ForgeError(
             f"--memory {human_size(settings.memory)} is less than the program takes without a model, "
