@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +15,6 @@ from tests.docs_blocks import ROOT
 
 mkdocs_build: Any = pytest.importorskip("mkdocs.commands.build")
 mkdocs_config: Any = pytest.importorskip("mkdocs.config")
-sync_api: Any = pytest.importorskip("playwright.sync_api")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -36,17 +34,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 def test_every_page_is_reached_and_asks_for_nothing_outside(site: str, browser: Any) -> None:
