@@ -34,6 +34,7 @@ def text_of(page: str) -> str:
 # -- the architecture --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not (ROOT / ".importlinter").exists(), reason="the repository alone has the contracts")
 def test_the_drawing_of_the_architecture_is_that_of_the_imports(beside: None) -> None:
     import draw_architecture
 
