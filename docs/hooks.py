@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the HTTP API from the server's own models, and pages that are files beside the folder of the docs."""
+"""Hooks of mkdocs: the HTTP API from the server's own models, and pages that are files beside the docs' folder."""
 
 from __future__ import annotations
 
