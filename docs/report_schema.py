@@ -134,7 +134,7 @@ def tables() -> Iterator[str]:
         yield f"\n## {one['title']}\n\n| key | type | |\n|---|---|---|"
         told = _attributes(one.get("description", ""))
         for key, of in one["properties"].items():
-            yield f"| `{key}` | {_type(of)} | {told.get(key, '')} |"
+            yield f"| `{key}` | {_type(of, made['$defs'])} | {told.get(key, '')} |"
             for other in _named(of):
                 if other not in seen and "properties" in made["$defs"][other]:
                     seen.add(other)
@@ -160,14 +160,16 @@ def _named(of: Mapping[str, Any]) -> Iterator[str]:
             yield from _named(part)
 
 
-def _type(of: Mapping[str, Any]) -> str:
+def _type(of: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
     if "$ref" in of:
-        name = of["$ref"].rpartition("/")[2].lstrip("_")
-        return f"[{name}](#{name.lower()})"
+        name = of["$ref"].rpartition("/")[2]
+        if "properties" not in kinds[name]:
+            return ", ".join(f"`{value}`" for value in kinds[name]["enum"])
+        return f"[{name.lstrip('_')}](#{name.lstrip('_').lower()})"
     if "anyOf" in of:
-        return " or ".join(_type(part) for part in of["anyOf"])
+        return " or ".join(_type(part, kinds) for part in of["anyOf"])
     if of.get("type") == "array":
-        return f"list of {_type(of.get('items', {}))}"
+        return f"list of {_type(of.get('items', {}), kinds)}"
     if isinstance(of.get("additionalProperties"), Mapping):
-        return f"by name: {_type(of['additionalProperties'])}"
+        return f"by name: {_type(of['additionalProperties'], kinds)}"
     return str(of.get("type", "any"))
