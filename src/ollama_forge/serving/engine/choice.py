@@ -35,7 +35,6 @@ from ollama_forge.text.tokenizer import Ids, Tokenizer
 if TYPE_CHECKING:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-ENGINES = ("auto", "transformers", "llamacpp", "vllm")
 LEAST_AGREEMENT = 0.95
 _TOKENS = 32  # of each answer that is compared
 _TIMED = 2  # answers whose time counts
