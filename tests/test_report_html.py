@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -34,18 +33,6 @@ def contents() -> dict[str, Any]:
         "evaluate": made_report.evaluation(),
     }
     return {name: json.loads(json.dumps(content)) for name, content in made.items()}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of the system."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as started:
-        made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module", params=["run", "no-evaluate", "evaluate"])
