@@ -202,10 +202,11 @@ def planted_trials(
     change: Callable[[torch.nn.Module], None] = lambda model: None,
     goal: Goal = REMOVE,
     *,
+    layer: int = 1,
     thinks: bool = False,
 ) -> Trials:
-    """Trials on a planted model of eight layers whose layer 1 moves the feature; general prompts are of its words."""
-    planted_model = planted.build(planted_layer=1, layers=8)
+    """Trials on a planted model of eight layers, one of which moves the feature; general prompts are of its words."""
+    planted_model = planted.build(planted_layer=layer, layers=8)
     with torch.no_grad():
         change(planted_model)
     checkpoint = planted.save_model(planted_model, folder / "model", thinks=thinks)
@@ -255,6 +256,14 @@ def test_a_planted_direction_is_found(tmp_path: Path, change: Callable[[torch.nn
         assert choice.settings.factors == "least-squares"
         assert trials.layers == (4, 5, 6, 7)
         assert choice.direction == "layer 4"
+
+
+def test_the_layers_from_the_planted_one_on_are_found(tmp_path: Path) -> None:
+    choice = planted_trials(tmp_path, layer=6).choose(Limits())
+    left = {probe.layer: probe.refusal for probe in choice.probes}
+    assert min(left[4], left[5]) > 0.9 > 0.1 > max(left[6], left[7])
+    assert choice.found
+    assert choice.layer in (6, 7)
 
 
 @pytest.mark.parametrize(
