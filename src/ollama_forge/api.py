@@ -18,8 +18,7 @@ from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.load_proven import load_proven
-from ollama_forge.edits.method import FitContext
+from ollama_forge.edits.loaded_model import load_model
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
@@ -89,30 +88,21 @@ def compute_dir(
         check_8bit(edit)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    found = load_proven(
-        model,
-        split,
-        load,
-        revision=revision,
-        adapter=adapter,
-        edit=edit,
-        allow_partial=allow_partial,
-        cluster=cluster,
+    loaded = load_model(
+        model, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial, cluster=cluster
     )
-    source, model_map, fit = found.source, found.model_map, found.split.fit
-    computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
-    read = vector_reader(source.tensors)
-    context = FitContext(found.model, fit, read, prompts.seed)
-    fitted = method(edit.factors).fit(context, edit, {"direction": computed})["direction"]
+    fit, fingerprint = loaded.fitting(split).fit, loaded.source.fingerprint
+    computed = compute_direction(loaded.chat, fit, direction, fingerprint=fingerprint, seed=prompts.seed)
+    fitted = loaded.fit(edit, computed, fit, prompts.seed)
     computed.save(output)
     if not fitted:
         return ComputedDirection(computed, output, None)
-    plan = method(edit.factors).plan(model_map, computed, fitted, edit, read)
+    plan = loaded.plan(edit, computed, fitted)
     matrices = {
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
     }
-    record = EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
+    record = EditRecord(edit.factors, fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
     record.save(edit_file_beside(output))
     return ComputedDirection(computed, output, edit_file_beside(output))
 
