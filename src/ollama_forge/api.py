@@ -19,8 +19,7 @@ from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.load_proven import load_proven
-from ollama_forge.edits.method import FitContext
+from ollama_forge.edits.loaded_model import load_model
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
 from ollama_forge.edits.registry import check_bits, check_edit, method, registered_method
@@ -33,6 +32,7 @@ from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
 from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
+from ollama_forge.files import require_place
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
@@ -78,41 +78,34 @@ def compute_dir(
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
-        ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
+        ForgeError: the model or a list is missing, the model cannot be loaded or is not proven, or ``output`` cannot be
+            written.
     """
     prompts, load, direction = prompts or PromptSettings(), load or LoadSettings(), direction or DirectionSettings()
     if output.suffix != ".pt":
         raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
+    require_place(output)
     edit = edit or EditSettings()
     check_edit(edit)
     load.check()
     check_bits(edit, load.bits)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    found = load_proven(
-        model,
-        split,
-        load,
-        revision=revision,
-        adapter=adapter,
-        edit=edit,
-        allow_partial=allow_partial,
-        cluster=cluster,
+    loaded = load_model(
+        model, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial, cluster=cluster
     )
-    source, model_map, fit = found.source, found.model_map, found.split.fit
-    computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
-    read = vector_reader(source.tensors)
-    context = FitContext(found.model, fit, read, prompts.seed)
-    fitted = method(edit.factors).fit(context, edit, {"direction": computed})["direction"]
+    fit, fingerprint = loaded.fitting(split).fit, loaded.source.fingerprint
+    computed = compute_direction(loaded.chat, fit, direction, fingerprint=fingerprint, seed=prompts.seed)
+    fitted = loaded.fit(edit, computed, fit, prompts.seed)
     computed.save(output)
     if not fitted:
         return ComputedDirection(computed, output, None)
-    plan = method(edit.factors).plan(model_map, computed, fitted, edit, read)
+    plan = loaded.plan(edit, computed, fitted)
     matrices = {
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
     }
-    record = EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
+    record = EditRecord(edit.factors, fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
     record.save(edit_file_beside(output))
     return ComputedDirection(computed, output, edit_file_beside(output))
 

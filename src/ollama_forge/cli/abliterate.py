@@ -11,7 +11,7 @@ import click
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.base import Command
-from ollama_forge.cli.completers import complete_ollama, complete_runs
+from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
@@ -98,7 +98,7 @@ def compute_dir(**options: Any) -> None:
     default=None,
     help="Whether --refusal-pt holds one direction for each layer or joint directions, if the file does not say so.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
@@ -177,7 +177,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
 
 @abliterate.command("inspect", cls=Command)
 @opt.model_option
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.adapter_option
 @opt.factors_option
 @opt.edit_options
@@ -263,15 +263,7 @@ def _path(value: str | None) -> Path | None:
 @opt.keep_undo_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
-@click.option(
-    "--template-from",
-    metavar="MODEL",
-    shell_complete=complete_ollama,
-    help="Ollama model to copy template, renderer, parser and stop strings from.",
-)
-@click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
-@click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
-@opt.parameter_option
+@opt.registration_options
 @click.option(
     "--as-adapter",
     is_flag=True,
