@@ -105,7 +105,7 @@ _HINT = "serve it with sentence-transformers, or choose a model with Pooling, De
 def _modules(folder: Path) -> list[dict[str, Any]]:
     """The entries of ``modules.json``, whose paths stay in the folder."""
     found = read_json(folder / "modules.json")
-    modules = found if isinstance(found, list) else [None]
+    modules: list[Any] = found if isinstance(found, list) else [None]
     for module in modules:
         if not isinstance(module, dict) or "type" not in module or not is_inside(str(module.get("path") or ".") + "/x"):
             raise ForgeError(f"{folder / 'modules.json'} does not list modules of this model", _AGAIN)
