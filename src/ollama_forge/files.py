@@ -11,10 +11,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, first_line
 
 PARTIAL = ".partial"
 _REPLACED = ".replaced"
@@ -34,6 +34,7 @@ _FOLDER_NOT_SYNCED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
 _BLOCK = 8 << 20
+_LONGEST_NAME = 255  # of most file systems
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -101,6 +102,21 @@ def require_place(path: Path) -> None:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not os.access(path if path.exists() else place, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name that a file gives stays inside the folder that it is relative to, on every system."""
+    place = PurePosixPath(name)
+    plain = not {"\\", "\0"} & set(name) and not PureWindowsPath(name).drive and len(name) <= _LONGEST_NAME
+    return plain and bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is, or is below, a link out of ``folder``; links of huggingface_hub's cache are none."""
+    target = path.resolve()
+    of_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not of_cache and not target.is_relative_to(folder.resolve())
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------
@@ -251,8 +267,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ForgeError(f"{path} does not exist", "check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ForgeError(f"{path} is not a readable JSON file ({error})", "correct or replace the file") from error
+    except RecursionError:
+        raise ForgeError(f"{path} is nested too deeply", "correct or replace the file") from None
+    except (OSError, ValueError) as error:  # ValueError: also a number of more than 4,300 digits
+        raise ForgeError(
+            f"{path} is not a readable JSON file ({first_line(error)})", "correct or replace the file"
+        ) from error
 
 
 @contextmanager

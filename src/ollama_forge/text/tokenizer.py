@@ -14,7 +14,8 @@ from ollama_forge.files import read_json
 from ollama_forge.prompts.conversation import Prompt, messages_of
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.text.closed_thought import Moment, Thought, closing_text, opening_text, thought_of
-from ollama_forge.text.template import Template, TemplateError, render_template
+from ollama_forge.text.template import Template, render_template
+from ollama_forge.text.template_process import TemplateError
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of_vocabulary
 
 _EXCERPT = 60  # characters of an instruction in a message
