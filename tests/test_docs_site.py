@@ -21,8 +21,13 @@ mkdocs_config: Any = pytest.importorskip("mkdocs.config")
 
 # A page of each kind: text, tables, commands, pictures, diffs, TOML, what is made from the code.
 KINDS = (
-    *("", "tutorial/", "publishing/", "explanation/mathematics/", "contributing/"),
-    *("command-line/", "reference/http-api/"),
+    "",
+    "tutorial/",
+    "publishing/",
+    "explanation/mathematics/",
+    "contributing/",
+    "command-line/",
+    "reference/http-api/",
 )
 # The text below each heading, up to the next one.
 SECTIONS = """() => [...document.querySelectorAll('article :is(h1, h2, h3, h4)')].map(heading => {
