@@ -517,3 +517,4 @@ def test_plan_reads_no_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 layers" in done.stdout
     assert "memory, streamed: " in done.stdout
+    assert "; least squares takes " in done.stdout

@@ -36,6 +36,7 @@ from ollama_forge.models.protocol import Forced, ModelCopies
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
+LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,14 @@ class ChatModel:
         loads: number of times that weights were put into memory since; their addresses are the same until it grows.
         copies: copies of the model that run its batches in its place; None: it runs them itself.
         batch_tokens: most tokens of a batch; None: as many as ``batch_size`` prompts have.
+        logits_bytes: most bytes of a batch's float32 logits.
     """
 
     streams: ClassVar[bool] = False
     loads = 0
     copies: ModelCopies | None = None
     batch_tokens: int | None = None
+    logits_bytes = LOGITS_BYTES
 
     def __init__(
         self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap | None, settings: LoadSettings

@@ -94,10 +94,12 @@ class ForwardModel(Protocol):
 
     Attributes:
         batch_tokens: most tokens of a batch; None: as many as ``batch_size`` prompts have.
+        logits_bytes: most bytes of a batch's float32 logits.
     """
 
     batch_size: int
     batch_tokens: int | None
+    logits_bytes: int
     device: torch.device
     module: nn.Module
 

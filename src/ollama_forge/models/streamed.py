@@ -26,7 +26,7 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.files import human_size
 from ollama_forge.models.batch_support import BatchSupport, batch_support
-from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.chat_model import LOGITS_BYTES, ChatModel, LoadSettings, load_tokenizer
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.journal import Journal, passes_folder
 from ollama_forge.models.loading import load_module
@@ -125,6 +125,7 @@ class StreamedModel(ChatModel):
             )
         batch = max(left // 2, working)
         self._lockstep.room = left - batch
+        self.logits_bytes = min(LOGITS_BYTES, batch // 2)
         if self.settings.batch_size == "auto":
             self.batch_tokens = _power_of_two(max(batch - self._largest_matrix, 0) // self._bytes_a_token)
 
@@ -301,6 +302,7 @@ class _TwinModel:
     ids: list[int]
     batch_size: int = 2
     batch_tokens: int | None = None
+    logits_bytes: int = LOGITS_BYTES
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pad_id: int = 0
 
