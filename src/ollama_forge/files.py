@@ -102,6 +102,8 @@ def require_place(path: Path) -> None:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not os.access(path if path.exists() else place, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
