@@ -56,20 +56,21 @@ class TemplateProcess:
         Raises:
             TemplateError: the template fails, or takes more time, memory or output than it may.
         """
+        line = _line({"op": op, **request})
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process, self._prepared = _started(), False
             if op == "render" and not self._prepared:
-                self._answer({"op": "prepare"}, _START)
+                self._answer(_line({"op": "prepare"}), _START)
                 self._prepared = True
-            answer = self._answer({"op": op, **request}, SECONDS)
+            answer = self._answer(line, SECONDS)
         if "error" in answer:
             raise refused(answer["error"], answer["raised"])
         if "too_large" in answer:
             raise _too_large()
         return answer
 
-    def _answer(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def _answer(self, request: bytes, seconds: float) -> dict[str, Any]:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -78,7 +79,7 @@ class TemplateProcess:
         line = b""
         try:
             with watch, contextlib.suppress(OSError):
-                process.stdin.write(json.dumps(request, default=_placeholder).encode() + b"\n")
+                process.stdin.write(request)
                 process.stdin.flush()
                 line = process.stdout.readline()
         finally:
@@ -138,6 +139,18 @@ def _started() -> subprocess.Popen[bytes]:
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, env={**os.environ, **quiet})
+
+
+def _line(request: Mapping[str, Any]) -> bytes:
+    """A request as the worker reads it.
+
+    Raises:
+        TemplateError: the messages or the tools are nested too deeply.
+    """
+    try:
+        return json.dumps(request, default=_placeholder).encode() + b"\n"
+    except RecursionError as error:
+        raise refused("they are nested too deeply", type(error).__name__) from None
 
 
 def _placeholder(value: Any) -> str:
