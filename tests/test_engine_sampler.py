@@ -250,7 +250,19 @@ def test_what_is_drawn_is_what_sorting_everything_leaves(
 def test_rows_are_sorted_no_further_than_their_filters_need(
     fields: dict[str, float], sorts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * 4
+    assert sorts_of(fields, 4.0, monkeypatch) == sorts
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.99}, {"top_p": 1.0, "typical_p": 0.99}])
+def test_where_tokens_are_alike_no_number_is_tried_that_cannot_do(
+    fields: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorts_of({"top_k": 0, **fields}, 0.01, monkeypatch) == [1024, 20_000]
+
+
+def sorts_of(fields: dict[str, float], spread: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many tokens the likeliest are sorted, one number after the other."""
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * spread
     counts: list[int] = []
     topk = torch.Tensor.topk
 
@@ -260,7 +272,7 @@ def test_rows_are_sorted_no_further_than_their_filters_need(
 
     monkeypatch.setattr(torch.Tensor, "topk", counted)
     sample(logits, [SamplingState(replace(OPEN, **fields), []) for _ in range(2)])  # type: ignore[arg-type]
-    assert counts == sorts
+    return counts
 
 
 def test_a_row_gets_the_same_token_whatever_its_neighbours_ask_for() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,29 @@ _OPERATORS = (
 )  # private: a torch release may lack them
 
 
+# a tracer cannot record a call whose argument is an empty list of numbers, but one of a function that makes the list
+_PRODUCT = """
+graph(%input : Tensor, %weight : Tensor, %bias : Tensor?):
+  %attribute : str = prim::Constant[value="none"]()
+  %scalars : Scalar?[] = prim::ListConstruct()
+  %algorithm : str = prim::Constant[value=""]()
+  %out : Tensor = mkldnn::_linear_pointwise(%input, %weight, %bias, %attribute, %scalars, %algorithm)
+  return (%out)
+"""
+
+
+@lru_cache
+def _traceable_product() -> Any:
+    return torch._C._create_function_from_graph("packed_linear", torch._C.parse_ir(_PRODUCT))
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``input`` times a packed weight, plus a bias."""
+    if torch.jit.is_tracing():
+        return _traceable_product()(input.contiguous(), weight, bias)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 class _PackedForward:
     """Replaces ``nn.Linear.forward``. The layer keeps its original weight for code that reads it."""
 
@@ -29,8 +54,7 @@ class _PackedForward:
         self.bias = linear.bias
 
     def __call__(self, input: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input.contiguous(), self.weight, self.bias, "none", [], "")
-        return out
+        return _product(input, self.weight, self.bias)
 
 
 def pack_linears(module: nn.Module) -> None:
@@ -51,6 +75,17 @@ def pack_linears(module: nn.Module) -> None:
     with torch.inference_mode():
         for linear in linears:
             linear.forward = _PackedForward(linear)  # type: ignore[method-assign]
+
+
+def _packed(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part.__dict__.get("forward"), _PackedForward)]
+
+
+def packed_weights(module: nn.Module) -> list[Tensor]:
+    """The packed weights and biases, each once."""
+    forwards = [linear.__dict__["forward"] for linear in _packed(module)]
+    found = [tensor for forward in forwards for tensor in (forward.weight, forward.bias) if tensor is not None]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class ChatRequest:
         logprobs: number of alternatives for each token; None: no log-probabilities.
         choices: number of answers to generate.
         stream: whether the answer is sent as it is generated.
-        keep_alive: seconds for which the model stays loaded after the answer; None: without end.
+        keep_alive: seconds for which the model stays loaded after the answer; None: as long as before.
         stated: names, as Ollama spells them, of the options that the client sent; the model's own parameters take the
             place of the others (``parameters.with_parameters``).
     """

@@ -15,6 +15,7 @@ from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, Group
 from ollama_forge.serving.engine.kv_cache import KVCache, Layout
 from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
+from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
 
 _MOST_GROUPS = 4
@@ -96,6 +97,7 @@ class BatchedRunner:
         splits: whether prompts may be prefilled in chunks.
         reuses: whether the keys and values of other sequences may be continued.
         graphs: the CUDA graphs of decode steps; None: without.
+        recorded: a recording of the decode steps of a single group; None: without.
 
     Attributes:
         runs_ahead: see ``ModelRunner``; true on CUDA.
@@ -113,8 +115,10 @@ class BatchedRunner:
         splits: bool = True,
         reuses: bool = True,
         graphs: StepGraphs | None = None,
+        recorded: RecordedStep | None = None,
     ) -> None:
         self.forward, self.has_kv, self.slots, self.graphs = forward, has_kv, slots, graphs
+        self.recorded = recorded
         self.runs_ahead = forward.device.type == "cuda"
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
         self.chunk = chunk_of(forward.device) if splits else sys.maxsize
@@ -122,7 +126,7 @@ class BatchedRunner:
         self.rows: list[Row] = []
         self.groups: list[RowGroup] = []
         self._layout: Layout | None = None
-        self._shares_layers = forward.device.type == "cuda"
+        self._shares_layers = forward.device.type == "cuda" or recorded is not None
         self._switch = AttentionSwitch(forward.model.module)
         self.one_pass = self._switch.available
         self._checked = False
@@ -267,6 +271,8 @@ class BatchedRunner:
         return logits
 
     def _pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        if self.recorded is not None and not self.recorded.failed and len(self.groups) == 1:
+            return self.recorded(ids, self.groups[0].cache, *inputs[0])
         slow_kernel = inputs[0][1] is None and self.groups[0].width >= _LONG and ids.device.type == "cpu"
         if not self.one_pass or (len(self.groups) == 1 and not slow_kernel):
             return self._apart(ids, inputs)
@@ -281,7 +287,7 @@ class BatchedRunner:
                 raise
             self.one_pass = False  # the model does more with keys and values than attend to them
         self._checked = True
-        return expected
+        return expected if self.one_pass else self._apart(ids, inputs)  # the other pass has written other keys
 
     def _apart(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Logits by a forward pass for each group."""

@@ -154,6 +154,14 @@ class KVCache(Cache):
             buffer.nbytes for layer in self.filled_layers for buffer in (layer.keys, layer.values) if buffer is not None
         )
 
+    def views(self, end: int) -> list[Tensor]:
+        """The keys and values of each layer that stores some: the used rows, and the columns up to ``end``."""
+        span = self.span
+        if self.stack is not None:
+            return list(self.stack[:, :, : span.rows, :, span.start : end].flatten(0, 1).unbind())
+        buffers = (buffer for layer in self.filled_layers for buffer in (layer.keys, layer.values))
+        return [buffer[: span.rows, :, span.start : end] for buffer in buffers if buffer is not None]
+
     def relocate(self, to: int, rows: int, columns: int) -> None:
         """Resize the buffers to ``rows`` by ``columns``, and move the used columns so that they start at ``to``.
 

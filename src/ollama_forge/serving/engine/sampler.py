@@ -192,31 +192,43 @@ def _draw_among_likeliest(scores: Tensor, params: Sequence[SamplingParams], unif
         likeliest = _rows(scores, left).topk(count, dim=-1)
         mine, share = [params[row] for row in left], whole.of_rows(left)
         candidates = Candidates(likeliest.indices, likeliest.values.float())
-        decided = _decided(candidates.scores, mine, share)
+        decided, needed = _decided(candidates.scores, mine, share)
         picked = draw(_filter(candidates, mine, share), mine, [uniforms[row] for row in left])
         done = [place for place, is_decided in enumerate(decided) if is_decided]
         if done:
             parts.append(([left[place] for place in done], _rows(picked, done)))
+        least = min((most for most, is_decided in zip(needed, decided, strict=True) if not is_decided), default=0.0)
         left = [row for row, is_decided in zip(left, decided, strict=True) if not is_decided]
         count *= _GROWTH
+        while count < least and 2 * count <= scores.shape[-1]:  # so many candidates would decide no row
+            count *= _GROWTH
     if left:
         mine, levels = [params[row] for row in left], [uniforms[row] for row in left]
         parts.append((left, _draw_sorted(_rows(scores, left), mine, levels)))
     return _joined(parts)
 
 
-def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> list[bool]:
-    """For each row, whether no token beyond the likeliest ones (their logits are ``scores``) passes the filters."""
+def _decided(scores: Tensor, params: Sequence[SamplingParams], whole: Whole) -> tuple[list[bool], list[float]]:
+    """Whether no token beyond the likeliest ones (their logits are ``scores``) passes the filters of each row.
+
+    Returns:
+        That, and how many candidates a row needs at least, as those beyond are no likelier than the last one here.
+    """
     logs = scores - whole.total
     shares = logs.exp()
-    decided = shares.sum(-1, keepdim=True) >= _column(params, "top_p", scores.device)
+    covered = shares.sum(-1, keepdim=True)
+    target = _column(params, "top_p", scores.device)
+    decided = covered >= target
     if whole.entropy is not None:
         # the last token here is less likely than typical, so the tokens beyond it are still further from typical
         nearer = (logs + whole.entropy).abs() < -(logs[:, -1:] + whole.entropy)
         typical = _column(params, "typical_p", scores.device)
         decided = torch.where(typical < 1, (shares * nearer).sum(-1, keepdim=True) >= typical, decided)
+        target = torch.where(typical < 1, typical, target)
+    needed = scores.shape[-1] + (target - covered) / shares[:, -1:]
     flags: list[bool] = decided.squeeze(1).tolist()
-    return flags
+    counts: list[float] = needed.squeeze(1).tolist()
+    return flags, counts
 
 
 def _draw_unsorted(scores: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:

@@ -17,6 +17,7 @@ from ollama_forge.models.device import is_out_of_memory
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.cuda_graphs import Capture, StepGraphs
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
+from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.single_runner import SingleRunner
 
 _LOG = logging.getLogger(__name__)
@@ -136,6 +137,13 @@ class SelfTest:
         runner.leave(0, None)  # the last row takes its place
         yield self._differences(runner.step([c[-2], b[-2]]), c[:-1], b[:-1])
         yield self._differences(runner.step([c[-1], b[-1]]), c, b)
+
+    @torch.inference_mode()
+    def try_recorded(self, recorded: RecordedStep) -> None:
+        """Record a step, and set ``recorded.failed`` if its logits are others; call this after ``run``."""
+        assert self.has_kv is not None
+        runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, recorded=recorded)
+        recorded.failed = not self._holds(self._batches(runner)) or recorded.failed
 
     def _replays(self) -> bool | None:
         """Whether the same holds where decode steps are replayed as graphs; None: there are none."""

@@ -27,6 +27,7 @@ from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.engine.embedding import Vectors, Work, embedding_work
 from ollama_forge.serving.engine.kv_cache import KVCache, layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
+from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.scheduler import Scheduler, Stats, failure
 from ollama_forge.serving.engine.self_test import SelfTest
 from ollama_forge.serving.engine.sequence import Sequence
@@ -109,14 +110,20 @@ class TransformersEngine:
         """The runner that the self-test finds, and what it found."""
         forward = self._forward
         has_kv = layers_with_kv(self.model.module.config)
-        support = SelfTest(forward, has_kv).run()
+        test = SelfTest(forward, has_kv)
+        support = test.run()
         if not support.caches:
             return UncachedRunner(forward), support
         how = {"splits": support.splits, "reuses": support.reuses}
         if has_kv is None or not support.batches:
             return SingleRunner(forward, **how), support
         graphs = StepGraphs(forward, has_kv, free // _BUFFERS_SHARE) if support.graphs else None
-        return BatchedRunner(forward, has_kv, slots, free // _PREFIX_CACHE_SHARE, graphs=graphs, **how), support
+        recorded = None
+        if forward.device.type == "cpu" and self._live is None:  # the hooks of an edit decide by its strengths
+            recorded = RecordedStep(forward, has_kv)
+            test.try_recorded(recorded)
+        share = free // _PREFIX_CACHE_SHARE
+        return BatchedRunner(forward, has_kv, slots, share, graphs=graphs, recorded=recorded, **how), support
 
     @torch.inference_mode()
     def _measure_token(self) -> int:
