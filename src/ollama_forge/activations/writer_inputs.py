@@ -160,7 +160,7 @@ class _Collector:
     """Accumulates the inputs of one writer over batches."""
 
     def __init__(self, writer: Matrix, samples: int, device: torch.device) -> None:
-        self.width = writer.in_features
+        self.width, self.device = writer.in_features, device
         self.harmful: list[Tensor] = []
         self.last_sum = torch.zeros(self.width, dtype=torch.float64)
         self.last_count, self.weight = 0, 0.0
@@ -236,6 +236,7 @@ def _gather_groups(
             if samples is harmful:
                 collector.harmful.append(rows.cpu())
             else:
+                rows, chosen = rows.to(collector.device), chosen.to(collector.device)
                 weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
                 collector.add_harmless(rows, weights, is_last)
 
@@ -269,8 +270,7 @@ def _gather_groups(
         ]
         found = model.copies.map(_inputs_of, pieces)
         for (samples, batch), index, inputs in zip(batches, indices, found, strict=True):
-            here = ((writer, rows.to(model.device), chosen.to(model.device)) for writer, rows, chosen in inputs)
-            add(samples, index, here)
+            add(samples, index, inputs)
             if progress:
                 progress(len(batch.rows))
         yield model.model_map.n_layers
@@ -280,7 +280,8 @@ def _gather_groups(
     def begin() -> None:
         for writer in waiting[0] if waiting else ():
             for expert in experts_of(writer):
-                collectors[writer.tensor, expert] = _Collector(writer, total, model.device)
+                device = model.device_of(model.submodule(writer.place))
+                collectors[writer.tensor, expert] = _Collector(writer, total, device)
 
     begin()
     batches = [(samples, batch) for samples in (harmful, harmless) for batch in model.batches(samples.sequences)]

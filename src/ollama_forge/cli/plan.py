@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("plan", cls=Command)
 @opt.model_option
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.memory_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(

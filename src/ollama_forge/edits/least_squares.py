@@ -322,8 +322,8 @@ class LeastSquares(EditMethod):
         self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]
     ) -> dict[str, FittedFactors]:
         model = context.model
-        config: Mapping[str, Any] = model.module.config.to_dict()  # type: ignore[union-attr, operator]
-        size = self.fit_size(model.model_map, config, settings, context.prompts)
+        config: Any = model.module.config
+        size = self.fit_size(model.model_map, config.to_dict(), settings, context.prompts)
         with model.reserving(size.held, size.working, "least squares"):  # before the answers, which are many passes
             return self._fit(context, least_squares_writers(model.model_map, settings), directions)
 

@@ -251,7 +251,7 @@ def staged_module(
         ForgeError: a parameter is stored in an order that no few boxes express.
     """
     module = load_module(
-        checkpoint, model_map, device, dtype, trust_remote_code=trust_remote_code, without_weights=True
+        checkpoint, model_map, (device,), dtype, trust_remote_code=trust_remote_code, without_weights=True
     )
     boxes = locate_parameters(learned, checkpoint, trust_remote_code=trust_remote_code)
     weights = StagedWeights(module, model_map.layers, WeightReader(checkpoint.tensors, boxes), device, small=small)
