@@ -67,7 +67,10 @@ SCENARIOS = (
     ),
     Scenario(
         "streamed",
-        ("compute-dir", "--model", "deep", *_LISTS, "--output", "out/refusal.pt", "--factors", "least-squares"),
+        (
+            *("compute-dir", "--model", "deep", *_LISTS, "--output", "out/refusal.pt", "--factors", "least-squares"),
+            *("--batch-size", "64"),  # so little memory would make a batch of every prompt
+        ),
         0.2,
         learned=True,
         patches={(holder, "memory_bound"): lambda _: _MEMORY, (lockstep, "_SHARE_OF_READING"): 0},
