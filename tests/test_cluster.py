@@ -326,8 +326,9 @@ def test_one_module_alone_imports_ray() -> None:
     assert not pattern.search(sources["cluster/ray_cluster.py"].partition("\n@contextmanager")[0])
 
 
-def test_an_address_without_a_cluster_is_told() -> None:
+@pytest.mark.parametrize("address", ["no-such-scheme://x", "127.0.0.1:9", "[::1]:9", "127.0.0.1:99999"])
+def test_an_address_without_a_cluster_is_told(address: str) -> None:
     pytest.importorskip("ray", reason="the extra cluster (ray) is not installed")
-    with pytest.raises(ForgeError, match="there is no Ray cluster at") as raised, connected("no-such-scheme://x"):
+    with pytest.raises(ForgeError, match="there is no Ray cluster at") as raised, connected(address):
         pass
     assert "ray start --head" in raised.value.hint

@@ -31,6 +31,7 @@ from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
 from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
+from ollama_forge.files import require_place
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
@@ -76,11 +77,13 @@ def compute_dir(
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
-        ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
+        ForgeError: the model or a list is missing, the model cannot be loaded or is not proven, or ``output`` cannot be
+            written.
     """
     prompts, load, direction = prompts or PromptSettings(), load or LoadSettings(), direction or DirectionSettings()
     if output.suffix != ".pt":
         raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
+    require_place(output)
     edit = edit or EditSettings()
     check_edit(edit)
     load.check()

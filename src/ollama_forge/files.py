@@ -23,6 +23,9 @@ _HINTS = {
     errno.EDQUOT: "this user's quota is used up: free disk space, or choose a folder on another disk",
     errno.EACCES: "choose a place that this user may write to; on Windows: close programs that use the file",
     errno.EPERM: "choose a place that this user may write to",
+    errno.ENOTDIR: "a file is where a folder should be: choose another place",
+    errno.EISDIR: "a folder is where a file should be: choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "the file system is mounted read-only: choose another folder",
 }
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -80,6 +83,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         if isinstance(error.filename, str) and not Path(error.filename).is_relative_to(path.parent):
             reason = f"{error.filename}: {reason}"
         raise ForgeError(f"cannot write {path}: {reason}", _HINTS.get(error.errno or 0, str(error))) from error
+
+
+def require_place(path: Path) -> None:
+    """Check before long work that a file can be made at ``path``, whose folders need not exist.
+
+    Raises:
+        ForgeError: a file is where a folder should be, a folder where the file should be, or it may not be written.
+    """
+    place = path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with disk_errors(path):
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not os.access(path if path.exists() else place, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ollama_forge.edits.registry import METHODS, check_8bit, max_pairs
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.export.adapters.served import AdapterAnswers
-from ollama_forge.files import write_json
+from ollama_forge.files import require_place, write_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import for_cluster
 from ollama_forge.models.machine import Machine
@@ -163,6 +163,7 @@ class Searched:
             ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
         """
         settings.load.check()
+        require_place(settings.study / REPORT)
         if settings.load.load_in_8bit:
             check_8bit(METHODS["least-squares"].settings)
         split = settings.prompts.load(max_pairs())

@@ -106,6 +106,9 @@ def resolve_gguf(model: str, revision: str | None, base: Checkpoint) -> GgufChec
 
 def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     """The checkpoint of ``model``; None for a Hub id."""
+    forms = "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+    if not model.strip():
+        raise UsageError("the name of the model is empty", forms)
     try:
         path = Path(model).expanduser()
         path.is_file()
@@ -127,7 +130,6 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     if reference is not None:
         return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        forms = "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
         raise ForgeError(f"{model} does not exist", _alike(model) or forms)
     return None
 
