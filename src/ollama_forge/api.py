@@ -10,6 +10,7 @@ from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
@@ -129,7 +130,7 @@ class GgufOptions:
     keep_checkpoint: bool = False
     base: str | None = None
 
-    def check(self, output_dir: Path | None, adapter: str | None, *, keep_undo: bool) -> None:
+    def check(self, output_dir: Path | StoreFolder | None, adapter: str | None, *, keep_undo: bool) -> None:
         """Raise UsageError if options exclude each other."""
         if (output_dir is None) == (self.output is None):
             raise UsageError("give either --output-dir or --output", "--output FILE.gguf is for a GGUF source")
@@ -172,7 +173,7 @@ class GgufOptions:
 
 def apply(
     model: str,
-    output_dir: Path | None = None,
+    output_dir: Path | StoreFolder | None = None,
     *,
     refusal_pt: Path | None = None,
     edit_file: Path | None = None,
@@ -187,11 +188,11 @@ def apply(
     keep_undo: bool = False,
     shards: ShardSettings | None = None,
     cluster: Cluster | None = None,
-) -> tuple[Checkpoint, AppliedEdit]:
+) -> tuple[Checkpoint | StoreFolder, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
     Args:
-        output_dir: the folder to write; None if ``gguf`` has an ``output``.
+        output_dir: the folder to write, here or in an object store; None if ``gguf`` has an ``output``.
         refusal_pt: the file of the direction to edit out; exactly one of ``refusal_pt`` and ``edit_file`` is given.
         edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
         per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
@@ -207,7 +208,8 @@ def apply(
         cluster: its workers write the shards of a checkpoint, one each, on storage that all see.
 
     Returns:
-        The edited checkpoint (that of the first GGUF file), and the record of the edit.
+        The edited checkpoint (that of the first GGUF file) or its folder in an object store, and the record of the
+        edit.
 
     Raises:
         UsageError: both or none of the files are given, the method does not support a setting, or the method needs
@@ -232,6 +234,11 @@ def apply(
     else:
         source = resolve_gguf(model, revision, base)
     gguf.check_source(source, out_dtype, shards, cluster)
+    if isinstance(output_dir, StoreFolder) and (keep_undo or isinstance(source, GgufCheckpoint)):
+        raise UsageError(
+            "a checkpoint alone is written to an object store, no GGUF file and no undo file",
+            "give a folder of this machine, and upload what it holds then",
+        )
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
@@ -251,12 +258,14 @@ def apply(
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the unembedding is tied to the embedding, so it is edited too")
     provenance = {"certificate": describe_certificate(examined)}
+    written: Checkpoint | StoreFolder
     if isinstance(source, GgufCheckpoint):
+        assert not isinstance(output_dir, StoreFolder)
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
         written, applied = _write_gguf(edit, output_dir, gguf)
     else:
         assert output_dir is not None
-        written = Checkpoint(output_dir, str(output_dir), "folder")
+        written = Checkpoint(output_dir, str(output_dir), "folder") if isinstance(output_dir, Path) else output_dir
         applied = write_checkpoint(
             source,
             model_map,
@@ -269,7 +278,7 @@ def apply(
             shards=shards,
             cluster=cluster,
         )
-    if keep_undo:
+    if keep_undo and isinstance(written, Checkpoint):
         write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)
     return written, applied
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from ollama_forge.cli.plan import plan
 from ollama_forge.cli.push import push
 from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
+
+if TYPE_CHECKING:
+    from ollama_forge.checkpoints.object_store import StoreFolder
 
 
 @click.group()
@@ -77,7 +80,12 @@ def compute_dir(**options: Any) -> None:
 
 @abliterate.command("apply", cls=Command)
 @opt.model_option
-@click.option("--output-dir", metavar="DIR", help="Folder to write the edited checkpoint, or GGUF file, to.")
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    help="Folder to write the edited checkpoint, or GGUF file, to; of a checkpoint also an address in an object store "
+    "(s3://bucket/folder).",
+)
 @click.option("--output", metavar="FILE.gguf", help="File to write, instead of a folder, if --model is a GGUF file.")
 @click.option("--refusal-pt", metavar="FILE", help="Direction to edit out, as compute-dir writes it.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Edit file of compute-dir --factors or of an earlier apply.")
@@ -131,7 +139,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
     from ollama_forge.edits.shard_workers import ShardSettings
     from ollama_forge.export.mix import parse_quants
 
-    folder = _path(options["output_dir"])
+    folder = _folder(options["output_dir"])
     edit_file = _path(options["edit_file"])
     if options["trial"] is not None or options["study"] is not None:
         edit_file = _edit_of_trial(options)
@@ -159,10 +167,11 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
             trust_remote_code=options["trust_remote_code"],
             cluster=cluster,
         )
+    local = folder if isinstance(folder, Path) else None
     if options["as_json"]:
-        print(json.dumps(applied_json(written, applied, folder)))
+        print(json.dumps(applied_json(written, applied, local)))
     else:
-        print_applied(written, applied, folder)
+        print_applied(written, applied, local)
 
 
 @abliterate.command("inspect", cls=Command)
@@ -203,6 +212,12 @@ def _edit_of_trial(options: dict[str, Any]) -> Path:
     if options["edit_file"] is not None:
         raise UsageError("--trial and --edit exclude each other", "leave out one of them")
     return edit_of_trial(Path(options["study"]), options["trial"])
+
+
+def _folder(value: str | None) -> Path | StoreFolder | None:
+    from ollama_forge.checkpoints.object_store import StoreFolder, is_store_address
+
+    return StoreFolder(value) if value is not None and is_store_address(value) else _path(value)
 
 
 def _path(value: str | None) -> Path | None:

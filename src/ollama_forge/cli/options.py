@@ -89,7 +89,11 @@ def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, ollama:NAME, demo or demo-base."
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Hub id, model folder, .gguf file, ollama:NAME, address in an object store (s3://bucket/folder), demo or "
+    "demo-base.",
 )
 trust_option = click.option(
     "--trust-remote-code",
