@@ -100,11 +100,11 @@ def try_out(commands: Path) -> None:
 
 def edit_the_demo(forge: Path, options: dict[str, Any]) -> None:
     """Edit the demo model with few prompts, into files of every kind; what they are worth is what the tests tell."""
-    few = ("--no-escalate", "--num-instructions", "16", "--max-measured", "8")
+    few = ("--no-escalate", "--num-instructions", "16", "--max-measured", "4")
     command = ("abliterate", "run", "--model", "demo", "--name", "fresh", "--no-requantize", "--no-ollama", *few)
     report = json.loads(run(forge, *command, "--json", **options))
     folder = options["cwd"] / "abliterate-fresh"
-    expected = ("checkpoint/model.safetensors", "refusal.pt", "fresh-F16.gguf", "Modelfile", "report.html", "run.toml")
+    expected = ("checkpoint/model.safetensors", "refusal.pt", "fresh.gguf", "Modelfile", "report.html", "run.toml")
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing or not report:
         sys.exit(f"run has not made {missing}: {[path.name for path in folder.iterdir()]}")

@@ -70,8 +70,10 @@ LINES = [
     f"{EVALUATE} --checkpoint demo --vllm-args x",
     f"{EVALUATE} --checkpoint demo --output-dir file",
     f"{EVALUATE} --engine-url nonsense",
+    f"{EVALUATE} --checkpoint demo --judge http://127.0.0.1:9",
     "abliterate optimize --model nowhere/ --study out --trials 0",
     "abliterate optimize --model nowhere/ --study out --workers 0",
+    "abliterate optimize --model nowhere/ --study out --max-kl 0",
     "abliterate optimize --model nowhere/ --study out --seed -1",
     "abliterate chat",
     "abliterate chat --checkpoint nowhere/",
@@ -95,6 +97,7 @@ LINES = [
     "runs rm ../..",
     "cache rm ../..",
     "config show nothing",
+    "completion",
     "completion tcsh",
 ]
 

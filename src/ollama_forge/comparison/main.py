@@ -99,6 +99,8 @@ def _prepare(settings: EvaluateSettings, cluster: Cluster | None) -> _Ready:
     split = replace(split, notes=tuple(note for note in split.notes if "select part" not in note))
     judge = None if settings.judge is None else Judge.parse(settings.judge)
     preserved = () if settings.preserve is None else read_instructions(settings.preserve, settings.prompts.column)
+    if judge is not None:
+        judge.require_answer()
     servers = {address: find_server(address) for address in settings.engine_urls}
     base = _base(settings, cluster)
     positions = None if base.mapped is None else base.mapped.learned_positions

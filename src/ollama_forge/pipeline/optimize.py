@@ -162,6 +162,7 @@ class Searched:
             UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
             ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
         """
+        _ = settings.choosing  # raises
         settings.load.check()
         require_place(settings.study / REPORT)
         if settings.load.load_in_8bit:
