@@ -87,11 +87,13 @@ class ChatModel:
         streams: whether its weights are read from disk for every forward pass.
         loads: number of times that weights were put into memory since; their addresses are the same until it grows.
         copies: copies of the model that run its batches in its place; None: it runs them itself.
+        batch_tokens: most tokens of a batch; None: as many as ``batch_size`` prompts have.
     """
 
     streams: ClassVar[bool] = False
     loads = 0
     copies: ModelCopies | None = None
+    batch_tokens: int | None = None
 
     def __init__(
         self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap | None, settings: LoadSettings
@@ -195,7 +197,14 @@ class ChatModel:
     # -- running --------------------------------------------------------------------------------------------------
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
-        return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device, pads=self.batch_support.pads)
+        return batches(
+            prompts,
+            self.batch_size,
+            self.tokenizer.pad_id,
+            self.device,
+            most_tokens=self.batch_tokens,
+            pads=self.batch_support.pads,
+        )
 
     def in_step(
         self,
@@ -230,6 +239,20 @@ class ChatModel:
 
     def require(self, place: Place) -> None:
         """Have the weights of a module in memory."""
+
+    @contextmanager
+    def reserving(self, held: int, working: int, purpose: str) -> Iterator[None]:
+        """Inside, a model with a limit of memory leaves room for what its caller keeps.
+
+        Args:
+            held: bytes that are kept all along.
+            working: bytes that are needed for a moment, while no batch runs.
+            purpose: what they are for.
+
+        Raises:
+            ForgeError: the limit does not suffice.
+        """
+        yield
 
     @cached_property
     def batch_support(self) -> BatchSupport:

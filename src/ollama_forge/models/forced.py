@@ -52,7 +52,7 @@ def forced(
         done.append(Forced(rows, _predict(model, batch), [counts[row] for row in rows]))
 
     chunks: list[tuple[list[int], int]] = []
-    for group in by_length(inputs, model.batch_size, pads=support.pads):
+    for group in by_length(inputs, model.batch_size, most_tokens=model.batch_tokens, pads=support.pads):
         keep = max(counts[row] for row in group)
         chunks += [(rows, keep) for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary)))]
     batches = [_Batch([inputs[row] for row in rows], keep) for rows, keep in chunks]

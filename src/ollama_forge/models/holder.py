@@ -75,6 +75,8 @@ def _streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMa
         return None
     try:
         model = load_streamed(checkpoint, settings, model_map, bound)
+        bound = memory_bound(settings)  # the trial and the tokenizer have taken some
+        model.limit(bound)
     except ForgeError as error:
         if needed > memory_available(device) or settings.memory != "free":
             raise

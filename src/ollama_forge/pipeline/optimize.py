@@ -42,7 +42,7 @@ from ollama_forge.search.rule import Limits
 from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
 from ollama_forge.sources.portable import PortableCheckpoint
-from ollama_forge.system import usable_cores
+from ollama_forge.system import usable_threads
 
 REPORT = "optimize.json"
 
@@ -87,8 +87,11 @@ class OptimizeSettings:
 
         if self.vllm is not None and self.engine_url is not None:
             raise UsageError("--engine-url names the engine itself", "leave out --engine")
-        if self.workers > 1 and (self.vllm is not None or self.engine_url is not None):
+        served = self.vllm is not None or self.engine_url is not None
+        if self.workers > 1 and served:
             raise UsageError("--workers is for transformers; a vLLM answers many prompts at a time", "leave it out")
+        if self.load.load_in_8bit and served:
+            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
 
     @property
     def choosing(self) -> ChoiceSettings:
@@ -236,8 +239,6 @@ def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Opti
     settings = replace(settings, load=for_cluster(settings.load, cluster))
     if settings.vllm is not None:
         settings.vllm.command()  # raises without vLLM
-        if settings.load.load_in_8bit:
-            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
     with ExitStack() as running:
         searched = Searched.of(settings)
         folder = settings.study / "adapters"
@@ -322,4 +323,4 @@ def _work(settings: OptimizeSettings) -> None:
 
 
 def _threads(workers: int) -> int:
-    return max(1, usable_cores() // workers)
+    return max(1, usable_threads() // workers)

@@ -29,13 +29,12 @@ from ollama_forge.names import gguf_files
 from ollama_forge.progress import status
 from ollama_forge.serving.engine.base import Engine, EngineSettings
 from ollama_forge.sources.gguf import gguf_checkpoint_of
-from ollama_forge.system import cache_root, usable_cores, versions
+from ollama_forge.system import cache_root, usable_threads, versions
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 if TYPE_CHECKING:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-ENGINES = ("auto", "transformers", "llamacpp", "vllm")
 LEAST_AGREEMENT = 0.95
 _TOKENS = 32  # of each answer that is compared
 _TIMED = 2  # answers whose time counts
@@ -268,7 +267,7 @@ def _compared(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[C
     run = checkpoint.folder.parent if not isinstance(checkpoint, GgufCheckpoint) else None
     kept = cache_root() / "engines" / f"{digest}.json" if run is None else run / "engine.json"
     packages = versions(("torch", "transformers", "xllamacpp"))
-    key = sha256_json([digest, checkpoint.fingerprint, packages, load.dtype, usable_cores()])
+    key = sha256_json([digest, checkpoint.fingerprint, packages, load.dtype, usable_threads()])
     found = _read(kept, key)
     if found is not None:
         return found, None
