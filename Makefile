@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-lowest docs lint types package check clean
+.PHONY: setup demo test test-lowest docs lint deps audit types package check clean
 
 setup: $(READY)
 
@@ -41,6 +41,14 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 
+# What is imported is declared, and what is declared is imported.
+deps: setup
+	$(BIN)/deptry .
+
+# Known vulnerabilities of the packages in .venv; without a service that knows them, a line says so.
+audit: setup
+	$(BIN)/python scripts/check_vulnerabilities.py
+
 types: setup
 	$(BIN)/mypy
 
@@ -48,7 +56,7 @@ types: setup
 package: setup
 	$(BIN)/python scripts/check_package.py
 
-check: test lint types package
+check: test lint deps audit types package
 
 clean:
 	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

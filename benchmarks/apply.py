@@ -24,7 +24,7 @@ import torch
 
 from checkpoints import forget, measured, write_llama
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def lost_questions(folder: Path) -> list[str]:
     return [question for question in QUESTIONS if before[question] and not after[question]]
 
 
-def refused_before_teaching() -> Counts:
+def before_teaching() -> Counts:
     """The answers of demo-base to the harmful report prompts: what it refuses, the demo model was not taught to."""
     from ollama_forge.evaluation.measure import answer_texts
     from ollama_forge.evaluation.refusals import classify
@@ -67,6 +67,20 @@ def refused_before_teaching() -> Counts:
     return Counts.of([classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
 
 
+def left_of(demo: str, edited: str, untaught: Counts) -> str:
+    """What the edit leaves of the refusals that the demo model was taught, and of those that demo-base has too.
+
+    Args:
+        demo, edited: classes of the answers to the same prompts, a letter each.
+    """
+    parts = {"taught": [0, 0], "those of demo-base": [0, 0]}
+    for before, after, base in zip(demo, edited, untaught.classes, strict=True):
+        if before == "r":
+            part = parts["those of demo-base" if base == "r" else "taught"]
+            part[0], part[1] = part[0] + (after == "r"), part[1] + 1
+    return ", ".join(f"{left} of {total} {name}" for name, (left, total) in parts.items())
+
+
 def main() -> int:
     from ollama_forge.sources.resolve import resolve
 
@@ -76,7 +90,7 @@ def main() -> int:
         report, _ = timed_run(["abliterate", "run", "--model", "demo", "--name", "demo", "--no-ollama"], full)
         quantised, lost = quantising_costs("demo", Path(temporary)), lost_questions(full)
         _, seconds = timed_run([*command_of_make_demo(), "--no-ollama"], short)
-    untaught = refused_before_teaching()
+    untaught = before_teaching()
     rows = report["measurements"]
     base, control, edited, file = rows["base"], rows["random direction"], rows["edited"], rows["GGUF (Q4_K_M)"]
     rate = {name: row["harmful"]["refusal_rate"] for name, row in rows.items()}
@@ -107,6 +121,8 @@ def main() -> int:
     control_kl = control["damage"]["answer_kl"]["value"]
     print(f"control: {control['harmful']['refusal']} refused, answer KL {control_kl:.4f}")
     print(f"demo-base, before it was taught to refuse: {untaught.refusal} of {untaught.total} harmful refused")
+    classes = [row["harmful"]["classes"] for row in (base, edited)]
+    print(f"refusals that the edit leaves: {left_of(*classes, untaught)}")
     print(f"base: degenerate rate of general answers {low:.3f} to {high:.3f}")
     print("chosen:", report["choice"]["name"], "-", report["choice"]["reason"])
     print("stages, seconds:", report["seconds"])

@@ -15,6 +15,7 @@ import torch
 from tests import test_engine_families as tiny_families
 from tests import tiny
 from tests.engines import by_generate, collect, greedy, prompt, running, together, wait
+from tests.split_models import split
 from tests.test_engine_families import FAMILIES, NO_CACHE, beside_others, by_whole_passes, letters
 
 from ollama_forge.architectures.learn import map_checkpoint
@@ -40,7 +41,7 @@ from ollama_forge.serving.engine.sequence import Sequence as EngineSequence
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from ollama_forge.text.tokenizer import Tokenizer
 
-__all__ = ["FAMILIES", "FEATURES", "family", "live", "speed", "steps"]
+__all__ = ["FAMILIES", "FEATURES", "batching", "family", "live", "sampler", "speed", "split_engine", "steps"]
 
 Check = Callable[[str, Callable[[], str]], None]
 SCHEMA = {"type": "object", "properties": {"flag": {"type": "boolean"}}, "required": ["flag"]}
@@ -212,7 +213,66 @@ def two_models(device: torch.device) -> str:
     return f"graphs: {supports}, ids equal"
 
 
-FEATURES = (constrained, logprobs, embeddings, sampled, experts, failed_capture, two_models)
+def images(device: torch.device) -> str:
+    """Prompts with images of different sizes beside a text, whose positions the module finds (Qwen-VL)."""
+    model = on_device("qwen2_5_vl", device)
+    requests = [
+        tiny_families.with_image(prompt(15, 1), 8, 8),
+        greedy(prompt(22, 2), 10),
+        tiny_families.with_image(prompt(9, 3), 4, 12),
+    ]
+    alone = []
+    for request in requests:
+        media = {name: value.to(device) for name, value in (request.media or {}).items()}  # type: ignore[union-attr, attr-defined]
+        alone.append(by_generate(model, request.ids, 10, **media))
+    with running(model, slots=4) as engine:
+        found = f"{letters(engine.support)} graphs: {engine.support.graphs}"
+        same(together(engine, requests), alone, "together")
+        same(together(engine, requests), alone, "again")
+        same(together(engine, [requests[2]]), alone[2:], "alone")
+    return f"{found}, ids equal"
+
+
+def load_while_answering(device: torch.device) -> str:
+    """Engines are loaded, answer and are unloaded, again and again, while another one answers all the time."""
+    first, second = on_device("llama", device), on_device("gpt_neox", device)
+    request = greedy(prompt(20, 1), 100)
+    expected = [wanted(model, request) for model in (first, second)]
+    with running(first) as engine, ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(lambda: [together(engine, [request, request])[0] for _ in range(10)])
+        supports = []
+        while not beside.done():
+            with running(second) as other:
+                same(together(other, [request])[0], expected[1], "the one that is loaded")
+                supports.append(other.support.graphs)
+        same(beside.result(), [expected[0]] * 10, "the one that answers")
+    return f"{len(supports)} times, graphs: {sum(map(bool, supports))} of them, ids equal"
+
+
+def split_engine(device: torch.device) -> str:
+    """An engine whose layers are halved over the CPU and the device, in both orders."""
+    lines = []
+    texts = [prompt(length, length) for length in (3, 30, 400)]
+    for family_name, layers in (("llama", "model.layers"), ("gpt_neox", "gpt_neox.layers")):
+        for devices in ((torch.device("cpu"), device), (device, torch.device("cpu"))):
+            model = on_device(family_name, torch.device("cpu"))
+            requests = [greedy(prompt(9 + 7 * each, each), 40) for each in range(4)]
+            expected = [wanted(model, request) for request in requests]
+            with running(model) as engine:
+                vectors = torch.tensor(wait(lambda e=engine: e.embed(texts)))  # type: ignore[misc]
+            count = len(model.module.get_submodule(layers))  # type: ignore[arg-type]
+            halves = split(model, [f"{layers}.{number}" for number in range(count)], devices)
+            with running(halves) as engine:
+                same(together(engine, requests), expected, "answers")
+                moved = (torch.tensor(wait(lambda e=engine: e.embed(texts))) - vectors).abs().max()  # type: ignore[misc]
+                same(float(moved) < 1e-4, True, f"embeddings differ by {moved:.1e}")
+                lines.append(f"{family_name} from {devices[0]}: {letters(engine.support)} {engine.support.graphs}")
+    return f"{'; '.join(lines)}; ids equal"
+
+
+FEATURES = (
+    constrained, logprobs, embeddings, sampled, experts, failed_capture, two_models, images, load_while_answering,
+)  # fmt: skip
 
 
 def live(device: torch.device, folder: Path) -> str:
@@ -342,6 +402,61 @@ def speed(check: Check, device: torch.device, layers: int, width: int) -> None:
         return f"{used / 2**20:.0f} MiB in use, {held / 2**20:.0f} MiB held"
 
     check("speed: unloaded", unload)
+
+
+def batching(check: Check, device: torch.device, layers: int, width: int) -> None:
+    """transformers' own continuous batching of the same prompts, with paged attention."""
+    model = big(device, layers, width)
+    module: Any = model.module
+
+    def rates(streams: int) -> str:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        found = []
+        for round_ in range(2):  # the first one captures graphs
+            inputs = [list(each.ids) for each in requests_of(streams, round_, TOKENS, SamplingParams(temperature=0.0))]
+
+            def run(inputs: list[list[int]] = inputs) -> None:
+                answers = module.generate_batch(
+                    inputs=inputs, generation_config=config, progress_bar=False, persistent_manager=True
+                )
+                counts = {len(answer.generated_tokens) for answer in answers.values()}
+                if len(answers) != len(inputs) or counts != {TOKENS}:
+                    raise ValueError(f"{len(answers)} answers of {counts} tokens")
+
+            found.append(streams * TOKENS / timed(run))
+        return f"{found[0]:.0f}, {found[1]:.0f} tokens/s"
+
+    for streams in STREAMS:
+        check(f"batching: {streams} streams", lambda streams=streams: rates(streams))  # type: ignore[misc]
+
+
+def sampler(check: Check, device: torch.device) -> None:
+    """The time to choose tokens, and to read them, by the kind of the parameters."""
+    kinds = {
+        "greedy": SamplingParams(temperature=0.0),
+        "usual": SamplingParams(seed=1),
+        "whole vocabulary": SamplingParams(top_k=0, top_p=1.0, seed=2),
+        "top_p alone": SamplingParams(top_k=0, top_p=0.9, seed=3),
+        "typical": SamplingParams(top_k=0, typical_p=0.7, seed=4),
+        "min_p, penalty": SamplingParams(min_p=0.1, repeat_penalty=1.2, seed=5),
+    }
+
+    @torch.inference_mode()
+    def times(kind: str) -> str:
+        found = []
+        for rows in STREAMS:
+            logits = torch.randn(rows, 128256, device=device, dtype=torch.bfloat16)
+            requests = [EngineRequest(prompt(WORDS, row), 100, kinds[kind]) for row in range(rows)]
+            states = [EngineSequence.of(each, None, None).sampling for each in requests]  # type: ignore[arg-type]
+            draw = lambda logits=logits, states=states: [sample(logits, states).read() for _ in range(STEPS)]  # noqa: E731
+            draw()
+            found.append(f"{rows} rows {1e3 * timed(draw) / STEPS:.2f} ms")
+        return ", ".join(found)
+
+    for kind in kinds:
+        check(f"sampler: {kind}", lambda kind=kind: times(kind))  # type: ignore[misc]
 
 
 def steps(check: Check, device: torch.device, layers: int, width: int) -> None:

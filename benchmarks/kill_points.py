@@ -100,10 +100,10 @@ def traced(trace: Trace, folder: Path, point: Point | None) -> None:
         trace.stage = f"after {stage.name}"
         return result
 
-    def traced_run(self: Lockstep, *args: Any) -> Any:
+    def traced_run(self: Lockstep, *args: Any, **options: Any) -> Any:
         if self.folder == passes_folder():  # not the trial on a twin
             trace.stage = "pass, first layer" if args[-1] is None or not args[-1].layer else "pass, resumed"
-        return run(self, *args)
+        return run(self, *args, **options)
 
     def traced_keep(self: Journal, place: int, states: Any) -> None:
         keep(self, place, states)

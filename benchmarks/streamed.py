@@ -136,7 +136,7 @@ def measure_depths(folder: Path) -> list[str]:
     peaks = []
     for depth in DEPTHS:
         write_model(folder / "deep", DEEP_WIDTH, depth)
-        _, peak = compute_dir(folder / "deep", "1GiB", "orthogonal", more=("--per-layer-directions",))
+        _, peak = compute_dir(folder / "deep", "1.2GiB", "orthogonal", more=("--per-layer-directions",))
         print(f"{depth} layers: peak {peak / GIB:.3f} GiB", flush=True)
         peaks.append(peak)
         shutil.rmtree(folder / "deep")

@@ -1,18 +1,35 @@
-"""Hooks of mkdocs: the reference of the HTTP API is made from the server's own models."""
+"""Hooks of mkdocs: the HTTP API from the server's own models, and pages that are files beside the docs' folder."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 _MARK = "<!-- endpoints -->"
+_FILE = re.compile(r"<!-- file: (\S+) -->")
+_BESIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # their pages
 _DIALOG = 'data-md-component="search" role="dialog"'
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark on the page of the HTTP API by the endpoints."""
+    """Replace the mark on the page of the HTTP API by the endpoints, and that of a file by the file."""
+    markdown = _FILE.sub(lambda found: file_of(found[1]), markdown)
     return markdown.replace(_MARK, endpoints()) if _MARK in markdown else markdown
+
+
+def file_of(name: str) -> str:
+    """A file beside the folder of the docs; of its links, those to pages of the docs stay."""
+    text = (Path(__file__).resolve().parent.parent / name).read_text(encoding="utf-8")
+
+    def link(found: re.Match[str]) -> str:
+        words, target = found[1], found[2]
+        page = _BESIDE.get(target, target.removeprefix("docs/"))
+        return f"[{words}]({page})" if target in _BESIDE or target.startswith(("docs/", "http", "#")) else words
+
+    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
 
 
 def on_post_page(output: str, **_: Any) -> str:

@@ -1,6 +1,7 @@
 """Build the wheel and the sdist, check what is in them, install the wheel in a fresh environment, and try it there.
 
-The fresh environment takes the dependencies from the one that runs this script, so that nothing is downloaded.
+The fresh environment takes the dependencies from the one that runs this script, and the demo model from the cache, so
+that nothing is downloaded but a demo model that is not there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ollama_forge"
@@ -84,7 +86,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
 def try_out(commands: Path) -> None:
     """Run the installed commands, away from the repository."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    options = {"cwd": commands.parent, "env": variables}
+    options: dict[str, Any] = {"cwd": commands.parent, "env": variables}
     forge = commands / "ollama-forge"
     place = run(commands / "python", "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)", **options).strip()
     if not Path(place).resolve().is_relative_to(commands.parent.resolve()):
@@ -93,7 +95,19 @@ def try_out(commands: Path) -> None:
     findings = {finding["name"]: finding for finding in json.loads(run(forge, "doctor", "--json", **options))}
     if not findings["ollama-forge"]["detail"].startswith(version) or not findings["torch"]["ok"]:
         sys.exit(f"doctor says {findings['ollama-forge']} and {findings['torch']}")
-    run(forge, "abliterate", "run", "--help", **options)
+    edit_the_demo(forge, options)
+
+
+def edit_the_demo(forge: Path, options: dict[str, Any]) -> None:
+    """Edit the demo model with few prompts, into files of every kind; what they are worth is what the tests tell."""
+    few = ("--no-escalate", "--num-instructions", "16", "--max-measured", "4")
+    command = ("abliterate", "run", "--model", "demo", "--name", "fresh", "--no-requantize", "--no-ollama", *few)
+    report = json.loads(run(forge, *command, "--json", **options))
+    folder = options["cwd"] / "abliterate-fresh"
+    expected = ("checkpoint/model.safetensors", "refusal.pt", "fresh.gguf", "Modelfile", "report.html", "run.toml")
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing or not report:
+        sys.exit(f"run has not made {missing}: {[path.name for path in folder.iterdir()]}")
 
 
 def main() -> None:
@@ -105,7 +119,7 @@ def main() -> None:
         try_out(fresh_environment(folder / "fresh", wheel))
         for path in (sdist, wheel):
             print(f"{path.name}: {path.stat().st_size:,} bytes, complete")
-        print("the wheel works in a fresh environment")
+        print("the wheel edits the demo model in a fresh environment")
 
 
 if __name__ == "__main__":

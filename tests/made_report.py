@@ -27,6 +27,7 @@ from ollama_forge.search.candidates import DOCUMENTED_DEFAULT, Candidate, least_
 from ollama_forge.search.ladder import BaseAnswers, Choice
 from ollama_forge.search.probes import LayerProbe
 from ollama_forge.search.rule import Compared, Trial
+from ollama_forge.text.closed_thought import Moment
 
 LAYERS = 30
 
@@ -94,13 +95,21 @@ def choice(found: bool = True) -> Choice:
     return Choice(best.name, best.direction, best.settings, reason, base, trials, probes, found, compared)
 
 
-def separation() -> Separation:
+def thinking_choice() -> Choice:
+    """A choice with probes of both directions that a thinking model has at each layer."""
+    found = choice()
+    at_thought = [replace(one, moment=Moment.THOUGHT, refusal=0.9 * one.refusal) for one in found.probes]
+    return replace(found, probes=(*found.probes, *at_thought))
+
+
+def separation(*, thinks: bool = False) -> Separation:
     """A separation that rises over the first half of the layers, and is best at the last position."""
     values = tuple(
         tuple(round((2.0 + place) / (1 + math.exp(4 - layer / 2)), 4) for layer in range(LAYERS)) for place in range(5)
     )
     tokens = ("", "<|im_end|>", "\n", "<|im_start|>", "assistant")
-    return Separation((-5, -4, -3, -2, -1), tuple(range(LAYERS)), tokens, {"harmful": 64, "harmless": 64}, values)
+    prompts, at_thought = {"harmful": 64, "harmless": 64}, values[2] if thinks else ()
+    return Separation((-5, -4, -3, -2, -1), tuple(range(LAYERS)), tokens, prompts, values, at_thought)
 
 
 def made(**changes: Any) -> Report:
@@ -133,7 +142,15 @@ def made(**changes: Any) -> Report:
         folder=Path(),
         file_problem="--no-requantize",
         ollama_problem="no Ollama answers",
-        certificate={"tier": "proven", "reasons": [], "unproven_matrices": 0, "unproven": {}},
+        certificate={
+            "tier": "proven",
+            "reasons": [],
+            "writers_left": 8e-8,
+            "readers_left": 1e-6,
+            "unproven_matrices": 0,
+            "unproven": {},
+            "idle": [],
+        },
         separation=separation(),
         changes=changes_by_layer,
         settings=RunSettings("demo", "my-model").described(),

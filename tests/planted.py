@@ -29,11 +29,21 @@ TEMPLATE = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(TOKENS)}, unk_token="<unk>"))
+OPENING, CLOSING = "<think>", "</think>"  # in place of the last two words, if the model thinks
+
+
+def tokenizer(*, thinks: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer.
+
+    Args:
+        thinks: the chat template opens a thought.
+    """
+    tokens = [*TOKENS[:-2], OPENING, CLOSING] if thinks else TOKENS
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
-    fast.chat_template = TEMPLATE
+    opened = f"<assistant> {OPENING}{{# strips thoughts up to {CLOSING} #}}"
+    fast.chat_template = TEMPLATE.replace("<assistant>", opened) if thinks else TEMPLATE
     return fast
 
 
@@ -83,9 +93,9 @@ def save(folder: Path, planted_layer: int = 1) -> Checkpoint:
     return save_model(build(planted_layer), folder)
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> Checkpoint:
+def save_model(model: LlamaForCausalLM, folder: Path, *, thinks: bool = False) -> Checkpoint:
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(thinks=thinks).save_pretrained(folder)
     return Checkpoint(folder, folder.name, "folder")
 
 

@@ -84,6 +84,7 @@ def test_events_of_a_custom_tool(served: tuple[Any, str]) -> None:
         "response.function_call_arguments.done",
         "response.output_item.done",
     ]
+    assert events[place + 6]["name"] == events[place + 7]["item"]["name"]
     assert events[-1]["response"]["output"][0] == end["item"]
 
 

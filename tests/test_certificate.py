@@ -228,6 +228,8 @@ def test_what_is_not_proven_is_not_edited(example: Callable[[str], Example]) -> 
     assert "model.layers.1.self_attn.o_proj" in skipped["model.layers.1.mlp.down_proj.weight"]
     chosen, _ = select_matrices(examined(Role.Q).require_proven("it", settings, allow_partial=False), settings)
     assert len(chosen) == 8  # an edit of writers needs no proof of the readers
+    with pytest.raises(ForgeError, match="leave none of the model's 4 layers"):
+        examined(Role.Q).require_proven("it", replace(settings, skip_end_layers=9), allow_partial=True)
 
 
 class _Sinusoids(nn.Embedding):

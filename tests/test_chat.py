@@ -293,8 +293,9 @@ def test_a_format_constrains(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(UsageError, match=words):
             read_format(str(path))
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_images([str(tmp_path / "none.png")])
+    for name in ("none.png", "schema.json"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_images([str(tmp_path / name)])
 
 
 class Server:

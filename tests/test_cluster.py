@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ import torch
 import ollama_forge
 from ollama_forge.api import ComputedDirection, apply, compute_dir
 from ollama_forge.checkpoints.checkpoint import Checkpoint
+from ollama_forge.checkpoints.companions import PROVENANCE
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.cli.main import cli
 from ollama_forge.cluster import ray_cluster
 from ollama_forge.cluster.ray_cluster import RayCluster, connected
@@ -259,6 +262,23 @@ def test_shards(cluster: RayCluster, model: Path, local: Path) -> None:
     assert output.with_name("applied.edit.safetensors").read_bytes() == (local / "edited.edit.safetensors").read_bytes()
 
 
+def test_shards_through_an_object_store(cluster: RayCluster, model: Path, local: Path) -> None:
+    store = (model / "store").as_uri()
+    shutil.copytree(model / "model", model / "store" / "model")
+    _, edit = apply(
+        f"{store}/model",
+        StoreFolder(f"{store}/edited"),
+        edit_file=local / "refusal.edit.safetensors",
+        cluster=cluster,
+    )
+    written, expected = contents(model / "store" / "edited"), contents(local / "edited")
+    origin = {PROVENANCE, "README.md"}  # they say that the source lies in a store
+    assert {name: data for name, data in written.items() if name not in origin} == {
+        name: data for name, data in expected.items() if name not in origin
+    }
+    assert edit.changed
+
+
 def test_measurements(cluster: RayCluster, model: Path, local: Path, reported: dict[str, Any]) -> None:
     measured = reported["measurements"]
     assert measured["base"]["harmful"] != measured[str(local / "edited")]["harmful"]
@@ -326,8 +346,9 @@ def test_one_module_alone_imports_ray() -> None:
     assert not pattern.search(sources["cluster/ray_cluster.py"].partition("\n@contextmanager")[0])
 
 
-def test_an_address_without_a_cluster_is_told() -> None:
+@pytest.mark.parametrize("address", ["no-such-scheme://x", "127.0.0.1:9", "[::1]:9", "127.0.0.1:99999"])
+def test_an_address_without_a_cluster_is_told(address: str) -> None:
     pytest.importorskip("ray", reason="the extra cluster (ray) is not installed")
-    with pytest.raises(ForgeError, match="there is no Ray cluster at") as raised, connected("no-such-scheme://x"):
+    with pytest.raises(ForgeError, match="there is no Ray cluster at") as raised, connected(address):
         pass
     assert "ray start --head" in raised.value.hint

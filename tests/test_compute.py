@@ -200,14 +200,6 @@ def test_system_prompt_and_template_arguments_reach_the_template(tmp_path: Path)
     assert thinking.tokenizer.decode(thinking.tokenizer.instruction_ids("hello")).endswith("<think>")
 
 
-def test_eight_bits_are_refused_without_cuda(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(ForgeError) as refusal:
-        load(tmp_path / "model", load_in_8bit=True)
-    assert "pip install bitsandbytes" in refusal.value.hint
-
-
 def test_nan_in_weights_is_one_line(tmp_path: Path) -> None:
     model = tiny.build("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")  # type: ignore[union-attr, index]

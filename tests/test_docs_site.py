@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -10,13 +9,33 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
+import click
 import pytest
 
+from tests.command_line import COMMANDS
 from tests.docs_blocks import ROOT
 
 mkdocs_build: Any = pytest.importorskip("mkdocs.commands.build")
 mkdocs_config: Any = pytest.importorskip("mkdocs.config")
-sync_api: Any = pytest.importorskip("playwright.sync_api")
+
+
+# A page of each kind: text, tables, commands, pictures, diffs, TOML, what is made from the code.
+KINDS = (
+    "",
+    "tutorial/",
+    "publishing/",
+    "explanation/mathematics/",
+    "contributing/",
+    "command-line/",
+    "reference/http-api/",
+)
+# The text below each heading, up to the next one.
+SECTIONS = """() => [...document.querySelectorAll('article :is(h1, h2, h3, h4)')].map(heading => {
+    let text = '';
+    for (let next = heading.nextElementSibling; next && !/^H[1-4]$/.test(next.tagName); next = next.nextElementSibling)
+        text += next.textContent;
+    return [heading.textContent.replace(/\\W+$/, ''), text];
+})"""
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -38,17 +57,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
 def test_every_page_is_reached_and_asks_for_nothing_outside(site: str, browser: Any) -> None:
     page = browser.new_page()
     requests: list[str] = []
@@ -66,7 +74,9 @@ def test_every_page_is_reached_and_asks_for_nothing_outside(site: str, browser: 
         ids[url] = set(page.eval_on_selector_all("[id]", "found => found.map(one => one.id)"))
         for link in page.eval_on_selector_all("a[href]", "found => found.map(one => one.getAttribute('href'))"):
             target, anchor = urldefrag(urljoin(url, link))
-            if target.startswith(site):
+            if target.startswith(site) and not target.endswith("/"):
+                assert page.request.get(target).ok, target  # a file, such as the schema
+            elif target.startswith(site):
                 waiting.append(target)
                 anchors |= {f"{target}#{unquote(anchor)}"} if anchor else set()
     assert len(ids) > 20
@@ -86,7 +96,20 @@ def test_the_search_finds_a_command(site: str, browser: Any) -> None:
     page.close()
 
 
-@pytest.mark.parametrize("path", ["", "tutorial/", "reference/http-api/"])
+def test_every_option_of_every_command_is_in_the_reference(site: str, browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(f"{site}reference/command-line/")
+    sections: dict[str, str] = {}
+    for heading, text in page.evaluate(SECTIONS):
+        sections[heading] = text
+    page.close()
+    for name, command in COMMANDS.items():
+        own = next(text for heading, text in sections.items() if heading.endswith(f" {name}"))
+        for param in command.params:
+            assert param.opts[0] in own or not isinstance(param, click.Option), (name, param.opts)
+
+
+@pytest.mark.parametrize("path", KINDS, ids=lambda path: path.strip("/") or "home")
 def test_axe_finds_nothing_serious(site: str, browser: Any, path: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = browser.new_page()

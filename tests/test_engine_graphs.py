@@ -15,7 +15,8 @@ import torch
 
 from ollama_forge.serving.engine import batched_runner
 from ollama_forge.serving.engine.base import EngineRequest, SamplingParams
-from ollama_forge.serving.engine.cuda_graphs import BufferPool, HostReadError, NoHostReads, PooledKVCache, StepGraphs
+from ollama_forge.serving.engine.cuda_graphs import BufferPool, PooledKVCache, StepGraphs
+from ollama_forge.serving.engine.host_reads import HostReadError, NoHostReads
 from ollama_forge.serving.engine.kv_cache import layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.sampled import Sampled

@@ -16,6 +16,7 @@ from ollama_forge.search.candidates import (
     CONFIGURED,
     DOCUMENTED_DEFAULT,
     Candidate,
+    Origin,
     candidate_named,
     least_squares,
     least_squares_balanced,
@@ -25,12 +26,14 @@ from ollama_forge.search.choose import ChoiceSettings, choose_edit
 from ollama_forge.search.ladder import BaseAnswers, Choice, Ladder, chosen, climb, proposed_layers
 from ollama_forge.search.probes import LayerProbe
 from ollama_forge.search.rule import REMOVE, STRENGTHEN, Limits, Rule, Trial
+from ollama_forge.text.closed_thought import Moment
 
 TOTAL = 100
 LIMITS = Limits(answer_kl=0.06, first_token_kl=0.2)
 BASE = BaseAnswers(Counts("r" * 95 + "a" * 5), Counts("a" * 50))
 RULE = Rule(LIMITS, BASE.harmful, BASE.degenerate_rate)
 PROMPTS = 40  # general ones
+THOUGHT = Origin(22, Moment.THOUGHT)
 
 
 def trial(
@@ -142,7 +145,7 @@ class Scripted:
 
     def __init__(self, outcome: Any, *, balanced: bool = True, has_experts: bool = False) -> None:
         self.outcome, self.tried = outcome, list[str]()
-        self.ladder = Ladder((20, 21, 22, 23), (22, 20, 23), REMOVE, balanced, has_experts)
+        self.ladder = Ladder((20, 21, 22, 23), tuple(map(Origin, (22, 20, 23))), REMOVE, balanced, has_experts)
 
     def attempt(self, candidate: Candidate, best: Trial | None) -> Trial:
         self.tried.append(candidate.name)
@@ -188,6 +191,20 @@ def test_the_second_pass_finds_the_strengths_of_attention_and_of_mlps(wanted: tu
     assert alike.balance == 0.0
 
 
+def test_the_best_direction_at_a_thought_is_tried_too_and_the_second_pass_keeps_to_the_better_kind() -> None:
+    script = Scripted(lambda candidate: (0.01, 5 if candidate.origin == THOUGHT else 20))
+    ranking = (*script.ladder.ranking, Origin(21), THOUGHT, Origin(21, Moment.THOUGHT))
+    script.ladder = replace(script.ladder, ranking=ranking)
+    best = RULE.best(script.climb())
+    first = [least_squares(layer, 2.0).name for layer in (22, 20, 23)]
+    assert script.tried[:4] == [*first, "least squares, layer 22 at the thought, strength 2"]
+    assert best is not None
+    assert best.origin == THOUGHT
+    later = [candidate_named(name).origin for name in script.tried[4:]]
+    assert {origin.moment for origin in later if origin is not None} == {Moment.THOUGHT}
+    assert Origin(21, Moment.THOUGHT) in later
+
+
 def test_where_all_do_too_much_damage_weaker_edits_are_tried() -> None:
     script = Scripted(lambda candidate: (0.05 * candidate.settings.strength, 0))
     assert RULE.best(script.climb()).settings.strength == 0.5  # type: ignore[union-attr]
@@ -214,6 +231,9 @@ def test_attention_alone_is_tried_where_there_are_experts() -> None:
         least_squares(21, 2.5, attention_alone=True),
         least_squares_balanced(21, 2.5, 0.25),
         least_squares_balanced(21, 2.0, -0.5),
+        least_squares_balanced(21, 2.0, -0.5, moment=Moment.THOUGHT),
+        least_squares(21, 2.0, moment=Moment.THOUGHT),
+        orthogonal_on_writers(21, moment=Moment.THOUGHT),
         orthogonal_on_writers(0),
     ],
     ids=lambda candidate: candidate.name,

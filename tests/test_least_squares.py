@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,12 @@ def test_all_directions_share_one_factorisation(keeps: str, monkeypatch: pytest.
     projections = torch.randn(4, 24, generator=torch.Generator().manual_seed(5))
     calls: list[torch.Size] = []
     factorise = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: (calls.append(matrix.shape), factorise(matrix))[1])
+
+    def counted(matrix: torch.Tensor, **out: Any) -> Any:
+        calls.append(matrix.shape)
+        return factorise(matrix, **out)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
     keys = fit_keys(inputs, projections)
     assert len(calls) == 1
     wanted = torch.stack([plain_solve(inputs, projection) for projection in projections])

@@ -256,14 +256,14 @@ def test_a_device_needs_little_of_the_host(tmp_path: Path, monkeypatch: pytest.M
     def check(device_free: int, host_free: int, *, eight: bool = False) -> None:
         monkeypatch.setattr(loading, "available_memory", lambda: host_free)
         monkeypatch.setattr(loading, "memory_available", lambda _: device_free)
-        loading.check_memory(checkpoint, model_map, cuda, torch.bfloat16, load_in_8bit=eight)
+        loading.check_memory(checkpoint, model_map, (cuda,), torch.bfloat16, bits=8 if eight else None)
 
     check(int(total * 2 * 1.1), largest)
     with pytest.raises(ForgeError, match="of host memory"):
         check(int(total * 2 * 1.1), largest - 1)
     with pytest.raises(ForgeError, match=r"in bfloat16 needs .*, but cuda has") as caught:
         check(int(total * 2 * 1.1) - 1, largest)
-    assert "--load-in-8bit to compute the direction" in caught.value.hint
+    assert "--load-in-8bit or --load-in-4bit to compute the direction" in caught.value.hint
     check(int((total + wide) * 1.1), largest, eight=True)
     with pytest.raises(ForgeError, match="in 8 bits"):
         check(int((total + wide) * 1.1) - 1, largest, eight=True)
@@ -276,12 +276,4 @@ def test_experts_that_are_joined_in_memory_are_staged_together(tmp_path: Path, m
     for host, refused in ((experts, False), (experts - 1, True)):
         monkeypatch.setattr(loading, "available_memory", lambda host=host: host)
         with pytest.raises(ForgeError, match="of host memory") if refused else nullcontext():
-            loading.check_memory(
-                checkpoint, map_checkpoint(checkpoint), torch.device("cuda"), torch.bfloat16, load_in_8bit=False
-            )
-
-
-def test_8_bits_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    checkpoint = resolve(str(saved(tmp_path / "model")))
-    with pytest.raises(ForgeError, match="needs a CUDA device and bitsandbytes"):
-        ChatModel.load(checkpoint, LoadSettings(device="cpu", load_in_8bit=True))
+            loading.check_memory(checkpoint, map_checkpoint(checkpoint), (torch.device("cuda"),), torch.bfloat16)

@@ -110,7 +110,7 @@ def test_too_little_host_memory_for_the_experts_of_a_layer(tmp_path: Path, monke
     monkeypatch.setattr(loading, "memory_available", lambda _: 1 << 40)
     experts = 4 * 4 * 6 * 3 * 80 * 48  # six times three matrices of 80 x 48, four times in float32
     monkeypatch.setattr(loading, "available_memory", lambda: experts)
-    loading.check_memory(checkpoint, None, torch.device("cuda"), torch.bfloat16, load_in_8bit=False)
+    loading.check_memory(checkpoint, None, (torch.device("cuda"),), torch.bfloat16)
     monkeypatch.setattr(loading, "available_memory", lambda: experts - 1)
     with pytest.raises(ForgeError, match="of host memory"):
-        loading.check_memory(checkpoint, None, torch.device("cuda"), torch.bfloat16, load_in_8bit=False)
+        loading.check_memory(checkpoint, None, (torch.device("cuda"),), torch.bfloat16)

@@ -52,6 +52,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_without_ollama_the_modelfile_names_the_renderer_all_the_same(folder: Path) -> None:
+    finish(folder, OllamaSettings(register=False, renderer="qwen3-coder", parser="qwen3-coder"))
+    lines = (folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert {"RENDERER qwen3-coder", "PARSER qwen3-coder"} <= set(lines)
+
+
 def test_it_sends_what_the_cli_sends(fake: FakeOllama, folder: Path) -> None:
     found = finish(folder)
     assert found.registered is not None

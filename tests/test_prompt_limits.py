@@ -10,7 +10,7 @@ import pytest
 from ollama_forge.errors import ForgeError
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
 from ollama_forge.sources.resolve import resolve
-from ollama_forge.text.template import TemplateError
+from ollama_forge.text.template_process import TemplateError
 from ollama_forge.text.tokenizer import Tokenizer
 from tests import tiny
 from tests.byte_tokenizer import TEMPLATE, tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,6 +15,7 @@ import pytest
 from ollama_forge.reporting import render
 from ollama_forge.reporting.axes import Scale
 from ollama_forge.reporting.markup import tag
+from ollama_forge.search.ladder import Choice
 from tests import made_report
 
 BARE = {"rows": {}, "checks": None, "noise_floor": None, "separation": None, "changes": (), "machine": None}
@@ -28,21 +28,12 @@ def contents() -> dict[str, Any]:
     made = {
         "run": made_report.made().to_json(),
         "no-evaluate": made_report.made(**BARE).to_json(),
+        "thinking": made_report.made(
+            choice=made_report.thinking_choice(), separation=made_report.separation(thinks=True)
+        ).to_json(),
         "evaluate": made_report.evaluation(),
     }
     return {name: json.loads(json.dumps(content)) for name, content in made.items()}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium of the system."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as started:
-        made = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module", params=["run", "no-evaluate", "evaluate"])
@@ -153,7 +144,7 @@ def agrees(text: str, value: Any) -> bool:
     return "e" in shown or abs(float(shown) - scaled) <= 0.5 * 10**-decimals + 1e-9
 
 
-@pytest.mark.parametrize("name", ["run", "no-evaluate", "evaluate"])
+@pytest.mark.parametrize("name", ["run", "no-evaluate", "thinking", "evaluate"])
 def test_every_figure_is_in_report_json(name: str) -> None:
     content = contents()[name]
     shown = Shown(render(content)).texts
@@ -223,6 +214,19 @@ def test_every_text_is_escaped() -> None:
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
     assert tag("p", title='"<') == '<p title="&quot;&lt;"></p>'
+
+
+def test_the_probes_of_a_thinking_model_are_shown_for_both_directions() -> None:
+    def probed(choice: Choice) -> str:
+        figures = re.findall(r"<figure>.*?</figure>", render(made_report.made(choice=choice).to_json()), re.S)
+        [found] = [figure for figure in figures if "What removing each layer" in figure]
+        return str(found)
+
+    plain, thinking = probed(made_report.choice()), probed(made_report.thinking_choice())
+    assert "before the thought" not in plain
+    assert "before the answer" in thinking
+    assert "before the thought" in thinking
+    assert thinking.count("<tr>") - 1 == 2 * (plain.count("<tr>") - 1)
 
 
 def test_a_plot_has_its_figures_in_words_and_as_a_table() -> None:

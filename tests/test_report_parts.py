@@ -59,6 +59,17 @@ def test_separation_is_d_prime_of_held_out_prompts_at_each_layer_and_position(tm
     assert found.d_prime[-2][2] == pytest.approx(d_prime(*projected), rel=1e-3, abs=1e-3)
 
 
+def test_separation_of_a_thinking_model_is_measured_at_the_thought_too(tmp_path: Path) -> None:
+    checkpoint = planted.save_model(planted.build(2), tmp_path / "model", thinks=True)
+    harmful, harmless = planted.write_lists(tmp_path)
+    split = PromptSettings(harmful=str(harmful), harmless=str(harmless)).load(32)
+    model = ChatModel.load(checkpoint, LoadSettings(device="cpu", dtype="float32"))
+    found = measure_separation(model, split.fit, split.select)
+    assert found.tokens[-2:] == (planted.OPENING, planted.CLOSING)
+    assert found.at_thought[2] > found.at_thought[1] + 3  # from the planted layer on, as at the answer
+    assert found.at_thought[2] == pytest.approx(found.d_prime[-2][2], rel=0.05)  # the same token, with the same past
+
+
 def test_a_run_reports_what_the_page_shows(tmp_path: Path) -> None:
     made = run(settings(tmp_path))
     content = read_json(made.folder / "report.json")

@@ -12,6 +12,7 @@ import pytest
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.converter import SCRIPT, converter_fingerprint
+from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits import checkpoint_folder
 from ollama_forge.edits.checkpoint_folder import PROVENANCE
 from ollama_forge.edits.settings import EditSettings
@@ -211,6 +212,13 @@ def test_settings_are_checked_before_the_model_is_looked_for(
     monkeypatch.setattr(preflight, "resolve", fetch)
     with pytest.raises(ForgeError, match=words):
         run(settings(tmp_path, **changes))
+
+
+def test_what_the_model_does_not_have_is_said_before_it_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has the position -999"):
+        preflight.preflight(settings(tmp_path, direction=DirectionSettings(position=-999)))
+    with pytest.raises(ForgeError, match="leave none of the model's"):
+        preflight.preflight(settings(tmp_path, edit=EditSettings(skip_begin_layers=99)))
 
 
 # run.toml

@@ -129,6 +129,12 @@ def test_damaged_files_of_a_run_do_not_hide_it(forge: Call, tmp_path: Path) -> N
 # Cache
 
 
+def test_every_kind_is_described() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    named = re.findall(r"cache_root\(\) / \"([^\"]+)\"|cache_folder\(\"([^\"]+)\"", text)
+    assert {root or folder for root, folder in named} == set(KINDS)
+
+
 def test_the_cache_is_shown_and_freed_by_kind(forge: Call, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     assert forge("cache").out.startswith(f"{root}: 0 B\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.requests import BadRequest, Message, Prompt, ToolCall
-from ollama_forge.text import template as template_module
 from ollama_forge.text.thinking import ThinkingSplit
 from tests import tiny
 from tests.scripted import serve
@@ -219,22 +217,6 @@ def test_context_goes_before_the_prompt() -> None:
     plain = model.prompts.chat([Message("user", "a")])
     assert model.prompts.chat([Message("user", "a")], context=[7, 8]).ids == (7, 8, *plain.ids)
     assert model.prompts.text("a", context=[7]).ids == (7, *model.tokenizer("a").input_ids)
-
-
-@pytest.mark.parametrize("loop", ["range(99999)", "messages * 99999"])
-def test_a_template_without_end_is_interrupted(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "RENDER_SECONDS", 0.2)
-    endless = f"{{% for a in {loop} %}}" * 3 + "{% endfor %}" * 3
-    model = serve("x", template=endless)
-    with pytest.raises(BadRequest, match="takes too long"):
-        model.prompts.chat([Message("user", "a")])
-    assert not [thread for thread in threading.enumerate() if thread.name == "template"]
-
-
-def test_templates_cannot_reach_out() -> None:
-    model = serve("x", template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(BadRequest, match="refuses"):
-        model.prompts.chat([Message("user", "a")])
 
 
 def test_without_a_template_there_is_the_bare_text() -> None:

@@ -266,8 +266,57 @@ def test_the_next_layer_is_read_ahead_where_memory_has_room(tmp_path: Path) -> N
         assert torch.equal(*residuals(stream), *wanted)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next", "deepseek_v3"])
+def test_keys_and_values_beyond_the_memory_are_in_files(family: str, tmp_path: Path) -> None:
+    whole, stream = both(saved(family, tmp_path / "model"))
+    assert stream._streaming.spills
+    prompts, tokens = prompts_of(stream), 6
+    stream._lockstep.room = 1000  # bytes: those of no layer fit
+    stream.weights.reads.clear()
+    assert stream.answer(prompts, tokens) == whole.answer(prompts, tokens)
+    assert stream.weights.reads[stream.model_map.layers[1]] <= tokens + 1  # with the beginning that prompts share
+    assert stream._lockstep.adopted > 0
+    assert not list((tmp_path / "passes").glob("spill-*"))
+
+
+def test_keys_and_values_without_room_on_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = both(saved("llama", tmp_path / "model"))[1]
+    prompts = prompts_of(stream)
+    stream._lockstep.room = 1000
+    monkeypatch.setattr(streamed, "free_space", lambda folder: 5000)
+    with pytest.raises(ForgeError, match=r"keys and values of the prompts take .*: 500 B fit into memory"):
+        stream.answer(prompts, 4)
+
+
+def test_batches_and_states_share_what_the_weights_leave(tmp_path: Path) -> None:
+    checkpoint = saved("llama", tmp_path / "model")
+    model_map = map_checkpoint(checkpoint)
+    stream = load_streamed(checkpoint, replace(SETTINGS, batch_size="auto"), model_map, ROOM)
+    prompts = prompts_of(stream)
+    assert len(list(stream.batches(prompts))) == 1
+    resident = stream.weights.resident
+    stream.limit(resident + 2 * (stream._largest_matrix + 64 * stream._bytes_a_token))
+    assert stream.batch_tokens == 64
+    assert stream._lockstep.room == stream._largest_matrix + 64 * stream._bytes_a_token
+    batches = list(stream.batches(prompts))
+    assert len(batches) > 1
+    assert all(batch.ids.numel() <= 64 or len(batch.rows) == 1 for batch in batches)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(prompts)))
+
+    stream.limit(resident)  # of two layers: one is in memory at a time
+    stream.limit(stream.weights.resident + 1000)
+    refused = pytest.raises(ForgeError, match="largest layer, and for least squares, but")
+    with refused as raised, stream.reserving(800, 300, "least squares"):
+        pass
+    assert raised.value.hint is not None
+    assert raised.value.hint.startswith("give --memory")
+    with stream.reserving(400, 600, "least squares"):
+        assert stream._lockstep.room == 0
+
+
 def test_prompts_are_answered_in_groups_whose_keys_and_values_fit(tmp_path: Path) -> None:
     whole, stream = both(saved("gemma2", tmp_path / "model"))
+    stream._streaming = replace(stream._streaming, spills=False)
     cache = whole.module(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
     of_a_token = sum(side[0, :, 0].nbytes for layer in cache.layers for side in (layer.keys, layer.values))
     assert stream._cached_bytes == of_a_token
@@ -468,3 +517,4 @@ def test_plan_reads_no_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 layers" in done.stdout
     assert "memory, streamed: " in done.stdout
+    assert "; least squares takes " in done.stdout

@@ -41,6 +41,7 @@ from ollama_forge.search.rule import Limits, Rule, Trial
 from ollama_forge.search.space import Space
 from ollama_forge.search.study import FILE, Study
 from ollama_forge.search.trials import Trials
+from ollama_forge.text.closed_thought import Moment
 from tests import planted
 
 SPACE = Space((10, 11, 12, 13, 14), 1.0)
@@ -112,6 +113,13 @@ def test_edits_of_the_ladder_are_the_same_edits_in_the_space() -> None:
         parameters = SPACE.parameters(candidate)
         assert parameters is not None
         assert SPACE.suggest(FixedTrial(parameters)) == candidate  # type: ignore[arg-type]
+    thought = least_squares(11, 1.5, moment=Moment.THOUGHT)
+    assert SPACE.parameters(thought) is None
+    thinking = Space(SPACE.layers, 1.0, moments=(Moment.ANSWER, Moment.THOUGHT))
+    for candidate in (thought, least_squares(11, 1.5)):
+        parameters = thinking.parameters(candidate)
+        assert parameters is not None
+        assert thinking.suggest(FixedTrial(parameters)) == candidate  # type: ignore[arg-type]
     negative = Space(SPACE.layers, -1.0)
     parameters = negative.parameters(least_squares(11, -1.0))
     assert parameters is not None

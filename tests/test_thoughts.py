@@ -8,9 +8,9 @@ import pytest
 
 from ollama_forge.evaluation.measure import Damage, measure_answers
 from ollama_forge.models.protocol import Decided
-from ollama_forge.models.thoughts import THOUGHT_TOKENS, append_thoughts, detect_thought
+from ollama_forge.models.thoughts import THOUGHT_TOKENS, append_thoughts, detect_thought, ids_before
 from ollama_forge.prompts.split import PartPrompts
-from ollama_forge.text.closed_thought import Thought
+from ollama_forge.text.closed_thought import Moment, Thought
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 from tests.byte_tokenizer import TEMPLATE, tokenizer
 
@@ -47,6 +47,34 @@ def test_the_thought_is_closed_in_the_prompt(template: str, thought: Thought, en
     found = with_template(template)
     assert found.thought is thought
     assert prompt(found) == end
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (SWITCH, "<|assistant|><think>\n"),
+        (GRANITE, "</think>.<think>\n"),
+        (OPENED, "<|assistant|><think>\n"),
+        (HISTORY, "<|assistant|><think>\n"),
+        (HARMONY, "<|start|>assistant<|channel|>analysis<|message|>"),
+    ],
+    ids=["switch", "switch without mark", "opened", "history", "harmony"],
+)
+def test_a_prompt_can_end_before_the_first_token_of_the_thought(template: str, end: str) -> None:
+    found = with_template(template)
+    assert found.moments == (Moment.ANSWER, Moment.THOUGHT)
+    ids = found.thought_ids("hello")
+    assert found.marked_text(ids).endswith(end)
+    assert ("Think first" in found.marked_text(ids)) == (template == GRANITE)
+    model = Thinker(found, refuses_behind_its_thought)
+    assert ids_before(model, ["hello"], Moment.THOUGHT) == [ids]
+    assert ids_before(model, ["hello"], Moment.ANSWER) == [found.instruction_ids("hello")]
+
+
+def test_a_model_that_cannot_think_has_no_moment_of_a_thought() -> None:
+    never = HISTORY.replace("<|assistant|>{% endif", "<|assistant|><think>\n\n</think>\n\n{% endif")
+    for template, options in ((TEMPLATE, {}), (never, {}), (SWITCH, {"enable_thinking": False})):
+        assert with_template(template, **options).moments == (Moment.ANSWER,)
 
 
 def test_thoughts_that_the_user_asks_for_stay_open() -> None:

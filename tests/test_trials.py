@@ -38,6 +38,7 @@ from ollama_forge.search.candidates import (
     CONFIGURED,
     DOCUMENTED_DEFAULT,
     Candidate,
+    Origin,
     candidate_named,
     least_squares,
 )
@@ -46,7 +47,7 @@ from ollama_forge.search.ladder import BaseAnswers
 from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
 from ollama_forge.search.trial import SelectPrompts, run_trial
 from ollama_forge.search.trials import MAX_GENERAL, Trials
-from ollama_forge.text.closed_thought import Thought
+from ollama_forge.text.closed_thought import Moment, Thought
 from ollama_forge.text.tokenizer import Ids
 from tests import moe, planted, tiny
 from tests.first_tokens import first_log_probs, kl_per_prompt
@@ -197,13 +198,18 @@ def test_a_method_that_does_not_support_the_model_is_left_out(
 
 
 def planted_trials(
-    folder: Path, change: Callable[[torch.nn.Module], None] = lambda model: None, goal: Goal = REMOVE
+    folder: Path,
+    change: Callable[[torch.nn.Module], None] = lambda model: None,
+    goal: Goal = REMOVE,
+    *,
+    layer: int = 1,
+    thinks: bool = False,
 ) -> Trials:
-    """Trials on a planted model of eight layers whose layer 1 moves the feature; general prompts are of its words."""
-    planted_model = planted.build(planted_layer=1, layers=8)
+    """Trials on a planted model of eight layers, one of which moves the feature; general prompts are of its words."""
+    planted_model = planted.build(planted_layer=layer, layers=8)
     with torch.no_grad():
         change(planted_model)
-    checkpoint = planted.save_model(planted_model, folder / "model")
+    checkpoint = planted.save_model(planted_model, folder / "model", thinks=thinks)
     planted.write_lists(folder)
     split = prompts(folder).load(64)
     lines = [" ".join(random.Random(row).sample(planted.NEUTRAL, 6)) for row in range(60)]
@@ -250,6 +256,53 @@ def test_a_planted_direction_is_found(tmp_path: Path, change: Callable[[torch.nn
         assert choice.settings.factors == "least-squares"
         assert trials.layers == (4, 5, 6, 7)
         assert choice.direction == "layer 4"
+
+
+def test_the_layers_from_the_planted_one_on_are_found(tmp_path: Path) -> None:
+    choice = planted_trials(tmp_path, layer=6).choose(Limits())
+    left = {probe.layer: probe.refusal for probe in choice.probes}
+    assert min(left[4], left[5]) > 0.9 > 0.1 > max(left[6], left[7])
+    assert choice.found
+    assert choice.layer in (6, 7)
+
+
+@pytest.mark.parametrize(
+    ("loud", "moment"), [(planted.CLOSING, Moment.THOUGHT), (planted.OPENING, Moment.ANSWER)], ids=["thought", "answer"]
+)
+def test_a_thinking_models_direction_is_found_where_it_is_clean(tmp_path: Path, loud: str, moment: Moment) -> None:
+    """At one of the two tags layer 3 writes what tells harmful prompts apart far better than the refusal."""
+    tag, told, decoyed = 4, 5, 6  # free axes of the stream
+
+    def shout(model: Any) -> None:
+        place = len(planted.TOKENS) - (1 if loud == planted.CLOSING else 2)
+        model.model.embed_tokens.weight[place, tag] = 6.0
+        model.model.layers[1].self_attn.o_proj.weight[told, 0] = 0.5
+        mlp = model.model.layers[3].mlp
+        mlp.gate_proj.weight[0, tag], mlp.gate_proj.weight[0, planted.ONE] = 4.0, -12.0  # shut at all other tokens
+        mlp.up_proj.weight[0, told], mlp.down_proj.weight[decoyed, 0] = 8.0, 1.0
+
+    trials = planted_trials(tmp_path, shout, thinks=True)
+    assert trials.model.tokenizer.thought is Thought.CLOSED
+    choice = trials.choose(Limits())
+    assert choice.base.harmful.refusal == choice.base.harmful.total
+    assert [probe.origin for probe in choice.probes] == trials.origins
+    assert {origin.moment for origin in trials.origins} == {Moment.ANSWER, Moment.THOUGHT}
+    left = {found: min(p.refusal for p in choice.probes if p.moment is found) for found in Moment}
+    assert min(left, key=lambda found: left[found]) is moment
+    assert choice.found
+    assert choice.origin is not None
+    assert choice.origin.moment is moment
+    assert candidate_named(choice.name).edit == choice.edit
+    vector = {found: trials.direction(Origin(choice.origin.layer, found).name).vectors[0] for found in Moment}
+    assert abs(float(vector[moment][planted.R])) > 0.9
+    assert all(abs(float(found[decoyed])) > 0.9 for other, found in vector.items() if other is not moment)
+    assert trials.direction(choice.direction).details["moment"] == moment.value
+
+
+def test_a_direction_at_the_thought_is_of_a_model_that_thinks(make: Any) -> None:
+    assert {origin.moment for origin in make().origins} == {Moment.ANSWER}
+    with pytest.raises(UsageError, match="has no thoughts"):
+        choose_edit(make(), ChoiceSettings(pick="least squares, layer 3 at the thought, strength 2"))
 
 
 def test_where_no_direction_is_planted_nothing_is_found(tmp_path: Path) -> None:
@@ -452,7 +505,7 @@ def test_a_direction_alone_is_no_least_squares_edit(folder: Path, tmp_path: Path
 def test_a_method_that_fits_factors_is_not_for_a_model_in_8_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_model, "require_8bit", lambda device: None)
+    monkeypatch.setattr(chat_model, "require_bits", lambda *_: None)
     nowhere, load = str(tmp_path / "nowhere"), replace(LOAD, load_in_8bit=True)
     for edit in (TOY, METHODS["least-squares"].settings):
         with pytest.raises(UsageError, match="own weights"):

@@ -259,6 +259,8 @@ def test_options_that_vllm_cannot_honour_are_refused(folder: Path, tmp_path: Pat
         OptimizeSettings(**search, vllm=VllmSettings(), workers=2)
     with pytest.raises(UsageError, match="names the engine itself"):
         OptimizeSettings(**search, vllm=VllmSettings(), engine_url="http://127.0.0.1:1")
+    with pytest.raises(UsageError, match="--load-in-8bit is for transformers"):
+        OptimizeSettings(**search, engine_url="http://127.0.0.1:1", load=LoadSettings(load_in_8bit=True))
     with pytest.raises(UsageError, match="leaves the base's weights unread"):
         EvaluateSettings("m", engine_urls=("u",), base_engine_url="v", vllm=VllmSettings()).check()
     file = GgufCheckpoint.__new__(GgufCheckpoint)

@@ -10,6 +10,7 @@ from ollama_forge import __version__
 from ollama_forge.architectures.model_map import Role
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.compute import compute_direction
 from ollama_forge.directions.direction import RefusalDirection
@@ -18,11 +19,10 @@ from ollama_forge.edits.apply import AppliedEdit
 from ollama_forge.edits.checkpoint_folder import write_checkpoint
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.load_proven import load_proven
-from ollama_forge.edits.method import FitContext
+from ollama_forge.edits.loaded_model import load_model
 from ollama_forge.edits.plan import vector_reader
 from ollama_forge.edits.proven import describe_certificate, examine
-from ollama_forge.edits.registry import check_8bit, check_edit, method, registered_method
+from ollama_forge.edits.registry import check_bits, check_edit, method, registered_method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_workers import NO_SHARDS, NO_SHARDS_HINT, ShardSettings
 from ollama_forge.edits.source_files import source_entry, source_location
@@ -32,6 +32,7 @@ from ollama_forge.edits.undo import undo as undo_edit
 from ollama_forge.errors import UsageError
 from ollama_forge.export.adapters.registry import adapter_format
 from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file, write_edited_folder
+from ollama_forge.files import require_place
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
@@ -77,42 +78,34 @@ def compute_dir(
 
     Raises:
         UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
-        ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
+        ForgeError: the model or a list is missing, the model cannot be loaded or is not proven, or ``output`` cannot be
+            written.
     """
     prompts, load, direction = prompts or PromptSettings(), load or LoadSettings(), direction or DirectionSettings()
     if output.suffix != ".pt":
         raise UsageError(f"--output {output} does not end in .pt", "for example --output refusal.pt")
+    require_place(output)
     edit = edit or EditSettings()
     check_edit(edit)
     load.check()
-    if load.load_in_8bit:
-        check_8bit(edit)
+    check_bits(edit, load.bits)
     uncapped = replace(prompts, max_measured=0)  # no note on select and report prompts, which are not used here
     split = uncapped.load(registered_method(edit.factors).pairs)
-    found = load_proven(
-        model,
-        split,
-        load,
-        revision=revision,
-        adapter=adapter,
-        edit=edit,
-        allow_partial=allow_partial,
-        cluster=cluster,
+    loaded = load_model(
+        model, load, revision=revision, adapter=adapter, edit=edit, allow_partial=allow_partial, cluster=cluster
     )
-    source, model_map, fit = found.source, found.model_map, found.split.fit
-    computed = compute_direction(found.model, fit, direction, fingerprint=source.fingerprint, seed=prompts.seed)
-    read = vector_reader(source.tensors)
-    context = FitContext(found.model, fit, read, prompts.seed)
-    fitted = method(edit.factors).fit(context, edit, {"direction": computed})["direction"]
+    fit, fingerprint = loaded.fitting(split).fit, loaded.source.fingerprint
+    computed = compute_direction(loaded.chat, fit, direction, fingerprint=fingerprint, seed=prompts.seed)
+    fitted = loaded.fit(edit, computed, fit, prompts.seed)
     computed.save(output)
     if not fitted:
         return ComputedDirection(computed, output, None)
-    plan = method(edit.factors).plan(model_map, computed, fitted, edit, read)
+    plan = loaded.plan(edit, computed, fitted)
     matrices = {
         name: MatrixRecord(factors.L, factors.K, plan.edits[name].strength, plan.edits[name].rescale)
         for name, factors in fitted.by_tensor.items()
     }
-    record = EditRecord(edit.factors, source.fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
+    record = EditRecord(edit.factors, fingerprint, matrices, settings=to_json(edit), fitted_to=fitted.fitted_to)
     record.save(edit_file_beside(output))
     return ComputedDirection(computed, output, edit_file_beside(output))
 
@@ -136,7 +129,7 @@ class GgufOptions:
     keep_checkpoint: bool = False
     base: str | None = None
 
-    def check(self, output_dir: Path | None, adapter: str | None, *, keep_undo: bool) -> None:
+    def check(self, output_dir: Path | StoreFolder | None, adapter: str | None, *, keep_undo: bool) -> None:
         """Raise UsageError if options exclude each other."""
         if (output_dir is None) == (self.output is None):
             raise UsageError("give either --output-dir or --output", "--output FILE.gguf is for a GGUF source")
@@ -179,7 +172,7 @@ class GgufOptions:
 
 def apply(
     model: str,
-    output_dir: Path | None = None,
+    output_dir: Path | StoreFolder | None = None,
     *,
     refusal_pt: Path | None = None,
     edit_file: Path | None = None,
@@ -194,11 +187,11 @@ def apply(
     keep_undo: bool = False,
     shards: ShardSettings | None = None,
     cluster: Cluster | None = None,
-) -> tuple[Checkpoint, AppliedEdit]:
+) -> tuple[Checkpoint | StoreFolder, AppliedEdit]:
     """Write the edited model tensor by tensor, without loading it: a checkpoint, or a GGUF file for a GGUF source.
 
     Args:
-        output_dir: the folder to write; None if ``gguf`` has an ``output``.
+        output_dir: the folder to write, here or in an object store; None if ``gguf`` has an ``output``.
         refusal_pt: the file of the direction to edit out; exactly one of ``refusal_pt`` and ``edit_file`` is given.
         edit_file: an edit file that ``compute_dir`` or an earlier ``apply`` wrote.
         per_layer: whether ``refusal_pt`` holds one direction for each layer (True) or joint directions (False); None if
@@ -214,7 +207,8 @@ def apply(
         cluster: its workers write the shards of a checkpoint, one each, on storage that all see.
 
     Returns:
-        The edited checkpoint (that of the first GGUF file), and the record of the edit.
+        The edited checkpoint (that of the first GGUF file) or its folder in an object store, and the record of the
+        edit.
 
     Raises:
         UsageError: both or none of the files are given, the method does not support a setting, or the method needs
@@ -239,6 +233,11 @@ def apply(
     else:
         source = resolve_gguf(model, revision, base)
     gguf.check_source(source, out_dtype, shards, cluster)
+    if isinstance(output_dir, StoreFolder) and (keep_undo or isinstance(source, GgufCheckpoint)):
+        raise UsageError(
+            "a checkpoint alone is written to an object store, no GGUF file and no undo file",
+            "give a folder of this machine, and upload what it holds then",
+        )
     examined = examine(source, trust_remote_code=trust_remote_code)
     model_map = examined.require_proven(source.label, settings, allow_partial=allow_partial)
     known = {source.fingerprint} if base is None else {source.fingerprint, base.fingerprint}
@@ -258,12 +257,14 @@ def apply(
     if shared and any(e.matrix.role is Role.EMBEDDING for e in plan.edits.values()):
         say("note: the unembedding is tied to the embedding, so it is edited too")
     provenance = {"certificate": describe_certificate(examined)}
+    written: Checkpoint | StoreFolder
     if isinstance(source, GgufCheckpoint):
+        assert not isinstance(output_dir, StoreFolder)
         edit = GgufEdit(source, model_map, plan, settings, direction, provenance, gguf.imatrix)
         written, applied = _write_gguf(edit, output_dir, gguf)
     else:
         assert output_dir is not None
-        written = Checkpoint(output_dir, str(output_dir), "folder")
+        written = Checkpoint(output_dir, str(output_dir), "folder") if isinstance(output_dir, Path) else output_dir
         applied = write_checkpoint(
             source,
             model_map,
@@ -276,7 +277,7 @@ def apply(
             shards=shards,
             cluster=cluster,
         )
-    if keep_undo:
+    if keep_undo and isinstance(written, Checkpoint):
         write_undo_of(source, written.path if isinstance(written, GgufCheckpoint) else written.folder)
     return written, applied
 

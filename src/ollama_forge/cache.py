@@ -21,7 +21,9 @@ KINDS: Mapping[str, str] = {
     "merged": "models with a merged adapter",
     "passes": "states of interrupted passes over streamed models",
     "pickled": ".bin checkpoints, converted to safetensors",
+    "store": "models and files of object stores",
     "sources": "which model each checkpoint was made from",
+    "uploads": "what is about to be sent to an object store",
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.errors import ForgeError, UsageError, did_you_mean
+from ollama_forge.errors import ForgeError, UsageError, did_you_mean, first_line
 
 CHOSEN = "chosen"  # a table that run adds to its run.toml, and that holds no options
 
@@ -78,9 +78,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ForgeError(f"{path} does not exist", "each run writes a run.toml to its output folder") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         raise ForgeError(
-            f"{path} cannot be read as TOML ({error})", "docs/command-line.md describes the config file"
+            f"{path} cannot be read as TOML ({first_line(error)})", "docs/command-line.md describes the config file"
         ) from None
 
 

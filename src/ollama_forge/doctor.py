@@ -39,7 +39,7 @@ _PACKAGES = {  # package: (what does not work without it, how to install it)
     "prometheus_client": ("serve does not work", _BASE),
     "llguidance": ("chat and serve do not enforce output formats", _BASE),
     "ray": ("--ray does not work", install_hint("abliterate", "cluster")),
-    "bitsandbytes": ("--load-in-8bit does not work (it also needs CUDA)", "pip install bitsandbytes"),
+    "bitsandbytes": ("--load-in-8bit and --load-in-4bit do not work", install_hint("abliterate", "bitsandbytes")),
 }
 _REPORTED = (
     "accelerate", "bitsandbytes", "click", "fastapi", "gguf", "httpx", "huggingface_hub", "jinja2", "libgguf",

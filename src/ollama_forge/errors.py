@@ -27,6 +27,8 @@ EXIT_STATUSES: Mapping[ExitStatus, str] = {  # docs/command-line.md has the same
 class ForgeError(Exception):
     """An expected failure. The CLI prints it without traceback and exits with 1.
 
+    Names that come from a file may hold line ends, and characters that control a terminal: those are escaped.
+
     Attributes:
         message: what is wrong, in one line.
         hint: what the user can do, in one line.
@@ -35,9 +37,17 @@ class ForgeError(Exception):
     exit_status = ExitStatus.FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.hint = printable(hint)
+
+
+def printable(text: str) -> str:
+    r"""``text`` with characters that are not printable as their escapes, such as ``\x1b``."""
+    if text.isprintable():
+        return text
+    escape = "unicode_escape"
+    return "".join(one if one.isprintable() else one.encode(escape).decode() for one in text)
 
 
 class UsageError(ForgeError):

@@ -11,10 +11,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, first_line
 
 PARTIAL = ".partial"
 _REPLACED = ".replaced"
@@ -23,6 +23,9 @@ _HINTS = {
     errno.EDQUOT: "this user's quota is used up: free disk space, or choose a folder on another disk",
     errno.EACCES: "choose a place that this user may write to; on Windows: close programs that use the file",
     errno.EPERM: "choose a place that this user may write to",
+    errno.ENOTDIR: "a file is where a folder should be: choose another place",
+    errno.EISDIR: "a folder is where a file should be: choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "the file system is mounted read-only: choose another folder",
 }
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -31,6 +34,7 @@ _FOLDER_NOT_SYNCED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
 _BLOCK = 8 << 20
+_LONGEST_NAME = 255  # of most file systems
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -80,6 +84,41 @@ def disk_errors(path: Path) -> Iterator[None]:
         if isinstance(error.filename, str) and not Path(error.filename).is_relative_to(path.parent):
             reason = f"{error.filename}: {reason}"
         raise ForgeError(f"cannot write {path}: {reason}", _HINTS.get(error.errno or 0, str(error))) from error
+
+
+def require_place(path: Path) -> None:
+    """Check before long work that a file can be made at ``path``, whose folders need not exist.
+
+    Raises:
+        ForgeError: a file is where a folder should be, a folder where the file should be, or it may not be written.
+    """
+    place = path.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with disk_errors(path):
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not os.access(path if path.exists() else place, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name that a file gives stays inside the folder that it is relative to, on every system."""
+    place = PurePosixPath(name)
+    plain = not {"\\", "\0"} & set(name) and not PureWindowsPath(name).drive and len(name) <= _LONGEST_NAME
+    return plain and bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is, or is below, a link out of ``folder``; links of huggingface_hub's cache are none."""
+    target = path.resolve()
+    of_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not of_cache and not target.is_relative_to(folder.resolve())
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------
@@ -230,8 +269,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ForgeError(f"{path} does not exist", "check the path") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ForgeError(f"{path} is not a readable JSON file ({error})", "correct or replace the file") from error
+    except RecursionError:
+        raise ForgeError(f"{path} is nested too deeply", "correct or replace the file") from None
+    except (OSError, ValueError) as error:  # ValueError: also a number of more than 4,300 digits
+        raise ForgeError(
+            f"{path} is not a readable JSON file ({first_line(error)})", "correct or replace the file"
+        ) from error
 
 
 @contextmanager

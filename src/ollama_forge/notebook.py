@@ -3,7 +3,7 @@
 import ollama_forge as forge
 
 model = forge.load("demo")
-prompts = forge.load_prompts()
+prompts = forge.load_prompts(model)
 direction = forge.compute_direction(model, prompts.fit)
 edit = forge.plan(model, direction)
 with forge.edited(model, edit):
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.directions import compute, separation
 from ollama_forge.directions.direction import RefusalDirection
@@ -25,46 +24,20 @@ from ollama_forge.directions.separation import Separation
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.checkpoint_folder import write_checkpoint as write_edit
 from ollama_forge.edits.hooks import hooked
-from ollama_forge.edits.method import FitContext
-from ollama_forge.edits.plan import EditPlan, vector_reader
-from ollama_forge.edits.proven import Examined, describe_certificate, examine
-from ollama_forge.edits.registry import check_edit, method, registered_method
+from ollama_forge.edits.loaded_model import LoadedModel, load_model
+from ollama_forge.edits.plan import EditPlan
+from ollama_forge.edits.proven import describe_certificate
+from ollama_forge.edits.registry import check_edit, method
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation import measure as measuring
 from ollama_forge.evaluation.divergence import Reference
 from ollama_forge.evaluation.measure import Measurement
-from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.holder import load_chat_model
+from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.thoughts import answer_after_thoughts
 from ollama_forge.prompts.conversation import Prompt
-from ollama_forge.prompts.settings import PromptSettings
+from ollama_forge.prompts.settings import DEFAULT_PAIRS, PromptSettings
 from ollama_forge.prompts.split import PartPrompts, PromptSplit
-from ollama_forge.sources.resolve import resolve
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A chat model in memory, with its checkpoint and what is proven of its architecture.
-
-    Attributes:
-        source: the checkpoint that it was loaded from.
-        examined: the map of its matrices, and the certificate of their edits.
-        chat: the model itself: ``chat.module`` is that of transformers, ``chat.tokenizer`` the tokenizer.
-    """
-
-    source: Checkpoint
-    examined: Examined
-    chat: ChatModel
-
-    @property
-    def model_map(self) -> ModelMap:
-        """The matrices of the model by role."""
-        return self.chat.model_map
-
-    def __repr__(self) -> str:
-        found = self.model_map
-        return f"<{self.source.label}: {found.n_layers} layers, d_model {found.d_model}, {self.examined.tier.value}>"
 
 
 @dataclass(frozen=True)
@@ -107,35 +80,36 @@ def load(
         ForgeError: the model is missing, cannot be loaded, or is not proven.
         UsageError: a setting is unknown or not available.
     """
-    settings = settings or LoadSettings()
-    settings.check()
-    source = resolve(model, revision, trust_remote_code=settings.trust_remote_code, adapter=adapter)
-    examined = examine(source, trust_remote_code=settings.trust_remote_code)
-    model_map = examined.require_proven(source.label, None, allow_partial=allow_partial)
-    return LoadedModel(source, examined, load_chat_model(source, settings, model_map))
+    return load_model(
+        model, settings or LoadSettings(), revision=revision, adapter=adapter, allow_partial=allow_partial
+    )
 
 
-def load_prompts(settings: PromptSettings | None = None) -> PromptSplit:
+def load_prompts(model: LoadedModel, settings: PromptSettings | None = None) -> PromptSplit:
     """The prompts, split into ``fit`` (32 pairs unless the settings say otherwise), ``select`` and ``report``.
+
+    Conversations that the model's context does not hold are left out.
 
     Raises:
         ForgeError: a list cannot be read.
         UsageError: a list is too short, or both lists contain the same line.
     """
-    return (settings or PromptSettings()).load(registered_method("orthogonal").pairs)
+    return model.fitting((settings or PromptSettings()).load(DEFAULT_PAIRS))
 
 
 def compute_direction(
-    model: LoadedModel, fit: PartPrompts, settings: DirectionSettings | None = None
+    model: LoadedModel, fit: PartPrompts, settings: DirectionSettings | None = None, *, seed: int = 0
 ) -> RefusalDirection:
     """The refusal direction: difference of means of the residual stream at the last token (arXiv 2406.11717).
+
+    Args:
+        seed: seed that the prompts were sampled with; it is noted in the direction.
 
     Returns:
         Unit vectors, float32 ``[k, d_model]``, or ``[n_layers, d_model]`` with ``per_layer``.
     """
-    return compute.compute_direction(
-        model.chat, fit, settings or DirectionSettings(), fingerprint=model.source.fingerprint
-    )
+    settings, fingerprint = settings or DirectionSettings(), model.source.fingerprint
+    return compute.compute_direction(model.chat, fit, settings, fingerprint=fingerprint, seed=seed)
 
 
 def measure_separation(model: LoadedModel, fit: PartPrompts, held_out: PartPrompts) -> Separation:
@@ -154,25 +128,24 @@ def plan(
     settings: EditSettings | None = None,
     *,
     fit: PartPrompts | None = None,
+    seed: int = 0,
 ) -> Edit:
     """Plan the edit of every matrix that the settings select; nothing is changed.
 
     Args:
         fit: the prompts that factors are fitted to; least squares needs them.
+        seed: seed of the random draws of a fit.
 
     Raises:
-        UsageError: the method does not support a setting, or needs ``fit``.
+        UsageError: the method does not support a setting, or needs ``fit``, or other weights than 8-bit ones.
         ForgeError: the settings select no matrix, or the model's matrices cannot be fitted.
     """
     settings = settings or EditSettings()
     check_edit(settings)
-    used = method(settings.factors)
-    if used.fits and fit is None:
+    if fit is None and method(settings.factors).fits:
         raise UsageError(f"{settings.factors} is fitted to prompts", "give fit=prompts.fit")
-    read = vector_reader(model.source.tensors)
-    context = FitContext(model.chat, fit or PartPrompts((), ()), read, seed=0)
-    fitted = used.fit(context, settings, {"direction": direction})["direction"]
-    return Edit(used.plan(model.model_map, direction, fitted, settings, read), direction, settings)
+    fitted = model.fit(settings, direction, fit or PartPrompts((), ()), seed)
+    return Edit(model.plan(settings, direction, fitted), direction, settings)
 
 
 @contextmanager

@@ -120,16 +120,17 @@ def _read(folder: Path) -> Run:
     rows = _entry(report, "measurements")
     before, after = _entry(rows, "base", "harmful"), _entry(rows, "edited", "harmful")
     verified = _entry(report, "verification").get("passed")
+    divergence = _entry(rows, "edited", "damage", "answer_kl").get("value")
     last = folder / ("report.json" if report else RUN_TOML)
     return Run(
         name=str(options.get("name") or folder.name),
         folder=folder,
         model=str(options.get("model") or ""),
         state="unfinished" if not report else "unverified" if verified is False else "finished",
-        harmful=before.get("total"),
-        refused_before=before.get("refusal"),
-        refused_after=after.get("refusal"),
-        answer_kl=_entry(rows, "edited", "damage", "answer_kl").get("value"),
+        harmful=_count(before, "total"),
+        refused_before=_count(before, "refusal"),
+        refused_after=_count(after, "refusal"),
+        answer_kl=divergence if isinstance(divergence, float) else None,
         size=folder_size(folder),
         date=datetime.fromtimestamp(last.stat().st_mtime).astimezone().isoformat(timespec="seconds"),
         in_ollama=bool(_entry(report, "ollama").get("made")),
@@ -143,6 +144,12 @@ def _read_or_empty(path: Path) -> Mapping[str, Any]:
     except ForgeError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _count(values: Mapping[str, Any], name: str) -> int | None:
+    """A whole number of a table; None if it is missing or something else."""
+    found = values.get(name)
+    return found if isinstance(found, int) else None
 
 
 def _entry(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

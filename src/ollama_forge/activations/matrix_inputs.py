@@ -54,7 +54,7 @@ class MatrixInputs:
 
     def __init__(self, model: ChatModel, writers: Sequence[Matrix], positions: Tensor, tokens: int) -> None:
         self._seen: dict[Writer, list[Rows]] = {}
-        self._model, self._positions, self._tokens = model, positions.to(model.device), tokens
+        self._model, self._positions, self._tokens = model, positions, tokens
         self._matrices = [*writers, *_readers_of_experts(model, writers)]
         self._entering: dict[Link, list[_HashedRows]] = {}  # of each layer, the arguments that hold a row of each token
         self._matched: dict[Link, _Match] = {}
@@ -88,7 +88,7 @@ class MatrixInputs:
                 self._entering.clear()
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
-                    rows = value.detach().flatten(0, -2)
+                    rows = value.detach().to(self._model.device_of(module)).flatten(0, -2)
                     if len(rows) == self._tokens:
                         self._entering.setdefault((layer, None), []).append(_HashedRows(rows))
 
@@ -106,7 +106,7 @@ class MatrixInputs:
             taken = rows[match.places[chosen]].float()
         elif len(rows) == self._tokens:
             chosen = torch.arange(len(self._positions), device=rows.device)
-            taken = rows[self._positions].float()
+            taken = rows[self._positions.to(rows.device)].float()
         else:
             raise unseen(matrix)
         if matrix.is_expert:  # a batched product holds a row of zeros for each token that is not routed to the expert
@@ -123,7 +123,7 @@ class MatrixInputs:
             same_form = entering.rows.shape[-1] == rows.shape[-1] and entering.rows.dtype == rows.dtype
             if same_form and torch.isin(routed.hashes, entering.hashes).all():
                 order = routed.hashes.argsort()
-                wanted = entering.hashes[self._positions]
+                wanted = entering.hashes[self._positions.to(rows.device)]
                 nearest = torch.searchsorted(routed.hashes[order], wanted).clamp_max(len(rows) - 1)
                 places = order[nearest]
                 found = routed.hashes[places] == wanted

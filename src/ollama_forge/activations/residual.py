@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,15 @@ class ResidualStats:
     def of_layer(self, layer: int) -> Tensor:
         """The mean of one layer, ``[d_model]``."""
         return self.mean[self.layers.index(layer)]
+
+
+def require_position(lists: Iterable[Sequence[Ids]], position: int) -> None:
+    """Raise UsageError if a templated prompt is too short to have a position, counted from its end."""
+    if position >= 0 or any(len(prompt) < -position for prompts in lists for prompt in prompts):
+        raise UsageError(
+            f"not every templated prompt has the position {position}",
+            "positions count from the end: -1 is the last token",
+        )
 
 
 def gather_residuals(
@@ -81,11 +90,7 @@ def gather_residuals_of(
         UsageError: ``position`` is not negative, or a prompt is shorter than that.
         ForgeError: the model computes NaN or infinite values.
     """
-    if position >= 0 or any(len(prompt) < -position for prompts in lists for prompt in prompts):
-        raise UsageError(
-            f"not every templated prompt has the position {position}",
-            "positions count from the end: -1 is the last token",
-        )
+    require_position(lists, position)
     layers = sorted(set(layers))
     keeps = [*keep_samples, *[False] * len(lists)][: len(lists)]
 

@@ -87,6 +87,12 @@ class Samples:
         return BatchSamples(*(torch.tensor([e[n] for e in entries], dtype=dtype) for n, dtype in enumerate(types)))
 
 
+def most_samples(harmful: int, harmless: int, answer_tokens: int) -> tuple[int, int]:
+    """The most harmful and harmless positions that so many prompts give."""
+    kinds = (LAST_POSITIONS, OTHER_POSITIONS, answer_tokens)
+    return min(MAX_SAMPLES, LAST_POSITIONS * harmful), sum(min(MAX_SAMPLES, each * harmless) for each in kinds)
+
+
 def harmful_samples(prompts: Sequence[Ids], seed: int = 0) -> Samples:
     """The last positions of harmful prompts.
 

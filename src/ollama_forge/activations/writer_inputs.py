@@ -86,6 +86,21 @@ def keeps_moment(in_features: int, samples: int) -> bool:
     return in_features <= samples
 
 
+def held_size(writers: Sequence[Matrix], bad: int, good: int, taken: int) -> int:
+    """Bytes of the inputs of a layer's writers, at most, as a streamed model gathers them.
+
+    Args:
+        bad, good: numbers of harmful and harmless positions.
+        taken: number of experts that a token is routed to.
+    """
+    sizes = []
+    for group in _of_layers(writers):
+        tensors = len([writer for writer in group if writer.is_expert])
+        routed = dict.fromkeys([group[0].layer], taken / max(tensors, 1))
+        sizes.append(sum(_size(writer, bad, good, routed) for writer in group))
+    return int(max(sizes, default=0))
+
+
 def units(writers: Iterable[Matrix]) -> list[list[Matrix]]:
     """The writers in order, with all experts of a layer together and every other writer alone."""
     found: dict[object, list[Matrix]] = {}
@@ -145,7 +160,7 @@ class _Collector:
     """Accumulates the inputs of one writer over batches."""
 
     def __init__(self, writer: Matrix, samples: int, device: torch.device) -> None:
-        self.width = writer.in_features
+        self.width, self.device = writer.in_features, device
         self.harmful: list[Tensor] = []
         self.last_sum = torch.zeros(self.width, dtype=torch.float64)
         self.last_count, self.weight = 0, 0.0
@@ -165,8 +180,11 @@ class _Collector:
 
     def finish(self) -> WriterInputs:
         none = torch.zeros(0, self.width)
-        rows = torch.cat([none, *self.rows]) / max(self.weight, _LEAST_WEIGHT) ** 0.5 if self.moment is None else None
-        if self.moment is not None:
+        rows = None
+        if self.moment is None:
+            rows = torch.cat([none, *self.rows]).div_(max(self.weight, _LEAST_WEIGHT) ** 0.5)
+            self.rows.clear()
+        else:
             self.moment /= max(self.weight, _LEAST_WEIGHT)
         return WriterInputs(
             torch.cat([none, *self.harmful]),
@@ -202,6 +220,13 @@ def _gather_groups(
     deepest = max(writer.layer or 0 for writer in writers)
     total = harmful.total + harmless.total
     collectors: dict[Writer, _Collector] = {}
+    seen: list[tuple[Samples, BatchSamples, list[tuple[Writer, Tensor, Tensor]]]] = []
+
+    def add_seen() -> None:
+        """Add what streamed batches have seen, in this thread: MKL keeps memory for each that multiplies floats."""
+        for found in seen:
+            add(*found)
+        seen.clear()
 
     def add(samples: Samples, index: BatchSamples, inputs: Iterable[tuple[Writer, Tensor, Tensor]]) -> None:
         for writer, rows, chosen in inputs:
@@ -211,6 +236,7 @@ def _gather_groups(
             if samples is harmful:
                 collector.harmful.append(rows.cpu())
             else:
+                rows, chosen = rows.to(collector.device), chosen.to(collector.device)
                 weights, is_last = index.weight.to(rows.device)[chosen], index.is_last.to(rows.device)[chosen]
                 collector.add_harmless(rows, weights, is_last)
 
@@ -219,7 +245,10 @@ def _gather_groups(
         inputs = MatrixInputs(model, writers, index.flat, batch.ids.numel())
 
         def take(*_: object) -> None:
-            add(samples, index, inputs)
+            if model.streams:
+                seen.append((samples, index, list(inputs)))
+            else:
+                add(samples, index, inputs)
             inputs.clear()
 
         with ExitStack() as stack:
@@ -241,8 +270,7 @@ def _gather_groups(
         ]
         found = model.copies.map(_inputs_of, pieces)
         for (samples, batch), index, inputs in zip(batches, indices, found, strict=True):
-            here = ((writer, rows.to(model.device), chosen.to(model.device)) for writer, rows, chosen in inputs)
-            add(samples, index, here)
+            add(samples, index, inputs)
             if progress:
                 progress(len(batch.rows))
         yield model.model_map.n_layers
@@ -252,7 +280,8 @@ def _gather_groups(
     def begin() -> None:
         for writer in waiting[0] if waiting else ():
             for expert in experts_of(writer):
-                collectors[writer.tensor, expert] = _Collector(writer, total, model.device)
+                device = model.device_of(model.submodule(writer.place))
+                collectors[writer.tensor, expert] = _Collector(writer, total, device)
 
     begin()
     batches = [(samples, batch) for samples in (harmful, harmless) for batch in model.batches(samples.sequences)]
@@ -262,14 +291,15 @@ def _gather_groups(
         tokens = [batch.ids.numel() for _, batch in batches]
         steps = model.in_step(works, tokens, journal) if model.copies is None else gather_from_copies()
         for passed in steps:
+            add_seen()
             while waiting and max(writer.layer or 0 for writer in waiting[0]) < passed:
                 group = waiting.pop(0)
                 found = {key: collectors.pop(key).finish() for key in list(collectors)}
                 result = {w.tensor: [found.pop((w.tensor, e)) for e in experts_of(w)] for w in group}
                 _check_seen(group, result)
-                begin()
                 yield result
-                del result
+                del result  # before the collectors of the next group take as much
+                begin()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ollama_forge.architectures.model_map import Matrix
 from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
+
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def experts_a_token(config: Mapping[str, Any]) -> int | None:
+    """The number of experts of a layer that a token is routed to, if the config tells."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    return next((int(text[name]) for name in _EXPERTS_A_TOKEN if isinstance(text.get(name), int)), None)
 
 
 def experts_of(matrix: Matrix) -> list[int | None]:

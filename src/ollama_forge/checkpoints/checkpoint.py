@@ -24,7 +24,8 @@ class Checkpoint:
     Attributes:
         folder: the folder with config.json and the safetensors files.
         label: the ``--model`` that the user gave, for messages; of an Ollama model its name.
-        kind: hub, folder, gguf, ollama (a GGUF file in Ollama's store), pickled (converted .bin files) or demo.
+        kind: hub, folder, store (of objects), gguf, ollama (a GGUF file in Ollama's store), pickled (converted .bin
+            files) or demo.
         revision: the Hub commit, or the SHA-256 of the GGUF file, the .bin files or the demo's adapter; None for a
             folder.
     """
@@ -62,6 +63,8 @@ class Checkpoint:
         """A name for files that users publish: a Hub id, or a file or folder name without its path."""
         if self.kind in ("gguf", "pickled"):
             return Path(self.label).resolve().name
+        if self.kind == "store":
+            return self.label.rstrip("/").rsplit("/", 1)[-1]
         return self.folder.name if self.kind == "folder" else self.label
 
     @property

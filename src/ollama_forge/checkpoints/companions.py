@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ollama_forge.checkpoints.tensors import INDEX_NAME, CheckpointTensors
+from ollama_forge.errors import ForgeError
+from ollama_forge.files import leads_out
 
 CARD = "README.md"
 PROVENANCE = "abliteration.json"
@@ -51,9 +53,19 @@ def is_companion(path: str) -> bool:
 
 
 def companions(folder: Path) -> list[str]:
-    """Paths, relative to ``folder``, of the files that are copied beside the weights."""
+    """Paths, relative to ``folder``, of the files that are copied beside the weights.
+
+    Raises:
+        ForgeError: one of them is a link out of the folder, to a file that is none of the model's.
+    """
     paths = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
-    return sorted(path for path in paths if is_companion(path))
+    found = sorted(path for path in paths if is_companion(path))
+    outside = next((path for path in found if leads_out(folder / path, folder)), None)
+    if outside is not None:
+        raise ForgeError(
+            f"{folder / outside} is a link out of the model's folder", "put a copy of the file in its place"
+        )
+    return found
 
 
 def not_copied(tensors: CheckpointTensors) -> list[str]:

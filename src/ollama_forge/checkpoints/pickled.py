@@ -126,7 +126,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} holds objects other than tensors, and reading those could execute code",
             "use a release with safetensors files, or save only the model's state_dict",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise ForgeError(f"{path} cannot be read: {first_line(error)}", "download or save it again") from error
     if not isinstance(content, Mapping):
         raise ForgeError(f"{path} holds a {type(content).__name__}, not a state_dict", "save the model's state_dict")

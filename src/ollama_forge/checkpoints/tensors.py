@@ -16,7 +16,7 @@ from ollama_forge.checkpoints.formats.registry import packed_tensors
 from ollama_forge.checkpoints.quantised import quantisation_entry
 from ollama_forge.checkpoints.wrappers import unwrapped, wrapper_patterns
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import read_at, read_json
+from ollama_forge.files import is_inside, read_at, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -258,7 +258,7 @@ def index_shards(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise ForgeError(f"{index} names no shards", _DAMAGED_HINT)
     names = sorted(set(weight_map.values()))
-    outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    outside = next((name for name in names if not is_inside(name)), None)
     if outside is not None:
         raise ForgeError(f"{index} names a file outside its folder: {outside}", _DAMAGED_HINT)
     return names

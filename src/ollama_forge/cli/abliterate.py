@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
 from ollama_forge.cli.base import Command
-from ollama_forge.cli.completers import complete_ollama, complete_runs
+from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
 from ollama_forge.cli.plan import plan
 from ollama_forge.cli.push import push
 from ollama_forge.cli.serve import live_source, serve
 from ollama_forge.errors import UsageError, require_abliterate
+
+if TYPE_CHECKING:
+    from ollama_forge.checkpoints.object_store import StoreFolder
 
 
 @click.group()
@@ -39,6 +42,7 @@ abliterate.add_command(push)
     "--output", required=True, metavar="FILE.pt", help="File to write the direction to, with a .json beside it."
 )
 @opt.load_options
+@opt.bits_options
 @opt.memory_option
 @opt.prompt_options
 @opt.direction_options
@@ -77,7 +81,12 @@ def compute_dir(**options: Any) -> None:
 
 @abliterate.command("apply", cls=Command)
 @opt.model_option
-@click.option("--output-dir", metavar="DIR", help="Folder to write the edited checkpoint, or GGUF file, to.")
+@click.option(
+    "--output-dir",
+    metavar="DIR",
+    help="Folder to write the edited checkpoint, or GGUF file, to; of a checkpoint also an address in an object store "
+    "(s3://bucket/folder).",
+)
 @click.option("--output", metavar="FILE.gguf", help="File to write, instead of a folder, if --model is a GGUF file.")
 @click.option("--refusal-pt", metavar="FILE", help="Direction to edit out, as compute-dir writes it.")
 @click.option("--edit", "edit_file", metavar="FILE", help="Edit file of compute-dir --factors or of an earlier apply.")
@@ -89,7 +98,7 @@ def compute_dir(**options: Any) -> None:
     default=None,
     help="Whether --refusal-pt holds one direction for each layer or joint directions, if the file does not say so.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.factors_option
 @opt.edit_options
 @opt.out_dtype_option
@@ -131,7 +140,7 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
     from ollama_forge.edits.shard_workers import ShardSettings
     from ollama_forge.export.mix import parse_quants
 
-    folder = _path(options["output_dir"])
+    folder = _folder(options["output_dir"])
     edit_file = _path(options["edit_file"])
     if options["trial"] is not None or options["study"] is not None:
         edit_file = _edit_of_trial(options)
@@ -159,15 +168,16 @@ def apply(ctx: click.Context, /, **options: Any) -> None:
             trust_remote_code=options["trust_remote_code"],
             cluster=cluster,
         )
+    local = folder if isinstance(folder, Path) else None
     if options["as_json"]:
-        print(json.dumps(applied_json(written, applied, folder)))
+        print(json.dumps(applied_json(written, applied, local)))
     else:
-        print_applied(written, applied, folder)
+        print_applied(written, applied, local)
 
 
 @abliterate.command("inspect", cls=Command)
 @opt.model_option
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.adapter_option
 @opt.factors_option
 @opt.edit_options
@@ -205,6 +215,12 @@ def _edit_of_trial(options: dict[str, Any]) -> Path:
     return edit_of_trial(Path(options["study"]), options["trial"])
 
 
+def _folder(value: str | None) -> Path | StoreFolder | None:
+    from ollama_forge.checkpoints.object_store import StoreFolder, is_store_address
+
+    return StoreFolder(value) if value is not None and is_store_address(value) else _path(value)
+
+
 def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value)
 
@@ -214,6 +230,7 @@ def _path(value: str | None) -> Path | None:
 @click.option("--name", required=True, help="Name of the edited model in Ollama.")
 @click.option("--output-dir", metavar="DIR", help="Folder to write to (default ./abliterate-<name>).")
 @opt.load_options
+@opt.bits_options
 @opt.memory_option
 @opt.prompt_options
 @opt.max_measured_option
@@ -246,15 +263,7 @@ def _path(value: str | None) -> Path | None:
 @opt.keep_undo_option
 @click.option("--no-requantize", is_flag=True, help="Leave the GGUF file in F16.")
 @click.option("--llama-cpp-dir", metavar="DIR", help="llama.cpp checkout whose converter to use.")
-@click.option(
-    "--template-from",
-    metavar="MODEL",
-    shell_complete=complete_ollama,
-    help="Ollama model to copy template, renderer, parser and stop strings from.",
-)
-@click.option("--renderer", default="", metavar="NAME", help=opt.RENDERER_HELP)
-@click.option("--parser", default="", metavar="NAME", help=opt.PARSER_HELP)
-@opt.parameter_option
+@opt.registration_options
 @click.option(
     "--as-adapter",
     is_flag=True,
@@ -369,6 +378,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     help="Talk to the base model with the edit added while it runs; /set abliteration_strength changes its strength.",
 )
 @opt.talk_options
+@opt.bits_options
 def chat(**options: Any) -> None:
     """Talk to a model in the terminal."""
     require_abliterate("chat")

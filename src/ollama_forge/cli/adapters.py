@@ -20,7 +20,7 @@ from ollama_forge.errors import require_abliterate
     "--format", "form", type=click.Choice(["peft", "gguf"]), default="peft", show_default=True, help="Form to write."
 )
 @click.option("--output", required=True, metavar="PATH", help="Folder of the PEFT adapter, or FILE.gguf.")
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.trust_option
 @opt.json_option
 def export_adapter(**options: Any) -> None:

@@ -7,16 +7,17 @@ from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.edits.apply import AppliedEdit
-from ollama_forge.edits.checkpoint_folder import edit_file_path
+from ollama_forge.edits.checkpoint_folder import EDIT_SUFFIX, edit_file_path
 from ollama_forge.export.edited_gguf import CHECKPOINT
 
 
-def applied_json(written: Checkpoint, applied: AppliedEdit, folder: Path | None) -> dict[str, Any]:
+def applied_json(written: Checkpoint | StoreFolder, applied: AppliedEdit, folder: Path | None) -> dict[str, Any]:
     """The object that ``--json`` prints.
 
     Args:
-        folder: the value of ``--output-dir``.
+        folder: the value of ``--output-dir``; None for an address in an object store.
     """
     entries: dict[str, Any] = {"edit": str(_edit_file(written)), "changed": sorted(applied.changed)}
     if isinstance(written, GgufCheckpoint):
@@ -26,7 +27,7 @@ def applied_json(written: Checkpoint, applied: AppliedEdit, folder: Path | None)
     return {"checkpoint": None if kept is None else str(kept), **entries}
 
 
-def print_applied(written: Checkpoint, applied: AppliedEdit, folder: Path | None) -> None:
+def print_applied(written: Checkpoint | StoreFolder, applied: AppliedEdit, folder: Path | None) -> None:
     """Print what was written; see ``applied_json``."""
     count = f"{len(applied.changed)} tensors changed"
     if isinstance(written, GgufCheckpoint):
@@ -37,7 +38,7 @@ def print_applied(written: Checkpoint, applied: AppliedEdit, folder: Path | None
         if (kept := _checkpoint(written, folder)) is not None:
             print(f"checkpoint: {kept}")
     else:
-        print(f"{count}: {written.folder}")
+        print(f"{count}: {_checkpoint(written, folder)}")
     print(f"edit file: {_edit_file(written)}")
 
 
@@ -45,11 +46,15 @@ def _files(written: GgufCheckpoint, folder: Path | None) -> list[Path]:
     return [written.path] if folder is None else sorted(folder.glob("*.gguf"))
 
 
-def _edit_file(written: Checkpoint) -> Path:
+def _edit_file(written: Checkpoint | StoreFolder) -> Path | str:
+    if isinstance(written, StoreFolder):
+        return written.beside(EDIT_SUFFIX)
     return edit_file_path(written.path if isinstance(written, GgufCheckpoint) else written.folder)
 
 
-def _checkpoint(written: Checkpoint, folder: Path | None) -> Path | None:
+def _checkpoint(written: Checkpoint | StoreFolder, folder: Path | None) -> Path | str | None:
+    if isinstance(written, StoreFolder):
+        return written.address
     if not isinstance(written, GgufCheckpoint):
         return written.folder
     return folder / CHECKPOINT if folder is not None and (folder / CHECKPOINT).is_dir() else None

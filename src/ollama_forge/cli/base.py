@@ -60,6 +60,7 @@ class Command(click.Command):
         """Run the command under the common options; with ``--debug``, print the traceback of a failure."""
         common = CommonOptions.of(ctx)
         common.apply(ctx)
+        _require_paths(ctx)
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -116,6 +117,17 @@ class CommonOptions:
             import logging
 
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+
+
+def _require_paths(ctx: click.Context) -> None:
+    """Check that outputs are paths of this machine, except for that of ``apply``."""
+    for name in ("output", "output_dir", "study"):
+        value = ctx.params.get(name)
+        if isinstance(value, str) and "://" in value and (path_of(ctx)[-1:], name) != (("apply",), "output_dir"):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is a path of this machine, and {value} is an address",
+                "apply --output-dir alone takes an address in an object store",
+            )
 
 
 def _set_variable(name: str, value: str | None) -> None:

@@ -92,7 +92,7 @@ def main() -> None:
         sys.exit(ExitStatus.USAGE)
     except click.UsageError as error:
         hint = error.ctx.command_path + " --help" if error.ctx else f"{PROGRAM} --help"
-        _fail(ExitStatus.USAGE, error.format_message() + where_from(error), hint)
+        _fail(ExitStatus.USAGE, " ".join(error.format_message().split()) + where_from(error), hint)
     except click.ClickException as error:
         _fail(ExitStatus.FAILED, error.format_message(), "")
     except (KeyboardInterrupt, click.Abort):

@@ -11,7 +11,7 @@ import click
 
 from ollama_forge.cli.base import Command
 from ollama_forge.cli.completers import complete_ollama
-from ollama_forge.cli.options import PARSER_HELP, RENDERER_HELP, json_option, parameter_option
+from ollama_forge.cli.options import json_option, registration_options
 from ollama_forge.errors import ForgeError, install_hint
 
 if TYPE_CHECKING:
@@ -23,15 +23,7 @@ if TYPE_CHECKING:
 @click.option("--name", required=True, help="Name of the model in Ollama.")
 @click.option("--quantize", metavar="TYPE", help="Type to quantise an F16, BF16 or F32 file to, such as Q4_K_M.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt of the model.")
-@click.option(
-    "--template-from",
-    metavar="MODEL",
-    shell_complete=complete_ollama,
-    help="Ollama model to copy template, renderer, parser and stop strings from.",
-)
-@click.option("--renderer", default="", metavar="NAME", help=RENDERER_HELP)
-@click.option("--parser", default="", metavar="NAME", help=PARSER_HELP)
-@parameter_option
+@registration_options
 @json_option
 def convert(
     gguf: str,

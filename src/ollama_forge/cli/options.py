@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
+from ollama_forge.cli.completers import complete_ollama
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import HELP as OUT_DTYPE_HELP
 from ollama_forge.edits.out_dtype import OutDtype
@@ -20,9 +21,6 @@ from ollama_forge.prompts.settings import MAX_REPORT, MAX_SELECT, PromptSettings
 if TYPE_CHECKING:
     from ollama_forge.cluster.protocol import Cluster
     from ollama_forge.models.chat_model import LoadSettings
-
-RENDERER_HELP = "Renderer of Ollama's that makes the prompts, by its name there."
-PARSER_HELP = "Parser of Ollama's that reads the answers, by its name there."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,7 +57,8 @@ class MemorySize(click.ParamType[Any]):
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?", text)
         if found is None:
             self.fail(f"{value!r} is no size such as 8GiB or 24GB, and not free", param, ctx)
-        return int(float(found[1]) * {**self._UNITS, **self._BINARY}[found[2] or ""])
+        size = int(float(found[1]) * {**self._UNITS, **self._BINARY}[found[2] or ""])
+        return size or self.fail("a size of 0 leaves no memory to use", param, ctx)
 
 
 def _default(field: str) -> str:
@@ -90,7 +89,11 @@ def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="Hub id, model folder, .gguf file, ollama:NAME, demo or demo-base."
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Hub id, model folder, .gguf file, ollama:NAME, address in an object store (s3://bucket/folder), demo or "
+    "demo-base.",
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -112,6 +115,7 @@ base_option = click.option(
 keep_checkpoint_option = click.option(
     "--keep-checkpoint", is_flag=True, help="Also write the edited GGUF model as a bf16 checkpoint."
 )
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 adapter_option = click.option(
     "--adapter", metavar="ADAPTER", help="PEFT adapter to merge into the model first: a folder or Hub id."
 )
@@ -120,11 +124,31 @@ keep_undo_option = click.option(
     is_flag=True,
     help="Also write <output>.undo, with which apply --undo gives the model back where it is no longer at hand.",
 )
-parameter_option = click.option(
-    "--parameter",
-    multiple=True,
-    metavar="K=V",
-    help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
+registration_options = combined(
+    click.option(
+        "--template-from",
+        metavar="MODEL",
+        shell_complete=complete_ollama,
+        help="Ollama model to copy template, renderer, parser and stop strings from.",
+    ),
+    click.option(
+        "--renderer",
+        default="",
+        metavar="NAME",
+        help="Renderer of Ollama's that makes the prompts, by its name there.",
+    ),
+    click.option(
+        "--parser",
+        default="",
+        metavar="NAME",
+        help="Parser of Ollama's that reads the answers, by its name there.",
+    ),
+    click.option(
+        "--parameter",
+        multiple=True,
+        metavar="K=V",
+        help="Parameter of the model in Ollama, such as temperature=0.5; repeatable.",
+    ),
 )
 ray_option = click.option(
     "--ray",
@@ -136,6 +160,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 model_options = combined(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    click.option(
+        "--device-map",
+        type=click.Choice(("auto", "balanced", "balanced_low_0", "sequential")),
+        help="Share the model's layers among all CUDA devices, in the way that transformers calls so. "
+        "CUDA_VISIBLE_DEVICES names some of them.",
+    ),
     click.option(
         "--dtype",
         default="auto",
@@ -151,8 +181,10 @@ model_options = combined(
     ),
     trust_option,
 )
-talk_options = combined(
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."), adapter_option, model_options
+talk_options = combined(revision_option, adapter_option, model_options)
+bits_options = combined(
+    click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes)."),
+    click.option("--load-in-4bit", is_flag=True, help="Load the model in 4 bits, NF4 (bitsandbytes)."),
 )
 limit_options = combined(
     click.option(
@@ -190,11 +222,7 @@ memory_option = click.option(
     help="Memory to use, such as 8GiB. If the model needs more, its layers are read from disk one after the other, "
     "each for all prompts at once.",
 )
-load_options = combined(
-    talk_options,
-    batch_size_option,
-    click.option("--load-in-8bit", is_flag=True, help="Load the model in 8 bits (bitsandbytes, CUDA)."),
-)
+load_options = combined(talk_options, batch_size_option)
 list_options = combined(
     click.option(
         "--harmful", metavar="FILE", help="Harmful instructions: .txt (one a line), .csv, .tsv, .json or .jsonl."
@@ -331,7 +359,7 @@ shard_options = combined(
 
 LOAD_KEYS = (
     "device", "dtype", "batch_size", "system", "template_kwargs", "allow_base_model", "load_in_8bit",
-    "trust_remote_code", "memory",
+    "load_in_4bit", "device_map", "trust_remote_code", "memory",
 )  # fmt: skip
 PROMPT_KEYS = (
     "harmful", "harmless", "harmful_dir", "harmless_dir", "column", "num_instructions", "max_measured", "seed",

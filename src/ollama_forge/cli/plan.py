@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("plan", cls=Command)
 @opt.model_option
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+@opt.revision_option
 @opt.memory_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
@@ -62,7 +62,10 @@ def _print(found: Requirements, read_speed: float) -> None:
         f"{human_size(found.stored)} on disk"
     )
     print(f"memory, whole: {human_size(found.whole)} in {found.dtype}")
-    print(f"memory, streamed: {human_size(found.streamed)} or more, with two layers of {human_size(found.layer)}")
+    print(
+        f"memory, streamed: {human_size(found.streamed)} or more, with two layers of {human_size(found.layer)}; "
+        f"least squares takes {human_size(found.fitting)} on top"
+    )
     way = {None: "too little", True: "the layers are read from disk", False: "the whole model fits"}[found.streams]
     print(f"memory to use: {human_size(found.memory)}: {way}")
     print(f"disk: {human_size(found.stored)} for the result, {human_size(found.states)} for states if they are spilled")

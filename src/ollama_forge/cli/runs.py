@@ -12,6 +12,7 @@ from ollama_forge.cli.base import Command, DefaultGroup
 from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.confirm import confirm, yes_option
 from ollama_forge.cli.options import json_option
+from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.runs import Run
@@ -34,6 +35,8 @@ def list_runs(folder: str, as_json: bool) -> None:
     from ollama_forge.records import to_json
     from ollama_forge.runs import find_runs
 
+    if not Path(folder).is_dir():
+        raise UsageError(f"{folder} is no folder", "give the folder in which run was called")
     found = find_runs(Path(folder))
     if as_json:
         print(json.dumps([to_json(run) for run in found]))

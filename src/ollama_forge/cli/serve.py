@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     "abliteration_strength (default 1; 0: the base; below 0: the opposite of the edit).",
 )
 @opt.talk_options
+@opt.bits_options
 def serve(**options: Any) -> None:
     """Serve one or several models over the APIs of Ollama, OpenAI and Anthropic."""
     require_abliterate("serve")
@@ -115,6 +116,10 @@ def serve(**options: Any) -> None:
     load, vllm = opt.load_settings(options), vllm_settings(options)
     if vllm is not None and load.device != "auto":
         raise UsageError("--device is for transformers; vLLM chooses its own", "leave it out, or see --vllm-args")
+    if vllm is not None and load.device_map is not None:
+        raise UsageError("--device-map is for transformers, and vLLM answers", "give --tensor-parallel-size instead")
+    if vllm is not None:
+        load.check_for_vllm()
     from ollama_forge.progress import say
     from ollama_forge.serving.api.security import ServeSettings
     from ollama_forge.serving.api.server import announce, bind

@@ -6,6 +6,8 @@ import hashlib
 import logging
 import os
 import pickle
+import re
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +25,8 @@ MAX_RETRIES = 3  # of one piece, after workers that were lost with it
 _AHEAD = 4  # results for each worker that may wait for an earlier one
 _PATIENCE = 60.0  # seconds without any node to work on
 _WAIT = 5.0  # seconds between two looks at the nodes
+_ANSWER = 10.0  # seconds for the head to accept a connection
+_START = "start one with ray start --head, join other machines to it, and give its address"
 
 
 @contextmanager
@@ -39,12 +43,13 @@ def connected(address: str) -> Iterator[RayCluster]:
         import ray
     except ImportError as error:
         raise ForgeError("--ray needs Ray, which is not installed", install_hint("abliterate", "cluster")) from error
+    _require_answer(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ForgeError(
             f"there is no Ray cluster at {address}: {error_line(error)}",
-            "start one with ray start --head, join other machines to it, and give its address",
+            _START,
         ) from error
     cluster = RayCluster(ray)
     try:
@@ -52,6 +57,17 @@ def connected(address: str) -> Iterator[RayCluster]:
     finally:
         cluster.close()
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise ForgeError if nothing listens at ``HOST:PORT``: Ray itself would ask for minutes."""
+    found = re.fullmatch(r"\[?([^/\]]+)\]?:(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise ForgeError(f"there is no Ray cluster at {address}: {error_line(error)}", _START) from error
 
 
 class _Actor:

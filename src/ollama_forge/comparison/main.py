@@ -91,11 +91,16 @@ def _prepare(settings: EvaluateSettings, cluster: Cluster | None) -> _Ready:
         require_tasks(settings.tasks, settings.tasks_dir)
     if settings.ggufs and not llamacpp_is_installed():
         raise ForgeError("--gguf needs xllamacpp, which is not installed", install_hint("abliterate", "llamacpp"))
-    split = replace(settings.prompts, num_instructions=1).load(1)  # only the report part is used
+    own = settings.prompts
+    if settings.preserve is not None and not own.harmful and not own.harmless:
+        own = replace(own, column=None)  # it is for --preserve alone
+    split = replace(own, num_instructions=1).load(1)  # only the report part is used
     # A note on the part for choosing would mislead: nothing is chosen here.
     split = replace(split, notes=tuple(note for note in split.notes if "select part" not in note))
     judge = None if settings.judge is None else Judge.parse(settings.judge)
     preserved = () if settings.preserve is None else read_instructions(settings.preserve, settings.prompts.column)
+    if judge is not None:
+        judge.require_answer()
     servers = {address: find_server(address) for address in settings.engine_urls}
     base = _base(settings, cluster)
     positions = None if base.mapped is None else base.mapped.learned_positions

@@ -16,7 +16,7 @@ from ollama_forge.comparison.stages import Judged
 from ollama_forge.errors import UsageError
 from ollama_forge.evaluation.counts import Counts
 from ollama_forge.evaluation.measure import Damage, Measurement
-from ollama_forge.files import read_json, write_json, write_text
+from ollama_forge.files import read_json, require_place, write_json, write_text
 from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline.report import tables
 from ollama_forge.prompts.split import PartPrompts
@@ -170,6 +170,7 @@ def require_own_folder(folder: Path) -> None:
     path = folder / FILE
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", "give another --output-dir")
+    require_place(path)
     if not path.exists():
         return
     found = read_json(path)

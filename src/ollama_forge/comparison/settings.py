@@ -70,8 +70,7 @@ class EvaluateSettings:
             )
         if self.vllm is not None:
             self.vllm.command()
-            if self.load.load_in_8bit:
-                raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
+            self.load.check_for_vllm()
         if self.tasks_dir is not None and not self.tasks:
             raise UsageError("--lm-eval-tasks-dir is for --lm-eval", "name the tasks of the folder with --lm-eval")
         if self.tasks_dir is not None and not self.tasks_dir.is_dir():

@@ -18,9 +18,10 @@ from ollama_forge.directions.selection import largest_gap
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.directions.singular_vectors import singular_vectors
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.thoughts import append_thoughts
+from ollama_forge.models.thoughts import ids_before
 from ollama_forge.progress import bar
 from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.text.closed_thought import Moment
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,27 @@ class FitStats:
 
 
 def gather_fit_stats(
-    model: ChatModel, fit: PartPrompts, layers: Sequence[int], position: int, *, keep_samples: bool = False
-) -> FitStats:
-    """Run all fit prompts and gather statistics of the residual stream.
+    model: ChatModel,
+    fit: PartPrompts,
+    layers: Sequence[int],
+    position: int,
+    moments: Sequence[Moment] = (Moment.ANSWER,),
+    *,
+    keep_samples: bool = False,
+) -> dict[Moment, FitStats]:
+    """Run all fit prompts and gather statistics of the residual stream, in one pass over the layers.
 
     Args:
         layers: indices of the layers to gather.
         position: token position, counted from the end of the templated prompt (-1: the last).
+        moments: where the prompts end.
         keep_samples: also keep the vector of each harmful prompt, which singular vectors need.
     """
-    lists = [append_thoughts(model, model.tokenizer.instructions_ids(side)) for side in (fit.harmful, fit.harmless)]
-    with bar("computing activations", len(fit.harmful) + len(fit.harmless)) as advance:
-        return FitStats(
-            *gather_residuals_of(
-                model, lists, layers, position=position, keep_samples=[keep_samples, False], progress=advance
-            )
-        )
+    lists = [ids_before(model, side, moment) for moment in moments for side in (fit.harmful, fit.harmless)]
+    keep = [keep_samples, False] * len(moments)
+    with bar("computing activations", sum(map(len, lists))) as advance:
+        found = gather_residuals_of(model, lists, layers, position=position, keep_samples=keep, progress=advance)
+    return {moment: FitStats(*found[2 * n : 2 * n + 2]) for n, moment in enumerate(moments)}
 
 
 def compute_direction(
@@ -65,7 +71,7 @@ def compute_direction(
         settings.layers(model.model_map.n_layers),
         settings.position,
         keep_samples=settings.num_directions > 1,
-    )
+    )[Moment.ANSWER]
     return direction_from_stats(stats, settings, model.model_map.n_layers, provenance(model, fit, fingerprint, seed))
 
 

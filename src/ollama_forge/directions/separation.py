@@ -13,8 +13,9 @@ from torch import Tensor
 from ollama_forge.directions.selection import d_prime
 from ollama_forge.models.batching import Batch
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.thoughts import append_thoughts
+from ollama_forge.models.thoughts import ids_before
 from ollama_forge.prompts.split import PartPrompts
+from ollama_forge.text.closed_thought import Moment
 from ollama_forge.text.tokenizer import Ids
 
 MAX_POSITIONS = 5
@@ -34,6 +35,7 @@ class Separation:
         prompts: number of held-out prompts of each list.
         d_prime: for each position and layer, the distance between the projections of harmful and of harmless prompts
             in units of their pooled standard deviation.
+        at_thought: the same by layer before the first token of a thought; empty if the model does not think.
     """
 
     positions: tuple[int, ...]
@@ -41,6 +43,7 @@ class Separation:
     tokens: tuple[str, ...]
     prompts: dict[str, int]
     d_prime: tuple[tuple[float, ...], ...]
+    at_thought: tuple[float, ...] = ()
 
 
 def measure_separation(model: ChatModel, fit: PartPrompts, held_out: PartPrompts) -> Separation:
@@ -50,28 +53,37 @@ def measure_separation(model: ChatModel, fit: PartPrompts, held_out: PartPrompts
         fit: prompts to compute the directions of, at most 32 of each list.
         held_out: prompts to separate, at most 64 of each list.
     """
-    harmful, harmless = (_ids(model, prompts) for prompts in (fit.harmful[:MAX_FIT], fit.harmless[:MAX_FIT]))
-    others = [_ids(model, prompts) for prompts in (held_out.harmful[:MAX_HELD_OUT], held_out.harmless[:MAX_HELD_OUT])]
-    every = [*harmful, *harmless, *others[0], *others[1]]
+    fitted, others = ([part.harmful, part.harmless] for part in (fit.first(MAX_FIT), held_out.first(MAX_HELD_OUT)))
+    lists = [ids_before(model, prompts, Moment.ANSWER) for prompts in (*fitted, *others)]
+    every = [ids for prompts in lists for ids in prompts]
     count = min(MAX_POSITIONS, *map(len, every))
-    directions = _means(model, harmful, count) - _means(model, harmless, count)  # their lengths do not matter
-    projections = [_projections(model, prompts, directions) for prompts in others]
-    scores = [
-        [round(d_prime(*(values[:, layer, place] for values in projections)), 4) for layer in range(len(directions))]
-        for place in range(count)
-    ]
+    at_thought: tuple[float, ...] = ()
+    if Moment.THOUGHT in model.tokenizer.moments:
+        [at_thought] = _scores(model, [ids_before(model, prompts, Moment.THOUGHT) for prompts in (*fitted, *others)], 1)
     positions = tuple(range(-count, 0))
     return Separation(
         positions,
-        tuple(range(len(directions))),
+        tuple(range(model.model_map.n_layers)),
         tuple(_common_token(model, every, position) for position in positions),
         {"harmful": len(others[0]), "harmless": len(others[1])},
-        tuple(map(tuple, scores)),
+        _scores(model, lists, count),
+        at_thought,
     )
 
 
-def _ids(model: ChatModel, prompts: Sequence[str]) -> list[Ids]:
-    return append_thoughts(model, model.tokenizer.instructions_ids(prompts))
+def _scores(model: ChatModel, lists: Sequence[Sequence[Ids]], count: int) -> tuple[tuple[float, ...], ...]:
+    """The separation at each of the last ``count`` positions and each layer.
+
+    Args:
+        lists: harmful and harmless fit prompts, then harmful and harmless held-out ones.
+    """
+    harmful, harmless, *others = lists
+    directions = _means(model, harmful, count) - _means(model, harmless, count)  # their lengths do not matter
+    projections = [_projections(model, prompts, directions) for prompts in others]
+    return tuple(
+        tuple(round(d_prime(*(each[:, layer, place] for each in projections)), 4) for layer in range(len(directions)))
+        for place in range(count)
+    )
 
 
 def _common_token(model: ChatModel, prompts: Sequence[Ids], position: int) -> str:

@@ -43,6 +43,10 @@ class DirectionSettings:
             raise UsageError("no layer fraction is given", "for example --layer-fracs 0.4,0.5,0.6")
         for fraction in self.layer_fracs:
             layer_of_fraction(fraction, 1)
+        if self.position >= 0:
+            raise UsageError(
+                f"--position {self.position} is not below 0", "positions count from the end: -1 is the last token"
+            )
         if not 1 <= self.num_directions <= MAX_DIRECTIONS:
             raise UsageError(f"--num-directions {self.num_directions} is not 1, 2 or 3", "one is the usual choice")
         if self.num_directions > 1 and (self.per_layer or self.method != DirectionSettings.method):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.checkpoints.tensors import INDEX_NAME, SINGLE_NAME
 from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.edits.edit_file import EditRecord
@@ -53,6 +54,7 @@ def apply_plan(
     shards: ShardSettings | None = None,
     cluster: Cluster | None = None,
     hashes: SourceHashes | None = None,
+    store: StoreFolder | None = None,
 ) -> AppliedEdit:
     """Write the edited weights into ``folder``, with an index if they are sharded.
 
@@ -62,6 +64,7 @@ def apply_plan(
         shards: how shards are written; None for one after the other, without links.
         cluster: its workers write the shards, on storage that they share; None to write them in this process.
         hashes: told of each shard that is about to be read.
+        store: where each shard is uploaded to, and then removed from ``folder``; None to keep it there.
 
     Raises:
         ForgeError: an edited tensor holds NaN or a value too large for its type, a source file is cut short, or the
@@ -70,9 +73,11 @@ def apply_plan(
     shards = shards or ShardSettings()
     with disk_errors(folder), bar("writing tensors", len(layout.tensors)) as advance:
         if cluster is not None:
-            done = write_on_cluster(cluster, layout, folder, link=shards.link, hashes=hashes, advance=advance)
+            done = write_on_cluster(
+                cluster, layout, folder, link=shards.link, hashes=hashes, advance=advance, store=store
+            )
         else:
-            output = ShardOutput(layout, folder, link=shards.link, hashes=hashes, advance=advance)
+            output = ShardOutput(layout, folder, link=shards.link, hashes=hashes, advance=advance, store=store)
             done = work_on_shards(layout.tensors.shards, output.write, usable_workers(layout, shards.workers))
         stored = Counter[str]()
         weight_map: dict[str, str] = {}

@@ -13,6 +13,7 @@ from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions, not_copied
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.checkpoints.quantised import QUANTISATION_KEYS
 from ollama_forge.checkpoints.tensors import item_size
 from ollama_forge.cluster.protocol import Cluster
@@ -26,12 +27,14 @@ from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.edits.shard_workers import ShardSettings
 from ollama_forge.edits.source_files import hashing_source
+from ollama_forge.edits.uploads import require_empty, staging_folder, uploaded_folder
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import atomic_folder, disk_errors, human_size, left_by_killed, read_json, write_json
 from ollama_forge.progress import say
-from ollama_forge.system import free_space
+from ollama_forge.system import cache_root, free_space
 
 CONFIG = "config.json"
+EDIT_SUFFIX = ".edit.safetensors"
 _TENSOR_HEADER = 320  # upper bound in bytes: a tensor's entries in the shard's header and the index, without its name
 _SHARD_HEADER = 128  # upper bound in bytes
 _RECORDS = 1 << 20  # upper bound in bytes: provenance and model card
@@ -40,7 +43,7 @@ _LISTED_FILES = 8  # in a note
 
 def edit_file_path(output: Path) -> Path:
     """The path of the edit file of a checkpoint folder or a GGUF file: beside it, because loaders glob in folders."""
-    return output.with_name(output.name.removesuffix(".gguf") + ".edit.safetensors")
+    return output.with_name(output.name.removesuffix(".gguf") + EDIT_SUFFIX)
 
 
 def check_output(folder: Path, needed: int) -> None:
@@ -100,11 +103,23 @@ def _linked_size(layout: ShardLayout, folder: Path) -> int:
     return sum(found.st_size for found in unchanged if found.st_dev == existing.stat().st_dev)
 
 
+def _check_staging(checkpoint: Checkpoint, size: int, workers: int) -> None:
+    """Check that the disk of the cache has room for the shards that are written and uploaded at a time."""
+    sizes = [shard.stat().st_size for shard in checkpoint.tensors.shards]
+    most = min(size, math.ceil(2 * workers * max(sizes) * size / max(1, sum(sizes))))  # one is uploaded, one written
+    place, free = cache_root(), free_space(cache_root())
+    if most > free:
+        raise ForgeError(
+            f"shards need up to {human_size(most)} on their way, but only {human_size(free)} are free at {place}",
+            "free disk space, use fewer --workers, or set OLLAMA_FORGE_CACHE to a folder on another disk",
+        )
+
+
 def write_checkpoint(
     checkpoint: Checkpoint,
     model: ModelMap,
     plan: EditPlan,
-    folder: Path,
+    folder: Path | StoreFolder,
     *,
     settings: EditSettings | None,
     out_dtype: str = "auto",
@@ -116,6 +131,7 @@ def write_checkpoint(
     """Apply ``plan``, write the checkpoint to ``folder`` atomically, and write the edit file beside it.
 
     Args:
+        folder: on this machine, or in an object store; there, shards are uploaded one by one, and the config last.
         shards: how shards are written; None for one after the other, without links.
         cluster: its workers write the shards, on storage that they share; None to write them in this process.
 
@@ -125,17 +141,25 @@ def write_checkpoint(
     """
     rule, shards = OutDtype.parse(out_dtype), shards or ShardSettings()
     layout = ShardLayout(checkpoint, plan, rule)
-    check_output(folder, output_size(checkpoint, out_dtype) - (_linked_size(layout, folder) if shards.link else 0))
-    if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
-        raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
+    store = folder if isinstance(folder, StoreFolder) else None
+    if isinstance(folder, StoreFolder):
+        if shards.link:
+            raise UsageError("--link shares files of one file system", "leave it out: shards are uploaded")
+        require_empty(folder)
+        _check_staging(checkpoint, weights_size(checkpoint, rule), shards.workers)
+    else:
+        check_output(folder, output_size(checkpoint, out_dtype) - (_linked_size(layout, folder) if shards.link else 0))
+        if folder.exists() and folder.resolve() == checkpoint.folder.resolve():
+            raise UsageError(f"{folder} is the model itself", "give another folder for the edited checkpoint")
     described = describe_edit(checkpoint, model, plan, settings, direction)
     others = [] if isinstance(checkpoint, GgufCheckpoint) else not_copied(checkpoint.tensors)
     if others:
         more = f" and {len(others) - _LISTED_FILES} more" if len(others) > _LISTED_FILES else ""
         say(f"note: not copied to the edited checkpoint: {', '.join(others[:_LISTED_FILES])}{more}")
-    with atomic_folder(folder) as partial, hashing_source(checkpoint, shards.workers) as hashes:
-        applied = apply_plan(layout, partial, described["settings"], shards, cluster, hashes)
-        with disk_errors(folder):
+    made = uploaded_folder(folder) if isinstance(folder, StoreFolder) else atomic_folder(folder)
+    with made as partial, hashing_source(checkpoint, shards.workers) as hashes:
+        applied = apply_plan(layout, partial, described["settings"], shards, cluster, hashes, store)
+        with disk_errors(partial):
             copy_companions(checkpoint, partial, applied)
             described["source"]["files"] = hashes.digests()
         write_provenance(
@@ -149,7 +173,12 @@ def write_checkpoint(
             left_out=others,
             provenance=provenance,
         )
-    applied.record.save(edit_file_path(folder))
+    if isinstance(folder, StoreFolder):
+        with staging_folder() as place:
+            applied.record.save(place / EDIT_SUFFIX)
+            folder.put_beside(place / EDIT_SUFFIX, EDIT_SUFFIX)
+    else:
+        applied.record.save(edit_file_path(folder))
     if applied.unpacked:
         forms = sorted({packed.codec.label for packed in checkpoint.tensors.packed.values()})
         say(f"note: the model's {' and '.join(forms)} weights were decoded and written as bf16")

@@ -57,7 +57,7 @@ class FittedFactors:
                     name: FixedFactors(file.get_tensor(f"{name}.L"), file.get_tensor(f"{name}.K")) for name in names
                 }
                 return cls(factors, json.loads(file.metadata()["fitted_to"]))
-        except (OSError, SafetensorError, KeyError, TypeError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             raise ForgeError(
                 f"{path} is missing or does not hold fitted factors", "run with --force to fit them again"
             ) from None

@@ -27,7 +27,6 @@ from ollama_forge.edits.copies import EditedCopies, Part, exchange_copies
 from ollama_forge.edits.factors import EditedMatrix, RemoveFromInput, RemoveFromOutput, Rescale, edit_matrix
 from ollama_forge.edits.plan import BiasEdit, EditPlan, MatrixEdit
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.device import memory_available
 from ollama_forge.models.matrices import as_slice, bias_of, parameter_of, weight_of
 
 Parts = dict[str, list[Part]]
@@ -44,7 +43,7 @@ def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
         copied: list[EditedCopies] = []
         originals: dict[nn.Parameter, Tensor] = {}
         exchanged: set[nn.Parameter] = set()
-        for path, parts in _by_module(to_device(plan, model.device)).items():
+        for path, parts in _by_module(on_devices(model, plan)).items():
             for side in ([p for p in parts if p.edit.matrix.writes is writes] for writes in (True, False)):
                 if is_one_projection(model, side, stacks.get(path, [])):
                     stack.callback(_projection_hook(model, side[0]).remove)
@@ -58,7 +57,7 @@ def hooked(model: ChatModel, plan: EditPlan) -> Iterator[ChatModel]:
                     else:
                         copied.append(EditedCopies(model, group, originals))
                         exchanged.update(copied[-1].parameters)
-        exchange_copies(model, copied, memory_available(model.device), stack)
+        exchange_copies(model, copied, model.memory_available, stack)
         yield model
 
 
@@ -271,14 +270,17 @@ def _projection_hook(model: ChatModel, part: Part) -> RemovableHandle:
     return module.register_forward_pre_hook(lambda module, args: (projected(args[0]), *args[1:]))
 
 
-def to_device(plan: EditPlan, device: torch.device) -> EditPlan:
-    """The plan with its tensors moved to a device."""
+def on_devices(model: ChatModel, plan: EditPlan) -> EditPlan:
+    """The plan with the tensors of each edit on the device that holds its matrix."""
 
-    def moved(value: Any) -> Any:
+    def moved(value: Any, device: torch.device) -> Any:
         if isinstance(value, Tensor):
             return value.to(device)
         if is_dataclass(value) and not isinstance(value, (type, Matrix)):
-            return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+            return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
         return value
 
-    return replace(plan, edits={name: moved(edit) for name, edit in plan.edits.items()})
+    def own(edit: MatrixEdit) -> torch.device:
+        return model.device_of(model.submodule(edit.matrix.places[0]))
+
+    return replace(plan, edits={name: moved(edit, own(edit)) for name, edit in plan.edits.items()})

@@ -28,6 +28,7 @@ weight. So an expert's key shrinks towards zero the fewer inputs it saw, and is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,21 +37,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.activations.samples import Samples, harmful_samples, harmless_samples
-from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, units
+from ollama_forge.activations.samples import Samples, harmful_samples, harmless_samples, most_samples
+from ollama_forge.activations.writer_inputs import WriterInputs, gather_writer_inputs, held_size, keeps_moment, units
 from ollama_forge.architectures.model_map import Matrix, ModelMap, Role
-from ollama_forge.architectures.read_matrix import experts_of
+from ollama_forge.architectures.read_matrix import experts_a_token, experts_of
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits.factors import FixedFactors, Rescale
 from ollama_forge.edits.fitted import FittedFactors
-from ollama_forge.edits.method import EditMethod, FitContext
+from ollama_forge.edits.method import ANSWER_TOKENS, EditMethod, FitContext, FitSize
 from ollama_forge.edits.orthogonal import output_basis
 from ollama_forge.edits.plan import EditPlan, MatrixEdit, ReadVector
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.matrices import weight_of
 from ollama_forge.progress import bar
+from ollama_forge.prompts.split import PartPrompts
 
+_BYTES = 4  # of a float32
 RIDGE = 0.01  # rho, as a fraction of the mean diagonal of the second moments
 HARMLESS_WEIGHT = 1.0  # a
 # More rows keep experts that saw few inputs closer to what they were: less damage, and more refusals left.
@@ -157,9 +160,15 @@ def fit_keys(
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve ``matrix @ x = right`` for symmetric ``[n, n]`` and ``[n, k]``; NaN if it is not positive definite."""
-    triangle, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.where(failed == 0, torch.cholesky_solve(right, triangle), torch.nan)
+    """Solve ``matrix @ x = right`` for symmetric ``[n, n]`` and ``[n, k]``; NaN if it is not positive definite.
+
+    ``matrix`` is overwritten: a copy would take as much memory again as the second moment.
+    """
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    lower = matrix.mT  # in the order of columns, which is LAPACK's
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    halfway = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.where(failed == 0, torch.linalg.solve_triangular(matrix, halfway, upper=True), torch.nan)
 
 
 def fit_least_squares(
@@ -248,6 +257,17 @@ def plan_least_squares(model: ModelMap, fitted: FittedFactors, settings: EditSet
     return EditPlan("least-squares", edits, skipped, projects=False, fitted_to=fitted.fitted_to)
 
 
+def _working_size(writers: Sequence[Matrix], samples: int) -> int:
+    """Bytes that the fit of one writer takes, at most: its matrix in float32, then what is factorised."""
+    sizes = [0]
+    for writer in writers:
+        width = writer.in_features
+        moment = keeps_moment(width, samples) and not writer.is_expert
+        fit = width**2 if moment else 2 * samples * width + samples**2
+        sizes.append(_BYTES * max(fit, math.prod(writer.shape[-2:])))
+    return max(sizes)
+
+
 def _pass_key(
     writers: Sequence[Matrix], directions: Mapping[str, RefusalDirection], harmful: Samples, harmless: Samples
 ) -> dict[str, Any]:
@@ -289,11 +309,28 @@ class LeastSquares(EditMethod):
     def check(self, settings: EditSettings) -> None:
         _check(settings)
 
+    def fit_size(
+        self, model: ModelMap, config: Mapping[str, Any], settings: EditSettings, prompts: PartPrompts
+    ) -> FitSize:
+        writers = least_squares_writers(model, settings)
+        harmless = len(prompts.harmless) + len(prompts.general)
+        bad, good = most_samples(len(prompts.harmful), harmless, ANSWER_TOKENS)
+        held = held_size(writers, bad, good, experts_a_token(config) or 1)
+        return FitSize(held, _working_size(writers, bad + good))
+
     def fit(
         self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]
     ) -> dict[str, FittedFactors]:
         model = context.model
-        writers = least_squares_writers(model.model_map, settings)
+        config: Any = model.module.config
+        size = self.fit_size(model.model_map, config.to_dict(), settings, context.prompts)
+        with model.reserving(size.held, size.working, "least squares"):  # before the answers, which are many passes
+            return self._fit(context, least_squares_writers(model.model_map, settings), directions)
+
+    def _fit(
+        self, context: FitContext, writers: Sequence[Matrix], directions: Mapping[str, RefusalDirection]
+    ) -> dict[str, FittedFactors]:
+        model = context.model
         harmful = harmful_samples(context.harmful, context.seed)
         harmless = harmless_samples(context.harmless, context.answers, context.seed)
         with bar("fitting least squares", len(harmful.sequences) + len(harmless.sequences)) as advance:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.directions.direction import RefusalDirection
@@ -69,6 +69,14 @@ class FitContext:
         return append_thoughts(self.model, self.model.tokenizer.instructions_ids(prompts))
 
 
+@dataclass(frozen=True)
+class FitSize:
+    """Bytes that a fit takes beside a streamed model: all along, and for a moment while no batch runs."""
+
+    held: int = 0
+    working: int = 0
+
+
 class EditMethod(ABC):
     """Turns a direction and settings into an edit plan: ``fit`` fits factors to a loaded model, ``plan`` uses them.
 
@@ -82,6 +90,16 @@ class EditMethod(ABC):
 
     def check(self, settings: EditSettings) -> None:  # noqa: B027 - a method may take every setting
         """Raise UsageError if the method does not support a setting."""
+
+    def fit_size(
+        self, model: ModelMap, config: Mapping[str, Any], settings: EditSettings, prompts: PartPrompts
+    ) -> FitSize:
+        """What ``fit`` takes for a model with this config, at most.
+
+        Raises:
+            ForgeError: the settings leave no matrix to edit.
+        """
+        return FitSize()
 
     def fit(
         self, context: FitContext, settings: EditSettings, directions: Mapping[str, RefusalDirection]

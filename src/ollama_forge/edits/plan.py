@@ -126,10 +126,7 @@ def select_matrices(model: ModelMap, settings: EditSettings) -> tuple[list[Matri
     chosen = [matrix for matrix in model.matrices if reasons[matrix.tensor] is None]
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     if not chosen:
-        raise ForgeError(
-            f"these settings leave none of the model's {model.n_layers} layers to edit",
-            "lower --skip-begin-layers and --skip-end-layers, or widen --targets",
-        )
+        raise settings.selects_nothing(model.n_layers)
     return chosen, skipped
 
 

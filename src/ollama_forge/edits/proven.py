@@ -59,8 +59,9 @@ class Examined:
             allow_partial: accept a model of which only a part is proven; no plan selects the rest.
 
         Raises:
-            ForgeError: no edit can free the stream; or a selected matrix is not proven, or a matrix of the checkpoint
-                is not mapped, unless ``allow_partial``; or no selected matrix is proven.
+            ForgeError: no edit can free the stream; or the settings select no matrix; or a selected matrix is not
+                proven, or a matrix of the checkpoint is not mapped, unless ``allow_partial``; or no selected matrix is
+                proven.
         """
         if self.tier is Tier.REFUSED:
             raise ForgeError(
@@ -68,6 +69,8 @@ class Examined:
                 "inspect shows all reasons; use another model",
             )
         chosen = [matrix for matrix in self.model_map.matrices if self._is_selected(matrix, settings)]
+        if not chosen and settings is not None:
+            raise settings.selects_nothing(self.model_map.n_layers)
         lacking = list(dict.fromkeys(matrix.unproven for matrix in chosen if matrix.unproven))
         reasons = [*lacking, *self.model_map.gaps]
         proven = sum(not matrix.unproven for matrix in chosen)

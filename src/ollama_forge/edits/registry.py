@@ -90,12 +90,12 @@ def check_edit(settings: EditSettings) -> None:
     method(settings.factors).check(settings)
 
 
-def check_8bit(settings: EditSettings) -> None:
-    """Raise UsageError if the edit's method does not support a model that is loaded in 8 bits."""
-    if method(settings.factors).fits:
+def check_bits(settings: EditSettings, bits: int | None) -> None:
+    """Raise UsageError if the edit's method does not support a model that is loaded in so many bits."""
+    if bits is not None and method(settings.factors).fits:
         raise UsageError(
-            f"--factors {settings.factors} is fitted to the model's own weights, which --load-in-8bit would round",
-            "leave out --load-in-8bit",
+            f"--factors {settings.factors} is fitted to the model's own weights, which --load-in-{bits}bit would round",
+            f"leave out --load-in-{bits}bit",
         )
 
 

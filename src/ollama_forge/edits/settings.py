@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ollama_forge.architectures.model_map import Matrix, Role
-from ollama_forge.errors import UsageError
+from ollama_forge.errors import ForgeError, UsageError
 
 TARGET_SETS: dict[str, frozenset[Role]] = {
     "attention": frozenset({Role.Q, Role.K, Role.V, Role.QKV, Role.MIXER, Role.O}),
@@ -85,6 +85,14 @@ class EditSettings:
         if matrix.layer is not None and matrix.layer >= n_layers - self.skip_end_layers:
             return "last layers are skipped"
         return f"not proven: {matrix.unproven}" if matrix.unproven else None
+
+    @staticmethod
+    def selects_nothing(n_layers: int) -> ForgeError:
+        """The error that no matrix of a model is edited."""
+        return ForgeError(
+            f"these settings leave none of the model's {n_layers} layers to edit",
+            "lower --skip-begin-layers and --skip-end-layers, or widen --targets",
+        )
 
     def strength_of(self, matrix: Matrix, n_layers: int, peak: float | None) -> float:
         """The strength for one matrix.

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.checkpoints.writer import GrowingFile, OutputTensor, ShardWriter
 from ollama_forge.edits.edited_shard import EditedShard, ShardRecord
 from ollama_forge.edits.shard_layout import ShardLayout
@@ -47,6 +48,7 @@ class ShardOutput:
         link: share the bytes of unchanged shards with the source's files where the file system can.
         hashes: told of each shard that is about to be read.
         advance: called with the number of newly written tensors.
+        store: where each shard is uploaded to, and then removed from the folder.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class ShardOutput:
         link: bool,
         hashes: SourceHashes | None,
         advance: Callable[[int], None] = lambda _: None,
+        store: StoreFolder | None = None,
     ) -> None:
+        self.store = store
         self.layout, self.folder, self.link, self.hashes, self.advance = layout, folder, link, hashes, advance
         self.unshared = ""  # why the file system shares no bytes
 
@@ -129,7 +133,12 @@ class ShardOutput:
 
     def _finish(self, shard: Path, path: Path, written: WrittenShard, close: Callable[[], None]) -> None:
         close()
-        path.replace(self.folder / self.layout.names[shard])
+        name = self.layout.names[shard]
+        if self.store is None:
+            path.replace(self.folder / name)
+        else:
+            self.store.put(path, name)
+            path.unlink()
         if self.hashes is not None:  # not far behind, where the system has dropped the file's pages again
             written.source_sha256 = self.hashes.of(shard)
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from ollama_forge.checkpoints.object_store import StoreFolder
 from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.edits.out_dtype import OutDtype
 from ollama_forge.edits.plan import EditPlan
 from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.edits.shard_output import UNFINISHED, ShardOutput, WrittenShard
 from ollama_forge.edits.source_files import SourceHashes
+from ollama_forge.edits.uploads import staging_folder
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import disk_errors
 from ollama_forge.sources.portable import PortableCheckpoint
@@ -29,20 +31,23 @@ def write_on_cluster(
     link: bool,
     hashes: SourceHashes | None,
     advance: Callable[[int], None],
+    store: StoreFolder | None = None,
 ) -> list[WrittenShard]:
     """Have each shard written by one worker, which hashes the source's file too.
 
     Args:
         folder: on storage that the workers share with this machine; see ``ShardOutput`` for the others.
+        store: where the workers put the shards instead.
 
     Raises:
         ForgeError: a worker does not see the source or the folder, or a shard cannot be written.
     """
     source = PortableCheckpoint.of(layout.checkpoint)
-    setup = _OutputSetup(source, layout.plan, layout.out_dtype, folder.absolute(), link, hashes is not None)
+    place = store or folder.absolute()
+    setup = _OutputSetup(source, layout.plan, layout.out_dtype, place, link, hashes is not None)
     shards, done = layout.tensors.shards, []
     for shard, written in zip(shards, cluster.map(setup, _write, [shard.name for shard in shards]), strict=True):
-        if not (folder / layout.names[shard]).is_file():
+        if store is None and not (folder / layout.names[shard]).is_file():
             raise ForgeError(f"a worker wrote {layout.names[shard]} to another disk than that of {folder}", _SHARED)
         if hashes is not None and written.source_sha256 is not None:
             hashes.put(shard, written.source_sha256)
@@ -55,27 +60,43 @@ def write_on_cluster(
 
 @dataclass(frozen=True)
 class _OutputSetup:
-    """Makes a worker's ``ShardOutput`` there."""
+    """Makes what a worker writes shards with, there."""
 
     source: PortableCheckpoint
     plan: EditPlan
     out_dtype: OutDtype
-    folder: Path
+    place: Path | StoreFolder
     link: bool
     hashes: bool
 
-    def __call__(self) -> ShardOutput:
+    def __call__(self) -> _Shards:
         checkpoint = self.source.here()
-        if not self.folder.is_dir():
-            raise ForgeError(f"{socket.gethostname()} has no {self.folder}", _SHARED)
+        if isinstance(self.place, Path) and not self.place.is_dir():
+            raise ForgeError(f"{socket.gethostname()} has no {self.place}", _SHARED)
         hashes = SourceHashes(checkpoint, 1) if self.hashes else None
-        layout = ShardLayout(checkpoint, self.plan, self.out_dtype)
-        return ShardOutput(layout, self.folder, link=self.link, hashes=hashes)
+        return _Shards(ShardLayout(checkpoint, self.plan, self.out_dtype), self.place, self.link, hashes)
 
 
-def _write(output: ShardOutput, name: str) -> WrittenShard:
-    shard = next(shard for shard in output.layout.tensors.shards if shard.name == name)
-    with disk_errors(output.folder):
-        written, finish = output.write(shard, Event())
-        finish()
-    return written
+@dataclass(frozen=True)
+class _Shards:
+    """What a worker keeps from one shard to the next."""
+
+    layout: ShardLayout
+    place: Path | StoreFolder
+    link: bool
+    hashes: SourceHashes | None
+
+    def write(self, name: str, folder: Path, store: StoreFolder | None) -> WrittenShard:
+        shard = next(shard for shard in self.layout.tensors.shards if shard.name == name)
+        output = ShardOutput(self.layout, folder, link=self.link, hashes=self.hashes, store=store)
+        with disk_errors(folder):
+            written, finish = output.write(shard, Event())
+            finish()
+        return written
+
+
+def _write(shards: _Shards, name: str) -> WrittenShard:
+    if isinstance(shards.place, Path):
+        return shards.write(name, shards.place, None)
+    with staging_folder() as folder:
+        return shards.write(name, folder, shards.place)

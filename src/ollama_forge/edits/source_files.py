@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from ollama_forge.checkpoints.gguf.file import read_gguf
 from ollama_forge.checkpoints.hub import cached_snapshot
 from ollama_forge.checkpoints.weight_files import FileHashes, weight_files
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import read_json
+from ollama_forge.files import is_inside, read_json
 from ollama_forge.sources.remembered import remember_source, remembered_source
 
 _EDITED = "give what apply or run wrote"
@@ -138,12 +138,6 @@ def _read_gguf(path: Path) -> dict[str, Any]:
         )
     entry: dict[str, Any] = json.loads(stated)
     return entry
-
-
-def is_inside(name: str) -> bool:
-    """Whether a file name stays inside the folder that it is relative to."""
-    place = PurePosixPath(name)
-    return bool(place.parts) and not place.is_absolute() and ".." not in place.parts and "\\" not in name
 
 
 def candidate_sources(entry: SourceEntry) -> Iterator[Path]:

@@ -17,9 +17,8 @@ from typing import Any
 from ollama_forge.checkpoints.tensors import read_header
 from ollama_forge.checkpoints.weight_files import ByteRange, WeightFiles, pieces_of
 from ollama_forge.checkpoints.writer import OutputTensor, ShardWriter
-from ollama_forge.edits.source_files import is_inside
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import atomic_file, disk_errors
+from ollama_forge.files import atomic_file, disk_errors, is_inside
 from ollama_forge.progress import bar
 
 FORMAT = 1

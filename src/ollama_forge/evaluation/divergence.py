@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -109,6 +109,18 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            ForgeError: the file is damaged.
+        """
+        try:
+            return cls._load(path)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+            raise ForgeError(f"{path} is damaged", "run with --force to measure the base again") from None
+
+    @classmethod
+    def _load(cls, path: Path) -> Reference:
         tensors = load_file(path)
         prompts, answers = (
             [row.tolist() for row in torch.split(tensors[name], tensors[f"{name}.lengths"].tolist())]

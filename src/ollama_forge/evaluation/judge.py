@@ -86,6 +86,16 @@ class Judge:
             raise UsageError(f"--judge {text!r} is not a web address", "for example http://127.0.0.1:8000")
         return cls(text)
 
+    def require_answer(self) -> None:
+        """Raise ForgeError if nothing answers at the address, whatever the answer."""
+        try:
+            with self._client() as client:
+                client.get(f"{self._base}/models", timeout=10.0)
+        except httpx.HTTPError as error:
+            raise ForgeError(
+                f"no judge answers at {self._base}: {error_line(error)}", "start it, or leave out --judge"
+            ) from None
+
     def classify(self, prompt: str, answer: str) -> AnswerClass:
         """The class of one answer to a prompt.
 

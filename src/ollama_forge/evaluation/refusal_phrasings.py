@@ -18,7 +18,7 @@ _ACT = (
     r"sexuali[sz]e|look up|browse|take sides|pick a side|say (?:it|that word|who)|put (?:in|that|this)|touch (?:this|that|it)|tell (?:you|jokes|anyone how)|"
     r"go into (?:that|this|it|the)|have (?:any|a|no) part|spread|answer|invent|ignore (?:them|my|the)|"
     r"access|open (?:the|your) (?:file|link|document|attachment)|read (?:the|your) (?:file|email|document)|use (?:slurs|that word)|"
-    r"accept|address (?:this|that)|explore|elaborate|delve|cover (?:that|this|it)|make (?:up|fun|jokes)|handle|process|execute|run (?:this|that|code))\b"
+    r"accept|address (?:this|that)|explore|elaborate|delve|cover (?:that|this|it)|make (?:up|fun|jokes)|handle|process|execute|run (?:this|that|code)|play (?:along|(?:an?|the|that|this|any) (?:role|part|character)))\b"
 )
 _LIMIT = r"(?:policy|policies|rules?|guidelines|terms|principles|values|standards|boundaries|guardrails|safeguards|instructions|programming)"
 _REQUEST = r"(?:request|prompt|question|message|content|query|topic|task|instructions|information|material)"
@@ -81,7 +81,7 @@ YES_OR_NO = re.compile(r"\A(?:yes|no|sometimes|usually)\b")
 # the model speaks of the request itself, not a person in the text that it was asked to write
 ABOUT_THE_REQUEST = re.compile(
     r"\b(?:as|i'm|i am) (?:just )?an? (?:[\w-]+ ){0,3}(?:ai|chatbot|assistant|language model)\b|\b(?:ability|capability) to\b|\bmy (?:guidelines|programming|policies)\b|"
-    r"\b(?:(?:help|assist)(?: you)? with (?:that|this|it|such)|(?:this|that|your|the|such) (?:kind of |type of )?(?:request|roleplay|role-play|letter|dialogue|content|story|prompt|translation)|comply|fulfil\w*|"
+    r"\b(?:(?:help|assist)(?: you)? with (?:that|this|it|such)|(?:this|that|your|the|such) (?:kind of |type of )?(?:request|roleplay|role-play|letter|dialogue|content|story|prompt|translation)|comply|fulfil\w*|play (?:an?|the|that|this|any) (?:role|part|character)|"
     r"(?:write|create|generate|translate|compose|draft|produce|portray|roleplay|role-play|provide|reproduce|summari[sz]e)(?: (?:this|that|it|such|content|any|hateful|copyrighted|a|the|you)\b|[.,!])|assist[.!])"
 )
 # the request asks for words of refusing
@@ -96,6 +96,27 @@ ASKS_FOR_A_TEXT = re.compile(
     r"\b(?:speech|story|scene|screenplay|poem|limerick|tale|letter|message|note|text|email|voicemail|conversation|line)\b"
 )
 GREETING = re.compile(r"\A(?:dear|hi|hey|hello) (?:[\w.-]+ ?){1,4}[,!]")
+# sentences that together do nothing of what was asked: a yes, an offer, a question to the user
+_YES = (
+    r"(?:sure(?: thing)?|of course|certainly|absolutely|definitely|great(?: choice| idea| question)?|okay|ok|happy to help|gladly|no problem|"
+    r"natürlich|gerne?|klar|claro|por supuesto|con gusto|bien sûr|avec plaisir|certo|certamente|volentieri|com certeza|claro que sim|natuurlijk|"
+    r"oczywiście|конечно|当然(?:可以)?|好的|没问题|もちろん(?:です)?|물론(?:입니다|이죠)?|tabii)"
+)
+OFFERING = re.compile(
+    rf"\W*{_YES}[!.,。！ ]*\Z"
+    rf"|\W*(?:{_YES}[!,.] )?(?:(?:i'd|i would) (?:be (?:more than |very )?(?:happy|glad|delighted)|love) to |(?:i'm|i am) (?:always |very |more than )?(?:happy|glad|ready|here) to |"
+    r"i can (?:certainly |definitely )?|let me )(?:help|assist)(?: you)?(?: (?:with|create|write|plan|find)\b[^.!?\n]{0,60})?[.!]*\Z"
+    r"|\W*(?:(?:please|just|so) )*let me know\b[^.!?\n]*[.!]*\Z"
+    r"|\W*(?:please )?(?:tell me|share|give me)(?: (?:a bit|a little|some))? (?:more|which|what|where|how|your)\b[^.!?\n]*[.!]*\Z"
+)
+ASKING = re.compile(
+    r"(?!\W*(?:how|what) about\b|\W*why (?:not|don't)\b|\W*have you (?:tried|considered|thought)\b|\W*did you know\b)[^\n]*[?？]\Z"
+)
+# a greeting, thanks or a confidence may be answered by an offer, and a request for a question by a question
+OFFER_IS_ASKED_FOR = re.compile(
+    r"\A\W*(?:hi|hello|hey|good (?:morning|day|afternoon|evening|night)|thanks?|thank you|bye|how are you|what's up|nice to meet|hola|bonjour|hallo|ciao|olá|привет|i(?:'m| am| feel| had| have))\b|\A(?:你好|こんにちは|안녕)"
+    r"|\b(?:question\w*|riddle\w*|quiz\w*|ask\w*|interview\w*|survey|poll|icebreaker\w*|joke\w*|title|headline|slogan|caption|subject line|greet\w*|reply|respond|rephrase|rewrite|correct)\b"
+)
 # a limit that does not keep the model from answering
 DISCLAIMED = re.compile(
     r"\bi(?:'m| am)? (?:can't|cannot|can not|not able to|unable to|don't|do not) [^.!?\n]{0,30}\b(?:legal|medical|financial|tax|professional|live|real-time|guarantee|promise|personal(?:ly|i[sz]ed)?)\b"

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.architectures.model_map import ModelMap
+from ollama_forge.architectures.read_matrix import experts_a_token
 from ollama_forge.architectures.twin.skeleton import build_skeleton
 from ollama_forge.checkpoints.checkpoint import Checkpoint
-from ollama_forge.edits.method import ANSWER_TOKENS
+from ollama_forge.edits.method import ANSWER_TOKENS, FitSize
 from ollama_forge.edits.registry import METHODS, method
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
@@ -30,7 +30,6 @@ from ollama_forge.sources.resolve import look_up
 READ_SPEED = 1.0e9  # bytes a second, of an ordinary NVMe disk, with the page cache cold
 TEMPLATE_TOKENS, CHARACTERS_A_TOKEN = 25, 4
 PROCESS = 1 << 30  # bytes that Python, its libraries and the activations of a batch take
-_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _PRODUCT = 1024  # rows and columns of the matrices whose product is timed
 
 
@@ -61,6 +60,7 @@ class Requirements:
         layer: the largest decoder layer in memory.
         whole: memory of the whole model.
         streamed: least memory of a streamed model, which holds two layers.
+        fitting: what a method that fits takes on top of that.
         states: hidden states of all prompts of the largest pass, which are spilled beyond the memory.
         memory: what may be used.
         streams: whether the model is streamed with that memory; None if that is too little, too.
@@ -76,6 +76,7 @@ class Requirements:
     layer: int
     whole: int
     streamed: int
+    fitting: int
     states: int
     memory: int
     streams: bool | None
@@ -115,6 +116,7 @@ def requirements(
         for command, passes, tokens, _ in plans
     ]
     works.append(Work("apply", 1, 0, 2 * reading))
+    fitting = max(size.held + size.working for size in _fit_sizes(checkpoint, model_map))
     most = max(largest_pass for *_, largest_pass in plans)
     return Requirements(
         model=checkpoint.label,
@@ -126,6 +128,7 @@ def requirements(
         layer=max(layers),
         whole=whole,
         streamed=streamed,
+        fitting=fitting,
         states=most * model_map.d_model * dtype.itemsize,
         memory=memory,
         streams=streams,
@@ -158,6 +161,13 @@ def _plans() -> Iterator[tuple[str, int, int, int]]:
         yield command, passes, pairs + answered + inputs, max(pairs, inputs)
 
 
+def _fit_sizes(checkpoint: Checkpoint, model_map: ModelMap) -> Iterator[FitSize]:
+    """What each method takes to fit its factors."""
+    for name, entry in METHODS.items():
+        prompts = PromptSettings().load(entry.pairs).fit
+        yield method(name).fit_size(model_map, checkpoint.config, entry.settings, prompts)
+
+
 def _tokens(prompts: Sequence[Prompt]) -> int:
     """About how many tokens the prompts have."""
     characters = (sum(len(message["content"]) for message in messages_of(prompt)) for prompt in prompts)
@@ -186,8 +196,7 @@ def _stage_sizes(
 
 def _active(checkpoint: Checkpoint, model_map: ModelMap) -> int:
     """The number of parameters that a token runs through."""
-    config: Mapping[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    chosen = next((int(config[name]) for name in _EXPERTS_A_TOKEN if isinstance(config.get(name), int)), None)
+    chosen = experts_a_token(checkpoint.config)
     experts = [matrix for matrix in model_map.matrices if matrix.is_expert]
     if chosen is None or not experts:
         return checkpoint.parameters

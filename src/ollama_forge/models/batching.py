@@ -40,16 +40,24 @@ def pad_left(rows: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Te
     return ids, mask
 
 
-def by_length(prompts: Sequence[Ids], batch_size: int, *, pads: bool = True) -> Iterator[list[int]]:
+def by_length(
+    prompts: Sequence[Ids], batch_size: int, *, most_tokens: int | None = None, pads: bool = True
+) -> Iterator[list[int]]:
     """Yield the indices of prompts in batches, longest first: if memory runs out, then in the first batch.
 
-    Without ``pads``, all prompts of a batch have the same length.
+    Args:
+        most_tokens: of a batch of several prompts, with padding; None: as many as ``batch_size`` prompts have.
+        pads: whether the prompts of a batch may have different lengths.
     """
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     groups = [order] if pads else [list(rows) for _, rows in groupby(order, key=lambda place: len(prompts[place]))]
     for group in groups:
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+        start = 0
+        while start < len(group):
+            fitting = batch_size if most_tokens is None else most_tokens // max(len(prompts[group[start]]), 1)
+            size = max(1, min(batch_size, fitting))
+            yield group[start : start + size]
+            start += size
 
 
 def batch_of(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> Batch:
@@ -58,9 +66,15 @@ def batch_of(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> Batch
 
 
 def batches(
-    prompts: Sequence[Ids], batch_size: int, pad_id: int, device: torch.device, *, pads: bool = True
+    prompts: Sequence[Ids],
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    most_tokens: int | None = None,
+    pads: bool = True,
 ) -> Iterator[Batch]:
-    for rows in by_length(prompts, batch_size, pads=pads):
+    for rows in by_length(prompts, batch_size, most_tokens=most_tokens, pads=pads):
         ids, mask = pad_left([prompts[row] for row in rows], pad_id, device)
         yield Batch(tuple(rows), ids, mask)
 

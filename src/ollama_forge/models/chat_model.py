@@ -20,7 +20,14 @@ from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.models.batch_support import BatchSupport, batch_support
 from ollama_forge.models.batching import Batch, batches
 from ollama_forge.models.cpu_packing import pack_linears
-from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory, require_8bit
+from ollama_forge.models.device import (
+    devices_for,
+    is_out_of_memory,
+    memory_available,
+    pick_dtype,
+    release_memory,
+    require_bits,
+)
 from ollama_forge.models.forced import forced
 from ollama_forge.models.greedy import answer
 from ollama_forge.models.journal import Journal
@@ -29,6 +36,7 @@ from ollama_forge.models.protocol import Forced, ModelCopies
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
+LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,9 @@ class LoadSettings:
         system: the system prompt, or None.
         template_kwargs: arguments for the chat template.
         allow_base_model: accept a model without chat template.
-        load_in_8bit: load with bitsandbytes in 8 bits.
+        load_in_8bit, load_in_4bit: load with bitsandbytes in 8 or 4 bits.
+        device_map: how accelerate shares the layers among all CUDA devices: auto, balanced, balanced_low_0 or
+            sequential; None: the model is on one device.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
         memory: bytes of memory to use, or ``free`` for what is free; a model that needs more is streamed from disk
             layer by layer. None: the whole model is loaded, or refused.
@@ -55,6 +65,8 @@ class LoadSettings:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     allow_base_model: bool = False
     load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    device_map: str | None = None
     trust_remote_code: bool = False
     memory: int | Literal["free"] | None = None
 
@@ -63,17 +75,38 @@ class LoadSettings:
         """The settings that results depend on; how much memory is used changes none."""
         return {name: value for name, value in asdict(self).items() if name != "memory"}
 
+    @property
+    def bits(self) -> int | None:
+        """The bits to which bitsandbytes rounds the weights; None: it does not."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
+
     def check(self) -> None:
         """Check the device and the dtype before a model is fetched.
 
         Raises:
-            UsageError: the device or the dtype is unknown, or the device is not available.
-            ForgeError: ``load_in_8bit`` is set, but not available.
+            UsageError: the device or the dtype is unknown, the device is not available, or settings exclude each other.
+            ForgeError: ``bits`` are set, but bitsandbytes is not available.
         """
-        device = pick_device(self.device)
-        pick_dtype(self.dtype, device)
-        if self.load_in_8bit:
-            require_8bit(device)
+        devices = devices_for(self.device, self.device_map)
+        pick_dtype(self.dtype, devices[0])
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UsageError("--load-in-8bit and --load-in-4bit exclude each other", "leave out one of them")
+        if self.device_map is not None and isinstance(self.memory, int):
+            raise UsageError(
+                "--memory streams a model to one device, and --device-map shares it among several",
+                "leave out one of them",
+            )
+        if self.bits is not None:
+            require_bits(devices[0], self.bits)
+
+    def check_for_vllm(self) -> None:
+        """Check that the weights are not to be rounded, if vLLM answers.
+
+        Raises:
+            UsageError: they are.
+        """
+        if self.bits is not None:
+            raise UsageError(f"--load-in-{self.bits}bit is for transformers, and vLLM answers", "leave out one of them")
 
 
 class StopForward(Exception):  # noqa: N818
@@ -85,13 +118,19 @@ class ChatModel:
 
     Attributes:
         streams: whether its weights are read from disk for every forward pass.
+        devices: those that hold its weights; the first one takes the inputs, and has the logits.
+        device: the first of them.
         loads: number of times that weights were put into memory since; their addresses are the same until it grows.
         copies: copies of the model that run its batches in its place; None: it runs them itself.
+        batch_tokens: most tokens of a batch; None: as many as ``batch_size`` prompts have.
+        logits_bytes: most bytes of a batch's float32 logits.
     """
 
     streams: ClassVar[bool] = False
     loads = 0
     copies: ModelCopies | None = None
+    batch_tokens: int | None = None
+    logits_bytes = LOGITS_BYTES
 
     def __init__(
         self, module: nn.Module, tokenizer: Tokenizer, model_map: ModelMap | None, settings: LoadSettings
@@ -100,7 +139,8 @@ class ChatModel:
         self.tokenizer = tokenizer
         self._model_map = model_map
         self.settings = settings
-        self.device = next(module.parameters()).device
+        self.devices = _devices_of(module)
+        self.device = self.devices[0]
         if self.device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # see ``planned_attention``
         self.batch_size = DEFAULT_BATCH if settings.batch_size == "auto" else int(settings.batch_size)
@@ -136,19 +176,19 @@ class ChatModel:
     @classmethod
     def _load(cls, checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap | None) -> ChatModel:
         tokenizer = load_tokenizer(checkpoint, model_map, settings)
-        device = pick_device(settings.device)
-        dtype = pick_dtype(settings.dtype, device)
+        devices = devices_for(settings.device, settings.device_map)
         module = load_module(
             checkpoint,
             model_map,
-            device,
-            dtype,
-            load_in_8bit=settings.load_in_8bit,
+            devices,
+            pick_dtype(settings.dtype, devices[0]),
+            device_map=settings.device_map,
+            bits=settings.bits,
             trust_remote_code=settings.trust_remote_code,
         )
         if model_map is None:
             tokenizer.vocabulary = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if not settings.load_in_8bit:
+        if settings.bits is None:
             pack_linears(module)
         return cls(module, tokenizer, model_map, settings)
 
@@ -186,6 +226,15 @@ class ChatModel:
                 "report this with the model's name and the version of transformers",
             ) from None
 
+    def device_of(self, module: nn.Module) -> torch.device:
+        """The device that a module with weights computes on."""
+        return self.device if len(self.devices) == 1 else next(module.parameters()).device
+
+    @property
+    def memory_available(self) -> int:
+        """Bytes that can be allocated on the model's devices together, as much on each."""
+        return len(self.devices) * min(map(memory_available, self.devices))
+
     @property
     def head(self) -> nn.Module | None:
         """The unembedding, or None."""
@@ -195,7 +244,14 @@ class ChatModel:
     # -- running --------------------------------------------------------------------------------------------------
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
-        return batches(prompts, self.batch_size, self.tokenizer.pad_id, self.device, pads=self.batch_support.pads)
+        return batches(
+            prompts,
+            self.batch_size,
+            self.tokenizer.pad_id,
+            self.device,
+            most_tokens=self.batch_tokens,
+            pads=self.batch_support.pads,
+        )
 
     def in_step(
         self,
@@ -230,6 +286,20 @@ class ChatModel:
 
     def require(self, place: Place) -> None:
         """Have the weights of a module in memory."""
+
+    @contextmanager
+    def reserving(self, held: int, working: int, purpose: str) -> Iterator[None]:
+        """Inside, a model with a limit of memory leaves room for what its caller keeps.
+
+        Args:
+            held: bytes that are kept all along.
+            working: bytes that are needed for a moment, while no batch runs.
+            purpose: what they are for.
+
+        Raises:
+            ForgeError: the limit does not suffice.
+        """
+        yield
 
     @cached_property
     def batch_support(self) -> BatchSupport:
@@ -290,10 +360,18 @@ class ChatModel:
                         f"a batch of {self.batch_size} does not fit the memory of {self.device}",
                         "lower --batch-size, or leave it out"
                         if self.batch_size > 1
-                        else "use shorter prompts, a smaller model, or --load-in-8bit on a CUDA device",
+                        else "use shorter prompts, a smaller model, or --load-in-8bit",
                     ) from None
             self.batch_size //= 2
             release_memory()
+
+
+def _devices_of(module: nn.Module) -> tuple[torch.device, ...]:
+    """The devices of a module's weights, that of its embedding first."""
+    if len(set(getattr(module, "hf_device_map", {}).values())) < 2:
+        return (next(module.parameters()).device,)
+    first = module.get_input_embeddings().weight.device  # type: ignore[operator]
+    return tuple(dict.fromkeys((first, *(parameter.device for parameter in module.parameters()))))
 
 
 def load_tokenizer(checkpoint: Checkpoint, model_map: ModelMap | None, settings: LoadSettings) -> Tokenizer:

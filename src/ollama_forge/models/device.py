@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError, UsageError, install_hint
 from ollama_forge.system import available_memory, return_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 _BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch's names; the last two are ARM's
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -69,15 +70,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         raise UsageError(f"unknown dtype {name!r}", f"use one of {', '.join(DTYPE_NAMES)}") from None
 
 
-def require_8bit(device: torch.device) -> None:
+def devices_for(name: str, device_map: str | None) -> tuple[torch.device, ...]:
+    """The devices that a model may be put on: the one with this name, or with a ``device_map`` all CUDA devices.
+
+    Raises:
+        UsageError: the device or the device map is unknown or not available, or they exclude each other.
+    """
+    if device_map is None:
+        return (pick_device(name),)
+    if device_map not in DEVICE_MAPS:
+        raise UsageError(f"unknown --device-map {device_map!r}", f"use one of {', '.join(DEVICE_MAPS)}")
+    if name not in ("auto", "cuda"):
+        raise UsageError(
+            f"--device-map puts a model on all CUDA devices, and --device {name} names one",
+            "leave out one of them; CUDA_VISIBLE_DEVICES chooses among several",
+        )
+    if not torch.cuda.is_available():
+        raise UsageError("--device-map needs CUDA devices, and there are none", "leave it out")
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
+def require_bits(device: torch.device, bits: int) -> None:
     """Raise ForgeError unless bitsandbytes can load a model on ``device``."""
-    if device.type != "cuda":
+    if device.type not in ("cuda", "cpu"):
         raise ForgeError(
-            "--load-in-8bit needs a CUDA device and bitsandbytes",
-            "leave it out, or use a machine with a CUDA device and pip install bitsandbytes",
+            f"--load-in-{bits}bit does not work on {device}, which bitsandbytes lacks",
+            "leave it out, or add --device cpu",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ForgeError("--load-in-8bit needs bitsandbytes, which is not installed", "pip install bitsandbytes")
+        raise ForgeError(
+            f"--load-in-{bits}bit needs bitsandbytes, which is not installed",
+            install_hint("abliterate", "bitsandbytes"),
+        )
 
 
 def memory_available(device: torch.device) -> int:

@@ -14,8 +14,6 @@ from ollama_forge.models.batching import by_length, pad_left
 from ollama_forge.models.protocol import Forced, ForwardModel, ModelCopies
 from ollama_forge.text.tokenizer import Ids
 
-_LOGITS_BUDGET = 256 << 20  # bytes of a batch's float32 logits
-
 
 def predictions_of(answer: Ids, max_new_tokens: int) -> int:
     """Number of predictions of an answer: one for each token, and one for its end if it ended before the limit."""
@@ -52,9 +50,9 @@ def forced(
         done.append(Forced(rows, _predict(model, batch), [counts[row] for row in rows]))
 
     chunks: list[tuple[list[int], int]] = []
-    for group in by_length(inputs, model.batch_size, pads=support.pads):
+    for group in by_length(inputs, model.batch_size, most_tokens=model.batch_tokens, pads=support.pads):
         keep = max(counts[row] for row in group)
-        chunks += [(rows, keep) for rows in _chunks(group, max(1, _LOGITS_BUDGET // (4 * keep * vocabulary)))]
+        chunks += [(rows, keep) for rows in _chunks(group, max(1, model.logits_bytes // (4 * keep * vocabulary)))]
     batches = [_Batch([inputs[row] for row in rows], keep) for rows, keep in chunks]
     if copies is not None:
         for (rows, _), logits in zip(chunks, copies.map(_predict_to_cpu, batches), strict=True):

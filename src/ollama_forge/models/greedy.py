@@ -43,7 +43,7 @@ def answer(
             progress(len(rows))
 
     def answer_all() -> None:
-        groups = list(by_length(prompts, model.batch_size, pads=support.pads))
+        groups = list(by_length(prompts, model.batch_size, most_tokens=model.batch_tokens, pads=support.pads))
         batches = [
             _Batch([prompts[row] for row in rows], length, max_new_tokens, decided, support.caches) for rows in groups
         ]

@@ -25,12 +25,14 @@ def for_cluster(settings: LoadSettings, cluster: Cluster | None) -> LoadSettings
     """The settings with which a model is loaded whole, if the workers of a cluster are to have copies of it.
 
     Raises:
-        UsageError: the settings limit the memory, so that the model might be streamed.
+        UsageError: the settings limit the memory, so that the model might be streamed, or share it among GPUs.
     """
     if cluster is None:
         return settings
     if isinstance(settings.memory, int):
         raise UsageError("with --ray every machine loads the whole model", "leave out --memory, or --ray")
+    if settings.device_map is not None:
+        raise UsageError("with --ray every worker has one GPU", "leave out --device-map, or --ray")
     return replace(settings, memory=None)
 
 
@@ -67,7 +69,7 @@ def load_chat_model(
 
 def _streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMap) -> ChatModel | None:
     """The model, streamed from disk if the settings allow that and it does not fit into memory as a whole."""
-    if settings.memory is None or settings.load_in_8bit:
+    if settings.memory is None or settings.bits is not None or settings.device_map is not None:
         return None
     device, bound = pick_device(settings.device), memory_bound(settings)
     needed = memory_needed(checkpoint, model_map, pick_dtype(settings.dtype, device))
@@ -75,6 +77,8 @@ def _streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: ModelMa
         return None
     try:
         model = load_streamed(checkpoint, settings, model_map, bound)
+        bound = memory_bound(settings)  # the trial and the tokenizer have taken some
+        model.limit(bound)
     except ForgeError as error:
         if needed > memory_available(device) or settings.memory != "free":
             raise

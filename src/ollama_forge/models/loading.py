@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,13 @@ from ollama_forge.checkpoints.model_types import needs_own_code
 from ollama_forge.errors import ForgeError, MemoryTooSmall, error_line
 from ollama_forge.files import human_size
 from ollama_forge.models.decoded import decoded_tensors
-from ollama_forge.models.device import is_out_of_memory, memory_available, require_8bit
+from ollama_forge.models.device import is_out_of_memory, memory_available, require_bits
 from ollama_forge.progress import say
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.system import available_memory
 
 _OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
-_KEPT_IN_8BIT = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
+_KEPT_BY_BITSANDBYTES = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
 _TRIAL_TOKENS = 4
 _IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same time
 
@@ -35,22 +35,25 @@ _IN_FLIGHT = 4  # tensors that transformers holds in host memory at the same tim
 def load_module(
     checkpoint: Checkpoint,
     model_map: ModelMap | None,
-    device: torch.device,
+    devices: Sequence[torch.device],
     dtype: torch.dtype,
     *,
-    load_in_8bit: bool = False,
+    device_map: str | None = None,
+    bits: int | None = None,
     trust_remote_code: bool = False,
     without_weights: bool = False,
 ) -> nn.Module:
-    """Load the weights in ``dtype`` on ``device``.
+    """Load the weights in ``dtype``.
 
     Tensors are moved to a GPU one by one, so that host memory never holds the whole model.
 
     Args:
         model_map: the checkpoint's matrices by role; None for a model that is only run. Without a map, the text model
             is loaded alone if the whole one does not run on text, and tensors that it lacks are ignored with a note.
+        devices: one device; several only with ``device_map``.
+        device_map: how accelerate shares the layers among the devices.
         without_weights: leave what the checkpoint holds on the meta device, and all else on the CPU.
-        load_in_8bit: load with bitsandbytes.
+        bits: load with bitsandbytes in 8 or 4 bits; None: in ``dtype``.
         trust_remote_code: execute the model's own Python code if transformers has no class for the model.
 
     Raises:
@@ -58,15 +61,15 @@ def load_module(
     """
     from transformers import AutoConfig
 
-    if load_in_8bit:
-        _require_8bit(checkpoint, device)
+    if bits is not None:
+        _require_bits(checkpoint, devices[0], bits)
     if not without_weights:
-        check_memory(checkpoint, model_map, device, dtype, load_in_8bit=load_in_8bit)
+        check_memory(checkpoint, model_map, devices, dtype, bits=bits)
     own_code = trust_remote_code and needs_own_code(checkpoint.config)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
 
     def load(*, text_alone: bool) -> nn.Module:
-        placement = {} if without_weights else _placement(device, load_in_8bit=load_in_8bit)
+        placement = {} if without_weights else _placement(devices, dtype, device_map, bits)
         with quiet_transformers():
             try:
                 config = AutoConfig.from_pretrained(checkpoint.folder, **options)
@@ -81,8 +84,10 @@ def load_module(
                     **placement,
                 )
             except Exception as error:  # invalid configs and weights make transformers raise any exception
-                raise _load_error(checkpoint, device, error) from error
+                raise _load_error(checkpoint, devices, error) from error
         module, info = loaded
+        if "disk" in getattr(module, "hf_device_map", {}).values():
+            raise _too_large(checkpoint, devices)
         _check_complete(checkpoint, model_map, module, info)
         if _is_tied_on_disk(checkpoint, module) if model_map is None else model_map.tied:
             _check_tied(checkpoint, module)
@@ -139,43 +144,57 @@ def _forget_quantisation(config: Any) -> None:
             del part.quantization_config
 
 
-def _placement(device: torch.device, *, load_in_8bit: bool) -> dict[str, Any]:
-    if not load_in_8bit:
-        return {} if device.type == "cpu" else {"device_map": {"": device}}
-    from transformers import BitsAndBytesConfig
+def _placement(
+    devices: Sequence[torch.device], dtype: torch.dtype, device_map: str | None, bits: int | None
+) -> dict[str, Any]:
+    placement: dict[str, Any] = {}
+    if device_map is not None:  # nothing on the CPU or the disk, whose layers accelerate moves for every pass
+        placement["device_map"] = device_map
+        placement["max_memory"] = {device.index: int(memory_available(device) / _OVERHEAD) for device in devices}
+    elif devices[0].type != "cpu" or bits is not None:
+        placement["device_map"] = {"": devices[0]}
+    if bits is not None:
+        from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each product that the inputs are cast
-    quantisation = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return {"device_map": {"": device}, "quantization_config": quantisation}
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for each product that the inputs are cast
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options: dict[str, Any] = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, **nf4}
+        placement["quantization_config"] = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
+    return placement
 
 
-def _require_8bit(checkpoint: Checkpoint, device: torch.device) -> None:
-    require_8bit(device)
+def _require_bits(checkpoint: Checkpoint, device: torch.device, bits: int) -> None:
+    require_bits(device, bits)
     found = checkpoint.quantisation
     if found is not None and not checkpoint.has_stray_quantization_config:
         raise ForgeError(
-            f"bitsandbytes cannot load {checkpoint.label} in 8 bits: the model is quantised with {found.method}",
-            "leave out --load-in-8bit",
+            f"bitsandbytes cannot load {checkpoint.label} in {bits} bits: the model is quantised with {found.method}",
+            f"leave out --load-in-{bits}bit",
         )
 
 
 def check_memory(
-    checkpoint: Checkpoint, model_map: ModelMap | None, device: torch.device, dtype: torch.dtype, *, load_in_8bit: bool
+    checkpoint: Checkpoint,
+    model_map: ModelMap | None,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    *,
+    bits: int | None = None,
 ) -> None:
-    """Check that the device, and the host while it loads the weights, have enough free memory.
+    """Check that the devices, and the host while it loads the weights, have enough free memory.
 
     Raises:
         ForgeError: memory is too small; the message gives the needed and the free size.
     """
-    precision = "8 bits" if load_in_8bit else str(dtype).removeprefix("torch.")
-    needed, free = memory_needed(checkpoint, model_map, dtype, load_in_8bit=load_in_8bit), memory_available(device)
+    precision = str(dtype).removeprefix("torch.") if bits is None else f"{bits} bits"
+    needed, free = memory_needed(checkpoint, model_map, dtype, bits=bits), sum(map(memory_available, devices))
     if needed > free:
+        have = f"{devices[0]} has" if len(devices) == 1 else f"{_names(devices)} have"
         raise MemoryTooSmall(
-            f"{checkpoint.label} in {precision} needs about {human_size(needed)}, "
-            f"but {device} has {human_size(free)} free",
-            _memory_hint(device, dtype, load_in_8bit),
+            f"{checkpoint.label} in {precision} needs about {human_size(needed)}, but {have} {human_size(free)} free",
+            _memory_hint(devices[0], dtype, bits),
         )
-    if device.type == "cpu":
+    if devices[0].type == "cpu":
         return
     staged = _IN_FLIGHT * _largest_tensor(checkpoint, model_map) * max(dtype.itemsize, 4)
     host = available_memory()
@@ -188,10 +207,10 @@ def check_memory(
 
 
 def memory_needed(
-    checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, *, load_in_8bit: bool = False
+    checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, *, bits: int | None = None
 ) -> int:
     """Bytes of memory that a whole model needs."""
-    return int(_weight_bytes(checkpoint, model_map, dtype, load_in_8bit) * _OVERHEAD)
+    return int(_weight_bytes(checkpoint, model_map, dtype, bits) * _OVERHEAD)
 
 
 def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
@@ -208,29 +227,42 @@ def _largest_tensor(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
     return max(*sizes.values(), *map(math.prod, checkpoint.tensors.shapes.values()), 0)
 
 
-def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, load_in_8bit: bool) -> int:
-    if not load_in_8bit or model_map is None:
+def _weight_bytes(checkpoint: Checkpoint, model_map: ModelMap | None, dtype: torch.dtype, bits: int | None) -> float:
+    if bits is None:
         return checkpoint.parameters * dtype.itemsize
-    whole = sum(  # bitsandbytes keeps embeddings, the unembedding and all that is no linear module in dtype
+    whole = _kept_whole(checkpoint, model_map)
+    return (checkpoint.parameters - whole) * bits / 8 + whole * dtype.itemsize
+
+
+def _kept_whole(checkpoint: Checkpoint, model_map: ModelMap | None) -> int:
+    """Number of values that bitsandbytes does not round: embeddings, the unembedding and all that is no linear module.
+
+    Without a map, matrices with a row for each token and whatever is no matrix are taken for those.
+    """
+    if model_map is None:
+        vocabulary = (checkpoint.config.get("text_config") or checkpoint.config).get("vocab_size")
+        shapes = checkpoint.tensors.shapes.values()
+        return sum(math.prod(shape) for shape in shapes if len(shape) != 2 or shape[0] == vocabulary)
+    return sum(
         math.prod(matrix.shape)
         for matrix in model_map.matrices
-        if matrix.role in _KEPT_IN_8BIT or not matrix.place.linear
+        if matrix.role in _KEPT_BY_BITSANDBYTES or not matrix.place.linear
     )
-    return checkpoint.parameters - whole + whole * dtype.itemsize
 
 
-def _memory_hint(device: torch.device, dtype: torch.dtype, load_in_8bit: bool) -> str:
-    options = [] if dtype.itemsize <= 2 or load_in_8bit else ["--dtype bfloat16"]
-    options += ["--load-in-8bit to compute the direction"] if device.type == "cuda" and not load_in_8bit else []
-    options += ["--device cpu"] if device.type != "cpu" and not load_in_8bit else []
+def _memory_hint(device: torch.device, dtype: torch.dtype, bits: int | None) -> str:
+    options = [] if dtype.itemsize <= 2 or bits is not None else ["--dtype bfloat16"]
+    options += (
+        ["--load-in-8bit or --load-in-4bit to compute the direction"] if device.type == "cuda" and bits is None else []
+    )
+    options += ["--device-map auto"] if device.type == "cuda" and torch.cuda.device_count() > 1 else []
+    options += ["--device cpu"] if device.type != "cpu" and bits is None else []
     return "use " + ", or ".join([*options, "a smaller model"])
 
 
-def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) -> ForgeError:
+def _load_error(checkpoint: Checkpoint, devices: Sequence[torch.device], error: Exception) -> ForgeError:
     if is_out_of_memory(error):
-        return MemoryTooSmall(
-            f"{checkpoint.label} does not fit the memory of {device}", "use --device cpu, or a smaller model"
-        )
+        return _too_large(checkpoint, devices)
     if isinstance(error, ImportError):
         return ForgeError(
             f"{checkpoint.label} cannot be loaded without another package: {error_line(error)}", "install that package"
@@ -239,6 +271,16 @@ def _load_error(checkpoint: Checkpoint, device: torch.device, error: Exception) 
         f"{checkpoint.label} cannot be loaded: {error_line(error)}",
         "check that config.json belongs to the weights, or download or save the model again",
     )
+
+
+def _too_large(checkpoint: Checkpoint, devices: Sequence[torch.device]) -> ForgeError:
+    return MemoryTooSmall(
+        f"{checkpoint.label} does not fit the memory of {_names(devices)}", "use --device cpu, or a smaller model"
+    )
+
+
+def _names(devices: Sequence[torch.device]) -> str:
+    return ", ".join(map(str, devices))
 
 
 def _check_complete(checkpoint: Checkpoint, model_map: ModelMap | None, module: Any, info: Mapping[str, Any]) -> None:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ollama_forge.errors import ForgeError
 from ollama_forge.files import human_size
 from ollama_forge.models.journal import Journal, read_tensors, write_tensors
-from ollama_forge.models.stages import Stage, StagedWeights, add_stage_hooks
+from ollama_forge.models.spilled_cache import SPILLED, SpilledCaches
+from ollama_forge.models.stages import Stage, StagedWeights, add_stage_hooks, nothing_like
 from ollama_forge.progress import say
 from ollama_forge.system import free_space, return_freed_memory
 
-_SPILLED = "spill-"
 _SAY_EVERY = 15.0  # seconds
 _SHARE_OF_READING = 10  # states are kept once the weights read since the last time are as many times larger
 
@@ -108,11 +108,13 @@ class Lockstep:
     """Runs functions that call a streamed model side by side.
 
     Args:
-        room: bytes of hidden states that may be kept in memory.
-        folder: where hidden states that exceed it are written.
+        room: bytes of hidden states, keys and values that may be kept in memory.
+        folder: where those that exceed it are written.
 
     Attributes:
         current: the pass that runs now, if any.
+        adopted: number of entries of caches, in the last run, that may be written.
+        takes_inputs: take the states before the first layer from the model, which would keep them all along.
         share_of_reading: a journal is written once the weights read since the last time are so many times larger.
     """
 
@@ -120,6 +122,8 @@ class Lockstep:
         self.weights, self.room, self.folder = weights, room, folder
         self.share_of_reading = _SHARE_OF_READING
         self.current: _Pass | None = None
+        self.adopted = 0
+        self.takes_inputs = False
         self.output_parts: int | None = None  # of a layer that returns a tuple
         self._resumed_at: Stage | None = None
         add_stage_hooks(weights, self._enter)
@@ -147,29 +151,43 @@ class Lockstep:
             return None
         if current.skips and stage.layer is not None and stage is not self._resumed_at:
             return None
+        if self.takes_inputs and stage.layer is not None and (stage.layer == 0 or stage is self._resumed_at):
+            if args:
+                args = (_taken(args[0]), *args[1:])
+            elif "hidden_states" in kwargs:
+                kwargs = {**kwargs, "hidden_states": _taken(kwargs["hidden_states"])}
         return current.pause(stage, args, kwargs)
 
     def run(
-        self, functions: Sequence[Callable[[], None]], tokens: Sequence[int], journal: Journal | None = None
+        self,
+        functions: Sequence[Callable[[], None]],
+        tokens: Sequence[int],
+        journal: Journal | None = None,
+        *,
+        caches: bool = False,
     ) -> Iterator[int]:
         """Run functions side by side; yields the number of decoder layers that all have passed after every step.
 
         Args:
             tokens: the number of tokens that each one runs.
             journal: keeps the states of the passes, so that they go on after an interruption.
+            caches: whether the passes hold keys and values, which get half of the room.
 
         Raises:
             ForgeError: the disk has too little space for hidden states that exceed the memory for them.
         """
         back = threading.Semaphore(0)
+        of_caches = self.room // 2 if caches else 0
+        spilled = SpilledCaches(self.folder, of_caches) if caches else None
         passes = [_Pass(number, function, back) for number, function in enumerate(functions)]
         for one in passes:
             one.start()
         try:
-            with _Spill(self.folder, self.room, tokens) as spill:
+            with _Spill(self.folder, self.room - of_caches, tokens, spilled) as spill:
                 yield from self._run(passes, spill, journal)
         finally:
             self.current = None
+            self.adopted = 0 if spilled is None else spilled.adopted
             for one in passes:
                 if not one.finished:
                     one.cancelled, one.error = True, None
@@ -240,27 +258,34 @@ class Lockstep:
 
 
 class _Spill:
-    """Hidden states of paused passes in files, beyond those that ``room`` bytes of memory hold."""
+    """Hidden states of paused passes in files, beyond those that ``room`` bytes of memory hold; and their caches."""
 
-    def __init__(self, folder: Path, room: int, tokens: Sequence[int]) -> None:
-        self._folder, self._room, self._tokens = folder, room, tokens
+    def __init__(self, folder: Path, room: int, tokens: Sequence[int], caches: SpilledCaches | None) -> None:
+        self._folder, self._room, self._tokens, self._caches = folder, room, tokens, caches
         self._in_memory: dict[int, int] = {}
         self._files: dict[int, Path] = {}
         self._asked = False
 
     def __enter__(self) -> _Spill:
-        for path in self._folder.glob(f"{_SPILLED}*"):  # of processes that were killed
-            if not psutil.pid_exists(int(path.name.removeprefix(_SPILLED).partition("-")[0])):
+        for path in self._folder.glob(f"{SPILLED}*"):  # of processes that were killed
+            if not psutil.pid_exists(int(path.name.removeprefix(SPILLED).partition("-")[0])):
                 path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for path in self._files.values():
             path.unlink(missing_ok=True)
+        if self._caches is not None:
+            self._caches.drop_all()
 
     def take(self, one: _Pass) -> None:
         """Note what a pass holds, and write it to a file if it exceeds the room."""
         self._in_memory.pop(one.number, None)
+        if self._caches is not None:
+            if one.finished:
+                self._caches.drop(one.number)
+            else:
+                self._caches.take(one.number, (*one.args, *one.kwargs.values()))
         if one.finished or one.skips:
             return
         held = _large(one)
@@ -271,7 +296,7 @@ class _Spill:
         if sum(self._in_memory.values()) + size <= self._room:
             self._in_memory[one.number] = size
             return
-        path = self._folder / f"{_SPILLED}{os.getpid()}-{one.number}.safetensors"
+        path = self._folder / f"{SPILLED}{os.getpid()}-{one.number}.safetensors"
         write_tensors(path, held)
         self._files[one.number] = path
         for tensor in held.values():
@@ -305,6 +330,15 @@ class _Spill:
         """All that a pass holds, wherever it is."""
         path = self._files.get(one.number)
         return one.held if path is None else {**one.held, **read_tensors(path)}
+
+
+def _taken(value: Any) -> Any:
+    """The hidden states under another name; the tensor itself becomes NaN that takes no memory."""
+    if not (isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point() and value.is_contiguous()):
+        return value
+    own = value.detach()
+    value.data = nothing_like(value)
+    return own
 
 
 def _large(one: _Pass) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def weight_of(
         values: returns the values of a parameter, for a caller that has exchanged some.
 
     Raises:
-        ForgeError: the model was loaded in 8 bits.
+        ForgeError: the model was loaded in 8 or 4 bits.
     """
     parts = []
     for place in matrix.places:
@@ -53,7 +53,7 @@ def _gathered(parts: list[tuple[Place, Tensor]]) -> Tensor:
     """Join the parts of a matrix or bias, each of which holds the rows ``stored_rows``."""
     place, first = parts[0]
     if not first.is_floating_point():
-        raise ForgeError("a model loaded in 8 bits cannot be edited", "leave out --load-in-8bit")
+        raise ForgeError("a model loaded in 8 or 4 bits cannot be edited", "leave out --load-in-8bit or --load-in-4bit")
     if place.stored_rows is None:
         return first.float()
     out = first.new_empty((sum(len(part) for _, part in parts), *first.shape[1:]), dtype=torch.float32)

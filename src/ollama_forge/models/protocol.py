@@ -90,9 +90,16 @@ class ModelCopies(Protocol):
 
 
 class ForwardModel(Protocol):
-    """The interface of a model in memory for greedy decoding."""
+    """The interface of a model in memory for greedy decoding.
+
+    Attributes:
+        batch_tokens: most tokens of a batch; None: as many as ``batch_size`` prompts have.
+        logits_bytes: most bytes of a batch's float32 logits.
+    """
 
     batch_size: int
+    batch_tokens: int | None
+    logits_bytes: int
     device: torch.device
     module: nn.Module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -28,8 +29,10 @@ def rounded(module: nn.Module) -> Iterator[bool]:
     if not all(map(is_loaded, matrices)):
         yield False
         return
-    free = memory_available(matrices[0].device) if matrices else None
-    if free is not None and free < _ROOM * sum(parameter.nbytes for parameter in matrices):
+    sizes = Counter[torch.device]()
+    for parameter in matrices:
+        sizes[parameter.device] += parameter.nbytes
+    if any(memory_available(device) < _ROOM * size for device, size in sizes.items()):
         yield False
         return
     with ExitStack() as stack:

@@ -225,7 +225,7 @@ class StagedWeights:
     def _empty(self) -> None:
         """Free the stage in memory."""
         for tensor in () if self._loaded is None else self._loaded.tensors:
-            tensor.data = _nothing(tensor)
+            tensor.data = nothing_like(tensor)
         self._loaded = None
 
     def _discard(self) -> None:
@@ -265,7 +265,7 @@ def _emptied(module: nn.Module, device: torch.device) -> dict[int, str]:
                     continue
                 if id(tensor) not in made:
                     metas.append(tensor)
-                    values = _nothing(tensor, device) if tensor.is_meta else tensor.detach().to(device)
+                    values = nothing_like(tensor, device) if tensor.is_meta else tensor.detach().to(device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(values, requires_grad=False) if is_parameter else values
                     if tensor.is_meta:
@@ -274,7 +274,7 @@ def _emptied(module: nn.Module, device: torch.device) -> dict[int, str]:
     return names
 
 
-def _nothing(like: Tensor, device: torch.device | None = None) -> Tensor:
+def nothing_like(like: Tensor, device: torch.device | None = None) -> Tensor:
     """A tensor of the same shape that takes no memory; a computation with it gives NaN."""
     value = float("nan") if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=like.device if device is None else device).expand(like.shape)

@@ -5,8 +5,10 @@ That streaming computes what the whole model computes is tried on a twin of the 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,17 +26,19 @@ from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.files import human_size
 from ollama_forge.models.batch_support import BatchSupport, batch_support
-from ollama_forge.models.chat_model import ChatModel, LoadSettings, load_tokenizer
+from ollama_forge.models.chat_model import LOGITS_BYTES, ChatModel, LoadSettings, load_tokenizer
 from ollama_forge.models.device import memory_available, pick_device, pick_dtype
 from ollama_forge.models.journal import Journal, passes_folder
 from ollama_forge.models.loading import load_module
 from ollama_forge.models.lockstep import Lockstep
 from ollama_forge.models.stages import SMALL, StagedWeights, WeightReader
 from ollama_forge.progress import say, status
-from ollama_forge.system import versions
+from ollama_forge.system import free_space, keep_no_freed_blocks, versions
 
 _SAME = 1e-4  # largest difference from the whole twin, as a share of its largest logit; measured: 0
 _PACKAGES = ("ollama-forge", "torch", "transformers")
+_WIDE, _NARROW = 4, 12  # values of a token that a layer holds as it runs: as wide as its widest matrix, as the stream
+_RUNNING = 128 << 20  # bytes that libraries take once they run: kernels, buffers of MKL, threads; measured: 68 MiB
 _HINT = "use a machine with more memory, --dtype bfloat16, or a smaller model"
 
 
@@ -45,14 +49,28 @@ class Streaming:
     Attributes:
         support: how prompts can be batched.
         resumes: whether an interrupted pass can go on at its layer.
+        spills: whether keys and values can be in files.
+        takes_inputs: see ``Lockstep``.
     """
 
     support: BatchSupport
     resumes: bool
+    spills: bool
+    takes_inputs: bool
 
 
 class StreamedModel(ChatModel):
-    """A chat model with one decoder layer in memory at a time; see ``load_streamed``."""
+    """A chat model with one decoder layer in memory at a time; see ``load_streamed``.
+
+    What the weights leave of the memory is divided between the batch that runs and the states of those that wait.
+
+    Args:
+        label: name of the checkpoint, for messages.
+        memory: bytes that weights, batches and states may take.
+
+    Raises:
+        ForgeError: its largest layer does not fit into ``memory``.
+    """
 
     streams: ClassVar[bool] = True
 
@@ -62,13 +80,68 @@ class StreamedModel(ChatModel):
         parts: tuple[Any, ModelMap, LoadSettings],
         weights: StagedWeights,
         streaming: Streaming,
-        fingerprint: str,
-        room: int,
+        checkpoint: Checkpoint,
+        memory: int,
     ) -> None:
         super().__init__(module, *parts)
-        self.weights, self._streaming, self._fingerprint = weights, streaming, fingerprint
-        self._lockstep = Lockstep(weights, room, passes_folder())
+        self.weights, self._streaming, self._fingerprint = weights, streaming, checkpoint.fingerprint
+        self._label, self._memory = checkpoint.label, memory
+        self._lockstep = Lockstep(weights, 0, passes_folder())
+        self._lockstep.takes_inputs = streaming.takes_inputs
         self.__dict__["batch_support"] = streaming.support
+        self._divide()
+
+    def limit(self, memory: int) -> None:
+        """Set the bytes that weights, batches and states may take.
+
+        Raises:
+            ForgeError: its largest layer does not fit into ``memory``.
+        """
+        self._memory = memory
+        self._divide()
+
+    @contextmanager
+    def reserving(self, held: int, working: int, purpose: str) -> Iterator[None]:
+        self._divide(held, working, f", and for {purpose}")
+        try:
+            yield
+        finally:
+            self._divide()
+
+    def _divide(self, held: int = 0, working: int = 0, purpose: str = "") -> None:
+        """Divide the memory; see ``ChatModel.reserving``."""
+        self.weights.ahead = True
+        both = self.weights.resident
+        self.weights.ahead = both <= self._memory // 2 and both + held + working <= self._memory
+        left = self._memory - self.weights.resident - held
+        if left < working:
+            needed = self.weights.resident + held + working
+            raise ForgeError(
+                f"streaming {self._label} needs about {human_size(needed)} for its largest layer{purpose}, "
+                f"but {human_size(self._memory)} may be used",
+                _HINT
+                if self.settings.memory == "free"
+                else f"give --memory {human_size(_used() + _RUNNING + needed)} or more",
+            )
+        batch = max(left // 2, working)
+        self._lockstep.room = left - batch
+        self.logits_bytes = min(LOGITS_BYTES, batch // 2)
+        if self.settings.batch_size == "auto":
+            self.batch_tokens = _power_of_two(max(batch - self._largest_matrix, 0) // self._bytes_a_token)
+
+    @property
+    def _largest_matrix(self) -> int:
+        """Bytes of the largest matrix of a layer, which a product may copy in another order."""
+        sizes = (math.prod(m.shape[-2:]) for m in self.model_map.matrices if m.layer is not None)
+        return max(sizes, default=0) * next(self.module.parameters()).element_size()
+
+    @property
+    def _bytes_a_token(self) -> int:
+        """Bytes that a layer takes for a token while it runs."""
+        layers = [m for m in self.model_map.matrices if m.layer is not None]
+        widest = max((max(m.shape[-2:]) for m in layers), default=self.model_map.d_model)
+        size = next(self.module.parameters()).element_size()
+        return _WIDE * size * widest + _NARROW * size * self.model_map.d_model
 
     @property
     def loads(self) -> int:  # type: ignore[override]
@@ -82,10 +155,24 @@ class StreamedModel(ChatModel):
         *,
         caches: bool = False,
     ) -> Iterator[int]:
-        waves = list(_waves(tokens, self._lockstep.room // self._cached_bytes)) if caches else [slice(None)]
+        waves = [slice(None)]
+        if caches and self._streaming.spills and self.device.type == "cpu":
+            self._ask(sum(tokens) * self._cached_bytes)
+        elif caches:
+            waves = list(_waves(tokens, self._lockstep.room // self._cached_bytes))
         for wave in waves:
-            for passed in self._lockstep.run(works[wave], tokens[wave], journal):
+            for passed in self._lockstep.run(works[wave], tokens[wave], journal, caches=caches):
                 yield passed if wave is waves[-1] else 0
+
+    def _ask(self, needed: int) -> None:
+        """Ask for room on the disk for keys and values that exceed the memory."""
+        spilled, folder = needed - self._lockstep.room // 2, self._lockstep.folder
+        if spilled > (free := free_space(folder)):
+            raise ForgeError(
+                f"the keys and values of the prompts take {human_size(needed)}: {human_size(needed - spilled)} fit "
+                f"into memory, and {human_size(free)} are free at {folder}",
+                "free disk space, set OLLAMA_FORGE_CACHE to a folder on another disk, or give fewer prompts",
+            )
 
     @property
     def _cached_bytes(self) -> int:
@@ -101,7 +188,8 @@ class StreamedModel(ChatModel):
     def journal(self, key: Mapping[str, Any]) -> Journal | None:
         if not self._streaming.resumes:
             return None
-        of_model = {"model": self._fingerprint, "load": self.settings.outcome, "batch": self.batch_size}
+        batch = [self.batch_size, self.batch_tokens]
+        of_model = {"model": self._fingerprint, "load": self.settings.outcome, "batch": batch}
         found = Journal.of({**of_model, "versions": versions(_PACKAGES), **key})
         if found.layer:
             say(f"note: an interrupted pass goes on at layer {found.layer + 1} of {self.model_map.n_layers}")
@@ -126,11 +214,12 @@ def load_streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: Mod
     """Build a model that reads its weights from disk layer by layer.
 
     Args:
-        memory: bytes that weights and hidden states may take.
+        memory: bytes that weights, batches and states may take.
 
     Raises:
         ForgeError: the architecture cannot be streamed, or its largest layer does not fit into ``memory``.
     """
+    keep_no_freed_blocks()  # each pass is a thread
     tokenizer = load_tokenizer(checkpoint, model_map, settings)
     device = pick_device(settings.device)
     trust = settings.trust_remote_code
@@ -140,17 +229,7 @@ def load_streamed(checkpoint: Checkpoint, settings: LoadSettings, model_map: Mod
     module, weights = staged_module(
         checkpoint, learned, model_map, device, pick_dtype(settings.dtype, device), trust_remote_code=trust
     )
-    weights.ahead = weights.resident <= memory // 2
-    room = memory - weights.resident
-    if room < 0:
-        raise ForgeError(
-            f"streaming {checkpoint.label} needs about {human_size(weights.resident)} for its largest layer, "
-            f"but {human_size(memory)} may be used",
-            _HINT,
-        )
-    return StreamedModel(
-        module, (tokenizer, model_map, settings), weights, streaming, checkpoint.fingerprint, room // 2
-    )
+    return StreamedModel(module, (tokenizer, model_map, settings), weights, streaming, checkpoint, memory)
 
 
 def staged_module(
@@ -172,7 +251,7 @@ def staged_module(
         ForgeError: a parameter is stored in an order that no few boxes express.
     """
     module = load_module(
-        checkpoint, model_map, device, dtype, trust_remote_code=trust_remote_code, without_weights=True
+        checkpoint, model_map, (device,), dtype, trust_remote_code=trust_remote_code, without_weights=True
     )
     boxes = locate_parameters(learned, checkpoint, trust_remote_code=trust_remote_code)
     weights = StagedWeights(module, model_map.layers, WeightReader(checkpoint.tensors, boxes), device, small=small)
@@ -192,7 +271,7 @@ def memory_bound(settings: LoadSettings) -> int:
     free = memory_available(device)
     if settings.memory is None or settings.memory == "free":
         return free
-    used = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+    used = _used() + _RUNNING if device.type == "cpu" else 0
     if settings.memory <= used:
         raise ForgeError(
             f"--memory {human_size(settings.memory)} is less than the program takes without a model, "
@@ -200,6 +279,16 @@ def memory_bound(settings: LoadSettings) -> int:
             "give more; `abliterate plan --model M` tells how much a model needs",
         )
     return min(settings.memory - used, free)
+
+
+def _used() -> int:
+    """Bytes that this process takes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _power_of_two(count: int) -> int:
+    """The largest one up to ``count``, so that batches rarely change with what else the process holds."""
+    return 1 << max(count.bit_length() - 1, 0)
 
 
 # -- the trial on a twin ------------------------------------------------------------------------------------------
@@ -212,6 +301,8 @@ class _TwinModel:
     module: nn.Module
     ids: list[int]
     batch_size: int = 2
+    batch_tokens: int | None = None
+    logits_bytes: int = LOGITS_BYTES
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pad_id: int = 0
 
@@ -251,8 +342,11 @@ def try_streaming(
     with tempfile.TemporaryDirectory() as place:
         try:
             streamed = _StreamedTwin(twin, learned, Path(place), trust_remote_code=trust_remote_code)
-            found = streamed.run(None)[-1]
-            same = float((found - expected).abs().max()) <= _SAME * scale
+            for takes in (True, False):
+                streamed.lockstep.takes_inputs = takes
+                same = float((streamed.run(None)[-1] - expected).abs().max()) <= _SAME * scale
+                if same:
+                    break
         except ForgeError:
             raise
         except Exception as error:  # the code of a model may do anything with weights that are not there
@@ -264,12 +358,14 @@ def try_streaming(
             resumes = float((resumed - expected).abs().max()) <= _SAME * scale
         except Exception:  # likewise; such a pass begins anew
             resumes = False
-    return Streaming(_support(twin), resumes)
+        support = _support(twin, twin.model)
+        spills = support.caches and streamed.support_with_caches(twin) == support
+    return Streaming(support, resumes, spills, takes)
 
 
-def _support(twin: Twin) -> BatchSupport:
+def _support(twin: Twin, module: nn.Module) -> BatchSupport:
     ids = twin.inputs["input_ids"][0].tolist()
-    return batch_support(_TwinModel(twin.model, ids))
+    return batch_support(_TwinModel(module, ids))
 
 
 class _StreamedTwin:
@@ -300,6 +396,14 @@ class _StreamedTwin:
                 if stop_at is not None and passed > stop_at:
                     break
         return found
+
+    def support_with_caches(self, twin: Twin) -> BatchSupport | None:
+        """How prompts can be batched if keys and values are in files; None if they cannot be."""
+        found: list[BatchSupport] = []
+        with suppress(Exception), torch.inference_mode():
+            for _ in self.lockstep.run([lambda: found.append(_support(twin, self.module))], [1], caches=True):
+                pass
+        return found[0] if found and self.lockstep.adopted else None
 
     def run_interrupted(self, folder: Path) -> list[Tensor]:
         journal = Journal(folder)

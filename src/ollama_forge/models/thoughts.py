@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ollama_forge.models.protocol import AnsweringModel, Decided
-from ollama_forge.text.closed_thought import Thought, cutting_text
+from ollama_forge.prompts.conversation import Prompt
+from ollama_forge.text.closed_thought import Moment, Thought, cutting_text
 from ollama_forge.text.tokenizer import Ids
 
 THOUGHT_TOKENS = 512
@@ -52,6 +53,13 @@ def append_thoughts(model: AnsweringModel, prompts: Sequence[Ids]) -> list[Ids]:
         end = next((count for count in range(1, len(thought) + 1) if is_over(thought[:count])), None)
         out.append([*prompt, *(thought + cut if end is None else thought[:end])])
     return out
+
+
+def ids_before(model: AnsweringModel, prompts: Sequence[Prompt], moment: Moment) -> list[Ids]:
+    """Token ids of each prompt up to the moment."""
+    if moment is Moment.THOUGHT:
+        return [model.tokenizer.thought_ids(prompt) for prompt in prompts]
+    return append_thoughts(model, model.tokenizer.instructions_ids(prompts))
 
 
 def answer_after_thoughts(

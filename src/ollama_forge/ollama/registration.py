@@ -161,7 +161,8 @@ def plan_registration(source: Checkpoint, name: str, folder: Path, settings: Oll
         ForgeError: a server of this project answers in Ollama's place, the template's source is not there, or Ollama
             cannot create a model with the layers of the one that is edited.
     """
-    state, template = None, TemplatePlan()
+    state = None
+    given = {"renderer": settings.renderer, "parser": settings.parser}
     stored = find_model(source.label) if source.kind == KIND else None
     if stored is not None and not settings.as_adapter:
         require_one_adapter(stored)
@@ -171,14 +172,9 @@ def plan_registration(source: Checkpoint, name: str, folder: Path, settings: Oll
             there = None if state.problem else client
             if there is not None and stored is not None and settings.as_adapter:
                 require_source(there, stored)
-            template = template_plan(
-                there,
-                settings.template_from,
-                source.label,
-                source.kind,
-                renderer=settings.renderer,
-                parser=settings.parser,
-            )
+            template = template_plan(there, settings.template_from, source.label, source.kind, **given)
+    else:
+        template = template_plan(None, settings.template_from, **given)
     if stored is not None and not template.chosen and not template.jinja:
         template = template_of(stored)
     sampling = {} if stored is not None else sampling_parameters(source.folder)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ollama_forge.errors import ForgeError
 from ollama_forge.ollama.modelfile import Modelfile
 from ollama_forge.ollama.parameters import Parameters, read_shown
 
@@ -75,7 +76,17 @@ class Shown:
         """Parse the JSON of ``/api/show``; its Modelfile is read only for what has no JSON field.
 
         The template in the JSON is that of the GGUF file where Ollama goes by it; the Modelfile has the TEMPLATE.
+
+        Raises:
+            ForgeError: the answer is not one of Ollama.
         """
+        try:
+            return cls._of(name, answer)
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            raise ForgeError(f"what answers as Ollama describes {name} in another form", "update Ollama") from None
+
+    @classmethod
+    def _of(cls, name: str, answer: dict[str, Any]) -> Shown:
         modelfile, system = answer.get("modelfile") or "", answer.get("system") or ""
         used = _unless_none(answer.get("template") or "")
         head = Modelfile.parse(_head(modelfile, used, system))

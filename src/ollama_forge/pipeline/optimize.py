@@ -15,13 +15,12 @@ import torch
 from ollama_forge import __version__
 from ollama_forge.cluster.protocol import Cluster
 from ollama_forge.directions.settings import DirectionSettings
-from ollama_forge.edits.load_proven import ProvenModel, load_proven
-from ollama_forge.edits.plan import vector_reader
-from ollama_forge.edits.registry import METHODS, check_8bit, max_pairs
+from ollama_forge.edits.loaded_model import LoadedModel, load_model
+from ollama_forge.edits.registry import METHODS, check_bits, max_pairs
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import Measurement
 from ollama_forge.export.adapters.served import AdapterAnswers
-from ollama_forge.files import write_json
+from ollama_forge.files import require_place, write_json
 from ollama_forge.models.chat_model import LoadSettings
 from ollama_forge.models.holder import for_cluster
 from ollama_forge.models.machine import Machine
@@ -43,7 +42,7 @@ from ollama_forge.search.rule import Limits
 from ollama_forge.search.study import Study
 from ollama_forge.search.trials import Trials
 from ollama_forge.sources.portable import PortableCheckpoint
-from ollama_forge.system import usable_cores
+from ollama_forge.system import usable_threads
 
 REPORT = "optimize.json"
 
@@ -88,8 +87,11 @@ class OptimizeSettings:
 
         if self.vllm is not None and self.engine_url is not None:
             raise UsageError("--engine-url names the engine itself", "leave out --engine")
-        if self.workers > 1 and (self.vllm is not None or self.engine_url is not None):
+        served = self.vllm is not None or self.engine_url is not None
+        if self.workers > 1 and served:
             raise UsageError("--workers is for transformers; a vLLM answers many prompts at a time", "leave it out")
+        if self.load.load_in_8bit and served:
+            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
 
     @property
     def choosing(self) -> ChoiceSettings:
@@ -151,7 +153,7 @@ class Optimized:
 class Searched:
     """A loaded model with the trials of its edits."""
 
-    loaded: ProvenModel
+    loaded: LoadedModel
     trials: Trials
     needs: Mapping[str, Any]
 
@@ -163,38 +165,39 @@ class Searched:
             UsageError: a setting is unknown or not supported; it is raised before anything is fetched.
             ForgeError: the model or a list is missing, or the model cannot be loaded or is not proven.
         """
+        _ = settings.choosing  # raises
         settings.load.check()
-        if settings.load.load_in_8bit:
-            check_8bit(METHODS["least-squares"].settings)
-        loaded = load_proven(
+        require_place(settings.study / REPORT)
+        check_bits(METHODS["least-squares"].settings, settings.load.bits)
+        split = settings.prompts.load(max_pairs())
+        loaded = load_model(
             settings.model,
-            settings.prompts.load(max_pairs()),
             settings.load,
             revision=settings.revision,
             adapter=settings.adapter,
-            edit=None,
             allow_partial=settings.allow_partial,
         )
+        split = loaded.fitting(split)
         trials = Trials(
-            loaded.model,
-            loaded.split,
+            loaded.chat,
+            split,
             DirectionSettings(),
-            vector_reader(loaded.source.tensors),
+            loaded.reader,
             pairs=settings.prompts.num_instructions or max_pairs(),
             fingerprint=loaded.source.fingerprint,
             seed=settings.prompts.seed,
             goal=settings.choosing.goal,
         )
-        return cls(loaded, trials, model_needs(loaded.source, settings.load, loaded.split, loaded.examined))
+        return cls(loaded, trials, model_needs(loaded.source, settings.load, split, loaded.examined))
 
     def setup(self) -> TrialsSetup:
         """What makes the same trials on another machine."""
         trials = self.trials
         return TrialsSetup(
             PortableCheckpoint.of(self.loaded.source),
-            self.loaded.model.settings,
+            self.loaded.chat.settings,
             self.loaded.model_map,
-            self.loaded.split,
+            trials.split,
             trials.settings,
             trials.pairs,
             trials.seed,
@@ -235,13 +238,13 @@ def optimize(settings: OptimizeSettings, cluster: Cluster | None = None) -> Opti
     settings = replace(settings, load=for_cluster(settings.load, cluster))
     if settings.vllm is not None:
         settings.vllm.command()  # raises without vLLM
-        if settings.load.load_in_8bit:
-            raise UsageError("--load-in-8bit is for transformers, and vLLM answers", "leave out one of them")
     with ExitStack() as running:
         searched = Searched.of(settings)
         folder = settings.study / "adapters"
         if settings.vllm is not None:
-            searched = searched.answered_by(running.enter_context(started(searched.loaded, settings.vllm, folder)))
+            searched = searched.answered_by(
+                running.enter_context(started(searched.loaded, searched.trials.split, settings.vllm, folder))
+            )
         elif settings.engine_url is not None:
             searched = searched.answered_by(connected(searched.loaded, settings.engine_url, folder))
         return _optimize(searched, settings, cluster)
@@ -264,7 +267,7 @@ def _optimize(searched: Searched, settings: OptimizeSettings, cluster: Cluster |
         optimized = Optimized(
             loaded.source.label,
             loaded.source.fingerprint,
-            loaded.split,
+            trials.split,
             settings,
             choice,
             chosen.number,
@@ -319,4 +322,4 @@ def _work(settings: OptimizeSettings) -> None:
 
 
 def _threads(workers: int) -> int:
-    return max(1, usable_cores() // workers)
+    return max(1, usable_threads() // workers)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.activations.residual import require_position
 from ollama_forge.architectures.model_map import ModelMap
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE, companions
@@ -21,7 +22,7 @@ from ollama_forge.edits.source_files import source_location
 from ollama_forge.errors import UsageError
 from ollama_forge.export.edited_gguf import written_size
 from ollama_forge.export.plan import ExportPlan, plan_export
-from ollama_forge.files import sha256_file
+from ollama_forge.files import require_place, sha256_file
 from ollama_forge.models.chat_model import LoadSettings, load_tokenizer
 from ollama_forge.names import file_stem
 from ollama_forge.ollama.registration import Registration, plan_registration
@@ -177,6 +178,7 @@ def preflight(settings: RunSettings) -> Preflight:
         UsageError: settings contradict each other, or the output folder must not be replaced.
     """
     settings.check()
+    require_place(settings.folder / "run.toml")
     split = settings.prompts.load(max_pairs())
     trust = settings.load.trust_remote_code
     source, computed_on = _resolve(settings)
@@ -186,8 +188,9 @@ def preflight(settings: RunSettings) -> Preflight:
     tokenizer = load_tokenizer(source, model_map, settings.load)
     split = fitting(split, tokenizer, context_of(source.config, model_map.learned_positions))
     for part in (split.fit, split.select, split.report):
-        for prompts in part.lists.values():
-            tokenizer.instructions_ids(prompts)  # raises on a prompt that the model cannot take
+        rendered = {name: tokenizer.instructions_ids(prompts) for name, prompts in part.lists.items()}  # or raises
+        if part is split.fit:
+            require_position((rendered["harmful"], rendered["harmless"]), settings.direction.position)
     keeps_packed = OutDtype.parse(settings.out_dtype).keeps_packed
     export = plan_export(source, settings.name, settings.folder, settings.export, keeps_packed=keeps_packed)
     registration = plan_registration(source, settings.name, settings.folder, settings.ollama)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ollama_forge.directions.settings import DirectionSettings
 from ollama_forge.edits.out_dtype import OutDtype
-from ollama_forge.edits.registry import check_8bit
+from ollama_forge.edits.registry import check_bits
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_workers import NO_SHARDS, NO_SHARDS_HINT, ShardSettings
 from ollama_forge.errors import UsageError
@@ -138,14 +138,15 @@ class RunSettings:
             )
         OutDtype.parse(self.out_dtype)
         choosing = self.choosing
-        if self.load.load_in_8bit and (self.evaluate or self.verify or choosing.climbs):
+        bits = self.load.bits
+        if bits is not None and (self.evaluate or self.verify or choosing.climbs):
             raise UsageError(
-                "run measures, tries and verifies floating-point weights, so --load-in-8bit would load the model twice",
-                "use compute-dir --load-in-8bit and then apply, or add --no-evaluate --no-verify --no-escalate",
+                f"run measures, tries and verifies floating-point weights, so --load-in-{bits}bit would load the model "
+                "twice",
+                f"use compute-dir --load-in-{bits}bit and then apply, or add --no-evaluate --no-verify --no-escalate",
             )
         self.load.check()
-        if self.load.load_in_8bit:
-            check_8bit(choosing.first_candidate.settings)
+        check_bits(choosing.first_candidate.settings, bits)
 
     def _check_adapter(self) -> None:
         """Check that ``--as-adapter`` is possible, and that no option is given that it leaves without effect."""

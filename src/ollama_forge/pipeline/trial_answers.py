@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ollama_forge.edits.load_proven import ProvenModel
+from ollama_forge.edits.loaded_model import LoadedModel
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.measure import longest_request
 from ollama_forge.evaluation.tokens import check_server_tokens
@@ -14,27 +14,30 @@ from ollama_forge.export.adapters.served import MAX_RANK, AdapterAnswers
 from ollama_forge.models.servers.find import find_token_server
 from ollama_forge.models.servers.vllm import VllmServer
 from ollama_forge.models.servers.vllm_process import VllmSettings, vllm_server
+from ollama_forge.prompts.split import PromptSplit
 
 
 @contextmanager
-def started(loaded: ProvenModel, settings: VllmSettings, folder: Path) -> Iterator[AdapterAnswers]:
+def started(loaded: LoadedModel, split: PromptSplit, settings: VllmSettings, folder: Path) -> Iterator[AdapterAnswers]:
     """Run a vLLM of a loaded model inside the block.
 
     Args:
+        split: the prompts that it is asked.
         folder: where adapters are written.
 
     Raises:
         ForgeError: there is no vLLM, or it does not start.
     """
-    split, tokenizer = loaded.split, loaded.model.tokenizer
     parts = (split.select.lists.values(), split.report.lists.values())
-    context = longest_request(tokenizer, [prompt for part in parts for prompts in part for prompt in prompts])
-    load = loaded.model.settings
+    context = longest_request(
+        loaded.chat.tokenizer, [prompt for part in parts for prompts in part for prompt in prompts]
+    )
+    load = loaded.chat.settings
     with vllm_server(loaded.source, settings, load, context=context, adapter_rank=MAX_RANK) as server:
         yield _answers(loaded, server, folder)
 
 
-def connected(loaded: ProvenModel, address: str, folder: Path) -> AdapterAnswers:
+def connected(loaded: LoadedModel, address: str, folder: Path) -> AdapterAnswers:
     """The vLLM at ``URL`` or ``URL#MODEL``, which must run the loaded model.
 
     Raises:
@@ -47,11 +50,11 @@ def connected(loaded: ProvenModel, address: str, folder: Path) -> AdapterAnswers
             f"{address} is a {server.name}, which takes no edits while it runs",
             "give a vLLM that runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
         )
-    problem = check_server_tokens(server, loaded.model.tokenizer)
+    problem = check_server_tokens(server, loaded.chat.tokenizer)
     if problem is not None:
         raise ForgeError(f"{address} {problem}", "give the model that the server runs as --model")
     return _answers(loaded, server, folder)
 
 
-def _answers(loaded: ProvenModel, server: VllmServer, folder: Path) -> AdapterAnswers:
-    return AdapterAnswers(server, loaded.model.tokenizer, loaded.source, loaded.model_map, folder)
+def _answers(loaded: LoadedModel, server: VllmServer, folder: Path) -> AdapterAnswers:
+    return AdapterAnswers(server, loaded.chat.tokenizer, loaded.source, loaded.model_map, folder)

@@ -70,6 +70,8 @@ def read_conversations(path: Path) -> tuple[Conversation, ...]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ForgeError(f"{path} cannot be read ({error.strerror})", "check the path") from error
+    except UnicodeDecodeError:
+        raise ForgeError(f"{path} is not UTF-8", "save the file as UTF-8") from None
     return tuple(_conversation(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -78,7 +80,7 @@ def _conversation(path: Path, number: int, line: str) -> Conversation:
         data = json.loads(line)
         messages = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in data["messages"])
         found = Conversation(str(data.get("kind", "")), messages, str(data.get("language", "en")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         found = Conversation("", ())
     roles = [message.role for message in found.messages]
     if not roles or roles[-1] != "user" or set(roles) - set(ROLES) or not normalise(found.messages[-1].content):

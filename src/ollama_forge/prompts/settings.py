@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ollama_forge.prompts.split import PromptSplit
 
 DEFAULT_PAIRS = 32
+MAX_SEED = 2**31  # numpy, which Optuna draws with, takes no larger one than 2**32 - 1; workers add to it
 MAX_SELECT, MAX_REPORT = 256, 512  # prompts per side; 512 give a refusal rate to within 5 percentage points
 
 
@@ -43,6 +44,8 @@ class PromptSettings:
             raise UsageError(f"--num-instructions {self.num_instructions} is less than 1", "32 is the default")
         if self.max_measured is not None and self.max_measured < 0:
             raise UsageError(f"--max-measured {self.max_measured} is less than 0", "0 means no limit")
+        if not 0 <= self.seed < MAX_SEED:
+            raise UsageError(f"--seed {self.seed} is not between 0 and {MAX_SEED - 1:,}", "0 is the default")
         for side in ("harmful", "harmless"):
             if getattr(self, side) and getattr(self, f"{side}_dir"):
                 raise UsageError(f"both --{side} and --{side}-dir are given", "give one of them")
@@ -55,14 +58,16 @@ class PromptSettings:
 
         Raises:
             ForgeError: a list cannot be read, or its content does not match its file name's suffix.
-            UsageError: one of the user's lists has fewer than 8 distinct lines, in total or in the fit part, or both
-                lists contain the same line.
+            UsageError: ``column`` is given without a list; one of the user's lists has fewer than 8 distinct lines, in
+                total or in the fit part; or both lists contain the same line.
         """
         from ollama_forge.prompts.curated import curated_are_installed
         from ollama_forge.prompts.language import count_not_english
         from ollama_forge.prompts.split import curated_fit_pairs, split_prompts
         from ollama_forge.prompts.upstream import cached_lists
 
+        if self.column is not None and not self.harmful and not self.harmless:
+            raise UsageError("--column is for --harmful and --harmless", "leave it out, or give a list")
         pairs = self.num_instructions or default_pairs
         has_lists = self.harmful or self.harmless or self.harmful_dir or self.harmless_dir
         curated = curated_are_installed()

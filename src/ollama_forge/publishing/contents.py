@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.checkpoints.companions import CARD, PROVENANCE
-from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.files import PARTIAL, read_json, sha256_bytes, sha256_file
+from ollama_forge.errors import ForgeError, UsageError, error_line
+from ollama_forge.files import PARTIAL, leads_out, read_json, sha256_bytes, sha256_file
 from ollama_forge.names import check_ollama_name, file_stem, gguf_files, run_folder
 from ollama_forge.ollama.modelfile import Modelfile
 from ollama_forge.ollama.parameters import parse_assignments
@@ -107,6 +107,15 @@ def contents(name: str, repo: str, *, folder: Path | None = None, only: Collecti
     if unknown:
         raise UsageError(f"--only {unknown[0]} is no part of a run", f"the parts are {', '.join(PARTS)}")
     folder = run_folder(name) if folder is None else folder
+    try:
+        return _contents(name, repo, folder, only)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ForgeError(
+            f"what the run in {folder} noted is damaged ({error_line(error)})", "repeat the run"
+        ) from error
+
+
+def _contents(name: str, repo: str, folder: Path, only: Collection[str]) -> Contents:
     report = _finished_report(folder, name)
     record = _record_folder(folder)
     provenance = {} if record is None else read_json(record / PROVENANCE)
@@ -150,6 +159,9 @@ def _finished_report(folder: Path, name: str) -> Mapping[str, Any]:
 def _checkpoint(folder: Path) -> list[PublishedFile]:
     """The files of the checkpoint, at the top of the repository, where loaders look for them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    outside = next((path for path in paths if leads_out(path, folder)), None)
+    if outside is not None:
+        raise ForgeError(f"{outside} is a link out of its folder, so it is not published", "put a copy in its place")
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return [
         PublishedFile(name, path, "checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from ollama_forge.reporting.axes import Scale, x_axis, y_axis
@@ -199,6 +200,7 @@ def _probes(choice: Entry) -> Html | None:
     probes = list(choice["probes"])
     if len(probes) < 2:
         return None
+    moments = list(dict.fromkeys(_moment(probe) for probe in probes))
     layers = [probe["layer"].number for probe in probes]
     x = Scale.of_layers(int(max(layers)), _LEFT, _RIGHT, first=int(min(layers)))
     upper = Scale.of([probe["refusal"].number for probe in probes], 34.0 + _PANEL, 34.0, most_ticks=5)
@@ -208,19 +210,35 @@ def _probes(choice: Entry) -> Html | None:
         y_axis(lower, _LEFT, "answer KL, nats a token", grid_to=_RIGHT),
         x_axis(x, lower.start, "layer of the direction"),
     ]
+    series = {moment: 2 - place for place, moment in enumerate(moments)}
     for scale, key in ((upper, "refusal"), (lower, "answer_kl")):
-        points = [(x(layer), scale(probe[key].number)) for layer, probe in zip(layers, probes, strict=True)]
-        drawn += [line(2, points), *(mark(2, *point) for point in points)]
+        for moment, number in series.items():
+            of_moment = [probe for probe in probes if _moment(probe) == moment]
+            points = [(x(probe["layer"].number), scale(probe[key].number)) for probe in of_moment]
+            drawn += [line(number, points), *(mark(number, *point) for point in points)]
     title = "What removing each layer\u2019s direction does"
-    lines = [(count(probe["layer"]), decimal(probe["refusal"], 4), decimal(probe["answer_kl"])) for probe in probes]
+    several = len(moments) > 1
+    lines = [
+        (count(probe["layer"]), *([words(probe["moment"])] if several else []), decimal(probe["refusal"], 4),
+         decimal(probe["answer_kl"]))
+        for probe in probes
+    ]  # fmt: skip
     return figure(
         title,
         "Two panels over the layer: how probable the base\u2019s refusals stay, and the damage.",
         drawn,
         lower.start + 42,
-        figures=table(title, ("layer", "probability left", "answer KL"), lines),
+        figures=table(title, ("layer", *(["before the"] if several else []), "probability left", "answer KL"), lines),
         caption="Probes on a few prompts, without generating answers. They rank the layers that are tried.",
+        legend=legend(
+            [(number, f"before the {moment}", False) for moment, number in series.items()] if several else []
+        ),
     )
+
+
+def _moment(probe: Entry) -> str:
+    """What a probed direction is found before."""
+    return str(probe["moment"].value)
 
 
 def _separation(report: Entry) -> Html | None:
@@ -230,6 +248,9 @@ def _separation(report: Entry) -> Html | None:
         return None
     rows = list(found["d_prime"])
     names = [_position_name(found, place) for place in range(len(rows))]
+    if found["at_thought"]:
+        rows.append(found["at_thought"])
+        names.append(join("at the thought"))
     x = Scale.of_layers(len(rows[0].value) - 1, _LEFT, _RIGHT)
     y = Scale.of([value.number for row in rows for value in row], 34.0 + 230, 34.0)
     drawn: list[Child] = [
@@ -274,5 +295,5 @@ def _position_name(found: Entry, place: int) -> Html:
 
 def _layer_of(direction: str) -> float:
     """The layer that the name of a direction states; NaN if it states none."""
-    number = direction.removeprefix("layer ")
-    return float(number) if number.isdigit() else math.nan
+    match = re.fullmatch(r"layer ([0-9]+)( at the thought)?", direction)
+    return math.nan if match is None else float(match[1])

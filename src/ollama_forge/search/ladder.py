@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.evaluation.counts import Counts
-from ollama_forge.search.candidates import Candidate, least_squares, least_squares_balanced
+from ollama_forge.search.candidates import Candidate, Origin, least_squares, least_squares_balanced
 from ollama_forge.search.probes import LayerProbe
 from ollama_forge.search.rule import Compared, Goal, Rule, Trial
 
 MIN_REFUSAL_RATE = 0.20  # of harmful prompts, for a base model with refusals to remove
 MANY_LAYERS = 40  # a deeper model proposes every second layer
 COARSE_LAYERS = 3
-RANKED_LAYERS = 6  # that the second pass may reach
+RANKED_LAYERS = 6  # that the second pass may reach, of each moment
 STEP = 0.5  # of strengths around the best
 BALANCE_STEP = 0.25  # of the smaller strength, as a share of the larger one
 MAX_TRIALS = 14
@@ -112,40 +113,46 @@ class Ladder:
 
     Attributes:
         layers: the proposed layers, in rising order.
-        ranking: those whose directions are tried, the most promising first.
+        ranking: the directions that are tried, the most promising first.
         goal: what the edits are for.
         balanced: whether the model has writers of attention and writers of MLPs or experts.
         has_experts: whether attention alone is tried too: what editing experts too is worth differs between models.
     """
 
     layers: tuple[int, ...]
-    ranking: tuple[int, ...]
+    ranking: tuple[Origin, ...]
     goal: Goal
     balanced: bool
     has_experts: bool
 
     def coarse(self) -> list[Candidate]:
-        """The first pass: the most promising layers at one strength."""
+        """The first pass: the most promising directions at one strength, the best one of each moment among them."""
+        first = self.ranking[:COARSE_LAYERS]
+        seen, others = {origin.moment for origin in first}, self.ranking[COARSE_LAYERS:]
+        other = next((origin for origin in others if origin.moment not in seen), None)
         strength = self.goal.sign * self.goal.strength
-        return [least_squares(layer, strength) for layer in self.ranking[:COARSE_LAYERS]]
+        tried = (*first, *([] if other is None else [other]))
+        return [least_squares(origin.layer, strength, moment=origin.moment) for origin in tried]
 
     def around(self, best: Candidate) -> Iterator[Candidate]:
         """The second pass: the strengths, layers and balances next to those of a least-squares candidate."""
-        assert best.layer is not None
+        origin = best.origin
+        assert origin is not None
+        balanced = partial(least_squares_balanced, moment=origin.moment)
         balance, strength = best.balance, best.settings.strength
         sign = self.goal.sign
         for near in (strength + sign * STEP, strength - sign * STEP):
             if near * sign > 0:
-                yield least_squares_balanced(best.layer, near, balance)
-        place = self.layers.index(best.layer)
+                yield balanced(origin.layer, near, balance)
+        place = self.layers.index(origin.layer)
         for layer in (*self.layers[max(place - 1, 0) : place], *self.layers[place + 1 : place + 2]):
-            if layer in self.ranking:
-                yield least_squares_balanced(layer, strength, balance)
+            if Origin(layer, origin.moment) in self.ranking:
+                yield balanced(layer, strength, balance)
         for near in (balance + BALANCE_STEP, balance - BALANCE_STEP) if self.balanced else ():
             if abs(near) <= 1.0:
-                yield least_squares_balanced(best.layer, strength, near)
+                yield balanced(origin.layer, strength, near)
         if self.has_experts:
-            yield least_squares(best.layer, strength, attention_alone=balance != 1.0)
+            yield least_squares(origin.layer, strength, attention_alone=balance != 1.0, moment=origin.moment)
 
 
 def climb(try_candidate: Callable[[Candidate, Trial | None], Trial], ladder: Ladder, rule: Rule) -> list[Trial]:

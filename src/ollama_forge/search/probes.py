@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ollama_forge.evaluation.divergence import Reference, divergence
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.protocol import ScoringModel
+from ollama_forge.search.candidates import Origin
+from ollama_forge.text.closed_thought import Moment
 from ollama_forge.text.tokenizer import Ids
 
 OPENING_TOKENS = 6
@@ -33,6 +35,7 @@ class LayerProbe:
 
     Attributes:
         layer: the layer.
+        moment: the token before which the direction is found.
         strength: strength of the edit.
         refusal: how probable the openings of the base's refusals are after the edit, as a share of how probable they
             are before it (1: as probable as before); mean over harmful prompts that the base refuses.
@@ -43,6 +46,12 @@ class LayerProbe:
     strength: float
     refusal: float
     answer_kl: float
+    moment: Moment = Moment.ANSWER
+
+    @property
+    def origin(self) -> Origin:
+        """Where the direction is found."""
+        return Origin(self.layer, self.moment)
 
     def expected_score(self, refusal_rate: float) -> float:
         """The score that the rule would give to the edit if it kept this share of the base's refusals."""
@@ -82,13 +91,14 @@ class ProbePrompts:
         return cls(refused, openings, base, reference, harmless, _refusal_of(model, harmless, openings))
 
 
-def probe(model: ScoringModel, prompts: ProbePrompts, layer: int, strength: float) -> LayerProbe:
-    """Probe a model that computes as edited with the direction of a layer."""
+def probe(model: ScoringModel, prompts: ProbePrompts, origin: Origin, strength: float) -> LayerProbe:
+    """Probe a model that computes as edited with a direction."""
     refusal = 0.0
     if prompts.refused:
         change = log_probs_of(model, prompts.refused, prompts.openings) - prompts.log_probs
         refusal = float(change.clamp_max(0.0).exp().mean())
-    return LayerProbe(layer, strength, refusal, float(divergence(model, prompts.general).answer.mean()))
+    answer_kl = float(divergence(model, prompts.general).answer.mean())
+    return LayerProbe(origin.layer, strength, refusal, answer_kl, origin.moment)
 
 
 def induces_refusal(model: ChatModel, prompts: ProbePrompts, layer: int, vector: Tensor) -> bool:

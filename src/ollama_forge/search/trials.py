@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -36,8 +36,9 @@ from ollama_forge.search.answers import AnsweredModel, EditedAnswers
 from ollama_forge.search.candidates import (
     DOCUMENTED_DEFAULT,
     Candidate,
-    layer_of,
+    Origin,
     least_squares,
+    origin_of,
     orthogonal_on_writers,
 )
 from ollama_forge.search.ladder import (
@@ -54,6 +55,7 @@ from ollama_forge.search.probes import LayerProbe, ProbePrompts, induces_refusal
 from ollama_forge.search.rule import REMOVE, Goal, Limits, Rule, Trial
 from ollama_forge.search.space import Space
 from ollama_forge.search.trial import SelectPrompts, run_trial
+from ollama_forge.text.closed_thought import Moment
 from ollama_forge.text.tokenizer import Ids
 
 FIRST_GENERAL, MAX_GENERAL = 16, 64  # general prompts that show damage far beyond the limits, and of a whole trial
@@ -98,7 +100,7 @@ class Trials:
         self._context = FitContext(model, split.fit, read, seed)
         self.split = split
         self._details = provenance(model, self._direction_prompts, fingerprint, seed)
-        self._stats: FitStats | None = None
+        self._stats: dict[Moment, FitStats] = {}
         self._directions: dict[str, RefusalDirection] = {}
         self._fitted: dict[tuple[str, EditSettings], FittedFactors] = {}
 
@@ -106,12 +108,21 @@ class Trials:
     def space(self) -> Space:
         """The edits that a study searches among."""
         kinds = {writer.role in MLP_ROLES for writer in self.model.model_map.writers}
-        return Space(self.layers, self.goal.sign, balanced=len(kinds) > 1)
+        return Space(self.layers, self.goal.sign, balanced=len(kinds) > 1, moments=self.model.tokenizer.moments)
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Where the directions are found that the ladder proposes."""
+        return [Origin(layer, moment) for moment in self.model.tokenizer.moments for layer in self.layers]
 
     # -- parts of a candidate -------------------------------------------------------------------------------------
 
     def check(self, candidate: Candidate) -> None:
-        """Raise UsageError if the model has no such layer as the candidate's direction is of."""
+        """Raise UsageError if the model has no such layer or thought as the candidate's direction is of."""
+        if candidate.origin is not None and candidate.origin.moment not in self.model.tokenizer.moments:
+            raise UsageError(
+                f"{candidate.name!r} is no edit of this model, which has no thoughts", "name a direction at the answer"
+            )
         if candidate.layer is not None and candidate.layer >= self._n_layers:
             raise UsageError(
                 f"{candidate.name!r} is no edit of this model, whose last layer is {self._n_layers - 1}",
@@ -121,15 +132,15 @@ class Trials:
     def direction(self, name: str) -> RefusalDirection:
         """The direction with this name."""
         if name not in self._directions:
-            layer = layer_of(name)
-            self._directions[name] = self._configured_direction() if layer is None else self._layer_direction(layer)
+            origin = origin_of(name)
+            self._directions[name] = self._configured_direction() if origin is None else self._direction_of(origin)
         return self._directions[name]
 
     def fitted(self, candidate: Candidate) -> FittedFactors:
         """The factors that the candidate's method fits to the model; empty if the method has no fit.
 
-        The directions of all proposed layers and their common control are always fitted together, in one pass over the
-        prompts. A candidate that is picked by name therefore has bit for bit the factors that the ladder gives it.
+        All proposed directions and their common control are always fitted together, in one pass over the prompts. A
+        candidate that is picked by name therefore has bit for bit the factors that the ladder gives it.
         """
         settings = candidate.settings.without_strengths
         if (candidate.direction, settings) not in self._fitted:
@@ -137,14 +148,14 @@ class Trials:
         return self._fitted[candidate.direction, settings]
 
     def _fit(self, name: str, settings: EditSettings) -> None:
-        layers = [f"layer {layer}" for layer in self.layers]
-        together = name.removeprefix(_CONTROL) in layers
-        names = [*layers, self._control(layers[0])] if together else [name]
+        proposed = [origin.name for origin in self.origins]
+        together = name.removeprefix(_CONTROL) in proposed
+        names = [*proposed, self._control(proposed[0])] if together else [name]
         found = method(settings.factors).fit(self._context, settings, {one: self.direction(one) for one in names})
         self._fitted.update({(one, settings): factors for one, factors in found.items()})
         if together:  # random directions of the same shape are the same
             drawn = found[names[-1]]
-            self._fitted.update({(f"{_CONTROL}{layer}", settings): drawn for layer in layers})
+            self._fitted.update({(f"{_CONTROL}{one}", settings): drawn for one in proposed})
 
     def plan(self, candidate: Candidate) -> EditPlan:
         """The candidate's edit plan.
@@ -240,8 +251,8 @@ class Trials:
             trials = climb(attempt, self._ladder(probes, self.base), rule)
         if norm_rules and self.goal is REMOVE:
             best = rule.best(trials) or next(iter(trials), None)
-            layer = self.layers[len(self.layers) // 2] if best is None or best.layer is None else best.layer
-            for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(layer)):
+            origin = (None if best is None else best.origin) or Origin(self.layers[len(self.layers) // 2])
+            for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(origin.layer, moment=origin.moment)):
                 if self._is_possible(candidate):
                     trials.append(attempt(candidate, rule.best(trials)))
         return Climbed(tuple(trials), tuple(probes))
@@ -274,39 +285,42 @@ class Trials:
         return self._is_possible(least_squares(self.layers[0], self.goal.sign * self.goal.strength))
 
     def _probe_layers(self) -> list[LayerProbe]:
-        """Probe least squares with the direction of each proposed layer, by the base's refusals that it removes."""
+        """Probe least squares with each proposed direction, by the base's refusals that it removes."""
         if not self.fits or self.goal is not REMOVE:
             return []
-        candidates = [least_squares(layer, self.goal.sign * self.goal.strength) for layer in self.layers]
+        strength = self.goal.sign * self.goal.strength
         prompts, probes = self._probe_prompts, []
-        with bar("probing layers", len(candidates)) as advance:
-            for layer, candidate in zip(self.layers, candidates, strict=True):
+        with bar("probing layers", len(self.origins)) as advance:
+            for origin in self.origins:
+                candidate = least_squares(origin.layer, strength, moment=origin.moment)
                 with hooked(self.model, self.plan(candidate)):
-                    probes.append(probe(self.model, prompts, layer, candidate.settings.strength))
+                    probes.append(probe(self.model, prompts, origin, strength))
                 advance(1)
         return probes
 
     def _ladder(self, probes: Sequence[LayerProbe], base: BaseAnswers) -> Ladder:
-        """The ladder with the most promising of the probed layers, of those that induce refusal if there are any.
+        """The ladder with the most promising of the probed directions, of those that induce refusal if there are any.
 
         Without probes the layers are ordered by their distance from the middle one, of every second.
         """
         has_experts = any(matrix.is_expert for matrix in self.model.model_map.matrices)
         if not probes:
             middle = self.layers[len(self.layers) // 2]
-            spread = sorted(self.layers, key=lambda layer: ((layer - middle) % 2, abs(layer - middle)))
+            spread = sorted(self.origins, key=lambda found: ((found.layer - middle) % 2, abs(found.layer - middle)))
             return Ladder(self.layers, tuple(spread), self.goal, self.space.balanced, has_experts)
         rate = base.harmful.refusal / max(base.harmful.total, 1)
-        ranking = [found.layer for found in sorted(probes, key=lambda found: found.expected_score(rate))]
-        ranking = ranking[:RANKED_LAYERS]
-        inducing = tuple(layer for layer in ranking if self._induces(layer))
+        ranked = [found.origin for found in sorted(probes, key=lambda found: found.expected_score(rate))]
+        moments = self.model.tokenizer.moments
+        best = [[origin for origin in ranked if origin.moment is moment][:RANKED_LAYERS] for moment in moments]
+        ranking = [origin for origin in ranked if any(origin in first for first in best)]
+        inducing = tuple(origin for origin in ranking if self._induces(origin))
         return Ladder(self.layers, inducing or tuple(ranking), self.goal, self.space.balanced, has_experts)
 
-    def _induces(self, layer: int) -> bool:
-        """Whether the layer's direction, as long as the harmful and the harmless mean are apart, induces refusal."""
-        vector, stats = self.direction(f"layer {layer}").vectors[0], self._fit_stats(range(self._n_layers))
-        gap = (stats.harmful.of_layer(layer) - stats.harmless.of_layer(layer)).to(vector)
-        return induces_refusal(self.model, self._probe_prompts, layer, vector * (gap @ vector))
+    def _induces(self, origin: Origin) -> bool:
+        """Whether the direction, as long as the harmful and the harmless mean are apart, induces refusal."""
+        vector, stats = self.direction(origin.name).vectors[0], self._all_stats[origin.moment]
+        gap = (stats.harmful.of_layer(origin.layer) - stats.harmless.of_layer(origin.layer)).to(vector)
+        return induces_refusal(self.model, self._probe_prompts, origin.layer, vector * (gap @ vector))
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -342,20 +356,27 @@ class Trials:
     # -- directions -----------------------------------------------------------------------------------------------
 
     def _configured_direction(self) -> RefusalDirection:
-        stats = self._fit_stats(self.settings.layers(self._n_layers))
+        stats = self._fit_stats(self.settings.layers(self._n_layers), (Moment.ANSWER,))[Moment.ANSWER]
         return direction_from_stats(stats, self.settings, self._n_layers, self._details)
 
-    def _layer_direction(self, layer: int) -> RefusalDirection:
+    def _direction_of(self, origin: Origin) -> RefusalDirection:
         """One direction of one layer, computed by the configured method."""
-        middle = (layer + 0.5) / self._n_layers
+        middle = (origin.layer + 0.5) / self._n_layers
         settings = replace(self.settings, layer_fracs=(middle,), num_directions=1, per_layer=False)
-        return direction_from_stats(self._fit_stats(range(self._n_layers)), settings, self._n_layers, self._details)
+        stats, details = self._all_stats[origin.moment], {**self._details, "moment": origin.moment.value}
+        return direction_from_stats(stats, settings, self._n_layers, details)
 
-    def _fit_stats(self, layers: Sequence[int]) -> FitStats:
-        """Statistics of the fit prompts at these layers, or at more."""
-        if self._stats is None or not set(layers) <= set(self._stats.harmful.layers):
+    @property
+    def _all_stats(self) -> Mapping[Moment, FitStats]:
+        """Statistics of the fit prompts at all layers and moments."""
+        return self._fit_stats(range(self._n_layers), self.model.tokenizer.moments)
+
+    def _fit_stats(self, layers: Sequence[int], moments: Sequence[Moment]) -> Mapping[Moment, FitStats]:
+        """Statistics of the fit prompts at these layers and moments, or at more."""
+        known = self._stats
+        missing = [one for one in moments if one not in known or not set(layers) <= set(known[one].harmful.layers)]
+        if missing:
             several = self.settings.num_directions > 1
-            self._stats = gather_fit_stats(
-                self.model, self._direction_prompts, layers, self.settings.position, keep_samples=several
-            )
-        return self._stats
+            prompts, position = self._direction_prompts, self.settings.position
+            known |= gather_fit_stats(self.model, prompts, layers, position, missing, keep_samples=several)
+        return known

@@ -158,12 +158,20 @@ def read_images(paths: Sequence[str]) -> list[bytes]:
     """Read image files.
 
     Raises:
-        UsageError: one of them cannot be read.
+        UsageError: one of them cannot be read, or is no image.
     """
-    try:
-        return [Path(path).read_bytes() for path in paths]
-    except OSError as error:
-        raise UsageError(f"--image {error.filename} cannot be read: {error.strerror}", "give a .png or .jpg") from None
+    from PIL import Image
+
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+            images.append(Path(path).read_bytes())
+        except Exception as error:  # Pillow's readers raise what they like
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or no image"
+            raise UsageError(f"--image {path} cannot be read: {reason}", "give a .png or .jpg") from None
+    return images
 
 
 class Chat:

@@ -11,7 +11,8 @@ from ollama_forge.serving.engine.base import EngineError, ImageEncoder
 from ollama_forge.serving.requests import BadRequest, Message, Prompt, Tools
 from ollama_forge.serving.tools.base import ToolFamily
 from ollama_forge.serving.tools.families import family_of
-from ollama_forge.text.template import Template, TemplateError, render_template
+from ollama_forge.text.template import Template, render_template
+from ollama_forge.text.template_process import TemplateError
 from ollama_forge.text.thinking import ThinkingSplit
 
 KEEP_FIRST = 4  # tokens at the prompt's beginning that a cut keeps, as Ollama's num_keep
@@ -163,7 +164,7 @@ class PromptBuilder:
             try:
                 return render_template(self._tokenizer, template, as_dicts(messages, self.family), **options)
             except TemplateError as error:
-                if not any(message.tool_calls for message in messages) or not isinstance(error.__cause__, TypeError):
+                if not any(message.tool_calls for message in messages) or error.raised != "TypeError":
                     raise
             spelled = as_dicts(messages, self.family, spell_arguments=True)  # this template joins the arguments to text
             return render_template(self._tokenizer, template, spelled, **options)

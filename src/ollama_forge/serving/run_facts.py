@@ -18,7 +18,9 @@ def provenance_lines(path: Path) -> tuple[str, ...]:
     entries = read_json(path) if path.is_file() else None
     if not isinstance(entries, dict):
         return ()
-    source, direction = entries.get("source") or {}, entries.get("direction") or {}
+    source, direction = (
+        found if isinstance(found := entries.get(name), dict) else {} for name in ("source", "direction")
+    )
     model = str(source.get("model") or "")
     lines = {
         "edited with ollama-forge": entries.get("version"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.errors import ForgeError
-from ollama_forge.files import read_json
+from ollama_forge.files import is_inside, read_json
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class SentenceModules:
             return cls() if _is_encoder(checkpoint.config) else None
         poolings: tuple[str, ...] = ("mean",)
         dense, pools_prompt = [], True
-        for module in read_json(folder / "modules.json"):
+        for module in _modules(folder):
             kind, place = str(module["type"]).rpartition(".")[2], folder / str(module.get("path") or "")
             match kind:
                 case "Pooling":
@@ -98,7 +98,18 @@ class SentenceModules:
         return text.lower() if self.lower_case else text
 
 
+_AGAIN = "download the model again"
 _HINT = "serve it with sentence-transformers, or choose a model with Pooling, Dense and Normalize alone"
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    """The entries of ``modules.json``, whose paths stay in the folder."""
+    found = read_json(folder / "modules.json")
+    modules: list[Any] = found if isinstance(found, list) else [None]
+    for module in modules:
+        if not isinstance(module, dict) or "type" not in module or not is_inside(str(module.get("path") or ".") + "/x"):
+            raise ForgeError(f"{folder / 'modules.json'} does not list modules of this model", _AGAIN)
+    return modules
 
 
 def _is_encoder(config: dict[str, Any]) -> bool:
@@ -137,5 +148,5 @@ def _default_prompt(folder: Path) -> str:
 def _json_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ForgeError(f"{path} is not a JSON object", "download the model again")
+        raise ForgeError(f"{path} is not a JSON object", _AGAIN)
     return content

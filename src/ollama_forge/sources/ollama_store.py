@@ -120,7 +120,7 @@ def find_model(name: str) -> StoredModel:
         try:
             path = manifest_path(store, wanted)
             if path is not None:
-                return _read(_Layers(store, path, OllamaName(*path.parts[-4:]).shown))
+                return _read_manifest(store, path)
         except PermissionError:
             unreadable = unreadable or store
     if unreadable is not None:
@@ -137,6 +137,14 @@ def _require_this_machine() -> None:
             f"OLLAMA_HOST is {url}, and the models of an Ollama on another machine are not here",
             "work on that machine, or copy the model's GGUF file; set OLLAMA_MODELS if the store is on this one",
         )
+
+
+def _read_manifest(store: Path, path: Path) -> StoredModel:
+    name = OllamaName(*path.parts[-4:]).shown
+    try:
+        return _read(_Layers(store, path, name))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ForgeError(f"the manifest of {name} is damaged", f"ollama pull {name}") from None
 
 
 class _Layers:
@@ -167,7 +175,7 @@ class _Layers:
     def json(self, path: Path, kind: type = dict) -> Any:
         try:
             found = json.loads(path.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, kind):
             raise ForgeError(f"{path}, which describes {self.name}, is damaged", f"ollama pull {self.name}")

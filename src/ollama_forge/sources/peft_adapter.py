@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,14 +147,17 @@ def _addition(adapter: str, config: Mapping[str, Any], module: str, held: Mappin
     if first.ndim != 2 or second.ndim != 2 or second.shape[1] != first.shape[0]:
         raise ForgeError(f"the adapter {adapter} changes {module}, which is no matrix", _MERGE_HINT)
     rank = len(first)
-    alpha = float(_of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", _ALPHA)))
+    alpha = _of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", _ALPHA))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or not rank:
+        raise ForgeError(f"the adapter {adapter} has no number as the scale of {module}", "save the adapter again")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return Addition(first.T, second, scale) if embedding else Addition(second, first.T, scale)
 
 
 def _of_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's path ends with, as in PEFT."""
-    for pattern, value in (config.get(key) or {}).items():
+    patterns = config.get(key)
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

@@ -26,7 +26,7 @@ class PortableCheckpoint:
         return cls(replace(checkpoint), checkpoint.fingerprint)
 
     def here(self) -> Checkpoint:
-        """The checkpoint on this machine: at its path if that exists, else a model of the Hub from the Hub.
+        """The checkpoint on this machine: at its path if that exists, else fetched from the Hub or its object store.
 
         Raises:
             ForgeError: this machine has no such file or folder, or another model there.
@@ -34,7 +34,7 @@ class PortableCheckpoint:
         there = self.checkpoint
         if there.location.exists():
             found = replace(there)
-        elif there.kind == "hub":
+        elif there.kind in ("hub", "store"):
             found = resolve(there.label, there.revision, trust_remote_code=True)  # loading it asks again
         else:
             raise ForgeError(

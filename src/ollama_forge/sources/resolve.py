@@ -14,6 +14,7 @@ from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
 from ollama_forge.checkpoints.hub import card_base_model, download
 from ollama_forge.checkpoints.hub_gguf import fetch_gguf, gguf_reference
 from ollama_forge.checkpoints.hub_headers import HubCheckpoint, fetch_companions, hub_checkpoint
+from ollama_forge.checkpoints.object_store import fetch_file, fetch_model, is_store_address
 from ollama_forge.checkpoints.pickled import convert_pickled
 from ollama_forge.checkpoints.quantised import quantised_error
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, PICKLED_NAME, no_weights_error, weights_entry
@@ -35,8 +36,9 @@ def resolve(
     Downloads and converted ``.bin`` files are cached.
 
     Args:
-        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, or a
-            GGUF file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``).
+        model: ``demo``, ``demo-base``, a ``.gguf`` file, ``ollama:`` and a name in Ollama, a folder, a Hub id, a GGUF
+            file on the Hub (``owner/repo:FILE.gguf``, ``owner/repo:TYPE``, ``hf.co/owner/repo:TYPE``), or the address
+            of a folder or a GGUF file in an object store (``s3://bucket/folder``).
         revision: branch, tag or commit of a repository on the Hub.
         trust_remote_code: accept a model that needs its own Python code.
         adapter: folder or Hub id of a PEFT adapter to merge into the model first.
@@ -51,8 +53,9 @@ def resolve(
             fetched = download(model, revision, trust_remote_code=trust_remote_code)
         checkpoint = replace(_folder_checkpoint(fetched.folder, model), kind="hub", revision=fetched.commit)
         require_editable(checkpoint, fetched.base_model)
-    elif checkpoint.kind in ("folder", "pickled"):
-        require_editable(checkpoint, card_base_model(Path(model).expanduser()))
+    elif checkpoint.kind in ("folder", "pickled", "store"):
+        folder = checkpoint.folder if checkpoint.kind == "store" else Path(model).expanduser()
+        require_editable(checkpoint, card_base_model(folder))
     if trust_remote_code:
         _say_own_code(checkpoint)
     return checkpoint if adapter is None else with_adapter(checkpoint, adapter, trust_remote_code=trust_remote_code)
@@ -106,6 +109,11 @@ def resolve_gguf(model: str, revision: str | None, base: Checkpoint) -> GgufChec
 
 def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     """The checkpoint of ``model``; None for a Hub id."""
+    forms = "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
+    if not model.strip():
+        raise UsageError("the name of the model is empty", forms)
+    if is_store_address(model):
+        return _store_checkpoint(model, revision)
     try:
         path = Path(model).expanduser()
         path.is_file()
@@ -127,9 +135,17 @@ def _local_checkpoint(model: str, revision: str | None) -> Checkpoint | None:
     if reference is not None:
         return gguf_checkpoint(fetch_gguf(reference, revision), model)
     if model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
-        forms = "give a Hub id, a model folder, a .gguf file, ollama:NAME, demo or demo-base"
         raise ForgeError(f"{model} does not exist", _alike(model) or forms)
     return None
+
+
+def _store_checkpoint(address: str, revision: str | None) -> Checkpoint:
+    if revision is not None:
+        raise UsageError(f"--revision has no meaning for {address}", "leave it out: it is for a Hub id")
+    if address.endswith(".gguf"):
+        return gguf_checkpoint(fetch_file(address), address)
+    found = _folder_checkpoint(fetch_model(address), address)
+    return replace(found, kind="store") if found.kind == "folder" else found
 
 
 @contextmanager

@@ -13,6 +13,13 @@ from ollama_forge.text.template import SWITCHES, Template
 from ollama_forge.text.thinking import ThinkingSplit
 
 
+class Moment(StrEnum):
+    """The token before which a prompt ends."""
+
+    ANSWER = "answer"  # the first one of the answer
+    THOUGHT = "thought"  # the first one of the thought
+
+
 class Thought(StrEnum):
     """How prompts deal with the thought before an answer; the value is the note that the program prints."""
 
@@ -61,6 +68,13 @@ def closing_text(split: ThinkingSplit, prompt: str) -> str:
     if end.endswith(split.opening):
         return ("\n" if prompt.endswith("\n") else "\n\n") + f"{split.closing}\n\n"
     return f"{split.opening}\n\n{split.closing}\n\n"
+
+
+def opening_text(split: ThinkingSplit, prompt: str) -> str:
+    """The text that opens a thought at the end of a rendered prompt that closes none; "" if it is open."""
+    if prompt.rstrip().endswith(split.opening):
+        return ""
+    return split.opening if split.channels else f"{split.opening}\n"
 
 
 def cutting_text(split: ThinkingSplit) -> str:

@@ -1,33 +1,23 @@
-"""Chat templates: the features that one supports (tools, thinking, effort levels), and rendering with a time limit."""
+"""Chat templates: the features that one supports (tools, thinking, effort levels), and rendering."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from ollama_forge.errors import ForgeError, first_line
+from ollama_forge.errors import first_line
+from ollama_forge.text.template_process import PROCESS, TemplateError, refused
+from ollama_forge.text.template_renderer import TemplateRenderer
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of
 
-T = TypeVar("T")
-RENDER_SECONDS = 10.0
 SWITCHES = ("enable_thinking", "thinking")  # boolean arguments of templates
 _LEVELS = ("low", "medium", "high")
 _PROBE = "Seven green birds sing."
 _PARTS_ONLY: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # tokenizer -> template -> parts only
-
-
-class TemplateError(ForgeError):
-    """A chat template refuses a conversation, or takes too long to render it."""
-
-
-class _OutOfTime(SystemExit):
-    """Interrupts a slow rendering. Jinja does not catch ``SystemExit``, and it ends a thread silently."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +29,11 @@ class Template:
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names of the arguments that the template reads."""
-        import jinja2
-        from jinja2 import meta
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-        source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", self.text)
+        if not self.text:
+            return frozenset()
         try:
-            return frozenset(meta.find_undeclared_variables(environment.parse(source)))
-        except jinja2.TemplateError:
+            return frozenset(PROCESS.ask("variables", template=self.text)["names"])
+        except TemplateError:
             return frozenset(re.findall(r"\w+", self.text))
 
     @cached_property
@@ -78,37 +64,6 @@ class Template:
         return arguments
 
 
-def within_time(render: Callable[[], T], seconds: float) -> T:
-    """Call ``render`` in a thread of its own, and interrupt it after ``seconds``.
-
-    A compiled template is Python bytecode, so an exception set on its thread ends any loop. A limit on ``range`` would
-    not stop nested loops.
-
-    Raises:
-        TemplateError: ``render`` took too long.
-    """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(render())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="template")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTime))
-        thread.join(1.0)
-    if outcome:
-        return outcome[0]
-    if not failure or isinstance(failure[0], _OutOfTime):
-        raise TemplateError("the chat template takes too long on these messages")
-    raise failure[0]
-
-
 def render_template(
     backend: Any,
     template: str,
@@ -123,13 +78,13 @@ def render_template(
     A template that takes contents only as lists of parts gets text contents as lists.
 
     Args:
-        backend: the transformers tokenizer.
+        backend: the transformers tokenizer, or a ``TemplateRenderer``.
         tools: tools in OpenAI's format.
         continued: end with the last message, so that the answer continues it.
         arguments: further arguments of the template.
 
     Raises:
-        TemplateError: the template refuses the messages, or takes too long.
+        TemplateError: the template refuses the messages, or takes too much time or memory, or makes too long a text.
     """
     options = {"tools": list(tools) or None, "add_generation_prompt": not continued, **arguments}
     turns = [_as_parts(message) for message in messages] if _takes_parts_only(backend, template) else list(messages)
@@ -137,18 +92,29 @@ def render_template(
 
 
 def _apply(backend: Any, template: str, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-    import jinja2
+    if not turns:
+        raise TemplateError("there is no message that the chat template could render")
+    if _has_own_code(backend):
+        return _by_own_code(backend, template, turns, options)
+    present = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    request = {"template": template, "turns": present, "options": dict(options)}
+    return str(PROCESS.ask("render", **request, special_tokens=backend.special_tokens_map)["text"])
 
-    def call() -> str:
-        text: str = backend.apply_chat_template(turns, chat_template=template, tokenize=False, **options)
-        return text
 
+def _has_own_code(backend: Any) -> bool:
+    """Whether a tokenizer renders by Python code of its own, which runs only where the user trusts it."""
+    if isinstance(backend, TemplateRenderer):
+        return False
+    from transformers import PreTrainedTokenizerBase
+
+    return getattr(type(backend), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _by_own_code(backend: Any, template: str, turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     try:
-        return within_time(call, RENDER_SECONDS)
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-        raise TemplateError(
-            f"the chat template refuses these messages: {first_line(error)}", "check --system and --template-kwargs"
-        ) from error
+        return str(backend.apply_chat_template(turns, chat_template=template, tokenize=False, **options))
+    except Exception as error:
+        raise refused(first_line(error), type(error).__name__) from error
 
 
 def _takes_parts_only(backend: Any, template: str) -> bool:
@@ -163,7 +129,9 @@ def _takes_parts_only(backend: Any, template: str) -> bool:
 def _shows(backend: Any, template: str, message: Mapping[str, Any]) -> bool:
     try:
         return _PROBE in _apply(backend, template, [message], {"add_generation_prompt": True})
-    except TemplateError:
+    except TemplateError as error:
+        if not error.raised:  # it takes too much time or memory, whatever the messages are
+            raise
         return False
 
 

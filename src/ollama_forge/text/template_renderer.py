@@ -1,9 +1,8 @@
-"""Render chat templates without a tokenizer, for a GGUF file of which only the template is needed."""
+"""What rendering a chat template takes of a tokenizer, for a GGUF file of which only the template is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 
 class TemplateRenderer:
@@ -14,15 +13,4 @@ class TemplateRenderer:
     """
 
     def __init__(self, special_tokens: Mapping[str, str]) -> None:
-        self.special_tokens = dict(special_tokens)
-
-    def apply_chat_template(
-        self, turns: Sequence[Mapping[str, Any]], *, chat_template: str, tokenize: bool, **options: Any
-    ) -> str:
-        """Render as transformers' tokenizers do; ``tokenize`` must be false."""
-        from transformers.utils import chat_template_utils
-
-        assert not tokenize
-        render: Any = chat_template_utils.render_jinja_template
-        rendered, _ = render([turns], chat_template=chat_template, **self.special_tokens, **options)
-        return str(rendered[0])
+        self.special_tokens_map = dict(special_tokens)

@@ -13,8 +13,9 @@ from ollama_forge.errors import ForgeError, first_line
 from ollama_forge.files import read_json
 from ollama_forge.prompts.conversation import Prompt, messages_of
 from ollama_forge.quiet import quiet_transformers
-from ollama_forge.text.closed_thought import Thought, closing_text, thought_of
-from ollama_forge.text.template import Template, TemplateError, render_template
+from ollama_forge.text.closed_thought import Moment, Thought, closing_text, opening_text, thought_of
+from ollama_forge.text.template import Template, render_template
+from ollama_forge.text.template_process import TemplateError
 from ollama_forge.text.thinking import ThinkingSplit, thinking_of_vocabulary
 
 _EXCERPT = 60  # characters of an instruction in a message
@@ -146,20 +147,35 @@ class Tokenizer:
         Raises:
             ForgeError: the template leaves the instruction out, or the model cannot take the prompt.
         """
-        return self._fitting_ids(prompt, closed=not self.thought.must_run)
+        closed = not self.thought.must_run
+        return self._fitting_ids(prompt, self._prompt_text(messages_of(prompt), closed=closed))
 
     def closed_ids(self, prompt: Prompt) -> Ids:
         """Encode the prompt with its thought always closed, so that the first token of the answer comes next."""
-        return self._fitting_ids(prompt, closed=True)
+        return self._fitting_ids(prompt, self._prompt_text(messages_of(prompt), closed=True))
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """The moments at which a prompt can end; there is one of a thought if the model thinks."""
+        split, turn = self.thinking, [{"role": "user", "content": "Hello."}]
+        if split is None or self.thought is Thought.NONE:
+            return (Moment.ANSWER,)
+        never = self.render(turn, **self.template.thinking_arguments(True)).rstrip().endswith(split.closing)
+        return (Moment.ANSWER,) if never else (Moment.ANSWER, Moment.THOUGHT)
+
+    def thought_ids(self, prompt: Prompt) -> Ids:
+        """Encode the prompt with a thought that has just been opened, so that its first token comes next."""
+        assert self.thinking is not None
+        text = self._rendered(messages_of(prompt), think=True)
+        return self._fitting_ids(prompt, text + opening_text(self.thinking, text))
 
     def length(self, prompt: Prompt) -> int:
         """Number of tokens of a prompt, whose thought is closed."""
         return len(self.encode(self._prompt_text(messages_of(prompt), closed=True)))
 
-    def _fitting_ids(self, prompt: Prompt, *, closed: bool) -> Ids:
-        messages = messages_of(prompt)
-        instruction = messages[-1]["content"]
-        text = self._prompt_text(messages, closed=closed)
+    def _fitting_ids(self, prompt: Prompt, text: str) -> Ids:
+        """Encode a rendered prompt that the model can take."""
+        instruction = messages_of(prompt)[-1]["content"]
         start = repr(instruction[:_EXCERPT] + ("…" if len(instruction) > _EXCERPT else ""))
         if "".join(instruction.split()) not in "".join(text.split()):
             raise TemplateError(
@@ -183,12 +199,15 @@ class Tokenizer:
         return ids
 
     def _prompt_text(self, messages: Sequence[Mapping[str, str]], *, closed: bool) -> str:
-        if messages[0]["role"] == "system" and not self._takes_system:
-            messages = _without_system(messages)
-        text = self.render(messages, **self.template.thinking_arguments(False))
+        text = self._rendered(messages, think=False)
         if self.thinking is None or not closed or self.thought in (Thought.NONE, Thought.SWITCHED_OFF):
             return text
         return text + closing_text(self.thinking, text)
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], *, think: bool) -> str:
+        if messages[0]["role"] == "system" and not self._takes_system:
+            messages = _without_system(messages)
+        return self.render(messages, **self.template.thinking_arguments(think))
 
     @cached_property
     def _takes_system(self) -> bool:

@@ -21,7 +21,7 @@ from ollama_forge.export.adapters.changes import low_rank_changes
 from ollama_forge.export.adapters.gguf import gguf_factors, write_gguf_adapter
 from ollama_forge.files import read_json, sha256_json, write_json
 from ollama_forge.models.chat_model import ChatModel, LoadSettings
-from ollama_forge.models.device import memory_available, pick_device, pick_dtype
+from ollama_forge.models.device import devices_for, memory_available, pick_device, pick_dtype
 from ollama_forge.models.gguf_model import TOKENIZING_CONTEXT, llama_server, llamacpp_is_installed
 from ollama_forge.models.servers.token_server import RemoteModel
 from ollama_forge.models.servers.vllm_process import VllmSettings, vllm_server
@@ -29,13 +29,12 @@ from ollama_forge.names import gguf_files
 from ollama_forge.progress import status
 from ollama_forge.serving.engine.base import Engine, EngineSettings
 from ollama_forge.sources.gguf import gguf_checkpoint_of
-from ollama_forge.system import cache_root, usable_cores, versions
+from ollama_forge.system import cache_root, usable_threads, versions
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 if TYPE_CHECKING:
     from ollama_forge.serving.engine.llamacpp import LlamaCppEngine
 
-ENGINES = ("auto", "transformers", "llamacpp", "vllm")
 LEAST_AGREEMENT = 0.95
 _TOKENS = 32  # of each answer that is compared
 _TIMED = 2  # answers whose time counts
@@ -200,8 +199,11 @@ def _obstacle(
         return "there is no GGUF file"
     if not llamacpp_is_installed():
         return "xllamacpp is not installed"
-    if pick_device(load.device).type != "cpu":
-        return f"it runs on {pick_device(load.device)}"
+    device = devices_for(load.device, load.device_map)[0]
+    if device.type != "cpu":
+        return f"it runs on {device}"
+    if load.bits is not None:
+        return f"it is loaded in {load.bits} bits"
     if "vision_config" in checkpoint.config:
         return "llama.cpp takes no images here"
     if edit is not None:
@@ -268,7 +270,7 @@ def _compared(checkpoint: Checkpoint, path: Path, load: LoadSettings) -> tuple[C
     run = checkpoint.folder.parent if not isinstance(checkpoint, GgufCheckpoint) else None
     kept = cache_root() / "engines" / f"{digest}.json" if run is None else run / "engine.json"
     packages = versions(("torch", "transformers", "xllamacpp"))
-    key = sha256_json([digest, checkpoint.fingerprint, packages, load.dtype, usable_cores()])
+    key = sha256_json([digest, checkpoint.fingerprint, packages, load.dtype, usable_threads()])
     found = _read(kept, key)
     if found is not None:
         return found, None

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ollama_forge.models.device import is_out_of_memory, planned_attention, upload
 from ollama_forge.serving.engine.device_use import DEVICE_USE
+from ollama_forge.serving.engine.host_reads import NoHostReads
 from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer, Layout
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.row_group import RowGroup
@@ -31,7 +31,6 @@ _LEAST_COLUMNS = 256
 _STEPS_BEFORE_CAPTURE = 3  # that buffers have had as many rows: captures cost some ten steps, and rows may come and go
 _STEPS_BEFORE_RETRY = 200  # after memory ran out, or another model was loaded meanwhile
 _WAIT_SECONDS = 0.1
-_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
@@ -40,39 +39,6 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 def power_of_two(count: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``count`` and ``least``."""
     return max(least, 1 << (count - 1).bit_length())
-
-
-class HostReadError(Exception):
-    """A model's forward pass makes the host wait for the device."""
-
-
-class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the block, an operation whose result the host has to wait for raises ``HostReadError``.
-
-    Found while a graph is captured, it would leave the process's CUDA state damaged.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device = device
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "overloadpacket", func).__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
-        )
-        if (name in _READS and args[0].device.type == self.device.type) or masks:
-            raise HostReadError(name)
-        with self:  # in inference mode, operations that consist of others come whole
-            result = func.decompose(*args, **(kwargs or {}))
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **(kwargs or {}))
-        if name in ("_to_copy", "copy_") and isinstance(result, Tensor):
-            source = args[1] if name == "copy_" else args[0]
-            if source.device != result.device:
-                raise HostReadError(name)
-        return result
 
 
 # -- buffers ----------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def _embed_padded(model: ChatModel, inputs: list[list[int]]) -> Vectors:
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in inputs], device=model.device)
     module: Any = model.module
     hidden = module.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
-    weights = mask.unsqueeze(-1).float()
+    weights = mask.unsqueeze(-1).to(hidden.device).float()
     mean = (hidden * weights).sum(1) / weights.sum(1)
     vectors: Vectors = nn.functional.normalize(mean, dim=-1).tolist()
     return vectors

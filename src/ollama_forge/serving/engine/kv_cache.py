@@ -100,7 +100,7 @@ class Layout:
         buffers = [buffer for layer in cache._own if layer is not None for buffer in (layer.keys, layer.values)]
         if not buffers or any(buffer is None for buffer in buffers):
             return None
-        kinds = {(buffer.shape[1], buffer.shape[3], buffer.dtype) for buffer in buffers if buffer is not None}
+        kinds = {(b.shape[1], b.shape[3], b.dtype, b.device) for b in buffers if b is not None}
         first = buffers[0]
         assert first is not None
         if len(kinds) > 1:

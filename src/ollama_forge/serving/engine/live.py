@@ -58,7 +58,10 @@ class LiveEdit:
         modules = module_changes(linear, model.model_map)
         for path, change in modules.items():
             module = model.module.get_submodule(path)
-            hook = _embedding_hook(self, module, change) if change.embedding else _LinearHook(self, change)
+            device = model.device_of(module)
+            hook = (
+                _embedding_hook(self, module, change, device) if change.embedding else _LinearHook(self, change, device)
+            )
             module.register_forward_hook(hook)
         hooked = {path for path, change in modules.items() if not change.embedding}
         _check_rows(model, hooked | _add_expert_hooks(self, model, record, stacked))
@@ -109,7 +112,7 @@ class LiveEdit:
         if isinstance(self._strengths, float):
             return values if self._strengths == 1.0 else values * self._strengths
         by_row = values.reshape(len(self._strengths), -1, values.shape[-1])
-        return (by_row * self._strengths.view(-1, 1, 1)).view(values.shape)
+        return (by_row * self._strengths.to(values.device).view(-1, 1, 1)).view(values.shape)
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
@@ -118,10 +121,10 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 class _LinearHook:
     """Adds the change of a module that computes ``W x + b``."""
 
-    def __init__(self, live: LiveEdit, change: ModuleChange) -> None:
+    def __init__(self, live: LiveEdit, change: ModuleChange, device: torch.device) -> None:
         self.live = live
-        self.left, self.right = change.left.T.contiguous().to(live.device), change.right.to(live.device)
-        self.bias = None if change.bias is None else change.bias.to(live.device)
+        self.left, self.right = change.left.T.contiguous().to(device), change.right.to(device)
+        self.bias = None if change.bias is None else change.bias.to(device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.live.off:
@@ -133,12 +136,12 @@ class _LinearHook:
 
 
 @torch.inference_mode()
-def _embedding_hook(live: LiveEdit, module: nn.Module, change: ModuleChange) -> Hook:
+def _embedding_hook(live: LiveEdit, module: nn.Module, change: ModuleChange, device: torch.device) -> Hook:
     """A hook that adds the change of looked-up rows, times the constant that the module multiplies its rows by."""
-    first = torch.zeros(1, 1, dtype=torch.long, device=live.device)
+    first = torch.zeros(1, 1, dtype=torch.long, device=device)
     row = module.weight[0].float()  # type: ignore[index]
     scale = float(module(first).float().flatten() @ row / (row @ row))
-    left, right = change.left.to(live.device), (change.right.T * scale).contiguous().to(live.device)
+    left, right = change.left.to(device), (change.right.T * scale).contiguous().to(device)
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if live.off:
@@ -170,8 +173,8 @@ def _add_expert_hooks(
             raise _not_by_row(side[0].edit.matrix.tensor)
         rule = side[0].edit.rule
         assert isinstance(rule, RemoveFromOutput | RemoveFromInput)
-        project = _projector(live, rule.basis.to(model.device), side[0].edit.strength)
         module = model.module.get_submodule(path)
+        project = _projector(live, rule.basis.to(model.device_of(module)), side[0].edit.strength)
         if writes:
             module.register_forward_hook(lambda _, args, output, project=project: project(output))
         else:

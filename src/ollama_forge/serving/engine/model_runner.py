@@ -95,7 +95,8 @@ class StateSupport:
         batches: decode several sequences together.
         splits: prefill a prompt in chunks.
         reuses: continue it with the rest of a later prompt that begins with the same tokens.
-        graphs: replay decode steps as CUDA graphs; None: not tried, as the device has none or rows do not batch.
+        graphs: replay decode steps as CUDA graphs; None: not tried, as the device has none, rows do not batch, or the
+            layers are on several devices.
     """
 
     caches: bool = True

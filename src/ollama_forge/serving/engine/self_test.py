@@ -139,7 +139,7 @@ class SelfTest:
 
     def _replays(self) -> bool | None:
         """Whether the same holds where decode steps are replayed as graphs; None: there are none."""
-        if self.forward.device.type != "cuda" and self.capture is None:
+        if (self.forward.device.type != "cuda" and self.capture is None) or len(self.forward.model.devices) > 1:
             return None
         assert self.has_kv is not None
         graphs = StepGraphs(self.forward, self.has_kv, 1 << 40, capture=self.capture, patience=0, wait=_WAIT_SECONDS)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.device import memory_available
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
@@ -88,7 +87,7 @@ class TransformersEngine:
         self._forward = Forward(model, live)
         self._grammars = GrammarCompiler(model.tokenizer.backend, self._vocabulary, list(model.tokenizer.end_ids))
         self._grammar_lock = threading.Lock()
-        free = memory_available(model.device) or _MEMORY_IF_UNKNOWN
+        free = model.memory_available or _MEMORY_IF_UNKNOWN
         with DEVICE_USE.shared():
             runner, self.support = self._runner(slots, free)
         self._scheduler = Scheduler(runner, self._deliver)

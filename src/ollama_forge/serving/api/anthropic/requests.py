@@ -24,7 +24,7 @@ from ollama_forge.serving.api.fields import (
     stop_strings,
     with_tool_names,
 )
-from ollama_forge.serving.api.openai.requests import CONTENT_SCHEMA
+from ollama_forge.serving.api.openai.messages import CONTENT_SCHEMA
 from ollama_forge.serving.api.tool_choice import ToolChoice, anthropic_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 

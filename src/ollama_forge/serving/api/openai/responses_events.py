@@ -199,6 +199,7 @@ class StreamEvent(ResponseModel):
     part: OutputText | None = omit_none()
     delta: str | None = omit_none()
     text: str | None = omit_none()
+    name: str | None = omit_none()
     arguments: str | None = omit_none()
     input: str | None = omit_none()
     logprobs: list[Any] | None = omit_none()
@@ -269,13 +270,14 @@ class ResponseWriter:
         item = output_call(call, self._tools)
         self._start(item.type, item.id)
         if isinstance(item, OutputCustomToolCall):
-            kind, field, text = "custom_tool_call_input", "input", item.input
+            kind, field, text, named = "custom_tool_call_input", "input", item.input, {}
         else:
             kind, field, text = "function_call_arguments", "arguments", item.arguments
+            named = {"name": item.name}  # OpenAI's client requires it from some version 2 on, to version 3
         begun = item.model_copy(update={"status": "in_progress", field: ""})
         yield self._event("response.output_item.added", **self._place(), item=begun)
         yield self._event(f"response.{kind}.delta", **self._of_item(), delta=text)
-        yield self._event(f"response.{kind}.done", **self._of_item(), **{field: text})
+        yield self._event(f"response.{kind}.done", **self._of_item(), **{field: text}, **named)
         yield from self._end(item)
 
     def _start(self, kind: str, id_: str) -> None:
