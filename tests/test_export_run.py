@@ -134,6 +134,23 @@ def test_the_last_lines_name_every_output(done: tuple[RunSettings, Report], caps
     assert "abliterate chat --checkpoint" in out.splitlines()[-1]
 
 
+def test_the_last_lines_say_what_exceeds_the_limits(
+    done: tuple[RunSettings, Report], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report = done
+    damage = report.rows["edited"].damage
+    assert damage.answer_kl is not None
+    assert damage.first_token_kl is not None
+    for limits, said in (
+        (Limits(damage.answer_kl.value / 2, damage.first_token_kl.value * 2), ("answer",)),
+        (Limits(damage.answer_kl.value * 2, damage.first_token_kl.value / 2), ("first-token",)),
+        (Limits(damage.answer_kl.value / 2, damage.first_token_kl.value / 2), ("answer", "first-token")),
+    ):
+        closing_lines(report, climbed=False, limits=limits)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "answers to ordinary prompts change" in line]
+        assert [line.split(" KL is ")[0].removeprefix("the ") for line in lines] == list(said)
+
+
 def test_a_failure_keeps_all_that_is_done_and_the_run_goes_on_from_there(
     done: tuple[RunSettings, Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

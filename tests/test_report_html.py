@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -175,13 +176,25 @@ def top(**changes: Any) -> str:
     return re.sub(r"<[^>]+>", "", page[page.index("<header>") : page.index("</header>")])
 
 
+def test_trials_that_strengthen_show_harmless_refusals_too() -> None:
+    assert "harmless refused" not in render(made_report.made().to_json())
+    found = made_report.choice()
+    settings = replace(found.settings, strength=-2.0)
+    trials = [replace(trial, harmless=made_report.classes(64, 0.02)) for trial in found.trials]
+    page = render(made_report.made(choice=replace(found, settings=settings, trials=tuple(trials))).to_json())
+    assert page.count('data-from="/choice/trials/0/harmless/refusal"') == 1
+    assert "harmless refused" in page
+    assert "the further up, the more is refused" in page
+
+
 def test_the_headline_says_what_the_edit_did() -> None:
     rows = made_report.made().rows
     assert "makes the model refuse less" in top()
     assert "random direction leaves refusals as they are" in top()
-    assert "Nothing was found" in top(choice=made_report.choice(found=False))
+    short = top(choice=made_report.choice(found=False))
+    assert "Nothing was found that removes this model\u2019s refusals far enough" in short
     same = {**rows, "edited": rows["random direction"]}
-    assert "Nothing was found that removes" in top(rows=same)
+    assert "Nothing was found that removes this model\u2019s refusals by more than chance" in top(rows=same)
     swapped = {**rows, "base": rows["edited"], "edited": rows["base"]}
     assert "the opposite of what it is for" in top(rows=swapped)
     assert "a part of the effect" in top(rows={**rows, "random direction": rows["edited"]})

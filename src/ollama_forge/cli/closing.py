@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ollama_forge.evaluation.measure import Measurement
+from ollama_forge.evaluation.measure import Damage, Measurement
 from ollama_forge.files import human_size
 from ollama_forge.pipeline.report import Report
 from ollama_forge.search.rule import Limits
@@ -39,10 +39,9 @@ def closing_lines(report: Report, *, climbed: bool, limits: Limits) -> None:
         for line in _strengthened(base, final):
             console.print(line)
     elif final is not None and final.harmful.refusal_rate.value > _FEW and not climbed:
-        console.print("refusals remain; try --skip-begin-layers 0 --skip-end-layers 0, or leave out --no-escalate")
-    divergence = None if final is None else final.damage.answer_kl
-    if divergence is not None and divergence.value > limits.answer_kl:
-        console.print(f"the answer KL is above {limits.answer_kl:g}: answers to ordinary prompts change too")
+        console.print("refusals remain; without --no-escalate, --pick and options of an edit, run tries several edits")
+    for line in [] if final is None else _beyond(final.damage, limits):
+        console.print(line)
     if report.checks is not None and report.verified:
         console.print(f"verified: {len(report.checks)} checks of the written weights passed")
     for line in report.certificate_lines():
@@ -76,6 +75,17 @@ def print_tables(console: Console, tables: Mapping[str, Sequence[tuple[str, ...]
         for row in rows:
             table.add_row(*row)
         console.print(table)
+
+
+def _beyond(damage: Damage, limits: Limits) -> list[str]:
+    """What exceeds the limits of damage, which an edit of the options may."""
+    found = {"answer KL": (damage.answer_kl, limits.answer_kl)}
+    found["first-token KL"] = damage.first_token_kl, limits.first_token_kl
+    return [
+        f"the {name} is {measured.value:.3f}, above {limit:g}: answers to ordinary prompts change too"
+        for name, (measured, limit) in found.items()
+        if measured is not None and measured.value > limit
+    ]
 
 
 def _strengthened(base: Measurement, final: Measurement) -> list[str]:

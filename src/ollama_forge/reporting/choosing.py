@@ -68,12 +68,15 @@ def _trials(choice: Entry) -> Html | None:
     if not choice["trials"]:
         return None
 
+    bounded = any(trial["harmless"]["total"].value for trial in choice["trials"])
+
     def cells(trial: Entry) -> list[Child]:
         chosen = tag("em", " (chosen)") if trial["name"].value == choice["name"].value else None
-        harmful = trial["harmful"]
+        harmful, harmless = trial["harmful"], trial["harmless"]
         return [
             (words(trial["name"]), chosen),
             refused(harmful),
+            *([refused(harmless)] if bounded else []),
             count(harmful["deflection"]),
             count(harmful["degenerate"]),
             decimal(trial["answer_kl"]),
@@ -81,7 +84,8 @@ def _trials(choice: Entry) -> Html | None:
             words(trial["ended_early"]) if trial["ended_early"] else "no",
         ]
 
-    header = ("edit", "refused", "deflected", "degenerate", "answer KL", "first-token KL", "ended early")
+    counted = ("refused", *(["harmless refused"] if bounded else []), "deflected", "degenerate")
+    header = ("edit", *counted, "answer KL", "first-token KL", "ended early")
     lines = [cells(trial) for trial in choice["trials"]]
     return table("Edits tried on select prompts, at most 64 tokens an answer", header, lines)
 
@@ -120,7 +124,8 @@ def _front(report: Entry) -> Html | None:
             )  # fmt: skip
     return figure(
         "Refusals against damage",
-        "Each edit tried as a point: the further left, the less damage; the further down, the fewer refusals are left.",
+        "Each edit tried as a point: the further left, the less damage; "
+        + ("the further up, the more is refused." if strengthens else "the further down, the fewer refusals are left."),
         drawn,
         y.start + 42,
         figures=_points_table("Refusals against damage", trials, choice),

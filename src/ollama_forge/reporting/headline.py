@@ -60,9 +60,11 @@ def _strengthens(report: Entry) -> bool:
 def _effect(report: Entry, base: Row, edited: Row) -> Child:
     change = compare_refusals(edited, base)
     strengthens = _strengthens(report)
-    if change == 0 or report["choice"]["found"].value is False:
-        goal = "strengthens" if strengthens else "removes"
+    goal = "strengthens" if strengthens else "removes"
+    if change == 0:
         return f"Nothing was found that {goal} this model\u2019s refusals by more than chance explains."
+    if report["choice"]["found"].value is False:
+        return f"Nothing was found that {goal} this model\u2019s refusals far enough within the limits of damage."
     if (change > 0) is not strengthens:
         return "The edit does the opposite of what it is for: refusals went the other way."
     return "The edit makes the model refuse more." if strengthens else "The edit makes the model refuse less."

@@ -88,8 +88,8 @@ class Choice(Candidate):
         base: classes of the base model's answers to the select prompts.
         trials: the trials in order; empty if no candidate was tried.
         probes: the probes of layers; empty if no candidate was tried.
-        found: False if candidates were tried and the chosen one does not change refusals significantly as it should, or
-            is not within the limits of damage.
+        found: False if candidates were tried and the chosen one does not change refusals as far as it should, or is not
+            within the limits of damage.
         compared: the edit that the ladder alone would choose, compared with this one; None if nothing else was tried,
             or if it is the same.
     """
@@ -204,8 +204,9 @@ def chosen(
             f"this one changes the model least, at an answer KL of {best.answer_kl:.3f}"
         )
     else:
-        found = rule.reaches_goal(best)
-        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, rule.goal)
+        shortfall = rule.shortfall(best)
+        found = not shortfall
+        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, shortfall)
     edit = best.name, best.direction, best.settings
     compared = None if ladder is None or best.edit == ladder.edit else rule.compare(best, ladder)
     return Choice(*edit, reason, base, tuple(trials), tuple(probes), found, compared)
@@ -219,11 +220,8 @@ def _reason(best: Trial, trials: Sequence[Trial], rule: Rule) -> str:
     return f"{compared}: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
 
 
-def _nothing_found(best: Trial, trials: Sequence[Trial], goal: Goal) -> str:
-    return (
-        f"nothing was found: the best of {len(trials)} edits {goal.change} refusals by no more than chance; "
-        f"with it {_left(best)}"
-    )
+def _nothing_found(best: Trial, trials: Sequence[Trial], shortfall: str) -> str:
+    return f"nothing was found: the best of {len(trials)} edits {shortfall}; with it {_left(best)}"
 
 
 def _left(trial: Trial) -> str:
