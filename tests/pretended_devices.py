@@ -68,6 +68,8 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         places = [place_of(each) for each in tensors if place_of(each) != CPU]
         place = wanted if wanted is not None else place_of(tensors[0]) if name in _COPIES else (places or [CPU])[0]
         own = tree_map(plain, tuple(args))
+        if name == "histc" and not own[0].is_floating_point():  # a GPU counts integers, too
+            own = (own[0].float(), *own[1:])
         result = func(*own, **tree_map(plain, kwargs))
         if own and result is own[0] and place == place_of(args[0]):  # moved to where it is
             return args[0]

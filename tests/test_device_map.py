@@ -73,7 +73,7 @@ def test_measures_as_on_one_device(family: str, tmp_path: Path) -> None:
     whole = ChatModel.load(source, SETTINGS, model_map)
     with pretended():
         model = split(whole, model_map.layers, DEVICES)
-        assert model.devices == DEVICES
+        assert set(model.devices) >= set(DEVICES)  # a buffer that no layer owns stays on the CPU
         assert model.device_of(model.layer(model_map.n_layers - 1)) == DEVICES[1]
         found = found_by(model, source)
     assert found.pop("answers") == expected.pop("answers")

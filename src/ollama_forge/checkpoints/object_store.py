@@ -142,7 +142,7 @@ class StoreFolder:
         except FileNotFoundError as error:
             raise ForgeError(f"{self.address} lacks {error_line(error)}", "list it with the store's own tool") from None
         except ImportError as error:  # fsspec names the package of the protocol
-            raise ForgeError(f"{self.address} cannot be reached: {error_line(error)}", "pip install it") from None
+            raise ForgeError(f"{self.address} cannot be reached: {error_line(error)}", "install that package") from None
         except Exception as error:  # each store's library has exceptions of its own
             raise ForgeError(f"{self.address} cannot be reached: {error_line(error)}", _HINT) from error
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ollama_forge.models.cpu_packing import packed_weights
 from ollama_forge.models.device import is_out_of_memory
-from ollama_forge.serving.engine.cuda_graphs import NoHostReads
+from ollama_forge.serving.engine.host_reads import NoHostReads
 from ollama_forge.serving.engine.kv_cache import KVCache
 from ollama_forge.serving.engine.model_runner import Forward
 
@@ -131,11 +131,12 @@ class RecordedStep:
         module = self.forward.model.module
         held = [*module.parameters(), *module.buffers(), *packed_weights(module)]
         state = list({id(tensor): tensor for tensor in held}.values())
+        arguments = (*inputs, state)
         with NoHostReads(ids.device):
-            self._step(*inputs, state)
+            self._step(*arguments)
         with warnings.catch_warnings():  # of decisions that depend on sizes, which are compared
             warnings.simplefilter("ignore")
-            run = torch.jit.trace(self._step, (*inputs, state), check_trace=False)
+            run: Any = torch.jit.trace(self._step, arguments, check_trace=False)  # type: ignore[no-untyped-call]
         for node in run.graph.findAllNodes("prim::Constant"):
             if node.hasAttribute("value") and node.kindOf("value") == "t" and node.t("value").numel() > 1:
                 raise ValueError("the model computes with a tensor that is neither a parameter nor a buffer")
