@@ -310,7 +310,7 @@ def test_experts_are_edited_once_and_put_back(
     ids = base.tokenizer.instructions_ids(tiny.lines(3))
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in base.module.named_parameters()}
     plain, wanted = first_log_probs(base, ids), first_log_probs(written, ids)
-    monkeypatch.setattr(hooks, "memory_available", lambda device: free)
+    monkeypatch.setattr(ChatModel, "memory_available", free)
     with counted_expert_edits(monkeypatch) as counts:
         with hooked(base, plan):
             at_first = counts["experts"]
