@@ -301,7 +301,7 @@ def test_fp8_edited_by_blocks_is_fp8_edited_whole(
     for name in whole.tensors.packed:
         before, after = (made.tensors.read_packed(name) for made in (whole, apart))
         assert torch.allclose(before.parts[1].float(), after.parts[1].float(), rtol=1e-5)
-        same = before.decode() == after.decode()
+        same = torch.isclose(before.decode(), after.decode(), rtol=1e-5, atol=0)  # a scale may be a bit apart
         assert same.float().mean() > 0.9, name  # sums in another order move a few values across a tie
 
 
