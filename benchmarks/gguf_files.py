@@ -54,7 +54,7 @@ from ollama_forge.models.loading import load_module
 from ollama_forge.sources.resolve import resolve
 def load(path):
     checkpoint = resolve(str(path))
-    return load_module(checkpoint, map_checkpoint(checkpoint), torch.device("cpu"), torch.bfloat16)
+    return load_module(checkpoint, map_checkpoint(checkpoint), (torch.device("cpu"),), torch.bfloat16)
 """
 THEIRS = """
 from transformers import AutoModelForCausalLM

@@ -123,7 +123,7 @@ MODELS: dict[str, Callable[[Path, torch.dtype], Checkpoint]] = {
 
 def load(folder: Path) -> nn.Module:
     checkpoint = Checkpoint(folder, folder.name, "folder")
-    return load_module(checkpoint, map_checkpoint(checkpoint), CPU, torch.float32).eval()
+    return load_module(checkpoint, map_checkpoint(checkpoint), (CPU,), torch.float32).eval()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "stacks"])
