@@ -61,8 +61,8 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
 
 def load(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.nn.Module:
     model_map = map_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
-    device, dtype = torch.device("cpu"), torch.float32
-    return load_module(checkpoint, model_map, device, dtype, trust_remote_code=trust_remote_code)
+    devices, dtype = (torch.device("cpu"),), torch.float32
+    return load_module(checkpoint, model_map, devices, dtype, trust_remote_code=trust_remote_code)
 
 
 def test_own_code_is_refused_and_the_option_is_named(odd: Checkpoint) -> None:
