@@ -20,7 +20,7 @@ from tests import made_report
 
 BARE = {"rows": {}, "checks": None, "noise_floor": None, "separation": None, "changes": (), "machine": None}
 # Figures of the page's own words: intervals, lengths of answers and the kept part of a distribution.
-OWN_FIGURES = {"95", "64", "128", "512", "8", "256"}
+OWN_FIGURES = {"95", "64", "128", "512", "4", "8", "256"}
 THIN = "\u202f"
 
 
