@@ -107,7 +107,7 @@ def test_the_users_own_file_is_read_unless_another_is_named(
 @pytest.mark.parametrize(
     ("values", "problem", "hint"),
     [
-        ({"devce": "cpu"}, "'devce' is not an option", "did you mean device?"),
+        ({"devce": "cpu"}, "'devce' is not an option", "did you mean device or device_map?"),
         ({"plan": {"port": 1}}, "'port' is not an option of plan", "ollama-forge config show lists all options"),
         ({"plann": {"device": "cpu"}}, "[plann] is not a command", "did you mean plan?"),
         ({"runs": {"rmm": {"yes": True}}}, "[runs.rmm] is not a command", "did you mean runs rm?"),

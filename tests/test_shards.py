@@ -257,7 +257,7 @@ class ThisProcess:
         state = setup()
         for piece in pieces:
             written = work(state, piece)
-            self.spoil(setup.folder, written)
+            self.spoil(setup.place, written)
             yield pickle.loads(pickle.dumps(written))
 
 
@@ -311,7 +311,7 @@ def test_links_on_a_cluster(
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [
-        (ThisProcess(lambda setup: replace(setup, folder=Path("/nowhere/edited"))), r"has no /nowhere/edited"),
+        (ThisProcess(lambda setup: replace(setup, place=Path("/nowhere/edited"))), r"has no /nowhere/edited"),
         (ThisProcess(lambda setup: replace(setup, source=replace(setup.source, fingerprint="0"))), "is another model"),
         (ThisProcess(spoil=lambda folder, written: next(folder.iterdir()).unlink()), "to another disk"),
     ],
