@@ -49,10 +49,12 @@ def stored(system: Any, folder: str) -> dict[str, bytes]:
 def test_a_model_is_fetched_once_and_again_if_it_changes(memory: Any, source: Path) -> None:
     memory.put(f"{source}/", "/bucket/my-model/", recursive=True)
     memory.pipe("/bucket/my-model/original/consolidated.00.pth", b"not needed")
+    memory.pipe("/bucket/my-model/..\\outside.json", b"of another folder, on Windows")
     found = resolve("memory://bucket/my-model")
     kept = contents(found.folder)
     assert {name: kept[name] for name in contents(source)} == contents(source)
     assert "original/consolidated.00.pth" not in kept
+    assert not [name for name in kept if "outside" in name]
     assert (found.kind, found.public_name, found.fingerprint) == ("store", "my-model", tiny_fingerprint(source))
 
     first = {path: path.stat().st_mtime_ns for path in found.folder.glob("*.safetensors")}

@@ -18,7 +18,7 @@ from ollama_forge.checkpoints.companions import CARD, PROVENANCE, is_companion
 from ollama_forge.checkpoints.tensors import INDEX_NAME, index_shards
 from ollama_forge.checkpoints.weights import PICKLED_INDEX_NAME, weights_entry
 from ollama_forge.errors import ForgeError, UsageError, error_line
-from ollama_forge.files import atomic_file, disk_errors, human_size, sha256_json
+from ollama_forge.files import atomic_file, disk_errors, human_size, is_inside, sha256_json
 from ollama_forge.progress import bar
 from ollama_forge.system import free_space
 
@@ -89,12 +89,6 @@ class StoreFolder:
                 return {}
         return {path[len(root) :].lstrip("/"): dict(info) for path, info in found.items() if path != root}
 
-    def exists(self, name: str) -> bool:
-        """Whether the folder has a file ``name``."""
-        system, root = self._found
-        with self._errors():
-            return bool(system.isfile(f"{root}/{name}"))
-
     def get(self, name: str, path: Path) -> None:
         """Copy a file of the folder to ``path``, which appears when it is whole."""
         system, root = self._found
@@ -160,6 +154,7 @@ def fetch_model(address: str) -> Path:
     listed = store.files()
     if not listed:
         raise ForgeError(f"{address} holds no files", "list it with the store's own tool")
+    listed = {name: info for name, info in listed.items() if is_inside(name)}
     top = [name for name in listed if "/" not in name]
     entry = weights_entry(top, address)
     versions = {name: [info.get("size"), *(str(info.get(key)) for key in _VERSIONS)] for name, info in listed.items()}

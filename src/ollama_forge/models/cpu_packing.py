@@ -41,7 +41,7 @@ def _traceable_product() -> Any:
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``input`` times a packed weight, plus a bias."""
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return _traceable_product()(input.contiguous(), weight, bias)  # type: ignore[no-any-return]
     return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")  # type: ignore[no-any-return]
 

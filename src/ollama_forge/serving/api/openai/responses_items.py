@@ -87,13 +87,16 @@ class ReasoningItem(RequestModel):
         return self.encrypted_content or "".join(part.text for part in self.summary)
 
 
-class FunctionCallItem(RequestModel):
-    """An earlier call of a function; the arguments are JSON text."""
-
+class _CallItem(RequestModel):
     type: str
     call_id: str = ""
     namespace: str = ""
     name: str = ""
+
+
+class FunctionCallItem(_CallItem):
+    """An earlier call of a function; the arguments are JSON text."""
+
     arguments: str = ""
 
     def tool_call(self, index: int) -> ToolCall:
@@ -101,13 +104,9 @@ class FunctionCallItem(RequestModel):
         return ToolCall(self.call_id, index, model_name(self.namespace, self.name), arguments)
 
 
-class CustomToolCallItem(RequestModel):
+class CustomToolCallItem(_CallItem):
     """An earlier call of a custom tool."""
 
-    type: str
-    call_id: str = ""
-    namespace: str = ""
-    name: str = ""
     input: str = ""
 
     def tool_call(self, index: int) -> ToolCall:
