@@ -115,7 +115,12 @@ def test_one_pass_over_groups_is_given_up_where_it_is_wrong(tmp_path: Path, monk
     def broken(self: BatchedRunner, ids: torch.Tensor, *_: Any) -> torch.Tensor:
         raise AttributeError("'tuple' object has no attribute 'to'")
 
-    for replaced in (wrong, broken):
+    in_one_pass = BatchedRunner._in_one_pass
+
+    def spoiling(self: BatchedRunner, ids: torch.Tensor, inputs: Any) -> torch.Tensor:
+        return in_one_pass(self, torch.full_like(ids, 7), inputs)  # it writes keys and values of other tokens
+
+    for replaced in (wrong, broken, spoiling):
         monkeypatch.setattr(BatchedRunner, "_in_one_pass", replaced)
         monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
         monkeypatch.setattr(batched_runner, "_WASTE_APART", 40)

@@ -16,6 +16,7 @@ from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.self_test import SelfTest, prefilled
 from ollama_forge.serving.engine.transformers import TransformersEngine
+from tests import test_engine_batching
 from tests.engines import by_generate, greedy, load, prompt, running, together
 
 
@@ -35,6 +36,19 @@ def test_recorded_steps_answer_as_generate(tmp_path: Path, family: str) -> None:
         assert not recorded_of(engine).failed
         assert together(engine, [greedy(ids, 24) for ids in prompts]) == expected
         assert together(engine, [greedy(prompts[0], 24)]) == expected[:1]
+        assert not recorded_of(engine).failed
+
+
+def test_a_window_that_begins_between_two_compared_sizes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_engine_batching, "WINDOW", 24)  # sizes are compared at each power of two
+    model = load(tmp_path, test_engine_batching.windowed("gemma3_text"))
+    with running(model) as engine:
+        for lengths in ((20,), (21, 19)):
+            prompts = [prompt(length, length) for length in lengths]
+            expected = [by_generate(model, ids, 24) for ids in prompts]
+            assert together(engine, [greedy(ids, 24) for ids in prompts]) == expected
         assert not recorded_of(engine).failed
 
 
