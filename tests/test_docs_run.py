@@ -83,7 +83,9 @@ def test_the_commands_of_the_readme_do_what_it_says(clone: Path) -> None:
     said = dict(re.findall(r"^    make (\w+) +# sets up \.venv, then:? (.+)$", readme, re.MULTILINE))
     assert set(said) == {"demo", "test"}
     for target, what in said.items():
-        done = subprocess.run(["make", "-n", target], cwd=clone, capture_output=True, text=True, check=True)
+        # under a make of its own (`make test`), one prints its folder first
+        order = ["make", "--no-print-directory", "-n", target]
+        done = subprocess.run(order, cwd=clone, capture_output=True, text=True, check=True)
         setup, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
         assert "-m venv .venv" in setup
         assert what in last if target == "demo" else "pytest" in last
