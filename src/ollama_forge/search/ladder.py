@@ -206,18 +206,12 @@ def chosen(
     else:
         shortfall = rule.shortfall(best)
         found = not shortfall
-        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, shortfall)
+        reason = _nothing_found(best, trials, shortfall)
+        if found:
+            reason = f"the best of {len(trials)} edits: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
     edit = best.name, best.direction, best.settings
     compared = None if ladder is None or best.edit == ladder.edit else rule.compare(best, ladder)
     return Choice(*edit, reason, base, tuple(trials), tuple(probes), found, compared)
-
-
-def _reason(best: Trial, trials: Sequence[Trial], rule: Rule) -> str:
-    least = min((trial for trial in trials if rule.within(trial)), key=rule.score)
-    compared = f"the best of {len(trials)} edits"
-    if best.name != least.name:
-        compared += f", as good as {least.name} as far as the select prompts can tell, at less damage"
-    return f"{compared}: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
 
 
 def _nothing_found(best: Trial, trials: Sequence[Trial], shortfall: str) -> str:
