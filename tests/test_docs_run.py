@@ -59,10 +59,14 @@ def follow(page: Path, folder: Path) -> str:
     program = bin_folder / "ollama-forge"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ollama_forge.cli.main "$@"\n')
     program.chmod(0o755)
-    environment: Mapping[str, str] = os.environ | SETTINGS | {
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder / "src"),
-    }
+    environment: Mapping[str, str] = (
+        os.environ
+        | SETTINGS
+        | {
+            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder / "src"),
+        }
+    )
     printed = ""
     for block in blocks(page):
         if block.language == "sh" and not block.needs:
