@@ -138,10 +138,8 @@ class Tokenizer:
         try:
             ids: Ids = self.backend(text, add_special_tokens=special).input_ids
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise ForgeError(
-                f"the tokenizer cannot encode {text[:_EXCERPT]!r}: {first_line(error)}",
-                "check that its files are complete",
-            ) from error
+            reason = f"the tokenizer cannot encode a text of {len(text)} characters: {first_line(error)}"
+            raise ForgeError(reason, "check that its files are complete") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
