@@ -190,6 +190,32 @@ def test_groups_merge_when_the_longest_row_leaves(tmp_path: Path, monkeypatch: p
     assert [traced.found[one] for one in sequences] == [by_generate(model, r.ids, r.max_tokens) for r in requests]
 
 
+def test_prompts_that_were_computed_together_get_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tmp_path)
+    traced = Traced(model, chunk=512)
+    moves: list[int] = []
+    relocate = KVCache.relocate
+    monkeypatch.setattr(
+        KVCache,
+        "relocate",
+        lambda self, to, rows, columns: (moves.append(rows), relocate(self, to, rows, columns))[1],
+    )
+    requests = [greedy(prompt(9, seed), 3) for seed in range(7)]
+    sequences = [traced.ask(request) for request in requests]
+    traced.until(lambda: not traced.busy)
+    assert moves == [8]
+    assert [traced.found[one] for one in sequences] == [by_generate(model, r.ids, 3) for r in requests]
+
+
+@pytest.mark.parametrize(("family", "joins"), [("llama", True), ("falcon-rw", False), ("gpt_oss", False)])
+def test_queries_are_joined_where_a_model_attends_as_others_do(tmp_path: Path, family: str, joins: bool) -> None:
+    model = load(tmp_path, windowed(family))
+    with running(model) as engine:
+        runner = engine._scheduler.runner
+        assert isinstance(runner, BatchedRunner)
+        assert runner.joins_queries is joins
+
+
 # -- prefixes ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.serving.engine import batched_runner, recorded_step
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.kv_cache import layers_with_kv
 from ollama_forge.serving.engine.model_runner import Forward
@@ -37,6 +38,44 @@ def test_recorded_steps_answer_as_generate(tmp_path: Path, family: str) -> None:
         assert together(engine, [greedy(ids, 24) for ids in prompts]) == expected
         assert together(engine, [greedy(prompts[0], 24)]) == expected[:1]
         assert not recorded_of(engine).failed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "qwen3", "falcon-rw"])
+def test_recorded_steps_of_several_groups_answer_as_generate(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded_step, "_STEPS_BEFORE_GROUPS", 4)
+    monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
+    monkeypatch.setattr(batched_runner, "_WASTE_APART", 40)
+    model = load(tmp_path, test_engine_batching.windowed(family))
+    shapes = ((5, 30), (200, 25), (9, 40), (330, 20), (60, 30), (7, 50))  # lengths of prompts and answers
+    requests = [greedy(prompt(length, seed), count) for seed, (length, count) in enumerate(shapes)]
+    expected = [by_generate(model, request.ids, request.max_tokens) for request in requests]
+    with running(model, slots=8) as engine:
+        recorded = recorded_of(engine)
+        assert together(engine, requests) == expected
+        assert together(engine, requests[1:]) == expected[1:]
+        assert not recorded.failed
+        counts = {1} if family == "falcon-rw" else {1, 2, 3}  # that has attention of its own
+        assert recorded._runs.keys() >= counts
+
+
+def test_a_recording_of_several_groups_is_given_up_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_step, "_STEPS_BEFORE_GROUPS", 4)
+    monkeypatch.setattr(batched_runner, "_WASTE_TOGETHER", 40)
+    model = load(tmp_path)
+    replay = RecordedStep._replay
+
+    def spoiling(self: RecordedStep, ids: Tensor, caches: Any, *rest: Any) -> Tensor:
+        return replay(self, ids if len(caches) == 1 else torch.full_like(ids, 7), caches, *rest)
+
+    monkeypatch.setattr(RecordedStep, "_replay", spoiling)
+    requests = [greedy(prompt(length, length), 20) for length in (9, 12, 300)]
+    expected = [by_generate(model, request.ids, 20) for request in requests]
+    with running(model) as engine:
+        assert together(engine, requests) == expected
+        assert recorded_of(engine).failed == {2}
+        assert recorded_of(engine)._runs.keys() == {1}
 
 
 def test_a_window_that_begins_between_two_compared_sizes_is_kept(
@@ -91,7 +130,7 @@ def test_a_model_that_decides_by_values_is_not_recorded(tmp_path: Path) -> None:
     layer.register_forward_hook(lambda module, args, output: output * 2 if output.sum() > 0 else output)
     assert len(steps(runner, prompt(9), 3)) == 4
     assert recorded.failed
-    assert recorded._run is None
+    assert not recorded._runs
 
 
 def test_a_model_that_holds_a_tensor_of_its_own_is_not_recorded(tmp_path: Path) -> None:

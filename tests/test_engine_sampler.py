@@ -97,6 +97,16 @@ def test_temperature_zero_and_tiny_is_the_likeliest() -> None:
         assert set(drawn(LOGITS, SamplingState(replace(OPEN, temperature=temperature), []), 20)) == {1}
 
 
+def test_of_equally_likely_tokens_a_greedy_row_gets_the_first() -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits[1, [40, 700, 4999]] = logits[2, [0, 4999]] = 50.0
+    expected = [int(logits[0].argmax()), 40, 0]
+    states = [SamplingState(GREEDY, []) for _ in range(3)]
+    assert [token.id for token in sample(logits, states).read()] == expected
+    states[0] = SamplingState(replace(OPEN, top_k=1), [])
+    assert [token.id for token in sample(logits, states).read()] == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "said", "expected"),
     [

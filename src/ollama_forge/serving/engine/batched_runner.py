@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -33,6 +34,9 @@ class BatchedPrefill:
     A single prompt runs in chunks after its cached prefix. Several prompts run in one pass, which computes the last
     ``new_tokens`` tokens of each; ``new_tokens`` is the largest number of uncached tokens among them.
 
+    Args:
+        switch: of an attention function that is to be used; None: the model's own.
+
     Attributes:
         offset: what is added to the positions behind the images of a prompt.
     """
@@ -45,8 +49,10 @@ class BatchedPrefill:
         new_tokens: int,
         chunk: int,
         media: Media,
+        switch: AttentionSwitch | None = None,
     ) -> None:
         self.forward, self.cache, self.prompts, self.chunk = forward, cache, prompts, chunk
+        self._switch = switch
         self.media = on_device(media, forward.model)
         self.offset = 0
         self.width = max(map(len, prompts))
@@ -71,7 +77,8 @@ class BatchedPrefill:
         finds_positions = bool(self.media) and self.forward.finds_positions
         if not finds_positions:
             inputs["position_ids"] = self._positions[:, span.end : end]
-        logits, _ = self.forward(self._ids[:, span.end : end], self.cache, **inputs)
+        with self._switch.grouped() if self._switch is not None else nullcontext():
+            logits, _ = self.forward(self._ids[:, span.end : end], self.cache, **inputs)
         if finds_positions:
             self.offset = self.forward.take_offset()
         span.end = end
@@ -97,12 +104,13 @@ class BatchedRunner:
         splits: whether prompts may be prefilled in chunks.
         reuses: whether the keys and values of other sequences may be continued.
         graphs: the CUDA graphs of decode steps; None: without.
-        recorded: a recording of the decode steps of a single group; None: without.
+        recorded: recordings of the decode steps; None: without.
+        joins_queries: whether prompts are computed with the attention function of ``grouped_attention``.
 
     Attributes:
         runs_ahead: see ``ModelRunner``; true on CUDA.
         rows: the running sequences.
-        groups: their groups; none is empty.
+        groups: their groups, the widest last; none is empty.
     """
 
     def __init__(
@@ -116,9 +124,10 @@ class BatchedRunner:
         reuses: bool = True,
         graphs: StepGraphs | None = None,
         recorded: RecordedStep | None = None,
+        joins_queries: bool = False,
     ) -> None:
         self.forward, self.has_kv, self.slots, self.graphs = forward, has_kv, slots, graphs
-        self.recorded = recorded
+        self.recorded, self.joins_queries = recorded, joins_queries
         self.runs_ahead = forward.device.type == "cuda"
         self.prefixes: PrefixCache[KVCache] = PrefixCache(2 * slots, nbytes)
         self.chunk = chunk_of(forward.device) if splits else sys.maxsize
@@ -133,7 +142,8 @@ class BatchedRunner:
         self._order: list[int] = []  # for each row of a pass over all groups, its number in ``rows``
         self._in_order = True
         self._by_row: tuple[Tensor, Tensor] | None = None  # ``_order`` and its inverse on the device, once needed
-        self._together: tuple[GroupedKVCache, Tensor] | None = None
+        self._grouped: GroupedKVCache | None = None
+        self._mask: Tensor | None = None  # of all rows in one pass, with spare columns
 
     # -- prefill --------------------------------------------------------------------------------------------------
 
@@ -166,7 +176,8 @@ class BatchedRunner:
             len(prompt) - (prefix.length if prefix is not None else 0)
             for prompt, prefix in zip(prompts, found, strict=True)
         )
-        prefill = BatchedPrefill(self.forward, cache, prompts, new_tokens, self.chunk, media)
+        switch = self._switch if self.joins_queries and media is None else None
+        prefill = BatchedPrefill(self.forward, cache, prompts, new_tokens, self.chunk, media, switch)
         for row, prefix in enumerate(found):
             length = cache.span.end - prefill.starts[row]
             if prefix is not None and length > 0:
@@ -181,7 +192,8 @@ class BatchedRunner:
         group = self._group_for(source.length)
         prompt = () if prefill.media else tuple(prefill.prompts[index])
         row = Row(prompt, group, prefill.offset)
-        group.join(row, source)
+        following = (prefill.row(later).length for later in range(index + 1, len(prefill.prompts)))
+        group.join(row, source, sum(abs(length - source.length) <= self._waste for length in following))
         if group not in self.groups:
             self.groups.append(group)
         self.rows.append(row)
@@ -236,7 +248,7 @@ class BatchedRunner:
         self._order = order
         self._in_order = order == list(range(len(order)))
         self._by_row = None
-        self._together = None
+        self._grouped = self._mask = None
 
     # -- decoding -------------------------------------------------------------------------------------------------
 
@@ -271,8 +283,15 @@ class BatchedRunner:
         return logits
 
     def _pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        if self.recorded is not None and not self.recorded.failed and len(self.groups) == 1:
-            return self.recorded(ids, self.groups[0].cache, *inputs[0])
+        count = len(self.groups)
+        alone = count == 1
+        if self.recorded is None or self.recorded.fails(count) or not (alone or (self.one_pass and self._checked)):
+            return self._by_model(ids, inputs)
+        positions, mask = inputs[0] if alone else self._joined(inputs)
+        caches = [group.cache for group in self.groups]
+        return self.recorded(ids, caches, positions, mask, lambda: self._by_model(ids, inputs))
+
+    def _by_model(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         slow_kernel = inputs[0][1] is None and self.groups[0].width >= _LONG and ids.device.type == "cpu"
         if not self.one_pass or (len(self.groups) == 1 and not slow_kernel):
             return self._apart(ids, inputs)
@@ -300,16 +319,18 @@ class BatchedRunner:
 
     def _in_one_pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Logits by one forward pass for all groups."""
-        if self._together is None:
-            self._together = GroupedKVCache([group.cache for group in self.groups]), self._common_mask()
-        cache, mask = self._together
-        positions = torch.cat([positions for positions, _ in inputs])
-        width = cache.get_seq_length() + 1
-        if width > mask.shape[1]:
-            mask = self._common_mask()
-            self._together = cache, mask
+        if self._grouped is None:
+            self._grouped = GroupedKVCache([group.cache for group in self.groups])
+        positions, mask = self._joined(inputs)
         with self._switch.grouped():
-            return self.forward(ids, cache, position_ids=positions, attention_mask=mask[:, :width])[0]
+            return self.forward(ids, self._grouped, position_ids=positions, attention_mask=mask)[0]
+
+    def _joined(self, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        """The positions and the mask of all rows in one pass."""
+        width = self.groups[-1].width + 1
+        if self._mask is None or width > self._mask.shape[1]:
+            self._mask = self._common_mask()
+        return torch.cat([positions for positions, _ in inputs]), self._mask[:, :width]
 
     def _common_mask(self) -> Tensor:
         """The mask of all rows in one pass, with spare columns; as all rows grow alike, their padding stays."""

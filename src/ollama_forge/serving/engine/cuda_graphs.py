@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, DummyLayer
 
 from ollama_forge.models.device import is_out_of_memory, planned_attention, upload
 from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.engine.host_reads import NoHostReads
-from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer, Layout
+from ollama_forge.serving.engine.kv_cache import FilledLayer, KVCache, KVLayer, Layout
 from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.row_group import RowGroup
 
@@ -165,37 +165,21 @@ def _buffers_of(layer: KVLayer | None) -> tuple[Tensor, Tensor] | None:
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
-class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _StaticLayer(FilledLayer):  # type: ignore[no-untyped-call]
     """Some rows of a layer's buffers, at whose column ``column`` (``[1]``, on the device) a step writes."""
 
-    is_compileable = True  # transformers then makes masks without reading tensors
-    is_sliding = False
-    is_croppable = False
-
     def __init__(self, keys: Tensor, values: Tensor, rows: int, column: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.column = keys[:rows], values[:rows], column
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("the buffers are there before a step is captured")
+        super().__init__(keys[:rows], values[:rows])
+        self.column = column
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
-        return self.keys, self.values
+        keys, values = self.tensors
+        keys.index_copy_(2, self.column, key_states)
+        values.index_copy_(2, self.column, value_states)
+        return keys, values
 
     def get_seq_length(self) -> Any:
         return self.column[0]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        assert self.keys is not None
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        return self.get_mask_sizes(1)[0]
 
 
 class StepGraph:

@@ -2,13 +2,16 @@
 
 A model with 16 short rows and a long one pads 16 rows to the long one's length, or runs twice. Here linear layers see
 all rows together; only the attention function, which transformers lets us register, takes the groups one by one.
+
+The same function serves prompts on a CPU: where several query heads share keys and values, it makes one long query of
+them, while transformers copies keys and values for each head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +20,29 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ollama_forge.serving.engine.kv_cache import KVCache, KVLayer
+from ollama_forge.serving.engine.kv_cache import KVCache
 
 _NAME = "grouped_sdpa"
+_OTHER_OPTIONS = ("softcap", "position_bias")
 
 
-class _GroupedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The same layer of each group's cache; its keys and values are lists with a tensor for each group."""
+class RowsLayer(Protocol):
+    """A layer of a group's cache, for ``rows`` rows."""
 
+    @property
+    def rows(self) -> int: ...
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]: ...
+    def get_seq_length(self) -> int: ...
+
+
+class GroupedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """The same layer of each group's cache, the widest last; keys and values are lists with a tensor for each group."""
+
+    is_compileable = True  # transformers then makes masks without looking at tensors
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, layers: Sequence[KVLayer]) -> None:
+    def __init__(self, layers: Sequence[RowsLayer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers = layers
 
@@ -36,13 +50,13 @@ class _GroupedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise NotImplementedError("rows join a group before it is stepped")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        sizes = [layer.span.rows for layer in self.layers]
+        sizes = [layer.rows for layer in self.layers]
         new = zip(self.layers, torch.split(key_states, sizes), torch.split(value_states, sizes), strict=True)
         keys, values = zip(*(layer.update(*states) for layer, *states in new), strict=True)
         return keys, values
 
     def get_seq_length(self) -> int:
-        return max(layer.get_seq_length() for layer in self.layers)
+        return self.layers[-1].get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -52,19 +66,25 @@ class _GroupedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class GroupedKVCache(Cache):
-    """The caches of several groups of rows as one cache, for a decode step over all of their rows in that order."""
+    """The caches of several groups of rows, the widest last, as one cache for a decode step over all of their rows."""
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
-        layers: list[Any] = [_GroupedLayer(own) if own else DummyLayer() for own in KVCache.same_layers(caches)]  # type: ignore[no-untyped-call]
+        layers: list[Any] = [GroupedLayer(own) if own else DummyLayer() for own in KVCache.same_layers(caches)]  # type: ignore[no-untyped-call]
         super().__init__(layers=layers)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of queries ``[rows, heads, 1, dim]`` to the keys and values of the groups that the rows belong to."""
+    """Attention of queries ``[rows, heads, tokens, dim]``.
+
+    Args:
+        key, value: of all rows, or of each group for queries of one token.
+    """
     if isinstance(key, Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is None or not _shares_heads(module, query, attention_mask, kwargs):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _by_shared_heads(query, key, value, attention_mask, kwargs.get("scaling")), None
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position biases of several groups")
     outputs, first = [], 0
@@ -77,6 +97,23 @@ def _attention(
         outputs.append(sdpa_attention_forward(module, query[rows], keys, values, mask, **kwargs)[0])
         first = rows.stop
     return torch.cat(outputs), None
+
+
+def _shares_heads(module: nn.Module, query: Tensor, mask: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether query heads share keys and values, and nothing but the mask and the scale matters."""
+    tokens = query.shape[2]
+    shares = tokens > 1 and getattr(module, "num_key_value_groups", 1) > 1 and mask.shape[1:3] == (1, tokens)
+    return shares and not any(name in options and options[name] is not None for name in _OTHER_OPTIONS)
+
+
+def _by_shared_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention ``[rows, tokens, heads, dim]``; queries that share keys and values follow each other as one query."""
+    rows, heads, tokens, _ = query.shape
+    shared = key.shape[1]
+    joined = query.reshape(rows, shared, -1, query.shape[3])
+    mask = mask.repeat(1, 1, heads // shared, 1)
+    output = nn.functional.scaled_dot_product_attention(joined, key, value, attn_mask=mask, scale=scale)
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(_NAME, _attention)

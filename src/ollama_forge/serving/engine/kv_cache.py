@@ -41,6 +41,10 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.span = span
 
+    @property
+    def rows(self) -> int:
+        return self.span.rows
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (self._zeros(states) for states in (key_states, value_states))
         self.is_initialized = True
@@ -79,6 +83,34 @@ class KVLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         new = old.new_zeros(span.row_room, old.shape[1], span.column_room, old.shape[3])
         new[: span.rows, :, to : to + end - start] = old[: span.rows, :, start:end]
         return new
+
+
+class FilledLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values ``[rows, heads, columns, dim]`` that are there before a step, which attends to all columns."""
+
+    is_compileable = True  # transformers then makes masks without looking at tensors
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("the keys and values are there before a step")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tensors[0].shape[2], 0
+
+    def get_max_length(self) -> int:
+        return self.tensors[0].shape[2]
 
 
 @dataclass(frozen=True)

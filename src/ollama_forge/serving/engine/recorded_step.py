@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,135 +20,162 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from ollama_forge.models.cpu_packing import packed_weights
 from ollama_forge.models.device import is_out_of_memory
+from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedLayer
 from ollama_forge.serving.engine.host_reads import NoHostReads
-from ollama_forge.serving.engine.kv_cache import KVCache
+from ollama_forge.serving.engine.kv_cache import FilledLayer, KVCache
 from ollama_forge.serving.engine.model_runner import Forward
 
 _LOG = logging.getLogger(__name__)
+_STEPS_BEFORE_GROUPS = 16  # that are made by the model: a recording takes as long as some fifty steps
 _TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
 
 Run = Callable[..., Tensor]
 
 
-class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of a layer, to whose last column the step writes."""
+class _View(FilledLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of a group's layer, to whose last column the step writes."""
 
-    is_compileable = True  # transformers then makes masks without looking at tensors
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values = keys, values
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a step is recorded on keys and values that are there")
+    @property
+    def rows(self) -> int:
+        return self.tensors[0].shape[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, -1:].copy_(key_states)
-        self.values[:, :, -1:].copy_(value_states)
-        return self.keys, self.values
+        keys, values = self.tensors
+        keys[:, :, -1:].copy_(key_states)
+        values[:, :, -1:].copy_(value_states)
+        return keys, values
 
     def get_seq_length(self) -> int:
-        return self.get_mask_sizes(1)[0] - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        assert self.keys is not None
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        return -1
+        return self.tensors[0].shape[2] - 1
 
 
 class RecordedStep:
-    """Decode steps of a group of rows; as long as nothing is recorded, and for good once that failed, by the model.
+    """Decode steps; as long as nothing is recorded, and for good once that failed, by the model.
+
+    Each number of groups of rows (``row_group``) has a recording of its own.
 
     Args:
         has_kv: for each layer, whether it stores keys and values.
 
     Attributes:
-        failed: whether the model cannot be recorded, or a recording computed something else.
+        failed: the numbers of groups for which the model cannot be recorded, or a recording computed something else.
     """
 
     def __init__(self, forward: Forward, has_kv: Sequence[bool]) -> None:
         self.forward, self.has_kv = forward, has_kv
-        self.failed = False
-        self._run: Run | None = None
+        self.failed: set[int] = set()
+        self._switch = AttentionSwitch(forward.model.module)
+        self._runs: dict[int, Run] = {}
         self._state: list[Tensor] = []
-        self._compared: set[tuple[int, int]] = set()  # rows, and the power of two of columns
+        self._compared: set[tuple[int, ...]] = set()
+        self._steps: Counter[int] = Counter()  # by the model, while there is no recording
 
-    def __call__(self, ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits ``[rows, vocabulary]`` of the next tokens ``[rows, 1]``; the cache's end stays where it is."""
-        span = cache.span
-        sizes = span.rows, (span.end - span.start).bit_length()
-        if self.failed:
-            return self._by_model(ids, cache, positions, mask)
-        if sizes in self._compared:
-            return self._replay(ids, cache, positions, mask)
-        expected = self._by_model(ids, cache, positions, mask)
+    def fails(self, groups: int) -> bool:
+        """Whether steps of so many groups are not recorded."""
+        return 1 in self.failed or groups in self.failed
+
+    def __call__(
+        self,
+        ids: Tensor,
+        caches: Sequence[KVCache],
+        positions: Tensor,
+        mask: Tensor | None,
+        by_model: Callable[[], Tensor],
+    ) -> Tensor:
+        """Logits ``[rows, vocabulary]`` of the next tokens ``[rows, 1]``; the ends of the caches stay where they are.
+
+        Args:
+            caches: of the groups, the widest last.
+            mask: ``[rows, columns]``, with the columns of the widest; None: all rows of the only group are as wide.
+            by_model: the same step by the model.
+        """
+        count = len(caches)
+        if self.fails(count) or self._waits(count):
+            return by_model()
+        sizes = self._sizes(caches)
+        if sizes <= self._compared:
+            return self._replay(ids, caches, positions, mask)
+        expected = by_model()
+        holds = False
         try:
-            if self._run is None:
-                self._record(ids, cache, positions, mask)
-            found = self._replay(ids, cache, positions, mask)  # it writes the same column again
+            if count not in self._runs:
+                self._record(ids, caches, positions, mask)
+            found = self._replay(ids, caches, positions, mask)  # it writes the same column again
             self.forward.passes -= 1  # it is the same step
             difference = (found.float() - expected.float()).abs().mean()
-            self.failed = not difference <= _TOLERANCE * expected.float().std()
+            holds = bool(difference <= _TOLERANCE * expected.float().std())
         except Exception as error:  # a model may do anything that cannot be recorded
             if is_out_of_memory(error):
                 raise
-            _LOG.info("decode steps are not recorded: %s", error)
-            self.failed = True
-        self._compared.add(sizes)
-        if not self.failed:
+            _LOG.info("decode steps of %d groups are not recorded: %s", count, error)
+        if holds:
+            self._compared |= sizes
             return expected
-        self._run, self._state = None, []
-        return self._by_model(ids, cache, positions, mask)  # the replay has written other keys and values
+        self.failed.add(count)
+        self._runs.pop(count, None)
+        if not self._runs:
+            self._state = []
+        return by_model()  # the replay has written other keys and values
 
-    def _by_model(self, ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
-        more = {} if mask is None else {"attention_mask": mask}
-        return self.forward(ids, cache, position_ids=positions, **more)[0]
-
-    def _replay(self, ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
-        assert self._run is not None
-        self.forward.passes += 1
-        return self._run(*self._inputs(ids, cache, positions, mask), self._state)
+    def _waits(self, count: int) -> bool:
+        """Whether so many groups may soon be fewer again, so that they are not worth a recording yet."""
+        if count == 1 or count in self._runs:
+            return False
+        self._steps[count] += 1
+        return self._steps[count] <= _STEPS_BEFORE_GROUPS
 
     @staticmethod
-    def _inputs(ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
-        views = cache.views(cache.span.end + 1)
+    def _sizes(caches: Sequence[KVCache]) -> set[tuple[int, ...]]:
+        """What has to be compared once: the number of all rows, and each group's with the power of two of columns."""
+        spans = [cache.span for cache in caches]
+        groups = {
+            (len(caches), place, span.rows, (span.end - span.start).bit_length()) for place, span in enumerate(spans)
+        }
+        return groups | {(len(caches), sum(span.rows for span in spans))}
+
+    def _replay(self, ids: Tensor, caches: Sequence[KVCache], positions: Tensor, mask: Tensor | None) -> Tensor:
+        self.forward.passes += 1
+        return self._runs[len(caches)](*self._inputs(ids, caches, positions, mask), self._state)
+
+    @staticmethod
+    def _inputs(ids: Tensor, caches: Sequence[KVCache], positions: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+        views = [cache.views(cache.span.end + 1) for cache in caches]
         if mask is None:
-            mask = positions.new_ones(len(ids), views[0].shape[2])
+            mask = positions.new_ones(len(ids), views[-1][0].shape[2])
         return ids, positions, mask, views
 
-    def _record(self, ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> None:
+    def _record(self, ids: Tensor, caches: Sequence[KVCache], positions: Tensor, mask: Tensor | None) -> None:
         """Record the step.
 
         Raises:
             Exception: the model decides by values, or holds tensors that the recording would keep in memory.
         """
-        inputs = self._inputs(ids, cache, positions, mask)
+        inputs = self._inputs(ids, caches, positions, mask)
         module = self.forward.model.module
         held = [*module.parameters(), *module.buffers(), *packed_weights(module)]
         state = list({id(tensor): tensor for tensor in held}.values())
         arguments = (*inputs, state)
-        with NoHostReads(ids.device):
-            self._step(*arguments)
-        with warnings.catch_warnings():  # of decisions that depend on sizes, which are compared
-            warnings.simplefilter("ignore")
-            run: Any = torch.jit.trace(self._step, arguments, check_trace=False)  # type: ignore[no-untyped-call]
+        with self._switch.grouped() if len(caches) > 1 else nullcontext():
+            with NoHostReads(ids.device):
+                self._step(*arguments)
+            with warnings.catch_warnings():  # of decisions that depend on sizes, which are compared
+                warnings.simplefilter("ignore")
+                run: Any = torch.jit.trace(self._step, arguments, check_trace=False)  # type: ignore[no-untyped-call]
         for node in run.graph.findAllNodes("prim::Constant"):
             if node.hasAttribute("value") and node.kindOf("value") == "t" and node.t("value").numel() > 1:
                 raise ValueError("the model computes with a tensor that is neither a parameter nor a buffer")
-        self._run, self._state = run, [tensor.detach() if tensor.requires_grad else tensor for tensor in state]
+        self._runs[len(caches)] = run
+        self._state = [tensor.detach() if tensor.requires_grad else tensor for tensor in state]
 
     def _step(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, views: Sequence[Tensor], _: Sequence[Tensor]
+        self, ids: Tensor, positions: Tensor, mask: Tensor, views: Sequence[Sequence[Tensor]], _: Sequence[Tensor]
     ) -> Tensor:
         """A step as a function of all tensors it reads; others would be constants of the recording."""
-        pairs = iter(zip(views[::2], views[1::2], strict=True))
-        layers: list[Any] = [_View(*next(pairs)) if own else DummyLayer() for own in self.has_kv]  # type: ignore[no-untyped-call]
+        each = [(_View(*pair) for pair in zip(own[::2], own[1::2], strict=True)) for own in views]
+        layers: list[Any] = [self._layer([next(own) for own in each]) if has else DummyLayer() for has in self.has_kv]  # type: ignore[no-untyped-call]
         logits, _cache = self.forward(ids, Cache(layers=layers), position_ids=positions, attention_mask=mask)
         return logits
+
+    @staticmethod
+    def _layer(groups: Sequence[_View]) -> CacheLayerMixin:
+        return groups[0] if len(groups) == 1 else GroupedLayer(groups)

@@ -44,6 +44,10 @@ class CachedPrefix:
     length: int
 
 
+def _with_spare(columns: int) -> int:
+    return columns + max(_SPARE_COLUMNS, columns // 4)
+
+
 class RowGroup:
     """A group of rows.
 
@@ -60,7 +64,7 @@ class RowGroup:
 
     def __init__(self, new_cache: Callable[[int, int], KVCache], length: int, slots: int, device: torch.device) -> None:
         self.slots, self.device = slots, device
-        self.cache = new_cache(1, length + max(_SPARE_COLUMNS, length // 2))
+        self.cache = new_cache(1, _with_spare(length))
         self.cache.span.start = self.cache.span.end = length
         self.rows: list[Row] = []
         self.starts: list[int] = []
@@ -80,10 +84,14 @@ class RowGroup:
         whole = self.cache.span.end - self.starts[index]
         return CachedPrefix(self.cache, index, self.starts[index], whole if length is None else length)
 
-    def join(self, row: Row, source: CachedPrefix) -> None:
-        """Append a row with the keys and values of ``source``; if memory runs out, nothing has changed."""
+    def join(self, row: Row, source: CachedPrefix, more: int = 0) -> None:
+        """Append a row with the keys and values of ``source``; if memory runs out, nothing has changed.
+
+        Args:
+            more: number of such rows that follow, for which there is room then.
+        """
         count, length = len(self.rows), source.length
-        self._make_room(count + 1, length)
+        self._make_room(min(count + 1 + more, self.slots), length)
         span = self.cache.span
         self.cache.copy_row(source.cache, source.row, source.start, count, span.end - length, length)
         self.rows.append(row)
@@ -148,7 +156,7 @@ class RowGroup:
         width = self.width
         needed = max(width, length)
         if 4 * needed > 3 * room:  # moving the rows to the front would make room for few steps
-            room = needed + max(_SPARE_COLUMNS, needed // 2)
+            room = _with_spare(needed)
         shift = needed - width - span.start
         self.cache.relocate(needed - width, row_room, room)
         self.starts = [start + shift for start in self.starts]

@@ -107,8 +107,13 @@ DrawRows = Callable[[Tensor, Sequence[SamplingParams], Sequence[float]], Tensor]
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> Sampled:
     """Sample each row's next token from logits ``[rows, vocabulary]``; rows that ask for log-probabilities get them."""
-    chosen = logits.argmax(-1) if all(state.is_argmax for state in states) else _sample_filtered(logits, states)
+    chosen = _likeliest(logits) if all(state.is_argmax for state in states) else _sample_filtered(logits, states)
     return Sampled(chosen, _logprobs(logits, states, chosen))
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """The first of the likeliest ids ``[rows]``; on a CPU, ``argmax`` takes four times as long in bfloat16."""
+    return scores.max(-1).indices if scores.device.type == "cpu" else scores.argmax(-1)
 
 
 def _sample_filtered(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -116,7 +121,7 @@ def _sample_filtered(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     if any(state.penalised or state.allowed is not None for state in states):
         scores = _penalised(_masked(logits.to(torch.float32, copy=True), states), states)
     greedy = [row for row, state in enumerate(states) if state.greedy]
-    parts = [(greedy, _rows(scores, greedy).argmax(-1))] if greedy else []
+    parts = [(greedy, _likeliest(_rows(scores, greedy)))] if greedy else []
     kinds = _by_order([None if state.greedy else state.params for state in states], scores)
     for draw_rows, rows in kinds:
         params = [states[row].params for row in rows]

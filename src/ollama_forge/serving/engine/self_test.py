@@ -140,10 +140,18 @@ class SelfTest:
 
     @torch.inference_mode()
     def try_recorded(self, recorded: RecordedStep) -> None:
-        """Record a step, and set ``recorded.failed`` if its logits are others; call this after ``run``."""
+        """Record a step, and note in ``recorded.failed`` if its logits are others; call this after ``run``."""
         assert self.has_kv is not None
         runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, recorded=recorded)
-        recorded.failed = not self._holds(self._batches(runner)) or recorded.failed
+        if not self._holds(self._batches(runner)):
+            recorded.failed.add(1)
+
+    @torch.inference_mode()
+    def joins_queries(self) -> bool:
+        """Whether prompts may be computed as ``grouped_attention`` does; call this after ``run``."""
+        assert self.has_kv is not None
+        runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, joins_queries=True)
+        return runner.one_pass and self._holds(self._batches(runner))
 
     def _replays(self) -> bool | None:
         """Whether the same holds where decode steps are replayed as graphs; None: there are none."""

@@ -119,9 +119,11 @@ class TransformersEngine:
             return SingleRunner(forward, **how), support
         graphs = StepGraphs(forward, has_kv, free // _BUFFERS_SHARE) if support.graphs else None
         recorded = None
-        if forward.device.type == "cpu" and self._live is None:  # the hooks of an edit decide by its strengths
-            recorded = RecordedStep(forward, has_kv)
-            test.try_recorded(recorded)
+        if forward.device.type == "cpu":
+            how["joins_queries"] = test.joins_queries()
+            if self._live is None:  # the hooks of an edit decide by its strengths
+                recorded = RecordedStep(forward, has_kv)
+                test.try_recorded(recorded)
         share = free // _PREFIX_CACHE_SHARE
         return BatchedRunner(forward, has_kv, slots, share, graphs=graphs, recorded=recorded, **how), support
 
