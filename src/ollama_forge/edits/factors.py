@@ -93,13 +93,26 @@ def edit_matrix(
         expert: index of the expert if the matrix is one of a stack, else None.
     """
     factors = rule.factors(weight, expert)
-    edited = torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
+    edited = _changed(weight, factors, strength)
     scale = None
     if rescale is not Rescale.NONE:
         axis = 0 if rescale is Rescale.COLUMNS else 1
-        before = torch.linalg.vector_norm(weight, dim=axis)
-        after = torch.linalg.vector_norm(edited, dim=axis)
+        before, after = _norms(weight, axis), _norms(edited, axis)
         scalable = after > _ROUNDING_NOISE * before  # rounding noise must not be scaled up to the old norm
         scale = torch.where(scalable, before / torch.where(scalable, after, 1.0), 1.0)
         edited.mul_(scale.unsqueeze(axis))
     return EditedMatrix(edited, factors, scale)
+
+
+def _changed(weight: Tensor, factors: Factors, strength: float) -> Tensor:
+    """``W - s L K^T``."""
+    if factors.L.shape[1] == 1:  # two thirds of the time of addmm
+        return torch.addcmul(weight, factors.L, factors.K.T, value=-strength)
+    return torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    """The norms of the columns (axis 0) or rows (axis 1)."""
+    if weight.stride(axis) == 1:
+        return torch.linalg.vector_norm(weight, dim=axis)
+    return weight.square().sum(axis).sqrt_()  # vector_norm takes five times as long across the memory's order
