@@ -115,4 +115,4 @@ def _norms(weight: Tensor, axis: int) -> Tensor:
     """The norms of the columns (axis 0) or rows (axis 1)."""
     if weight.stride(axis) == 1:
         return torch.linalg.vector_norm(weight, dim=axis)
-    return weight.square().sum(axis).sqrt_()  # vector_norm takes five times as long across the memory's order
+    return torch.sqrt(weight.square().sum(axis))  # vector_norm takes five times as long across the memory's order
