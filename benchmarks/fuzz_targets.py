@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -436,6 +437,62 @@ def read_adapter_folder(path: Path) -> None:
     read_adapter(str(path.parent))
 
 
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_seeds() -> Seeds:
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "ab": 5, "\u2581": 6, "\u2581a": 7}
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bpe = {
+        "type": "BPE",
+        "vocab": words,
+        "merges": [["a", "b"], ["\u2581", "a"]],
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+    }
+    spaces = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": words[text], "content": text, **added} for text in ("<s>", "</s>", "<unk>")],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, replaced]},
+        "pre_tokenizer": spaces, "post_processor": None, "decoder": spaces, "model": bpe,
+    }  # fmt: skip
+    pieces = [["<unk>", 0.0], ["\u2581", -1.0], ["a", -2.0], ["b", -3.0]]
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": 100, "chat_template": template, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "tokenizer.json": as_bytes(tokenizer),
+        "unigram/tokenizer.json": as_bytes({**tokenizer, "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}),
+        "words/tokenizer.json": as_bytes(
+            {**tokenizer, "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}}
+        ),
+        "bytes/tokenizer.json": as_bytes(
+            {**tokenizer, "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level}
+        ),
+        "tokenizer_config.json": as_bytes(settings),
+        "generation_config.json": as_bytes({"eos_token_id": [1, 2]}),
+    }
+
+
+def read_tokenizer(path: Path) -> None:
+    """Loads it, renders a turn, and encodes and decodes what it says."""
+    from ollama_forge.text.tokenizer import Tokenizer
+
+    seeds = cached_seeds(tokenizer_seeds)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if path.name != name:
+            (path.parent / name).write_bytes(seeds[name])
+    tokenizer = Tokenizer.load(path.parent, vocabulary=8)
+    ids = tokenizer.instruction_ids("a ab\u00e9 b")
+    tokenizer.decode([*ids, tokenizer.pad_id])
+    assert tokenizer.thinking is None or tokenizer.thought is not None
+
+
 # -- what a run wrote, read back --------------------------------------------------------------------------------------
 
 
@@ -711,6 +768,41 @@ def read_body(path: Path) -> None:
         assert str(path.parent) not in answer.text
 
 
+# -- studies ----------------------------------------------------------------------------------------------------------
+
+
+def study_space() -> Any:
+    from ollama_forge.search.space import Space
+
+    return Space((3, 4, 5), 1.0)
+
+
+def study_seeds() -> Seeds:
+    """The journal of two trials, one of them of a ladder."""
+    from ollama_forge.evaluation.counts import Counts
+    from ollama_forge.search.candidates import least_squares_balanced
+    from ollama_forge.search.ladder import Climbed
+    from ollama_forge.search.rule import Limits, Rule, Trial
+    from ollama_forge.search.study import FILE, Study
+
+    def measured(candidate: Any, *_: object) -> Trial:
+        edit = candidate.name, candidate.direction, candidate.settings
+        return Trial(*edit, Counts("raaa"), 4, 0.01, 0.02, (0.01,))
+
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder), study_space(), {"model": "a"}, 0)
+        study.begin(Climbed((measured(least_squares_balanced(4, 1.0, 0.0)),), ()))
+        study.run(measured, Rule(Limits(), Counts("rrrr"), 0.0), 2)
+        return {FILE: (Path(folder) / FILE).read_bytes()}
+
+
+def read_study(path: Path) -> None:
+    from ollama_forge.search.study import Study
+
+    study = Study(path.parent, study_space(), {"model": "a"}, 0)
+    study.trials()
+
+
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
@@ -726,6 +818,8 @@ TARGETS: Mapping[str, Target] = {
         Target("directions", "directions and their sidecars", direction_seeds, read_direction),
         Target("edits", "files of edits, of undoing and of runs' caches", edit_seeds, read_edit),
         Target("adapters", "LoRA adapters", adapter_seeds, read_adapter_folder),
+        Target("tokenizers", "tokenizers of checkpoints", tokenizer_seeds, read_tokenizer),
+        Target("studies", "journals of studies", study_seeds, read_study),
         Target("runs", "reports, settings and provenance of runs", report_seeds, read_run),
         Target("modelfiles", "Modelfiles and answers of /api/show", modelfile_seeds, read_modelfile),
         Target("store", "manifests of Ollama's store", store_seeds, read_store),

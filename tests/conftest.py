@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -29,6 +30,12 @@ sys.addaudithook(usual_port.note)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the test of all connections last."""
     items.sort(key=lambda item: item.name == usual_port.TEST)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what stays until the end: runs call it often, and it would look at every test and module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import pytest
 
 from tests.docs_blocks import ROOT, blocks
 
+# What the commands leave open: the tutorial's run takes an edit by name, as trying fourteen takes minutes.
+SETTINGS = {"OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2"}
 PAGES = [path for path in sorted((ROOT / "docs/how-to").glob("*.md")) if any(not one.needs for one in blocks(path))]
 
 
@@ -57,10 +59,14 @@ def follow(page: Path, folder: Path) -> str:
     program = bin_folder / "ollama-forge"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ollama_forge.cli.main "$@"\n')
     program.chmod(0o755)
-    environment: Mapping[str, str] = os.environ | {
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder / "src"),
-    }
+    environment: Mapping[str, str] = (
+        os.environ
+        | SETTINGS
+        | {
+            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder / "src"),
+        }
+    )
     printed = ""
     for block in blocks(page):
         if block.language == "sh" and not block.needs:

@@ -25,6 +25,7 @@ from tests.byte_tokenizer import tokenizer as byte_tokenizer
 from tests.engines import collect, greedy, prompt, running, together, wait
 from tests.gguf_models import Model
 from tests.loopback import FACTS, THINKING, TOOLS, loopback
+from tests.processes import default_sigint
 from tests.test_api_streams import post
 
 if not llamacpp_is_installed():
@@ -48,9 +49,10 @@ def model(gguf_models: Mapping[str, Model]) -> Model:
 
 @pytest.fixture(scope="module")
 def engine(model: Model) -> Iterator[LlamaCppEngine]:
-    engine = started(model)
-    yield engine
-    engine.close()
+    with default_sigint():  # before llama.cpp starts, which must leave it alone
+        engine = started(model)
+        yield engine
+        engine.close()
 
 
 def started(model: Model, slots: int = 3) -> LlamaCppEngine:

@@ -27,6 +27,12 @@ def shards(*names: str) -> bytes:
     return as_bytes({"weight_map": {str(number): name for number, name in enumerate(names)}})
 
 
+def packed(**groups: Any) -> bytes:
+    """A config whose weights are compressed-tensors' with these groups."""
+    entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    return changed("model-config", "packed/config.json", quantization_config=entry)
+
+
 def header(entry: Mapping[str, Any]) -> bytes:
     text = as_bytes(entry)
     return len(text).to_bytes(8, "little") + text + bytes(64)
@@ -46,6 +52,18 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("index", INDEX, b'{"a":' * 5000),
     ("adapters", "adapter_config.json", changed("adapters", "adapter_config.json", lora_alpha="", alpha_pattern=None)),
     ("adapters", "adapter_config.json", changed("adapters", "adapter_config.json", alpha_pattern="a")),
+    ("model-config", "mxfp4/config.json", b"1"),
+    ("model-config", "packed/config.json", packed(a=False)),
+    ("model-config", "packed/config.json", packed(a={"weights": 7})),
+    ("model-config", "packed/config.json", packed(a={"weights": {"num_bits": [4]}})),
+    ("model-config", "packed/config.json", packed(a={"weights": "four"}).replace(b"format", b"foat")),
+    ("tokenizers", "generation_config.json", b'{"eos_token_id": 0.5}'),
+    ("tokenizers", "generation_config.json", b'{"eos_token_id": [""]}'),
+    ("tokenizers", "generation_config.json", b"[" * 5000),
+    ("tokenizers", "tokenizer_config.json", changed("tokenizers", "tokenizer_config.json", model_max_length=["a", 1])),
+    ("studies", "study.journal", b"0.5\n"),
+    ("studies", "study.journal", b"[" * 5000 + b"\n"),
+    ("studies", "study.journal", b'{"op_code": "a", "worker_id": 7}\n'),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", messages=7)),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", messages=[[]])),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", details="a")),

@@ -63,13 +63,24 @@ def worker() -> psutil.Process:
     return next(child for child in psutil.Process().children() if "template_worker.py" in " ".join(child.cmdline()))
 
 
+def test_many_prompts_take_one_thread(worker: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread) or start(thread))
+    assert [render(f"{number}") for number in range(50)] == [f"{number}" for number in range(50)]
+    assert len(started) <= 2  # two where the machine pauses for a second
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_end_is_interrupted(name: str, worker: psutil.Process, monkeypatch: Any) -> None:
     monkeypatch.setattr(template_process, "SECONDS", 0.3)
     with pytest.raises(TemplateError, match=r"takes more than 0\.3 seconds on these messages"):
         render(ENDLESS[name])
     assert not worker.is_running()
-    assert not [thread for thread in threading.enumerate() if thread.name == "template"]
+    for thread in threading.enumerate():
+        if thread.name == "template":
+            thread.join(20)
+            assert not thread.is_alive()
     monkeypatch.undo()
     assert render("{{ messages[0].content }}") == "a"
 

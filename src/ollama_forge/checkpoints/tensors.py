@@ -182,8 +182,9 @@ class CheckpointTensors(Mapping[str, TensorInfo]):
     @cached_property
     def packed(self) -> Mapping[str, PackedTensor]:
         """The tensors that are stored in a packed form (FP8, MXFP4), by their names after decoding."""
-        config = self.folder / "config.json"
-        entry = quantisation_entry(read_json(config)) if config.is_file() else None
+        path = self.folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        entry = quantisation_entry(config) if isinstance(config, Mapping) else None
         return packed_tensors(self, entry or {})
 
     @cached_property

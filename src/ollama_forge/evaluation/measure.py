@@ -190,7 +190,7 @@ def measure_texts(ask: Ask, tokenizer: Tokenizer, prompts: PartPrompts, title: s
     with bar(title, _answers(prompts)) as advance:
         general = ask(prompts.general, GENERAL_TOKENS, advance)
         lists = {name: ask(side, ANSWER_TOKENS, advance) for name, side in _named(prompts).items()}
-    ids = [tokenizer.backend(text, add_special_tokens=False).input_ids[:GENERAL_TOKENS] for text in general]
+    ids = [tokenizer.encode_plain(text)[:GENERAL_TOKENS] for text in general]
     return Measured(_measurement_of_texts(prompts, {**lists, "general": general}, Damage(), Thought.NONE), ids)
 
 

@@ -24,7 +24,7 @@ _LIKELY = 0.5
 def refusal_tokens(tokenizer: Tokenizer) -> list[int]:
     """The first tokens of usual openings of refusals, at the beginning of a text and behind a space."""
     texts = [f"{space}{opening}" for opening in _OPENINGS for space in ("", " ")]
-    ids = [tokenizer.backend(text, add_special_tokens=False).input_ids for text in texts]
+    ids = [tokenizer.encode_plain(text) for text in texts]
     blank = {token for token in (found[0] for found in ids if found) if not tokenizer.decode([token]).strip()}
     return sorted({found[0] for found in ids if found} - blank)
 

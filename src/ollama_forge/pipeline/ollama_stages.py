@@ -86,7 +86,7 @@ def asking(
         if tokenizer.thought not in _WRITTEN_OUT:
             return server.answers(tokenizer, prompts, limit, progress)
         texts = server.answers(tokenizer, prompts, limit + THOUGHT_TOKENS, progress)
-        encoded = [tokenizer.backend(text, add_special_tokens=False).input_ids for text in texts]
+        encoded = [tokenizer.encode_plain(text) for text in texts]
         return [tokenizer.decode(ids[:limit]) for ids in encoded]
 
     return ask

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ class Study:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.space = folder, space
-        self._study = _open(folder / FILE, seed)
-        key, stored = json.loads(json.dumps(key)), self._study.user_attrs.get(_KEY)
-        if stored is None:
-            self._study.set_user_attr(_KEY, key)
-        elif stored != key:
+        key = json.loads(json.dumps(key))
+        with _reading(folder):
+            self._study = _open(folder / FILE, seed)
+            stored: dict[str, Any] = dict(self._study.user_attrs.get(_KEY, {}))
+            if not stored:
+                self._study.set_user_attr(_KEY, key)
+        if stored and stored != key:
             differing = sorted(name for name in key.keys() | stored.keys() if key.get(name) != stored.get(name))
             raise UsageError(
                 f"the study in {folder} is of another search: {', '.join(differing)} differ", "give another folder"
@@ -64,8 +67,9 @@ class Study:
     @property
     def climbed(self) -> Climbed | None:
         """What the ladder found; None if the study has not begun."""
-        stored = self._study.user_attrs.get(_LADDER)
-        return None if stored is None else from_json(Climbed, stored)
+        with _reading(self.folder):
+            stored = self._study.user_attrs.get(_LADDER)
+            return None if stored is None else from_json(Climbed, stored)
 
     def begin(self, climbed: Climbed) -> None:
         """Begin with the trials of the ladder; those outside the space are kept, but not seen by the sampler."""
@@ -77,8 +81,9 @@ class Study:
 
     def numbered(self) -> dict[int, Trial]:
         """The finished trials by number."""
-        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return {frozen.number: from_json(Trial, frozen.user_attrs[_TRIAL]) for frozen in done}
+        with _reading(self.folder):
+            done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            return {frozen.number: from_json(Trial, frozen.user_attrs[_TRIAL]) for frozen in done}
 
     def trials(self) -> list[Trial]:
         """All trials: those of the ladder that the study has no number for, and those of the study."""
@@ -162,20 +167,24 @@ def _measured(asked: optuna.Trial, candidate: Candidate, known: Iterable[Trial])
     return next((trial for trial in known if trial.edit == candidate.edit), None)
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Inside the block, any failure of Optuna's reader is a ForgeError: it raises whatever it stumbles on."""
+    try:
+        yield
+    except Exception as error:
+        raise ForgeError(f"{folder / FILE} cannot be read as a study", "give another folder") from error
+
+
 def _open(path: Path, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        storage = JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
-                storage=storage, study_name=_NAME, load_if_exists=True, directions=["minimize"] * 2
-            )
-            study.sampler = optuna.samplers.TPESampler(
-                n_startup_trials=RANDOM_TRIALS,
-                multivariate=True,
-                seed=seed + len(study.get_trials(deepcopy=False)),  # else a resumed study would draw the same again
-            )
-        return study
-    except (OSError, ValueError, KeyError, AssertionError) as error:  # what Optuna raises for text that is no journal
-        raise ForgeError(f"{path} cannot be read as a study", "give another folder") from error
+    storage = JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True, directions=["minimize"] * 2)
+        study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=RANDOM_TRIALS,
+            multivariate=True,
+            seed=seed + len(study.get_trials(deepcopy=False)),  # else a resumed study would draw the same again
+        )
+    return study

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ SECONDS = 10.0
 MEMORY = 1 << 30  # bytes, beyond what the process has at the beginning
 CHARACTERS = 1 << 25
 _RESIDENT = MEMORY + (1 << 28)  # bytes, where the system does not let a process limit itself
-_LOOK = 0.05  # seconds between looks at the worker's memory
+_LOOK = 0.05  # seconds between looks at the worker
+_IDLE_LOOKS = 20  # after which the thread that looks ends
 _START = 120.0  # seconds in which the worker must have imported its libraries
 
 
@@ -49,6 +50,7 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._prepared = False
+        self._watch = _Watch()
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
         """Send a request, and return the answer.
@@ -75,10 +77,9 @@ class TemplateProcess:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        watch = _Watch(process, seconds)
         line = b""
         try:
-            with watch, contextlib.suppress(OSError):
+            with self._watch.request(process, seconds), contextlib.suppress(OSError):
                 process.stdin.write(request)
                 process.stdin.flush()
                 line = process.stdout.readline()
@@ -88,7 +89,7 @@ class TemplateProcess:
         if line.endswith(b"\n"):
             answer: dict[str, Any] = json.loads(line)
             return answer
-        if watch.late:
+        if self._watch.late:
             raise TemplateError(f"the chat template takes more than {seconds:g} seconds on these messages")
         raise _too_large()
 
@@ -102,36 +103,56 @@ class TemplateProcess:
 
     def forget(self) -> None:
         """Leave the worker to the process that this one was forked from."""
-        self._lock, self._process = threading.Lock(), None
+        self._lock, self._process, self._watch = threading.Lock(), None, _Watch()
 
 
 class _Watch:
     """Kills a worker that takes too much time or memory for one request.
 
+    One thread looks at all requests, and ends once there are none: to start one for each takes longer than to render.
+
     Attributes:
-        late: whether it was killed for its time.
+        late: whether the worker was killed for its time in the last request.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], seconds: float) -> None:
-        self.process, self.seconds, self.late = process, seconds, False
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="template")
+    def __init__(self) -> None:
+        self.late = False
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None  # that works on a request
+        self._until = 0.0
+        self._running = False
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+    @contextlib.contextmanager
+    def request(self, process: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
+        """Watch the worker inside the block."""
+        with self._lock:
+            self._process, self._until, self.late = process, time.monotonic() + seconds, False
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._look, daemon=True, name="template").start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._process = None
 
     def _look(self) -> None:
-        until = time.monotonic() + self.seconds
-        with contextlib.suppress(psutil.Error):  # it has ended
-            while not self._done.wait(_LOOK):
-                self.late = time.monotonic() > until
-                if self.late or psutil.Process(self.process.pid).memory_info().rss > _RESIDENT:
-                    self.process.kill()
+        idle = 0
+        while True:
+            time.sleep(_LOOK)
+            with self._lock:
+                idle = 0 if self._process is not None else idle + 1
+                if idle == _IDLE_LOOKS:
+                    self._running = False
                     return
+                if self._process is not None:
+                    self._kill_beyond_bounds(self._process)
+
+    def _kill_beyond_bounds(self, process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            self.late = time.monotonic() > self._until
+            if self.late or psutil.Process(process.pid).memory_info().rss > _RESIDENT:
+                process.kill()
 
 
 def _started() -> subprocess.Popen[bytes]:

@@ -119,8 +119,27 @@ class Tokenizer:
         return render_template(self.backend, self.template.text, turns, arguments={**kwargs, **self.template_kwargs})
 
     def encode(self, text: str) -> Ids:
-        """Encode a text. Special tokens are added only without a chat template, because templates contain them."""
-        ids: Ids = self.backend(text, add_special_tokens=not self.template.text).input_ids
+        """Encode a text. Special tokens are added only without a chat template, because templates contain them.
+
+        Raises:
+            ForgeError: the tokenizer cannot encode the text.
+        """
+        return self._encode(text, special=not self.template.text)
+
+    def encode_plain(self, text: str) -> Ids:
+        """Encode a text without special tokens.
+
+        Raises:
+            ForgeError: the tokenizer cannot encode the text.
+        """
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> Ids:
+        try:
+            ids: Ids = self.backend(text, add_special_tokens=special).input_ids
+        except Exception as error:  # tokenizers raises bare Exceptions
+            reason = f"the tokenizer cannot encode a text of {len(text)} characters: {first_line(error)}"
+            raise ForgeError(reason, "check that its files are complete") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -267,7 +286,7 @@ def stored_end_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         try:
             listed = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
-        ids += [listed] if isinstance(listed, int) else listed or []
+        ids += [one for one in (listed if isinstance(listed, list) else [listed]) if type(one) is int and one >= 0]
     return list(dict.fromkeys(ids))

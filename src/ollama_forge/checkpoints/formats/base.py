@@ -182,3 +182,11 @@ def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """View a stored tensor's bytes as a tensor of its own type, which shares their memory."""
     kind = TORCH_TYPES[dtype]
     return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+
+
+def weight_schemes(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How the weights of each of compressed-tensors' ``config_groups`` are stored; what names no scheme is empty."""
+    groups = entry.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    schemes = [group.get("weights") if isinstance(group, Mapping) else None for group in found]
+    return [scheme if isinstance(scheme, Mapping) else {} for scheme in schemes]

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.formats.base import PackedMatrix, PackedTensor, Region, StoredTensor, StoredTensors
+from ollama_forge.checkpoints.formats.base import (
+    PackedMatrix,
+    PackedTensor,
+    Region,
+    StoredTensor,
+    StoredTensors,
+    weight_schemes,
+)
 from ollama_forge.checkpoints.formats.rounding import Kept, Minifloat, round_keeping
 
 _E4M3 = Minifloat(mantissa=3, smallest_normal=2.0**-6, largest=448.0)
@@ -122,9 +129,7 @@ class Fp8:
 
 def _configured_blocks(entry: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """The block sizes that a ``quantization_config`` names."""
-    groups = entry.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
-    for size in (entry.get("weight_block_size"), *(group.get("block_structure") for group in weights)):
+    for size in (entry.get("weight_block_size"), *(scheme.get("block_structure") for scheme in weight_schemes(entry))):
         if isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
             yield size[0], size[1]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollama_forge.checkpoints.formats.base import PackedMatrix, PackedTensor, StoredTensors, as_tensor
+from ollama_forge.checkpoints.formats.base import PackedMatrix, PackedTensor, StoredTensors, as_tensor, weight_schemes
 
 _WORD = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # for each of eight columns, the place of its four bits in the word
@@ -75,14 +75,13 @@ class PackQuantized:
     def reads(self, entry: Mapping[str, Any]) -> bool:
         if str(entry.get("quant_method")).lower() != "compressed-tensors" or entry.get("format") != "pack-quantized":
             return False
-        groups = entry.get("config_groups")
-        weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
-        return bool(weights) and all(_is_plain(scheme) for scheme in weights) and _bits_of(weights) is not None
+        schemes = weight_schemes(entry)
+        return bool(schemes) and all(_is_plain(scheme) for scheme in schemes) and _bits_of(schemes) is not None
 
     def find(self, tensors: StoredTensors, entry: Mapping[str, Any]) -> Iterator[PackedTensor]:
         if not self.reads(entry):
             return
-        bits = _bits_of([group["weights"] for group in entry["config_groups"].values()]) or 4
+        bits = _bits_of(weight_schemes(entry)) or 4
         for module, words in _modules(tensors, "weight_packed"):
             scales, shape = f"{module}.weight_scale", f"{module}.weight_shape"
             refused = (f"{module}.weight_g_idx", f"{module}.weight_zero_point")
@@ -154,8 +153,8 @@ def _is_plain(scheme: Mapping[str, Any]) -> bool:
 
 def _bits_of(schemes: list[Mapping[str, Any]]) -> int | None:
     """The number of bits of all groups; None if they differ or are not 4 or 8."""
-    bits = {scheme.get("num_bits") for scheme in schemes}
-    return next(iter(bits)) if bits in ({4}, {8}) else None
+    found = [scheme.get("num_bits") for scheme in schemes]
+    return next((bits for bits in (4, 8) if found == [bits] * len(found)), None)
 
 
 def _unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
