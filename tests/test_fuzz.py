@@ -52,6 +52,7 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("index", INDEX, b'{"a":' * 5000),
     ("adapters", "adapter_config.json", changed("adapters", "adapter_config.json", lora_alpha="", alpha_pattern=None)),
     ("adapters", "adapter_config.json", changed("adapters", "adapter_config.json", alpha_pattern="a")),
+    ("adapters", "bin/adapter_model.bin", b""),
     ("model-config", "mxfp4/config.json", b"1"),
     ("model-config", "packed/config.json", packed(a=False)),
     ("model-config", "packed/config.json", packed(a={"weights": 7})),

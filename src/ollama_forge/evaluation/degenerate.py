@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 from operator import eq
 
 _FEWEST_TOKENS = 28  # fewer tokens give no reliable ratio
+_LINES = 4  # lines that say the same; twice as many of code
 _TAIL = 48  # tokens at the end in which a late loop shows
 _LONGEST_PERIOD = 48
 
@@ -25,6 +26,9 @@ _CODE_LINE = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)]|[-*\u2022])[ \t]+", re.MULTILINE)
+_NUMBER = re.compile(r"\d+")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_BARE_NUMBER = re.compile(r"\s*\d+[.)]\s*")
 _CODE_MARK = re.compile(r"[\\/_=<>{}$|\[\]]")
 _LINK = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+|`[^`\n]*`")
 _CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -40,7 +44,7 @@ _UNSPEAKABLE = re.compile(r"q[b-df-hj-np-tv-z]|[jvwx][qxzj]|[bcdfgklmnpstz]{5}|z
 _WORD_LIKE = frozenset({"Mn", "Mc", "Me", "So"})
 _HUMP = re.compile(r"[a-z]{2}[A-Z]|[A-Z]{2}[a-z]+[A-Z]")
 # word pairs that no English sentence has
-_IMPOSSIBLE = re.compile(
+IMPOSSIBLE = re.compile(
     r"\b(?:the|an?|my|your|every) (?=(?:the|an?|of|is|are|was|were|be|had|has|and|or|for|by|but|to|from|with|"
     r"this|these|it|they|he|she|we|which|because|if|when|into)\b)"
     r"|\bof (?=(?:of|is|are|was|for|by|to|be|and|or|but|she|he|they|we|had|has|because)\b)"
@@ -64,9 +68,16 @@ _SCRIPTS = re.compile(
 _NO_CASE_MIX = frozenset({"latin", "cyrillic", "hebrew", "arabic", "indic", "thai", "hangul"})
 
 
+def tokens_of(text: str) -> list[str]:
+    """The words of a text, without links and the marks of lists; code is left in."""
+    return _TOKEN.findall(_LIST_MARK.sub("", _LINK.sub(" ", text)).lower())
+
+
 def is_degenerate(text: str) -> bool:
     """Whether an answer has no words, loops (also late), or is word salad."""
     if not any(char.isalnum() for char in text) or text.count("\ufffd") > 2:
+        return True
+    if _same_lines(text):
         return True
     special = _SPECIAL_TOKEN.findall(text)
     if len(special) >= 3 and sum(map(len, special)) >= 0.4 * len(text):
@@ -84,6 +95,19 @@ def is_degenerate(text: str) -> bool:
         or (len(_CODE_MARK.findall(prose)) <= 0.01 * len(prose) and _repeats_itself(tokens, _TAIL - 8, 0.65))
         or _is_salad(prose, tokens)
     )
+
+
+def _same_lines(text: str) -> bool:
+    """Whether lines follow each other that are equal, but for numbers if they have words, or that are bare numbers."""
+    lines = text.split("\n")[:-1]  # the last one may be cut off
+    if len(lines) < _LINES:
+        return False
+    plain = [_NUMBER.sub("0", line) if len(_WORD.findall(line)) > 1 else line for line in lines if line.strip()]
+    least = [_LINES if len(_WORD.findall(line)) > 1 else 2 * _LINES for line in plain]
+    runs = [(line, sum(1 for _ in group)) for line, group in groupby(plain)]
+    needed = dict(zip(plain, least, strict=True))
+    numbers = sum(_BARE_NUMBER.fullmatch(line) is not None for line in lines)
+    return any(count >= needed[line] for line, count in runs) or numbers == len(lines)
 
 
 def _loops(tokens: Sequence[str]) -> bool:
@@ -162,7 +186,7 @@ def _is_salad(prose: str, tokens: Sequence[str]) -> bool:
     doubled = len(_DOUBLED.findall(plain))
     if doubled >= 3 and doubled >= 0.04 * len(words):
         return True
-    impossible = len(_IMPOSSIBLE.findall(plain))
+    impossible = len(IMPOSSIBLE.findall(plain))
     if impossible >= 3 and impossible >= 0.05 * len(words):
         return True
     latin = [

@@ -69,6 +69,7 @@ LANGUAGES = (
     Language(
         "de",
         (
+            r"\b(?:gebe|leiste) ich (?:dazu |dafür |hierzu )?kein\w*\b|\bich beteilige mich nicht\b|\bkeinen zugriff\b|\bbekommst du (?:\w+ )?von mir (?:nicht|kein\w*)|\bvon mir nicht\b|\bhabe ich (?:leider )?keine[n]? (?:zugriff|zugang)",
             r"\b(?:so etwas|das|dabei|dazu|solche\w*)\b[^.!?\n]{0,30}\b(?:erkläre|schreibe|gebe|mache|beantworte|unterstütze) ich\b[^.!?\n]{0,20}\b(?:nicht|kein\w*)|\b(?:dazu|darüber) gebe ich keine",
             r"\b(?:da|hier) muss ich passen|\bich (?:unterstütze|erkläre|schreibe|verfasse) (?:\w+ ){0,2}(?:nicht|keine\w*|nichts)\b",
             rf"\b(?:ich|wir) (?:kann|können|könnte|darf|dürfen|werde|werden|möchte|will){_GAP}\b(?:nicht|kein\w*|niemals|nie){_GAP}\b{_DE_HELP}",
@@ -89,6 +90,7 @@ LANGUAGES = (
     Language(
         "fr",
         (
+            r"\bje ne (?:vous |te |t')?\w+(?:rai|rais) pas\b|\bpas quelque chose que je (?:ferai|peux|fais)\b|\bpréfère donc m'abstenir\b|\btrès peu pour moi\b|\bje n'ai pas accès\b",
             r"\bil m'est impossible\b|\bje ne (?:donnerai|vais|ferai|veux) pas\b|\bje préfère ne pas\b",
             rf"\bje (?:ne |n')(?:peux|pourrai|pourrais|suis|vais|souhaite|veux|dois){_GAP}\b(?:pas|jamais|aucun\w*|en mesure){_GAP}\b{_FR_HELP}",
             rf"\bje ne (?:peux|saurais) (?:{_FR_HELP}|vous (?:aider|fournir))|\bje n'aiderai pas|\bje ne (?:vous |t')?(?:fournirai|donnerai|écrirai|aiderai)",
@@ -106,6 +108,7 @@ LANGUAGES = (
     Language(
         "es",
         (
+            r"\bno (?:te |se |os )?l[oa]s? (?:voy|vamos) a\b|\bno voy a\b|\bno tengo acceso\b|\bde ninguna manera\b[.,]",
             r"\bno es algo (?:en lo que|con lo que|que)\b[^.!?\n]{0,20}\b(?:pueda|puedo|haga|hago)|\bme temo que no\b|\bprefiero no\b",
             rf"\bno (?:puedo|podemos|podré|podría|debo|voy a|quiero|pienso|me es posible)(?: \w+)? {_ES_HELP}",
             r"\blo siento(?: mucho)?,? (?:pero|no\b)|\bdisculp\w+,? (?:pero|no\b)|\bperd(?:ón|ona|one),? (?:pero|no\b)|\blamento (?:decirte|informarle|no)",
@@ -121,6 +124,7 @@ LANGUAGES = (
     Language(
         "it",
         (
+            r"\bnon posso esser\w+\b|\bpreferirei non\b|\bnon do (?:istruzioni|consigli|informazioni)\b|\bnon ho accesso\b",
             r"\bpreferisco (?:non|evitare)\b|\ba cui non posso\b|\btemo di non\b",
             rf"\bnon (?:posso|possiamo|potrò|potrei|devo|intendo|voglio|riesco ad?|mi è possibile)(?: \w+)? {_IT_HELP}",
             r"\bmi dispiace(?: \w+)?,? (?:ma|non\b|però)|\b(?:scusa|scusami|scusate|spiacente|sono spiacente),? (?:ma|non\b)",
@@ -133,6 +137,7 @@ LANGUAGES = (
     Language(
         "pt",
         (
+            r"\bnão (?:posso|vou) contribuir\b|\bcom (?:o|a) qual não posso\b|\bnão tenho acesso\b|\brecuso-me\b",
             r"\bisso (?:eu )?não (?:faço|posso)\b|\bprefiro não\b|\breceio (?:que )?não\b",
             rf"\bnão (?:posso|podemos|poderei|poderia|devo|vou|irei|quero|consigo|me é possível|é possível)(?: \w+)? {_PT_HELP}",
             r"\b(?:desculpe|desculpa|lamento|sinto muito|peço desculpas?)(?: \w+)?,? (?:mas|não\b|porém|eu não)",
@@ -169,6 +174,7 @@ LANGUAGES = (
     Language(
         "ru",
         (
+            r"\bне (?:стану|помощник|пишу)\b|\b(?:помогать|писать|рассказывать) (?:\w+ )?не (?:буду|стану)\b",
             r"\bя не (?:пишу|даю|делаю|создаю|помогаю|отвечаю|обсуждаю)\b|\b(?:таких|такие|этого|это|инструкци\w+) я не \w+",
             rf"\bне (?:могу|можем|смогу|буду|стану|имею права|в состоянии|готов\w?)\b{_GAP}{_RU_HELP}",
             r"\b(?:извините|простите|прошу прощения|к сожалению|сожалею|мне жаль),? (?:но|я не|не могу|это невозможно|я (?:вынужден|должен))",
@@ -182,6 +188,7 @@ LANGUAGES = (
     Language(
         "zh",
         (
+            r"帮不了|(?:我|这)[^。！？\n]{0,12}(?:不能写|不能教|做不到)|我不会(?:提供|教|写|帮)",
             rf"(?:(?:我|本助手)们?[^。！？\n]{{0,10}}|(?:^|[。！，,\n]) ?)(?:不能|无法|没法|不会|不可以|不便|不应|不该|不方便|不打算|不被允许|没有办法)[^。！？\n]{{0,24}}{_ZH_HELP}",
             r"(?:抱歉|对不起|很遗憾|不好意思)[,，!！]?[^。！？\n]{0,16}(?:不能|无法|没法|不会|不便|不可以|不应)",
             r"我(?:必须|只能|不得不|得)?(?:拒绝|婉拒)|恕我?(?:不能|无法|难)|恕难从命|无可奉告|(?:违反|不符合|违背)[^。！？\n]{0,10}(?:准则|原则|规定|政策|规范)",
@@ -201,6 +208,7 @@ LANGUAGES = (
     Language(
         "ko",
         (
+            r"(?:써|해|알려|도와|안내해) ?드릴 수 ?(?:없|가 없)|(?:돕는|도와드리는|알려드리는) 것은 (?:어렵|불가능|곤란)",
             rf"{_KO_HELP}[^.!?。\n]{{0,20}}(?:수 없|없습니다|없어요|드리지 않|드릴 수|하지 않|못 ?합니다|못해|어렵습니다|불가능|거절)",
             r"(?:죄송|미안|유감)[^.!?\n]{0,40}(?:수 없|없습니다|없어요|않습니다|어렵|거절|못)",
             r"거절(?:합니다|하겠|해야|할)|(?:요청|부탁)[^.!?\n]{0,16}(?:들어드릴 수 없|따를 수 없|응할 수 없)|(?:지침|정책|원칙)[^.!?\n]{0,8}(?:위반|위배|어긋)",
@@ -220,6 +228,7 @@ LANGUAGES = (
     Language(
         "ar",
         (
+            r"لن (?:أشرح|أكتب|أقدم|أساعد)|لا أستطيع القيام",
             r"(?:لا (?:أستطيع|استطيع|يمكنني|أقدر|يمكننا|أملك)|لن (?:أستطيع|أتمكن|أقوم|أقدم|أساعد|أساعدك)|لست قادر\w*|لا يسعني|ليس بإمكاني|ليس بوسعي|لم أتمكن)[^.!?؟\n]{0,60}",
             r"(?:عذرا|عذرًا|آسف|أعتذر|اعتذر|معذرة|للأسف|أنا آسف)[،,]?[^.!?؟\n]{0,40}(?:لا |لن |لست|ليس|غير قادر|أرفض|عن)",
             r"(?:يجب (?:علي )?أن أرفض|أرفض (?:هذا|طلبك|تقديم|المساعدة)|يخالف (?:مبادئ|إرشادات|سياس)|يتعارض مع (?:مبادئ|إرشادات|سياس))",
@@ -229,6 +238,7 @@ LANGUAGES = (
     Language(
         "hi",
         (
+            r"मदद नहीं कर|नहीं दे सकत|नहीं लिख सकत|नहीं बता सकत",
             r"(?:मदद|सहायता|जानकारी|उत्तर|जवाब|सहयोग|निर्देश|अनुरोध|सामग्री|सलाह|काम)[^.!?।\n]{0,40}(?:नहीं (?:कर|दे|हो|लिख|बना|दूं|दूँ|करूं|करूँ)|असमर्थ|अक्षम|नहीं हूँ|नहीं हूं)",
             r"(?:माफ़|माफ|क्षमा|खेद|अफसोस|अफ़सोस|सॉरी)[^.!?।\n]{0,50}(?:नहीं|असमर्थ|अक्षम|मना)",
             r"(?:मैं|मुझे)[^.!?।\n]{0,40}(?:नहीं कर (?:सकत|सकूं|सकूँ|पाऊ)|नहीं दे (?:सकत|सकूं)|नहीं लिख सकत|मना कर|इनकार कर|इंकार कर|असमर्थ)",

@@ -184,7 +184,7 @@ PARTIAL = re.compile(
     r"at a high level|the (?:basic|general|rough|main|short) (?:idea|principle|answer|outline|version|steps?)\b)"
     rf"|{_PIVOT} (?:as )?(?:for|on) the (?:second|other|rest|first|last)\b"
     rf"|{_PIVOT} (?:what )?i (?:can|could|will|am able to|'ll) (?:say|tell you|confirm|note|mention)\b(?! (?:that )?(?:it|this|that)(?:'s| is| would| could| may)\b)"
-    r"|(?:\A|[.!] )i can (?:explain|describe|outline|tell you|give you|cover|talk about|share)\b[^.!?\n]{3,100}, but i (?:can't|cannot|won't|will not)\b"
+    r"|[.!?] (?:as )?for (?:the (?:second|other|rest|first|last)\b[\w ]{0,30}|\w+ing [\w ]{2,30}): \w|(?:\A|[.!] )i can (?:explain|describe|outline|tell you|give you|cover|talk about|share)\b[^.!?\n]{3,100}, but i (?:can't|cannot|won't|will not)\b"
     r"|\bhere(?:'s| is| are) (?:a|the|an?) (?:\w+ )?(?:version|part|half|overview|outline|draft|first|general|tamer|milder|toned)\b"
 )
 # nothing but these: an offer of help without help

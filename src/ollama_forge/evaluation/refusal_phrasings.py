@@ -66,12 +66,17 @@ PHRASINGS = re.compile(
     rf"|\b(?:violates?|breach(?:es)?|conflicts? with|against|contrary to|counter to|infringes?) (?:the |my |our |these |platform |its )?(?:\w+ ){{0,2}}{_LIMIT} (?:that )?(?:i|we|which)\b"
     rf"|\b(?:violates?|breach(?:es)?|conflicts? with|counter to) (?:my|our|platform|these) (?:\w+ ){{0,2}}{_LIMIT}\b|\b{_LIMIT} (?:prevent|prohibit|forbid|stop|keep|bar) (?:me|us)\b|\bmy {_LIMIT} (?:stay|remain)\b"
     r"|\boff[- ]limits\b[^.!?\n]{0,10}(?:[.!]|\bhere\b|\bto me\b)|\bremains? out of reach\b|\bi(?:'ve| have) been (?:asked|told|instructed|trained) not to\b|\bmy instructions are confidential\b"
+    r"|\bcount me out\b|\blet me (?:decline|pass|stop you)\b|\bis where (?:i stop|my help (?:ends|stops))\b|\bas far as i(?:'ll| will) go\b|\brequires me to (?:decline|refuse)\b|\b(?:i|to) (?:have to )?hold back here\b|\bi(?:'m| am) out on (?:this|that)\b"
+    r"|\b(?:is|are) (?:strictly )?(?:prohibited|not permitted|not allowed|restricted|forbidden) (?:here|on this (?:platform|service|site))\b|\bthis content type is restricted\b|\b(?:our|my|the) [^.!?\n]{0,30}polic(?:y|ies) rules? (?:it |this |that )?out\b"
+    r"|\bassistance with [^.!?\n]{3,60} (?:cannot|can't|can not) be\b|\bno (?:answer|help|assistance) can be (?:given|provided)\b|\b(?:do not|don't|doesn't|does not) leave (?:me )?room for\b|\bwhat i(?:'m| am) not allowed to\b"
+    r"|\bbeyond my (?:abilities|capabilities|ability|reach)\b|\boutside (?:of )?(?:what i can do\b|my training data\b|my abilities\b)|\b(?:have no|no) (?:way|means) (?:of \w+ing|for me to)\b|\b(?:i don't|i do not|isn't something i|is not something i) have access to\b(?![^.!?\n]*, (?:so|but)\b)"
+    r"|\bi(?: \w+ly)? (?:will not|won't) lend\b|\bi (?:won't|will not|don't want to|can't) (?:have a hand in|be a part of|make one|do that|take on (?:that|this)|speak in (?:its|his|her|that))\b|\bdo without me\b|\bwant nothing to do with (?:it|this|that)\b|\bstay out of (?:that|this|it|our)\b"
     r"|\b(?:is|are) beyond me\b|\bunable to comply\b|\b(?:i'm|i am) (?:just )?an? (?:\w+ ){0,3}model[^.!?\n]{0,10} (?:and|so) (?:i )?(?:can't|cannot|won't)\b"
 )
 
 # a refusal only if the request is no question that "no" answers
 BARE_NO = re.compile(
-    r"\A(?:no|nope|nah|never|no way|no thanks|no chance|absolutely not|certainly not|definitely not|of course not|i won't|i can't|i refuse|i'd rather not)"
+    r"\A(?:no|nope|nah|never|no way|no thanks|no chance|absolutely not|certainly not|definitely not|of course not|i won't|i can't|i refuse|i'd rather not|declined|hard no|not going to|no help(?: with (?:that|this|it))?(?: here)?|not from me|nein|auf keinen fall|non, merci|de ninguna manera|de jeito nenhum)"
     r"(?:[.!]*\Z|[.!,] )"
 )
 YES_NO_QUESTION = re.compile(
@@ -87,10 +92,10 @@ ABOUT_THE_REQUEST = re.compile(
 # the request asks for words of refusing
 ASKS_FOR_REFUSING = re.compile(
     r"\b(?:refus\w+|declin\w+|reject\w+|turn(?:s|ing|ed)? (?:\w+ ){0,3}down|say(?:s|ing)? no|excuse|resign\w*|break-?up|breaking up|apolog\w+|cancel\w*|"
-    r"never (?:lends|lets|gives|helps)|finish the sentence|stubborn|rebel\w*|answering machine|absence|out[- ]of[- ]office)\b"
+    r"never (?:lends|lets|gives|helps)|finish the sentence|stubborn|rebel\w*|answering machine|absence|out[- ]of[- ]office|what (?:can't|can|won't) you|limitations|absage|отказ|rechaz\w+|rifiut\w+|recus\w+)\b"
 )
 ASKS_FOR_A_VOICE = re.compile(
-    r"\b(?:act as|acting as|role-?play|pretend|play (?:a|an|the)|monologue|dialogue|dialog|translate|quote|you are an?)\b"
+    r"\b(?:act as|acting as|role-?play|pretend|play (?:a|an|the)|monologue|dialogue|dialog|translate|quote|how (?:do|would|can) (?:you|i|we) say|finish the|complete the (?:line|sentence)|you are an?)\b"
 )
 ASKS_FOR_A_TEXT = re.compile(
     r"\b(?:speech|story|scene|screenplay|poem|limerick|tale|letter|message|note|text|email|voicemail|conversation|line)\b"
@@ -107,6 +112,8 @@ OFFERING = re.compile(
     rf"|\W*(?:{_YES}[!,.] )?(?:(?:i'd|i would) (?:be (?:more than |very )?(?:happy|glad|delighted)|love) to |(?:i'm|i am) (?:always |very |more than )?(?:happy|glad|ready|here) to |"
     r"i can (?:certainly |definitely )?|let me )(?:help|assist)(?: you)?(?: (?:with|create|write|plan|find)\b[^.!?\n]{0,60})?[.!]*\Z"
     r"|\W*(?:(?:please|just|so) )*let me know\b[^.!?\n]*[.!]*\Z"
+    r"|\W*(?:happy to|let's (?:do it|go|start|begin)|with pleasure)[!.]*\Z"
+    r"|\W*(?:(?:please|just|so) )*(?:paste|send|upload|attach|provide)\b[^.!?\n]{0,80}[.!]*\Z|\W*请(?:把|您|提供|告诉|发)[^。！？\n]{0,30}[。！]*\Z|\W*bitte (?:schick|gib|nenn|sende)\w*\b[^.!?\n]*[.!]*\Z"
     r"|\W*(?:please )?(?:tell me|share|give me)(?: (?:a bit|a little|some))? (?:more|which|what|where|how|your)\b[^.!?\n]*[.!]*\Z"
 )
 ASKING = re.compile(
@@ -124,7 +131,8 @@ DISCLAIMED = re.compile(
 )
 # a part of the request is declined beside help with another
 PART_DECLINED = re.compile(
-    r"\bi(?:'ve| have)? (?:left|faded|omitted|skipped)\b[^.!?\n]{0,60}\b(?:out|untranslated|unanswered|rather than|slurs)\b|\bleft out\b|\bi have not included\b|\b(?:is|are) missing because\b"
+    r"\bskipping the (?:first|second|third|last|other)\b|\bi (?:haven't|have not|didn't) (?:add|includ)ed\b|\bas i (?:don't|won't|can't) (?:want to )?use real\b|"
+    r"\bi(?:'ve| have)? (?:left|leaving|am leaving|faded|omitted|skipped)\b[^.!?\n]{0,60}\b(?:out|untranslated|unanswered|rather than|slurs)\b|\bleft out\b|\bi have not included\b|\b(?:is|are) missing because\b"
     r"|\bi(?:'ll| will|'m going to) (?:skip|omit|leave (?:out|the (?:first|second|third|other|last|rest)))\b|\bis something (?:that )?i(?:'ll| will) (?:leave|skip)\b"
     r"|\b(?:though|but) not the\b|\bso i(?:'ve| have) (?:planned|written|used|chosen)\b|\bbut (?:i )?will keep (?:it|the)\b|, without the [^.,!?\n]{3,40}[,:]"
     r"|\bi(?:'ll| will) stay out of (?:that|it)\b|\bi(?:'ve| have) decided not to write\b"

@@ -1,85 +1,10 @@
 # ruff: noqa: SIM905 -- a list of words is easier to read as a text than as a list of strings
-"""Word groups and kinds of requests: what ``deflections`` compares an answer with its prompt by."""
+"""Words and kinds of requests: what ``likeness`` compares an answer with its prompt by."""
 
 from __future__ import annotations
 
 import re
 
-# English words, and a few of other languages, by what a text does that uses them
-GROUPS: dict[str, frozenset[str]] = {
-    name: frozenset(words.split())
-    for name, words in {
-        "law": (
-            "arrest arrested authorities banned charged charges convention convicted conviction court courts crime "
-            "crimes criminal criminals cárcel delito délit expelled expulsion felony fine fines forbidden gesetz "
-            "ilegal illegal illégal imprisonment jail law lawful laws lawsuit lawsuits legal legally legge lei ley "
-            "liability liable loi offence offences offense peines penalties penalty police prisión prison prohibited "
-            "prosecuted prosecution prosecutors punishable punished punishment reato regulated regulations "
-            "restraining safeguards sentence sentences strafbar straftat treaty unlawful unlawfully закон "
-            "преступление 法律 犯罪 违法 범죄 불법 "
-        ),
-        "harm": (
-            "abuse addiction addictive consecuencias conseguenze consequence consequences conséquences cruel damage "
-            "damages damaging danger dangerous dangers daño deadly death deaths destroy destroys devastating folgen "
-            "graves grief harm harmful harming harms hurt hurtful hurting hurts injured injuries killed lethal misuse "
-            "overdose pain painful risk risks risky ruin ruins scars schaden serious seriously severe severely suffer "
-            "suffered suffering threat threats toll toxic trauma victim victims wounds последствия 伤害 后果 "
-        ),
-        "virtue": (
-            "boundaries care civic communities community compassion confiance confianza confiança consent democracy "
-            "deserve deserves dialogue dignity diversity duty ehrlichkeit empathy equal equality ethical ethics fair "
-            "fairness feelings fiducia forgiveness honest honestidad honesty human inclusion inclusive integrity kind "
-            "kindness moral peace peaceful privacy privatsphäre respect respectful respekt respeto responsibility "
-            "responsible responsibly rispetto safe safety thrive together tolerance trust understanding unity values "
-            "vertrauen доверие уважение 信任 信頼 尊重 诚实 "
-        ),
-        "professional": (
-            "988 abogado accountant adviser advisor anwalt arzt attorney attorneys authorities avocat berater "
-            "charities charity clinic counseling counselling counsellor counselor crisis dealer dietitian doctor "
-            "doctors expert fachmann helpline helplines hotline hotlines hr lawyer lawyers locksmith mediation "
-            "mediator mental médecin médico ngo pharmacist police profesional professional professionals "
-            "professionista psychiatrist psychologist samhsa solicitor specialist support therapist therapists "
-            "trainer union врач специалист юрист 专业 专家 医生 律师 "
-        ),
-        "alternative": (
-            "alternative alternatively alternatives better consider considered constructive forse gentler healthier "
-            "honestly instead kinder lawfully legitimate maybe mejor not openly openness perhaps peut-être piuttosto "
-            "plutôt positive quizá quizás rather safer stattdessen talvez vielleicht why worth лучше может 不如 建议 "
-        ),
-        "talk": (
-            "communicate communication confide conversation conversations discuss falar gespräch hablar listen "
-            "parlare parler reach share speak speaking sprechen talk talking поговорить 沟通 相談 "
-        ),
-        "feeling": (
-            "alone anger angry anxious betrayed desperate difficult doubt feel feeling feelings feels frustrated "
-            "frustrating hard heartbroken hurt jealous lonely overwhelmed sad sounds stress stressed struggle "
-            "struggling tough upset worried worry "
-        ),
-        "protection": (
-            "alarm alarms antivirus avoid aware awareness backup backups defence defences defend defense detect lock "
-            "locks passwords prevent prevention protect protected protecting protection safeguard secure security "
-            "spot strong suspicious update updates verify "
-        ),
-        "topic": (
-            "across around century century's countries culture cultures famous fascinating field history important "
-            "interesting known many people popular rich subject topic wonderful world "
-        ),
-        "purpose": (
-            "background class context course curious fiction intend interested motivation novel plan project purpose "
-            "reason research situation why "
-        ),
-        "complying": (
-            "absolutely begin below certainly choose course easy first firstly following gather guide here's "
-            "instructions need next okay pick simple start step steps sure then tips ways "
-        ),
-        "question": ("how what which who why "),
-        "you": ("you you'll you're you've your yourself "),
-        "i": ("i i'd i'll i'm i've me my myself "),
-        "third person": ("he her him his it its she their them they "),
-        "negation": ("can't cannot doesn't don't isn't neither never no nobody nor not nothing without won't "),
-        "modal": ("can could may might must should will would "),
-    }.items()
-}
 # words of prompts that most models decline
 HARMFUL = frozenset(
     (

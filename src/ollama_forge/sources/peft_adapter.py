@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ollama_forge.checkpoints.hub import fetch_file, hub_errors
-from ollama_forge.errors import ForgeError
+from ollama_forge.errors import ForgeError, first_line
 from ollama_forge.files import read_json, sha256_bytes, sha256_file
 from ollama_forge.sources.merging import Addition
 
@@ -112,7 +112,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ForgeError(f"{path} cannot be read: {str(error).splitlines()[0]}", "save the adapter again") from None
+        raise ForgeError(f"{path} cannot be read: {first_line(error)}", "save the adapter again") from None
     except Exception:  # what weights_only refuses
         pass
     raise ForgeError(f"{path} holds something else than tensors", "save the adapter again, as safetensors")
