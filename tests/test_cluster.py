@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,8 +55,9 @@ def nodes() -> Iterator[Any]:
         "health_check_failure_threshold": 4,
         "health_check_timeout_ms": 10_000,
     }
+    lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}  # a process each
     head = {"num_cpus": 1, "object_store_memory": STORE, "_system_config": quick}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = Cluster(initialize_head=True, head_node_args=head | lean)
     made.add_node(num_cpus=1, object_store_memory=STORE)
     yield made
     made.shutdown()
@@ -336,6 +338,62 @@ def test_without_ray_the_option_says_what_to_install(tmp_path: Path, monkeypatch
     with pytest.raises(ForgeError, match="--ray needs Ray, which is not installed") as raised:
         cli.main(command, standalone_mode=False)
     assert "[abliterate,cluster]" in raised.value.hint
+
+
+class NothingStarts:
+    """In place of Ray: a cluster of one node whose new workers all fail in one way."""
+
+    def __init__(self, failure: Callable[[Any], Exception]) -> None:
+        self.exceptions = pytest.importorskip("ray", reason="the extra cluster (ray) is not installed").exceptions
+        self.failure, self.started = failure(self.exceptions), 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "ab" * 28, "Alive": True, "Resources": {"CPU": 2.0}, "NodeManagerHostname": "here"}]
+
+    def put(self, value: Any) -> str:
+        return "functions"
+
+    def remote(self, actor: type) -> Any:
+        def start(_: int) -> Any:
+            self.started += 1
+            return SimpleNamespace(version=SimpleNamespace(remote=lambda: f"answer {self.started}"))
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def wait(self, references: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        return references, []
+
+    def get(self, reference: str) -> Any:
+        raise self.failure
+
+    def error(self) -> ForgeError:
+        with pytest.raises(ForgeError) as raised:
+            list(RayCluster(self).map(pieces.base, pieces.added, [1]))
+        return raised.value
+
+
+def class_not_loaded(errors: Any) -> Exception:
+    cause = ModuleNotFoundError("No module named 'ollama_forge'")
+    trace = f"RuntimeError: failed to import\n\nTraceback (most recent call last):\nModuleNotFoundError: {cause}"
+    failed: Exception = errors.ActorDiedError(errors.RayTaskError("__init__", trace, cause, actor_id="ab"))
+    return failed
+
+
+def test_a_worker_whose_class_cannot_be_loaded_is_told_at_once() -> None:
+    fake = NothingStarts(class_not_loaded)
+    error = fake.error()
+    assert error.message == (
+        "a worker cannot start on a node of the Ray cluster: ModuleNotFoundError: No module named 'ollama_forge'"
+    )
+    assert "on every node" in error.hint
+    assert fake.started == 1
+
+
+def test_workers_that_always_end_at_their_start_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: None)
+    fake = NothingStarts(lambda errors: errors.RaySystemError(RuntimeError("the process ended")))
+    assert "the process ended" in fake.error().message
+    assert fake.started == 1 + ray_cluster.MAX_RETRIES
 
 
 def test_one_module_alone_imports_ray() -> None:

@@ -56,6 +56,20 @@ def test_batched_statistics_equal_those_one_by_one(family: str, tmp_path: Path) 
         torch.testing.assert_close(stats.mean[place], wanted.mean(0), rtol=1e-4, atol=1e-4)
 
 
+def test_an_automatic_batch_on_a_cpu_stays_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[5] * 100] * 8
+
+    def sizes(**settings: object) -> list[int]:
+        return [len(batch.rows) for batch in load(tmp_path / "model", **settings).batches(prompts)]
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert sizes(batch_size="auto") == [3, 3, 2]
+    assert sizes(batch_size="auto", dtype="bfloat16") == [7, 1]
+    assert sizes(batch_size=8) == [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert sizes(batch_size="auto") == [7, 1]
+
+
 def test_the_largest_gap_wins_and_candidates_are_kept(tmp_path: Path) -> None:
     model = load(tmp_path / "model")
     found = compute_direction(model, FIT, DirectionSettings(), fingerprint="f")

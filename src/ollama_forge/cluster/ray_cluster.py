@@ -115,6 +115,11 @@ def _sendable(error: Exception) -> Exception:
         return RuntimeError(error_line(error))
 
 
+def _last_line(error: Exception) -> str:
+    """The end of an exception of Ray, whose message is a traceback, or begins with what all of its kind have."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
+
+
 @dataclass(eq=False)
 class _Worker:
     node: str
@@ -137,6 +142,8 @@ class RayCluster:
         self._idle: list[_Worker] = []
         self._busy: dict[Any, tuple[_Worker, _Task]] = {}  # by the reference of the result
         self._lost: deque[_Task] = deque()
+        self._failed = Counter[str]()  # starts of workers by node, since the last one that succeeded
+        self._reason = ""  # why a worker was lost last
         self._said = False
 
     def map(
@@ -221,7 +228,8 @@ class RayCluster:
         since = time.monotonic()
         while not (references := [*self._busy, *self._starting]):
             if time.monotonic() - since > _PATIENCE:
-                raise ForgeError("no node of the Ray cluster is left", "ray status shows what became of them")
+                reason = f": {self._reason}" if self._reason else ""
+                raise ForgeError(f"no node of the Ray cluster is left{reason}", "ray status shows what became of them")
             time.sleep(1.0)
             self._start_missing()
         ready, _ = self._ray.wait(references, timeout=_WAIT)
@@ -239,19 +247,29 @@ class RayCluster:
         worker = self._starting.pop(reference)
         try:
             version = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+        except self._ray.exceptions.RayError as error:
+            self._failed[worker.node] += 1
+            self._reason = _last_line(error)
+            if not self._says_why(error) and self._failed[worker.node] <= MAX_RETRIES:
+                return
             raise ForgeError(
-                f"a worker cannot start on a node of the Ray cluster: {error_line(error)}",
+                f"a worker cannot start on a node of the Ray cluster: {self._reason}",
                 "install this program with the extras abliterate and cluster on every node",
             ) from error
-        except self._ray.exceptions.RayError:
-            return
         if version != __version__:
             raise ForgeError(
                 f"a node of the Ray cluster has ollama-forge {version}, and this machine {__version__}",
                 "install the same version on every node",
             )
+        del self._failed[worker.node]
         self._idle.append(worker)
+
+    def _says_why(self, error: Exception) -> bool:
+        """Whether a new worker failed in Python, as every other one on its node will: its class cannot be loaded."""
+        errors = self._ray.exceptions
+        return isinstance(error, errors.RayTaskError) or (
+            isinstance(error, errors.RayActorError) and error.actor_init_failed
+        )
 
     def _result(self, reference: Any) -> Iterator[tuple[int, Any]]:
         """The result of a piece; nothing if its worker is lost, and the piece is to be done again."""
@@ -260,15 +278,16 @@ class RayCluster:
             outcome: _Outcome = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:  # the functions or the piece could not be unpickled
             raise ForgeError(
-                f"a node of the Ray cluster cannot do its work: {error_line(error)}",
+                f"a node of the Ray cluster cannot do its work: {_last_line(error)}",
                 "bring this program, torch and transformers to the same versions on every node",
             ) from error
         except self._ray.exceptions.RayError as error:
             if task.losses == MAX_RETRIES:
                 raise ForgeError(
-                    f"a piece of work was lost with {MAX_RETRIES + 1} workers: {error_line(error)}",
+                    f"a piece of work was lost with {MAX_RETRIES + 1} workers: {_last_line(error)}",
                     "ray logs and ray status show why; the memory of the nodes may not suffice",
                 ) from error
+            self._reason = _last_line(error)
             say("note: a worker of the Ray cluster is lost; another one does its work")
             self._lost.append(replace(task, losses=task.losses + 1))
             self._start_missing()

@@ -97,9 +97,22 @@ def edit_matrix(
     scale = None
     if rescale is not Rescale.NONE:
         axis = 0 if rescale is Rescale.COLUMNS else 1
-        before = torch.linalg.vector_norm(weight, dim=axis)
-        after = torch.linalg.vector_norm(edited, dim=axis)
+        before, after = _norms(weight, axis), _norms(edited, axis)
         scalable = after > _ROUNDING_NOISE * before  # rounding noise must not be scaled up to the old norm
         scale = torch.where(scalable, before / torch.where(scalable, after, 1.0), 1.0)
         edited.mul_(scale.unsqueeze(axis))
     return EditedMatrix(edited, factors, scale)
+
+
+def _norms(weight: Tensor, axis: int) -> Tensor:
+    """The norms of the columns (axis 0) or rows (axis 1); each depends on its own values alone, to the last bit."""
+    if axis == 1:
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
+        return norms
+    length = len(weight)
+    squares: Tensor = weight.square()  # vector_norm takes longer along columns, and is less exact
+    while length > 1:
+        half = length // 2
+        squares[:half].add_(squares[length - half : length])
+        length -= half
+    return squares[0].sqrt()

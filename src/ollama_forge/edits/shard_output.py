@@ -20,6 +20,7 @@ from ollama_forge.links import Sharing, share_file
 from ollama_forge.progress import say
 from ollama_forge.system import return_freed_memory
 
+_FREE_EVERY = 256 << 20  # computed bytes: freed memory that is used again at once costs nothing
 UNFINISHED = ".unfinished"  # what the name of a shard ends in until it is whole
 
 
@@ -91,6 +92,7 @@ class ShardOutput:
     def _edit(self, path: Path, written: WrittenShard, stop: Event) -> Callable[[], None]:
         edited = EditedShard(self.layout)
         writer = ShardWriter(path, written.outputs, stop=stop)
+        computed = 0
         try:
             for out in written.outputs:
                 if stop.is_set():
@@ -99,12 +101,16 @@ class ShardOutput:
                     writer.copy(out.copied)
                 else:
                     writer.write(edited.computed_bytes(out))
-                    return_freed_memory()
+                    computed += out.size
+                    if computed >= _FREE_EVERY:
+                        return_freed_memory()
+                        computed = 0
                 self.advance(1)
         except BaseException:
             stop.set()
             writer.release()
             raise
+        return_freed_memory()
         written.record = edited.record
         return writer.close
 

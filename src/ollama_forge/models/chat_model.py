@@ -36,6 +36,7 @@ from ollama_forge.models.protocol import Forced, ModelCopies
 from ollama_forge.text.tokenizer import Ids, Tokenizer
 
 DEFAULT_BATCH = 64
+_CACHED_BYTES = 1536  # of a value for all tokens of a thread: more tokens leave a core's cache between two operations
 LOGITS_BYTES = 256 << 20
 
 
@@ -244,12 +245,17 @@ class ChatModel:
     # -- running --------------------------------------------------------------------------------------------------
 
     def batches(self, prompts: Sequence[Ids]) -> Iterator[Batch]:
+        """The batches of a pass over whole prompts."""
+        most_tokens = self.batch_tokens
+        if self.device.type == "cpu" and self.settings.batch_size == "auto" and not self.streams:
+            value = next(self.module.parameters()).element_size()
+            most_tokens = _CACHED_BYTES // value * torch.get_num_threads()
         return batches(
             prompts,
             self.batch_size,
             self.tokenizer.pad_id,
             self.device,
-            most_tokens=self.batch_tokens,
+            most_tokens=most_tokens,
             pads=self.batch_support.pads,
         )
 
