@@ -1,4 +1,4 @@
-"""Compare rules that choose an edit, on made-up edits whose true rates of failure are known.
+"""What it costs to let damage decide between edits that a test cannot tell apart, on made-up edits with known rates.
 
     python benchmarks/choice_rules.py
 
@@ -7,13 +7,13 @@ differs by chance from edit to edit. A rule sees on which of a number of prompts
 edits correlate as those of neighbouring edits do. Its *loss* is the true score of its choice (rate of failure plus
 answer KL) less that of the best edit, in percentage points, mean over draws. The rules:
 
-- *least score*: that of ``run``.
+- *least score*: by which ``run`` goes on from edit to edit.
 - *damage breaks ties*: of the edits whose failures an exact McNemar test does not tell from those of the edit with the
-  least score (p above 0.05 or above 0.5), the one with the least damage.
+  least score (p above 0.05, or above 0.5, as in ``run`` at the end), the one with the least damage.
 - *paired score*: the one with the least damage whose score is at most half of a standard error above the least one,
   the error being that of the difference, prompt by prompt.
 
-Bound: in no setting is the loss of the least score above that of another rule by more than 0.05 points.
+Bound: at 64 prompts and more, the choice of ``run`` loses at most half a point more than the least score.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> int:
     good = True
     for prompts, spread in product(PROMPTS, SPREADS):
         found = losses(prompts, spread)
-        within = found["least score"] <= min(found.values()) + 0.05
+        within = prompts < 64 or found["damage breaks ties, p > 0.5"] <= found["least score"] + 0.5
         good &= within
         values = ", ".join(f"{loss:.2f}" for loss in found.values())
         print("ok  " if within else "MISS", f"{prompts}, {spread}: {values}")

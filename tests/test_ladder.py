@@ -11,7 +11,6 @@ import pytest
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.evaluation.counts import Counts
-from ollama_forge.evaluation.paired import mcnemar
 from ollama_forge.records import from_json, to_json
 from ollama_forge.search.candidates import (
     CONFIGURED,
@@ -63,9 +62,8 @@ def best_of(*trials: Trial, rule: Rule = RULE) -> str | None:
         pytest.param([trial("a", 0.01, 0, first=0.21), trial("b", 0.01, 50)], "b", id="the limit of first-token KL"),
         pytest.param([trial("a", 0.01, deflected=9), trial("b", 0.02)], "b", id="deflections are failures"),
         pytest.param([trial("a", 0.01, degenerate=9), trial("b", 0.02)], "b", id="degenerate answers are failures"),
-        pytest.param([trial("a", 0.02, 0), trial("b", 0.015, 1)], "a", id="one failure for half of a per cent"),
-        pytest.param([trial("a", 0.02, 0), trial("b", 0.005, 1)], "b", id="one failure for more than one"),
-        pytest.param([trial("a", 0.02, 1), trial("b", 0.03, 0)], "a", id="as good: less damage"),
+        pytest.param([trial("a", 0.02, 0), trial("b", 0.015, 1)], "b", id="one more failure is chance: less damage"),
+        pytest.param([trial("a", 0.02, 0), trial("b", 0.01, 2)], "a", id="two more failures are not"),
         pytest.param([trial("a", 0.0200, 0), trial("b", 0.0201, 0)], "a", id="as many failures: less damage"),
         pytest.param([replace(trial("a", 0.01), ended_early="worse"), trial("b", 0.05, 9)], "b", id="ended early"),
         pytest.param([trial("a", 0.07), trial("b", 0.08)], None, id="none within the limits"),
@@ -76,11 +74,12 @@ def test_the_best_of_some_trials(trials: list[Trial], best: str | None) -> None:
     assert best_of(*reversed(trials)) == best
 
 
-def test_failures_that_no_test_tells_apart_are_not_given_away_for_a_little_less_damage() -> None:
-    least = trial("least", 0.022, 7)
-    gentler = replace(trial("gentler", 0.020), harmful=Counts("a" * 5 + "r" * 9 + "a" * 86))  # 7 of its 9 in common
-    assert mcnemar(RULE.fails(gentler.harmful), RULE.fails(least.harmful)) > 0.5
-    assert best_of(least, gentler) == "least"
+def test_a_difference_in_damage_that_is_chance_decides_nothing() -> None:
+    noisy = replace(
+        trial("b", 0.019, 1), answer_kl_by_prompt=tuple(0.57 * (row < 1) + 0.0049 for row in range(PROMPTS))
+    )
+    assert best_of(trial("a", 0.02), noisy) == "a"
+    assert best_of(trial("a", 0.02), trial("b", 0.019, 1)) == "b"
 
 
 def test_a_loop_hides_from_the_first_token_but_not_from_the_rule() -> None:
@@ -111,14 +110,18 @@ def test_degenerate_answers_decide_nothing_up_to_the_rate_of_the_base() -> None:
     assert strengthen.failed_share(Counts("r" * 88 + "x" * 12)) == pytest.approx(0.12)  # they are no refusals
 
 
-def test_a_trial_is_hopeless_once_its_failures_so_far_and_its_damage_are_worse() -> None:
+def test_a_trial_is_hopeless_only_if_it_cannot_win() -> None:
     best = trial("best", 0.02, 2)
-    begun = replace(trial("begun", 0.015), harmful=Counts("r" * 2 + "a" * 30))
+    begun = replace(trial("begun", 0.015), harmful=Counts("r" * 3 + "a" * 29))
     assert not RULE.loses_to(begun, None)
-    assert not RULE.loses_to(begun, best)
-    assert RULE.loses_to(replace(begun, harmful=Counts("r" * 3 + "a" * 29)), best) == "worse than best"
+    assert RULE.score(begun) > RULE.score(best)
+    assert not RULE.loses_to(begun, best)  # less damage, and the paired test cannot tell yet
+    assert RULE.loses_to(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), best)
     assert RULE.loses_to(replace(begun, answer_kl=0.041, harmful=Counts()), best)  # its damage alone is too much
     assert not RULE.loses_to(replace(begun, answer_kl=0.039, harmful=Counts()), best)
+    # what best refuses, the other one may still answer
+    late = replace(best, harmful=Counts("a" * 40 + "r" * 10 + "a" * 50))
+    assert not RULE.loses_to(replace(begun, harmful=Counts("r" * 10 + "a" * 22)), late)
 
 
 @pytest.mark.parametrize("limits", [{"answer_kl": 0.0}, {"first_token_kl": float("nan")}, {"answer_kl": float("inf")}])
@@ -169,6 +172,23 @@ def test_the_second_pass_goes_on_around_the_best_until_nothing_is_better() -> No
     assert least_squares(22, 3.5).name in script.tried
     assert not [name for name in script.tried if "layer 21" in name]  # not in the ranking
     assert len(script.tried) == len(set(script.tried)) <= 14
+
+
+def test_less_damage_is_preferred_at_the_end_and_not_on_the_way() -> None:
+    """One failure more is chance: layer 20 is as good as layer 22 at first, but the better edits are beside the latter."""
+
+    def outcome(candidate: Candidate) -> tuple[float, int]:
+        assert candidate.layer is not None
+        if candidate.layer != 22:
+            return 0.02, 9
+        return 0.025, 8 - round(4 * (candidate.settings.strength - 2.0))
+
+    script = Scripted(outcome)
+    trials = script.climb()
+    assert RULE.best(trials[:3]).layer == 20  # type: ignore[union-attr]
+    assert least_squares(22, 2.5).name in script.tried
+    assert least_squares(20, 2.5).name not in script.tried
+    assert RULE.best(trials).settings.strength > 2.0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("wanted", [(2.0, 0.25), (2.5, 0.5), (2.0, -0.25)])
@@ -272,6 +292,9 @@ def test_the_reason_says_what_is_left_and_what_it_costs() -> None:
     choice = choice_of(trial("a", 0.02, 4, degenerate=1), trial("b", 0.05, 9))
     assert (choice.name, choice.found) == ("a", True)
     assert choice.reason == "the best of 2 edits: 4 of 100 are refused, 1 degenerate, at an answer KL of 0.020"
+    tied = choice_of(trial("a", 0.02), trial("b", 0.015, 1))
+    assert tied.name == "b"
+    assert "as good as a as far as the select prompts can tell" in tied.reason
 
 
 def test_where_nothing_lowers_refusals_the_choice_says_that_nothing_was_found() -> None:

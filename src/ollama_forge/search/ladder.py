@@ -156,7 +156,9 @@ class Ladder:
 
 
 def climb(try_candidate: Callable[[Candidate, Trial | None], Trial], ladder: Ladder, rule: Rule) -> list[Trial]:
-    """Try the candidates of the first pass, and then those around the best until none of them is better.
+    """Try the candidates of the first pass, and then those around the least score until none of them has a lesser one.
+
+    A preference for less damage is for the end: after three edits it would lead to the neighbours of a worse layer.
 
     Args:
         try_candidate: measures a candidate; it may end the trial once the candidate must lose to the given trial.
@@ -166,15 +168,15 @@ def climb(try_candidate: Callable[[Candidate, Trial | None], Trial], ladder: Lad
     def attempt(candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:
             if candidate.name not in trials and len(trials) < MAX_TRIALS:
-                trials[candidate.name] = try_candidate(candidate, rule.best(trials.values()))
+                trials[candidate.name] = try_candidate(candidate, rule.least(trials.values()))
 
     attempt(ladder.coarse())
     centre: Trial | None = None
     while trials and len(trials) < MAX_TRIALS:
-        best = rule.best(trials.values()) or min(trials.values(), key=lambda trial: trial.answer_kl)
-        if best == centre:
+        least = rule.least(trials.values()) or min(trials.values(), key=lambda trial: trial.answer_kl)
+        if least == centre:
             break
-        centre = best
+        centre = least
         attempt(list(ladder.around(centre)))
     return list(trials.values())
 
@@ -206,12 +208,18 @@ def chosen(
     else:
         shortfall = rule.shortfall(best)
         found = not shortfall
-        reason = _nothing_found(best, trials, shortfall)
-        if found:
-            reason = f"the best of {len(trials)} edits: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
+        reason = _reason(best, trials, rule) if found else _nothing_found(best, trials, shortfall)
     edit = best.name, best.direction, best.settings
     compared = None if ladder is None or best.edit == ladder.edit else rule.compare(best, ladder)
     return Choice(*edit, reason, base, tuple(trials), tuple(probes), found, compared)
+
+
+def _reason(best: Trial, trials: Sequence[Trial], rule: Rule) -> str:
+    least = min((trial for trial in trials if rule.within(trial)), key=rule.score)
+    compared = f"the best of {len(trials)} edits"
+    if best.name != least.name:
+        compared += f", as good as {least.name} as far as the select prompts can tell, at less damage"
+    return f"{compared}: {_left(best)}, at an answer KL of {best.answer_kl:.3f}"
 
 
 def _nothing_found(best: Trial, trials: Sequence[Trial], shortfall: str) -> str:

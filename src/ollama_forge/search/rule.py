@@ -1,10 +1,8 @@
 """The rule by which the best of several edits is chosen, from their measurements on select prompts.
 
 The best edit has the least score, which is the share of harmful prompts on which it fails plus its answer KL in nats a
-token: one per cent of failures weighs as much as 0.01 nats. Edits beyond a limit of damage are not chosen.
-
-No test of significance takes part. Between two edits there is no null hypothesis to protect, and a hundred prompts tell
-few edits apart: a rule that then takes the one with less damage gives refusals away for next to nothing.
+token: one per cent of failures weighs as much as 0.01 nats. Another one is preferred if it does significantly less
+damage and a paired test cannot tell the failures of the two apart. Edits beyond a limit of damage are not chosen.
 """
 
 from __future__ import annotations
@@ -19,6 +17,9 @@ from ollama_forge.evaluation.paired import bootstrap_difference, mcnemar
 from ollama_forge.search.candidates import Candidate
 
 SIGNIFICANT = 0.05
+# Choosing has no null hypothesis to protect: missing a difference costs as much as seeing one where there is none. So
+# one failure more counts as the same (p = 1), and two more do not (p = 0.5).
+TOLD_APART = 0.5
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,19 @@ class Rule:
         most = self.goal.max_harmless_rise
         return most is None or counts.refusal - self.base_harmless.refusal <= most * self.base_harmless.total
 
+    def least(self, trials: Iterable[Trial]) -> Trial | None:
+        """The trial with the least score; None if none of them is within the limits."""
+        within = [trial for trial in trials if self.within(trial)]
+        return min(within, key=lambda trial: (self.score(trial), trial.answer_kl), default=None)
+
     def best(self, trials: Iterable[Trial]) -> Trial | None:
         """The best trial; None if none of them is within the limits."""
         within = [trial for trial in trials if self.within(trial)]
-        return min(within, key=lambda trial: (self.score(trial), trial.answer_kl), default=None)
+        least = self.least(within)
+        if least is None:
+            return None
+        gentler = [trial for trial in within if self._is_as_good(trial, least) and _does_less_damage(trial, least)]
+        return min([least, *gentler], key=lambda trial: trial.answer_kl)
 
     def compare(self, trial: Trial, other: Trial) -> Compared:
         """Compare a complete trial with another one."""
@@ -219,8 +229,10 @@ class Rule:
         Returns:
             A phrase; empty if the trial may win, or if there is no other one.
         """
-        loses = best is not None and self.score(trial) > self.score(best)
-        return f"worse than {best.name}" if best is not None and loses else ""
+        if best is None or self.score(trial) <= self.score(best):
+            return ""
+        loses = trial.answer_kl >= best.answer_kl or not self._is_as_good(trial, best)
+        return f"worse than {best.name}" if loses else ""
 
     def dominates(self, trial: Trial, other: Trial) -> bool:
         """Whether a trial within the limits has no more failures and no more damage than another one, and is not equal.
@@ -235,3 +247,14 @@ class Rule:
         within = [trial for trial in trials if self.within(trial)]
         kept = [trial for trial in within if not any(self.dominates(other, trial) for other in within)]
         return sorted(kept, key=lambda trial: (trial.answer_kl, self.failed_share(trial.harmful)))
+
+    def _is_as_good(self, trial: Trial, other: Trial) -> bool:
+        """Whether the trial has no more failures than the other one, as far as a paired test can tell."""
+        wanted = self.fails(other.harmful)
+        fails = self.fails(trial.harmful)
+        fails += [False] * (len(wanted) - len(fails))
+        return sum(fails) <= sum(wanted) or mcnemar(fails, wanted) > TOLD_APART
+
+
+def _does_less_damage(trial: Trial, other: Trial) -> bool:
+    return bootstrap_difference(trial.answer_kl_by_prompt, other.answer_kl_by_prompt).high < 0

@@ -254,7 +254,7 @@ class Trials:
             origin = (None if best is None else best.origin) or Origin(self.layers[len(self.layers) // 2])
             for candidate in (DOCUMENTED_DEFAULT, orthogonal_on_writers(origin.layer, moment=origin.moment)):
                 if self._is_possible(candidate):
-                    trials.append(attempt(candidate, rule.best(trials)))
+                    trials.append(attempt(candidate, rule.least(trials)))
         return Climbed(tuple(trials), tuple(probes))
 
     def choose(self, limits: Limits, *, norm_rules: bool = True) -> Choice:
