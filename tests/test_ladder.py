@@ -175,7 +175,7 @@ def test_the_second_pass_goes_on_around_the_best_until_nothing_is_better() -> No
 
 
 def test_less_damage_is_preferred_at_the_end_and_not_on_the_way() -> None:
-    """One failure more is chance: layer 20 is as good as layer 22 at first, but the better edits are beside the latter."""
+    """One failure more is chance: layer 20 is as good as 22 at first, but the better edits are beside the latter."""
 
     def outcome(candidate: Candidate) -> tuple[float, int]:
         assert candidate.layer is not None
