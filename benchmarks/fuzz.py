@@ -4,8 +4,8 @@
 
 The targets are the rows of ``fuzz_targets.py``. Each runs in a process of its own, in turn, for ``--minutes``. Inputs
 are mutations of its seeds; one that reaches a line of the program that no input before it reached becomes a seed too.
-A fault is any exception but ForgeError, an input that takes too long (ten seconds, mostly) or more memory than 2 GB, a
-message that is not one line, and the end of the process. The input of each is written to ``--out``.
+A fault is any exception but ForgeError, an input that takes too long (ten seconds of the processor, mostly) or more
+memory than 2 GB, a message that is not one line, and the end of the process. The input of each is written to ``--out``.
 
 Bound: no fault.
 """
@@ -227,7 +227,7 @@ class Fuzzer:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TooLong after ``seconds``, where the system has such signals."""
+    """Raise TooLong after ``seconds`` of the processor, or ten times as many in all, where there are such signals."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -235,13 +235,16 @@ def time_limit(seconds: int) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, seconds), (signal.ITIMER_REAL, signal.SIGALRM, 10 * seconds))
+    before = [signal.signal(number, ring) for _, number, _ in timers]
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def limit_memory(more: int) -> None:
