@@ -65,6 +65,8 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("studies", "study.journal", b"0.5\n"),
     ("studies", "study.journal", b"[" * 5000 + b"\n"),
     ("studies", "study.journal", b'{"op_code": "a", "worker_id": 7}\n'),
+    ("bodies", "api+generate", as_bytes({"model": "wire", "prompt": "a", "keep_alive": "1" * 20000})),
+    ("bodies", "api+generate", as_bytes({"model": "wire", "prompt": "a", "keep_alive": "1" * 5000 + "s"})),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", messages=7)),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", messages=[[]])),
     ("modelfiles", "show.json", changed("modelfiles", "show.json", details="a")),

@@ -27,7 +27,10 @@ from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, Tool
 _LEVELS = ("high", "medium", "low", "max")
 _THINK = '"high", "medium", "low", "max", true, or false'
 _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
-_DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_NUMBER = r"\d++(?:\.\d*+)?+|\.\d++"  # possessive: digits without a unit would take cubic time
+_DURATION_PART = re.compile(rf"({_NUMBER})(ns|us|µs|μs|ms|s|m|h)")
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
+_LONGEST_DURATION = 100  # characters
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------
@@ -66,8 +69,8 @@ def _parse_duration(text: str) -> float:
     sign, rest = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
     if rest == "0":
         return 0
-    if not rest or _DURATION_PART.sub("", rest):
-        bare = re.fullmatch(r"\d+\.?\d*|\.\d+", rest)
+    if len(rest) > _LONGEST_DURATION or not _DURATION.fullmatch(rest):
+        bare = re.fullmatch(_NUMBER, rest)
         raise BadRequest(f'time: {"missing unit in" if bare else "invalid"} duration "{text}"')
     return float(sign * sum(Fraction(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(rest)) / 10**9)
 
