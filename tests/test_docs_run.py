@@ -17,7 +17,7 @@ import pytest
 
 from tests.docs_blocks import ROOT, blocks
 
-# What the commands leave open: the tutorial's run takes an edit by name, as trying fourteen takes minutes, of few pairs.
+# What the commands leave open: the tutorial's run takes an edit by name, from few pairs; to try fourteen takes minutes.
 SETTINGS = {"OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2", "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16"}
 PAGES = [path for path in sorted((ROOT / "docs/how-to").glob("*.md")) if any(not one.needs for one in blocks(path))]
 
