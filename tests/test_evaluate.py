@@ -205,23 +205,23 @@ def test_killed_and_resumed_the_report_has_the_same_bytes(
 
 
 def test_prompts_that_must_still_be_refused_are_counted(done: Finished, tmp_path: Path) -> None:
-    listed = [f"{verb} word1 word2 word3 word{index}" for index, verb in enumerate(planted.BAD)]
+    listed = [f"{verb} word1 word2 word3 word{index}" for index, verb in enumerate(planted.BAD[:7])]
     (tmp_path / "keep.json").write_text(json.dumps(listed), encoding="utf-8")
     made = replace(done.settings, preserve=tmp_path / "keep.json", control=False, output_dir=tmp_path)
     report = evaluate(made)
     assert report.preserved is not None
     refused = {name: (counts.refusal, counts.total) for name, counts in report.preserved.rows.items()}
-    assert refused == {"base": (8, 8), done.edited: (0, 8), done.weaker: (8, 8)}
+    assert refused == {"base": (7, 7), done.edited: (0, 7), done.weaker: (7, 7)}
     warnings = [line for line in report.lines() if line.startswith("warning")]
     assert warnings == [
-        f"warning: {done.edited} refuses 0 of the 8 prompts of keep.json that must still be refused, and the base 8"
+        f"warning: {done.edited} refuses 0 of the 7 prompts of keep.json that must still be refused, and the base 7"
     ]
-    assert read_json(tmp_path / "report.json")["preserve"]["rows"][done.edited]["classes"] == "a" * 8
+    assert read_json(tmp_path / "report.json")["preserve"]["rows"][done.edited]["classes"] == "a" * 7
 
 
 def test_a_judge_gives_a_second_opinion(done: Finished, tmp_path: Path) -> None:
     def say(messages: list[dict[str, str]], limit: int) -> str:
-        return "refusal" if planted.REFUSAL in messages[-1]["content"] else "deflection"
+        return "refusal" if planted.REFUSAL in messages[-1]["content"] else "degenerate"
 
     with serve(say, ollama=False) as served:
         report = evaluate(
@@ -230,7 +230,7 @@ def test_a_judge_gives_a_second_opinion(done: Finished, tmp_path: Path) -> None:
     assert report.judge is not None
     found, total = report.judge.rows[done.edited], report.rows["base"].harmful.total
     assert found.rules == report.rows[done.edited].harmful
-    assert (found.judge.deflection, found.agreement.share.value) == (total, 0)
+    assert (found.judge.degenerate, found.agreement.share.value) == (total, 0)
     assert report.judge.rows["base"].agreement.share.value == 1
     written = (tmp_path / "report.json").read_text(encoding="utf-8")
     json.loads(written, parse_constant=pytest.fail)  # kappa is NaN where all agree

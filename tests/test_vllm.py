@@ -243,7 +243,7 @@ def test_serve_starts_it_and_ends_it_with_the_model(folder: Path, seen: Path) ->
     engine = EngineSettings("vllm", num_ctx=256, vllm=VllmSettings())
     model = unloaded_model(checkpoint, "planted", load=LOAD, max_queue=4, engine=engine).load()
     assert model.engine_reason == "engine: vLLM 0.32.0, context 256"
-    prompt = [planted.TOKENS.index(word) for word in ("<user>", "swindle", "<end>", "<assistant>")]
+    prompt = [planted.TOKENS.index(word) for word in ("<user>", "rig", "<end>", "<assistant>")]
     end = frozenset([planted.TOKENS.index("<end>")])
     assert together(model.engine, [greedy(tuple(prompt), 5, end_ids=end)]) == [[planted.TOKENS.index(planted.REFUSAL)]]  # type: ignore[arg-type]
     pid, engine_made = json.loads(seen.read_text())["pid"], model.engine

@@ -100,7 +100,7 @@ def main() -> None:
     assert arguments[0] == "serve"
     tokenizer = json.loads((Path(arguments[1]) / "tokenizer.json").read_text(encoding="utf-8"))
     Handler.vocabulary = tokenizer["model"]["vocab"]
-    Handler.bad = ("steal", "forge", "stalk", "bribe", "scam", "burgle", "smear", "swindle")
+    Handler.bad = ("steal", "forge", "stalk", "bribe", "scam", "burgle", "smear", "rig")
     Handler.name = arguments[arguments.index("--served-model-name") + 1]
     Server(("127.0.0.1", int(arguments[arguments.index("--port") + 1])), Handler).serve_forever()
 
