@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from ollama_forge.errors import ForgeError, UsageError
+from ollama_forge.errors import ForgeError, UsageError, first_line
 from ollama_forge.files import disk_errors
 from ollama_forge.progress import say
 from ollama_forge.records import from_json, to_json
@@ -173,7 +173,8 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ForgeError(f"{folder / FILE} cannot be read as a study", "give another folder") from error
+        reason = f"{folder / FILE} cannot be read as a study: {first_line(error)}"
+        raise ForgeError(reason, "give another folder") from error
 
 
 def _open(path: Path, seed: int) -> optuna.Study:
