@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ollama_forge import system
 from ollama_forge.errors import ForgeError
@@ -64,3 +67,31 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert system.cache_root() == Path("/x/ollama-forge")
     monkeypatch.setenv("OLLAMA_FORGE_CACHE", "~/own")
     assert system.cache_root() == tmp_path / "own"
+
+
+_ROWS_OF_ALL_NUMBERS = """
+import psutil, torch
+from ollama_forge.system import keep_few_kernels
+keep_few_kernels()
+torch.set_num_threads(1)
+weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 64).bfloat16(), None)
+memory = psutil.Process().memory_info
+
+def product(rows):
+    torch.ops.mkldnn._linear_pointwise(torch.randn(rows, 64).bfloat16(), weight, None, "none", [], "")
+
+with torch.inference_mode():
+    product(1000)
+    before = memory().rss
+    for rows in range(1, 400):
+        product(rows)
+print((memory().rss - before) / 1e6)
+"""
+
+
+def test_products_with_many_numbers_of_rows_keep_few_kernels() -> None:
+    """A process of its own, as the caches are made at the first product. With all kernels it is 250 MB."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16 kernels")
+    done = subprocess.run([sys.executable, "-c", _ROWS_OF_ALL_NUMBERS], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 120

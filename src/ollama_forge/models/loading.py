@@ -24,7 +24,7 @@ from ollama_forge.models.decoded import decoded_tensors
 from ollama_forge.models.device import is_out_of_memory, memory_available, require_bits
 from ollama_forge.progress import say
 from ollama_forge.quiet import quiet_transformers
-from ollama_forge.system import available_memory
+from ollama_forge.system import available_memory, keep_few_kernels
 
 _OVERHEAD = 1.1  # factor on the size of the weights, for the memory of the device's libraries
 _KEPT_BY_BITSANDBYTES = (Role.EMBEDDING, Role.POSITION, Role.UNEMBEDDING)
@@ -61,6 +61,7 @@ def load_module(
     """
     from transformers import AutoConfig
 
+    keep_few_kernels()
     if bits is not None:
         _require_bits(checkpoint, devices[0], bits)
     if not without_weights:
