@@ -8,6 +8,7 @@ import json
 import random
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from ollama_forge.serving.api import server as api_server
 from ollama_forge.serving.api.security import ServeSettings
 from ollama_forge.serving.api.server import Server, bind, server_of
 from ollama_forge.serving.engine.base import EngineRequest
@@ -245,6 +247,14 @@ def test_readers_that_stall_hold_up_nobody_and_are_dropped(monkeypatch: pytest.M
 
     with loopback(model, ServeSettings(write_timeout=0.3)) as url:
         asyncio.run(run(url))
+
+
+def test_freed_memory_is_returned_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(api_server, "_BETWEEN_TRIMS", 0)
+    monkeypatch.setattr(api_server, "return_freed_memory", trimmed.set)
+    with loopback(scripted(lambda *_: "a")):
+        assert trimmed.wait(WAIT)
 
 
 def test_a_whole_response_that_nobody_reads_is_dropped_after_the_keep_alive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -20,10 +21,12 @@ from ollama_forge.serving.api.app import build_app
 from ollama_forge.serving.api.security import ServeSettings, is_loopback
 from ollama_forge.serving.api.telemetry import log_requests
 from ollama_forge.serving.registry import ModelRegistry
+from ollama_forge.system import return_freed_memory
 
 GRACE = 3.0  # seconds in which running answers may finish
 _MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
 _BACKLOG = 2048
+_BETWEEN_TRIMS = 60  # seconds
 _LOOKS = 8  # at a client that does not read, within the write timeout
 
 
@@ -93,8 +96,15 @@ def server_of(registry: ModelRegistry, settings: ServeSettings) -> Server:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(GRACE) + _MORE_GRACE,
+        callback_notify=_trim,
+        timeout_notify=_BETWEEN_TRIMS,
     )
     return Server(config, registry)
+
+
+async def _trim() -> None:
+    """Return freed memory to the system: prompts of many lengths leave holes between what is in use."""
+    await asyncio.to_thread(return_freed_memory)
 
 
 class Server(uvicorn.Server):
@@ -102,6 +112,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, registry: ModelRegistry) -> None:
         super().__init__(config)
+        self.last_notified = time.time()  # so that the first trim is not at the start
         self._registry = registry
 
     @contextmanager
