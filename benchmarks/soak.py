@@ -30,6 +30,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,16 @@ def long_prompt(client: Client) -> None:
     end_of_lines(client.ask("/api/chat", body))
 
 
+def far_apart(client: Client) -> None:
+    """Long answers to prompts of very different lengths at once: each number of such groups has a recorded step."""
+    for count in (2, 3, 4):
+        with ThreadPoolExecutor(count) as pool:
+            texts = [client.prompt(700 * place) for place in range(count)]
+            bodies = [{"model": MODEL, "prompt": text, "options": {"num_predict": 60}} for text in texts]
+            for data in pool.map(lambda body: client.ask("/api/generate", body), bodies):
+                end_of_lines(data)
+
+
 def bad_body(client: Client) -> None:
     path, body = client.chance.choice(BAD)
     with client.sent(path, body) as response:
@@ -437,7 +448,7 @@ def main() -> int:
         server = start_server(copied(given.checkpoint, Path(scratch.name) / "checkpoint"), given.port)
         try:
             first = Client("127.0.0.1", given.port, random.Random(given.seed))
-            for kind in KINDS:  # what is made once is made now
+            for kind in (*KINDS, far_apart):  # what is made once is made now
                 kind(first)
             process = psutil.Process(server.pid)
             before = idle(process)

@@ -26,7 +26,7 @@ from ollama_forge.system import return_freed_memory
 GRACE = 3.0  # seconds in which running answers may finish
 _MORE_GRACE = 5  # more seconds, in which answers that still run end with an error
 _BACKLOG = 2048
-_BETWEEN_TRIMS = 60  # seconds
+_BETWEEN_TRIMS = 10  # seconds; each trim takes milliseconds
 _LOOKS = 8  # at a client that does not read, within the write timeout
 
 
