@@ -215,6 +215,8 @@ def cached_lists() -> tuple[PartPrompts | None, tuple[str, ...]]:
 
 def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], dict[str, str]]:
     """The lines of the sources fetched within ``timeout``, in the order of ``SOURCES``; failures by source name."""
+    import httpx  # noqa: F401 - importing it takes up to a second, which is not taken from the timeout
+
     late = f"no answer within {timeout:g} s"
     outcomes: SimpleQueue[tuple[Source, Lines | str]] = SimpleQueue()
 
@@ -242,7 +244,7 @@ def _fetch_all(base: str | None, timeout: float) -> tuple[dict[Source, Lines], d
 
 
 def _fetch(source: Source, base: str | None, timeout: float) -> Lines:
-    import httpx  # importing it takes 0.1 s, so only download-lists does
+    import httpx  # takes long, so only download-lists does
 
     deadline = time.monotonic() + timeout
     data = bytearray()
