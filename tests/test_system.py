@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -95,3 +96,35 @@ def test_products_with_many_numbers_of_rows_keep_few_kernels() -> None:
         pytest.skip("this processor has no bf16 kernels")
     done = subprocess.run([sys.executable, "-c", _ROWS_OF_ALL_NUMBERS], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 120
+
+
+_BLOCKS_WITH_GAPS = """
+import ctypes, psutil
+from ollama_forge.system import keep_no_freed_blocks
+keep_no_freed_blocks()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+memory = psutil.Process().memory_info
+
+def filled(size):
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    return block
+
+libc.free(filled(8 << 20))  # unless told otherwise, the C library then keeps blocks of up to this size
+before = memory().rss
+large, small = [], []
+for _ in range(50):
+    large.append(filled(2 << 20))
+    small.append(filled(1 << 10))
+for block in large:
+    libc.free(block)
+print((memory().rss - before) / 1e6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_large_blocks_between_small_ones_are_returned() -> None:
+    """A process of its own, as this cannot be unset. Otherwise it keeps the 105 MB of the large blocks."""
+    done = subprocess.run([sys.executable, "-c", _BLOCKS_WITH_GAPS], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 20

@@ -63,15 +63,18 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_no_freed_blocks() -> None:
-    """Have the C library return a large block to the system when it is freed; else every thread keeps up to 64 MiB."""
+def keep_no_freed_blocks(size: int = _LARGE_BLOCK) -> None:
+    """Have the C library return blocks of ``size`` bytes to the system when they are freed.
+
+    Else every thread keeps up to 64 MiB, and blocks that outlive large ones leave holes.
+    """
     if sys.platform == "linux":
         import ctypes
 
         with suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
-            mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+            mallopt(_M_TRIM_THRESHOLD, size)
+            mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def keep_few_kernels() -> None:

@@ -15,6 +15,7 @@ from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.vllm import vllm_options, vllm_settings
 from ollama_forge.errors import UsageError, require_abliterate
 from ollama_forge.names import run_output
+from ollama_forge.system import keep_no_freed_blocks
 
 if TYPE_CHECKING:
     from ollama_forge.checkpoints.checkpoint import Checkpoint
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ollama_forge.models.servers.vllm_process import VllmSettings
     from ollama_forge.serving.live_source import LiveSource
     from ollama_forge.serving.model import ServedModel
+
+_LARGE_BLOCK = 4 << 20  # bytes; smaller ones are allocated in every layer, and new pages for them take time
 
 
 @click.command("serve", cls=Command)
@@ -134,6 +137,7 @@ def serve(**options: Any) -> None:
         origins=tuple(os.environ.get("OLLAMA_ORIGINS", "").split(",")),
     )
     with bind(settings.host, settings.port) as listening:
+        keep_no_freed_blocks(_LARGE_BLOCK)  # of long prompts, which would leave holes between keys and values
         models = _models(named, load, vllm, options)
         if models[0].engine_reason:
             say(models[0].engine_reason)
