@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_the_head_of_a_tied_model_is_its_embedding(tmp_path: Path, family: str) 
     assert model.model_map.tied
     assert model.head is not None
     assert model.head.weight is model.module.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def test_a_model_keeps_few_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # what the user has set
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    load(saved(tmp_path / "model"))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert int(os.environ["LRU_CACHE_CAPACITY"]) < 1024
 
 
 def test_a_head_that_transformers_leaves_untied_is_tied(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import signal
 import socket
@@ -14,9 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from click.testing import CliRunner
 
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.cli.serve import _default_name
+from ollama_forge.errors import ForgeError
 from ollama_forge.serving.api import server
 from ollama_forge.serving.api.security import ServeSettings
 from ollama_forge.serving.api.server import announce, bind
@@ -238,3 +241,17 @@ def test_help_imports_no_server() -> None:
     code = "import sys; from ollama_forge.cli import main; print({'torch', 'fastapi', 'uvicorn'} & set(sys.modules))"
     done = run("-c", code)
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
+def test_large_blocks_are_returned_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    def models(*_: Any) -> Any:
+        raise ForgeError("no further", "this is enough")
+
+    sizes: list[int] = []
+    module = importlib.import_module("ollama_forge.cli.serve")
+    monkeypatch.setattr(module, "keep_no_freed_blocks", sizes.append)
+    monkeypatch.setattr(module, "_models", models)
+    result = CliRunner().invoke(module.serve, ["--checkpoint", "demo", "--port", "0"])
+    assert "no further" in str(result.exception) + result.output
+    [size] = sizes
+    assert 1 << 20 < size <= 32 << 20

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGE_BLOCK = 1 << 20  # bytes
-_KERNELS = 128  # up to 16 rows times the shapes of a model's matrices need some 80; measured: 1 MB each
+_KERNELS = 128  # up to 16 rows times the shapes of a model's matrices need some 80
 
 
 def free_space(folder: Path) -> int:
@@ -81,7 +81,7 @@ def keep_few_kernels() -> None:
     """Have oneDNN, and torch's layer above it, keep few kernels; call it before the first product.
 
     Each number of rows of each matrix needs a kernel of its own. Both keep 1,024 unless told otherwise, so that a
-    server that sees prompts of all lengths grows by 0.6 GB.
+    server that sees prompts of all lengths grows by hundreds of MB.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_KERNELS))

@@ -258,7 +258,7 @@ class BatchedRunner:
         else:
             ids = upload([tokens[number] for number in self._order], self.forward.device).unsqueeze(1)
         logits = self._with_graphs(ids, self.graphs) if self.graphs is not None else self._without_graphs(ids)
-        return logits if self._in_order else logits.index_select(0, self._orders[1])  # a quarter of the time of []
+        return logits if self._in_order else logits.index_select(0, self._orders[1])  # on a CPU faster than []
 
     @property
     def _orders(self) -> tuple[Tensor, Tensor]:
