@@ -106,7 +106,8 @@ def test_every_page_is_reached(site: str, browser: Any) -> None:
 def test_the_search_finds_a_command(site: str, browser: Any) -> None:
     page = browser.new_page()
     page.goto(site)
-    page.fill("input.md-search__input", "strengthen refusal")
+    # Key by key: the page reads the query at each key's release, and `fill` releases none.
+    page.locator("input.md-search__input").press_sequentially("strengthen refusal")
     page.wait_for_selector(".md-search-result__link")
     found = page.eval_on_selector_all(".md-search-result__link", "all => all.map(one => one.href)")
     assert any("how-to/strengthen" in url for url in found)
