@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-lowest docs lint deps audit types package check clean
+.PHONY: setup demo test test-lowest test-newest docs lint deps audit types package check clean
 
 setup: $(READY)
 
@@ -19,21 +19,31 @@ demo: setup
 	$(BIN)/ollama-forge abliterate run --model demo --name demo --max-measured 24
 
 # two processes with a thread each take half the time of one with two threads: most tests are small
+TESTS ?= tests
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(call PYTEST,$(VENV))
 
 docs: setup
 	$(BIN)/mkdocs build --strict
 
-# The lowest versions that pyproject.toml allows, on the lowest Python, in an environment of its own (6 GB). TESTS= names some.
+# The lowest versions that pyproject.toml allows, on the lowest Python, and the newest that there are: each in an environment
+# of its own (6 GB).
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= python3.11
-TESTS ?= tests
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= $(PYTHON)
 test-lowest: setup
 	$(BIN)/uv venv --quiet --clear --python $(LOWEST_PYTHON) $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e ".[abliterate,llamacpp,dev]"
 	$(LOWEST)/bin/python scripts/check_lower_bounds.py
-	$(LOWEST)/bin/python -m pytest $(TESTS)
+	$(call PYTEST,$(LOWEST))
+
+test-newest: setup
+	$(BIN)/uv venv --quiet --clear --python $(NEWEST_PYTHON) $(NEWEST)
+	$(BIN)/uv pip install --quiet --python $(NEWEST) --upgrade -e ".[abliterate,llamacpp,dev]"
+	$(call PYTEST,$(NEWEST))
 
 lint: setup
 	$(BIN)/ruff check .
@@ -59,4 +69,4 @@ package: setup
 check: test lint deps audit types package
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
