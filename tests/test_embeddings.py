@@ -204,6 +204,7 @@ def test_long_texts_keep_the_end_token(tmp_path: Path) -> None:
     backend.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 1)])
     vectors, tokens = asyncio.run(model.embed(["boat" * 9]))
     assert tokens == 12
+    assert backend.truncation is None  # a setting of the tokenizer, which encodes prompts in other threads too
     engine: Any = model.engine
     ids = [*model.tokenizer("boatboatboa", add_special_tokens=False).input_ids, 1]
     assert vectors[0] == pytest.approx(engines.wait(lambda: engine.embed([ids]))[0], abs=1e-5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import http.client
 import json
 import math
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ollama_forge.serving.registry import KEEP_ALIVE, Lease, ModelRegistry
 from tests import tiny
 from tests.byte_tokenizer import tokenizer
 from tests.loopback import FACTS, loopback
+from tests.test_serve_load import read_all, send_buffers, stall
 
 WAIT = 20.0
 
@@ -406,6 +408,60 @@ def test_a_refused_prompt_releases_the_model(served: tuple[str, list[Loader]]) -
     while of_a.in_memory:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_reader_that_stalls_keeps_no_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    send_buffers(monkeypatch, 4096)
+    engines: list[ScriptedEngine] = []
+
+    def make() -> ScriptedEngine:
+        engines.append(ScriptedEngine([[*[70] * 1500, 1]], slots=2, context_length=1 << 20))
+        return engines[-1]
+
+    a = ServedModel("a", tokenizer(), None, FACTS, make_engine=make)
+    (b,), _ = models("b")
+    with loopback(ModelRegistry(a, b, max_loaded=1)) as url:
+        client = stall(url, "/api/chat", {"model": "a", "messages": [{"role": "user", "content": "go on"}]})
+        said = {"model": "b", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+        deadline = time.monotonic() + WAIT
+        while not engines or not engines[0].served:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert call(url, "POST", "/api/chat", said)[1]["message"]["content"] == "bc"
+        assert b'"done":true' in read_all(client)  # what was generated is still sent
+
+
+class SeesImages(ScriptedEngine):
+    """Each image is one token."""
+
+    def encode(self, text: str, images: Sequence[bytes]) -> tuple[tuple[int, ...], object]:
+        return tuple(range(2, 2 + len(images))), list(images)
+
+
+def test_prompts_with_images_are_counted_and_shown_by_a_model_that_is_loaded_for_them() -> None:
+    engines: list[SeesImages] = []
+
+    def make() -> SeesImages:
+        engines.append(SeesImages([[70, 1]], slots=2, context_length=128))
+        return engines[-1]
+
+    model = ServedModel("a", tokenizer(), None, FACTS, make_engine=make)
+    image = base64.b64encode(b"picture").decode()
+    block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": image}}
+    asked = {"model": "a", "messages": [{"role": "user", "content": [block]}]}
+    shown = {
+        "model": "a",
+        "messages": [{"role": "user", "content": "see", "images": [image]}],
+        "_debug_render_only": True,
+    }
+    with loopback(ModelRegistry(model, keep_alive=0)) as url:
+        for _ in range(2):
+            assert call(url, "POST", "/v1/messages/count_tokens", asked) == (200, {"input_tokens": 1})
+            assert call(url, "POST", "/api/chat", shown)[1]["_debug_info"]["image_count"] == 1
+        deadline = time.monotonic() + WAIT
+        while not engines[-1].closed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

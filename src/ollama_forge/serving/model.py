@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from ollama_forge.serving.admission import Admission
@@ -177,18 +178,23 @@ class ServedModel:
         }
         return frozenset(name for name, has in found.items() if has)
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def generate(
+        self, request: GenerationRequest, ended: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Generate an answer: its deltas as they come, then one ``Done``. ``aclose`` cancels it within a token.
 
         A delta is empty while its token's text is held back, because it may belong to a tag or a call of a tool. The
         answer goes on while nobody reads it, and gives its slot back when the engine has finished.
+
+        Args:
+            ended: called when the engine has finished, whether or not the answer is read.
 
         Raises:
             BadRequest: the model only embeds.
             Busy: the queue is full.
             EngineError: the generation failed.
         """
-        return pumped(self._events(request))
+        return pumped(self._events(request), ended)
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         started = time.perf_counter_ns()
@@ -306,22 +312,26 @@ class ServedModel:
         room = length if num_ctx is None or num_ctx <= 0 else min(num_ctx, length)
         if self._embedded_text is not None:
             texts = [self._embedded_text(text) for text in texts]
-        inputs = await off_loop(sum(map(len, texts)), self._encode_all, texts)
-        if not all(inputs):
+        encoded = await off_loop(sum(map(len, texts)), self._encode_all, texts)
+        if not all(ids for ids, _ in encoded):
             raise BadRequest("an input is empty: there is nothing in it to embed")
-        if not truncate and any(len(ids) > room for ids in inputs):
+        if not truncate and any(len(ids) > room for ids, _ in encoded):
             raise BadRequest("the input length exceeds the context length")
-        for index, ids in enumerate(inputs):
-            if len(ids) > room:  # the tokenizer keeps the special tokens at the end
-                inputs[index] = list(self.tokenizer(texts[index], truncation=True, max_length=room).input_ids)
+        inputs = [_cut(ids, closing, room) for ids, closing in encoded]
         async with self.embedding.slot():
             vectors = await self.engine.embed(inputs)
         if dimensions is not None and dimensions > 0:
             vectors = [_unit(vector[:dimensions]) for vector in vectors]
         return vectors, sum(map(len, inputs))
 
-    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self.tokenizer(text).input_ids) for text in texts]
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[list[int], int]]:
+        """The ids of each text, and how many of them are special tokens that the tokenizer puts at the end."""
+        found = []
+        for text in texts:
+            encoded = self.tokenizer(text, return_special_tokens_mask=True)
+            closing = sum(1 for _ in takewhile(bool, reversed(encoded.special_tokens_mask)))
+            found.append((list(encoded.input_ids), closing))
+        return found
 
     @property
     def healthy(self) -> bool:
@@ -332,6 +342,17 @@ class ServedModel:
         """End all answers and free the engine."""
         if self._engine is not None:
             self._engine.close()
+
+
+def _cut(ids: list[int], closing: int, room: int) -> list[int]:
+    """The first ids of a text that is longer than ``room``, with the special tokens at its end.
+
+    The tokenizer's own truncation is a setting that it shares with whatever it encodes in other threads.
+    """
+    if len(ids) <= room:
+        return ids
+    closing = min(closing, room)
+    return ids[: room - closing] + ids[len(ids) - closing :]
 
 
 def _unit(vector: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -11,10 +11,13 @@ T = TypeVar("T")
 _AT_ONCE = 16  # items that are handed on before other tasks get a turn
 
 
-async def pumped(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+async def pumped(source: AsyncGenerator[T, None], ended: Callable[[], None] | None = None) -> AsyncGenerator[T, None]:
     """Yield the items of ``source``, which never waits for the reader: what is not read yet is kept.
 
     Closing this generator closes ``source`` first.
+
+    Args:
+        ended: called when ``source`` has ended, whether or not its items are read.
 
     Raises:
         Exception: that of ``source``, after its last item.
@@ -31,6 +34,8 @@ async def pumped(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
             end = error
         finally:  # also if the source is cancelled by another hand, so that the reader does not wait for ever
             items.put_nowait(end)
+            if ended is not None:
+                ended()
 
     pumping = asyncio.create_task(pump())
     handed_on = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -15,9 +15,23 @@ from ollama_forge.serving.requests import ChatRequest, Delta, Done, Event, Gener
 _LOG = logging.getLogger(__name__)
 
 
-def answers_of(model: ServedModel, request: ChatRequest, generation: GenerationRequest) -> AsyncGenerator[Event]:
-    """Generate ``request.choices`` answers; their events come in any order, each with the number of its answer."""
-    answers = [_answer(model, request, _seeded(generation, choice)) for choice in range(request.choices)]
+def answers_of(
+    model: ServedModel, request: ChatRequest, generation: GenerationRequest, ended: Callable[[], None]
+) -> AsyncGenerator[Event]:
+    """Generate ``request.choices`` answers; their events come in any order, each with the number of its answer.
+
+    Args:
+        ended: called when the engine has finished all of them, whether or not they are read.
+    """
+    left = request.choices
+
+    def one_ended() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            ended()
+
+    answers = [_answer(model, request, _seeded(generation, choice), one_ended) for choice in range(request.choices)]
     return answers[0] if len(answers) == 1 else _merged(answers)
 
 
@@ -29,8 +43,10 @@ def _seeded(generation: GenerationRequest, choice: int) -> GenerationRequest:
     return replace(generation, sampling=replace(generation.sampling, seed=seed + choice))
 
 
-def _answer(model: ServedModel, request: ChatRequest, generation: GenerationRequest) -> AsyncGenerator[Event]:
-    events = model.generate(generation)
+def _answer(
+    model: ServedModel, request: ChatRequest, generation: GenerationRequest, ended: Callable[[], None]
+) -> AsyncGenerator[Event]:
+    events = model.generate(generation, ended)
     if generation.schema is not None and generation.calls is None and translate(generation.schema).loosened:
         events = _checked(events, generation.schema)
     return _with_one_call(events) if request.one_call else events

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,7 +20,8 @@ from ollama_forge.serving.engine.base import ToolCallGrammar
 from ollama_forge.serving.engine.json_schema import check_schema
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.parameters import with_parameters
-from ollama_forge.serving.registry import Lease, ModelName, ModelRegistry
+from ollama_forge.serving.prompts import Encoded
+from ollama_forge.serving.registry import ModelName, ModelRegistry
 from ollama_forge.serving.requests import (
     BadRequest,
     ChatRequest,
@@ -75,14 +77,15 @@ async def exchange(
     check_capabilities(model, request.model, tools=bool(request.tools), think=bool(request.think), images=images)
     record = record_of(http, model)
     lease = await while_connected(http, registry.acquire(model))
+    release = partial(lease.release, request.keep_alive)
     try:
         prompt_tokens = 0
         events = _nothing_generated()
         if request.messages:
             generation = await asyncio.to_thread(generation_request, model, request)
             prompt_tokens = len(generation.prompt.ids)
-            events = observed(answers_of(model, request, generation), record, request.choices)
-        events = _then_release(events, lease, request.keep_alive)
+            events = observed(answers_of(model, request, generation, release), record, request.choices)
+        events = _then(release, events)
         if not request.stream:
             async with aclosing(events):
                 completions = await while_connected(http, Completion.collect_choices(events, request.choices))
@@ -94,9 +97,26 @@ async def exchange(
             await events.aclose()
             raise
     except BaseException:
-        lease.release(request.keep_alive)
+        release()
         raise
     return Stream(streamed(first, events, writer(prompt_tokens)), events, media_type=api.stream_type)
+
+
+async def whole_prompt(http: Request, registry: ModelRegistry, model: ServedModel, request: ChatRequest) -> Encoded:
+    """The prompt of a conversation, uncut; the model is loaded for its images.
+
+    Raises:
+        BadRequest: the template refuses the conversation.
+        EngineError: the model cannot be loaded.
+    """
+    lease = None
+    if any(message.images for message in request.messages):
+        lease = await while_connected(http, registry.acquire(model))
+    try:
+        return await asyncio.to_thread(model.prompts.whole, request.messages, tools=request.tools, think=request.think)
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def check_capabilities(
@@ -224,6 +244,7 @@ def forced_call(model: ServedModel, tools: Tools, *, several: bool) -> tuple[str
     for name, tool in zip(tools, calls.tools, strict=True):
         if (problem := check_schema(tool.schema)) is not None:
             raise BadRequest(f'tools: invalid parameters of "{name}": {problem}')
+    check_schema(plain)  # translated here, off the event loop; the engine finds it kept
     return plain, calls
 
 
@@ -232,14 +253,14 @@ async def _nothing_generated() -> AsyncGenerator[Event]:
     yield Done("load")
 
 
-async def _then_release(events: AsyncGenerator[Event], lease: Lease, keep_alive: float | None) -> AsyncGenerator[Event]:
-    """Pass the events on; at their end, the model is released."""
+async def _then(release: Callable[[], None], events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """Pass the events on; at their end, the model is released, if it was not when the engine had finished."""
     async with aclosing(events):
         try:
             async for event in events:
                 yield event
         finally:
-            lease.release(keep_alive)
+            release()
 
 
 async def _first(events: AsyncGenerator[Event]) -> Event:

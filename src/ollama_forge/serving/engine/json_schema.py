@@ -1,7 +1,7 @@
 """Translates JSON schemas to llguidance grammars, and finds schemas that cannot be enforced. Imports no torch.
 
 What llguidance cannot express is loosened here and nowhere else: the grammar then allows more than the schema, so that
-a complete answer is checked against the whole schema (``violation``).
+a complete answer is checked against the schema itself, patterns and formats aside (``violation``).
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def _arguments(schema: str) -> dict[str, Any]:
 def violation(schema: str, answer: str) -> str | None:
     """What in an answer does not satisfy a JSON schema, without quoting the answer; None if it satisfies it.
 
-    Patterns are not checked: a search with a client's regular expression may never end. References to other documents
-    are not followed.
+    Patterns and formats are not checked: a search with a client's regular expression may never end. References to other
+    documents are not followed.
     """
     from jsonschema import validators
     from jsonschema.exceptions import ValidationError

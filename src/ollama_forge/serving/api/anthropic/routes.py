@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,7 @@ from ollama_forge.serving.api.anthropic.requests import CountTokensRequest, Mess
 from ollama_forge.serving.api.anthropic.responses import API
 from ollama_forge.serving.api.anthropic.streaming import MessageWriter
 from ollama_forge.serving.api.body import read_body
-from ollama_forge.serving.api.exchange import check_capabilities, exchange
+from ollama_forge.serving.api.exchange import check_capabilities, exchange, whole_prompt
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelRegistry
 from ollama_forge.serving.requests import ChatRequest
@@ -51,7 +50,7 @@ async def count_tokens(registry: ModelRegistry, http: Request) -> Response:
     model, request = _found(registry, body)
     images = any(message.images for message in request.messages)
     check_capabilities(model, request.model, tools=bool(request.tools), think=bool(request.think), images=images)
-    prompt = await asyncio.to_thread(model.prompts.whole, request.messages, tools=request.tools, think=request.think)
+    prompt = await whole_prompt(http, registry, model, request)
     return API.json(responses.TokenCount(input_tokens=len(prompt.ids)))
 
 

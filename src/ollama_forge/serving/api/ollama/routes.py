@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import time
@@ -15,13 +14,20 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ollama_forge.serving.api.body import read_body
-from ollama_forge.serving.api.exchange import Stream, check_capabilities, exchange, json_line, while_connected
+from ollama_forge.serving.api.exchange import (
+    Stream,
+    check_capabilities,
+    exchange,
+    json_line,
+    while_connected,
+    whole_prompt,
+)
 from ollama_forge.serving.api.ollama import requests, responses
 from ollama_forge.serving.api.ollama.options import Options
 from ollama_forge.serving.api.ollama.responses import API
 from ollama_forge.serving.api.ollama.streaming import ChatWriter, GenerateWriter
 from ollama_forge.serving.api.page import chat_page
-from ollama_forge.serving.api.routing import Handler, ResponseModel
+from ollama_forge.serving.api.routing import Handler
 from ollama_forge.serving.api.telemetry import record_of
 from ollama_forge.serving.model import ServedModel
 from ollama_forge.serving.registry import ModelName, ModelRegistry
@@ -116,7 +122,10 @@ async def generate(registry: ModelRegistry, http: Request) -> Response:
     if not all(0 <= id_ < len(model.tokenizer) for id_ in body.context):
         raise BadRequest("context contains token ids that are not in the model's vocabulary")
     if body.debug_render_only:
-        return API.json(await _rendered(model, request, partial(responses.GenerateResponse, response="")))
+        debug = await _debug_info(registry, http, model, request)
+        return API.json(
+            responses.GenerateResponse(model=request.model, created_at=responses.now(), response="", debug_info=debug)
+        )
     writes_empty = body.think is not False and "thinking" in model.capabilities  # as Ollama does here, not in chat
     writer = GenerateWriter(body.model, context=not body.raw, writes_empty=writes_empty)
     return await exchange(http, API, registry, model, request, whole=respond, writer=lambda _: writer)
@@ -138,24 +147,22 @@ async def chat(registry: ModelRegistry, http: Request) -> Response:
     if not body.messages:
         return API.json(respond(await _only_loaded(registry, http, model, body.keep_alive)))
     if body.debug_render_only:
+        debug = await _debug_info(registry, http, model, request)
         nothing = responses.AssistantMessage(role="")
-        return API.json(await _rendered(model, request, partial(responses.ChatResponse, message=nothing)))
+        return API.json(
+            responses.ChatResponse(model=request.model, created_at=responses.now(), message=nothing, debug_info=debug)
+        )
     writer = ChatWriter(body.model)
     return await exchange(http, API, registry, model, request, whole=respond, writer=lambda _: writer)
 
 
-async def _rendered(model: ServedModel, request: ChatRequest, answer: Callable[..., ResponseModel]) -> ResponseModel:
-    """The answer to a request with ``_debug_render_only``: the prompt as text, and nothing generated."""
-    if request.raw:
-        text = request.messages[0].content
-    else:
-        prompt = await asyncio.to_thread(
-            model.prompts.whole, request.messages, tools=request.tools, think=request.think
-        )
-        text = prompt.text
-    images = sum(len(message.images) for message in request.messages)
-    debug = responses.DebugInfo(rendered_template=text, image_count=images)
-    return answer(model=request.model, created_at=responses.now(), debug_info=debug)
+async def _debug_info(
+    registry: ModelRegistry, http: Request, model: ServedModel, request: ChatRequest
+) -> responses.DebugInfo:
+    """What a request with ``_debug_render_only`` asks for: the prompt as text, and nothing generated."""
+    raw = request.messages[0].content if request.raw else None
+    text = (await whole_prompt(http, registry, model, request)).text if raw is None else raw
+    return responses.DebugInfo(rendered_template=text, image_count=sum(len(one.images) for one in request.messages))
 
 
 async def _only_loaded(
@@ -257,7 +264,9 @@ async def show(registry: ModelRegistry, http: Request) -> Response:
     if name is None:
         raise BadRequest("invalid model name")
     model = registry.find(body.model_name, refusal=f"model '{name.short}' not found")
-    return API.json(responses.show_response(model, verbose=body.verbose, system=body.system or None))
+    size = 8 * len(model.tokenizer) if body.verbose else 0  # the whole vocabulary
+    answer = partial(responses.show_response, model, verbose=body.verbose, system=body.system or None)
+    return await off_loop(size, lambda: API.json(answer()))
 
 
 # -- managing models --------------------------------------------------------------------------------------------------
