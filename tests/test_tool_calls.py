@@ -364,6 +364,62 @@ def test_an_object_about_a_tool_is_no_call_of_it() -> None:
     check("", '{"name": "get_weather"}', [("call", ("get_weather", {}))])
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        '{"name": "get_weather", "arguments": {"city": "Paris", "city": "Rome"}}',
+        '{"name": "get_weather", "arguments": "{\\"city\\": 1, \\"city\\": 2}"}',
+        '{"name": "get_weather", "arguments": {}, "parameters": {"city": "Paris"}}',
+        '{"name": "get_weather", "tool_name": "add", "arguments": {}}',
+    ],
+)
+def test_a_call_that_says_two_things_stays_text(inner: str) -> None:
+    check("", inner, [("content", inner)])
+    check("<tool_call>", f"<tool_call>{inner}</tool_call>", [("content", f"<tool_call>{inner}</tool_call>")])
+
+
+def test_arguments_beside_a_null_are_those_of_the_call() -> None:
+    text = '{"name": "get_weather", "arguments": null, "parameters": {"city": "Paris"}}'
+    check("", text, [("call", PARIS)])
+
+
+DASHED: dict[str, dict[str, Any]] = {"mcp-2/read-file.v1": {}, "add": {}}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("<|header_start|>", '[mcp-2/read-file.v1(city="Paris")]'),
+        ("<|header_start|>", '<|python_start|>[mcp-2/read-file.v1(city="Paris")]<|python_end|>'),
+        ("<|tool_list_start|>", '<|tool_call_start|>[mcp-2/read-file.v1(city="Paris")]<|tool_call_end|>'),
+        ("[TOOL_CALLS]", '[TOOL_CALLS]mcp-2/read-file.v1[ARGS]{"city": "Paris"}'),
+    ],
+)
+def test_names_with_dashes_and_slashes(template: str, text: str) -> None:
+    expected = [("call", ("mcp-2/read-file.v1", {"city": "Paris"}))]
+    for parts in splits(text):
+        assert read(parser_for(None, family_of(template), DASHED), parts) == expected, parts
+
+
+@pytest.mark.parametrize("code", ["add(a=1)-add(b=2)", "1+add(a=1)", "-add(a=1)", "add(a=1)-b", "add-(a)"])
+def test_sums_are_no_names(code: str) -> None:
+    text = f"<|python_start|>[{code}]<|python_end|>"
+    check("<|header_start|>", text, [("content", text)])
+
+
+def test_strings_of_what_is_no_string_are_read_by_the_schema() -> None:
+    types = {"whole": "integer", "yes": "boolean", "inner": "object", "text": "string", "bad": "integer"}
+    given = {"get_weather": {"properties": {key: {"type": name} for key, name in types.items()}}}
+    values = '{"whole": "1", "yes": "true", "inner": "{\\"x\\": 1}", "text": "1", "bad": "1,000"}'
+    expected = {"whole": 1, "yes": True, "inner": {"x": 1}, "text": "1", "bad": "1,000"}
+    assert read(parser_for(None, family_of(""), given), [f'{{"name": "get_weather", "arguments": {values}}}']) == [
+        ("call", ("get_weather", expected))
+    ]
+    quoted = '<tool_call><function=get_weather><parameter=whole>"3"</parameter></function></tool_call>'
+    reader = parser_for(None, family_of("<tool_call><function=x><parameter=y>"), given)
+    assert read(reader, [quoted]) == [("call", ("get_weather", {"whole": 3}))]
+
+
 def test_two_values_in_one_block() -> None:
     two = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
     two += '{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'

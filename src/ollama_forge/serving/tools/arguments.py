@@ -35,9 +35,24 @@ def accepted(call: Call, tools: Tools) -> Call | None:
     if schema is None or (call.arguments is None and schema.get("required")):
         return None
     given = call.arguments or {}
-    found = {key: typed(v, schema, key) if isinstance(v, Untyped) else v for key, v in given.items()}
+    found = {key: _as_stated(value, schema, key) for key, value in given.items()}
     value = json_value(found)
     return None if value is _NOT_JSON else Call(call.name, value)
+
+
+def _as_stated(value: Any, schema: Mapping[str, Any], key: str) -> Any:
+    """An argument: an untyped one, or the string of one that must be no string, is read by the tool's schema."""
+    if isinstance(value, Untyped):
+        return typed(value, schema, key)
+    if isinstance(value, str) and (types := _types_of_parameter(schema, key)) and "string" not in types:
+        return typed(value, schema, key)
+    return value
+
+
+def _types_of_parameter(schema: Mapping[str, Any], key: str) -> set[str]:
+    properties = schema.get("properties")
+    known = properties.get(key) if isinstance(properties, Mapping) else None
+    return types_of(schema.get("additionalProperties") if known is None else known, schema)
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
@@ -76,13 +91,13 @@ def typed(text: str, schema: Mapping[str, Any], key: str) -> Any:
     A parameter of unknown type is a string, unless its text is JSON; a text that has none of the allowed types stays a
     string, and the tool judges it.
     """
-    properties = schema.get("properties")
-    known = properties.get(key) if isinstance(properties, Mapping) else None
-    types = types_of(schema.get("additionalProperties") if known is None else known, schema)
+    types = _types_of_parameter(schema, key)
     text = str(text)
     if types == {"string"}:
         return text
     value = _read(text)
+    if isinstance(value, str) and types and "string" not in types:  # between quotes of its own
+        value = _read(value)
     if value is _NOT_JSON or not types:
         return text if value is _NOT_JSON else value
     name = _NAMES[type(value)]

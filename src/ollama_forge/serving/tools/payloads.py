@@ -11,7 +11,7 @@ from typing import Any
 from ollama_forge.serving.tools.base import Call, Held, Steps
 
 _FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*(?:```)?\s*", re.DOTALL)
-_GEMMA_CALL = re.compile(r"\s*call:\s*([\w.\-]+)\s*(\{.*\})\s*", re.DOTALL)
+_GEMMA_CALL = re.compile(r"\s*call:\s*([\w.\-/]+)\s*(\{.*\})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w\-]*)(\s*:)")
 
 
@@ -72,22 +72,31 @@ def value_end(held: Held, start: int, quotes: str = '"') -> Steps[int | None]:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON, with line breaks allowed inside strings; None if the text is not JSON."""
+    """Parse JSON, with line breaks allowed inside strings; None if the text is not JSON, or gives a key two values."""
     try:
-        return json.loads(text, strict=False)
+        return json.loads(text, strict=False, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         return None
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
 def json_call(value: Any) -> Call | None:
-    """The call in an object with a name and arguments, perhaps in ``function``; or None."""
+    """The call in an object with a name and arguments, perhaps in ``function``; None also if it gives two of either."""
     if not isinstance(value, dict):
         return None
     function = value.get("function")
     if isinstance(function, dict):
         value = function
-    name = next((value[key] for key in _NAME_KEYS if key in value), function)
-    arguments = next((value[key] for key in _ARGUMENT_KEYS if key in value), None)
+    names, given = ([value[key] for key in keys if value.get(key) is not None] for keys in (_NAME_KEYS, _ARGUMENT_KEYS))
+    if any(values and values[-1] != values[0] for values in (names, given)):
+        return None
+    name, arguments = next(iter(names), function), next(iter(given), None)
     if isinstance(arguments, str):
         spelled = arguments.strip()
         arguments = None if spelled in ("", "null") else _object(spelled)
@@ -167,13 +176,33 @@ class _Constants(ast.NodeTransformer):
         return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
 
 
+_IN_NAMES: dict[type[ast.operator], str] = {ast.Sub: "-", ast.Div: "/"}
+
+
+def _spelled(node: ast.expr) -> str:
+    """A name, perhaps with dots, and with the ``-`` and ``/`` that Python reads as operators.
+
+    Raises:
+        ValueError: the expression is anything else.
+    """
+    if isinstance(node, ast.BinOp) and type(node.op) in _IN_NAMES:
+        return _spelled(node.left) + _IN_NAMES[type(node.op)] + _spelled(node.right)
+    if isinstance(node, ast.Name | ast.Attribute) or (isinstance(node, ast.Constant) and type(node.value) is int):
+        return ast.unparse(node)
+    raise ValueError("no name")
+
+
 def _python_call(node: ast.expr) -> Call | None:
-    if not isinstance(node, ast.Call):
-        return None
-    if isinstance(node.func, ast.Name) and node.func.id == "print" and len(node.args) == 1:
-        return _python_call(node.args[0])
-    name = ast.unparse(node.func).removesuffix(".call")
+    before = ""
     try:
+        while isinstance(node, ast.BinOp) and type(node.op) in _IN_NAMES:  # the call of a tool such as read-file
+            before += _spelled(node.left) + _IN_NAMES[type(node.op)]
+            node = node.right
+        if not isinstance(node, ast.Call):
+            return None
+        if isinstance(node.func, ast.Name) and node.func.id == "print" and len(node.args) == 1 and not before:
+            return _python_call(node.args[0])
+        name = before + _spelled(node.func).removesuffix(".call")
         arguments = {
             keyword.arg: ast.literal_eval(_Constants().visit(keyword.value)) for keyword in node.keywords if keyword.arg
         }

@@ -104,7 +104,7 @@ _FENCE = re.compile(r"```(?:json|tool_call|tool_code)?\s*")
 _FENCE_BEGUN = re.compile(r"`{1,3}[a-z_]*\s*")
 _FIRST_KEY = re.compile(r'\{\s*"(?:name|tool_name|function|type|id|tool_call_id|arguments|parameters)"')
 _FIRST_KEY_BEGUN = re.compile(r'\{\s*(?:"\w*)?')
-_FIRST_NAME, _FIRST_NAME_BEGUN = re.compile(r"([\w.]+)\("), re.compile(r"[\w.]*")
+_FIRST_NAME, _FIRST_NAME_BEGUN = re.compile(r"([\w.\-/]+)\("), re.compile(r"[\w.\-/]*")
 
 
 def bare(*, only_first: bool) -> tuple[Form, Form, Form]:
@@ -190,7 +190,7 @@ def tag_before(opening: str) -> Form:
 
 # -- Mistral ----------------------------------------------------------------------------------------------------------
 
-_MISTRAL_NAME = re.compile(r"([\w.\-]+)(?:\[CALL_ID\][\w\-]+)?(?:\[ARGS\])?\s*")
+_MISTRAL_NAME = re.compile(r"([\w.\-/]+)(?:\[CALL_ID\][\w\-]+)?(?:\[ARGS\])?\s*")
 
 
 def mistral(opening: str) -> Form:
