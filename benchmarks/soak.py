@@ -5,11 +5,13 @@
 Starts ``abliterate serve``. Each client draws one kind of request after the other: streams of all three APIs, tools,
 ``format``, embeddings, long prompts, bad bodies, clients that leave after the first line or before the whole body was
 sent, and readers that stall. Every answer that a client stays for is checked for its end, and every refusal for its
-status. The server's memory, threads and file handles are sampled every two seconds.
+status. The server's memory, threads and file handles are sampled every two seconds, and after each tenth of the time,
+when all answers have ended and the server has rested: answers in progress take 100 MB more or less from one minute to
+the next, which hides whether anything is kept.
 
-Bounds: no answer is incomplete or wrong; over the time after the warm-up (a fifth, at least a minute), a line fitted to
-the samples grows by at most 32 MB and by 2 threads and 2 handles; idle after the load, there are at most 2 handles more
-than idle before it. ``--url`` puts the load on a server that runs already, without samples.
+Bounds: no answer is incomplete or wrong; after the first fifth, a line fitted to the memory at rest grows by at most
+32 MB, and lines fitted to the samples under load by 2 threads and 2 handles; at rest after the load, there are at most
+2 handles more than before it. ``--url`` puts the load on a server that runs already, without samples.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +43,8 @@ import psutil
 MODEL = "soak"
 MEMORY, OBJECTS = 32.0, 2.0  # largest growth: MB, and threads or handles
 EVERY = 2.0  # seconds between samples
+ROUNDS, WARM = 10, 2  # the load comes in rounds; those in which the server warms up
+REST = 12.0  # seconds: the server returns freed memory each ten
 WRITE_TIMEOUT = 5.0  # seconds after which the server drops a reader that stalls
 PATIENCE = 300.0  # seconds that a client waits for anything
 TOOL = {
@@ -394,37 +398,48 @@ def start_server(checkpoint: Path, port: int) -> subprocess.Popen[bytes]:
     raise SystemExit("the server does not answer")
 
 
-def load(host: str, port: int, clients: int, seed: int, seconds: float, tally: Tally) -> list[threading.Thread]:
+def load(host: str, port: int, seeds: Sequence[int], seconds: float, tally: Tally) -> list[threading.Thread]:
+    """Start a client for each seed, which ask one thing after the other for some seconds."""
     until = time.monotonic() + seconds
-    drawn = [Client(host, port, random.Random(seed * 1000 + index)) for index in range(clients)]
+    drawn = [Client(host, port, random.Random(seed)) for seed in seeds]
     threads = [threading.Thread(target=attend, args=(client, KINDS, until, tally)) for client in drawn]
     for thread in threads:
         thread.start()
     return threads
 
 
-def idle(process: psutil.Process, seconds: float = 10.0) -> Sample:
-    time.sleep(seconds)
+def rested(process: psutil.Process) -> Sample:
+    time.sleep(REST)
     return Sample.of(process)
 
 
-def report(before: Sample, samples: list[Sample], after: Sample, seconds: float) -> bool:
-    """Print each resource beside its bound. Returns whether all are met."""
-    warm = samples[0].time + max(seconds / 5, 60)
+def report(rests: list[Sample], samples: list[Sample]) -> bool:
+    """Print each resource beside its bound. Returns whether all are met.
+
+    Args:
+        rests: before the load, and after each round.
+        samples: under load.
+    """
+    for rest in rests:
+        at = (rest.time - rests[0].time) / 60
+        print(f"{at:6.1f} min, at rest: {rest.memory:.0f} MB, {rest.threads:.0f} threads, {rest.handles:.0f} handles")
+    held, warm = True, rests[WARM].time
     late = [sample for sample in samples if sample.time >= warm]
-    held = True
-    for sample in samples[:: max(len(samples) // 10, 1)]:
-        at = (sample.time - samples[0].time) / 60
-        print(f"{at:6.1f} min: {sample.memory:.0f} MB, {sample.threads:.0f} threads, {sample.handles:.0f} handles")
-    for what, unit, bound in (("memory", "MB", MEMORY), ("threads", "", OBJECTS), ("handles", "", OBJECTS)):
-        grown, kept = growth(late, what), getattr(after, what) - getattr(before, what)
+    for what, unit, bound, judged in (
+        ("memory", " MB", MEMORY, rests[WARM:]),
+        ("threads", "", OBJECTS, late),
+        ("handles", "", OBJECTS, late),
+    ):
+        grown, kept = growth(judged, what), getattr(rests[-1], what) - getattr(rests[0], what)
         values = [getattr(sample, what) for sample in late] or [0.0]
         flat = grown <= bound and (what != "handles" or kept <= bound)
         held = held and flat
+        line = f"{'ok  ' if flat else 'MISS'} {what}: {min(values):.0f} to {max(values):.0f}{unit} under load, "
+        if judged is not late:
+            line += f"fitted growth {growth(late, what):+.1f} there and "
         print(
-            f"{'ok  ' if flat else 'MISS'} {what}: {min(values):.0f} to {max(values):.0f} {unit} after the warm-up, "
-            f"fitted growth {grown:+.1f} (at most {bound:.0f}); idle {getattr(before, what):.0f} before, "
-            f"{getattr(after, what):.0f} after"
+            f"{line}fitted growth {grown:+.1f}{' at rest' if judged is not late else ''} (at most {bound:.0f}); "
+            f"at rest {getattr(rests[0], what):.0f} before, {getattr(rests[-1], what):.0f} after"
         )
     return held
 
@@ -441,7 +456,8 @@ def main() -> int:
     tally, seconds, flat = Tally(), given.minutes * 60, True
     if given.url:
         place = urlsplit(given.url)
-        for thread in load(place.hostname or "", place.port or 80, given.clients, given.seed, seconds, tally):
+        seeds = [given.seed * 1000 + index for index in range(given.clients)]
+        for thread in load(place.hostname or "", place.port or 80, seeds, seconds, tally):
             thread.join()
     else:
         scratch = tempfile.TemporaryDirectory()
@@ -451,14 +467,17 @@ def main() -> int:
             for kind in (*KINDS, far_apart):  # what is made once is made now
                 kind(first)
             process = psutil.Process(server.pid)
-            before = idle(process)
-            threads = load("127.0.0.1", given.port, given.clients, given.seed, seconds, tally)
-            samples = sampled(process, time.monotonic() + seconds)
-            for thread in threads:
-                thread.join()
-            if server.poll() is not None:
-                raise SystemExit(f"the server ended with status {server.returncode}")
-            flat = report(before, samples, idle(process), seconds)
+            rests, samples = [rested(process)], []
+            for round_ in range(ROUNDS):
+                seeds = [given.seed * 1000 + round_ * given.clients + index for index in range(given.clients)]
+                threads = load("127.0.0.1", given.port, seeds, seconds / ROUNDS, tally)
+                samples += sampled(process, time.monotonic() + seconds / ROUNDS)
+                for thread in threads:
+                    thread.join()
+                if server.poll() is not None:
+                    raise SystemExit(f"the server ended with status {server.returncode}")
+                rests.append(rested(process))
+            flat = report(rests, samples)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)

@@ -278,6 +278,13 @@ def test_refusals_of_earlier_turns_are_text() -> None:
     assert responses(told).messages == (Message("assistant", "No."),)
 
 
+PICTURE = {"type": "image", "source": {"type": "base64", "data": DATA}}
+
+
+def result(*blocks: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "t", "content": list(blocks)}
+
+
 REFUSED = [
     (chat, said({"type": "file", "file": PDF_FILE}), "file inputs are not supported"),
     (chat, said({"type": "file", "file": {"file_id": "f"}}), "file inputs are not supported"),
@@ -290,6 +297,18 @@ REFUSED = [
     (messages, said(document(None)), "document source"),
     (messages, said(document({"type": "text", "data": "x"}, citations={"enabled": True})), "citations"),
     (messages, said({"type": "container_upload", "file_id": "f"}), "container_upload"),
+    (messages, said(result({"type": "container_upload", "file_id": "f"})), "container_upload"),
+    (
+        messages,
+        said(document({"type": "content", "content": [PICTURE]})),
+        "image blocks are not supported in documents",
+    ),
+    (
+        messages,
+        said({"type": "search_result", "content": [PICTURE]}),
+        "image blocks are not supported in search results",
+    ),
+    (messages, {**said(), "system": [PICTURE]}, "image blocks are not supported in system"),
     (chat, {"messages": []}, "[] is too short - 'messages'"),
     (chat, {"messages": "hi"}, "messages of type array"),
     (chat, {"messages": [5]}, "ChatCompletionRequest.messages of type object"),
@@ -358,6 +377,31 @@ def test_the_path_to_a_wrong_value_is_that_of_the_json(read: Any, body: dict[str
     with pytest.raises(BadRequest) as caught:
         read(**body)
     assert path in caught.value.message
+
+
+def test_results_of_another_servers_tools_are_read_as_text() -> None:
+    found = [
+        {"type": "web_search_result", "title": "Rain", "url": "http://x/rain", "encrypted_content": "Zz"},
+        {"type": "web_fetch_result", "url": "http://y", "content": document({"type": "text", "data": "It rains."})},
+    ]
+    blocks = [
+        {"type": "server_tool_use", "name": "web_search", "input": {}},
+        {"type": "web_search_tool_result", "content": found},
+    ]
+    (message,) = messages(**said(*blocks)).messages
+    assert (
+        message.content
+        == '<document title="web_search_tool_result">\nRain\nhttp://x/rain\nhttp://y\nIt rains.\n</document>'
+    )
+
+
+def test_all_thoughts_of_a_turn_are_kept() -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "First."},
+        {"type": "text", "text": "a"},
+        {"type": "thinking", "thinking": "Then."},
+    ]
+    assert messages(**said(*blocks)).messages == (Message("user", "a", "First.\nThen."),)
 
 
 def test_blocks_of_unknown_types_are_ignored_whatever_they_hold() -> None:

@@ -6,25 +6,36 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
+from pydantic import ConfigDict, FailFast, Field, WithJsonSchema
 
-from ollama_forge.serving.api.body import TAG, RequestModel
+from ollama_forge.serving.api.anthropic.blocks import (
+    Content,
+    DocumentBlock,
+    ImageBlock,
+    OtherBlock,
+    SearchResultBlock,
+    ServerToolResultBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+    refuse_upload,
+    text_of_block,
+)
+from ollama_forge.serving.api.body import RequestModel
 from ollama_forge.serving.api.fields import (
     Integer,
     Name,
     SamplingFields,
     StopTexts,
     answer_schema,
-    document_text,
     function_tool,
-    image_of_base64,
     leave_out_hosted,
     refuse_fields,
     required,
     stop_strings,
     with_tool_names,
 )
-from ollama_forge.serving.api.openai.messages import CONTENT_SCHEMA
 from ollama_forge.serving.api.tool_choice import ToolChoice, anthropic_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, ToolCall
 
@@ -32,179 +43,14 @@ from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, Tool
 _BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:(?:[ \t]*[\w-]+=[^;\n]*(?:;|$))*\s*", re.MULTILINE)
 _NOT_SUPPORTED = {"container": "", "mcp_servers": ""}
 
-# -- content blocks ---------------------------------------------------------------------------------------------------
-
-
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class TextBlock(RequestModel):
-    type: str
-    text: str = ""
-
-
-class ImageSource(RequestModel):
-    """Where an image's bytes are; only ``base64`` is supported."""
-
-    type: str = ""
-    data: str = ""
-
-
-class ImageBlock(RequestModel):
-    type: str
-    source: ImageSource | None = None
-
-    def image(self, refusal: str) -> bytes:
-        """The bytes of the image.
-
-        Raises:
-            BadRequest: there is no source (``refusal`` is the message), or it is not base64.
-        """
-        if self.source is None:
-            raise BadRequest(refusal)
-        if self.source.type != "base64":
-            raise BadRequest(f"invalid image source type: {self.source.type}. Only base64 images are supported.")
-        return image_of_base64(self.source.data, "invalid base64 image data")
-
-
-class ThinkingBlock(RequestModel):
-    type: str
-    thinking: str = ""
-
-
-class ToolUseBlock(RequestModel):
-    """An earlier tool call."""
-
-    type: str
-    id: str = ""
-    name: str = ""
-    input: dict[str, Any] = {}
-
-    def tool_call(self, index: int) -> ToolCall:
-        for key in ("id", "name"):
-            if not getattr(self, key):
-                raise BadRequest(f"tool_use block missing required '{key}' field")
-        return ToolCall(self.id, index, self.name, self.input)
-
-
-class DocumentSource(RequestModel):
-    """Where a document's text is; only ``text`` and ``content`` are supported."""
-
-    type: str = ""
-    media_type: str = ""
-    data: str = ""
-    content: Annotated[list[TextBlock], FailFast(), BeforeValidator(_as_blocks)] = []
-
-
-class Citations(RequestModel):
-    """Whether the answer cites the document."""
-
-    enabled: bool = False
-
-
-class DocumentBlock(RequestModel):
-    """A document, which the model reads as text."""
-
-    type: str
-    source: DocumentSource | None = None
-    title: str = ""
-    context: str = ""
-    citations: Citations = Citations()
-
-    @property
-    def text(self) -> str:
-        """The document as a part of a message's text.
-
-        Raises:
-            BadRequest: there is no source, it is no text (a PDF, a URL, a file), or citations are asked for.
-        """
-        if self.citations.enabled:
-            raise BadRequest("citations of documents are not supported")
-        source = self.source or DocumentSource()
-        if source.type == "text":
-            return document_text(source.data, self.title, self.context)
-        if source.type == "content":
-            return document_text("\n".join(block.text for block in source.content), self.title, self.context)
-        kind = f'"{source.type}"' + (f" with {source.media_type}" if source.media_type else "")
-        raise BadRequest(f"invalid document source type: {kind}. Only text documents are supported.")
-
-
-class SearchResultBlock(RequestModel):
-    """A result of a search, which the model reads as text."""
-
-    type: str
-    source: str = ""
-    title: str = ""
-    content: Annotated[list[TextBlock], FailFast()] = []
-
-    @property
-    def text(self) -> str:
-        return document_text("\n".join(block.text for block in self.content), self.title, self.source)
-
-
-class OtherBlock(RequestModel):
-    """A block of a type that is ignored."""
-
-    type: str = ""
-
-
-def _kind_of(*kinds: str) -> Discriminator:
-    """Tells blocks apart by their type; blocks of other types are ``OtherBlock``."""
-
-    def kind(block: Any) -> str:
-        given = block.get("type") if isinstance(block, dict) else None
-        return TAG + (given if given in kinds else "other")
-
-    return Discriminator(kind)
-
-
-_IsContent = WithJsonSchema(CONTENT_SCHEMA)
-ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("#text")]
-    | Annotated[ImageBlock, Tag("#image")]
-    | Annotated[DocumentBlock, Tag("#document")]
-    | Annotated[SearchResultBlock, Tag("#search_result")]
-    | Annotated[OtherBlock, Tag("#other")],
-    _kind_of("text", "image", "document", "search_result"),
-]
-ResultContent = Annotated[list[ResultBlock], FailFast(), BeforeValidator(_as_blocks), _IsContent]
-
-
-class ToolResultBlock(RequestModel):
-    """The result of a tool call."""
-
-    type: str
-    tool_use_id: str = ""
-    content: ResultContent = []
-
-    def message(self) -> Message:
-        images = [
-            block.image("invalid tool_result image source") for block in self.content if isinstance(block, ImageBlock)
-        ]
-        return Message("tool", _text(self.content), tool_call_id=self.tool_use_id, images=tuple(images))
-
-
-Block = Annotated[
-    Annotated[TextBlock, Tag("#text")]
-    | Annotated[ImageBlock, Tag("#image")]
-    | Annotated[ThinkingBlock, Tag("#thinking")]
-    | Annotated[ToolUseBlock, Tag("#tool_use")]
-    | Annotated[ToolResultBlock, Tag("#tool_result")]
-    | Annotated[DocumentBlock, Tag("#document")]
-    | Annotated[SearchResultBlock, Tag("#search_result")]
-    | Annotated[OtherBlock, Tag("#other")],
-    _kind_of("text", "image", "thinking", "tool_use", "tool_result", "document", "search_result"),
-]
-Content = Annotated[list[Block], FailFast(), BeforeValidator(_as_blocks), _IsContent]
-
-
-def _text(blocks: Sequence[RequestModel]) -> str:
-    return "".join(block.text for block in blocks if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock))
-
 
 def _system_text(blocks: Sequence[RequestModel]) -> str:
-    texts = [_text([block]) for block in blocks]
+    """The system prompt, without the billing line.
+
+    Raises:
+        BadRequest: a block is no text.
+    """
+    texts = [text_of_block(block, "system") for block in blocks]
     billing = [_BILLING_LINE.match(text) for text in texts]
     return "".join(text[match.end() :] if match else text for text, match in zip(texts, billing, strict=True))
 
@@ -229,21 +75,22 @@ class MessageParam(RequestModel):
         images: list[bytes] = []
         calls: list[ToolCall] = []
         results: list[Message] = []
-        thinking = ""
+        thoughts: list[str] = []
         for block in self.content:
             match block:
-                case TextBlock() | DocumentBlock() | SearchResultBlock():
+                case TextBlock() | DocumentBlock() | SearchResultBlock() | ServerToolResultBlock():
                     texts.append(block.text)
                 case ImageBlock():
                     images.append(block.image("invalid image source"))
                 case ThinkingBlock():
-                    thinking = block.thinking
+                    thoughts.append(block.thinking)
                 case ToolUseBlock():
                     calls.append(block.tool_call(len(calls)))
                 case ToolResultBlock():
                     results.append(block.message())
-                case OtherBlock(type="container_upload"):
-                    raise BadRequest("container_upload blocks are not supported")
+                case OtherBlock():
+                    refuse_upload(block)
+        thinking = "\n".join(filter(None, thoughts))
         role, own = self.role.lower(), []
         if any(texts) or images or calls or thinking:
             own.append(Message(role, "".join(texts), thinking, tuple(calls), images=tuple(images)))
