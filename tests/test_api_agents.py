@@ -151,20 +151,20 @@ def test_streams_of_calls(path: str) -> None:
 # --- errors while an answer is written
 
 
-def broken(events: Callable[[GenerationRequest], AsyncGenerator[Event]]) -> ServedModel:
+def broken(events: Callable[[GenerationRequest, Callable[[], None]], AsyncGenerator[Event]]) -> ServedModel:
     """A model whose answers are these events."""
     model = scripted(lambda *_: "")
     model.generate = events  # type: ignore[method-assign, assignment]
     return model
 
 
-async def unwritable(request: GenerationRequest) -> AsyncGenerator[Event]:
+async def unwritable(request: GenerationRequest, ended: Callable[[], None]) -> AsyncGenerator[Event]:
     yield Delta("fine")
     yield Delta("\ud83d")  # no UTF-8
     yield Done("stop")
 
 
-async def failing(request: GenerationRequest) -> AsyncGenerator[Event]:
+async def failing(request: GenerationRequest, ended: Callable[[], None]) -> AsyncGenerator[Event]:
     yield Delta("fine")
     raise KeyError("secret")
 
