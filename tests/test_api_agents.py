@@ -454,6 +454,9 @@ REFUSED_FIELDS = [
     (CHAT, {"n": 0}, "n must be"),
     (CHAT, {"n": 129}, "n must be"),
     (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
+    (CHAT, {"chat_template_kwargs": {"enable_thinking": True, "date": "x"}}, "chat_template_kwargs: date"),
+    (CHAT, {"continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"guided_json": {"type": "object"}}, "guided_json is not supported: send response_format"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
     (CHAT, {"audio": {"voice": "x"}}, "audio"),
     (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -463,6 +466,10 @@ REFUSED_FIELDS = [
     (TEXT, {"logit_bias": {"5": 1}}, "logit_bias"),
     (TEXT, {"echo": True}, "echo"),
     (TEXT, {"best_of": 2}, "best_of"),
+    (TEXT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (TEXT, {"min_tokens": 5}, "min_tokens"),
+    (RESPONSES, {"stop": ["x"]}, "stop is not supported"),
+    (RESPONSES, {"max_tool_calls": 2}, "max_tool_calls"),
     (RESPONSES, {"previous_response_id": "r"}, "previous_response_id"),
     (RESPONSES, {"conversation": "c"}, "conversation"),
     (RESPONSES, {"background": True}, "background"),
@@ -473,6 +480,7 @@ REFUSED_FIELDS = [
     (RESPONSES, {"text": {"format": {"type": "grammar"}}}, '"grammar"'),
     (MESSAGES, {"mcp_servers": [{"name": "x"}]}, "mcp_servers"),
     (MESSAGES, {"container": "c"}, "container"),
+    (MESSAGES, {"response_format": {"type": "json_object"}}, "output_config.format"),
     (CHAT, {"model": "a b"}, "invalid model name"),
     (TEXT, {"model": "../x"}, "invalid model name"),
     (RESPONSES, {"model": "a:"}, "invalid model name"),
@@ -498,7 +506,7 @@ def test_fields_that_change_nothing_are_taken(url: str) -> None:
         "metadata": {"a": "b"},
     }
     answered(url, CHAT, **same, service_tier="auto", prompt_cache_key="k", parallel_tool_calls=True)
-    answered(url, TEXT, best_of=1, echo=False, user="u")
+    answered(url, TEXT, best_of=1, echo=False, user="u", response_format={"type": "text"}, min_tokens=0)
     codex = {"include": ["reasoning.encrypted_content"], "store": False, "parallel_tool_calls": True}
     answer = answered(url, RESPONSES, **codex, background=False, truncation="auto", prompt_cache_key="k")
     assert (answer["tool_choice"], answer["parallel_tool_calls"]) == ("auto", True)

@@ -235,6 +235,19 @@ def test_messages_conversation() -> None:
     assert messages(top_k=3, temperature=0).sampling.top_k == 3
 
 
+def test_thinking_by_the_switch_of_a_template() -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
+    assert chat(**asked).think == "high"
+    assert chat(**asked, chat_template_kwargs={"enable_thinking": False}).think is False
+    assert chat(**asked, chat_template_kwargs={"thinking": True, "enable_thinking": None}).think is True
+
+
+def test_sampling_fields_of_other_servers_are_honoured() -> None:
+    read = chat(messages=[{"role": "user", "content": "hi"}], min_p=0.1, repetition_penalty=1.2)
+    assert (read.sampling.min_p, read.sampling.repeat_penalty) == (0.1, 1.2)
+    assert {"min_p", "repeat_penalty"} <= read.stated
+
+
 def test_messages_thinking() -> None:
     assert messages().think is None
     assert messages(thinking={"type": "enabled", "budget_tokens": 1024}).think is True

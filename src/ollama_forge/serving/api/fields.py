@@ -110,6 +110,7 @@ _OPTIONS = {
     "max_completion_tokens": "num_predict",
     "max_output_tokens": "num_predict",
     "stop_sequences": "stop",
+    "repetition_penalty": "repeat_penalty",
 }
 
 
@@ -119,6 +120,8 @@ class SamplingFields(RequestModel):
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: Integer | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     seed: Integer | None = None
@@ -136,6 +139,8 @@ class SamplingFields(RequestModel):
             "temperature": default if self.temperature is None else self.temperature,
             "top_p": default if self.top_p is None else self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "seed": None if self.seed == -1 else self.seed,
@@ -151,10 +156,10 @@ def refuse_fields(sent: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
         reasons: for each such field, what to do instead; "" for nothing.
 
     Raises:
-        BadRequest: one of them has a value other than null, false, zero or an empty one.
+        BadRequest: one of them has a value other than null, false, zero, an empty one or the format of a text.
     """
     for name, reason in reasons.items():
-        if sent.get(name):
+        if sent.get(name) and sent[name] != {"type": "text"}:
             raise BadRequest(f"{name} is not supported" + (f": {reason}" if reason else ""))
 
 

@@ -41,7 +41,12 @@ from ollama_forge.serving.requests import BadRequest, ChatRequest, Message, Tool
 
 # Claude Code begins its system prompt with a line for Anthropic's accounting, which differs from request to request.
 _BILLING_LINE = re.compile(r"\s*x-anthropic-billing-header:(?:[ \t]*[\w-]+=[^;\n]*(?:;|$))*\s*", re.MULTILINE)
-_NOT_SUPPORTED = {"container": "", "mcp_servers": ""}
+_NOT_SUPPORTED = {
+    "container": "",
+    "mcp_servers": "",
+    "logit_bias": "",
+    "response_format": "send output_config.format",
+}
 
 
 def _system_text(blocks: Sequence[RequestModel]) -> str:

@@ -41,15 +41,29 @@ from ollama_forge.serving.requests import BadRequest, ChatRequest, Message
 ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
 _ENCODINGS = ("float", "base64")
 MOST_CHOICES = 128
-_NOT_IN_CHAT = {
+_NOT_IN_EITHER = {
     "logit_bias": "",
+    "echo": "",
+    "min_tokens": "",
+    "ignore_eos": "",
+    "stop_token_ids": "send stop",
+    "structured_outputs": "send response_format",
+    "guided_json": "send response_format",
+    "guided_regex": "",
+    "guided_choice": "",
+    "guided_grammar": "",
+}
+_NOT_IN_CHAT = {
+    **_NOT_IN_EITHER,
+    "continue_final_message": "",
     "audio": "answers are text",
     "prediction": "",
     "functions": "send tools",
     "function_call": "send tool_choice",
     "web_search_options": "",
 }
-_NOT_IN_COMPLETIONS = {"logit_bias": "", "echo": ""}
+_THINK_SWITCHES = ("enable_thinking", "thinking")  # of templates
+_NOT_IN_COMPLETIONS = {**_NOT_IN_EITHER, "response_format": "send it to /v1/chat/completions"}
 
 
 # -- chat completions -------------------------------------------------------------------------------------------------
@@ -185,6 +199,7 @@ class ChatCompletionRequest(_CompletionFields):
     max_completion_tokens: Integer | None = None
     reasoning_effort: Effort = ""
     reasoning: Reasoning | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
 
@@ -225,13 +240,22 @@ class ChatCompletionRequest(_CompletionFields):
             tools=choice.tools,
             must_call=choice.must_call,
             one_call=not self.parallel_tool_calls,
-            think=think_of_effort(self.reasoning_effort if self.reasoning is None else self.reasoning.effort),
+            think=self._think(),
             format=None if self.response_format is None else self.response_format.format,
             logprobs=self.top_logprobs if self.logprobs else None,
             choices=self.n,
             stream=self.stream,
             stated=self.stated,
         )
+
+    def _think(self) -> bool | str | None:
+        switches = {name: value for name, value in self.chat_template_kwargs.items() if value is not None}
+        for name, value in switches.items():
+            if name not in _THINK_SWITCHES or not isinstance(value, bool):
+                raise BadRequest(f"chat_template_kwargs: {name} is not supported: send reasoning_effort")
+        if switches:
+            return next(iter(switches.values()))
+        return think_of_effort(self.reasoning_effort if self.reasoning is None else self.reasoning.effort)
 
 
 # -- completions and embeddings ---------------------------------------------------------------------------------------

@@ -55,6 +55,10 @@ _NOT_SUPPORTED = {
     "background": "",
     "prompt": "send the whole conversation as input",
     "top_logprobs": "",
+    "stop": "",
+    "logit_bias": "",
+    "response_format": "send text.format",
+    "max_tool_calls": "",
 }
 _ECHOED_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
