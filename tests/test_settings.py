@@ -306,6 +306,12 @@ def test_help_puts_the_common_options_last(forge: Call) -> None:
         assert option in common
 
 
+def test_help_has_both_names_in_any_context() -> None:
+    groups = [cli, *(command for command in cli.commands.values() if isinstance(command, click.Group))]
+    for command in (*COMMANDS.values(), *groups):
+        assert command.get_help_option_names(click.Context(command)) == ["-h", "--help"], command.name
+
+
 def test_the_exit_statuses_are_those_of_the_page_and_of_the_help(forge: Call) -> None:
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, re.MULTILINE)
     assert {int(status): meaning for status, meaning in rows} == {int(k): v for k, v in EXIT_STATUSES.items()}

@@ -10,7 +10,7 @@ import click
 
 from ollama_forge.cli import options as opt
 from ollama_forge.cli.adapters import export_adapter
-from ollama_forge.cli.base import Command
+from ollama_forge.cli.base import Command, Group
 from ollama_forge.cli.completers import complete_runs
 from ollama_forge.cli.evaluate import evaluate
 from ollama_forge.cli.optimize import optimize
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ollama_forge.checkpoints.object_store import StoreFolder
 
 
-@click.group()
+@click.group(cls=Group)
 def abliterate() -> None:
     """Compute a chat model's refusal direction, edit it out of the weights, measure the result, and talk to it."""
 

@@ -32,7 +32,15 @@ _COMMON = "ollama_forge.common"
 _NOT_IN_NAMES = "abliterate"  # the group is no part of its commands' names in the config file
 
 
-class Command(click.Command):
+class _Help(click.Command):
+    """A command that ``-h`` and ``--help`` describe, in whatever context: click keeps the option that is made first."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """The names of the option, on the command line and in the documentation alike."""
+        return ["-h", "--help"]
+
+
+class Command(_Help):
     """A command with the common options, whose options take values from the environment and the config file."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
@@ -73,13 +81,17 @@ class Command(click.Command):
             raise
 
 
-class DefaultGroup(click.Group):
-    """A group whose first command is meant where none is named: ``runs`` is ``runs list``."""
+class Group(_Help, click.Group):
+    """A group of commands."""
 
     command_class = Command
 
+
+class DefaultGroup(Group):
+    """A group whose first command is meant where none is named: ``runs`` is ``runs list``."""
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        if not args or (args[0].startswith("-") and args[0] not in self.get_help_option_names(ctx)):
             args = [next(iter(self.commands)), *args]
         return super().parse_args(ctx, args)
 

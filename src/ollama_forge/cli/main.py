@@ -10,7 +10,7 @@ import click
 
 from ollama_forge import __version__
 from ollama_forge.cli.abliterate import abliterate
-from ollama_forge.cli.base import common_options, keep_common_options, where_from
+from ollama_forge.cli.base import Group, common_options, keep_common_options, where_from
 from ollama_forge.cli.cache import cache
 from ollama_forge.cli.completion import PROGRAM, completion, prepare_completion
 from ollama_forge.cli.config import config
@@ -54,7 +54,8 @@ def version_lines() -> list[str]:
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    cls=Group,
+    context_settings={"max_content_width": 110},
     params=[*common_options(of_program=True)],
     epilog=_EPILOG,
 )
