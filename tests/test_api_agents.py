@@ -327,11 +327,12 @@ def test_harmony_has_its_thought_within_the_grammar() -> None:
 
 REFUSED_CHOICES = [
     (CHAT, {"tool_choice": "required"}, "there are no tools"),
-    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool 'x'"),
-    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "no tool 'x'"),
-    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": "often"}, "invalid tool_choice"),
+    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": {"type": "function", "function": {"name": "x"}}}, 'no tool "x"'),
+    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, 'no tool "x"'),
+    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": {"type": "function"}}, "tool_choice: a tool has no name"),
+    (CHAT, {"tools": TOOLS_OF[CHAT], "tool_choice": "often"}, 'invalid tool_choice: "often"'),
     (RESPONSES, {"tools": TOOLS_OF[RESPONSES], "tool_choice": {"type": "web_search"}}, '"web_search"'),
-    (MESSAGES, {"tools": TOOLS_OF[MESSAGES], "tool_choice": {"type": "tool", "name": "x"}}, "no tool 'x'"),
+    (MESSAGES, {"tools": TOOLS_OF[MESSAGES], "tool_choice": {"type": "tool", "name": "x"}}, 'no tool "x"'),
     (MESSAGES, {"tools": TOOLS_OF[MESSAGES], "tool_choice": {"type": "some"}}, "invalid tool_choice"),
     (MESSAGES, {"tool_choice": {"type": "any"}}, "there are no tools"),
     (

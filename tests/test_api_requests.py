@@ -242,6 +242,14 @@ def test_thinking_by_the_switch_of_a_template() -> None:
     assert chat(**asked, chat_template_kwargs={"thinking": True, "enable_thinking": None}).think is True
 
 
+def test_thoughts_in_a_conversation_from_elsewhere_are_kept() -> None:
+    (message,) = chat(messages=[{"role": "assistant", "content": "a", "reasoning_content": "hm"}]).messages
+    assert message.thinking == "hm"
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    (message,) = responses([thought, {"role": "assistant", "content": "a"}]).messages
+    assert (message.thinking, message.content) == ("hm", "a")
+
+
 def test_sampling_fields_of_other_servers_are_honoured() -> None:
     read = chat(messages=[{"role": "user", "content": "hi"}], min_p=0.1, repetition_penalty=1.2)
     assert (read.sampling.min_p, read.sampling.repeat_penalty) == (0.1, 1.2)

@@ -155,7 +155,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def leave(url: str, path: str, *, stream: bool, read: bool) -> None:
-    """GenerationRequest for an endless answer and go, after its beginning or at once."""
+    """Ask for an endless answer and leave, after its beginning or at once."""
     place = urlsplit(url)
     body = json.dumps({"model": "wire", "messages": [{"role": "user", "content": "go on"}], "stream": stream}).encode()
     with closing(socket.create_connection((place.hostname or "", place.port or 0), timeout=WAIT)) as client:

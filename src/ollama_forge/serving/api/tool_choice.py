@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def _by_word(tools: Sequence[Mapping[str, Any]], word: object, words: Mapping[st
     if word in (None, ""):
         return ToolChoice(tuple(tools))
     if not isinstance(word, str) or word not in words:
-        raise BadRequest(f"invalid tool_choice: {word!r}")
+        raise BadRequest(f"invalid tool_choice: {json.dumps(word)}")
     if words[word] and not tools:
         raise BadRequest("tool_choice requires a call, but there are no tools")
     return ToolChoice(tuple(tools), words[word])
@@ -84,6 +85,8 @@ def _name(tool: Mapping[str, Any]) -> object:
 
 def _named(tools: Sequence[Mapping[str, Any]], names: Sequence[object]) -> tuple[Mapping[str, Any], ...]:
     for name in names:
+        if not isinstance(name, str) or not name:
+            raise BadRequest("tool_choice: a tool has no name")
         if not any(tool["function"]["name"] == name for tool in tools):
-            raise BadRequest(f"tool_choice: there is no tool {name!r}")
+            raise BadRequest(f'tool_choice: there is no tool "{name}"')
     return tuple(tool for tool in tools if tool["function"]["name"] in names)

@@ -56,6 +56,7 @@ class ChatMessage(RequestModel):
     role: str = ""
     content: Annotated[Any, WithJsonSchema(CONTENT_SCHEMA)] = None
     reasoning: str = ""
+    reasoning_content: str = ""  # the name that DeepSeek, vLLM and llama.cpp give it
     name: str = ""
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str = ""
@@ -70,7 +71,7 @@ class ChatMessage(RequestModel):
         return Message(
             role=role_of(self.role),
             content="\n".join(texts),
-            thinking=self.reasoning,
+            thinking=self.reasoning or self.reasoning_content,
             tool_calls=tuple(call.tool_call(index) for index, call in enumerate(self.tool_calls or [])),
             tool_name=self.name if self.role.lower() == "tool" else "",
             tool_call_id=self.tool_call_id,

@@ -69,7 +69,7 @@ class MessageItem(RequestModel):
 
 
 class SummaryPart(RequestModel):
-    """A part of the summary of a thought."""
+    """A part of a thought or of its summary."""
 
     type: str = ""
     text: str = ""
@@ -81,10 +81,11 @@ class ReasoningItem(RequestModel):
     type: str
     encrypted_content: str = ""
     summary: Annotated[list[SummaryPart], FailFast()] = []
+    content: Annotated[list[SummaryPart], FailFast()] = []
 
     @property
     def thinking(self) -> str:
-        return self.encrypted_content or "".join(part.text for part in self.summary)
+        return self.encrypted_content or "".join(part.text for part in self.content or self.summary)
 
 
 class _CallItem(RequestModel):
