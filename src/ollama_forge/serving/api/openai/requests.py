@@ -249,12 +249,13 @@ class ChatCompletionRequest(_CompletionFields):
         )
 
     def _think(self) -> bool | str | None:
-        switches = {name: value for name, value in self.chat_template_kwargs.items() if value is not None}
-        for name, value in switches.items():
-            if name not in _THINK_SWITCHES or not isinstance(value, bool):
+        switched: bool | None = None
+        for name, value in self.chat_template_kwargs.items():
+            if value is not None and (name not in _THINK_SWITCHES or not isinstance(value, bool)):
                 raise BadRequest(f"chat_template_kwargs: {name} is not supported: send reasoning_effort")
-        if switches:
-            return next(iter(switches.values()))
+            switched = value if switched is None else switched
+        if switched is not None:
+            return switched
         return think_of_effort(self.reasoning_effort if self.reasoning is None else self.reasoning.effort)
 
 
