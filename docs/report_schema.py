@@ -111,6 +111,9 @@ def schema() -> dict[str, Any]:
             absent = _ABSENT.get(one["title"], set())
             one["required"] = [key for key in one["properties"] if key not in absent]
             one.update(additionalProperties=False, title=one["title"].lstrip("_"))
+            for key, of in one["properties"].items():
+                if of.get("type") == "number":  # such as the rate of an empty list
+                    one["properties"][key] = {"anyOf": [{"type": "number"}, {"type": "null"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
 

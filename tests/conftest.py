@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tests.gguf_models import Model
 
 
-for _name in [name for name in os.environ if name.startswith("OLLAMA_FORGE_") and name != "OLLAMA_FORGE_CACHE"]:
+_KEPT = ("OLLAMA_FORGE_CACHE", "OLLAMA_FORGE_TEST_")  # where models are cached, and what some tests need
+for _name in [name for name in os.environ if name.startswith("OLLAMA_FORGE_") and not name.startswith(_KEPT)]:
     del os.environ[_name]
 os.environ["OLLAMA_FORGE_CONFIG"] = os.devnull  # not the user's config file
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # the discard port, where nothing listens

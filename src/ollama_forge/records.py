@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,3 +34,12 @@ def from_json(kind: type[T], data: Any) -> T:
     except ValidationError as error:
         raise ValueError(str(error)) from None
     return found
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for what is not a number, or infinite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from ollama_forge.files import read_json, require_place, write_json, write_text
 from ollama_forge.models.machine import Machine
 from ollama_forge.pipeline.report import tables
 from ollama_forge.prompts.split import PartPrompts
-from ollama_forge.records import to_json
+from ollama_forge.records import finite, to_json
 from ollama_forge.reporting import render
 
 SCHEMA = 1
@@ -126,7 +126,7 @@ class EvaluationReport:
             else {name: None if found is None else to_json_scores(found) for name, found in self.scores.items()},
             "seconds": dict(self.seconds),
         }
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
 
     def save(self) -> None:
         """Write ``report.json``, and ``report.html`` from it."""
@@ -176,15 +176,6 @@ def require_own_folder(folder: Path) -> None:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UsageError(f"{path} is not a report of evaluate", "give another --output-dir")
-
-
-def _finite(value: Any) -> Any:
-    """JSON values without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _judge_line(judge: str, name: str, found: Judged) -> str:

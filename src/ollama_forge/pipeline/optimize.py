@@ -34,7 +34,7 @@ from ollama_forge.pipeline.trial_answers import connected, started
 from ollama_forge.progress import say
 from ollama_forge.prompts.settings import PromptSettings
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.records import to_json
+from ollama_forge.records import finite, to_json
 from ollama_forge.search.choose import ChoiceSettings, begin, check_base, search
 from ollama_forge.search.ladder import Choice
 from ollama_forge.search.on_cluster import TrialsSetup, measure_on
@@ -128,8 +128,8 @@ class Optimized:
     machine: Machine
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``optimize.json``."""
-        return {
+        """The content of ``optimize.json``; what is not a number, or infinite, is null there."""
+        content = {
             "version": __version__,
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -143,6 +143,7 @@ class Optimized:
             "edits": {number: path.name for number, path in self.edits.items()},
             "machine": to_json(self.machine),
         }
+        return {key: finite(value) for key, value in content.items()}
 
     def tables(self) -> dict[str, list[tuple[str, ...]]]:
         """Tables as text by title, each a header and one line per measurement."""

@@ -21,7 +21,7 @@ from ollama_forge.files import write_json, write_text
 from ollama_forge.models.machine import Machine
 from ollama_forge.ollama.register import Registered
 from ollama_forge.prompts.split import PromptSplit
-from ollama_forge.records import to_json
+from ollama_forge.records import finite, to_json
 from ollama_forge.reporting import render
 from ollama_forge.search.ladder import Choice
 
@@ -104,8 +104,8 @@ class Report:
         return by_category(self.split.report.harmful, {name: row.harmful for name, row in self.rows.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``report.json``."""
-        return {
+        """The content of ``report.json``; what is not a number, or infinite, is null there."""
+        content = {
             "schema": SCHEMA,
             "version": __version__,
             "model": self.model,
@@ -141,6 +141,7 @@ class Report:
             "machine": None if self.machine is None else to_json(self.machine),
             "seconds": dict(self.seconds),
         }
+        return {key: finite(value) for key, value in content.items()}
 
     def certificate_lines(self) -> list[str]:
         """Lines to print about what is proven of the architecture; none without a certificate."""
