@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_a_report_fits_its_schema(beside: None, changes: dict[str, Any]) -> None
     assert [f"{error.json_path}: {error.message[:200]}" for error in checker.iter_errors(report)] == []
     report["measurements"]["another"] = {"new": 1}
     assert not checker.is_valid(report)
+
+
+def test_every_public_name_is_on_the_page_of_the_python_api() -> None:
+    shown = re.findall(r"^::: (ollama_forge\.\S+)$", text_of("docs/reference/python.md"), re.MULTILINE)
+    found = {path.rpartition(".")[2]: path.rpartition(".")[0] for path in shown}
+    assert set(ollama_forge.__all__) <= set(found)
+    for name, module in found.items():
+        of_module = getattr(importlib.import_module(module), name)
+        if name in ollama_forge.__all__:
+            assert of_module is getattr(ollama_forge, name)
 
 
 def test_every_key_of_a_report_is_explained(beside: None) -> None:

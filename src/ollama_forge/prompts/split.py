@@ -81,7 +81,8 @@ class PromptSplit:
         """This split with the conversations of the package data, in an order drawn once.
 
         Args:
-            max_select, max_report: maximum number of prompts per list in these parts; None for no limit.
+            max_select: maximum number of prompts of each list in the select part; None for no limit.
+            max_report: the same of the report part.
         """
         return replace(
             self,
