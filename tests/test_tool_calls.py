@@ -371,6 +371,11 @@ def test_an_object_about_a_tool_is_no_call_of_it() -> None:
         '{"name": "get_weather", "arguments": "{\\"city\\": 1, \\"city\\": 2}"}',
         '{"name": "get_weather", "arguments": {}, "parameters": {"city": "Paris"}}',
         '{"name": "get_weather", "tool_name": "add", "arguments": {}}',
+        '{"name": "get_weather", "function": "add", "arguments": {}}',
+        '{"name": "get_weather", "function": {"name": "add", "arguments": {}}}',
+        '{"name": "get_weather", "arguments": {"a": 1}, "parameters": {"a": true}}',
+        '{"name": "get_weather", "arguments": {"a": {"b": [{"c": 1, "c": 2}]}}}',
+        '{"function": {"name": "get_weather"}, "input": {"city": "Paris"}}',
     ],
 )
 def test_a_call_that_says_two_things_stays_text(inner: str) -> None:
@@ -378,27 +383,53 @@ def test_a_call_that_says_two_things_stays_text(inner: str) -> None:
     check("<tool_call>", f"<tool_call>{inner}</tool_call>", [("content", f"<tool_call>{inner}</tool_call>")])
 
 
-def test_arguments_beside_a_null_are_those_of_the_call() -> None:
-    text = '{"name": "get_weather", "arguments": null, "parameters": {"city": "Paris"}}'
-    check("", text, [("call", PARIS)])
-
-
-DASHED: dict[str, dict[str, Any]] = {"mcp-2/read-file.v1": {}, "add": {}}
+@pytest.mark.parametrize("value", ["{'a': 1, 'a': 2}", "[{'b': {'a': 1, 'a': 1}}]"])
+def test_python_that_gives_a_key_twice_leaves_a_call_text(value: str) -> None:
+    text = f"<|python_start|>[get_weather(city={value})]<|python_end|>"
+    check("<|header_start|>", text, [("content", text)])
 
 
 @pytest.mark.parametrize(
-    ("template", "text"),
+    "text",
     [
-        ("<|header_start|>", '[mcp-2/read-file.v1(city="Paris")]'),
-        ("<|header_start|>", '<|python_start|>[mcp-2/read-file.v1(city="Paris")]<|python_end|>'),
-        ("<|tool_list_start|>", '<|tool_call_start|>[mcp-2/read-file.v1(city="Paris")]<|tool_call_end|>'),
-        ("[TOOL_CALLS]", '[TOOL_CALLS]mcp-2/read-file.v1[ARGS]{"city": "Paris"}'),
+        '{"name": "get_weather", "arguments": null, "parameters": {"city": "Paris"}}',
+        '{"name": "get_weather", "arguments": "", "parameters": {"city": "Paris"}}',
+        '{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}", "parameters": {"city": "Paris"}}',
+        '{"function": {"name": "get_weather"}, "arguments": {"city": "Paris"}}',
     ],
 )
-def test_names_with_dashes_and_slashes(template: str, text: str) -> None:
-    expected = [("call", ("mcp-2/read-file.v1", {"city": "Paris"}))]
-    for parts in splits(text):
-        assert read(parser_for(None, family_of(template), DASHED), parts) == expected, parts
+def test_arguments_beside_none_or_the_same_are_those_of_the_call(text: str) -> None:
+    check("", text, [("call", PARIS)])
+
+
+ODD_NAMES = ("mcp-2/read-file.v1", "import-file", "files.import", "v-01", "a--b", "2fa", "s:r", "@x/y", "class")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("<|header_start|>", '[NAME(city="NAME(")]'),
+        ("<|header_start|>", '<|python_start|>[NAME(city="NAME(")]<|python_end|>'),
+        ("<|tool_list_start|>", '<|tool_call_start|>[NAME(city="NAME(")]<|tool_call_end|>'),
+        ("<function_calls>", '<function_calls>NAME(city="NAME(")</function_calls>'),
+        ("<start_of_turn>", '```tool_code\nprint(NAME(city="NAME("))  # it\'s NAME(\n```'),
+        ("<start_function_call>", "<start_function_call>call:NAME{city:<escape>NAME(<escape>}<end_function_call>"),
+        ("[TOOL_CALLS]", '[TOOL_CALLS]NAME[ARGS]{"city": "NAME("}'),
+    ],
+)
+def test_names_of_tools_are_read_as_they_are(template: str, text: str, name: str) -> None:
+    given: dict[str, dict[str, Any]] = {**{key: {} for key in ODD_NAMES}, "__tool0": {}, "file": {}, "b": {}, "y": {}}
+    text = text.replace("NAME", name)
+    for parts in ([text], list(text)):
+        assert read(parser_for(None, family_of(template), given), parts) == [("call", (name, {"city": f"{name}("}))]
+
+
+@pytest.mark.parametrize("name", ["mcp-2/read-file.v1", "s:r"])
+def test_harmony_names_with_dashes_and_slashes(name: str) -> None:
+    for text in (HARMONY_CALL, f" to={HARMONY_CALL.partition('functions.')[2]}"):
+        text = text.replace("get_weather", name)
+        assert read(parser_for(HARMONY, family_of(""), {name: {}}), list(text)) == [("call", (name, {"city": "Paris"}))]
 
 
 @pytest.mark.parametrize("code", ["add(a=1)-add(b=2)", "1+add(a=1)", "-add(a=1)", "add(a=1)-b", "add-(a)"])
@@ -418,6 +449,37 @@ def test_strings_of_what_is_no_string_are_read_by_the_schema() -> None:
     quoted = '<tool_call><function=get_weather><parameter=whole>"3"</parameter></function></tool_call>'
     reader = parser_for(None, family_of("<tool_call><function=x><parameter=y>"), given)
     assert read(reader, [quoted]) == [("call", ("get_weather", {"whole": 3}))]
+
+
+def test_texts_that_give_a_key_twice_stay_strings() -> None:
+    given = {"get_weather": {"properties": {"city": {"type": "object"}}}}
+    for value in ('{"a": 1, "a": 2}', "{'a': 1, 'a': 2}"):
+        text = f"<tool_call><function=get_weather><parameter=city>{value}</parameter></function></tool_call>"
+        reader = parser_for(None, family_of("<tool_call><function=x><parameter=y>"), given)
+        assert read(reader, [text]) == [("call", ("get_weather", {"city": value}))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        call('{"city": "Paris"}}'),
+        call('{"city": "Paris"}').replace("}<", "}}\n<"),
+        call('{"city": "Paris"}') * 2,
+    ],
+)
+def test_marks_left_over_behind_a_call_are_no_content(text: str) -> None:
+    calls = [("call", PARIS)] * text.count("name")
+    for behind in ("", "\n</tool_call>", "</tool_call>\n</tool_call>\n"):
+        check("<tool_call>", text + behind, calls)
+        check("<tool_call>", f"{text}{behind}\nDone.</tool_call>", [*calls, ("content", "Done.</tool_call>")])
+    check("<tool_call>", call('{"city": "Paris"}').removeprefix("<tool_call>"), [("call", PARIS)])
+    check("<tool_call>", f"</tool_call>{text}", [("content", "</tool_call>"), *calls])
+
+
+def test_kimi_arguments_in_a_code_block() -> None:
+    text = "<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+    text += '```json\n{"city": "Paris"}\n```<|tool_call_end|>'
+    check("<|tool_call_argument_begin|>", text, [("call", PARIS)])
 
 
 def test_two_values_in_one_block() -> None:

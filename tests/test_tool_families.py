@@ -314,6 +314,15 @@ def test_calls_without_the_tags_around_them() -> None:
     assert coder('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>') == [ADD]
 
 
+def test_calls_without_their_closing_tag_or_with_quotes_around_names() -> None:
+    one, now = function("add", a="1", b="2"), function("now")
+    open_one, open_now = (text.removesuffix("</function>") for text in (one, now))
+    quoted = one.replace("=add", '="add"').replace("=a>", '="a">').replace("=b>", '="b">')
+    assert coder(block(quoted)) == coder(block(open_one)) == coder(f"{open_one}</tool_call>") == [ADD]
+    assert coder(f"{block(open_one)}\n{block(open_now)}\n</tool_call>") == [ADD, NOW]
+    assert coder(f"<tool_call>\n{open_one}") == [("content", f"<tool_call>\n{open_one}")]  # more may have followed
+
+
 VALUES = [
     "the tag </tool_call> ends a call",
     "</tool_call>",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from urllib.parse import unquote
 
 from ollama_forge.serving.requests import Tools
 from ollama_forge.serving.tools.base import Call, Untyped
+from ollama_forge.serving.tools.payloads import literal, read_json
 
 _DEEPEST = 100  # levels of objects and lists
 _MOST_BITS = 1024  # of a number: other languages read it as a float of 64 bits
@@ -111,13 +111,13 @@ def _read(text: str) -> Any:
     """The value of a JSON text, or of Python's text for lists, dictionaries, True, False and None."""
     text = text.strip()
     try:
-        return json_value(json.loads(text, strict=False))
+        return json_value(read_json(text))
     except (ValueError, RecursionError):
         pass
     if not text.startswith(("[", "{", "True", "False", "None")):
         return _NOT_JSON
     try:
-        return json_value(ast.literal_eval(text))
+        return json_value(literal(ast.parse(text, mode="eval").body))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return _NOT_JSON
 

@@ -15,6 +15,7 @@ from ollama_forge.serving.requests import ToolCall, Tools
 T = TypeVar("T")
 _SPACE = re.compile(r"\s*")
 _ALPHABET = string.ascii_lowercase + string.digits
+NAME = r"[\w.\-:/@]+"  # the pattern of a tool's name where nothing else stands around it
 LONGEST_HEAD = 200  # characters of the tag or line that holds a name
 
 
@@ -32,10 +33,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The first ``length`` characters of a text are ``calls``; without calls they are content."""
+    """The first ``length`` characters of a text are ``calls``; without calls they are content.
+
+    Attributes:
+        left_over: directly behind calls they are not even that.
+    """
 
     length: int
     calls: tuple[Call, ...] = ()
+    left_over: bool = False
 
 
 # -- reading a text that is still arriving ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ollama_forge.serving.tools.readers import (
     bare,
     each_between,
     json_between,
+    left_over,
     mistral,
     named_before,
     tag_before,
@@ -27,6 +28,7 @@ from ollama_forge.serving.tools.readers import (
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
 _FUNCTION, _PARAMETER = ("<function={name}>", "</function>"), ("<parameter={key}>", "</parameter>")
 _FIRST = bare(only_first=True)  # calls without tags, from models that left the tags out
+_LEFT_OVER = left_over(_TOOL_CALL[1])
 
 
 def _kimi_name(head: str) -> str:
@@ -60,7 +62,7 @@ FAMILIES: tuple[ToolFamily, ...] = (
     ToolFamily(
         "qwen-coder",  # Qwen3-Coder, Qwen3.5, Nemotron 3
         template_marks=(("<function=", "<parameter="),),
-        forms=(*parameters_between(_FUNCTION, _PARAMETER, block=_TOOL_CALL, padded=True), *_FIRST),
+        forms=(*parameters_between(_FUNCTION, _PARAMETER, block=_TOOL_CALL, padded=True), *_FIRST, _LEFT_OVER),
     ),
     ToolFamily(
         "glm",  # GLM-4.5 and later
@@ -262,7 +264,7 @@ FAMILIES: tuple[ToolFamily, ...] = (
     ToolFamily(
         "hermes",  # Hermes, Qwen and many others
         template_marks=((_TOOL_CALL[0],),),
-        forms=(json_between(*_TOOL_CALL), *_FIRST),
+        forms=(json_between(*_TOOL_CALL), *_FIRST, _LEFT_OVER),
         written=(_TAGGED,),
     ),
     ToolFamily(

@@ -6,7 +6,7 @@ import re
 
 from ollama_forge.serving.requests import Delta, Tools
 from ollama_forge.serving.tools.arguments import accepted
-from ollama_forge.serving.tools.base import CallNumbers, Held, Steps
+from ollama_forge.serving.tools.base import NAME, CallNumbers, Held, Steps
 from ollama_forge.serving.tools.payloads import named_call
 from ollama_forge.text.stops import held_back
 
@@ -16,10 +16,10 @@ _END = re.compile("|".join(map(re.escape, _ENDS)))
 _LONGEST_END = max(map(len, _ENDS))
 _LONGEST_HEADER = 500
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
-_RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.\-]+)")
+_RECIPIENT = re.compile(rf"to=(?:functions\.)?({NAME})")
 # the first header may begin with the recipient, because the prompt ended with ``<|start|>assistant``
-_RECIPIENT_FIRST = re.compile(r"\s*to=[\w.\-]+\s*<\|")
-_RECIPIENT_BEGUN = re.compile(r"\s*(?:t(?:o(?:=[\w.\-]*\s*<?)?)?)?")
+_RECIPIENT_FIRST = re.compile(rf"\s*to={NAME}\s*<\|")
+_RECIPIENT_BEGUN = re.compile(rf"\s*(?:t(?:o(?:=(?:{NAME})?\s*<?)?)?)?")
 
 
 class HarmonyParser:

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from ollama_forge.serving.requests import Tools
-from ollama_forge.serving.tools.base import Call, Form, Held, Parsed, Steps, Untyped
+from ollama_forge.serving.tools.base import NAME, Call, Form, Held, Parsed, Steps, Untyped
 from ollama_forge.serving.tools.payloads import loads
 from ollama_forge.serving.tools.readers import json_values
 
 _GROUPS = {
-    "name": r"\s*(?P<name>[\w.\-:/]+)\s*",
-    "key": r'(?P<key>[^<>"\n]+)',
+    "name": rf'\s*"?(?P<name>{NAME})"?\s*',  # some models write quotes where there are none
+    "key": r'"?(?P<key>[^<>"\n]+)"?',
     "space": r"\s*",
     "string": r"(?P<string>\w*)",
 }
@@ -115,9 +115,11 @@ def _call(held: Held, tools: Tools, tags: _Tags, start: int) -> Steps[tuple[int,
     at = head.end()
     while True:
         at = yield from held.skip(at)
-        follows = yield from held.one_of((tags.call_close, tags.parameter), at)
+        follows = yield from held.one_of([*filter(None, (tags.call_close, tags.parameter, tags.block[1]))], at)
         if follows == tags.call_close:
             return at + len(tags.call_close), Call(head["name"], arguments)
+        if follows == tags.block[1]:  # the call's own closing tag was left out
+            return at, Call(head["name"], arguments)
         parameter = (yield from held.match(tags.parameter_head, at)) if follows else None
         key = parameter["key"].strip() if parameter else ""
         if parameter is None or key in arguments:

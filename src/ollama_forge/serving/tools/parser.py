@@ -61,6 +61,8 @@ class ToolCallParser:
                 self._held.take(parsed.length)
                 out.append(self._numbers.number(calls))
                 self._called = True
+            elif parsed.left_over and self._called:
+                self._held.take(parsed.length)
             else:
                 self._failures += self._held.ended
                 length = parsed.length if self._failures < _MOST_FAILURES else len(self._held.text)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from ollama_forge.serving.tools.base import Call, Held, Steps
+from ollama_forge.serving.requests import Tools
+from ollama_forge.serving.tools.base import NAME, Call, Held, Steps
 
 _FENCED = re.compile(r"\s*```\w*\s*(.*?)\s*(?:```)?\s*", re.DOTALL)
-_GEMMA_CALL = re.compile(r"\s*call:\s*([\w.\-/]+)\s*(\{.*\})\s*", re.DOTALL)
+_GEMMA_CALL = re.compile(rf"\s*call:\s*({NAME})\s*(\{{.*\}})\s*", re.DOTALL)
 _GEMMA_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w\-]*)(\s*:)")
 
 
-def calls_in(text: str) -> tuple[Call, ...]:
+def calls_in(text: str, tools: Tools) -> tuple[Call, ...]:
     """The calls in a text of JSON or Python, perhaps in a code block; empty if it is anything else."""
     fenced = _FENCED.fullmatch(text)
     text = fenced[1] if fenced else text.strip()
-    return json_calls(loads(text)) if re.match(r"\{|\[\s*\{", text) else python_calls(text)
+    return json_calls(loads(text)) if re.match(r"\{|\[\s*\{", text) else python_calls(text, tools)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -74,9 +77,18 @@ def value_end(held: Held, start: int, quotes: str = '"') -> Steps[int | None]:
 def loads(text: str) -> Any:
     """Parse JSON, with line breaks allowed inside strings; None if the text is not JSON, or gives a key two values."""
     try:
-        return json.loads(text, strict=False, object_pairs_hook=_distinct)
+        return read_json(text)
     except (ValueError, RecursionError):
         return None
+
+
+def read_json(text: str) -> Any:
+    """Parse JSON, with line breaks allowed inside strings.
+
+    Raises:
+        ValueError, RecursionError: the text is not JSON, or gives a key two values.
+    """
+    return json.loads(text, strict=False, object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,20 +103,35 @@ def json_call(value: Any) -> Call | None:
     if not isinstance(value, dict):
         return None
     function = value.get("function")
-    if isinstance(function, dict):
-        value = function
-    names, given = ([value[key] for key in keys if value.get(key) is not None] for keys in (_NAME_KEYS, _ARGUMENT_KEYS))
-    if any(values and values[-1] != values[0] for values in (names, given)):
+    parts = [value, function] if isinstance(function, dict) else [value]
+    names = [part[key] for part in parts for key in _NAME_KEYS if part.get(key) is not None]
+    if len(parts) == 1 and function is not None:
+        names.append(function)
+    given = [found for part in parts for key in _ARGUMENT_KEYS if (found := _given(part.get(key))) is not None]
+    if not _all_one(names) or not _all_one(given):
         return None
-    name, arguments = next(iter(names), function), next(iter(given), None)
-    if isinstance(arguments, str):
-        spelled = arguments.strip()
-        arguments = None if spelled in ("", "null") else _object(spelled)
-    if arguments is None and not value.keys() <= _CALL_KEYS:
+    name, arguments = next(iter(names), None), next(iter(given), None)
+    if arguments is None and not all(part.keys() <= _CALL_KEYS for part in parts):
         return None
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
         return None
     return Call(name, arguments)
+
+
+def _given(arguments: Any) -> Any:
+    """Arguments that may be written as JSON text; None if there are none."""
+    if not isinstance(arguments, str):
+        return arguments
+    spelled = arguments.strip()
+    return None if spelled in ("", "null") else _object(spelled)
+
+
+def _all_one(values: list[Any]) -> bool:
+    """Whether there are no two different values; 1 and true are."""
+    try:
+        return len(values) < 2 or len({json.dumps(value, sort_keys=True) for value in values}) == 1
+    except RecursionError:
+        return False
 
 
 def _object(text: str) -> Any:
@@ -144,14 +171,45 @@ def named_call(name: str, text: str) -> tuple[Call, ...]:
 # -- Python -----------------------------------------------------------------------------------------------------------
 
 _JSON_NAMES = {"true": True, "false": False, "null": None}
+# strings and comments, which are passed over; one without an end goes up to the end of the text or the line
+_PASSED = "|".join(
+    (
+        r"'''(?:\\.|.)*?(?:'''|\Z)",
+        r'"""(?:\\.|.)*?(?:"""|\Z)',
+        r"'(?:\\.|[^'\\\n])*'?",
+        r'"(?:\\.|[^"\\\n])*"?',
+        r"\#[^\n]*",
+    )
+)
 
 
-def python_calls(code: str) -> tuple[Call, ...]:
+def _with_plain_names(code: str, tools: Tools) -> tuple[str, dict[str, str]]:
+    """The code with a plain name in place of each tool's that Python would not read as one (``read-file``).
+
+    Returns:
+        The code, and the tools by their plain names.
+    """
+    odd = [name for name in tools if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name)]
+    if not odd:
+        return code, {}
+    mark = "__tool"
+    while any(name.startswith(mark) for name in tools):
+        mark += "_"
+    plain = {name: f"{mark}{number}" for number, name in enumerate(odd)}
+    known = "|".join(map(re.escape, sorted(odd, key=len, reverse=True)))
+    called = re.compile(rf"{_PASSED}|(?<![\w.\-:/@])({known})(?=(?:\.call)?\s*\()", re.DOTALL)
+    code = called.sub(lambda found: plain[found[1]] if found[1] else found[0], code)
+    return code, {placed: name for name, placed in plain.items()}
+
+
+def python_calls(code: str, tools: Tools) -> tuple[Call, ...]:
     """The calls in code that consists only of calls with literal keyword arguments; empty for any other code.
 
     Calls stand alone, in a list, or one per line. Some models write ``print(…)`` around a call or ``.call`` after a
-    name, both of which are ignored, and JSON's names of constants.
+    name, both of which are ignored, and JSON's names of constants. The names of ``tools`` are read as they are,
+    whatever Python makes of them.
     """
+    code, names = _with_plain_names(code, tools)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes in strings
@@ -164,7 +222,7 @@ def python_calls(code: str) -> tuple[Call, ...]:
             return ()
         value = statement.value
         for node in value.elts if isinstance(value, ast.List | ast.Tuple) else [value]:
-            call = _python_call(node)
+            call = _python_call(node, names)
             if call is None:
                 return ()
             calls.append(call)
@@ -176,47 +234,40 @@ class _Constants(ast.NodeTransformer):
         return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
 
 
-_IN_NAMES: dict[type[ast.operator], str] = {ast.Sub: "-", ast.Div: "/"}
-
-
-def _spelled(node: ast.expr) -> str:
-    """A name, perhaps with dots, and with the ``-`` and ``/`` that Python reads as operators.
-
-    Raises:
-        ValueError: the expression is anything else.
-    """
-    if isinstance(node, ast.BinOp) and type(node.op) in _IN_NAMES:
-        return _spelled(node.left) + _IN_NAMES[type(node.op)] + _spelled(node.right)
-    if isinstance(node, ast.Name | ast.Attribute) or (isinstance(node, ast.Constant) and type(node.value) is int):
-        return ast.unparse(node)
-    raise ValueError("no name")
-
-
-def _python_call(node: ast.expr) -> Call | None:
-    before = ""
+def _python_call(node: ast.expr, names: Mapping[str, str]) -> Call | None:
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name) and node.func.id == "print" and len(node.args) == 1:
+        return _python_call(node.args[0], names)
+    name = ast.unparse(node.func).removesuffix(".call")
     try:
-        while isinstance(node, ast.BinOp) and type(node.op) in _IN_NAMES:  # the call of a tool such as read-file
-            before += _spelled(node.left) + _IN_NAMES[type(node.op)]
-            node = node.right
-        if not isinstance(node, ast.Call):
-            return None
-        if isinstance(node.func, ast.Name) and node.func.id == "print" and len(node.args) == 1 and not before:
-            return _python_call(node.args[0])
-        name = before + _spelled(node.func).removesuffix(".call")
         arguments = {
-            keyword.arg: ast.literal_eval(_Constants().visit(keyword.value)) for keyword in node.keywords if keyword.arg
+            keyword.arg: literal(_Constants().visit(keyword.value)) for keyword in node.keywords if keyword.arg
         }
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
     if node.args or len(arguments) != len(node.keywords):
         return None
-    return Call(name, arguments)
+    return Call(names.get(name, name), arguments)
+
+
+def literal(node: ast.expr) -> Any:
+    """The value of a literal.
+
+    Raises:
+        ValueError: it gives a key two values, or it is no literal, which may also raise what ``ast.literal_eval`` does.
+    """
+    value = ast.literal_eval(node)
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict) and len({ast.literal_eval(key) for key in part.keys if key}) != len(part.keys):
+            raise ValueError("a key twice")
+    return value
 
 
 # -- Gemma ------------------------------------------------------------------------------------------------------------
 
 
-def gemma_call(text: str, quote: str) -> tuple[Call, ...]:
+def gemma_call(text: str, tools: Tools, quote: str) -> tuple[Call, ...]:
     """The call ``call:name{key:value}`` with bare keys and strings between ``quote``; empty if it is malformed."""
     pieces = text.split(quote)
     plain = [_GEMMA_KEY.sub(r'\1"\2"\3', piece) for piece in pieces[::2]]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ollama_forge.serving.requests import Tools
-from ollama_forge.serving.tools.base import Call, Form, Held, Parsed, Steps
+from ollama_forge.serving.tools.base import NAME, Call, Form, Held, Parsed, Steps
 from ollama_forge.serving.tools.payloads import (
     BrokenValueError,
     calls_in,
@@ -18,9 +18,9 @@ from ollama_forge.serving.tools.payloads import (
     value_end,
 )
 
-Payload = Callable[[str], tuple[Call, ...]]
+Payload = Callable[[str, Tools], tuple[Call, ...]]
 JsonPayload = Callable[[Any], tuple[Call, ...]]
-_BETWEEN_VALUES = re.compile(r"[\s,;]*")
+_BETWEEN_VALUES, _BRACES = re.compile(r"[\s,;]*"), re.compile(r"[\s}]*")
 
 # -- between tags -----------------------------------------------------------------------------------------------------
 
@@ -31,8 +31,8 @@ def text_between(opening: str, closing: str, payload: Payload = calls_in) -> For
     def read(held: Held, tools: Tools) -> Steps[Parsed]:
         end = yield from held.find(closing, len(opening))
         if end < 0:
-            return Parsed(len(held.text), payload(held.text[len(opening) :]))
-        return Parsed(end + len(closing), payload(held.text[len(opening) : end]))
+            return Parsed(len(held.text), payload(held.text[len(opening) :], tools))
+        return Parsed(end + len(closing), payload(held.text[len(opening) : end], tools))
 
     return Form(opening, read, closing)
 
@@ -60,6 +60,10 @@ def json_values(held: Held, begin: int, closing: str, payload: JsonPayload = jso
         calls = payload(loads(held.text[start:end]))
         start = yield from held.skip(end, _BETWEEN_VALUES)
         closes = bool(closing) and (yield from held.one_of((closing,), start)) is not None
+        if closing and not closes and held.text.startswith("}", start):  # one brace too many
+            behind = yield from held.skip(start, _BRACES)
+            closes = (yield from held.one_of((closing,), behind)) is not None
+            start = behind if closes else start
         if not calls:  # a malformed value is content
             return parsed if parsed.calls else Parsed(start + len(closing) if closes else end)
         parsed = Parsed(start + len(closing) if closes else end, (*parsed.calls, *calls))
@@ -86,16 +90,26 @@ def each_between(section: tuple[str, str], call: tuple[str, str], payload: Paylo
                 return Parsed(len(section_open))
         close = yield from held.find(call_close, at + len(call_open))
         if close < 0:  # the arguments must have begun
-            calls = payload(held.text[at + len(call_open) :])
+            calls = payload(held.text[at + len(call_open) :], tools)
             return Parsed(len(held.text), tuple(call for call in calls if call.arguments is not None))
         end = close + len(call_close)
         after = yield from held.skip(end)
         if (yield from held.one_of((section_close,), after)) is not None:
             end = after + len(section_close)
-        return Parsed(end, payload(held.text[at + len(call_open) : close]))
+        return Parsed(end, payload(held.text[at + len(call_open) : close], tools))
 
     markers = section_open + section_close + call_open + call_close
     return Form(section_open, read, markers), Form(call_open, read, markers)
+
+
+def left_over(closing: str) -> Form:
+    """A closing tag behind calls that have theirs, or that are without an opening tag, is no content."""
+
+    def read(held: Held, tools: Tools) -> Steps[Parsed]:
+        yield from ()
+        return Parsed(len(closing), left_over=True)
+
+    return Form(closing, read, only_first=True)
 
 
 # -- plain JSON or Python, alone or in a code block -------------------------------------------------------------------
@@ -104,7 +118,6 @@ _FENCE = re.compile(r"```(?:json|tool_call|tool_code)?\s*")
 _FENCE_BEGUN = re.compile(r"`{1,3}[a-z_]*\s*")
 _FIRST_KEY = re.compile(r'\{\s*"(?:name|tool_name|function|type|id|tool_call_id|arguments|parameters)"')
 _FIRST_KEY_BEGUN = re.compile(r'\{\s*(?:"\w*)?')
-_FIRST_NAME, _FIRST_NAME_BEGUN = re.compile(r"([\w.\-/]+)\("), re.compile(r"[\w.\-/]*")
 
 
 def bare(*, only_first: bool) -> tuple[Form, Form, Form]:
@@ -147,7 +160,7 @@ def _value_at(held: Held, tools: Tools, start: int) -> Steps[Parsed]:
     if end is None:
         return Parsed(_line_end(held.text, start))
     text = held.text[start:end]
-    return Parsed(end, python_calls(text) if kind == "python" else json_calls(loads(text)))
+    return Parsed(end, python_calls(text, tools) if kind == "python" else json_calls(loads(text)))
 
 
 def _kind(held: Held, tools: Tools, start: int) -> Steps[str]:
@@ -159,8 +172,7 @@ def _kind(held: Held, tools: Tools, start: int) -> Steps[str]:
     if held.text.startswith("[", at):
         at = yield from held.skip(at + 1)
         if not held.text.startswith("{", at):
-            name = yield from held.match(_FIRST_NAME, at, _FIRST_NAME_BEGUN)
-            return "python" if name and name[1] in tools else ""
+            return "python" if (yield from held.one_of([f"{name}(" for name in tools], at)) else ""
     key = yield from held.match(_FIRST_KEY, at, _FIRST_KEY_BEGUN)
     return "json" if key else ""
 
@@ -183,14 +195,14 @@ def tag_before(opening: str) -> Form:
             return (yield from json_values(held, len(opening), ""))
         while not held.ended:
             yield
-        return Parsed(len(held.text), calls_in(held.text[start:]))
+        return Parsed(len(held.text), calls_in(held.text[start:], tools))
 
     return Form(opening, read)
 
 
 # -- Mistral ----------------------------------------------------------------------------------------------------------
 
-_MISTRAL_NAME = re.compile(r"([\w.\-/]+)(?:\[CALL_ID\][\w\-]+)?(?:\[ARGS\])?\s*")
+_MISTRAL_NAME = re.compile(rf"({NAME})(?:\[CALL_ID\][\w\-]+)?(?:\[ARGS\])?\s*")
 
 
 def mistral(opening: str) -> Form:
@@ -228,14 +240,15 @@ _NAME_AND_BLOCK = re.compile(r"\s*([^\n]*?)\s*```(?:json)?\s*(.*?)\s*```\s*", re
 def named_before(separator: str, name_of: Callable[[str], str] = str.strip) -> Payload:
     """A name and its arguments as JSON with a separator between them.
 
-    DeepSeek V3 writes the call's type before the separator, and the name with the arguments in a code block behind it.
+    DeepSeek V3 writes the call's type before the separator, and the name with the arguments in a code block behind it;
+    Kimi may write such a block too, behind the name.
     """
 
-    def payload(text: str) -> tuple[Call, ...]:
+    def payload(text: str, tools: Tools) -> tuple[Call, ...]:
         head, found, rest = text.partition(separator)
         if not found:
             return ()
         block = _NAME_AND_BLOCK.fullmatch(rest)
-        return named_call(block[1], block[2]) if block else named_call(name_of(head), rest)
+        return named_call(block[1] or name_of(head), block[2]) if block else named_call(name_of(head), rest)
 
     return payload
