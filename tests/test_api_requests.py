@@ -235,11 +235,25 @@ def test_messages_conversation() -> None:
     assert messages(top_k=3, temperature=0).sampling.top_k == 3
 
 
-def test_thinking_by_the_switch_of_a_template() -> None:
-    asked = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
-    assert chat(**asked).think == "high"
-    assert chat(**asked, chat_template_kwargs={"enable_thinking": False}).think is False
-    assert chat(**asked, chat_template_kwargs={"thinking": True, "enable_thinking": None}).think is True
+def test_thinking_by_the_switches_of_a_template() -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+
+    def think(**switches: Any) -> bool | str | None:
+        read: bool | str | None = chat(**asked, reasoning_effort="high", chat_template_kwargs=switches).think
+        return read
+
+    assert (think(), think(enable_thinking=False), think(thinking=True)) == ("high", False, "high")
+    assert think(enable_thinking=None, reasoning_effort="low") == "low"
+    assert think(enable_thinking=False, reasoning_effort="low") is False  # as evaluate asks servers
+    assert chat(**asked, chat_template_kwargs={"thinking": True}).think is True
+    for wrong in (
+        {"date": "x"},
+        {"thinking": "x"},
+        {"reasoning_effort": 5},
+        {"thinking": True, "enable_thinking": False},
+    ):
+        with pytest.raises(BadRequest, match="chat_template_kwargs"):
+            think(**wrong)
 
 
 def test_thoughts_in_a_conversation_from_elsewhere_are_kept() -> None:
@@ -414,6 +428,16 @@ def test_results_of_another_servers_tools_are_read_as_text() -> None:
         message.content
         == '<document title="web_search_tool_result">\nRain\nhttp://x/rain\nhttp://y\nIt rains.\n</document>'
     )
+
+
+def test_files_in_results_of_another_servers_tools_and_deep_ones() -> None:
+    pdf = {"type": "web_fetch_result", "url": "u", "content": document({"type": "base64", "data": DATA})}
+    deep: Any = {"text": "in"}
+    for _ in range(5000):
+        deep = {"content": [deep]}
+    for content, text in ((pdf, "u"), (deep, "in")):
+        (message,) = messages(**said({"type": "web_fetch_tool_result", "content": content})).messages
+        assert message.content.split("\n")[1:-1] == [text]
 
 
 def test_all_thoughts_of_a_turn_are_kept() -> None:

@@ -180,17 +180,19 @@ class ServerToolResultBlock(RequestModel):
         return document_text("\n".join(_strings(self.content)), self.type)
 
 
-_READ = ("title", "url", "text", "data", "stdout", "stderr", "error_code")
+_READ = ("title", "url", "text", "stdout", "stderr", "error_code")
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        yield from (value[key] for key in _READ if isinstance(value.get(key), str) and value[key])
-        for key in ("content", "source"):
-            yield from _strings(value.get(key))
+def _strings(content: Any) -> Iterator[str]:
+    left = [content]  # not by recursion: a body may be nested thousands deep
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += reversed(value)
+        elif isinstance(value, dict):
+            keys = (*_READ, "data") if value.get("type") == "text" else _READ  # other data are base64
+            yield from (value[key] for key in keys if isinstance(value.get(key), str) and value[key])
+            left += value.get("source"), value.get("content")
 
 
 _IsContent = WithJsonSchema(CONTENT_SCHEMA)

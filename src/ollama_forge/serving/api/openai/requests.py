@@ -37,6 +37,7 @@ from ollama_forge.serving.api.openai.tools import (
 )
 from ollama_forge.serving.api.tool_choice import openai_choice
 from ollama_forge.serving.requests import BadRequest, ChatRequest, Message
+from ollama_forge.text.template import SWITCHES
 
 ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
 _ENCODINGS = ("float", "base64")
@@ -47,8 +48,8 @@ _NOT_IN_EITHER = {
     "min_tokens": "",
     "ignore_eos": "",
     "stop_token_ids": "send stop",
-    "structured_outputs": "send response_format",
-    "guided_json": "send response_format",
+    "structured_outputs": "send response_format to /v1/chat/completions",
+    "guided_json": "send response_format to /v1/chat/completions",
     "guided_regex": "",
     "guided_choice": "",
     "guided_grammar": "",
@@ -62,7 +63,6 @@ _NOT_IN_CHAT = {
     "function_call": "send tool_choice",
     "web_search_options": "",
 }
-_THINK_SWITCHES = ("enable_thinking", "thinking")  # of templates
 _NOT_IN_COMPLETIONS = {**_NOT_IN_EITHER, "response_format": "send it to /v1/chat/completions"}
 
 
@@ -249,14 +249,19 @@ class ChatCompletionRequest(_CompletionFields):
         )
 
     def _think(self) -> bool | str | None:
-        switched: bool | None = None
-        for name, value in self.chat_template_kwargs.items():
-            if value is not None and (name not in _THINK_SWITCHES or not isinstance(value, bool)):
+        given = {name: value for name, value in self.chat_template_kwargs.items() if value is not None}
+        effort = given.pop(
+            "reasoning_effort", self.reasoning_effort if self.reasoning is None else self.reasoning.effort
+        )
+        for name, value in (*given.items(), ("reasoning_effort", effort)):
+            if not isinstance(value, bool if name in SWITCHES else str) or name not in (*SWITCHES, "reasoning_effort"):
                 raise BadRequest(f"chat_template_kwargs: {name} is not supported: send reasoning_effort")
-            switched = value if switched is None else switched
-        if switched is not None:
-            return switched
-        return think_of_effort(self.reasoning_effort if self.reasoning is None else self.reasoning.effort)
+        if len(set(given.values())) > 1:
+            raise BadRequest("chat_template_kwargs: thoughts are switched on and off")
+        think = think_of_effort(effort)
+        if False in given.values():
+            return False
+        return True if think is None and given else think
 
 
 # -- completions and embeddings ---------------------------------------------------------------------------------------
