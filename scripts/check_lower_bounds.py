@@ -14,13 +14,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-EXTRAS = ("abliterate", "llamacpp", "dev")
 
 
 def main() -> None:
     """Name each package whose bound is not the installed version, and exit with 1 if there is one."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
     wrong = []
     for line in lines:
         requirement = Requirement(line)

@@ -45,6 +45,18 @@ def blocks(path: Path) -> Iterator[Block]:
             needs = mark[1] if mark else ""
 
 
+def prose(path: Path) -> list[str]:
+    """The lines of a page outside of its fenced blocks."""
+    lines, inside = [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if _FENCE.fullmatch(line):
+            inside = not inside
+        elif not inside:
+            lines.append(line)
+    return lines
+
+
 def pages() -> list[Path]:
-    """The README and all pages of the docs."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The README, what else lies beside it for people, and all pages of the docs."""
+    beside = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))
+    return [*beside, *sorted((ROOT / "docs").rglob("*.md"))]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import pytest
 
+from ollama_forge.cli.base import DefaultGroup
 from ollama_forge.cli.main import cli
-from tests.docs_blocks import ROOT, Block, blocks, pages
+from tests.docs_blocks import ROOT, Block, blocks, pages, prose
 
-NEEDS = {
-    "a terminal", "an environment of its own", "cluster", "gpu", "hub", "network", "ollama", "the server above", "time"
-}  # fmt: skip
+NEEDS = {"cluster", "docker", "gpu", "hub", "network", "ollama"}  # what the tests have not
+LANGUAGES = {"diff", "json", "python", "sh", "synopsis", "text", "toml"}
 OTHERS = {"ollama", "curl", "codex", "claude", "pip", "uv", "python3", "docker"}  # programs whose options are not ours
 
 OF_VLLM = {"--enable-lora", "--gpu-memory-utilization", "--quantization"}  # which the docs speak of
@@ -33,10 +34,11 @@ def commands(group: click.Group, name: str = "ollama-forge") -> Iterator[tuple[s
 COMMANDS = dict(commands(cli))
 
 
-def shown(text: str) -> Iterator[list[str]]:
+def shown(text: str, synopsis: bool = False) -> Iterator[list[str]]:
     """The words of each command of this program in a text of the shell; lines that end in a backslash are joined."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.partition("   #")[0], comments=True) if "ollama-forge " in line else []
+    text = re.sub(r"\n +", " ", text) if synopsis else text.replace("\\\n", " ")
+    for line in text.splitlines():
+        words = shlex.split(line.partition("   #")[0], comments=not synopsis) if "ollama-forge " in line else []
         if "ollama-forge" in words:
             yield words[words.index("ollama-forge") :]
 
@@ -51,18 +53,29 @@ def command_of(words: list[str]) -> click.Command:
     return COMMANDS[" ".join(words[:depth])]
 
 
+BY_LAST_WORDS = {re.sub("^ollama-forge (abliterate )?", "", name): command for name, command in COMMANDS.items()}
 OPTIONS = {option for command in COMMANDS.values() for option in options_of(command)}
 ALL = [block for page in pages() for block in blocks(page)]
 
 
 @pytest.mark.parametrize("block", ALL, ids=lambda block: f"{block.page}:{block.line}")
 def test_a_block_says_what_it_needs_and_its_commands_exist(block: Block) -> None:
-    assert block.language, "a block without a language"
+    assert block.language in LANGUAGES
     assert not block.needs or block.needs in NEEDS
-    for words in shown(block.text):
+    commands_shown = [] if block.language == "text" else list(shown(block.text, block.language == "synopsis"))
+    for words in commands_shown:
         command = command_of(words)
-        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options_of(command)
-        assert not isinstance(command, click.Group), f"{words} is no command"
+        named = {option for word in words for option in re.findall(r"^\[?(--[a-z0-9-]+)", word)}
+        assert named <= options_of(command), words
+        assert not isinstance(command, click.Group) or isinstance(command, DefaultGroup), f"{words} is no command"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_command_hides_in_an_indented_block(page: Path) -> None:
+    """A block that is not fenced would neither be run nor say what it needs."""
+    lines = ["", *prose(page)]
+    alone = [line for before, line in pairwise(lines) if not before.strip() and line.startswith("    ")]
+    assert [line for line in alone if not line.lstrip().startswith(("-", "*"))] == []
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -71,7 +84,8 @@ def test_every_option_that_is_named_exists(page: Path) -> None:
     named = {option for line in lines for option in re.findall(r"`(--[a-z0-9][a-z0-9-]*)", line)}
     theirs = {option for line in lines if OTHERS & set(line.split()) for option in re.findall("--[a-z-]+", line)}
     assert named - OPTIONS - theirs - OF_VLLM == set()
-    for line in lines:
-        if line.startswith("    ollama-forge "):  # a synopsis: what is in it may stand in brackets
-            words = line.partition("   #")[0].split()
-            assert set(re.findall(r"--[a-z0-9][a-z0-9-]*", " ".join(words))) <= options_of(command_of(words)), line
+    for words in re.findall(r"`((?:[a-z-]+ )+[^`]*--[^`]*)`", "\n".join(prose(page))):
+        named_command = re.match(r"(?:ollama-forge )?(?:abliterate )?((?:(?:runs|cache) rm )?[a-z-]+)", words)
+        command = named_command and BY_LAST_WORDS.get(named_command[1])
+        if command:  # `run --strengthen` in a sentence
+            assert set(re.findall(r"(?<=\s)--[a-z0-9][a-z0-9-]*", words)) <= options_of(command), words

@@ -1,4 +1,4 @@
-"""README, tutorial and how-to pages, followed as they stand there in a fresh clone, on the demo model."""
+"""README, tutorial, how-to and reference pages, followed word by word in a fresh clone, on the demo model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,41 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
-from tests.docs_blocks import ROOT, blocks
+from tests.docs_blocks import ROOT, Block, blocks, pages
 
-# What the commands leave open: the tutorial's run takes an edit by name, from few pairs; to try fourteen takes minutes.
-SETTINGS = {"OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2", "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16"}
-PAGES = [path for path in sorted((ROOT / "docs/how-to").glob("*.md")) if any(not one.needs for one in blocks(path))]
+TUTORIAL, README = ROOT / "docs/tutorial.md", ROOT / "README.md"
+LANGUAGES = {"sh": ("bash", "-euo", "pipefail", "-c"), "python": ("python", "-c")}
+# What the commands leave open: an edit by name, as to try fourteen takes minutes, and few prompts.
+FEW = {"OLLAMA_FORGE_MAX_MEASURED": "4", "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16"}
+PICKED = FEW | {"OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2"}
+SETTINGS = {"strengthen": FEW}  # what chooses for itself takes no name
+SAID = "What is the capital of France?\n/bye\n"  # to what asks for something
+PORT = "11435"
+
+
+def runs(path: Path) -> list[Block]:
+    """The blocks of a page that need nothing but the demo model."""
+    return [block for block in blocks(path) if block.language in LANGUAGES and not block.needs]
+
+
+PAGES = [path for path in pages() if path not in (README, TUTORIAL) and runs(path)]
 
 
 @dataclass(frozen=True)
@@ -44,49 +65,73 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     else:
         others = shutil.ignore_patterns(".*", "__pycache__", "site", "dist", "abliterate-*")
         shutil.copytree(ROOT, made, ignore=others, dirs_exist_ok=True)
+    # the packages of this environment are at hand for the one that the tutorial sets up, in the versions that they have
+    own = made / ".venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    own.mkdir(parents=True)
+    (own / "packages.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    pinned = re.findall(r"^(\S+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    versions = "".join(f"{name}=={metadata.version(name)}\n" for name in pinned)
+    (made / "constraints.txt").write_text(versions, encoding="utf-8")
     return made
 
 
 @pytest.fixture(scope="module")
 def tutorial(clone: Path) -> Followed:
-    return Followed(clone, follow(ROOT / "docs/tutorial.md", clone))
+    return Followed(clone, follow(TUTORIAL, clone))
 
 
 def follow(page: Path, folder: Path) -> str:
-    """Run the blocks of a page in a clone; return what they print."""
-    bin_folder = folder / "bin"
-    bin_folder.mkdir(exist_ok=True)
-    program = bin_folder / "ollama-forge"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ollama_forge.cli.main "$@"\n')
-    program.chmod(0o755)
-    environment: Mapping[str, str] = (
-        os.environ
-        | SETTINGS
-        | {
-            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(folder / "src"),
-        }
-    )
+    """Run the blocks of a page in a clone, each server until the page ends; return what they print."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment: Mapping[str, str] = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        **SETTINGS.get(page.stem, PICKED),
+        "OLLAMA_FORGE_PORT": port,
+        "PATH": os.pathsep.join((str(folder / ".venv/bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
+        # the builder of packages is at hand, too
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }
+    options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True}
     printed = ""
-    for block in blocks(page):
-        if block.language == "sh" and not block.needs:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block.text],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{block.page}:{block.line}: {done.stderr[-2000:]}"
+    with ExitStack() as servers:
+        for block in runs(page):
+            command = [*LANGUAGES[block.language], block.text.replace(PORT, port)]
+            if re.search(r"^ollama-forge abliterate serve", block.text):
+                servers.close()  # the page goes on with another one
+                servers.enter_context(serving(command, port, options))
+                continue
+            done = subprocess.run(command, input=SAID, capture_output=True, check=False, **options)
+            assert done.returncode == 0, f"{block.page}:{block.line}: {done.stdout[-500:]}{done.stderr[-2000:]}"
             printed += done.stdout
     return printed
+
+
+@contextmanager
+def serving(command: list[str], port: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Run a command that serves, from the moment at which it answers."""
+    command[-1] = f"exec {command[-1]}"
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+    try:
+        while True:
+            assert server.poll() is None, f"{command[-1]} has ended"
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (URLError, TimeoutError):
+                time.sleep(0.2)
+        yield
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) is not None
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
 def test_the_commands_of_the_readme_do_what_it_says(clone: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = dict(re.findall(r"^    make (\w+) +# sets up \.venv, then:? (.+)$", readme, re.MULTILINE))
+    said = dict(re.findall(r"^make (\w+) +# sets up \.venv, then:? (.+)$", readme, re.MULTILINE))
     assert set(said) == {"demo", "test"}
     for target, what in said.items():
         # under a make of its own (`make test`), one prints its folder first
@@ -128,6 +173,7 @@ def test_the_tutorial_makes_what_it_promises(tutorial: Followed) -> None:
     assert len(rows) == 3
     assert all(words in tutorial.printed for words in rows)
     assert "tier: proven" in tutorial.printed
+    assert tutorial.printed.count("Paris") >= 2, "neither chat nor the server answers"
 
 
 def test_the_report_of_the_run_fits_its_schema(tutorial: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +188,14 @@ def test_the_report_of_the_run_fits_its_schema(tutorial: Followed, monkeypatch: 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work(tutorial: Followed, page: Path) -> None:
-    follow(page, tutorial.folder)
-    made = tutorial.folder
+    printed, made = follow(page, tutorial.folder), tutorial.folder
     if page.stem == "undo":
         source, again = (made / name / "model.safetensors" for name in ("source", "source-again"))
         assert source.read_bytes() == again.read_bytes()
-    if page.stem == "gguf":
+    if page == ROOT / "docs/how-to/gguf.md":
         before, after = (made / name for name in ("abliterate-demo/demo.gguf", "twice.gguf"))
         assert after.stat().st_size == pytest.approx(before.stat().st_size, rel=0.001)
+    for block in blocks(page):
+        if page.stem == "inspect" and block.language == "text":
+            lines = [line for line in block.text.splitlines() if line and not line.startswith("tier: ")]
+            assert [line for line in lines if line not in printed] == []  # figures of the tier end in roundings

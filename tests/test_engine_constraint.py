@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import torch
 
@@ -22,6 +26,7 @@ from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatch
 from ollama_forge.serving.engine.json_schema import check_schema, translate, violation
 from ollama_forge.text.thinking import HARMONY
 from tests import tiny
+from tests.byte_tokenizer import tokenizer as byte_tokenizer
 from tests.engines import GREEDY, collect, load, running, together, wait
 
 WILD = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=3)
@@ -300,6 +305,39 @@ def test_greedy_answers_are_bound_too_and_logprobs_stay_raw(tmp_path: Path) -> N
         logs = model.module(input_ids=torch.tensor([[9, 8, *said]])).logits[0, 1:-1].log_softmax(-1)
     for place, step in enumerate(steps):
         assert step.logprob == pytest.approx(float(logs[place, step.id]), abs=1e-4)
+
+
+def test_a_pattern_of_many_states_takes_no_memory_for_all_of_them() -> None:
+    """Its automaton would have more states than there are atoms: those of the path taken alone are made."""
+    tokenizer = byte_tokenizer()
+    end = tokenizer.eos_token_id
+    schema = json.dumps({"type": "string", "pattern": "^(a|b|c)*c(a|b|c){3000}$"})
+    matcher = GrammarCompiler(tokenizer, len(tokenizer), [end]).start(Constraint(schema))
+    letters, before = random.Random(0), psutil.Process().memory_info().rss
+    for byte in '"' + "".join(letters.choice("abc") for _ in range(1500)):
+        (token,) = tokenizer.encode(byte, add_special_tokens=False)
+        assert matcher.allowed(frozenset({end}))[token]
+        matcher.add(token)
+    assert psutil.Process().memory_info().rss - before < 100 << 20
+
+
+def test_a_pattern_that_is_too_large_is_an_error_of_its_own_answer(tmp_path: Path) -> None:
+    pattern = json.dumps({"type": "string", "pattern": "^((a{30,50}){30,50}){30,50}$"})
+    bad = EngineRequest((9, 8), 60, GREEDY, ENDS, Constraint(pattern))
+    free = EngineRequest((9, 8, 7), 60, GREEDY)
+    with running(load(tmp_path), slots=2) as engine:
+        alone = together(engine, [free])[0]
+
+        async def both() -> tuple[object, list[int]]:
+            answers = (collect(engine, bad), collect(engine, free))
+            failed, steps = await asyncio.gather(*answers, return_exceptions=True)
+            assert not isinstance(steps, BaseException), steps
+            return failed, [step.id for step in steps]
+
+        failed, beside = wait(both)
+    assert isinstance(failed, EngineError)
+    assert re.fullmatch("the structured output cannot be continued: [^\n⟦]{,100}", str(failed))  # it quotes no answer
+    assert beside == alone
 
 
 def test_a_bad_schema_is_an_error_of_its_own_answer(tmp_path: Path) -> None:

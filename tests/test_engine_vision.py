@@ -142,6 +142,18 @@ def test_a_truncated_image_is_an_error(engine: VisionEngine) -> None:
         engine.encode(TEXT, [picture(1)[:200]])
 
 
+@pytest.mark.parametrize("sides", [(11_000,), (8_000, 8_000), (40_000,)])
+def test_images_of_few_bytes_and_many_pixels_are_refused(engine: VisionEngine, sides: tuple[int, ...]) -> None:
+    images = []
+    for side in sides:
+        file = io.BytesIO()
+        Image.new("1", (side, side)).save(file, "PNG")
+        images.append(file.getvalue())
+    assert sum(map(len, images)) < 500_000
+    with pytest.raises(EngineError, match=r"image"):
+        engine.encode(TEXT, images)
+
+
 def test_a_text_model_does_not_see(tmp_path: Path) -> None:
     engine = load_engine(tiny.save(tiny.build("llama"), tmp_path / "m"), LoadSettings(dtype="float32", device="cpu"))
     assert not isinstance(engine, ImageEncoder)

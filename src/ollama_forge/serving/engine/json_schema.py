@@ -80,8 +80,8 @@ def grammar_of(schema: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A message of llguidance as one line of at most 300 characters."""
-    return " ".join(text.split())[:300]
+    """A message of llguidance as one line of at most 300 characters, without the answer that its state quotes."""
+    return " ".join(text.partition("<state>")[0].split())[:300]
 
 
 def _expressible(schema: str) -> tuple[dict[str, Any], set[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.constraint import GrammarCompiler, GrammarMatcher
+from ollama_forge.serving.engine.json_schema import one_line
 from ollama_forge.serving.engine.sampler import SamplingState
 
 
@@ -78,7 +79,7 @@ class Sequence:
         try:
             self.sampling.allowed = self.matcher.allowed(self.request.end_ids)
         except (ValueError, RuntimeError) as error:
-            raise EngineError(f"the structured output cannot be continued: {error}") from None
+            raise EngineError(f"the structured output cannot be continued: {one_line(str(error))}") from None
 
     def append(self, token: Token) -> None:
         """Add a generated token.

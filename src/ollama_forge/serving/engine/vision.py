@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TEXT_INPUTS = ("input_ids", "attention_mask")
+MAX_PIXELS = 100_000_000  # of all images of a request, which take 300 MB then; a photo has 12 to 50 million
 
 
 class VisionEngine(TransformersEngine):
@@ -47,7 +48,7 @@ class VisionEngine(TransformersEngine):
         Raises:
             EngineError: an image cannot be decoded, or the numbers of placeholders and images differ.
         """
-        pictures = [_picture(image) for image in images]
+        pictures = _pictures(images)
         try:
             encoded = self._processor(
                 text=[text],
@@ -62,11 +63,15 @@ class VisionEngine(TransformersEngine):
         return ids, media if pictures else None
 
 
-def _picture(image: bytes) -> Any:
+def _pictures(images: Sequence[bytes]) -> list[Any]:
+    """Decode images, if they are not too large together: few bytes may hold very many pixels."""
     from PIL import Image
 
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
+        opened = [Image.open(io.BytesIO(image)) for image in images]  # reads the sizes alone
+        if sum(image.width * image.height for image in opened) > MAX_PIXELS:
+            raise EngineError(f"the images are too large: {MAX_PIXELS // 10**6} million pixels at most, all together")
+        return [image.convert("RGB") for image in opened]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise EngineError("an image cannot be read: it is damaged or not PNG, JPEG or the like") from error
 
