@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.gguf_models import Model
 
 
+BROWSER = "OLLAMA_FORGE_TEST_BROWSER"  # 1: tests of pages fail without a browser, instead of being skipped
 _KEPT = ("OLLAMA_FORGE_CACHE", "OLLAMA_FORGE_TEST_")  # where models are cached, and what some tests need
 for _name in [name for name in os.environ if name.startswith("OLLAMA_FORGE_") and not name.startswith(_KEPT)]:
     del os.environ[_name]
@@ -53,7 +54,8 @@ def browser() -> Iterator[Any]:
     sync_api: Any = pytest.importorskip("playwright.sync_api")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        pytest.skip("no Chromium is installed")
+        missing = pytest.fail if os.environ.get(BROWSER) == "1" else pytest.skip
+        missing("no Chromium is installed")
     with sync_api.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield chromium

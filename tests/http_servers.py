@@ -9,5 +9,5 @@ from typing import Any
 class QuietServer(ThreadingHTTPServer):
     """Its errors do not reach stderr, where a test may be reading what the program says."""
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, *_: Any) -> None:
         """Print nothing."""

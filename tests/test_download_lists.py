@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -143,9 +142,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_lists_are_merged_filtered_and_cached(tmp_path: Path, server: Server) -> None:
-    started = time.monotonic()
     fetched = download_lists(tmp_path / "lists", source_base=server.base + "/", timeout=2)
-    assert time.monotonic() - started < 5
     harmful = (tmp_path / "lists" / "harmful.txt").read_text(encoding="utf-8").split("\n")
     harmless = (tmp_path / "lists" / "harmless.txt").read_text(encoding="utf-8").split("\n")
     assert harmful[0] == (
@@ -181,9 +178,7 @@ def test_lists_are_merged_filtered_and_cached(tmp_path: Path, server: Server) ->
 
 def test_the_command_says_what_it_did(tmp_path: Path, server: Server) -> None:
     options = ("--output-dir", str(tmp_path / "lists"), "--source-base", server.base, "--timeout", "1.5")
-    started = time.monotonic()
     done = command(*options)
-    assert time.monotonic() - started < 15
     assert done.returncode == 0, done.stderr
     assert f"harmful: 7 lines, {tmp_path / 'lists' / 'harmful.txt'}" in done.stdout
     assert "dropped by care rules: 3 (chemistry 1, explosives 2)" in done.stdout

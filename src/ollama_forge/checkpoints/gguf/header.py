@@ -22,11 +22,9 @@ class GgufHeader:
 
     Attributes:
         file_type: ``general.file_type``, llama.cpp's number of the type of most tensors; None if the file lacks it.
-        has_chat_template: whether the file has ``tokenizer.chat_template``.
     """
 
     file_type: int | None
-    has_chat_template: bool
 
     @property
     def unquantised(self) -> bool:
@@ -59,7 +57,7 @@ def read_header(path: Path) -> GgufHeader:
         )
     require_model(file)
     file_type = file.get("general.file_type")
-    return GgufHeader(file_type if isinstance(file_type, int) else None, bool(file.get("tokenizer.chat_template")))
+    return GgufHeader(file_type if isinstance(file_type, int) else None)
 
 
 def require_model(file: Gguf) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
@@ -26,13 +26,6 @@ from ollama_forge.text.tokenizer import Tokenizer
 _CLOSED = "the model was unloaded"
 _TOKEN_ID = "token_id:"
 _WITH_SCHEMAS = (0, 11)  # the first vLLM that takes structured_outputs; older ones ignore it in silence
-
-
-class StreamedServer(Protocol):
-    """How a kind of server streams the tokens of an answer."""
-
-    def stream(self, link: Link, phase: Phase, vocabulary: Vocabulary) -> AsyncGenerator[Token, None]:
-        """The tokens of one phase."""
 
 
 @dataclass(frozen=True)
