@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import venv
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         others = shutil.ignore_patterns(".*", "__pycache__", "site", "dist", "abliterate-*")
         shutil.copytree(ROOT, made, ignore=others, dirs_exist_ok=True)
     # the packages of this environment are at hand for the one that the tutorial sets up, in the versions that they have
+    venv.create(made / ".venv", with_pip=True)
     own = made / ".venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    own.mkdir(parents=True)
     (own / "packages.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     pinned = re.findall(r"^(\S+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     versions = "".join(f"{name}=={metadata.version(name)}\n" for name in pinned)
@@ -89,7 +90,7 @@ def follow(page: Path, folder: Path) -> str:
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         **SETTINGS.get(page.stem, PICKED),
         "OLLAMA_FORGE_PORT": port,
-        "PATH": os.pathsep.join((str(folder / ".venv/bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PATH": os.pathsep.join((str(folder / ".venv/bin"), str(Path(sys.base_prefix) / "bin"), os.defpath)),
         # the builder of packages is at hand, too
         "PIP_NO_INDEX": "1",
         "PIP_NO_BUILD_ISOLATION": "0",
@@ -172,6 +173,7 @@ def test_the_tutorial_makes_what_it_promises(tutorial: Followed) -> None:
     rows = re.findall(r"^- \*\*(.+?)\*\*", of_table, re.MULTILINE)
     assert len(rows) == 3
     assert all(words in tutorial.printed for words in rows)
+    assert (tutorial.folder / ".venv/bin/ollama-forge").is_file()
     assert "tier: proven" in tutorial.printed
     assert tutorial.printed.count("Paris") >= 2, "neither chat nor the server answers"
 

@@ -163,6 +163,16 @@ def refuse_fields(sent: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
             raise BadRequest(f"{name} is not supported" + (f": {reason}" if reason else ""))
 
 
+def refuse_several_answers(sent: Mapping[str, Any]) -> None:
+    """Refuse ``n`` where a response has room for one answer.
+
+    Raises:
+        BadRequest: more than one answer is asked for.
+    """
+    if sent.get("n") not in (None, 1):
+        raise BadRequest("n is not supported: a response has one answer")
+
+
 def stop_strings(texts: Iterable[str]) -> tuple[str, ...]:
     """The stop strings that are not empty."""
     return tuple(text for text in texts if text)

@@ -32,6 +32,7 @@ from ollama_forge.serving.api.fields import (
     function_tool,
     leave_out_hosted,
     refuse_fields,
+    refuse_several_answers,
     required,
     stop_strings,
     with_tool_names,
@@ -175,6 +176,7 @@ class MessagesRequest(SamplingFields):
         """
         self._check_required()
         refuse_fields(self.sent, _NOT_SUPPORTED)
+        refuse_several_answers(self.sent)
         system = _system_text(self.system)
         messages = [Message("system", system)] if system else []
         for turn in self.messages:
@@ -211,11 +213,15 @@ class MessagesRequest(SamplingFields):
         return anthropic_choice(tools, self.tool_choice.type, self.tool_choice.name)
 
     def _think(self) -> bool | str | None:
-        if self.thinking.type in ("enabled", "disabled"):
-            return self.thinking.type == "enabled"
         level = self.output_config.effort.strip().lower()
         level = "high" if level == "xhigh" else level
-        return level if level in ("low", "medium", "high", "max") else None
+        if level not in ("", "low", "medium", "high", "max"):
+            raise BadRequest(f'output_config.effort: "{level[:40]}" is none of low, medium, high, xhigh, max')
+        if self.thinking.type not in ("", "adaptive", "enabled", "disabled"):
+            raise BadRequest(f'thinking.type: "{self.thinking.type[:40]}" is none of adaptive, enabled, disabled')
+        if self.thinking.type in ("enabled", "disabled"):
+            return self.thinking.type == "enabled"
+        return level or None
 
 
 class CountTokensRequest(MessagesRequest):

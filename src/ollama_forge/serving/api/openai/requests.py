@@ -179,6 +179,8 @@ class _CompletionFields(SamplingFields):
         """
         if not 1 <= self.n <= MOST_CHOICES:
             raise BadRequest(f"n must be between 1 and {MOST_CHOICES}")
+        if self.sent.get("best_of") not in (None, self.n):
+            raise BadRequest("best_of is not supported: n answers are generated")
 
     @property
     def include_usage(self) -> bool:
@@ -287,8 +289,6 @@ class CompletionRequest(_CompletionFields):
             raise BadRequest("top_logprobs must be between 0 and 20")
         refuse_fields(self.sent, _NOT_IN_COMPLETIONS)
         self.check_choices()
-        if self.best_of not in (None, self.n):
-            raise BadRequest("best_of is not supported: n answers are generated")
         return ChatRequest(
             model=self.model,
             strength=self.abliteration_strength,

@@ -16,6 +16,7 @@ from ollama_forge.serving.api.fields import (
     SamplingFields,
     leave_out_hosted,
     refuse_fields,
+    refuse_several_answers,
     required,
     think_of_effort,
     with_tool_names,
@@ -60,6 +61,18 @@ _NOT_SUPPORTED = {
     "response_format": "send text.format",
     "max_tool_calls": "",
 }
+# What is in every answer that has it, or is of tools that run on OpenAI's servers, which are left out.
+_INCLUDED = frozenset(
+    {
+        "reasoning.encrypted_content",
+        "message.input_image.image_url",
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+        "web_search_call.results",
+        "web_search_call.action.sources",
+    }
+)
 _ECHOED_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 
 
@@ -159,8 +172,10 @@ class ResponsesRequest(SamplingFields):
             BadRequest: a field has an invalid value, or it refers to a conversation stored by OpenAI.
         """
         refuse_fields(self.sent, _NOT_SUPPORTED)
-        if "message.output_text.logprobs" in self.include:
-            raise BadRequest("include: message.output_text.logprobs is not supported")
+        refuse_several_answers(self.sent)
+        for name in self.include:
+            if name not in _INCLUDED:
+                raise BadRequest(f"include: {name[:80]} is not supported")
         if self.truncation not in ("", "auto", "disabled"):
             raise BadRequest(f'truncation: "{self.truncation}" is neither "auto" nor "disabled"')
         instructions = [Message("system", self.instructions)] if self.instructions else []
