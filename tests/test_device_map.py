@@ -100,9 +100,12 @@ def test_serves_as_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     mixed = [greedy(prompt(11, 7), 12, strength=strength) for strength in (0.0, 1.0, -0.5)]
     texts = [prompt(length, length) for length in (3, 30, 300)]
 
+    on_devices: list[int] = []
+
     def found(model: ChatModel) -> list[Any]:
         with running(model) as engine:
             assert engine.support.batches
+            on_devices.append(engine.device_bytes)
             answers = together(engine, requests)
             turn = greedy((*requests[0].ids, *answers[0], *prompt(7, 9)), 6)
             values = [answers, together(engine, [turn]), wait(lambda: engine.embed(texts))]
@@ -118,6 +121,7 @@ def test_serves_as_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TransformersEngine, "_work", work_on_pretended)
     with pretended():
         values = found(split(model, model_map.layers, DEVICES))
+    assert on_devices == [0, sum(4 * weight.numel() for weight in model.module.parameters())]
     vectors = values.pop(2), expected.pop(2)
     assert values == expected
     torch.testing.assert_close(*vectors, rtol=1e-4, atol=1e-5)

@@ -86,19 +86,20 @@ def follow(page: Path, folder: Path) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment: Mapping[str, str] = {
+    environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         **SETTINGS.get(page.stem, PICKED),
         "OLLAMA_FORGE_PORT": port,
-        "PATH": os.pathsep.join((str(folder / ".venv/bin"), str(Path(sys.base_prefix) / "bin"), os.defpath)),
-        # the builder of packages is at hand, too
-        "PIP_NO_INDEX": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",
     }
+    own, others = folder / ".venv/bin", (str(Path(sys.base_prefix) / "bin"), os.defpath)
     options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True}
     printed = ""
     with ExitStack() as servers:
         for block in runs(page):
+            active = (
+                (str(own),) if (own / "ollama-forge").exists() else ()
+            )  # for a shell that goes on, as a reader's does
+            environment["PATH"] = os.pathsep.join((*active, *others))
             command = [*LANGUAGES[block.language], block.text.replace(PORT, port)]
             if re.search(r"^ollama-forge abliterate serve", block.text):
                 servers.close()  # the page goes on with another one

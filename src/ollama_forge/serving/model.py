@@ -338,6 +338,11 @@ class ServedModel:
         """Whether its engine can answer requests, if it is loaded."""
         return self._engine is None or self._engine.healthy
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of its weights that are on accelerators, as far as its engine knows."""
+        return self._engine.device_bytes if isinstance(self._engine, CountsMemory) else 0
+
     async def close(self) -> None:
         """End all answers and free the engine."""
         if self._engine is not None:

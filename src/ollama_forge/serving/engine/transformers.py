@@ -70,6 +70,7 @@ class TransformersEngine:
 
     Attributes:
         support: what the self-test found that the model's state allows.
+        device_bytes: size of the weights that are on accelerators.
         token_bytes: size of the keys and values of a token; 0: unknown.
         cache_bytes: size of the keys and values that all running requests together should not exceed.
 
@@ -94,6 +95,8 @@ class TransformersEngine:
         self._scheduler = Scheduler(runner, self._deliver)
         self.cache_bytes = free // _RUNNING_SHARE
         self.token_bytes = self._measure_token()
+        placed = (weight for weight in model.module.parameters() if weight.device.type != "cpu")
+        self.device_bytes = sum(weight.numel() * weight.element_size() for weight in placed)
         self._forward.passes = 0
         self._outbox: list[tuple[_Reader, Item]] = []
         self._wake = threading.Condition()

@@ -324,7 +324,7 @@ def process_response(registry: ModelRegistry) -> ProcessResponse:
                 digest=model.metadata.digest,
                 details=_details(model),
                 expires_at=timestamp(registry.expires_at(model)),
-                size_vram=0,
+                size_vram=min(model.device_bytes, model.metadata.size),  # clients subtract it from size
                 context_length=model.engine.context_length,
             )
             for model in registry.models
