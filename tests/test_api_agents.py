@@ -468,6 +468,7 @@ REFUSED_FIELDS = [
     (TEXT, {"echo": True}, "echo"),
     (TEXT, {"best_of": 2}, "best_of"),
     (CHAT, {"best_of": 2}, "best_of"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "send tool_calls"),
     (RESPONSES, {"n": 2}, "n is not supported"),
     (RESPONSES, {"include": ["everything"]}, "include: everything"),
     (MESSAGES, {"n": 2}, "n is not supported"),
