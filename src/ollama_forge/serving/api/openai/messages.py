@@ -65,8 +65,8 @@ class ChatMessage(RequestModel):
         """The message in the common form.
 
         Raises:
-            BadRequest: the content is neither text nor parts of text and images, a call's arguments are not JSON, or the
-                call has the form from before tools.
+            BadRequest: the content is neither text nor parts of text and images, or a call's arguments are not JSON, or
+                it has the form from before tools.
         """
         if self.sent.get("function_call"):
             raise BadRequest("function_call is not supported in messages: send tool_calls")
