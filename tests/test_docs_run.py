@@ -46,10 +46,14 @@ PAGES = [path for path in pages() if path not in (README, TUTORIAL) and runs(pat
 
 @dataclass(frozen=True)
 class Followed:
-    """A clone in which the tutorial has been followed, and what its commands printed."""
+    """A clone in which the tutorial has been followed, and what each of its blocks printed."""
 
     folder: Path
-    printed: str
+    outputs: list[str]
+
+    @property
+    def printed(self) -> str:
+        return "".join(self.outputs)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +85,8 @@ def tutorial(clone: Path) -> Followed:
     return Followed(clone, follow(TUTORIAL, clone))
 
 
-def follow(page: Path, folder: Path) -> str:
-    """Run the blocks of a page in a clone, each server until the page ends; return what they print."""
+def follow(page: Path, folder: Path) -> list[str]:
+    """Run the blocks of a page in a clone, each server until the page ends; return what each of them prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -93,7 +97,7 @@ def follow(page: Path, folder: Path) -> str:
     }
     own, others = folder / ".venv/bin", (str(Path(sys.base_prefix) / "bin"), os.defpath)
     options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True}
-    printed = ""
+    outputs: list[str] = []
     with ExitStack() as servers:
         for block in runs(page):
             active = (
@@ -104,11 +108,12 @@ def follow(page: Path, folder: Path) -> str:
             if re.search(r"^ollama-forge abliterate serve", block.text):
                 servers.close()  # the page goes on with another one
                 servers.enter_context(serving(command, port, options))
+                outputs.append("")
                 continue
             done = subprocess.run(command, input=SAID, capture_output=True, check=False, **options)
             assert done.returncode == 0, f"{block.page}:{block.line}: {done.stdout[-500:]}{done.stderr[-2000:]}"
-            printed += done.stdout
-    return printed
+            outputs.append(done.stdout)
+    return outputs
 
 
 @contextmanager
@@ -176,7 +181,10 @@ def test_the_tutorial_makes_what_it_promises(tutorial: Followed) -> None:
     assert all(words in tutorial.printed for words in rows)
     assert (tutorial.folder / ".venv/bin/ollama-forge").is_file()
     assert "tier: proven" in tutorial.printed
-    assert tutorial.printed.count("Paris") >= 2, "neither chat nor the server answers"
+    by_command = {block.text.split("--")[0]: said for block, said in zip(runs(TUTORIAL), tutorial.outputs, strict=True)}
+    assert re.search(r"\w{3}", by_command["ollama-forge abliterate chat "])
+    (answer,) = (said for command, said in by_command.items() if command.startswith("curl"))
+    assert json.loads(answer)["message"]["content"]
 
 
 def test_the_report_of_the_run_fits_its_schema(tutorial: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +199,7 @@ def test_the_report_of_the_run_fits_its_schema(tutorial: Followed, monkeypatch: 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work(tutorial: Followed, page: Path) -> None:
-    printed, made = follow(page, tutorial.folder), tutorial.folder
+    printed, made = "".join(follow(page, tutorial.folder)), tutorial.folder
     if page.stem == "undo":
         source, again = (made / name / "model.safetensors" for name in ("source", "source-again"))
         assert source.read_bytes() == again.read_bytes()
