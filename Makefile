@@ -30,20 +30,20 @@ docs: setup
 
 # The lowest versions that pyproject.toml allows, on the lowest Python, and the newest that there are: each in an environment
 # of its own (7 GB), with all extras.
-ALL := .[abliterate,llamacpp,cluster,bitsandbytes,lm-eval,notebook,dev]
+ALL := abliterate,llamacpp,cluster,bitsandbytes,lm-eval,notebook,dev
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= python3.11
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= $(PYTHON)
 test-lowest: setup
 	$(BIN)/uv venv --quiet --clear --python $(LOWEST_PYTHON) $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e "$(ALL)"
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -e ".[$(ALL)]"
 	$(LOWEST)/bin/python scripts/check_lower_bounds.py
 	$(call PYTEST,$(LOWEST))
 
 test-newest: setup
 	$(BIN)/uv venv --quiet --clear --python $(NEWEST_PYTHON) $(NEWEST)
-	$(BIN)/uv pip install --quiet --python $(NEWEST) --upgrade -e "$(ALL)"
+	$(BIN)/uv pip install --quiet --python $(NEWEST) --upgrade -e ".[$(ALL)]"
 	$(call PYTEST,$(NEWEST))
 
 lint: setup
