@@ -29,9 +29,11 @@ from tests.docs_blocks import ROOT, Block, blocks, pages
 TUTORIAL, README = ROOT / "docs/tutorial.md", ROOT / "README.md"
 LANGUAGES = {"sh": ("bash", "-euo", "pipefail", "-c"), "python": ("python", "-c")}
 # What the commands leave open: an edit by name, as to try fourteen takes minutes, and few prompts.
-FEW = {"OLLAMA_FORGE_MAX_MEASURED": "4", "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16"}
-PICKED = FEW | {"OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2"}
-SETTINGS = {"strengthen": FEW}  # what chooses for itself takes no name
+SETTINGS = {
+    "OLLAMA_FORGE_PICK": "least squares, layer 24, strength 2",
+    "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16",
+    "OLLAMA_FORGE_MAX_MEASURED": "4",
+}
 SAID = "What is the capital of France?\n/bye\n"  # to what asks for something
 PORT = "11435"
 
@@ -92,7 +94,7 @@ def follow(page: Path, folder: Path) -> list[str]:
         port = str(probe.getsockname()[1])
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        **SETTINGS.get(page.stem, PICKED),
+        **SETTINGS,
         "OLLAMA_FORGE_PORT": port,
     }
     own, others = folder / ".venv/bin", (str(Path(sys.base_prefix) / "bin"), os.defpath)
