@@ -14,14 +14,13 @@ import sysconfig
 import time
 import venv
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
+import httpx
 import pytest
 
 from tests.docs_blocks import ROOT, Block, blocks, pages
@@ -36,6 +35,7 @@ SETTINGS = {
 }
 SAID = "What is the capital of France?\n/bye\n"  # to what asks for something
 PORT = "11435"
+WAITS = 1500  # of a fifth of a second, until a server answers
 
 
 def runs(path: Path) -> list[Block]:
@@ -102,9 +102,8 @@ def follow(page: Path, folder: Path) -> list[str]:
     outputs: list[str] = []
     with ExitStack() as servers:
         for block in runs(page):
-            active = (
-                (str(own),) if (own / "ollama-forge").exists() else ()
-            )  # for a shell that goes on, as a reader's does
+            # each block has a shell of its own: the environment that the first one activates is active in all others
+            active = (str(own),) if (own / "ollama-forge").exists() else ()
             environment["PATH"] = os.pathsep.join((*active, *others))
             command = [*LANGUAGES[block.language], block.text.replace(PORT, port)]
             if re.search(r"^ollama-forge abliterate serve", block.text):
@@ -124,13 +123,14 @@ def serving(command: list[str], port: str, options: Mapping[str, Any]) -> Iterat
     command[-1] = f"exec {command[-1]}"
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
     try:
-        while True:
+        for _ in range(WAITS):
             assert server.poll() is None, f"{command[-1]} has ended"
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            with suppress(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False)
                 break
-            except (URLError, TimeoutError):
-                time.sleep(0.2)
+            time.sleep(0.2)
+        else:
+            pytest.fail(f"{command[-1]} does not answer")
         yield
     finally:
         server.send_signal(signal.SIGTERM)
