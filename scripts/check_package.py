@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ollama_forge"
-NOT_IN_SDIST = (".ci/", ".github/", ".importlinter", "docker/")  # of the repository alone
+NOT_IN_SDIST = (".ci/", ".dockerignore", ".github/", ".importlinter", "docker/")  # of the repository alone
 
 
 def run(*command: str | Path, **options: str | Path | dict[str, str]) -> str:
