@@ -376,7 +376,11 @@ def test_models_are_listed_and_loaded_on_demand(served: tuple[str, list[Loader]]
     said = {"messages": [{"role": "user", "content": "hi"}], "stream": False, "max_tokens": 9}
     assert call(url, "POST", "/api/chat", {"model": "a", **said})[1]["message"]["content"] == "bc"
     (running,) = call(url, "GET", "/api/ps")[1]["models"]
-    assert (running["name"], running["context_length"]) == ("a:latest", 128)
+    assert (running["name"], running["context_length"], running["size_vram"]) == ("a:latest", 128, 0)
+    for on_device in (running["size"] - 1, running["size"] + 1):  # weights may take more in memory than in their files
+        of_a.engines[-1].device_bytes = on_device  # type: ignore[attr-defined]
+        (running,) = call(url, "GET", "/api/ps")[1]["models"]
+        assert running["size_vram"] == min(on_device, running["size"])
     assert not of_b.engines
     assert call(url, "POST", "/v1/chat/completions", {"model": "me/b:tag", **said})[0] == 200
     assert call(url, "POST", "/v1/messages", {"model": "me/b:tag", **said})[0] == 200

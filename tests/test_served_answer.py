@@ -383,7 +383,7 @@ async def _hold(admission: Admission, nbytes: int) -> None:
 def test_a_request_reserves_its_prompt_and_its_answer() -> None:
     model = serve("abc" * 400)
     engine: Any = engine_of(model)
-    engine.device_bytes, engine.token_bytes, engine.cache_bytes = 0, 10, 10_000
+    engine.token_bytes, engine.cache_bytes = 10, 10_000
     model = ServedModel("wire", model.tokenizer, engine, FACTS)
     assert model.admission.memory == 10_000
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ollama_forge.errors import ForgeError, UsageError, install_hint
 from ollama_forge.system import available_memory, return_freed_memory
@@ -112,6 +112,12 @@ def memory_available(device: torch.device) -> int:
         left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(left, available_memory())
     return available_memory()
+
+
+def bytes_on_accelerators(module: nn.Module) -> int:
+    """Size of the parameters that are not in main memory."""
+    placed = (weight for weight in module.parameters() if weight.device.type != "cpu")
+    return sum(weight.numel() * weight.element_size() for weight in placed)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

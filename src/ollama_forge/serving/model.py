@@ -21,6 +21,7 @@ from ollama_forge.serving.engine.base import (
     Generator,
     ImageEncoder,
     Limited,
+    OnDevice,
 )
 from ollama_forge.serving.engine.device_use import DEVICE_USE
 from ollama_forge.serving.metadata import ModelMetadata
@@ -341,7 +342,7 @@ class ServedModel:
     @property
     def device_bytes(self) -> int:
         """Bytes of its weights that are on accelerators, as far as its engine knows."""
-        return self._engine.device_bytes if isinstance(self._engine, CountsMemory) else 0
+        return self._engine.device_bytes if isinstance(self._engine, OnDevice) else 0
 
     async def close(self) -> None:
         """End all answers and free the engine."""

@@ -208,17 +208,26 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class CountsMemory(Protocol):
-    """An engine that knows what its weights, and each token of its requests, take.
+    """An engine whose requests take memory for each of their tokens.
 
     Attributes:
-        device_bytes: size of the weights that are on accelerators.
         token_bytes: size of the keys and values of a token; 0: unknown.
         cache_bytes: size that those of all running requests together should not exceed.
     """
 
-    device_bytes: int
     token_bytes: int
     cache_bytes: int
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """An engine that has its model in this process.
+
+    Attributes:
+        device_bytes: size of the weights that are on accelerators.
+    """
+
+    device_bytes: int
 
 
 @runtime_checkable

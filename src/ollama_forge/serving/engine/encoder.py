@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.models.chat_model import LoadSettings
-from ollama_forge.models.device import is_out_of_memory, pick_device, pick_dtype, release_memory
+from ollama_forge.models.device import bytes_on_accelerators, is_out_of_memory, pick_device, pick_dtype, release_memory
 from ollama_forge.quiet import quiet_transformers
 from ollama_forge.serving.engine.base import EngineError
 from ollama_forge.serving.engine.device_use import DEVICE_USE
@@ -60,6 +60,7 @@ class EncoderEngine:
         self._layers = [_dense(layer, self._device) for layer in modules.dense]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._closed = False
+        self.device_bytes = bytes_on_accelerators(module)
 
     @property
     def slots(self) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.device import bytes_on_accelerators
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
@@ -95,8 +96,7 @@ class TransformersEngine:
         self._scheduler = Scheduler(runner, self._deliver)
         self.cache_bytes = free // _RUNNING_SHARE
         self.token_bytes = self._measure_token()
-        placed = (weight for weight in model.module.parameters() if weight.device.type != "cpu")
-        self.device_bytes = sum(weight.numel() * weight.element_size() for weight in placed)
+        self.device_bytes = bytes_on_accelerators(model.module)
         self._forward.passes = 0
         self._outbox: list[tuple[_Reader, Item]] = []
         self._wake = threading.Condition()

@@ -22,6 +22,7 @@ _LOG = logging.getLogger(__name__)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _TEXT_INPUTS = ("input_ids", "attention_mask")
 MAX_PIXELS = 100_000_000  # of all images of a request, which take 300 MB then; a photo has 12 to 50 million
+_TOO_LARGE = f"the images are too large: {MAX_PIXELS // 10**6} million pixels at most, all together"
 
 
 class VisionEngine(TransformersEngine):
@@ -70,9 +71,11 @@ def _pictures(images: Sequence[bytes]) -> list[Any]:
     try:
         opened = [Image.open(io.BytesIO(image)) for image in images]  # reads the sizes alone
         if sum(image.width * image.height for image in opened) > MAX_PIXELS:
-            raise EngineError(f"the images are too large: {MAX_PIXELS // 10**6} million pixels at most, all together")
+            raise EngineError(_TOO_LARGE)
         return [image.convert("RGB") for image in opened]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # one that Pillow itself does not open
+        raise EngineError(_TOO_LARGE) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise EngineError("an image cannot be read: it is damaged or not PNG, JPEG or the like") from error
 
 
