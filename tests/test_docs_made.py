@@ -83,6 +83,14 @@ def test_the_figures_are_drawn_as_the_report_draws_them(beside: None) -> None:
         assert "<desc" in drawing
 
 
+def test_the_range_in_words_is_that_of_the_figure(beside: None) -> None:
+    import draw_figures
+
+    probes = json.loads(draw_figures.KEPT.read_text(encoding="utf-8"))["choice"]["probes"]
+    damage = [probe["answer_kl"] for probe in probes]
+    assert f"between {min(damage):.3f} and {max(damage):.3f}]" in text_of("docs/explanation/mathematics.md")
+
+
 def test_a_report_of_today_can_be_drawn(beside: None) -> None:
     import draw_figures
 
