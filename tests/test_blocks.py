@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ollama_forge.architectures.read_matrix import read_matrix
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
+from ollama_forge.edits.background_hash import HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
@@ -66,7 +66,8 @@ def edit_by_blocks(folder: Path, rule: Rule, rescale: Rescale, layout: str, dtyp
     matrix = Matrix("w", Role.DOWN, 0, shape, "w", True, transposed=transposed, experts=stacked)
     found: dict[str, Any] = {"largest": 0}
     for expert in range(EXPERTS) if stacked else [None]:
-        digest = hashlib.sha256()
+        thread = HashThread()
+        digest = thread.sha256()
         blockwise = BlockwiseEdit(CheckpointTensors(folder), MatrixEdit(matrix, rule, 0.5, rescale), expert, "model")
         edited = list(blockwise.blocks())
         found["largest"] = max(found["largest"], *(block.before.numel() for block in edited))

@@ -33,6 +33,7 @@ SETTINGS = {
     "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16",
     "OLLAMA_FORGE_MAX_MEASURED": "4",
 }
+FEW = ("--max-measured 16", "--max-measured 4")  # the one option that is changed: to measure takes minutes
 SAID = "What is the capital of France?\n/bye\n"  # to what asks for something
 PORT = "11435"
 WAITS = 1500  # of a fifth of a second, until a server answers
@@ -105,7 +106,7 @@ def follow(page: Path, folder: Path) -> list[str]:
             # each block has a shell of its own: the environment that the first one activates is active in all others
             active = (str(own),) if (own / "ollama-forge").exists() else ()
             environment["PATH"] = os.pathsep.join((*active, *others))
-            command = [*LANGUAGES[block.language], block.text.replace(PORT, port)]
+            command = [*LANGUAGES[block.language], block.text.replace(PORT, port).replace(*FEW)]
             if re.search(r"^ollama-forge abliterate serve", block.text):
                 servers.close()  # the page goes on with another one
                 servers.enter_context(serving(command, port, options))

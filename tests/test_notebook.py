@@ -40,7 +40,8 @@ def test_the_notebook_finds_and_removes_the_direction(capsys: pytest.CaptureFixt
     assert sum(bool(line.strip()) for cell in cells for line in cell.splitlines()) < 60
     names: dict[str, object] = {}
     for cell in cells:
-        exec(compile(cell, NOTEBOOK.name, "exec"), names)
+        few = cell.replace("num_instructions=64, max_measured=16", "num_instructions=32, max_measured=8")
+        exec(compile(few, NOTEBOOK.name, "exec"), names)
     base, measured = names["base"].row, names["measured"]  # type: ignore[attr-defined]
     assert base.harmful.refusal_rate.low > 0.5
     assert measured.harmful.refusal_rate.high < base.harmful.refusal_rate.low  # type: ignore[attr-defined]

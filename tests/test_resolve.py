@@ -70,7 +70,7 @@ def test_what_the_hub_could_not_have_is_one_error(model: str) -> None:
         resolve(model)
 
 
-@pytest.mark.parametrize("wrong", ["tiny-lama", "./tiny-lama", "demoo", "tiny.guf"])
+@pytest.mark.parametrize("wrong", ["tiny-lama", "./tiny-lama", "demoo", "tiny.guf", "ru/tiny"])
 def test_what_is_like_a_model_at_hand_is_asked_after(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
 ) -> None:
@@ -79,9 +79,11 @@ def test_what_is_like_a_model_at_hand_is_asked_after(
     (tmp_path / "tiny-llama").mkdir()
     (tmp_path / "tiny-llama" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tiny.gguf").touch()
+    (tmp_path / "run/tiny").mkdir(parents=True)
+    (tmp_path / "run/tiny/config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ForgeError) as caught:
         resolve(wrong)
-    meant = {"tiny.guf": "tiny.gguf", "demoo": "demo"}.get(wrong, "tiny-llama")
+    meant = {"tiny.guf": "tiny.gguf", "demoo": "demo", "ru/tiny": "run/tiny"}.get(wrong, "tiny-llama")
     assert caught.value.hint.startswith(f"did you mean {meant}?")
 
 

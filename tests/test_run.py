@@ -202,7 +202,7 @@ def arm(point):
     elif point == "within a shard":
         real = EditedShard.edited_matrix_bytes
         def edited(self, edit, out):
-            if len(self.record.matrices) == 3:
+            if len(self._sums) == 3:
                 die()
             return real(self, edit, out)
         EditedShard.edited_matrix_bytes = edited
@@ -277,7 +277,7 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
         "from ollama_forge.edits.edited_shard import EditedShard\n"
         "real = EditedShard.edited_matrix_bytes\n"
         "def edited(self, edit, out):\n"
-        "    if len(self.record.matrices) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if len(self._sums) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, edit, out)\n"
         "EditedShard.edited_matrix_bytes = edited\n"
         "from ollama_forge.cli.main import main\n"

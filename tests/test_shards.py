@@ -491,5 +491,5 @@ def test_scales_are_encoded_with_the_shard_that_holds_them(
     monkeypatch.setattr(EditedShard, "__init__", noted)
     source = packed_gpt_oss(tmp_path / "model")
     apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal, settings=EXPERTS, out_dtype="keep")
-    assert any(shard.record.leaks for shard in made)
+    assert any(shard.record().leaks for shard in made)
     assert not any(shard.scales for shard in made)  # all are written; none stays in memory

@@ -460,6 +460,23 @@ def test_compute_dir_streams_a_model_that_does_not_fit(
     assert torch.equal(*outputs)
 
 
+def test_long_passes_say_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = saved("llama", tmp_path / "model")
+    stream = load_streamed(checkpoint, SETTINGS, map_checkpoint(checkpoint), ROOM)
+    prompts = prompts_of(stream)
+    stream.weights.reads.clear()
+    monkeypatch.setattr(lockstep, "_SAY_EVERY", -1.0)
+    stream.answer(prompts, 3)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("layer ")]
+    layers = stream.model_map.n_layers
+    places = [f"layer {layer + 1} of {layers}, read from disk" for layer in range(layers)]
+    passes = len(said) // layers
+    assert passes == 4  # the beginning that prompts share, the rest of them, and two tokens more
+    assert said == [f"{place} (pass {number + 1} over the weights)" for number in range(passes) for place in places]
+
+
 def test_memory_below_one_layer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = saved("llama", tmp_path / "model")
     small_memory(monkeypatch, 10_000)

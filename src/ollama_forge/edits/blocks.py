@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ollama_forge.checkpoints.formats.base import WHOLE, PackedMatrix, PackedTen
 from ollama_forge.checkpoints.formats.rounding import Kept
 from ollama_forge.checkpoints.storage import round_tensor, stored_tensor, tensor_bytes
 from ollama_forge.checkpoints.tensors import CheckpointTensors
+from ollama_forge.edits.background_hash import Digest
 from ollama_forge.edits.factors import (
     EditedMatrix,
     Factors,
@@ -34,12 +34,6 @@ from ollama_forge.edits.plan import MatrixEdit, check_finite
 BLOCK = 16 << 20  # values per block: 64 MB in float32; an edit holds about five copies at a time
 CACHED_BLOCK = 1 << 20  # values per block of plain floats, whose copies stay in the processor's cache
 ROWS, COLUMNS = 0, 1
-
-
-class Digest(Protocol):
-    """A running hash."""
-
-    def update(self, data: bytearray | memoryview, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -293,7 +287,7 @@ class BlockwiseEdit:
         if self.one_block:
             values, data = read_matrix(self.tensors, matrix, self.expert)
             if source is not None:
-                source.update(data)
+                _add(source, data, overwritten=self.tensors[matrix.tensor].dtype == "F32")
             yield 0, values.T if matrix.transposed else values
             return
         info = self.tensors[matrix.tensor]
@@ -305,12 +299,12 @@ class BlockwiseEdit:
                 count = min(self.block_length, self.axis_length - start)
                 data = self.tensors.read_bytes(info.name, offset + start * width, count * width)
                 if source is not None:
-                    source.update(data)
+                    _add(source, data, overwritten=info.dtype == "F32")
                 yield start, stored_tensor(data, info.dtype, (count, self.shape[1])).float()
             return
         data = self.tensors.read_bytes(info.name, offset, size)
         if source is not None:
-            source.update(data)
+            _add(source, data, overwritten=True)
         self._stored = stored_tensor(data, info.dtype, self.shape)
         for start in range(0, self.axis_length, self.block_length):
             yield start, self._stored[:, start : start + self.block_length].to(torch.float32, copy=True)
@@ -324,6 +318,13 @@ class BlockwiseEdit:
         if independent_axis(self.edit) == ROWS:
             return FixedFactors(left[start:stop], right), None
         return FixedFactors(left, right[start:stop]), None
+
+
+def _add(source: Digest, data: bytearray, *, overwritten: bool) -> None:
+    """Hash bytes that were read; if values that share their memory will be ``overwritten``, wait for the hash."""
+    source.update(data)
+    if overwritten:
+        source.wait()
 
 
 def _writable(packed: PackedTensor | None) -> WritableCodec | None:

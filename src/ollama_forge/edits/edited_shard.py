@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor
 from ollama_forge.edits import blocks
+from ollama_forge.edits.background_hash import BackgroundSha256, HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import MatrixRecord, stacked
 from ollama_forge.edits.plan import BiasEdit, MatrixEdit, ScaledFactors, check_finite
@@ -29,13 +28,14 @@ from ollama_forge.edits.shard_layout import ShardLayout
 class MatrixSums:
     """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
 
-    source: Any = field(default_factory=hashlib.sha256)
-    result: Any = field(default_factory=hashlib.sha256)
+    edit: MatrixEdit
+    source: BackgroundSha256
+    result: BackgroundSha256
     squared_norm: float = 0.0
     squared_change: float = 0.0
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add_blocks(self, edit: MatrixEdit, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
+    def add_blocks(self, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
         """Yield the blocks of one matrix (of one expert), and add up their norms; overwrites ``before``."""
         parts: list[JoinedFactors] = []
         for block in edited_blocks:
@@ -43,10 +43,12 @@ class MatrixSums:
             self.squared_norm += float(torch.linalg.vector_norm(block.before)) ** 2
             self.squared_change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
             yield block
-        joined = join_blocks(edit, parts).factors
+        joined = join_blocks(self.edit, parts).factors
         self.factors.append((joined.L, joined.K))
 
-    def record(self, edit: MatrixEdit) -> MatrixRecord:
+    def record(self) -> MatrixRecord:
+        """What the edit's record says of the matrix, once its hashes are computed."""
+        edit = self.edit
         left, right = stacked(self.factors) if edit.matrix.experts else self.factors[0]
         return MatrixRecord(
             left,
@@ -77,12 +79,32 @@ class ShardRecord:
 
 
 class EditedShard:
-    """Computes the bytes of a shard's tensors, and records their changes."""
+    """Computes the bytes of a shard's tensors, and records their changes; ``close`` ends its thread."""
 
     def __init__(self, layout: ShardLayout) -> None:
         self.layout, self.tensors, self.label = layout, layout.tensors, layout.checkpoint.label
         self.scales: dict[str, memoryview] = {}  # of edited packed tensors, which are encoded with their codes
-        self.record = ShardRecord()
+        self._record = ShardRecord()
+        self._sums: dict[str, MatrixSums] = {}  # of each edited matrix; their hashes may still be computed
+        self._hashing = HashThread()
+
+    def record(self) -> ShardRecord:
+        """What was recorded, once all hashes are computed."""
+        for name, sums in self._sums.items():
+            matrix = self._record.matrices[name] = sums.record()
+            encoded = name in self.tensors.packed and not self.layout.unpack  # its parts are compared one by one
+            if not encoded and matrix.source_sha256 != matrix.result_sha256:
+                self._record.changed.add(name)
+        self._sums.clear()
+        return self._record
+
+    def close(self) -> None:
+        self._hashing.close()
+
+    def _sums_of(self, edit: MatrixEdit) -> MatrixSums:
+        sums = MatrixSums(edit, self._hashing.sha256(), self._hashing.sha256())
+        self._sums[edit.matrix.tensor] = sums
+        return sums
 
     def computed_bytes(self, out: OutputTensor) -> Iterator[memoryview]:
         owner = self.layout.owners.get(out.name)
@@ -117,36 +139,31 @@ class EditedShard:
                 yield encode_tensor(values, out.dtype, out.name)
 
     def edited_matrix_bytes(self, edit: MatrixEdit, out: OutputTensor) -> Iterator[memoryview]:
-        sums = MatrixSums()
+        sums = self._sums_of(edit)
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.label)
-            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
+            counted = sums.add_blocks(blockwise.blocks(sums.source))
             for data in blockwise.stored_bytes(counted, out.dtype):
                 sums.result.update(data)
                 yield data
-        record = sums.record(edit)
-        if record.source_sha256 != record.result_sha256:
-            self.record.changed.add(out.name)
-        self.record.matrices[out.name] = record
 
     def encoded_matrix_bytes(self, edit: MatrixEdit, packed: PackedTensor) -> Iterator[memoryview]:
         """The codes of an edited packed matrix; its scales are kept for ``scale_bytes``."""
-        sums, scales = MatrixSums(), []
+        sums, scales = self._sums_of(edit), []
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(self.tensors, edit, expert, self.label)
-            encoded = blockwise.encode(sums.add_blocks(edit, blockwise.blocks(sums.source)))
+            encoded = blockwise.encode(sums.add_blocks(blockwise.blocks(sums.source)))
             size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
             codes, scale = (tensor_bytes(part) for part in encoded.parts)
             sums.result.update(codes)
             sums.result.update(scale)
             scales.append(scale)
             yield codes
-            self.record.changed.update(compress(packed.parts, encoded.changed))
+            self._record.changed.update(compress(packed.parts, encoded.changed))
         self.scales[packed.parts[1]] = memoryview(b"".join(scales))
-        self.record.matrices[packed.name] = sums.record(edit)
         if size:
-            self.record.leaks[packed.name] = error / size
+            self._record.leaks[packed.name] = error / size
 
     def scale_bytes(self, packed: PackedTensor, out: OutputTensor) -> Iterator[memoryview]:
         """The scales of an edited packed matrix, encoded now if its codes are in another shard."""
@@ -160,10 +177,10 @@ class EditedShard:
         bias = decode_tensor(source, info.dtype, info.shape)
         check_finite(bias, info.name, self.label)
         shifts = bias_shifts(self.tensors, edit, bias, self.label)
-        self.record.bias_shifts[info.name] = shifts
+        self._record.bias_shifts[info.name] = shifts
         data = encode_tensor(bias + shifts, out.dtype, out.name)
         if bytes(data) != bytes(source):
-            self.record.changed.add(info.name)
+            self._record.changed.add(info.name)
         yield data
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,7 @@ from ollama_forge.checkpoints.storage import decode_tensor, tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import blocks
 from ollama_forge.edits.apply import AppliedEdit
+from ollama_forge.edits.background_hash import HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.edit_file import EditRecord, MatrixRecord
 from ollama_forge.edits.edited_shard import MatrixSums, bias_shifts
@@ -198,9 +200,11 @@ class _GgufWriter:
         self.changed: set[str] = set()
         self.leaks: dict[str, float] = {}
         self.stored_as: dict[str, str] = {}
+        self.hashing = HashThread()
 
     def run(self, settings: dict[str, Any]) -> AppliedEdit:
-        with bar(f"writing {self.file.path.stem}", len(self.file.tensors) + len(self.plan.edits)) as advance:
+        steps = len(self.file.tensors) + len(self.plan.edits)
+        with closing(self.hashing), bar(f"writing {self.file.path.stem}", steps) as advance:
             for before, after in zip(self.checkpoint.file.tensors, self.file.tensors, strict=True):
                 self._copy(before, after)
                 advance(1)
@@ -246,18 +250,19 @@ class _GgufWriter:
                 self._edit_bias(edit, bias, source, target)
 
     def _edit_matrix(self, edit: MatrixEdit, source: GgufTensors, target: GgufTensors) -> None:
-        name, sums = edit.matrix.tensor, MatrixSums()
+        name = edit.matrix.tensor
+        sums = MatrixSums(edit, self.hashing.sha256(), self.hashing.sha256())
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert, self.importance))
-            counted = sums.add_blocks(edit, blockwise.blocks(sums.source))
+            counted = sums.add_blocks(blockwise.blocks(sums.source))
             for rows, encoded in blockwise.encode_parts(counted):
                 size, error = math.hypot(size, encoded.edit_norm), math.hypot(error, encoded.kept_error)
                 places = target.places(name, expert, rows if blockwise.by_rows else None)
                 for place, part in zip(places, encoded.parts, strict=True):
                     place.write(self.out, part)
                     sums.result.update(tensor_bytes(part))
-        record = sums.record(edit)
+        record = sums.record()
         self.records.setdefault(name, record)
         if record.source_sha256 != record.result_sha256:
             self.changed.add(name)

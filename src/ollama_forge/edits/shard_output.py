@@ -90,9 +90,9 @@ class ShardOutput:
         return written, partial(self._finish, shard, path, written, close)
 
     def _edit(self, path: Path, written: WrittenShard, stop: Event) -> Callable[[], None]:
-        edited = EditedShard(self.layout)
         writer = ShardWriter(path, written.outputs, stop=stop)
         computed = 0
+        edited = EditedShard(self.layout)
         try:
             for out in written.outputs:
                 if stop.is_set():
@@ -106,12 +106,14 @@ class ShardOutput:
                         return_freed_memory()
                         computed = 0
                 self.advance(1)
+            written.record = edited.record()
         except BaseException:
             stop.set()
             writer.release()
             raise
+        finally:
+            edited.close()
         return_freed_memory()
-        written.record = edited.record
         return writer.close
 
     def _keep(self, shard: Path, path: Path, written: WrittenShard, stop: Event) -> Callable[[], None]:

@@ -225,7 +225,8 @@ class Lockstep:
                     self._keep(journal, passes, passed, spill)
                 if time.monotonic() - said > _SAY_EVERY and stage.layer is not None:
                     said = time.monotonic()
-                    say(f"layer {stage.layer + 1} of {len(layers)}, read from disk")
+                    reads = self.weights.reads[stage.path]
+                    say(f"layer {stage.layer + 1} of {len(layers)}, read from disk (pass {reads} over the weights)")
 
     def _step(self, one: _Pass, spill: _Spill) -> None:
         self.current = one

@@ -160,10 +160,15 @@ def _meaning_another(model: str) -> Iterator[None]:
 
 
 def _alike(model: str) -> str:
-    """A question after the demo models, and the folders and GGUF files beside the path, that are named like it."""
-    folder = Path(model).expanduser().parent
-    beside = [str(path.parent) for path in folder.glob("*/config.json")] + [str(path) for path in folder.glob("*.gguf")]
-    return did_you_mean(str(Path(model).expanduser()), ["demo", "demo-base", *beside])
+    """A question after the demo models, and the folders and GGUF files beside the path, that are named like it.
+
+    If the path's folder is missing too, those in the folders beside that are meant.
+    """
+    path = Path(model).expanduser()
+    folder, inside = (path.parent, "") if path.parent.is_dir() else (path.parent.parent, "*/")
+    folders = [str(found.parent) for found in folder.glob(f"{inside}*/config.json")]
+    files = [str(found) for found in folder.glob(f"{inside}*.gguf")]
+    return did_you_mean(str(path), ["demo", "demo-base", *folders, *files])
 
 
 def _folder_checkpoint(path: Path, label: str) -> Checkpoint:
