@@ -367,7 +367,7 @@ def read_direction(path: Path) -> None:
 
 
 def edit_seeds() -> Seeds:
-    entry = {"strength": 1.0, "rescale": "none", "source_sha256": "0", "result_sha256": "1", "relative_change": 0.1}
+    entry = {"strength": 1.0, "rescale": "none", "source_hash": "0", "result_hash": "1", "relative_change": 0.1}
     header = {
         "format": 1,
         "factors": "f",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from ollama_forge.api import apply
@@ -67,7 +68,8 @@ def test_provenance_card_and_factors(tmp_path: Path, refusal: Path) -> None:
         axis = 0 if made.rescale.value == "columns" else 1
         scaled = plain * (before[name].norm(dim=axis, keepdim=True) / plain.norm(dim=axis, keepdim=True))
         torch.testing.assert_close(after[name], scaled, rtol=1e-4, atol=1e-5)
-        assert made.source_sha256 != made.result_sha256
+        hashes = [f"blake3:{blake3(tensor_bytes(side[name])).hexdigest()}" for side in (before, after)]
+        assert [made.source_hash, made.result_hash] == hashes
 
 
 def packed_gpt_oss(folder: Path) -> Checkpoint:

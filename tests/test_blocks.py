@@ -67,14 +67,14 @@ def edit_by_blocks(folder: Path, rule: Rule, rescale: Rescale, layout: str, dtyp
     found: dict[str, Any] = {"largest": 0}
     for expert in range(EXPERTS) if stacked else [None]:
         thread = HashThread()
-        digest = thread.sha256()
+        digest = thread.blake3()
         blockwise = BlockwiseEdit(CheckpointTensors(folder), MatrixEdit(matrix, rule, 0.5, rescale), expert, "model")
         edited = list(blockwise.blocks())
         found["largest"] = max(found["largest"], *(block.before.numel() for block in edited))
         data = b"".join(bytes(piece) for piece in blockwise.stored_bytes(blockwise.blocks(digest), out))
         joined = blockwise.factors()
         tensors = (joined.factors.L, joined.factors.K, torch.ones(1) if joined.scale is None else joined.scale)
-        found[str(expert)] = (data, digest.hexdigest(), [tensor.tolist() for tensor in tensors])
+        found[str(expert)] = (data, digest.digest(), [tensor.tolist() for tensor in tensors])
     return found
 
 
@@ -111,7 +111,7 @@ def test_apply_by_blocks(
     assert list(apart.matrices) == list(whole.matrices)
     torch.testing.assert_close(dict(apart.bias_shifts), dict(whole.bias_shifts))
     for name, record in whole.matrices.items():
-        assert apart.matrices[name].source_sha256 == record.source_sha256
+        assert apart.matrices[name].source_hash == record.source_hash
         assert apart.matrices[name].relative_change == pytest.approx(record.relative_change, rel=1e-5)
         torch.testing.assert_close(apart.matrices[name].L, record.L)
         torch.testing.assert_close(apart.matrices[name].K, record.K)

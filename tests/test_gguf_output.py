@@ -209,7 +209,7 @@ def test_block_sizes_do_not_matter(model: Model, source: Path, tmp_path: Path, m
     assert digest(whole.path) == digest(in_blocks.path)
     assert max(read) == 64
     edits = [EditRecord.load(tmp_path / name / "tiny.Q4_K_M.edit.safetensors") for name in ("whole", "blocks")]
-    hashes = [[(m.source_sha256, m.result_sha256) for m in edit.matrices.values()] for edit in edits]
+    hashes = [[(m.source_hash, m.result_hash) for m in edit.matrices.values()] for edit in edits]
     assert hashes[0] == hashes[1]
 
 

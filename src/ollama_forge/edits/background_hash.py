@@ -1,11 +1,15 @@
-"""SHA-256 of bytes that are read and written, computed by another thread while the caller goes on."""
+"""Hashes of bytes that are read and written, computed by another thread while the caller goes on.
+
+BLAKE3 takes a quarter of the time of SHA-256 on a processor that has instructions for the latter.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
+
+from blake3 import blake3
 
 _MAX_WAITING = 16 << 20  # bytes
 
@@ -24,17 +28,17 @@ class HashThread:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "hash")
 
-    def sha256(self) -> BackgroundSha256:
+    def blake3(self) -> BackgroundBlake3:
         """A new hash."""
-        return BackgroundSha256(self._pool)
+        return BackgroundBlake3(self._pool)
 
     def close(self) -> None:
         """End the thread, whatever is still to be hashed."""
         self._pool.shutdown(cancel_futures=True)
 
 
-class BackgroundSha256:
-    """A running SHA-256. At most ``_MAX_WAITING`` bytes (or one piece) wait for the thread.
+class BackgroundBlake3:
+    """A running BLAKE3 hash. At most ``_MAX_WAITING`` bytes (or one piece) wait for the thread.
 
     Args:
         thread: an executor of one thread, so that pieces are hashed in their order.
@@ -42,12 +46,12 @@ class BackgroundSha256:
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread
-        self._hash = hashlib.sha256()
-        self._pieces: deque[tuple[Future[None], int]] = deque()
+        self._hash = blake3()
+        self._pieces: deque[tuple[Future[object], int]] = deque()
         self._waiting = 0  # bytes of the pieces
 
     def update(self, data: bytearray | memoryview, /) -> None:
-        """Hash ``data`` soon; it must not change until ``wait`` or ``hexdigest``."""
+        """Hash ``data`` soon; it must not change until ``wait`` or ``digest``."""
         while self._pieces and self._waiting + len(data) > _MAX_WAITING:
             self._wait_for_first()
         self._pieces.append((self._thread.submit(self._hash.update, data), len(data)))
@@ -63,7 +67,7 @@ class BackgroundSha256:
         piece.result()
         self._waiting -= size
 
-    def hexdigest(self) -> str:
-        """The hash of all bytes, once it is computed."""
+    def digest(self) -> str:
+        """``blake3:`` and the hash of all bytes in hexadecimal digits, once it is computed."""
         self.wait()
-        return self._hash.hexdigest()
+        return f"blake3:{self._hash.hexdigest()}"

@@ -36,7 +36,8 @@ class MatrixRecord:
     Attributes:
         L, K: factors at strength 1, float32 ``[out, k]`` and ``[in, k]``; stacked experts have a leading expert axis.
         rescale: the norm rule.
-        source_sha256, result_sha256: hashes of the matrix's bytes before and after the edit; None before it is applied.
+        source_hash, result_hash: BLAKE3 hashes of the matrix's bytes before and after the edit; None before it is
+            applied.
         relative_change: ``|W' - W| / |W|`` in Frobenius norms, before rounding; None before the edit is applied.
     """
 
@@ -44,8 +45,8 @@ class MatrixRecord:
     K: Tensor
     strength: float
     rescale: Rescale
-    source_sha256: str | None = None
-    result_sha256: str | None = None
+    source_hash: str | None = None
+    result_hash: str | None = None
     relative_change: float | None = None
 
 
@@ -81,8 +82,8 @@ class EditRecord:
             described[name] = {
                 "strength": record.strength,
                 "rescale": record.rescale.value,
-                "source_sha256": record.source_sha256,
-                "result_sha256": record.result_sha256,
+                "source_hash": record.source_hash,
+                "result_hash": record.result_hash,
                 "relative_change": record.relative_change,
             }
         for name, delta in self.bias_shifts.items():
@@ -115,8 +116,8 @@ class EditRecord:
                     tensors[f"{name}.K"],
                     entry["strength"],
                     Rescale(entry["rescale"]),
-                    entry["source_sha256"],
-                    entry["result_sha256"],
+                    entry.get("source_hash"),
+                    entry.get("result_hash"),
                     entry["relative_change"],
                 )
                 for name, entry in header["matrices"].items()

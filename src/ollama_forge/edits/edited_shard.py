@@ -17,7 +17,7 @@ from ollama_forge.checkpoints.storage import decode_tensor, encode_tensor, round
 from ollama_forge.checkpoints.tensors import CheckpointTensors
 from ollama_forge.checkpoints.writer import OutputTensor
 from ollama_forge.edits import blocks
-from ollama_forge.edits.background_hash import BackgroundSha256, HashThread
+from ollama_forge.edits.background_hash import BackgroundBlake3, HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import MatrixRecord, stacked
 from ollama_forge.edits.plan import BiasEdit, MatrixEdit, ScaledFactors, check_finite
@@ -29,8 +29,8 @@ class MatrixSums:
     """Running hashes and squared norms over the blocks and experts of one matrix, and the factors of each expert."""
 
     edit: MatrixEdit
-    source: BackgroundSha256
-    result: BackgroundSha256
+    source: BackgroundBlake3
+    result: BackgroundBlake3
     squared_norm: float = 0.0
     squared_change: float = 0.0
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -55,8 +55,8 @@ class MatrixSums:
             right,
             edit.strength,
             edit.rescale,
-            self.source.hexdigest(),
-            self.result.hexdigest(),
+            self.source.digest(),
+            self.result.digest(),
             (self.squared_change / self.squared_norm) ** 0.5 if self.squared_norm else 0.0,
         )
 
@@ -93,7 +93,7 @@ class EditedShard:
         for name, sums in self._sums.items():
             matrix = self._record.matrices[name] = sums.record()
             encoded = name in self.tensors.packed and not self.layout.unpack  # its parts are compared one by one
-            if not encoded and matrix.source_sha256 != matrix.result_sha256:
+            if not encoded and matrix.source_hash != matrix.result_hash:
                 self._record.changed.add(name)
         self._sums.clear()
         return self._record
@@ -102,7 +102,7 @@ class EditedShard:
         self._hashing.close()
 
     def _sums_of(self, edit: MatrixEdit) -> MatrixSums:
-        sums = MatrixSums(edit, self._hashing.sha256(), self._hashing.sha256())
+        sums = MatrixSums(edit, self._hashing.blake3(), self._hashing.blake3())
         self._sums[edit.matrix.tensor] = sums
         return sums
 

@@ -251,7 +251,7 @@ class _GgufWriter:
 
     def _edit_matrix(self, edit: MatrixEdit, source: GgufTensors, target: GgufTensors) -> None:
         name = edit.matrix.tensor
-        sums = MatrixSums(edit, self.hashing.sha256(), self.hashing.sha256())
+        sums = MatrixSums(edit, self.hashing.blake3(), self.hashing.blake3())
         size, error = 0.0, 0.0
         for expert in experts_of(edit.matrix):
             blockwise = BlockwiseEdit(source, edit, expert, self.label, target.codec_of(name, expert, self.importance))
@@ -264,7 +264,7 @@ class _GgufWriter:
                     sums.result.update(tensor_bytes(part))
         record = sums.record()
         self.records.setdefault(name, record)
-        if record.source_sha256 != record.result_sha256:
+        if record.source_hash != record.result_hash:
             self.changed.add(name)
         if size:
             self.leaks[name] = max(error / size, self.leaks.get(name, 0.0))

@@ -233,7 +233,7 @@ def _write_weights(ready: Preflight, cache: StageCache, choice: Choice) -> Stage
         assert applied is not None
         for output in kept:
             keep_undo(ready.source, output)
-        hashes = {name: record.result_sha256 or "" for name, record in applied.record.matrices.items()}
+        hashes = {name: record.result_hash or "" for name, record in applied.record.matrices.items()}
         digests = {
             path.relative_to(cache.folder.parent).as_posix(): file_digest(path)
             for root in ready.written_paths

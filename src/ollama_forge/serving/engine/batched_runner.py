@@ -105,7 +105,8 @@ class BatchedRunner:
         reuses: whether the keys and values of other sequences may be continued.
         graphs: the CUDA graphs of decode steps; None: without.
         recorded: recordings of the decode steps; None: without.
-        joins_queries: whether prompts are computed with the attention function of ``grouped_attention``.
+        joins_queries: whether prompts, and steps of a single group, are computed with the attention function of
+            ``grouped_attention``.
 
     Attributes:
         runs_ahead: see ``ModelRunner``; true on CUDA.
@@ -314,7 +315,8 @@ class BatchedRunner:
         parts = torch.split(ids, [len(group.rows) for group in self.groups])
         for group, part, (positions, mask) in zip(self.groups, parts, inputs, strict=True):
             more = {} if mask is None else {"attention_mask": mask}
-            logits.append(self.forward(part, group.cache, position_ids=positions, **more)[0])
+            with self._switch.grouped() if self.joins_queries else nullcontext():
+                logits.append(self.forward(part, group.cache, position_ids=positions, **more)[0])
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _in_one_pass(self, ids: Tensor, inputs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

@@ -56,13 +56,14 @@ class RecordedStep:
 
     Args:
         has_kv: for each layer, whether it stores keys and values.
+        joins_queries: see ``BatchedRunner``.
 
     Attributes:
         failed: the numbers of groups for which the model cannot be recorded, or a recording computed something else.
     """
 
-    def __init__(self, forward: Forward, has_kv: Sequence[bool]) -> None:
-        self.forward, self.has_kv = forward, has_kv
+    def __init__(self, forward: Forward, has_kv: Sequence[bool], *, joins_queries: bool = False) -> None:
+        self.forward, self.has_kv, self.joins_queries = forward, has_kv, joins_queries
         self.failed: set[int] = set()
         self._switch = AttentionSwitch(forward.model.module)
         self._runs: dict[int, Run] = {}
@@ -155,7 +156,7 @@ class RecordedStep:
         held = [*module.parameters(), *module.buffers(), *packed_weights(module)]
         state = list({id(tensor): tensor for tensor in held}.values())
         arguments = (*inputs, state)
-        with self._switch.grouped() if len(caches) > 1 else nullcontext():
+        with self._switch.grouped() if len(caches) > 1 or self.joins_queries else nullcontext():
             with NoHostReads(ids.device):
                 self._step(*arguments)
             with warnings.catch_warnings():  # of decisions that depend on sizes, which are compared

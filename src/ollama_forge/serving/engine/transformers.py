@@ -125,7 +125,7 @@ class TransformersEngine:
         if forward.device.type == "cpu":
             how["joins_queries"] = test.joins_queries()
             if self._live is None:  # the hooks of an edit decide by its strengths
-                recorded = RecordedStep(forward, has_kv)
+                recorded = RecordedStep(forward, has_kv, joins_queries=how["joins_queries"])
                 test.try_recorded(recorded)
         share = free // _PREFIX_CACHE_SHARE
         return BatchedRunner(forward, has_kv, slots, share, graphs=graphs, recorded=recorded, **how), support
