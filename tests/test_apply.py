@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ollama_forge.api import apply
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.formats.mxfp4 import decode_mxfp4
+from ollama_forge.checkpoints.storage import tensor_bytes
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import checkpoint_folder
 from ollama_forge.edits.checkpoint_folder import PROVENANCE, edit_file_path
