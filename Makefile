@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: setup
-	$(BIN)/ollama-forge abliterate run --model demo --name demo --max-measured 24
+	$(BIN)/ollama-forge abliterate run --model demo --name demo --max-measured 16
 
 # two processes with a thread each take half the time of one with two threads: most tests are small
 TESTS ?= tests

@@ -217,9 +217,9 @@ class Scheduler:
 
     def _retry_singly(self, group: list[Sequence], error: Exception) -> None:
         """Begin again with each sequence of a group that failed; if it was one sequence, that gets the error."""
-        told = failure(error)
+        failed = failure(error)
         if len(group) == 1:
-            self.deliver(group[0], told)
+            self.deliver(group[0], failed)
             return
         for sequence in group:
             self._begin([sequence])
@@ -271,9 +271,9 @@ class Scheduler:
             if joined:
                 self._sample(logits if len(joined) == len(logits) else logits[joined], _result(group.errors), first)
         except Exception as error:
-            told = failure(error)
+            failed = failure(error)
             for row in reversed(range(first, len(self.running))):
-                self.deliver(self.running[row], told)
+                self.deliver(self.running[row], failed)
                 self._leave(row)
 
     # -- decode ---------------------------------------------------------------------------------------------------

@@ -72,13 +72,13 @@ class Held:
         taken, self.text = self.text[:length], self.text[length:]
         return taken
 
-    def find(self, wanted: str, start: int) -> Steps[int]:
-        """The index of ``wanted``; -1 if the output ends without it."""
+    def find(self, text: str, start: int) -> Steps[int]:
+        """The index of ``text``; -1 if the output ends without it."""
         while True:
-            place = self.text.find(wanted, start)
+            place = self.text.find(text, start)
             if place >= 0 or self.ended:
                 return place
-            start = max(start, len(self.text) - len(wanted) + 1)
+            start = max(start, len(self.text) - len(text) + 1)
             yield
 
     def search(self, pattern: re.Pattern[str], start: int, longest: int) -> Steps[re.Match[str] | None]:
