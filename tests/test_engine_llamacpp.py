@@ -124,6 +124,26 @@ def test_a_schema_begins_behind_a_text(engine: LlamaCppEngine, model: Model) -> 
     jsonschema.validate(json.loads(answer), SCHEMA)
 
 
+def test_an_engine_that_fails_again_and_again_is_not_healthy(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def handle_completions(self, *_: object) -> None:
+            raise RuntimeError("no backend")
+
+    asked = greedy(prompt(9), 5)
+    expected = together(engine, [asked])  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_server", Broken())
+        for _ in range(3):
+            assert engine.healthy
+            with pytest.raises(EngineError, match=r"llama\.cpp failed: no backend"):
+                together(engine, [asked])  # type: ignore[arg-type]
+        assert not engine.healthy
+    assert together(engine, [asked]) == expected  # type: ignore[arg-type]
+    assert engine.healthy
+
+
 def test_a_malformed_schema_is_refused(engine: LlamaCppEngine) -> None:
     with pytest.raises(EngineError, match="invalid format"):
         together(engine, [greedy(prompt(4), 5, constraint=Constraint("["))])  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ _PREFILL_TOKENS = 512  # a cancelled request ends between two such pieces of its
 _EMBED_TOKENS = 2048  # llama.cpp computes the mean of an input in one piece
 _FIELDS = ["tokens", "tokens_predicted", "stop_type"]  # what is read of the last chunk
 _LONGEST_SOCKET_PATH = 100  # bytes
+_MOST_FAILURES = 3  # one after the other, of an engine that still counts as healthy
 
 Item = Token | EngineError | None
 
@@ -84,6 +85,7 @@ class LlamaCppEngine:
         self._embedding = threading.Lock()
         self._choice = SlotChoice(slots)
         self._closed = threading.Event()
+        self._failures = 0  # of llama.cpp, since it last answered
         # a cancelled request may hold its thread until the end of a piece of its prompt
         self._pool = ThreadPoolExecutor(2 * slots + 1, thread_name_prefix="llama.cpp")
 
@@ -109,8 +111,8 @@ class LlamaCppEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine takes requests; false after ``close``."""
-        return not self._closed.is_set()
+        """Whether the engine can answer; false after ``close``, and while llama.cpp fails at every request."""
+        return not self._closed.is_set() and self._failures < _MOST_FAILURES
 
     @property
     def context_length(self) -> int:
@@ -175,7 +177,11 @@ class LlamaCppEngine:
         if self._closed.is_set():
             raise EngineError(_CLOSED)
         reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled), lora or {})
-        done = loop.run_in_executor(self._pool, reading.run, body)
+
+        def read() -> None:
+            self._failures = 0 if reading.run(body) else self._failures + 1
+
+        done = loop.run_in_executor(self._pool, read)
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, EngineError):
@@ -268,13 +274,16 @@ class _Reading:
         self._reader = TokenReader(phase, vocabulary)
         self._finished = False
 
-    def run(self, body: dict[str, Any]) -> None:
+    def run(self, body: dict[str, Any]) -> bool:
+        """Read the stream that answers ``body``; False if llama.cpp failed."""
         try:
             if not self._is_over():
                 self._server.handle_completions({**body, **self._extra, "return_progress": True}, self._take)
             self._send(None if self._finished else EngineError(_CLOSED))
         except Exception as error:
             self._send(error if isinstance(error, EngineError) else EngineError(f"llama.cpp failed: {error}"))
+            return False
+        return True
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """Send the tokens of a chunk; True ends the stream."""
