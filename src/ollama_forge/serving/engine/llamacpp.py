@@ -176,12 +176,10 @@ class LlamaCppEngine:
 
         if self._closed.is_set():
             raise EngineError(_CLOSED)
-        reading = _Reading(self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled), lora or {})
-
-        def read() -> None:
-            self._failures = 0 if reading.run(body) else self._failures + 1
-
-        done = loop.run_in_executor(self._pool, read)
+        reading = _Reading(
+            self._server, phase, self._vocabulary, send, lambda: self._is_over(cancelled), self._note, lora or {}
+        )
+        done = loop.run_in_executor(self._pool, reading.run, body)
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, EngineError):
@@ -194,6 +192,9 @@ class LlamaCppEngine:
 
     def _is_over(self, cancelled: threading.Event) -> bool:
         return cancelled.is_set() or self._closed.is_set()
+
+    def _note(self, answered: bool) -> None:
+        self._failures = 0 if answered else self._failures + 1
 
     # -- embeddings -----------------------------------------------------------------------------------------------
 
@@ -255,6 +256,7 @@ class _Reading:
     Args:
         send: takes the tokens, then None or an error.
         is_over: whether nobody waits for the tokens any more.
+        note: is called with whether llama.cpp answered, before the end or the error is sent.
         lora: what each of its requests says of the adapter; after one without it, llama.cpp mixes strengths.
     """
 
@@ -265,25 +267,25 @@ class _Reading:
         vocabulary: Vocabulary,
         send: Callable[..., None],
         is_over: Callable[[], bool],
+        note: Callable[[bool], None],
         lora: Mapping[str, Any],
     ) -> None:
-        self._server, self._send, self._is_over = server, send, is_over
+        self._server, self._send, self._is_over, self._note = server, send, is_over, note
         # ``verbose`` puts the form of /completion into that of /v1/completions, which has no ids
         self._extra = {"verbose": True, "response_fields": _FIELDS, **lora}
         self._end_ids = phase.request.end_ids
         self._reader = TokenReader(phase, vocabulary)
         self._finished = False
 
-    def run(self, body: dict[str, Any]) -> bool:
-        """Read the stream that answers ``body``; False if llama.cpp failed."""
+    def run(self, body: dict[str, Any]) -> None:
         try:
             if not self._is_over():
                 self._server.handle_completions({**body, **self._extra, "return_progress": True}, self._take)
+            self._note(True)
             self._send(None if self._finished else EngineError(_CLOSED))
         except Exception as error:
+            self._note(False)
             self._send(error if isinstance(error, EngineError) else EngineError(f"llama.cpp failed: {error}"))
-            return False
-        return True
 
     def _take(self, chunk: dict[str, Any]) -> bool:
         """Send the tokens of a chunk; True ends the stream."""
