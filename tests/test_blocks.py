@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from ollama_forge.edits.background_hash import HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit
 from ollama_forge.edits.checkpoint_folder import edit_file_path
 from ollama_forge.edits.edit_file import EditRecord
-from ollama_forge.edits.factors import FixedFactors, RemoveFromInput, RemoveFromOutput, Rescale, Rule
+from ollama_forge.edits.factors import (
+    FixedFactors,
+    RemoveFromInput,
+    RemoveFromOutput,
+    Rescale,
+    Rule,
+    edit_matrix,
+    squared_norms,
+)
 from ollama_forge.edits.plan import MatrixEdit
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.evaluation.verify.edited import adds_to_stream
@@ -76,6 +85,26 @@ def edit_by_blocks(folder: Path, rule: Rule, rescale: Rescale, layout: str, dtyp
         tensors = (joined.factors.L, joined.factors.K, torch.ones(1) if joined.scale is None else joined.scale)
         found[str(expert)] = (data, digest.digest(), [tensor.tolist() for tensor in tensors])
     return found
+
+
+@pytest.mark.parametrize("case", [*CASES, "given without norm rule", "writer whose rows are kept"])
+@pytest.mark.parametrize("strength", [1.0, 2.5, -0.7, 1e-3])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_the_norm_of_the_change_comes_from_the_factors(case: str, strength: float, directions: int) -> None:
+    draws = torch.Generator().manual_seed(1)
+    weight = torch.randn(OUT, IN, generator=draws)
+    make, rescale = CASES.get(case, (given, Rescale.NONE))
+    if case == "writer whose rows are kept":
+        make, rescale = CASES["writer"][0], Rescale.ROWS
+    rule: Rule = make(False)
+    if isinstance(rule, RemoveFromInput | RemoveFromOutput):
+        drawn = torch.randn(len(rule.basis), directions, generator=draws)
+        rule = replace(rule, basis=torch.linalg.qr(drawn).Q)
+    edited = edit_matrix(weight, rule, strength, rescale)
+    change = (edited.weight.double() - weight.double()).square().sum()
+    norm, found = squared_norms(weight, edited, rule, strength, rescale)
+    assert norm == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    assert found**0.5 == pytest.approx(float(change) ** 0.5, rel=1e-3 if abs(strength) < 0.1 else 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

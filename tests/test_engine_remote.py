@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ollama_forge.errors import ForgeError, UsageError
-from ollama_forge.models import gguf_model
+from ollama_forge.models import gguf_model, llamacpp_worker
 from ollama_forge.models.gguf_model import llama_server, llamacpp_is_installed
 from ollama_forge.serving.engine.base import (
     Constraint,
@@ -325,3 +328,18 @@ def test_a_real_llama_server_gives_its_greedy_ids(
         tokenizer = Tokenizer.load(model.checkpoint.folder)
         engine = RemoteEngine.connect(server.connection.url, tokenizer, context=256, slots=2)
         assert together(engine, [asked]) == [expected]  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not llamacpp_is_installed(), reason="the extra llamacpp is not installed")
+def test_a_worker_ends_with_a_process_that_is_killed_while_it_loads(gguf_models: Mapping[str, Model]) -> None:
+    script, path = Path(llamacpp_worker.__file__), gguf_models["gemma2"].path
+    command = [sys.executable, "-P", str(script), str(path), "256", "1", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.close()
+        worker.stdout.close()
+        try:
+            worker.wait(60)
+        finally:
+            worker.kill()

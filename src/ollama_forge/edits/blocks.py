@@ -287,7 +287,7 @@ class BlockwiseEdit:
         if self.one_block:
             values, data = read_matrix(self.tensors, matrix, self.expert)
             if source is not None:
-                _add(source, data, overwritten=self.tensors[matrix.tensor].dtype == "F32")
+                source.update(data)
             yield 0, values.T if matrix.transposed else values
             return
         info = self.tensors[matrix.tensor]
@@ -299,12 +299,13 @@ class BlockwiseEdit:
                 count = min(self.block_length, self.axis_length - start)
                 data = self.tensors.read_bytes(info.name, offset + start * width, count * width)
                 if source is not None:
-                    _add(source, data, overwritten=info.dtype == "F32")
+                    source.update(data)
                 yield start, stored_tensor(data, info.dtype, (count, self.shape[1])).float()
             return
         data = self.tensors.read_bytes(info.name, offset, size)
         if source is not None:
-            _add(source, data, overwritten=True)
+            source.update(data)
+            source.wait()  # ``stored_bytes`` overwrites them
         self._stored = stored_tensor(data, info.dtype, self.shape)
         for start in range(0, self.axis_length, self.block_length):
             yield start, self._stored[:, start : start + self.block_length].to(torch.float32, copy=True)
@@ -318,13 +319,6 @@ class BlockwiseEdit:
         if independent_axis(self.edit) == ROWS:
             return FixedFactors(left[start:stop], right), None
         return FixedFactors(left, right[start:stop]), None
-
-
-def _add(source: Digest, data: bytearray, *, overwritten: bool) -> None:
-    """Hash bytes that were read; if values that share their memory will be ``overwritten``, wait for the hash."""
-    source.update(data)
-    if overwritten:
-        source.wait()
 
 
 def _writable(packed: PackedTensor | None) -> WritableCodec | None:

@@ -20,6 +20,7 @@ from ollama_forge.edits import blocks
 from ollama_forge.edits.background_hash import BackgroundBlake3, HashThread
 from ollama_forge.edits.blocks import BlockwiseEdit, EditedBlock, JoinedFactors, join_blocks
 from ollama_forge.edits.edit_file import MatrixRecord, stacked
+from ollama_forge.edits.factors import squared_norms
 from ollama_forge.edits.plan import BiasEdit, MatrixEdit, ScaledFactors, check_finite
 from ollama_forge.edits.shard_layout import ShardLayout
 
@@ -36,12 +37,14 @@ class MatrixSums:
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add_blocks(self, edited_blocks: Iterator[EditedBlock]) -> Iterator[EditedBlock]:
-        """Yield the blocks of one matrix (of one expert), and add up their norms; overwrites ``before``."""
+        """Yield the blocks of one matrix (of one expert), and add up their norms."""
         parts: list[JoinedFactors] = []
+        edit = self.edit
         for block in edited_blocks:
             parts.append(JoinedFactors(block.after.factors, block.after.scale))
-            self.squared_norm += float(torch.linalg.vector_norm(block.before)) ** 2
-            self.squared_change += float(torch.linalg.vector_norm(block.before.sub_(block.after.weight))) ** 2
+            norm, change = squared_norms(block.before, block.after, edit.rule, edit.strength, edit.rescale)
+            self.squared_norm += norm
+            self.squared_change += change
             yield block
         joined = join_blocks(self.edit, parts).factors
         self.factors.append((joined.L, joined.K))

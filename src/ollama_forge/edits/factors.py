@@ -74,11 +74,13 @@ class EditedMatrix:
         weight: the edited matrix, float32 ``[out, in]``.
         factors: the factors at strength 1.
         scale: the norm rule's factor of each column ``[in]`` or row ``[out]``; None without a norm rule.
+        norms: the norms of these columns or rows before the edit; None without a norm rule.
     """
 
     weight: Tensor
     factors: Factors
     scale: Tensor | None
+    norms: Tensor | None = None
 
 
 def edit_matrix(
@@ -94,14 +96,40 @@ def edit_matrix(
     """
     factors = rule.factors(weight, expert)
     edited = torch.addmm(weight, factors.L, factors.K.T, alpha=-strength)
-    scale = None
+    scale = before = None
     if rescale is not Rescale.NONE:
         axis = 0 if rescale is Rescale.COLUMNS else 1
         before, after = _norms(weight, axis), _norms(edited, axis)
         scalable = after > _ROUNDING_NOISE * before  # rounding noise must not be scaled up to the old norm
         scale = torch.where(scalable, before / torch.where(scalable, after, 1.0), 1.0)
         edited.mul_(scale.unsqueeze(axis))
-    return EditedMatrix(edited, factors, scale)
+    return EditedMatrix(edited, factors, scale, before)
+
+
+def squared_norms(
+    weight: Tensor, edited: EditedMatrix, rule: Rule, strength: float, rescale: Rescale
+) -> tuple[float, float]:
+    """The squares of the Frobenius norms of a matrix and of its change by ``edit_matrix``.
+
+    They come from the factors where these tell, which takes a fraction of the time of subtracting. Without a norm rule,
+    the change is ``E = s L K^T``. A norm rule makes ``c (w - e)`` of a row or column ``w``; where ``e`` is ``s`` times
+    the projection of ``w`` on an orthonormal basis, ``w . e`` is ``|e|^2 / s``.
+    """
+    left, right = edited.factors.L.double(), edited.factors.K.double()
+    if edited.scale is None or edited.norms is None:
+        change = strength**2 * float(((left.T @ left) * (right.T @ right)).sum())
+        return float(torch.linalg.vector_norm(weight)) ** 2, max(change, 0.0)
+    if isinstance(rule, RemoveFromOutput) and rescale is Rescale.COLUMNS:
+        projected = right.square().sum(-1)
+    elif isinstance(rule, RemoveFromInput) and rescale is Rescale.ROWS:
+        projected = left.square().sum(-1)
+    else:
+        change = float(torch.linalg.vector_norm(weight - edited.weight)) ** 2
+        return float(torch.linalg.vector_norm(weight)) ** 2, change
+    squares, scale = edited.norms.double().square(), edited.scale.double()
+    moved = (1 - scale).square() * squares
+    moved += ((scale * strength).square() + 2 * scale * (1 - scale) * strength) * projected
+    return float(squares.sum()), max(float(moved.sum()), 0.0)
 
 
 def _norms(weight: Tensor, axis: int) -> Tensor:

@@ -25,9 +25,11 @@ def main() -> None:
     params.warmup = False
     params.verbosity = 1  # errors only
     server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
-    sys.stdin.read()
-    os._exit(0)  # the server's threads would keep the process alive
+    try:
+        print(server.listening_address, flush=True)  # fails if the process that wants it was killed meanwhile
+        sys.stdin.read()
+    finally:
+        os._exit(0)  # the server's threads would keep the process alive
 
 
 if __name__ == "__main__":
