@@ -33,7 +33,8 @@ SETTINGS = {
     "OLLAMA_FORGE_NUM_INSTRUCTIONS": "16",
     "OLLAMA_FORGE_MAX_MEASURED": "4",
 }
-FEW = ("--max-measured 16", "--max-measured 4")  # the one option that is changed: to measure takes minutes
+# the one option that is changed, for the same reason
+MEASURED = re.compile(r"(?<=--max-measured )\d+|(?<=max_measured=)\d+")
 SAID = "What is the capital of France?\n/bye\n"  # to what asks for something
 PORT = "11435"
 WAITS = 1500  # of a fifth of a second, until a server answers
@@ -106,7 +107,7 @@ def follow(page: Path, folder: Path) -> list[str]:
             # each block has a shell of its own: the environment that the first one activates is active in all others
             active = (str(own),) if (own / "ollama-forge").exists() else ()
             environment["PATH"] = os.pathsep.join((*active, *others))
-            command = [*LANGUAGES[block.language], block.text.replace(PORT, port).replace(*FEW)]
+            command = [*LANGUAGES[block.language], MEASURED.sub("4", block.text.replace(PORT, port))]
             if re.search(r"^ollama-forge abliterate serve", block.text):
                 servers.close()  # the page goes on with another one
                 servers.enter_context(serving(command, port, options))
