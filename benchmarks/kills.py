@@ -156,7 +156,7 @@ def _wait(child: int, seconds: float | None) -> int:
 
 
 def _left_running(groups: Sequence[int]) -> list[str]:
-    """Names of processes of killed commands that do not end."""
+    """Commands of processes of killed commands that do not end."""
     end = time.monotonic() + _ENDS_WITHIN
     while (found := list(_living(groups))) and time.monotonic() < end:
         time.sleep(0.1)
@@ -164,10 +164,10 @@ def _left_running(groups: Sequence[int]) -> list[str]:
 
 
 def _living(groups: Sequence[int]) -> Iterator[str]:
-    for process in psutil.process_iter(["name", "status"]):
+    for process in psutil.process_iter(["cmdline", "status"]):
         try:
             if os.getpgid(process.pid) in groups and process.info["status"] != psutil.STATUS_ZOMBIE:
-                yield process.info["name"]
+                yield " ".join(process.info["cmdline"] or ["?"])
         except ProcessLookupError:
             continue
 

@@ -27,7 +27,7 @@ NO_SHARDS_HINT = "leave them out"
 T = TypeVar("T")
 Finish = Callable[[], None]
 _COPIES = 6  # of a block in float32: what an edit holds of it, and one for what the allocator keeps
-_WAITING = 64 << 20  # bytes that wait for the disk
+_WAITING = 96 << 20  # bytes that wait for the disk and for their hashes
 _STORED = 2  # of a matrix in its storage type: before and after the edit
 _POLL = 0.5  # seconds, as a wait without a limit cannot be interrupted on Windows
 

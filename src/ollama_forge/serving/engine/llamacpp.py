@@ -281,7 +281,7 @@ class _Reading:
         try:
             if not self._is_over():
                 self._server.handle_completions({**body, **self._extra, "return_progress": True}, self._take)
-            self._note(True)
+                self._note(True)
             self._send(None if self._finished else EngineError(_CLOSED))
         except Exception as error:
             self._note(False)
