@@ -32,7 +32,7 @@ from ollama_forge.edits import checkpoint_folder, shard_workers
 from ollama_forge.edits.edited_shard import EditedShard
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_output import UNFINISHED, WrittenShard
-from ollama_forge.edits.shard_workers import ShardSettings, work_on_shards
+from ollama_forge.edits.shard_workers import ShardSettings, core_left_for_hashes, work_on_shards
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import sha256_file, write_json
 from ollama_forge.links import Sharing, share_file
@@ -471,6 +471,18 @@ def test_a_shard_whose_tensors_get_another_type_is_not_linked(
     assert "note: the edit changes every shard, so that none is linked" in capsys.readouterr().err
     written = Checkpoint(tmp_path / "edited", "edited", "folder").tensors
     assert {info.dtype for info in written.values()} == {"BF16"}
+
+
+def test_a_core_is_left_for_the_threads_that_hash_and_write() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads, left in ((4, 3), (1, 1)):
+            torch.set_num_threads(threads)
+            with core_left_for_hashes():
+                assert torch.get_num_threads() == left
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_usage(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ollama_forge.edits.edited_shard import ShardRecord
 from ollama_forge.edits.expert_groups import equal, grouped
 from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.edits.shard_output import ShardOutput, say_shared
-from ollama_forge.edits.shard_workers import ShardSettings, usable_workers, work_on_shards
+from ollama_forge.edits.shard_workers import ShardSettings, core_left_for_hashes, usable_workers, work_on_shards
 from ollama_forge.edits.shards_on_cluster import write_on_cluster
 from ollama_forge.edits.source_files import SourceHashes
 from ollama_forge.files import disk_errors, write_json
@@ -78,7 +78,9 @@ def apply_plan(
             )
         else:
             output = ShardOutput(layout, folder, link=shards.link, hashes=hashes, advance=advance, store=store)
-            done = work_on_shards(layout.tensors.shards, output.write, usable_workers(layout, shards.workers))
+            workers = usable_workers(layout, shards.workers)
+            with core_left_for_hashes():
+                done = work_on_shards(layout.tensors.shards, output.write, workers)
         stored = Counter[str]()
         weight_map: dict[str, str] = {}
         for name, written in zip(layout.names.values(), done, strict=True):

@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import BoundedSemaphore, Event
 from typing import TypeVar
 
+import torch
+
 from ollama_forge.edits import blocks
 from ollama_forge.edits.shard_layout import ShardLayout
 from ollama_forge.errors import UsageError
@@ -72,6 +74,20 @@ def usable_workers(layout: ShardLayout, workers: int) -> int:
     note = "" if fitting == workers else f" (not {workers}: {human_size(free)} are free)"
     say(f"editing {fitting} shards at a time{note}; each needs up to {human_size(each)} of memory")
     return fitting
+
+
+@contextmanager
+def core_left_for_hashes() -> Iterator[None]:
+    """Inside the block torch leaves one core to the threads that hash and write.
+
+    On two cores ``apply`` takes two thirds of the processor's time so: threads of torch wait for each other busily.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def work_on_shards(shards: Sequence[Path], work: Callable[[Path, Event], tuple[T, Finish]], workers: int) -> list[T]:
