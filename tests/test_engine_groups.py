@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ollama_forge.serving.engine import batched_runner, scheduler
+from ollama_forge.serving.engine import batched_runner, grouped_attention, scheduler
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.constraint import GrammarCompiler
@@ -372,3 +372,23 @@ def test_the_engine_knows_the_size_of_a_token(tmp_path: Path) -> None:
     with running(load(tmp_path)) as engine:
         assert engine.token_bytes == 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
         assert engine.cache_bytes > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_heads_that_share_keys_are_one_query(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """A step of one group and of two, and a prompt, without copies of keys and values."""
+    draws = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    query = torch.randn(2, 6, tokens, 8, generator=draws)
+    key, value = (torch.randn(2, 2, 9, 8, generator=draws) for _ in range(2))
+    mask = torch.ones(2, 1, tokens, 9, dtype=torch.bool)
+    mask[0, ..., :3] = False
+    mask[..., -1] = tokens == 1
+    expected, _ = grouped_attention.sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    monkeypatch.setattr(grouped_attention, "sdpa_attention_forward", None)
+    found, _ = grouped_attention._attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    apart = [[side[row : row + 1] for row in range(2)] for side in (key, value)]
+    found, _ = grouped_attention._attention(module, query, *apart, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)

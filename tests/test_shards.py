@@ -25,14 +25,14 @@ from ollama_forge.api import apply
 from ollama_forge.checkpoints import weight_files
 from ollama_forge.checkpoints.checkpoint import Checkpoint
 from ollama_forge.checkpoints.tensors import INDEX_NAME
-from ollama_forge.checkpoints.writer import GrowingFile
+from ollama_forge.checkpoints.writer import GrowingFile, OutputTensor
 from ollama_forge.directions.direction import RefusalDirection
 from ollama_forge.edits import apply as apply_module
 from ollama_forge.edits import checkpoint_folder, shard_workers
 from ollama_forge.edits.edited_shard import EditedShard
 from ollama_forge.edits.settings import EditSettings
 from ollama_forge.edits.shard_output import UNFINISHED, WrittenShard
-from ollama_forge.edits.shard_workers import ShardSettings, core_left_for_hashes, work_on_shards
+from ollama_forge.edits.shard_workers import ShardSettings, work_on_shards
 from ollama_forge.errors import ForgeError, UsageError
 from ollama_forge.files import sha256_file, write_json
 from ollama_forge.links import Sharing, share_file
@@ -473,16 +473,26 @@ def test_a_shard_whose_tensors_get_another_type_is_not_linked(
     assert {info.dtype for info in written.values()} == {"BF16"}
 
 
-def test_a_core_is_left_for_the_threads_that_hash_and_write() -> None:
+@pytest.mark.parametrize(("threads", "left"), [(3, 2), (1, 1)])
+def test_a_core_is_left_for_the_threads_that_hash_and_write(
+    tmp_path: Path, refusal: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch, threads: int, left: int
+) -> None:
+    seen: set[int] = set()
+    real = EditedShard.computed_bytes
+
+    def noted(shard: EditedShard, out: OutputTensor) -> Iterator[memoryview]:
+        seen.add(torch.get_num_threads())
+        return real(shard, out)
+
+    monkeypatch.setattr(EditedShard, "computed_bytes", noted)
     before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for threads, left in ((4, 3), (1, 1)):
-            torch.set_num_threads(threads)
-            with core_left_for_hashes():
-                assert torch.get_num_threads() == left
-            assert torch.get_num_threads() == threads
+        apply(str(source.folder), tmp_path / "edited", refusal_pt=refusal)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    assert seen == {left}
 
 
 def test_wrong_usage(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Hashes of bytes that are read and written, computed by another thread while the caller goes on.
 
-BLAKE3 takes a quarter of the time of SHA-256 on a processor that has instructions for the latter.
+BLAKE3 takes less time than SHA-256, also on a processor that has instructions for the latter.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def usable_workers(layout: ShardLayout, workers: int) -> int:
 def core_left_for_hashes() -> Iterator[None]:
     """Inside the block torch leaves one core to the threads that hash and write.
 
-    On two cores ``apply`` takes two thirds of the processor's time so: threads of torch wait for each other busily.
+    Threads of torch wait for each other busily: with a core too few, they take time from all (``benchmarks/apply.py``).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - 1))
