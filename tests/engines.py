@@ -20,10 +20,10 @@ GREEDY = SamplingParams(temperature=0.0)
 T = TypeVar("T")
 
 
-def load(folder: Path, module: torch.nn.Module | str = "llama") -> ChatModel:
-    """A tiny float32 model, a family's or one that was built."""
+def load(folder: Path, module: torch.nn.Module | str = "llama", dtype: str = "float32") -> ChatModel:
+    """A tiny model, a family's or one that was built."""
     built = tiny.build(module) if isinstance(module, str) else module
-    return ChatModel.load(tiny.save(built, folder / "model"), LoadSettings(dtype="float32", device="cpu"))
+    return ChatModel.load(tiny.save(built, folder / "model"), LoadSettings(dtype=dtype, device="cpu"))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def test_the_products_are_the_same_to_the_last_bit() -> None:
         with torch.inference_mode():
             plain = linear(inputs)
             pack_linears(linear)
-            assert type(linear.forward) is cpu_packing._PackedForward
+            assert type(linear.forward) is cpu_packing.PackedForward
             assert torch.equal(linear(inputs), plain)
             assert linear(inputs).shape == (2, rows, 80)
 

@@ -91,7 +91,7 @@ def _attention(
         if attention_mask is not None:
             mask = attention_mask[rows, ..., -keys.shape[2] :]
         else:  # transformers passes grouped queries without a mask to a kernel that is slow on CPUs
-            mask = torch.ones(1, 1, 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+            mask = query.new_zeros(1, 1, 1, keys.shape[2])
         outputs.append(_of_group(module, query[rows], keys, values, mask, kwargs))
         first = rows.stop
     return torch.cat(outputs), None
@@ -101,6 +101,8 @@ def _of_group(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor:
     """Attention ``[rows, tokens, heads, dim]`` of the rows of one cache."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
     if mask is not None and _shares_heads(module, query, mask, options):
         return _by_shared_heads(query, key, value, mask, options.get("scaling"))
     output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
@@ -125,8 +127,16 @@ def _by_shared_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()
 
 
+def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """The mask that is added to the scores; on a CPU, each layer would else make it of one that says what counts."""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is None or mask.device.type != "cpu":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
 AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionMaskInterface.register(_NAME, _mask)
 
 
 class AttentionSwitch:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ollama_forge.errors import ForgeError, error_line
 from ollama_forge.models.device import is_out_of_memory
+from ollama_forge.models.joined_linears import JoinedLinears
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.cuda_graphs import Capture, StepGraphs
 from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
@@ -145,6 +146,15 @@ class SelfTest:
         runner = BatchedRunner(self.forward, self.has_kv, 4, 1 << 40, recorded=recorded)
         if not self._holds(self._batches(runner)):
             recorded.failed.add(1)
+
+    @torch.inference_mode()
+    def join_linears(self) -> None:
+        """Join packed layers that read the same input, if the logits stay; call this after ``run``."""
+        module = self.forward.model.module
+        joined = JoinedLinears(module, lambda: self.forward.uncached(self._tensor(self.short)))
+        if joined.groups and not self._holds(self._batches(self._batched())):
+            joined.undo()
+        joined.keep()
 
     @torch.inference_mode()
     def joins_queries(self) -> bool:

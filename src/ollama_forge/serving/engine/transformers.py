@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ollama_forge.models.chat_model import ChatModel
+from ollama_forge.models.cpu_packing import pad_slow_rows
 from ollama_forge.models.device import bytes_on_accelerators
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
@@ -123,6 +124,8 @@ class TransformersEngine:
         graphs = StepGraphs(forward, has_kv, free // _BUFFERS_SHARE) if support.graphs else None
         recorded = None
         if forward.device.type == "cpu":
+            pad_slow_rows(self.model.module)
+            test.join_linears()
             how["joins_queries"] = test.joins_queries()
             if self._live is None:  # the hooks of an edit decide by its strengths
                 recorded = RecordedStep(forward, has_kv, joins_queries=how["joins_queries"])
