@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 
 from ollama_forge.architectures.learn import map_checkpoint
 from ollama_forge.checkpoints.gguf.checkpoint import GgufCheckpoint
@@ -17,6 +19,7 @@ from ollama_forge.edits.edit_file import EditRecord
 from ollama_forge.edits.factors import Rescale
 from ollama_forge.errors import ForgeError
 from ollama_forge.export.adapters.gguf import write_gguf_adapter
+from ollama_forge.export.edited_gguf import GgufEdit, write_edited_file
 from ollama_forge.models import gguf_model
 from ollama_forge.models.chat_model import ChatModel
 from ollama_forge.models.gguf_model import llamacpp_is_installed
@@ -44,16 +47,16 @@ def edit(base: GgufCheckpoint) -> EditRecord:
 
 
 @contextmanager
-def live(model: Model, record: EditRecord | None, slots: int = 2) -> Iterator[Any]:
-    """The engine on the model's file; without a record, without an adapter."""
-    base = model.opened(model.path)
+def live(model: Model, record: EditRecord | None, slots: int = 2, path: Path | None = None) -> Iterator[Any]:
+    """The engine on the model's file, or on another file of it; without a record, without an adapter."""
+    base = model.opened(path or model.path)
 
     def write(path: Path) -> object:
         assert record is not None
         return write_gguf_adapter(record, map_checkpoint(base), base.layout, base.file.architecture, path)
 
     engine = LlamaCppEngine(
-        model.path,
+        path or model.path,
         Tokenizer.load(base.folder),
         base.config,
         slots=slots,
@@ -87,6 +90,25 @@ def test_every_strength_is_the_model_edited_at_it(gguf_models: Mapping[str, Mode
     expected = by_generate(edited(model.checkpoint, of_folder, tmp_path / "edited"), requests[1].ids, 32)
     assert mixed[1] == expected
     assert mixed[1] != by_generate(ChatModel.load(model.checkpoint, F32), requests[1].ids, 32)
+
+
+def test_on_an_f16_file_strength_one_is_the_edited_file(gguf_models: Mapping[str, Model], tmp_path: Path) -> None:
+    model = gguf_models["gemma2"]
+    base = model.with_types(tmp_path / "f16.gguf", lambda tensor: Type.F16 if len(tensor.shape) > 1 else tensor.type)
+    assert Counter(tensor.type for tensor in base.file.tensors)[Type.F16] > 10
+    record, mapped = edit(base), map_checkpoint(base)
+    plan = record.plan(mapped, base.fingerprint)
+    write_edited_file(GgufEdit(base, mapped, plan, None), tmp_path / "edited.gguf")
+    requests = [greedy(prompt(20 + seed, seed), 32, strength=seed % 2) for seed in range(4)]
+    with live(model, record, slots=4, path=base.path) as engine:
+        mixed = together(engine, requests)
+        assert mixed == [together(engine, [request])[0] for request in requests]
+    with live(model, None, path=base.path) as engine:
+        unedited = [together(engine, [request])[0] for request in requests]
+    with live(model, None, path=tmp_path / "edited.gguf") as engine:
+        changed = [together(engine, [request])[0] for request in requests]
+    assert mixed == [unedited[0], changed[1], unedited[2], changed[3]]
+    assert all(one != other for one, other in zip(unedited, changed, strict=True))
 
 
 @pytest.mark.parametrize(("family", "slots", "length"), [("llama", 1, 60), ("gpt_oss", 1, 160), ("gpt_oss", 2, 60)])
