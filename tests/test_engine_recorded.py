@@ -17,7 +17,7 @@ from ollama_forge.serving.engine.model_runner import Forward
 from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.self_test import SelfTest, prefilled
 from ollama_forge.serving.engine.transformers import TransformersEngine
-from tests import test_engine_batching
+from tests import test_engine_batching, tiny
 from tests.engines import by_generate, greedy, load, prompt, running, together
 
 
@@ -177,3 +177,13 @@ def test_the_self_test_tries_the_recording(tmp_path: Path, monkeypatch: pytest.M
     recorded = RecordedStep(forward, has_kv)
     test.try_recorded(recorded)
     assert recorded.failed
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(3.0, True), (torch.arange(tiny.VOCABULARY) % 7, False)])
+def test_what_adds_the_same_to_all_logits_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float | Tensor, kept: bool
+) -> None:
+    replay = RecordedStep._replay
+    monkeypatch.setattr(RecordedStep, "_replay", lambda self, *inputs: replay(self, *inputs) + shift)
+    with running(load(tmp_path)) as engine:
+        assert (1 not in recorded_of(engine).failed) == kept

@@ -12,7 +12,7 @@ from ollama_forge.models import cpu_packing, joined_linears
 from ollama_forge.models.cpu_packing import PackedForward, pack_linears, packed_layers, packed_weights
 from ollama_forge.models.joined_linears import JoinedLinears
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
-from ollama_forge.serving.engine.self_test import difference
+from ollama_forge.serving.engine.model_runner import difference
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from tests import tiny
 from tests.engines import greedy, load, prompt, running, together

@@ -14,7 +14,7 @@ from ollama_forge.models.device import is_out_of_memory, upload
 from ollama_forge.serving.engine.cuda_graphs import StepGraphs
 from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedKVCache
 from ollama_forge.serving.engine.kv_cache import KVCache, Layout
-from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, on_device
+from ollama_forge.serving.engine.model_runner import Forward, Media, chunk_of, differ_by_rounding, on_device
 from ollama_forge.serving.engine.prefix_cache import PrefixCache, common_prefix
 from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.row_group import CachedPrefix, Row, RowGroup
@@ -25,7 +25,6 @@ _WASTE_APART = 4096  # padding columns that cost less than another forward pass
 _WASTE_BY_GRAPH = 32768  # the same on a GPU: reading some GiB of weights again takes as long
 _SPARE_COLUMNS = 256
 _LONG = 512  # columns from which on the attention of equally long rows is slow on a CPU, see ``grouped_attention``
-_TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
 
 
 class BatchedPrefill:
@@ -301,7 +300,7 @@ class BatchedRunner:
         expected = self._apart(ids, inputs)
         try:
             found = self._in_one_pass(ids, inputs)  # it writes the same column again
-            self.one_pass = bool((found - expected).abs().mean() <= _TOLERANCE * expected.float().std())
+            self.one_pass = differ_by_rounding(found, expected)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -23,11 +23,10 @@ from ollama_forge.models.device import is_out_of_memory
 from ollama_forge.serving.engine.grouped_attention import AttentionSwitch, GroupedLayer
 from ollama_forge.serving.engine.host_reads import NoHostReads
 from ollama_forge.serving.engine.kv_cache import FilledLayer, KVCache
-from ollama_forge.serving.engine.model_runner import Forward
+from ollama_forge.serving.engine.model_runner import Forward, differ_by_rounding
 
 _LOG = logging.getLogger(__name__)
 _STEPS_BEFORE_GROUPS = 16  # that are made by the model: a recording takes as long as some fifty steps
-_TOLERANCE = 0.05  # of the logits' standard deviation; rounding of bfloat16 stays below a third of it
 
 Run = Callable[..., Tensor]
 
@@ -103,8 +102,7 @@ class RecordedStep:
                 self._record(ids, caches, positions, mask)
             found = self._replay(ids, caches, positions, mask)  # it writes the same column again
             self.forward.passes -= 1  # it is the same step
-            difference = (found.float() - expected.float()).abs().mean()
-            holds = bool(difference <= _TOLERANCE * expected.float().std())
+            holds = differ_by_rounding(found, expected)
         except Exception as error:  # a model may do anything that cannot be recorded
             if is_out_of_memory(error):
                 raise

@@ -17,7 +17,7 @@ from ollama_forge.models.device import is_out_of_memory
 from ollama_forge.models.joined_linears import JoinedLinears
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.cuda_graphs import Capture, StepGraphs
-from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport
+from ollama_forge.serving.engine.model_runner import Forward, ModelRunner, StateSupport, difference
 from ollama_forge.serving.engine.recorded_step import RecordedStep
 from ollama_forge.serving.engine.single_runner import SingleRunner
 
@@ -106,7 +106,7 @@ class SelfTest:
     def _differences(self, logits: Tensor, *texts: Sequence[int]) -> list[float]:
         """How far each row of ``logits`` is from what is expected after its text."""
         expected = torch.stack([self._expected(text) for text in texts])
-        return difference(logits.float(), expected).tolist()
+        return difference(logits, expected).tolist()
 
     def _holds(self, differences: Iterator[list[float]]) -> bool:
         """Whether a check runs, and its logits are as expected."""
@@ -215,10 +215,3 @@ def prefilled(runner: ModelRunner, *prompts: Sequence[int]) -> Tensor:
     for index in range(len(prompts)):
         runner.join(prefill, index)
     return logits
-
-
-def difference(found: Tensor, expected: Tensor) -> Tensor:
-    """The relative difference ``[...]`` between rows of logits ``[..., vocabulary]``, whose means do not matter."""
-    found, expected = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
-    norms: Tensor = torch.linalg.vector_norm(found - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
-    return norms
