@@ -392,3 +392,19 @@ def test_heads_that_share_keys_are_one_query(monkeypatch: pytest.MonkeyPatch, to
     apart = [[side[row : row + 1] for row in range(2)] for side in (key, value)]
     found, _ = grouped_attention._attention(module, query, *apart, mask, scaling=0.3)
     torch.testing.assert_close(found, expected)
+
+
+def test_no_layer_makes_a_mask_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added to the scores is made once a pass, of the queries' type."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (mask := kwargs.get("attn_mask")) is not None:
+            seen.add((mask.dtype, query.dtype))
+        return attend(query, *args, **kwargs)
+
+    with running(load(tmp_path, dtype="bfloat16")) as engine:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+        together(engine, [greedy(prompt(length, length), 4) for length in (9, 20)])
+    assert seen == {(torch.bfloat16, torch.bfloat16)}

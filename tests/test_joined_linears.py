@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ollama_forge.models import cpu_packing, joined_linears
-from ollama_forge.models.cpu_packing import PackedForward, pack_linears, packed_layers, packed_weights
+from ollama_forge.models import joined_linears
+from ollama_forge.models.cpu_packing import PackedForward, pack_linears, packed_layers
 from ollama_forge.models.joined_linears import JoinedLinears
-from ollama_forge.serving.engine.batched_runner import BatchedRunner
 from ollama_forge.serving.engine.model_runner import difference
 from ollama_forge.serving.engine.transformers import TransformersEngine
 from tests import tiny
@@ -133,30 +132,6 @@ def test_without_memory_for_the_weights_twice_nothing_is_joined(monkeypatch: pyt
     assert not JoinedLinears(module, lambda: module(input_ids=IDS)).groups
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@torch.inference_mode()
-def test_padded_rows_give_the_same_products(tokens: int) -> None:
-    linear = nn.Linear(48, 80, dtype=torch.bfloat16)
-    pack_linears(linear)
-    plain = {rows: linear(torch.full((rows, tokens, 48), 0.5).bfloat16()) for rows in (16, 17, 32, 33)}
-    seen: list[int] = []
-    linear.forward.pads = True  # type: ignore[union-attr]
-    state = packed_weights(linear)  # a recording is given them, see ``RecordedStep``
-    arguments = (torch.zeros(2, 1, 48).bfloat16(), *state)
-    traced = torch.jit.trace(lambda input, *_: linear(input), arguments, check_trace=False)
-    compute = cpu_packing._product
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cpu_packing, "_product", lambda input, *rest: seen.append(input.numel() // 48) or compute(input, *rest)
-        )
-        for rows, expected in plain.items():
-            input = torch.full((rows, tokens, 48), 0.5).bfloat16()
-            for found in (linear(input), traced(input, *state)):
-                assert found.shape == expected.shape
-                assert torch.allclose(found.float(), expected.float(), atol=0.02)
-    assert seen == ([16, 33, 33, 33] if tokens == 1 else [48, 51, 96, 99])
-
-
 def test_the_engine_joins_them_and_gives_up_what_changes_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,10 +144,8 @@ def test_the_engine_joins_them_and_gives_up_what_changes_the_logits(
     layers = len(model.model_map.layers)
     with running(model) as engine:
         assert joined_in(engine) == 5 * layers
-        answers = together(engine, requests)
-        assert all(len(answer) == 6 for answer in answers)
+        assert [len(answer) for answer in together(engine, requests)] == [6, 6, 6]
     output = joined_linears._Product.output
     monkeypatch.setattr(joined_linears._Product, "output", lambda self, index, x: output(self, index, x).flip(-1))
     with running(load(tmp_path, dtype="bfloat16")) as engine:
         assert joined_in(engine) == 0
-        assert isinstance(engine._scheduler.runner, BatchedRunner)

@@ -23,12 +23,7 @@ _OPERATORS = (
 )  # private: a torch release may lack them
 
 
-# with AMX, the product of so few rows takes longer than that of ``_FAST_ROWS``
-_SLOW_ROWS = range(17, 33)
-_FAST_ROWS = 33
-
-# A tracer cannot record a call whose argument is an empty list of numbers, but one of a function that makes the list;
-# nor what depends on the number of rows. The input is [rows, tokens, features].
+# a tracer cannot record a call whose argument is an empty list of numbers, but one of a function that makes the list
 _PRODUCT = """
 graph(%input : Tensor, %weight : Tensor, %bias : Tensor?):
   %attribute : str = prim::Constant[value="none"]()
@@ -37,71 +32,29 @@ graph(%input : Tensor, %weight : Tensor, %bias : Tensor?):
   %out : Tensor = mkldnn::_linear_pointwise(%input, %weight, %bias, %attribute, %scalars, %algorithm)
   return (%out)
 """
-_PADDED_PRODUCT = f"""
-graph(%input : Tensor, %weight : Tensor, %bias : Tensor?):
-  %attribute : str = prim::Constant[value="none"]()
-  %scalars : Scalar?[] = prim::ListConstruct()
-  %algorithm : str = prim::Constant[value=""]()
-  %none : NoneType = prim::Constant()
-  %zero : int = prim::Constant[value=0]()
-  %one : int = prim::Constant[value=1]()
-  %before : int = prim::Constant[value={_SLOW_ROWS.start - 1}]()
-  %after : int = prim::Constant[value={_SLOW_ROWS.stop}]()
-  %fast : int = prim::Constant[value={_FAST_ROWS}]()
-  %rows : int = aten::size(%input, %zero)
-  %tokens : int = aten::size(%input, %one)
-  %single : bool = aten::eq(%tokens, %one)
-  %more : bool = aten::gt(%rows, %before)
-  %fewer : bool = aten::lt(%rows, %after)
-  %between : bool = aten::__and__(%more, %fewer)
-  %slow : bool = aten::__and__(%single, %between)
-  %out : Tensor = prim::If(%slow)
-    block0():
-      %missing : int = aten::sub(%fast, %rows)
-      %padding : int[] = prim::ListConstruct(%zero, %zero, %zero, %zero, %zero, %missing)
-      %padded : Tensor = aten::constant_pad_nd(%input, %padding, %zero)
-      %all : Tensor = mkldnn::_linear_pointwise(%padded, %weight, %bias, %attribute, %scalars, %algorithm)
-      %few : Tensor = aten::narrow(%all, %zero, %zero, %rows)
-      -> (%few)
-    block1():
-      %own : Tensor = mkldnn::_linear_pointwise(%input, %weight, %bias, %attribute, %scalars, %algorithm)
-      -> (%own)
-  return (%out)
-"""
 
 
 @lru_cache
-def _traceable(graph: str) -> Any:
-    return torch._C._create_function_from_graph("packed_linear", torch._C.parse_ir(graph))
+def _traceable_product() -> Any:
+    return torch._C._create_function_from_graph("packed_linear", torch._C.parse_ir(_PRODUCT))
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    """``input`` times a packed weight, plus a bias."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return _traceable_product()(input.contiguous(), weight, bias)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 class PackedForward:
-    """Replaces ``nn.Linear.forward``. The layer keeps its original weight for code that reads it.
-
-    Attributes:
-        pads: whether numbers of rows that take longer than a larger one are padded; results may differ in the last bit.
-    """
-
-    pads = False
+    """Replaces ``nn.Linear.forward``. The layer keeps its original weight for code that reads it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = bias
 
     def __call__(self, input: Tensor) -> Tensor:
-        input = input.contiguous()
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            graph = _PADDED_PRODUCT if self.pads and input.dim() == 3 else _PRODUCT
-            return _traceable(graph)(input, self.weight, self.bias)  # type: ignore[no-any-return]
-        rows = input.numel() // input.shape[-1]
-        if not self.pads or rows not in _SLOW_ROWS:
-            return _product(input, self.weight, self.bias)
-        padded = nn.functional.pad(input.view(rows, -1), (0, 0, 0, _FAST_ROWS - rows))
-        return _product(padded, self.weight, self.bias)[:rows].view(*input.shape[:-1], -1)
+        return _product(input, self.weight, self.bias)
 
 
 def pack_linears(module: nn.Module) -> None:
@@ -125,18 +78,12 @@ def pack_linears(module: nn.Module) -> None:
 
 
 def packed_layers(module: nn.Module) -> list[nn.Linear]:
+    """The layers of a module that compute with packed weights, in the module's order."""
     return [
         part
         for part in module.modules()
         if isinstance(part, nn.Linear) and isinstance(part.__dict__.get("forward"), PackedForward)
     ]
-
-
-def pad_slow_rows(module: nn.Module) -> None:
-    """Pad the rows of packed layers where a CPU's kernels take longer for fewer: see ``PackedForward.pads``."""
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        for linear in packed_layers(module):
-            linear.__dict__["forward"].pads = True
 
 
 def packed_weights(module: nn.Module) -> list[Tensor]:

@@ -64,7 +64,6 @@ class _Product:
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.forward = PackedForward(weight, torch.cat(biases) if biases else None)
-        self.forward.pads = linears[0].__dict__["forward"].pads
         self._held: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def output(self, index: int, input: Tensor) -> Tensor:

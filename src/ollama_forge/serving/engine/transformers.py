@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ollama_forge.models.chat_model import ChatModel
-from ollama_forge.models.cpu_packing import pad_slow_rows
 from ollama_forge.models.device import bytes_on_accelerators
 from ollama_forge.serving.engine.base import EngineError, EngineRequest, Token
 from ollama_forge.serving.engine.batched_runner import BatchedRunner
@@ -124,7 +123,6 @@ class TransformersEngine:
         graphs = StepGraphs(forward, has_kv, free // _BUFFERS_SHARE) if support.graphs else None
         recorded = None
         if forward.device.type == "cpu":
-            pad_slow_rows(self.model.module)
             test.join_linears()
             how["joins_queries"] = test.joins_queries()
             if self._live is None:  # the hooks of an edit decide by its strengths
@@ -358,7 +356,7 @@ def _release_openmp_team() -> None:
 
     Each thread that runs parallel regions has a team of workers. With two teams there are more workers than cores, so
     GNU OpenMP stops spinning between parallel regions, and each matrix product of a decode step waits for sleeping
-    workers: a step of a model with 135 M weights takes 43 ms instead of 27 ms on two cores.
+    workers.
     """
     if sys.platform != "linux":
         return
